@@ -1,0 +1,1 @@
+"""Bytes on disk: files, shards, headers, layouts. Knows nothing of models or arithmetic."""

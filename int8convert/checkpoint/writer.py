@@ -1,0 +1,90 @@
+"""One output shard: its header first, its tensors in any order and from any thread, then there at once or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+from int8convert.checkpoint.safetensors_file import encode_safetensors_header
+from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
+
+INCOMPLETE_SUFFIX = ".incomplete"
+
+
+def order_for_alignment(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Wider dtypes first, so that every tensor starts at a multiple of its element's size, as other loaders expect."""
+    return dict(sorted(tensors.items(), key=lambda item: -DTYPE_BYTES[item[1][0]]))
+
+
+def planned_shard_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of the file `ShardWriter` makes for these tensors, header included."""
+    data = sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in tensors.values())
+    return len(encode_safetensors_header(dict(tensors))) + data
+
+
+class ShardWriter:
+    """Writes `path` under a temporary name; only `commit` gives it its own.
+
+    The room is reserved at once, so a full disk shows before the work is done, and blocks written out of order do not
+    scatter the file.
+
+    Args:
+        path: the shard to write.
+        tensors: name -> (dtype, shape), in the order of their bytes.
+
+    Raises:
+        OSError: the file cannot be made, or there is no room for it.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        self._path = path
+        self._temporary = path.with_name(path.name + INCOMPLETE_SUFFIX)
+        header = encode_safetensors_header(dict(tensors))
+        self._begin: dict[str, int] = {}
+        at = len(header)
+        for name, (dtype, shape) in tensors.items():
+            self._begin[name] = at
+            at += prod(shape) * DTYPE_BYTES[dtype]
+        self.n_bytes = at
+        self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            os.posix_fallocate(self._fd, 0, self.n_bytes)
+            self._write_at(0, memoryview(header))
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, name: str, data: memoryview, at: int = 0) -> None:
+        """Write a tensor's bytes from byte `at` of it on. Threads may write at the same time."""
+        self._write_at(self._begin[name] + at, data)
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], offset + done)
+
+    def commit(self) -> None:
+        """Put the data on the disk, then give the file its name."""
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        self._temporary.replace(self._path)
+        fsync_directory(self._path.parent)
+
+    def discard(self) -> None:
+        """Remove what was written. Harmless after `commit`."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._temporary.unlink(missing_ok=True)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the renames in a directory survive a power cut."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,61 @@
+"""What the conversion says while it runs. The CLI turns events into bars, library users get tqdm, tests read them.
+
+Events arrive one at a time, from whichever thread caused them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from int8convert.conversion.plan import ConversionPlan, PlannedShard, PlannedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMade:
+    """Everything is decided and checked; the first byte is about to be written."""
+
+    plan: ConversionPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStarted:
+    """Shard i of n, counted from 0, is about to be read."""
+
+    i: int
+    n: int
+    shard: PlannedShard
+
+
+@dataclass(frozen=True, slots=True)
+class TensorQuantized:
+    """A tensor is in its output shard as int8.
+
+    sqnr_db: signal to quantization noise of the whole tensor, in decibels; infinite where nothing was lost.
+    absmax_min, absmax_max: the range of its rows' absmax.
+    """
+
+    tensor: PlannedTensor
+    sqnr_db: float
+    absmax_min: float
+    absmax_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorKept:
+    """A tensor is in its output shard unchanged."""
+
+    tensor: PlannedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFinished:
+    """Shard i of n is on the disk under its final name."""
+
+    i: int
+    n: int
+    shard: PlannedShard
+
+
+Event = PlanMade | ShardStarted | TensorQuantized | TensorKept | ShardFinished
+EventSink = Callable[[Event], None]

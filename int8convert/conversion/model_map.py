@@ -1,0 +1,194 @@
+"""Which tensors of a checkpoint are Linear weights that the output's loader will look for as int8.
+
+Names lie; the model class does not. So transformers builds the model on the meta device and maps the names, in a
+process of its own (`model_map_worker`): that process may be as slow to start, as large and as unlucky with a stranger's
+config as it likes, while this one stays small and goes on reading.
+
+Where transformers cannot build the model, `name_rules` decide by name and shape, and the map says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.errors import AlreadyQuantizedError, ModelMapError, PatternError
+
+
+class Action(StrEnum):
+    """What happens to a tensor."""
+
+    QUANTIZE = "quantize"
+    QUANTIZE_TRANSPOSED = "quantize transposed"
+    """Stored [in, out], as Conv1D does; written as [out, in]."""
+    KEEP = "keep"
+    DROP = "drop"
+    """Another name for a tensor that is written anyway."""
+
+
+@dataclass(frozen=True, slots=True)
+class MappedTensor:
+    """The decision on one tensor.
+
+    Attributes:
+        action: what happens to it.
+        reason: why it is kept or dropped; "" where it becomes int8.
+        output_name: its key in the output: the source's, with the base model's prefix where the loader expects it.
+    """
+
+    action: Action
+    reason: str
+    output_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMap:
+    """The decisions on all tensors.
+
+    Attributes:
+        model_class: the transformers class that decided; None where the name rules did.
+        tensors: by source name.
+        skip_modules: every module the loader would replace and must not, in full dotted names.
+        notes: what the user should know of how this came about.
+    """
+
+    model_class: str | None
+    tensors: dict[str, MappedTensor] = field(repr=False)
+    skip_modules: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFilter:
+    """The user's choice of modules, on top of the model's own.
+
+    A pattern matches a module's full name or a dotted tail of it, with shell wildcards: `fc2`, `layers.0.*`, `*_proj`.
+
+    Attributes:
+        skip: modules that stay 16-bit.
+        only: if not empty, no other module becomes int8.
+    """
+
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def allows(self, module_name: str) -> bool:
+        matched_only = not self.only or any(matches(module_name, pattern) for pattern in self.only)
+        return matched_only and not any(matches(module_name, pattern) for pattern in self.skip)
+
+    def check_used(self, module_names: Sequence[str]) -> None:
+        """Raise a PatternError for a pattern that matches none of the modules: most likely a typing error."""
+        for option, patterns in (("--skip", self.skip), ("--only", self.only)):
+            for pattern in patterns:
+                if not any(matches(name, pattern) for name in module_names):
+                    examples = ", ".join(repr(name) for name in module_names[:3]) or "none"
+                    raise PatternError(
+                        f"{option} {pattern!r} matches no module that could become int8",
+                        f"patterns match full module names or dotted tails, such as {examples}; nothing was written",
+                    )
+
+
+def matches(module_name: str, pattern: str) -> bool:
+    """Whether a pattern matches a module's full name or a dotted tail of it."""
+    return fnmatchcase(module_name, pattern) or fnmatchcase(module_name, f"*.{pattern}")
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse at once what no map can be made of.
+
+    Raises:
+        AlreadyQuantizedError: the weights are in some quantized form already.
+        ModelMapError: config.json is missing, or names no architecture.
+    """
+    if "quantization_config" in config:
+        block = config["quantization_config"]
+        method = block.get("quant_method", "unnamed") if isinstance(block, dict) else "unnamed"
+        raise AlreadyQuantizedError(
+            f"the source is quantized already: its config.json names quant_method {method!r}",
+            "convert the 16-bit checkpoint it was made from; nothing was written",
+        )
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not all(isinstance(a, str) for a in architectures):
+        raise ModelMapError(
+            "config.json names no architecture, so which weights belong to Linear layers is unknown"
+            if config
+            else "config.json is missing, so which weights belong to Linear layers is unknown",
+            'add the class the weights were saved from, such as "architectures": ["LlamaForCausalLM"]; '
+            "nothing was written",
+        )
+
+
+class ModelMapProcess:
+    """transformers at work on the map of one checkpoint, in a child process.
+
+    Starting it returns at once; `result` waits. Never runs code from the checkpoint, never asks the network.
+    """
+
+    def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
+        self._source = source
+        self._modules = modules
+        package_root = str(Path(__file__).parents[2])
+        # -P: a torch.py in the current directory, which may be the checkpoint itself, must not be imported.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", "-m", "int8convert.conversion.model_map_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH")))),
+                "HF_HUB_OFFLINE": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "TRANSFORMERS_VERBOSITY": "error",
+            },
+        )
+
+    def result(self) -> ModelMap:
+        """The map, or the name rules' where transformers could not make one."""
+        request = {
+            "directory": str(self._source.directory),
+            "tensors": [
+                [t.name, t.dtype, list(t.shape), t.storage, t.offset] for s in self._source.shards for t in s.tensors
+            ],
+            "skip": self._modules.skip,
+            "only": self._modules.only,
+        }
+        answer, complaints = self._process.communicate(json.dumps(request))
+        if self._process.returncode == 0:
+            return _parse_answer(json.loads(answer), self._modules)
+        last_line = (complaints.strip().splitlines() or [f"exit status {self._process.returncode}"])[-1]
+        return _map_by_name_rules(self._source, self._modules, last_line)
+
+    def stop(self) -> None:
+        """End the child if it still runs."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def _parse_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelMap:
+    modules.check_used(answer["candidates"])
+    return ModelMap(
+        model_class=answer["model_class"],
+        tensors={name: MappedTensor(Action(a), reason, out) for name, (a, reason, out) in answer["tensors"].items()},
+        skip_modules=tuple(answer["skip_modules"]),
+        notes=tuple(answer["notes"]),
+    )
+
+
+def _map_by_name_rules(source: CheckpointSource, modules: ModuleFilter, why: str) -> ModelMap:
+    from int8convert.conversion.name_rules import map_by_name
+
+    tensors: tuple[StoredTensor, ...] = tuple(t for shard in source.shards for t in shard.tensors)
+    architecture = source.config["architectures"][0]
+    return map_by_name(tensors, modules, f"transformers cannot build {architecture} ({why[:200]})")

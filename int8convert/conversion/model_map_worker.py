@@ -1,0 +1,233 @@
+"""The child process behind `ModelMapProcess`: transformers says what each tensor of a checkpoint is.
+
+1. Build the model of config.json on the meta device: classes and names, no memory.
+2. Map each checkpoint key to the parameter transformers would load it into, by transformers' own renaming.
+3. Choose what becomes int8: exactly the modules the bitsandbytes loader will replace, given the skip list we write.
+
+Request and answer are one JSON object each, on stdin and stdout. An exception ends the process; its last line is the
+reason the parent gives for falling back to the name rules. Left out on purpose: remote code, in any form.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from int8convert.conversion.model_map import Action, ModuleFilter
+from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
+
+# Where config.json names a class that transformers no longer has, the model type still leads to one. In this order:
+# the first mapping that knows the type wins.
+_AUTO_MAPPINGS = (
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
+    modeling_auto.MODEL_MAPPING,
+)
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    storage: int | None
+    offset: int
+
+
+@dataclass(frozen=True)
+class LoadedInto:
+    """Where transformers puts a checkpoint tensor: the parameter's name, and whether it is merged or split there."""
+
+    parameter: str
+    is_converted: bool
+
+
+def build_model(directory: str) -> tuple[Any, list[str]]:
+    """The model of a config on the meta device, and notes on how its class was found."""
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    architecture = config.architectures[0]
+    model_class = getattr(transformers, architecture, None)
+    notes = []
+    if model_class is None:
+        model_class = next((mapping[type(config)] for mapping in _AUTO_MAPPINGS if type(config) in mapping), None)
+        if model_class is None:
+            raise LookupError(f"no class for {architecture}")
+        notes.append(f"config.json names {architecture}, unknown to transformers: read as {model_class.__name__}")
+    with torch.device("meta"):
+        return model_class(config), notes
+
+
+def map_keys(model: Any, names: list[str]) -> dict[str, LoadedInto | None]:
+    """Checkpoint key -> the parameter it is loaded into; None where the model has no use for it.
+
+    The two calls and their order are those of `transformers.core_model_loading`.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    parameters = model.state_dict()
+    loaded: dict[str, LoadedInto | None] = {}
+    for key in sorted(names, key=dot_natural_key):
+        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if renamed not in parameters and key in parameters:
+            renamed, pattern = rename_source_key(key, [], [], model.base_model_prefix, parameters)
+        loaded[key] = LoadedInto(renamed, pattern is not None) if renamed in parameters else None
+    return loaded
+
+
+class TensorChoice:
+    """Decides on every tensor of one checkpoint for one model.
+
+    Does not know values: a Linear weight full of NaN is chosen like any other.
+    """
+
+    def __init__(self, model: Any, tensors: list[CheckpointTensor], modules: ModuleFilter) -> None:
+        self.model = model
+        self.tensors = tensors
+        self.modules = modules
+        self.loaded = map_keys(model, [tensor.name for tensor in tensors])
+        self._module_by_name = dict(model.named_modules())
+        self._keep_in_fp32 = list(model._keep_in_fp32_modules or [])
+        self._default_skips = get_keys_to_not_convert(model) + self._keep_in_fp32
+
+    @cached_property
+    def replaceable(self) -> set[str]:
+        """The modules the bitsandbytes loader replaces unless told not to: Linear itself, no subclass, and Conv1D."""
+        return {
+            name
+            for name, module in self._module_by_name.items()
+            if type(module) is nn.Linear or isinstance(module, Conv1D)
+        }
+
+    @cached_property
+    def candidates(self) -> dict[str, str]:
+        """Module name -> checkpoint key, of those that may become int8 as far as the model goes."""
+        found = {}
+        for tensor in self.tensors:
+            into = self.loaded[tensor.name]
+            if into is None or into.is_converted or not into.parameter.endswith(".weight"):
+                continue
+            module_name = into.parameter.removesuffix(".weight")
+            if (
+                module_name in self.replaceable
+                and tensor.dtype in QUANTIZABLE_DTYPES
+                and tensor.shape == tuple(self._module_by_name[module_name].weight.shape)
+                and min(tensor.shape) > 0
+                and should_convert_module(module_name, self._default_skips)
+            ):
+                found[module_name] = tensor.name
+        return found
+
+    @cached_property
+    def chosen(self) -> set[str]:
+        """The modules that become int8: the candidates the user allows, less those the written skip list would cover.
+
+        The loader reads a skipped name also as a regular expression and as a tail of other names, so what it would
+        replace is computed with its own function, until list and choice agree.
+        """
+        chosen = {name for name in self.candidates if self.modules.allows(name)}
+        while True:
+            skips = [*(self.replaceable - chosen), *self._keep_in_fp32]
+            covered = {name for name in chosen if not should_convert_module(name, skips)}
+            if not covered:
+                return chosen
+            chosen -= covered
+
+    @cached_property
+    def skip_modules(self) -> list[str]:
+        return sorted(self.replaceable - self.chosen)
+
+    def decide(self, tensor: CheckpointTensor) -> tuple[Action, str, str]:
+        """Action, reason and output name of one tensor."""
+        into = self.loaded[tensor.name]
+        if into is None:
+            return Action.KEEP, f"not used by {type(self.model).__name__}", tensor.name
+        output_name = self._output_name(tensor.name, into.parameter)
+        module_name, _, leaf = into.parameter.rpartition(".")
+        if leaf == "weight" and module_name in self.chosen and not into.is_converted:
+            is_conv1d = isinstance(self._module_by_name[module_name], Conv1D)
+            return Action.QUANTIZE_TRANSPOSED if is_conv1d else Action.QUANTIZE, "", output_name
+        if self._is_duplicate(tensor, into):
+            return Action.DROP, f"tied to {self.model.all_tied_weights_keys[into.parameter]}", output_name
+        return Action.KEEP, self._reason_to_keep(tensor, into, module_name, leaf), output_name
+
+    def _output_name(self, key: str, parameter: str) -> str:
+        """The source's own key, but for the base model's prefix, which is as the model class has it.
+
+        Without it, loaders that do not add prefixes miss the tensor.
+        """
+        prefix = self.model.base_model_prefix + "."
+        return parameter if parameter in (prefix + key, key.removeprefix(prefix)) else key
+
+    @cached_property
+    def _by_parameter(self) -> Mapping[str, CheckpointTensor]:
+        return {into.parameter: tensor for tensor in self.tensors if (into := self.loaded[tensor.name]) is not None}
+
+    def _is_duplicate(self, tensor: CheckpointTensor, into: LoadedInto) -> bool:
+        """Whether the same stored bytes go into the parameter this one is tied to."""
+        original = self._by_parameter.get(self.model.all_tied_weights_keys.get(into.parameter, ""))
+        return (
+            original is not None
+            and original.name != tensor.name
+            and original.storage is not None
+            and (original.storage, original.offset, original.shape) == (tensor.storage, tensor.offset, tensor.shape)
+        )
+
+    def _reason_to_keep(self, tensor: CheckpointTensor, into: LoadedInto, module_name: str, leaf: str) -> str:
+        module = self._module_by_name.get(module_name)
+        tied = self.model.all_tied_weights_keys
+        is_tied = into.parameter in tied or into.parameter in tied.values()
+        if isinstance(module, nn.Embedding):
+            return "embedding, tied" if is_tied else "embedding"
+        if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D):
+            return "fused experts" if len(tensor.shape) == 3 and "expert" in into.parameter else "not a matrix product"
+        if module is self.model.get_output_embeddings() or is_tied:
+            return "output head, tied" if is_tied else "output head"
+        if not should_convert_module(module_name, self._keep_in_fp32):
+            return "keep in fp32"
+        if module_name not in self.replaceable:
+            return f"{type(module).__name__}: not replaced by the bitsandbytes loader"
+        if into.is_converted:
+            return "merged with others on loading"
+        if module_name in self.candidates:
+            return "user skip" if not self.modules.allows(module_name) else "covered by a skipped name"
+        if tensor.dtype not in QUANTIZABLE_DTYPES or tensor.shape != tuple(module.weight.shape):
+            return f"{tensor.dtype} {list(tensor.shape)} does not fit the model"
+        return "last module of the model"
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    model, notes = build_model(request["directory"])
+    tensors = [CheckpointTensor(n, d, tuple(shape), st, offset) for n, d, shape, st, offset in request["tensors"]]
+    choice = TensorChoice(model, tensors, ModuleFilter(tuple(request["skip"]), tuple(request["only"])))
+    return {
+        "model_class": type(model).__name__,
+        "tensors": {tensor.name: choice.decide(tensor) for tensor in tensors},
+        "skip_modules": choice.skip_modules,
+        "candidates": sorted(choice.candidates),
+        "notes": notes,
+    }
+
+
+def main() -> None:
+    stdout, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not end up in the answer
+    json.dump(answer(json.load(sys.stdin)), stdout)
+
+
+if __name__ == "__main__":
+    main()

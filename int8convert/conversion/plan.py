@@ -1,0 +1,208 @@
+"""What will happen to each tensor and how large everything gets: pure, from headers, the model map and the options.
+
+`--dry-run` prints a plan; the pipeline obeys one. Nothing here reads weights or writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from int8convert.checkpoint.layout import shard_name
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.checkpoint.stored_tensor import StoredTensor, contiguous_strides
+from int8convert.checkpoint.writer import order_for_alignment, planned_shard_bytes
+from int8convert.conversion.model_map import Action, MappedTensor, ModelMap
+from int8convert.errors import CorruptFileError
+
+TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]
+"""name -> (dtype, shape), in the order of the bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One source tensor on its way into an output shard.
+
+    Attributes:
+        source: as it will be read; a Conv1D weight as the [out, in] view of its [in, out] bytes.
+        shard: the file it is in.
+        output_name: its key in the output.
+        is_quantized: becomes int8 with a scale, else copied.
+        reason: why it is copied; "" if quantized.
+    """
+
+    source: StoredTensor
+    shard: SourceShard = field(repr=False)
+    output_name: str
+    is_quantized: bool
+    reason: str
+
+    @property
+    def absmax_name(self) -> str:
+        return self.output_name.removesuffix(".weight") + ".SCB"
+
+    @property
+    def format_name(self) -> str:
+        return self.output_name + "_format"
+
+    @property
+    def layer_kind(self) -> str:
+        """The last part of the module's name: q_proj, fc1."""
+        return self.output_name.removesuffix(".weight").rpartition(".")[2]
+
+    def output_specs(self) -> TensorSpecs:
+        """The tensors it becomes in `--format bitsandbytes`."""
+        if not self.is_quantized:
+            return {self.output_name: (self.source.dtype, self.source.shape)}
+        return {
+            self.output_name: ("I8", self.source.shape),
+            self.absmax_name: ("F32", self.source.shape[:1]),
+            self.format_name: ("U8", ()),
+        }
+
+    @property
+    def output_bytes(self) -> int:
+        n = self.source.n_elements
+        return n + 4 * self.source.shape[0] + 1 if self.is_quantized else self.source.n_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """One output file.
+
+    Attributes:
+        file_name: under OUT.
+        tensors: in the order they are read.
+        outputs: what the file holds, in the order of its bytes.
+        n_bytes: of the file, header included.
+    """
+
+    file_name: str
+    tensors: tuple[PlannedTensor, ...] = field(repr=False)
+    outputs: TensorSpecs = field(repr=False)
+    n_bytes: int
+
+    @property
+    def n_read_bytes(self) -> int:
+        return sum(tensor.source.n_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """The whole conversion.
+
+    Attributes:
+        source: what is read.
+        model_map: what decided.
+        shards: what is written.
+        dropped: source names not written, because the same bytes are written under another name.
+    """
+
+    source: CheckpointSource
+    model_map: ModelMap
+    shards: tuple[PlannedShard, ...]
+    dropped: dict[str, str]
+
+    @property
+    def tensors(self) -> Iterator[PlannedTensor]:
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(tensor.source.n_elements for tensor in self.tensors)
+
+    @property
+    def n_int8_parameters(self) -> int:
+        return sum(tensor.source.n_elements for tensor in self.tensors if tensor.is_quantized)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters that become int8, 0 to 1."""
+        return self.n_int8_parameters / max(1, self.n_parameters)
+
+    @property
+    def byte_coverage(self) -> float:
+        """Share of the bytes read that become int8, 0 to 1."""
+        return sum(t.source.n_bytes for t in self.tensors if t.is_quantized) / max(1, self.n_read_bytes)
+
+    @property
+    def n_read_bytes(self) -> int:
+        return sum(shard.n_read_bytes for shard in self.shards)
+
+    @property
+    def n_written_bytes(self) -> int:
+        """Bytes of the output shards, headers included."""
+        return sum(shard.n_bytes for shard in self.shards)
+
+    def kept_by_reason(self) -> dict[str, tuple[int, int]]:
+        """Reason -> (tensors, parameters) that stay as they are, the most parameters first."""
+        kept: dict[str, tuple[int, int]] = {}
+        for tensor in self.tensors:
+            if not tensor.is_quantized:
+                n_tensors, n_parameters = kept.get(tensor.reason, (0, 0))
+                kept[tensor.reason] = (n_tensors + 1, n_parameters + tensor.source.n_elements)
+        return dict(sorted(kept.items(), key=lambda item: -item[1][1]))
+
+
+def make_plan(source: CheckpointSource, model_map: ModelMap, max_shard_bytes: int | None = None) -> ConversionPlan:
+    """Lay the checkpoint's tensors out into output shards.
+
+    One output shard for each input shard; with `max_shard_bytes`, tensors in the source's order, a new shard where the
+    next would not fit. A single tensor larger than that gets a shard to itself.
+    """
+    groups: list[list[PlannedTensor]] = []
+    dropped: dict[str, str] = {}
+    seen: set[str] = set()
+    group_bytes = 0
+    for shard in source.shards:
+        if max_shard_bytes is None or not groups:
+            groups.append([])
+        for stored in shard.tensors:
+            mapped = model_map.tensors[stored.name]
+            if mapped.action is Action.DROP:
+                dropped[stored.name] = mapped.reason
+                continue
+            tensor = _plan_tensor(stored, shard, mapped)
+            _check_unique(tensor, seen)
+            if max_shard_bytes is not None and groups[-1] and group_bytes + tensor.output_bytes > max_shard_bytes:
+                groups.append([])
+                group_bytes = 0
+            groups[-1].append(tensor)
+            group_bytes += tensor.output_bytes
+    groups = [group for group in groups if group]
+    names = (shard_name(i, len(groups)) for i in range(len(groups)))
+    shards = tuple(_plan_shard(name, group) for name, group in zip(names, groups, strict=True))
+    return ConversionPlan(source, model_map, shards, dropped)
+
+
+def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
+    for name in tensor.output_specs():
+        if name in seen:
+            raise CorruptFileError(
+                f"two tensors of the source would both be written as {name!r}, one of them {tensor.source.name!r}",
+                "the checkpoint holds the same weights twice, or quantized ones; nothing was written",
+            )
+        seen.add(name)
+
+
+def _plan_tensor(stored: StoredTensor, shard: SourceShard, mapped: MappedTensor) -> PlannedTensor:
+    if mapped.action is Action.QUANTIZE_TRANSPOSED:
+        rows, columns = stored.shape
+        row_stride, column_stride = stored.strides or contiguous_strides(stored.shape)
+        stored = replace(stored, shape=(columns, rows), strides=(column_stride, row_stride))
+    is_quantized = mapped.action is not Action.KEEP
+    return PlannedTensor(stored, shard, mapped.output_name, is_quantized, mapped.reason)
+
+
+def _plan_shard(file_name: str, tensors: Iterable[PlannedTensor]) -> PlannedShard:
+    group = tuple(tensors)
+    specs: TensorSpecs = {}
+    for tensor in group:
+        specs.update(tensor.output_specs())
+    outputs = order_for_alignment(specs)
+    return PlannedShard(file_name, group, outputs, planned_shard_bytes(outputs))
+
+
+def output_weight_map(plan: ConversionPlan) -> dict[str, str]:
+    """Output tensor name -> file name."""
+    return {name: shard.file_name for shard in plan.shards for name in shard.outputs}

@@ -1,0 +1,205 @@
+"""`quantize` and `plan`: the main job as two plain functions."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+
+from int8convert.checkpoint.source import CheckpointSource, open_source
+from int8convert.conversion.events import Event, EventSink, PlanMade, ShardFinished, TensorKept, TensorQuantized
+from int8convert.conversion.model_map import ModelMapProcess, ModuleFilter, check_config
+from int8convert.conversion.output import OutputDirectory
+from int8convert.conversion.pipeline import Pipeline
+from int8convert.conversion.plan import ConversionPlan, make_plan
+from int8convert.conversion.report import ConversionReport, ReportBuilder
+from int8convert.errors import CoverageError, DeviceError, DiskFullError, Int8ConvertError
+
+DEFAULT_THRESHOLD = 6.0
+"""Feature dimensions with a magnitude at or above it stay 16-bit: LLM.int8(), arXiv:2208.07339, Sec. 3.2."""
+
+DEFAULT_MIN_COVERAGE = 0.5
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+def plan(
+    src: str | os.PathLike[str],
+    *,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    max_shard_size: int | str | None = None,
+) -> ConversionPlan:
+    """What `quantize` would do with a checkpoint, from headers alone; writes nothing.
+
+    Args: as `quantize` has them.
+
+    Raises:
+        Int8ConvertError: the source cannot be read, or a pattern matches nothing.
+    """
+    max_shard_bytes = parse_size(max_shard_size)
+    source = open_source(src)
+    check_config(source.config)
+    return _plan(source, ModuleFilter(tuple(skip), tuple(only)), max_shard_bytes)
+
+
+def _plan(source: CheckpointSource, modules: ModuleFilter, max_shard_bytes: int | None) -> ConversionPlan:
+    process = ModelMapProcess(source, modules)
+    try:
+        return make_plan(source, process.result(), max_shard_bytes)
+    finally:
+        process.stop()
+
+
+def quantize(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    threshold: float = DEFAULT_THRESHOLD,
+    min_coverage: float = DEFAULT_MIN_COVERAGE,
+    max_shard_size: int | str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    on_event: EventSink | None = None,
+) -> ConversionReport:
+    """Turn a checkpoint directory into an LLM.int8() checkpoint that transformers and bitsandbytes load.
+
+    Streams: memory does not grow with the model. All arguments, headers and the disk's room are checked before the
+    first byte is written; after any error nothing is left that looks like a checkpoint.
+
+    Args:
+        src: a directory with config.json and safetensors or `.bin` weights.
+        out: the directory to write; must not exist, or be empty, unless `overwrite`.
+        skip: modules that stay 16-bit; full names or dotted tails, with shell wildcards.
+        only: if given, no other modules become int8.
+        threshold: magnitude from which a feature dimension counts as outlier; written for the loader, it does not
+            change the weights.
+        min_coverage: share of the parameters, 0 to 1, that must become int8.
+        max_shard_size: bytes, or a string such as "5GB"; None makes one output shard for each source shard.
+        workers: threads; None takes the cores this process may use.
+        device: "auto", "cpu" or "cuda[:n]".
+        overwrite: replace a checkpoint in `out`.
+        on_event: told what happens; None shows a tqdm bar.
+
+    Raises:
+        Int8ConvertError: what went wrong, and what to do.
+        ValueError: an argument is out of its range.
+    """
+    began = time.perf_counter()
+    max_shard_bytes = parse_size(max_shard_size)
+    n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
+    if n_workers < 1 or not threshold >= 0 or not 0 <= min_coverage <= 1:
+        raise ValueError("workers must be at least 1, threshold at least 0, min_coverage between 0 and 1")
+    device_used = choose_device(device)
+    source = open_source(src)
+    check_config(source.config)
+    output = OutputDirectory(out, source.directory, overwrite)
+    conversion_plan = _plan(source, ModuleFilter(tuple(skip), tuple(only)), max_shard_bytes)
+    check_coverage(conversion_plan, min_coverage)
+    output.check_room(conversion_plan)
+    report = ReportBuilder()
+    sink = on_event or _TqdmProgress()
+
+    def emit(event: Event) -> None:
+        report(event)
+        sink(event)
+
+    emit(PlanMade(conversion_plan))
+    try:
+        with output.prepared(conversion_plan) as directory:
+            Pipeline(conversion_plan, directory, n_workers, emit).run()
+            output.complete(conversion_plan, threshold)
+    except OSError as error:
+        raise _as_output_error(error, output) from error
+    return report.build(conversion_plan, str(out), device_used, time.perf_counter() - began)
+
+
+def check_coverage(conversion_plan: ConversionPlan, min_coverage: float) -> None:
+    """Refuse a conversion that would leave nearly everything as it is.
+
+    Raises:
+        CoverageError: with what stays and why.
+    """
+    if conversion_plan.n_int8_parameters and conversion_plan.coverage >= min_coverage:
+        return
+    reasons = "; ".join(
+        f"{reason}: {100 * n / max(1, conversion_plan.n_parameters):.0f} %"
+        for reason, (_, n) in list(conversion_plan.kept_by_reason().items())[:3]
+    )
+    raise CoverageError(
+        f"only {100 * conversion_plan.coverage:.1f} % of the parameters would become int8, "
+        f"at least {100 * min_coverage:g} % are asked for",
+        f"what stays 16-bit: {reasons}; --dry-run lists it, --min-coverage lowers the bar; nothing was written",
+    )
+
+
+def choose_device(device: str) -> str:
+    """The device that converts.
+
+    Raises:
+        DeviceError: it is not to be had.
+    """
+    if device in ("auto", "cpu"):
+        return "cpu"
+    if re.fullmatch(r"cuda(:\d+)?", device):
+        raise DeviceError(
+            f"--device {device}: this version of int8convert converts on the CPU only",
+            "pass --device cpu or leave the option out; the result is the same",
+        )
+    raise ValueError(f"device must be auto, cpu or cuda[:n], not {device!r}")
+
+
+def parse_size(size: int | str | None) -> int | None:
+    """Bytes of a size such as 2000000, "5GB" (10^9) or "5GiB" (2^30).
+
+    Raises:
+        ValueError: it is none.
+    """
+    if size is None:
+        return None
+    match = _SIZE.fullmatch(str(size).strip())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"a size must look like 5GB or 500MiB, not {size!r}")
+    number, prefix, binary = match.groups()
+    return math.ceil(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
+def _as_output_error(error: OSError, output: OutputDirectory) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFullError(
+            f"no room left while writing to '{output.path}'",
+            "make room and rerun the same command; what this run had written was removed",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+        return Int8ConvertError(
+            f"'{error.filename or output.path}': {error.strerror}",
+            "mend that and rerun the same command; what this run had written was removed",
+        )
+    return error
+
+
+class _TqdmProgress:
+    """What a library user sees by default: one bar over the bytes read."""
+
+    def __init__(self) -> None:
+        self._bar = None
+
+    def __call__(self, event: Event) -> None:
+        from tqdm.auto import tqdm
+
+        match event:
+            case PlanMade(conversion_plan):
+                self._bar = tqdm(total=conversion_plan.n_read_bytes, unit="B", unit_scale=True, desc="quantize")
+                self._n_left = len(conversion_plan.shards)
+            case TensorQuantized(tensor=tensor) | TensorKept(tensor=tensor) if self._bar is not None:
+                self._bar.update(tensor.source.n_bytes)
+            case ShardFinished() if self._bar is not None:
+                self._n_left -= 1
+                if self._n_left == 0:
+                    self._bar.close()

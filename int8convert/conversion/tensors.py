@@ -1,0 +1,194 @@
+"""One tensor: read in row blocks, turned into codes and absmax, written. The memory it takes is one block per thread.
+
+A block is read into a buffer small enough to stay in the core's cache, quantized out of it and written from the cache
+too, so the weights cross main memory once on the way in and once, half as large, on the way out.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cuda_kernels import cpu
+from cuda_kernels.reference import N_STEPS
+from int8convert.checkpoint.source import ShardReader
+from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
+from int8convert.checkpoint.writer import ShardWriter
+from int8convert.conversion.events import TensorKept, TensorQuantized
+from int8convert.conversion.plan import PlannedTensor
+from int8convert.errors import NonFiniteWeightError
+
+BLOCK_BYTES = 1 << 20
+"""Source bytes a thread handles at a time. Larger ones leave the cache, smaller ones pay more for each system call."""
+
+
+class Scratch:
+    """One thread's two buffers, reused for every block and grown for a row that needs more."""
+
+    def __init__(self) -> None:
+        self._source = np.empty(BLOCK_BYTES, np.uint8)
+        self._codes = np.empty(BLOCK_BYTES, np.int8)
+
+    def source(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        if self._source.size < n_bytes:
+            self._source = np.empty(n_bytes, np.uint8)
+        return self._source[:n_bytes]
+
+    def codes(self, n: int) -> npt.NDArray[np.int8]:
+        if self._codes.size < n:
+            self._codes = np.empty(n, np.int8)
+        return self._codes[:n]
+
+
+class TensorCopy:
+    """A tensor that stays as it is."""
+
+    def __init__(self, tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> None:
+        self._tensor = tensor
+        self._reader = reader
+        self._writer = writer
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Byte ranges, in order."""
+        n_bytes = self._tensor.source.n_bytes
+        step = max(1, n_bytes) if self._tensor.source.strides is not None else BLOCK_BYTES
+        return ((begin, min(begin + step, n_bytes)) for begin in range(0, max(1, n_bytes), step))
+
+    def run(self, begin: int, end: int, scratch: Scratch) -> None:
+        stored = self._tensor.source
+        if stored.strides is not None:
+            data = read_dense(stored, self._reader).reshape(-1).view(np.uint8)
+        else:
+            data = scratch.source(end - begin)
+            self._reader.read_into(data.data, stored.offset + begin)
+        self._writer.write(self._tensor.output_name, data.data, begin)
+
+    def finish(self) -> TensorKept:
+        return TensorKept(self._tensor)
+
+
+class TensorQuantization:
+    """A tensor that becomes int8."""
+
+    def __init__(self, tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> None:
+        self._tensor = tensor
+        self._reader = reader
+        self._writer = writer
+        n_rows = tensor.source.shape[0]
+        self._absmax = np.empty(n_rows, np.float32)
+        self._signal = np.empty(n_rows, np.float64)
+        self._noise = np.empty(n_rows, np.float64)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Row ranges, in order."""
+        stored = self._tensor.source
+        n_rows, n_columns = stored.shape
+        row_bytes = n_columns * DTYPE_BYTES[stored.dtype]
+        step = n_rows if stored.strides is not None else max(1, BLOCK_BYTES // row_bytes)
+        return ((begin, min(begin + step, n_rows)) for begin in range(0, n_rows, step))
+
+    def run(self, begin: int, end: int, scratch: Scratch) -> None:
+        """Quantize the rows from `begin` to before `end`."""
+        n_columns = self._tensor.source.shape[1]
+        weight = self._read_rows(begin, end, scratch)
+        codes = scratch.codes((end - begin) * n_columns).reshape(end - begin, n_columns)
+        rows = slice(begin, end)
+        cpu.row_quantize(_bits(weight), codes, self._absmax[rows], self._signal[rows], self._noise[rows])
+        self._check_finite(weight, begin, end)
+        self._writer.write(self._tensor.output_name, codes.reshape(-1).view(np.uint8).data, begin * n_columns)
+
+    def _read_rows(self, begin: int, end: int, scratch: Scratch) -> npt.NDArray[Any]:
+        stored = self._tensor.source
+        if stored.strides is not None:
+            return read_dense(stored, self._reader)
+        row_bytes = stored.shape[1] * DTYPE_BYTES[stored.dtype]
+        data = scratch.source((end - begin) * row_bytes)
+        self._reader.read_into(data.data, stored.offset + begin * row_bytes)
+        return data.view(_NUMPY_DTYPE[stored.dtype]).reshape(end - begin, stored.shape[1])
+
+    def _check_finite(self, weight: npt.NDArray[Any], begin: int, end: int) -> None:
+        finite = np.isfinite(self._absmax[begin:end])
+        if finite.all():
+            return
+        row = int(np.argmin(finite))
+        one_row = weight[row : row + 1]
+        values = one_row if one_row.dtype.kind == "f" else widen_bfloat16(one_row)
+        column = int(np.argmin(np.isfinite(values[0])))
+        raise NonFiniteWeightError(
+            f"{self._tensor.source.name!r} in '{self._tensor.shard.path.name}' holds {values[0, column]} "
+            f"at row {begin + row:,}, column {column:,}",
+            "such weights have no int8 form; mend the checkpoint, or leave the module 16-bit with "
+            f"--skip '{self._tensor.output_name.removesuffix('.weight')}'",
+        )
+
+    def finish(self) -> TensorQuantized:
+        """Write the scales and sum up; after the last block."""
+        self._writer.write(self._tensor.absmax_name, self._absmax.view(np.uint8).data)
+        self._writer.write(self._tensor.format_name, memoryview(b"\0"))
+        squared_scale = np.square(self._absmax.astype(np.float64) / N_STEPS)
+        signal, noise = float(self._signal @ squared_scale), float(self._noise @ squared_scale)
+        sqnr_db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+        return TensorQuantized(self._tensor, sqnr_db, float(self._absmax.min()), float(self._absmax.max()))
+
+
+TensorTask = TensorCopy | TensorQuantization
+
+
+def tensor_task(tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> TensorTask:
+    """The work the plan foresees for a tensor."""
+    task = TensorQuantization if tensor.is_quantized else TensorCopy
+    return task(tensor, reader, writer)
+
+
+class BlockCounter:
+    """Counts a tensor's unfinished blocks, so that whichever thread ends the last one finishes the tensor."""
+
+    def __init__(self, task: TensorTask, n_blocks: int) -> None:
+        self.task = task
+        self._left = n_blocks
+        self._lock = threading.Lock()
+
+    def count_down(self) -> bool:
+        """Whether this was the last block."""
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+
+# bf16 has no NumPy dtype: its bits are handled as int16, everything else as what it is.
+_NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(np.int16),
+}
+
+
+def _bits(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The weights as `cpu.row_quantize` takes them; F64 is rounded to float32 first, as torch does."""
+    if weight.dtype == np.float64:
+        weight = weight.astype(np.float32)
+    bits_by_dtype = {"float32": cpu.BITS_DTYPE["F32"], "float16": cpu.BITS_DTYPE["F16"]}
+    return weight.view(bits_by_dtype.get(weight.dtype.name, cpu.BITS_DTYPE["BF16"]))
+
+
+def widen_bfloat16(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
+    """bf16 values from their bits, exactly."""
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def read_dense(stored: StoredTensor, reader: ShardReader) -> npt.NDArray[Any]:
+    """A strided tensor, whole, made contiguous. Takes the memory of what it spans and of itself.
+
+    Elements other than the four float formats come as unsigned integers of their width.
+    """
+    dtype = _NUMPY_DTYPE.get(stored.dtype, np.dtype(f"u{min(8, DTYPE_BYTES[stored.dtype])}"))
+    span = np.empty(stored.span_bytes, np.uint8)
+    reader.read_into(span.data, stored.offset)
+    strides = tuple(stride * dtype.itemsize for stride in stored.strides or ())
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(span.view(dtype), stored.shape, strides))

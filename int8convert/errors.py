@@ -1,0 +1,80 @@
+"""Every error int8convert raises on purpose.
+
+    Int8ConvertError              exit 1: two lines, what and what to do
+    ├── SourceError               the source cannot be used: missing, no weights, no usable config
+    │   ├── CorruptFileError      a file contradicts what it, or the index, promises
+    │   ├── AlreadyQuantizedError nothing to do here: convert the 16-bit original instead
+    │   └── NonFiniteWeightError  the weights hold NaN or infinity
+    ├── ModelMapError             transformers cannot build the model the config describes
+    ├── OutputError               the place to write to cannot be used: taken, same as the source, not writable
+    │   └── DiskFullError         it can, with more room
+    ├── CoverageError             too little would become int8
+    ├── PatternError              a --skip or --only pattern matches nothing
+    └── DeviceError               the device asked for is not usable here
+
+A class exists because the caller would act differently. Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class Int8ConvertError(Exception):
+    """The base of all.
+
+    Args:
+        message: what, where, expected against found. One line, no final stop.
+        hint: the next step, and what is on disk now. One line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    @property
+    def code(self) -> str:
+        """The stable name used in `--json`: `CorruptFileError` -> `corrupt_file`."""
+        words = type(self).__name__.removesuffix("Error")
+        return "".join("_" + c.lower() if c.isupper() else c for c in words).lstrip("_")
+
+
+class SourceError(Int8ConvertError):
+    """The source cannot be used."""
+
+
+class CorruptFileError(SourceError):
+    """A file contradicts what it, or the index, promises."""
+
+
+class AlreadyQuantizedError(SourceError):
+    """The source is quantized already."""
+
+
+class NonFiniteWeightError(SourceError):
+    """The weights hold NaN or infinity."""
+
+
+class ModelMapError(Int8ConvertError):
+    """transformers cannot build the model the config describes."""
+
+
+class OutputError(Int8ConvertError):
+    """The place to write to cannot be used."""
+
+
+class DiskFullError(OutputError):
+    """There is not enough room."""
+
+
+class CoverageError(Int8ConvertError):
+    """Too little would become int8."""
+
+
+class PatternError(Int8ConvertError):
+    """A pattern matches no module."""
+
+
+class DeviceError(Int8ConvertError):
+    """The device asked for is not usable here."""
