@@ -97,14 +97,19 @@ def build_index(weight_map: Mapping[str, str], n_bytes: int, n_parameters: int) 
     }
 
 
-def bitsandbytes_config(config: Mapping[str, Any], threshold: float, skip_modules: Iterable[str]) -> dict[str, Any]:
+def bitsandbytes_config(
+    config: Mapping[str, Any], dtype: str, threshold: float, skip_modules: Iterable[str]
+) -> dict[str, Any]:
     """The source's config.json with the block that makes transformers load the int8 weights through bitsandbytes.
 
     The skip list replaces the loader's own default, so it must be complete. The threshold is written as a float:
-    transformers refuses an int.
+    transformers refuses an int. Where the config names no dtype, one is added: loaders go by the first float tensor,
+    which in the output may be that of a scale.
     """
+    named = {} if config.get("dtype") or config.get("torch_dtype") else {"torch_dtype": dtype}
     return {
         **config,
+        **named,
         "quantization_config": {
             "quant_method": "bitsandbytes",
             "load_in_8bit": True,

@@ -41,7 +41,8 @@ def read_pickle_header(path: Path) -> tuple[StoredTensor, ...]:
     for name, tensor in _load_state_dict(path, location="meta").items():
         storage = tensor.untyped_storage()
         # Private, but what torch's own mmap loading is built on; a release without it is caught right here.
-        begin: int = storage._checkpoint_offset  # type: ignore[attr-defined]
+        begin = storage._checkpoint_offset
+        assert begin is not None, "torch no longer states storage offsets"
         stored = _describe(name, tensor, begin, path.name)
         if stored.offset + stored.span_bytes > begin + record_bytes.get(begin, -1):
             raise _corrupt(path.name, f"{name!r} reaches beyond its storage")
@@ -67,8 +68,8 @@ def load_legacy_pickle(path: Path) -> tuple[tuple[StoredTensor, ...], memoryview
         tensors.append(_describe(name, tensor, storages[storage.data_ptr()][0], path.name))
     buffer = torch.zeros(at, dtype=torch.uint8)
     for begin, storage in storages.values():
-        buffer[begin : begin + storage.nbytes()] = torch.tensor([], dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-    return tuple(sorted(tensors, key=lambda tensor: (tensor.offset, tensor.name))), memoryview(buffer.numpy())
+        buffer[begin : begin + storage.nbytes()] = torch.tensor([], dtype=torch.uint8).set_(storage)
+    return tuple(sorted(tensors, key=lambda tensor: (tensor.offset, tensor.name))), memoryview(buffer.numpy().data)
 
 
 def _corrupt(file_name: str, what: str) -> CorruptFileError:
@@ -145,7 +146,7 @@ def _describe(name: str, tensor: torch.Tensor, storage_begin: int, file_name: st
         name=name,
         dtype=dtype,
         shape=shape,
-        offset=storage_begin + tensor.storage_offset() * DTYPE_BYTES[dtype],
+        offset=storage_begin + int(tensor.storage_offset()) * DTYPE_BYTES[dtype],
         strides=None if tensor.is_contiguous() or strides == contiguous_strides(shape) else strides,
         storage=storage_begin,
     )

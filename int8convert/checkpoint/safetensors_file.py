@@ -55,7 +55,9 @@ def _parse_header(header_json: bytes, file_name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"the header of '{file_name}' is not valid JSON: {error}", _REFETCH) from None
     if not isinstance(header, dict):
-        raise CorruptFileError(f"the header of '{file_name}' is a JSON {type(header).__name__}, not an object", _REFETCH)
+        raise CorruptFileError(
+            f"the header of '{file_name}' is a JSON {type(header).__name__}, not an object", _REFETCH
+        )
     header.pop("__metadata__", None)
     return header
 

@@ -1,4 +1,4 @@
-"""One output shard: its header first, its tensors in any order and from any thread, then there at once or not at all."""
+"""One output shard: header first, tensors in any order, from any thread; there whole under its name, or not at all."""
 
 from __future__ import annotations
 

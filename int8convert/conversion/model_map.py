@@ -44,11 +44,13 @@ class MappedTensor:
         action: what happens to it.
         reason: why it is kept or dropped; "" where it becomes int8.
         output_name: its key in the output: the source's, with the base model's prefix where the loader expects it.
+        output_dtype: I8 where it becomes int8; else the dtype a plain load of the source would give it.
     """
 
     action: Action
     reason: str
     output_name: str
+    output_dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,14 @@ class ModelMap:
 
     Attributes:
         model_class: the transformers class that decided; None where the name rules did.
+        dtype: what the model computes in, as config.json spells it: float16.
         tensors: by source name.
         skip_modules: every module the loader would replace and must not, in full dotted names.
         notes: what the user should know of how this came about.
     """
 
     model_class: str | None
+    dtype: str
     tensors: dict[str, MappedTensor] = field(repr=False)
     skip_modules: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -180,7 +184,8 @@ def _parse_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelMap:
     modules.check_used(answer["candidates"])
     return ModelMap(
         model_class=answer["model_class"],
-        tensors={name: MappedTensor(Action(a), reason, out) for name, (a, reason, out) in answer["tensors"].items()},
+        dtype=answer["dtype"],
+        tensors={name: MappedTensor(Action(action), *rest) for name, (action, *rest) in answer["tensors"].items()},
         skip_modules=tuple(answer["skip_modules"]),
         notes=tuple(answer["notes"]),
     )
@@ -191,4 +196,5 @@ def _map_by_name_rules(source: CheckpointSource, modules: ModuleFilter, why: str
 
     tensors: tuple[StoredTensor, ...] = tuple(t for shard in source.shards for t in shard.tensors)
     architecture = source.config["architectures"][0]
-    return map_by_name(tensors, modules, f"transformers cannot build {architecture} ({why[:200]})")
+    dtype = source.config.get("dtype") or source.config.get("torch_dtype")
+    return map_by_name(tensors, modules, dtype, f"transformers cannot build {architecture} ({why[:200]})")

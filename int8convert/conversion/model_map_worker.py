@@ -3,6 +3,7 @@
 1. Build the model of config.json on the meta device: classes and names, no memory.
 2. Map each checkpoint key to the parameter transformers would load it into, by transformers' own renaming.
 3. Choose what becomes int8: exactly the modules the bitsandbytes loader will replace, given the skip list we write.
+4. Give each other tensor the dtype a plain load would give it: the loader of int8 checkpoints takes them as stored.
 
 Request and answer are one JSON object each, on stdin and stdout. An exception ends the process; its last line is the
 reason the parent gives for falling back to the name rules. Left out on purpose: remote code, in any form.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,13 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -29,6 +36,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8convert.conversion.model_map import Action, ModuleFilter
 from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
+
+TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 # Where config.json names a class that transformers no longer has, the model type still leads to one. In this order:
 # the first mapping that knows the type wins.
@@ -57,8 +67,8 @@ class LoadedInto:
     is_converted: bool
 
 
-def build_model(directory: str) -> tuple[Any, list[str]]:
-    """The model of a config on the meta device, and notes on how its class was found."""
+def build_model(directory: str, tensors: list[CheckpointTensor]) -> tuple[Any, torch.dtype, list[str]]:
+    """The model of a config on the meta device, the dtype it loads in, and notes on how its class was found."""
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     architecture = config.architectures[0]
     model_class = getattr(transformers, architecture, None)
@@ -68,8 +78,19 @@ def build_model(directory: str) -> tuple[Any, list[str]]:
         if model_class is None:
             raise LookupError(f"no class for {architecture}")
         notes.append(f"config.json names {architecture}, unknown to transformers: read as {model_class.__name__}")
+    dtype = load_dtype(config, tensors)
+    torch.set_default_dtype(dtype)
     with torch.device("meta"):
-        return model_class(config), notes
+        return model_class(config), dtype, notes
+
+
+def load_dtype(config: Any, tensors: list[CheckpointTensor]) -> torch.dtype:
+    """The dtype `from_pretrained` loads the source in: the config's, else that of the first tensor of a float dtype."""
+    if config.dtype is not None:
+        dtype: torch.dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+        return dtype
+    stored = (TORCH_DTYPE[tensor.dtype] for tensor in tensors if tensor.dtype in TORCH_DTYPE)
+    return next(stored, torch.float32)
 
 
 def map_keys(model: Any, names: list[str]) -> dict[str, LoadedInto | None]:
@@ -96,8 +117,9 @@ class TensorChoice:
     Does not know values: a Linear weight full of NaN is chosen like any other.
     """
 
-    def __init__(self, model: Any, tensors: list[CheckpointTensor], modules: ModuleFilter) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, tensors: list[CheckpointTensor], modules: ModuleFilter) -> None:
         self.model = model
+        self.dtype = dtype
         self.tensors = tensors
         self.modules = modules
         self.loaded = map_keys(model, [tensor.name for tensor in tensors])
@@ -152,19 +174,41 @@ class TensorChoice:
     def skip_modules(self) -> list[str]:
         return sorted(self.replaceable - self.chosen)
 
-    def decide(self, tensor: CheckpointTensor) -> tuple[Action, str, str]:
-        """Action, reason and output name of one tensor."""
+    def decide(self, tensor: CheckpointTensor) -> tuple[Action, str, str, str]:
+        """Action, reason, output name and output dtype of one tensor."""
         into = self.loaded[tensor.name]
         if into is None:
-            return Action.KEEP, f"not used by {type(self.model).__name__}", tensor.name
+            return Action.KEEP, f"not used by {type(self.model).__name__}", tensor.name, tensor.dtype
         output_name = self._output_name(tensor.name, into.parameter)
         module_name, _, leaf = into.parameter.rpartition(".")
         if leaf == "weight" and module_name in self.chosen and not into.is_converted:
             is_conv1d = isinstance(self._module_by_name[module_name], Conv1D)
-            return Action.QUANTIZE_TRANSPOSED if is_conv1d else Action.QUANTIZE, "", output_name
+            return Action.QUANTIZE_TRANSPOSED if is_conv1d else Action.QUANTIZE, "", output_name, "I8"
+        dtype = self._output_dtype(tensor, into)
         if self._is_duplicate(tensor, into):
-            return Action.DROP, f"tied to {self.model.all_tied_weights_keys[into.parameter]}", output_name
-        return Action.KEEP, self._reason_to_keep(tensor, into, module_name, leaf), output_name
+            return Action.DROP, f"tied to {self.model.all_tied_weights_keys[into.parameter]}", output_name, dtype
+        return Action.KEEP, self._reason_to_keep(tensor, into, module_name, leaf), output_name, dtype
+
+    @cached_property
+    def _parameter_dtype(self) -> Callable[[str], torch.dtype]:
+        """Parameter name -> the dtype a plain load gives it, some kept in fp32 whatever the model's dtype."""
+        parameters = self.model.state_dict()
+        plan = self.model._get_dtype_plan(self.dtype)
+        if not plan:
+            return lambda name: parameters[name].dtype
+        alternation, glob_by_group, _ = build_glob_alternation(list(plan))
+
+        def dtype_of(name: str) -> torch.dtype:
+            match = alternation.search(name)
+            dtype: torch.dtype = plan[glob_by_group[match.lastgroup]] if match else parameters[name].dtype
+            return dtype
+
+        return dtype_of
+
+    def _output_dtype(self, tensor: CheckpointTensor, into: LoadedInto) -> str:
+        if tensor.dtype not in TORCH_DTYPE or into.is_converted:
+            return tensor.dtype
+        return _STORED_DTYPE.get(self._parameter_dtype(into.parameter), tensor.dtype)
 
     def _output_name(self, key: str, parameter: str) -> str:
         """The source's own key, but for the base model's prefix, which is as the model class has it.
@@ -212,11 +256,12 @@ class TensorChoice:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    model, notes = build_model(request["directory"])
     tensors = [CheckpointTensor(n, d, tuple(shape), st, offset) for n, d, shape, st, offset in request["tensors"]]
-    choice = TensorChoice(model, tensors, ModuleFilter(tuple(request["skip"]), tuple(request["only"])))
+    model, dtype, notes = build_model(request["directory"], tensors)
+    choice = TensorChoice(model, dtype, tensors, ModuleFilter(tuple(request["skip"]), tuple(request["only"])))
     return {
         "model_class": type(model).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
         "tensors": {tensor.name: choice.decide(tensor) for tensor in tensors},
         "skip_modules": choice.skip_modules,
         "candidates": sorted(choice.candidates),

@@ -12,6 +12,7 @@ from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModuleFilter
 
 QUANTIZABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MIN_FEATURES = 32
 """Below this, a matrix is a projection of some few numbers, and its int8 form saves nothing."""
 
@@ -30,12 +31,13 @@ _REASON_BY_WORD = {
 }
 
 
-def map_by_name(tensors: Sequence[StoredTensor], modules: ModuleFilter, why: str) -> ModelMap:
+def map_by_name(tensors: Sequence[StoredTensor], modules: ModuleFilter, dtype: str | None, why: str) -> ModelMap:
     """Decide by name and shape.
 
     Args:
         tensors: all of the checkpoint.
         modules: the user's choice.
+        dtype: what config.json says the model computes in; None takes the first tensor's.
         why: what went wrong with the model class; becomes the note.
     """
     candidates = [tensor for tensor in tensors if not _reason_to_keep(tensor)]
@@ -48,12 +50,16 @@ def map_by_name(tensors: Sequence[StoredTensor], modules: ModuleFilter, why: str
         module_name = tensor.name.removesuffix(".weight")
         reason = _reason_to_keep(tensor) or ("" if module_name in chosen else "user skip")
         mapped[tensor.name] = MappedTensor(
-            Action.KEEP if reason else Action.QUANTIZE, reason and f"{reason} (name rule)", tensor.name
+            Action.KEEP if reason else Action.QUANTIZE,
+            reason and f"{reason} (name rule)",
+            tensor.name,
+            tensor.dtype if reason else "I8",
         )
         if reason and tensor.name.endswith(".weight") and len(tensor.shape) == 2:
             skipped.append(module_name)
     return ModelMap(
         model_class=None,
+        dtype=dtype or next((_CONFIG_DTYPE[t.dtype] for t in tensors if t.dtype in _CONFIG_DTYPE), "float32"),
         tensors=mapped,
         skip_modules=tuple(sorted(skipped)),
         notes=(f"{why}: Linear weights were chosen by name and shape; check the list with --dry-run",),

@@ -113,5 +113,5 @@ class OutputDirectory:
         if len(plan.shards) > 1:
             n_bytes = sum(tensor.output_bytes for tensor in plan.tensors)
             write_json(self.path / INDEX_NAME, build_index(output_weight_map(plan), n_bytes, plan.n_parameters))
-        config = bitsandbytes_config(plan.source.config, threshold, plan.model_map.skip_modules)
+        config = bitsandbytes_config(plan.source.config, plan.model_map.dtype, threshold, plan.model_map.skip_modules)
         write_json(self.path / CONFIG_NAME, config)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from int8convert.checkpoint.layout import shard_name
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
-from int8convert.checkpoint.stored_tensor import StoredTensor, contiguous_strides
+from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, contiguous_strides
 from int8convert.checkpoint.writer import order_for_alignment, planned_shard_bytes
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap
 from int8convert.errors import CorruptFileError
@@ -27,15 +28,19 @@ class PlannedTensor:
         source: as it will be read; a Conv1D weight as the [out, in] view of its [in, out] bytes.
         shard: the file it is in.
         output_name: its key in the output.
-        is_quantized: becomes int8 with a scale, else copied.
+        output_dtype: I8 if it becomes int8 with a scale, else what it is copied as.
         reason: why it is copied; "" if quantized.
     """
 
     source: StoredTensor
     shard: SourceShard = field(repr=False)
     output_name: str
-    is_quantized: bool
+    output_dtype: str
     reason: str
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.output_dtype == "I8" and self.source.dtype != "I8"
 
     @property
     def absmax_name(self) -> str:
@@ -53,7 +58,7 @@ class PlannedTensor:
     def output_specs(self) -> TensorSpecs:
         """The tensors it becomes in `--format bitsandbytes`."""
         if not self.is_quantized:
-            return {self.output_name: (self.source.dtype, self.source.shape)}
+            return {self.output_name: (self.output_dtype, self.source.shape)}
         return {
             self.output_name: ("I8", self.source.shape),
             self.absmax_name: ("F32", self.source.shape[:1]),
@@ -63,7 +68,7 @@ class PlannedTensor:
     @property
     def output_bytes(self) -> int:
         n = self.source.n_elements
-        return n + 4 * self.source.shape[0] + 1 if self.is_quantized else self.source.n_bytes
+        return n + 4 * self.source.shape[0] + 1 if self.is_quantized else n * DTYPE_BYTES[self.output_dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,29 @@ class ConversionPlan:
         """Bytes of the output shards, headers included."""
         return sum(shard.n_bytes for shard in self.shards)
 
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object: totals, shards, and what happens to each tensor."""
+        return {
+            "source": self.source.label,
+            "model_class": self.model_map.model_class,
+            "notes": list(self.model_map.notes),
+            "n_parameters": self.n_parameters,
+            "n_int8_parameters": self.n_int8_parameters,
+            "coverage": self.coverage,
+            "byte_coverage": self.byte_coverage,
+            "n_read_bytes": self.n_read_bytes,
+            "n_written_bytes": self.n_written_bytes,
+            "shards": [
+                {"file_name": s.file_name, "n_read_bytes": s.n_read_bytes, "n_written_bytes": s.n_bytes}
+                for s in self.shards
+            ],
+            "tensors": {
+                t.output_name: {"source": t.source.name, "dtype": t.output_dtype, "reason": t.reason or None}
+                for t in self.tensors
+            },
+            "dropped": self.dropped,
+        }
+
     def kept_by_reason(self) -> dict[str, tuple[int, int]]:
         """Reason -> (tensors, parameters) that stay as they are, the most parameters first."""
         kept: dict[str, tuple[int, int]] = {}
@@ -190,8 +218,7 @@ def _plan_tensor(stored: StoredTensor, shard: SourceShard, mapped: MappedTensor)
         rows, columns = stored.shape
         row_stride, column_stride = stored.strides or contiguous_strides(stored.shape)
         stored = replace(stored, shape=(columns, rows), strides=(column_stride, row_stride))
-    is_quantized = mapped.action is not Action.KEEP
-    return PlannedTensor(stored, shard, mapped.output_name, is_quantized, mapped.reason)
+    return PlannedTensor(stored, shard, mapped.output_name, mapped.output_dtype, mapped.reason)
 
 
 def _plan_shard(file_name: str, tensors: Iterable[PlannedTensor]) -> PlannedShard:

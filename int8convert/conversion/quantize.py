@@ -167,7 +167,8 @@ def parse_size(size: int | str | None) -> int | None:
     if not match or float(match[1]) <= 0:
         raise ValueError(f"a size must look like 5GB or 500MiB, not {size!r}")
     number, prefix, binary = match.groups()
-    return math.ceil(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    unit: int = (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+    return math.ceil(float(number) * unit)
 
 
 def _as_output_error(error: OSError, output: OutputDirectory) -> Exception:
@@ -188,18 +189,15 @@ class _TqdmProgress:
     """What a library user sees by default: one bar over the bytes read."""
 
     def __init__(self) -> None:
-        self._bar = None
-
-    def __call__(self, event: Event) -> None:
         from tqdm.auto import tqdm
 
+        self._bar = tqdm(unit="B", unit_scale=True, desc="quantize")
+
+    def __call__(self, event: Event) -> None:
         match event:
             case PlanMade(conversion_plan):
-                self._bar = tqdm(total=conversion_plan.n_read_bytes, unit="B", unit_scale=True, desc="quantize")
-                self._n_left = len(conversion_plan.shards)
-            case TensorQuantized(tensor=tensor) | TensorKept(tensor=tensor) if self._bar is not None:
+                self._bar.reset(total=conversion_plan.n_read_bytes)
+            case TensorQuantized(tensor=tensor) | TensorKept(tensor=tensor):
                 self._bar.update(tensor.source.n_bytes)
-            case ShardFinished() if self._bar is not None:
-                self._n_left -= 1
-                if self._n_left == 0:
-                    self._bar.close()
+            case ShardFinished(i=i, n=n) if i == n - 1:
+                self._bar.close()

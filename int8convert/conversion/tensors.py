@@ -46,7 +46,7 @@ class Scratch:
 
 
 class TensorCopy:
-    """A tensor that stays as it is."""
+    """A tensor that stays as it is, or in another float dtype."""
 
     def __init__(self, tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> None:
         self._tensor = tensor
@@ -54,19 +54,23 @@ class TensorCopy:
         self._writer = writer
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Byte ranges, in order."""
-        n_bytes = self._tensor.source.n_bytes
-        step = max(1, n_bytes) if self._tensor.source.strides is not None else BLOCK_BYTES
-        return ((begin, min(begin + step, n_bytes)) for begin in range(0, max(1, n_bytes), step))
+        """Element ranges, in order."""
+        n = self._tensor.source.n_elements
+        step = max(1, n) if self._tensor.source.strides is not None else BLOCK_BYTES // 8
+        return ((begin, min(begin + step, n)) for begin in range(0, max(1, n), step))
 
     def run(self, begin: int, end: int, scratch: Scratch) -> None:
-        stored = self._tensor.source
+        """Copy the elements from `begin` to before `end`."""
+        stored, output_dtype = self._tensor.source, self._tensor.output_dtype
         if stored.strides is not None:
             data = read_dense(stored, self._reader).reshape(-1).view(np.uint8)
         else:
-            data = scratch.source(end - begin)
-            self._reader.read_into(data.data, stored.offset + begin)
-        self._writer.write(self._tensor.output_name, data.data, begin)
+            width = DTYPE_BYTES[stored.dtype]
+            data = scratch.source((end - begin) * width)
+            self._reader.read_into(data.data, stored.offset + begin * width)
+        if output_dtype != stored.dtype:
+            data = convert_floats(data, stored.dtype, output_dtype)
+        self._writer.write(self._tensor.output_name, data.data, begin * DTYPE_BYTES[output_dtype])
 
     def finish(self) -> TensorKept:
         return TensorKept(self._tensor)
@@ -180,6 +184,27 @@ def _bits(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def widen_bfloat16(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
     """bf16 values from their bits, exactly."""
     return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
+    """The bits of the nearest bf16 values, ties to even, as torch rounds; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet_nan = (bits >> 16) | 0x40
+    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16).view(np.int16)
+
+
+def convert_floats(data: npt.NDArray[np.uint8], dtype: str, output_dtype: str) -> npt.NDArray[np.uint8]:
+    """The bytes of float values in another float dtype, rounded to nearest even as torch rounds.
+
+    By way of float32; what is too large for the new dtype becomes infinite, as it does when a loader casts.
+    """
+    values = data.view(_NUMPY_DTYPE[dtype])
+    wide = widen_bfloat16(values) if dtype == "BF16" else values
+    if output_dtype == "BF16":
+        return narrow_to_bfloat16(np.ascontiguousarray(wide, np.float32)).view(np.uint8)
+    with np.errstate(over="ignore"):
+        return wide.astype(_NUMPY_DTYPE[output_dtype]).view(np.uint8)
 
 
 def read_dense(stored: StoredTensor, reader: ShardReader) -> npt.NDArray[Any]:

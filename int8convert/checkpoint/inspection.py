@@ -1,0 +1,103 @@
+"""What is in a checkpoint, from its headers and config alone: tensors by pattern, dtypes, how much of it is int8."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from int8convert.checkpoint.source import open_source
+from int8convert.checkpoint.stored_tensor import StoredTensor
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_SCALE_SUFFIXES = (".SCB", ".weight_format", ".weight_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """Tensors that differ in their layer number only.
+
+    pattern: the name with `*` for the numbers; shape and dtype are the same for all.
+    """
+
+    pattern: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_tensors: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint at a glance.
+
+    Attributes:
+        quant_method: as config.json names it; None if it names none.
+        n_parameters: elements of all tensors but scales.
+        n_int8_parameters: of them in int8.
+        skip_modules: those config.json tells the loader to leave alone.
+    """
+
+    path: str
+    architectures: tuple[str, ...]
+    quant_method: str | None
+    threshold: float | None
+    skip_modules: tuple[str, ...]
+    n_shards: int
+    n_tensors: int
+    n_bytes: int
+    n_parameters: int
+    n_int8_parameters: int
+    n_tensors_by_dtype: dict[str, int]
+    groups: tuple[TensorGroup, ...]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters in int8, 0 to 1."""
+        return self.n_int8_parameters / max(1, self.n_parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": 1, **asdict(self), "coverage": self.coverage}
+
+
+def inspect(path: str | os.PathLike[str]) -> Inspection:
+    """Look at a source or an output directory; reads headers and config only.
+
+    Raises:
+        Int8ConvertError: there is no checkpoint, or it is broken.
+    """
+    source = open_source(path)
+    tensors = [tensor for shard in source.shards for tensor in shard.tensors]
+    parameters = [tensor for tensor in tensors if not tensor.name.endswith(_SCALE_SUFFIXES)]
+    block = source.config.get("quantization_config")
+    block = block if isinstance(block, dict) else {}
+    return Inspection(
+        path=source.label,
+        architectures=_strings(source.config.get("architectures")),
+        quant_method=block.get("quant_method"),
+        threshold=block.get("llm_int8_threshold"),
+        skip_modules=_strings(block.get("llm_int8_skip_modules")),
+        n_shards=len(source.shards),
+        n_tensors=len(tensors),
+        n_bytes=source.n_bytes,
+        n_parameters=sum(tensor.n_elements for tensor in parameters),
+        n_int8_parameters=sum(tensor.n_elements for tensor in parameters if tensor.dtype == "I8"),
+        n_tensors_by_dtype=dict(Counter(tensor.dtype for tensor in tensors).most_common()),
+        groups=_group(tensors),
+    )
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(str(item) for item in value) if isinstance(value, list) else ()
+
+
+def _group(tensors: list[StoredTensor]) -> tuple[TensorGroup, ...]:
+    groups: dict[tuple[str, str, tuple[int, ...]], list[StoredTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((_NUMBER.sub("*", tensor.name), tensor.dtype, tensor.shape), []).append(tensor)
+    return tuple(
+        TensorGroup(pattern, dtype, shape, len(members), sum(member.n_bytes for member in members))
+        for (pattern, dtype, shape), members in sorted(groups.items())
+    )

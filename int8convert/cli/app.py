@@ -1,0 +1,37 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+import typer
+
+from int8convert import __version__
+from int8convert.cli import inspect, quantize
+
+app = typer.Typer(
+    name="int8convert",
+    help="Turn any Hugging Face checkpoint into an LLM.int8() checkpoint, offline, shard by shard.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,  # locals can hold a token
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize", help=quantize.HELP)(quantize.quantize)
+app.command("inspect", help=inspect.HELP)(inspect.inspect)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"int8convert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console script."""
+    app()

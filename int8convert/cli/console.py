@@ -1,0 +1,102 @@
+"""All that is printed: results to stdout; progress, notes and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from int8convert.errors import Int8ConvertError
+
+_WIDTH_OF_A_PIPE = 160
+"""Tables in a file or a pipe need not fit the 80 columns rich would assume."""
+
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def wants_live_display(quiet: bool, as_json: bool) -> bool:
+    """Whether a person is watching. Not rich's own guess: FORCE_COLOR would make that true for a log file."""
+    return sys.stderr.isatty() and not quiet and not as_json
+
+
+@contextmanager
+def reporting_errors(as_json: bool) -> Iterator[None]:
+    """The one boundary: our own errors become two lines and an exit code; all else is a bug and keeps its traceback."""
+    try:
+        yield
+    except Int8ConvertError as error:
+        if as_json:
+            print_json({"schema": 1, "error": {"code": error.code, "message": error.message, "hint": error.hint}})
+        stderr.print(f"[bold red]error:[/] {escape(error.message)}")
+        stderr.print(f"[bold]hint:[/] {escape(error.hint)}")
+        if os.environ.get("INT8CONVERT_DEBUG"):
+            raise
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        stderr.print("[bold red]error:[/] interrupted")
+        stderr.print("[bold]hint:[/] what this run had written was removed; rerun the same command")
+        raise typer.Exit(130) from None
+
+
+def note(message: str) -> None:
+    """One line the user should see, on stderr."""
+    stderr.print(f"[bold]note:[/] {escape(message)}")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The machine-readable result: one object, and nothing else on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def print_line(text: str) -> None:
+    """A line of the result; rich markup allowed."""
+    stdout.print(text)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of the result: the first column to the left, the others to the right."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(escape(column), justify="right" if i else "left", header_style="dim", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    stdout.print(table, soft_wrap=False)
+
+
+def format_bytes(n: float) -> str:
+    """Decimal units, three digits: 2.63 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 999.5 or (unit == "B" and n < 1000):
+            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:,.3g} TB" if n < 1000 else f"{n:,.0f} TB"
+
+
+def format_count(n: float) -> str:
+    """Parameters: 1.32 B."""
+    for unit in ("", " k", " M", " B"):
+        if abs(n) < 999.5:
+            return f"{n:.0f}" if not unit else f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g} T"
+
+
+def format_percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,60 @@
+"""`int8convert inspect`: what is in a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from int8convert.cli.console import (
+    format_bytes,
+    format_count,
+    format_percent,
+    print_json,
+    print_line,
+    print_table,
+    reporting_errors,
+)
+
+HELP = """Show what is in a checkpoint, source or output: tensors, dtypes, how much of it is int8.
+
+Reads headers and config alone, so it takes a moment for any size.
+
+\b
+Examples:
+  int8convert inspect ./opt-66b
+  int8convert inspect ./opt-66b-int8 --json
+
+Exit codes: 0 done; 1 there is no checkpoint or it is broken; 2 wrong usage.
+"""
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    with reporting_errors(as_json):
+        from int8convert.checkpoint.inspection import inspect as run
+
+        found = run(path)
+        if as_json:
+            print_json(found.to_json())
+            return
+        print_line(
+            f"[bold]{found.path}[/]: {', '.join(found.architectures) or 'no architecture named'}, "
+            f"{format_count(found.n_parameters)} parameters in {found.n_tensors} tensors, "
+            f"{format_bytes(found.n_bytes)} in {found.n_shards} shards"
+        )
+        print_line(
+            f"int8: {format_percent(found.coverage)} of the parameters; quant_method: {found.quant_method or 'none'}"
+            + (f", threshold {found.threshold}" if found.threshold is not None else "")
+            + (f", left 16-bit: {', '.join(found.skip_modules)}" if found.skip_modules else "")
+        )
+        print_table(
+            "",
+            ("tensors", "dtype", "shape", "number", "bytes"),
+            [
+                (g.pattern, g.dtype, "x".join(map(str, g.shape)) or "scalar", f"{g.n_tensors}", format_bytes(g.n_bytes))
+                for g in found.groups
+            ],
+        )

@@ -1,0 +1,117 @@
+"""A conversion's events as a live bar where a person watches, as one line a shard elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from int8convert.cli.console import (
+    format_bytes,
+    format_percent,
+    note,
+    stderr,
+    wants_live_display,
+)
+from int8convert.conversion.events import (
+    Event,
+    EventSink,
+    PlanMade,
+    ShardFinished,
+    ShardStarted,
+    TensorKept,
+    TensorQuantized,
+)
+from int8convert.conversion.plan import ConversionPlan
+
+
+class _Counter:
+    """What both displays count: bytes read, bytes written, seconds."""
+
+    def __init__(self) -> None:
+        self.read_bytes = 0
+        self.written_bytes = 0
+        self._began = time.perf_counter()
+
+    def restart(self) -> None:
+        self._began = time.perf_counter()
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, TensorQuantized | TensorKept):
+            self.read_bytes += event.tensor.source.n_bytes
+            self.written_bytes += event.tensor.output_bytes
+
+    @property
+    def rate(self) -> str:
+        return f"{format_bytes(self.read_bytes / max(1e-9, time.perf_counter() - self._began))}/s"
+
+
+@contextmanager
+def showing_progress(quiet: bool, as_json: bool) -> Iterator[EventSink]:
+    """The sink to hand to `quantize`."""
+    if quiet or as_json:
+        yield lambda _event: None
+    elif wants_live_display(quiet, as_json):
+        with _live_progress() as sink:
+            yield sink
+    else:
+        yield _plain_progress()
+
+
+def _announce(plan: ConversionPlan) -> None:
+    for text in plan.model_map.notes:
+        note(text)
+    stderr.print(
+        f"{escape(plan.model_map.model_class or 'unknown class')}: {format_bytes(plan.n_read_bytes)} in "
+        f"{len(plan.source.shards)} shards -> {format_bytes(plan.n_written_bytes)} in {len(plan.shards)}, "
+        f"{format_percent(plan.coverage)} of the parameters to int8"
+    )
+
+
+def _plain_progress() -> EventSink:
+    counter = _Counter()
+
+    def on_event(event: Event) -> None:
+        counter.add(event)
+        match event:
+            case PlanMade(plan):
+                _announce(plan)
+                counter.restart()
+            case ShardFinished(i=i, n=n, shard=shard):
+                stderr.print(f"shard {i + 1} of {n}: {shard.file_name} {format_bytes(shard.n_bytes)}, {counter.rate}")
+
+    return on_event
+
+
+@contextmanager
+def _live_progress() -> Iterator[EventSink]:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(compact=True),
+        console=stderr,
+        transient=True,
+    )
+    counter = _Counter()
+    task = progress.add_task("reading the model class", total=None, detail="")
+
+    def on_event(event: Event) -> None:
+        counter.add(event)
+        match event:
+            case PlanMade(plan):
+                _announce(plan)
+                counter.restart()
+                progress.reset(task, total=plan.n_read_bytes)
+            case ShardStarted(i=i, n=n):
+                progress.update(task, description=f"shard {i + 1} of {n}")
+            case TensorQuantized() | TensorKept():
+                detail = f"{counter.rate} in, {format_bytes(counter.written_bytes)} written"
+                progress.update(task, completed=counter.read_bytes, detail=detail)
+
+    with progress:
+        yield on_event
