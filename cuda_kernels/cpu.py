@@ -29,7 +29,7 @@ BITS_DTYPE: dict[str, np.dtype[Any]] = {
 """How each source dtype is handed to `row_quantize`: the integer type of its bits names the format."""
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _widen(_context: Any, bits: Any) -> Any:
     """Bits of an fp16 (uint16), bf16 (int16) or fp32 (uint32) value -> float32, exactly."""
 
@@ -44,7 +44,7 @@ def _widen(_context: Any, bits: Any) -> Any:
     return types.float32(bits), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _magnitude(_context: Any, bits: Any) -> Any:
     """The bits with the sign cleared; ordered as the magnitudes are."""
 

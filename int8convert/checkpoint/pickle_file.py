@@ -11,6 +11,7 @@ what the plan's peak memory counts. Anything but a flat dictionary of dense tens
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,9 @@ def _load_state_dict(path: Path, location: str) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        state_dict: Any = torch.load(path, map_location=location, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on unusual pickles; what matters of it is raised
+            state_dict: Any = torch.load(path, map_location=location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
         # torch's message advises how to run the code after all, in many lines: we quote the first sentence only.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

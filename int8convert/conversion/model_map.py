@@ -160,17 +160,10 @@ class ModelMapProcess:
 
     def result(self) -> ModelMap:
         """The map, or the name rules' where transformers could not make one."""
-        request = {
-            "directory": str(self._source.directory),
-            "tensors": [
-                [t.name, t.dtype, list(t.shape), t.storage, t.offset] for s in self._source.shards for t in s.tensors
-            ],
-            "skip": self._modules.skip,
-            "only": self._modules.only,
-        }
+        request = worker_request(self._source, self._modules)
         answer, complaints = self._process.communicate(json.dumps(request))
         if self._process.returncode == 0:
-            return _parse_answer(json.loads(answer), self._modules)
+            return parse_worker_answer(json.loads(answer), self._modules)
         last_line = (complaints.strip().splitlines() or [f"exit status {self._process.returncode}"])[-1]
         return _map_by_name_rules(self._source, self._modules, last_line)
 
@@ -180,7 +173,22 @@ class ModelMapProcess:
         self._process.communicate()
 
 
-def _parse_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelMap:
+def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str, Any]:
+    """What the child is asked, as a JSON object."""
+    return {
+        "directory": str(source.directory),
+        "tensors": [[t.name, t.dtype, list(t.shape), t.storage, t.offset] for s in source.shards for t in s.tensors],
+        "skip": modules.skip,
+        "only": modules.only,
+    }
+
+
+def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelMap:
+    """The map in a child's answer.
+
+    Raises:
+        PatternError: a pattern matches none of the modules the child found.
+    """
     modules.check_used(answer["candidates"])
     return ModelMap(
         model_class=answer["model_class"],

@@ -1,0 +1,46 @@
+"""What tests of every folder share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before anything imports transformers: tests use no network, whatever the machine allows.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+import transformers
+
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.model_map import ModelMap, ModuleFilter, parse_worker_answer, worker_request
+
+transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+
+
+class InProcessMap:
+    """`ModelMapProcess` without the process: the same request, worker and answer, minus seconds of start-up."""
+
+    def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
+        self._source, self._modules = source, modules
+
+    def result(self) -> ModelMap:
+        from int8convert.conversion.model_map_worker import answer
+
+        before = torch.get_default_dtype()
+        try:
+            return parse_worker_answer(answer(worker_request(self._source, self._modules)), self._modules)
+        finally:
+            torch.set_default_dtype(before)
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Conversions in this test make their model map in this process."""
+    monkeypatch.setattr("int8convert.conversion.quantize.ModelMapProcess", InProcessMap)
+    yield

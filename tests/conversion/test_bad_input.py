@@ -1,0 +1,241 @@
+"""Bad input gets two lines that say what to do, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import int8convert
+from int8convert import errors
+from int8convert.conversion.events import Event, ShardFinished
+from tests.tiny_models import file_bytes, read_tensors, save_checkpoint
+
+pytestmark = pytest.mark.usefixtures("map_in_process")
+
+
+def fail(source: Path, out: Path, error: type[errors.Int8ConvertError], match: str, **options: Any) -> None:
+    """The conversion raises, in two plain lines, and the disk is as before."""
+    before = file_bytes(out.parent)
+    with pytest.raises(error, match=match) as caught:
+        int8convert.quantize(source, out, **{"on_event": lambda event: None, **options})
+    for line in (caught.value.message, caught.value.hint):
+        assert line and "\n" not in line and not line.endswith(".")
+    assert file_bytes(out.parent) == before
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save_checkpoint("opt", tmp_path / "source", max_shard_size="60KB")
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    fail(tmp_path / "nowhere", tmp_path / "out", errors.SourceError, "nothing there")
+
+
+def test_file_instead_of_directory(source: Path, tmp_path: Path) -> None:
+    fail(source / "config.json", tmp_path / "out", errors.SourceError, "a file")
+
+
+def test_no_weights(source: Path, tmp_path: Path) -> None:
+    for path in source.glob("model*"):
+        path.unlink()
+    fail(source, tmp_path / "out", errors.SourceError, "holds no weights")
+
+
+def test_truncated_shard(source: Path, tmp_path: Path) -> None:
+    shard = sorted(source.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    fail(source, tmp_path / "out", errors.CorruptFileError, rf"'{shard.name}' is truncated: .* promises [\d,]+ bytes")
+
+
+def test_index_naming_a_missing_file(source: Path, tmp_path: Path) -> None:
+    shard = sorted(source.glob("*.safetensors"))[1]
+    shard.unlink()
+    fail(source, tmp_path / "out", errors.CorruptFileError, f"names shard '{shard.name}', which is not there")
+
+
+def test_index_promising_a_tensor_that_is_not_there(source: Path, tmp_path: Path) -> None:
+    index = source / "model.safetensors.index.json"
+    edit_json(index, lambda value: value["weight_map"].update({"extra.weight": "model-00001-of-00003.safetensors"}))
+    name = sorted(source.glob("*.safetensors"))[0].name
+    edit_json(index, lambda value: value["weight_map"].update({"extra.weight": name}))
+    fail(source, tmp_path / "out", errors.CorruptFileError, "promises 'extra.weight'")
+
+
+@pytest.mark.parametrize("target", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""])
+def test_index_pointing_elsewhere(target: str, source: Path, tmp_path: Path) -> None:
+    index = source / "model.safetensors.index.json"
+    edit_json(index, lambda value: value["weight_map"].update({"x.weight": target}))
+    fail(source, tmp_path / "out", errors.CorruptFileError, "not a plain file name")
+
+
+def test_index_without_a_map(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    fail(source, tmp_path / "out", errors.CorruptFileError, "has no weight_map")
+
+
+def test_tensor_in_two_shards(source: Path, tmp_path: Path) -> None:
+    first, second = sorted(source.glob("*.safetensors"))[:2]
+    tensors = {**read_tensors(source)}
+    both = next(iter(json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]))
+    for path in (first, second):
+        save_file({both: tensors[both]}, path)
+    fail(source, tmp_path / "out", errors.CorruptFileError, "is in two shards")
+
+
+def test_config_without_architecture(source: Path, tmp_path: Path) -> None:
+    edit_json(source / "config.json", lambda value: value.pop("architectures"))
+    fail(source, tmp_path / "out", errors.ModelMapError, "names no architecture")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "", '{"a":' * 5000])
+def test_config_that_is_no_json_object(text: str, source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text(text)
+    fail(source, tmp_path / "out", errors.CorruptFileError, r"'config\.json'")
+
+
+def test_already_quantized_source(source: Path, tmp_path: Path) -> None:
+    int8convert.quantize(source, tmp_path / "int8", on_event=lambda event: None)
+    fail(tmp_path / "int8", tmp_path / "out", errors.AlreadyQuantizedError, "bitsandbytes")
+
+
+def test_out_that_exists(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    fail(source, tmp_path / "out", errors.OutputError, "exists and is not empty")
+
+
+def test_out_that_is_a_file(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    fail(source, tmp_path / "out", errors.OutputError, "is a file", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["source", "link", ".", "source/../source"])
+def test_source_as_out(name: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(source)
+    before = file_bytes(source)
+    with pytest.raises(errors.OutputError, match="is the source itself, or holds it"):
+        int8convert.quantize(source, tmp_path / name, overwrite=True)
+    assert file_bytes(source) == before
+
+
+def test_no_room_is_seen_before_the_first_byte(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    fail(source, tmp_path / "out", errors.DiskFullError, r"needs [\d,]+ bytes, its disk has 1,000 free")
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+def test_disk_that_fills_up_while_writing(
+    call: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other programs write too: the room seen at the start may be gone."""
+    real, n_calls = getattr(os, call), 0
+
+    def full(*args: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, call, full)
+    fail(source, tmp_path / "out", errors.DiskFullError, "no room left")
+
+
+def test_failure_in_an_existing_directory_leaves_what_was_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    fail(source, tmp_path / "out", errors.DiskFullError, "no room left")
+    assert (tmp_path / "out").is_dir()
+
+
+def test_interrupt_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, ShardFinished):
+            raise KeyboardInterrupt
+
+    before = file_bytes(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        int8convert.quantize(source, tmp_path / "out", on_event=interrupt)
+    assert file_bytes(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_shard_that_shrinks_while_it_is_read(source: Path, tmp_path: Path) -> None:
+    shards = sorted(source.glob("*.safetensors"))
+
+    def shrink(event: Event) -> None:
+        if isinstance(event, int8convert.conversion.events.PlanMade):
+            os.truncate(shards[-1], 5000)
+
+    with pytest.raises(errors.CorruptFileError, match="was longer when the conversion began"):
+        int8convert.quantize(source, tmp_path / "out", on_event=shrink)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weight_that_is_not_finite(dtype: torch.dtype, bad: float, tmp_path: Path) -> None:
+    source = save_checkpoint("llama", tmp_path / "source", dtype)
+    tensors = read_tensors(source)
+    tensors["model.layers.1.mlp.up_proj.weight"][100, 63] = bad
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    value = str(abs(bad)) if bad != bad else str(bad)
+    fail(
+        source,
+        tmp_path / "out",
+        errors.NonFiniteWeightError,
+        rf"'model\.layers\.1\.mlp\.up_proj\.weight' in 'model\.safetensors' holds {value} at row 100, column 63",
+    )
+
+
+def test_too_little_coverage(source: Path, tmp_path: Path) -> None:
+    fail(source, tmp_path / "out", errors.CoverageError, "only 82.4 % .* 90 % are asked for", min_coverage=0.9)
+    fail(source, tmp_path / "out", errors.CoverageError, "only 10.3 % .* 50 %", only=["q_proj"])
+
+
+def test_nothing_to_quantize_is_an_error_whatever_the_bar(source: Path, tmp_path: Path) -> None:
+    fail(source, tmp_path / "out", errors.CoverageError, "only 0.0 %", skip=["*"], min_coverage=0)
+
+
+def test_unknown_device(source: Path, tmp_path: Path) -> None:
+    fail(source, tmp_path / "out", errors.DeviceError, "--device cuda:1", device="cuda:1")
+    with pytest.raises(ValueError, match="auto, cpu or cuda"):
+        int8convert.quantize(source, tmp_path / "out", device="tpu")
+
+
+def test_directory_without_permission(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By way of `os.access`, since the tests may run as root, who may write anywhere."""
+    (tmp_path / "locked").mkdir(mode=0o500)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "locked")
+    fail(source, tmp_path / "locked" / "out", errors.OutputError, "no permission in '.*locked'")
+
+
+def test_source_with_the_same_weight_under_two_names(tmp_path: Path) -> None:
+    source = save_checkpoint("opt", tmp_path / "source")
+    tensors = read_tensors(source)
+    name = "model.decoder.layers.0.fc1.weight"
+    tensors[name.removeprefix("model.")] = tensors[name].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    fail(source, tmp_path / "out", errors.CorruptFileError, "two tensors of the source would both be written")
