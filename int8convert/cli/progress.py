@@ -36,9 +36,6 @@ class _Counter:
         self.written_bytes = 0
         self._began = time.perf_counter()
 
-    def restart(self) -> None:
-        self._began = time.perf_counter()
-
     def add(self, event: Event) -> None:
         if isinstance(event, TensorQuantized | TensorKept):
             self.read_bytes += event.tensor.source.n_bytes
@@ -79,7 +76,6 @@ def _plain_progress() -> EventSink:
         match event:
             case PlanMade(plan):
                 _announce(plan)
-                counter.restart()
             case ShardFinished(i=i, n=n, shard=shard):
                 stderr.print(f"shard {i + 1} of {n}: {shard.file_name} {format_bytes(shard.n_bytes)}, {counter.rate}")
 
@@ -105,7 +101,6 @@ def _live_progress() -> Iterator[EventSink]:
         match event:
             case PlanMade(plan):
                 _announce(plan)
-                counter.restart()
                 progress.reset(task, total=plan.n_read_bytes)
             case ShardStarted(i=i, n=n):
                 progress.update(task, description=f"shard {i + 1} of {n}")

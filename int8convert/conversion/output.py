@@ -36,7 +36,10 @@ class OutputDirectory:
         self.path = Path(out)
         self._existed = self.path.exists()
         self._overwrite = overwrite
+        self._is_cleared = False
         self._check(source)
+        self.is_fresh = not self._replaced_files()
+        """Whether nothing was in it that a conversion would replace."""
 
     def _check(self, source: Path) -> None:
         resolved, source = self.path.resolve(), source.resolve()
@@ -65,44 +68,57 @@ class OutputDirectory:
         Raises:
             DiskFullError: it does not fit.
         """
-        needed = plan.n_written_bytes + sum(path.stat().st_size for path in plan.source.carried)
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
-        replaced = sum(path.stat().st_size for path in self._replaced_files())
-        free = shutil.disk_usage(existing).free + replaced
+        needed, free = self._needed_and_free(plan)
         if needed > free:
             raise DiskFullError(
                 f"OUT '{self.path}' needs {needed:,} bytes, its disk has {free:,} free",
                 "make room, or name a directory on another disk; nothing was written",
             )
 
+    def has_room(self, plan: ConversionPlan) -> bool:
+        """Whether the plan's output fits on the disk."""
+        needed, free = self._needed_and_free(plan)
+        return needed <= free
+
+    def _needed_and_free(self, plan: ConversionPlan) -> tuple[int, int]:
+        """What is to be replaced, or was written already by a head start, counts as free."""
+        needed = plan.n_written_bytes + sum(path.stat().st_size for path in plan.source.carried)
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
+        replaced = sum(path.stat().st_size for path in self._replaced_files())
+        return needed, shutil.disk_usage(existing).free + replaced
+
     def _replaced_files(self) -> list[Path]:
         """The files of the checkpoint in OUT that go before a new one comes: what makes it look complete first."""
-        if not self._existed:
+        if not self.path.is_dir():
             return []
         files = [entry for entry in self.path.iterdir() if entry.is_file()]
         complete = [file for file in files if file.name in (CONFIG_NAME, INDEX_NAME)]
         return complete + [file for file in files if is_weight_file(file.name) and file not in complete]
 
     @contextmanager
-    def prepared(self, plan: ConversionPlan) -> Iterator[Path]:
-        """The directory, ready to be written to. If the body fails, what it wrote is removed again."""
+    def cleaned_on_failure(self) -> Iterator[None]:
+        """Makes the directory; if the body fails, what it wrote is removed again, and so is the directory if it is new.
+
+        A checkpoint that was there is untouched until `clear` is called.
+        """
+        made = [p for p in (self.path, *self.path.absolute().parents) if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in self._replaced_files():
-            file.unlink()
         try:
-            yield self.path
+            yield
         except BaseException:
-            self._remove_written(plan)
+            if self._is_cleared:
+                for file in self._replaced_files():
+                    file.unlink()
+            for directory in made:
+                shutil.rmtree(directory) if directory == self.path else directory.rmdir()
             raise
 
-    def _remove_written(self, plan: ConversionPlan) -> None:
-        for shard in plan.shards:
-            (self.path / shard.file_name).unlink(missing_ok=True)
-        for name in (CONFIG_NAME, INDEX_NAME):
-            (self.path / name).unlink(missing_ok=True)
-            (self.path / f"{name}.incomplete").unlink(missing_ok=True)
-        if not self._existed:
-            shutil.rmtree(self.path)
+    def clear(self) -> None:
+        """Remove the checkpoint that is to be replaced; from here on, whatever is in its place is ours."""
+        if not self.is_fresh:
+            for file in self._replaced_files():
+                file.unlink()
+        self._is_cleared = True
 
     def complete(self, plan: ConversionPlan, threshold: float) -> None:
         """Write the small files: first what is carried over, then what makes the checkpoint look complete."""

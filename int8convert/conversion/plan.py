@@ -91,6 +91,18 @@ class PlannedShard:
     def n_read_bytes(self) -> int:
         return sum(tensor.source.n_bytes for tensor in self.tensors)
 
+    def writes_same_bytes_as(self, other: PlannedShard) -> bool:
+        """Whether two plans differ in nothing that reaches this file; their reasons may differ."""
+
+        def content(shard: PlannedShard) -> list[Any]:
+            return [(t.source, t.shard.path, t.output_name, t.output_dtype) for t in shard.tensors]
+
+        return (
+            self.file_name == other.file_name
+            and list(self.outputs.items()) == list(other.outputs.items())
+            and content(self) == content(other)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:

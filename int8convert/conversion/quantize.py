@@ -8,9 +8,12 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from int8convert.checkpoint.source import CheckpointSource, open_source
+from int8convert.checkpoint.writer import ShardWriter
 from int8convert.conversion.events import Event, EventSink, PlanMade, ShardFinished, TensorKept, TensorQuantized
+from int8convert.conversion.head_start import HeadStart, guess_plan
 from int8convert.conversion.model_map import ModelMapProcess, ModuleFilter, check_config
 from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.pipeline import Pipeline
@@ -43,15 +46,8 @@ def plan(
     max_shard_bytes = parse_size(max_shard_size)
     source = open_source(src)
     check_config(source.config)
-    return _plan(source, ModuleFilter(tuple(skip), tuple(only)), max_shard_bytes)
-
-
-def _plan(source: CheckpointSource, modules: ModuleFilter, max_shard_bytes: int | None) -> ConversionPlan:
-    process = ModelMapProcess(source, modules)
-    try:
-        return make_plan(source, process.result(), max_shard_bytes)
-    finally:
-        process.stop()
+    with _PlanInTheMaking(source, ModuleFilter(tuple(skip), tuple(only)), max_shard_bytes) as coming:
+        return coming.result()
 
 
 def quantize(
@@ -100,9 +96,7 @@ def quantize(
     source = open_source(src)
     check_config(source.config)
     output = OutputDirectory(out, source.directory, overwrite)
-    conversion_plan = _plan(source, ModuleFilter(tuple(skip), tuple(only)), max_shard_bytes)
-    check_coverage(conversion_plan, min_coverage)
-    output.check_room(conversion_plan)
+    modules = ModuleFilter(tuple(skip), tuple(only))
     report = ReportBuilder()
     sink = on_event or _TqdmProgress()
 
@@ -110,14 +104,71 @@ def quantize(
         report(event)
         sink(event)
 
-    emit(PlanMade(conversion_plan))
     try:
-        with output.prepared(conversion_plan) as directory:
-            Pipeline(conversion_plan, directory, n_workers, emit).run()
+        with (
+            _PlanInTheMaking(source, modules, max_shard_bytes) as coming,
+            output.cleaned_on_failure(),
+            Pipeline(output.path, n_workers, emit) as pipeline,
+        ):
+            conversion_plan, converted = _start(coming, output, pipeline, min_coverage)
+            pipeline.run(conversion_plan, converted)
             output.complete(conversion_plan, threshold)
     except OSError as error:
         raise _as_output_error(error, output) from error
     return report.build(conversion_plan, str(out), device_used, time.perf_counter() - began)
+
+
+def _start(
+    coming: _PlanInTheMaking, output: OutputDirectory, pipeline: Pipeline, min_coverage: float
+) -> tuple[ConversionPlan, dict[int, ShardWriter]]:
+    """Wait for the plan, converting by a guess meanwhile, and check it; the shards that are converted already."""
+    guess = guess_plan(coming.source, coming.modules, coming.max_shard_bytes)
+    # Where an old checkpoint is to be replaced, it stays until all is checked, and both need room: no head start.
+    if guess is None or not output.is_fresh or not output.has_room(guess):
+        conversion_plan = coming.result()
+        _check(conversion_plan, output, min_coverage, pipeline)
+        return conversion_plan, {}
+    head_start = HeadStart(pipeline, guess, coming.peek)
+    try:
+        head_start.run()
+        conversion_plan = coming.result()
+        _check(conversion_plan, output, min_coverage, pipeline)
+        return conversion_plan, head_start.confirm(conversion_plan)
+    finally:
+        head_start.discard()
+
+
+def _check(conversion_plan: ConversionPlan, output: OutputDirectory, min_coverage: float, pipeline: Pipeline) -> None:
+    check_coverage(conversion_plan, min_coverage)
+    output.check_room(conversion_plan)
+    output.clear()
+    pipeline.emit(PlanMade(conversion_plan))
+
+
+class _PlanInTheMaking:
+    """The true plan, once the child that maps the model has answered; a thread waits for it. A context manager."""
+
+    def __init__(self, source: CheckpointSource, modules: ModuleFilter, max_shard_bytes: int | None) -> None:
+        self.source = source
+        self.modules = modules
+        self.max_shard_bytes = max_shard_bytes
+        self._process = ModelMapProcess(source, modules)
+        self._waiter = ThreadPoolExecutor(1)
+        self._plan = self._waiter.submit(lambda: make_plan(source, self._process.result(), max_shard_bytes))
+
+    def __enter__(self) -> _PlanInTheMaking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stop()
+        self._waiter.shutdown()
+
+    def peek(self) -> ConversionPlan | None:
+        """The plan if it is there already, or the error that came instead."""
+        return self._plan.result() if self._plan.done() else None
+
+    def result(self) -> ConversionPlan:
+        return self._plan.result()
 
 
 def check_coverage(conversion_plan: ConversionPlan, min_coverage: float) -> None:

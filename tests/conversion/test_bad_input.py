@@ -182,7 +182,9 @@ def test_interrupt_leaves_nothing(source: Path, tmp_path: Path) -> None:
     assert file_bytes(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-def test_shard_that_shrinks_while_it_is_read(source: Path, tmp_path: Path) -> None:
+def test_shard_that_shrinks_while_it_is_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a head start, which might have read the shard before the event that shrinks it.
+    monkeypatch.setattr("int8convert.conversion.quantize.guess_plan", lambda *arguments: None)
     shards = sorted(source.glob("*.safetensors"))
 
     def shrink(event: Event) -> None:

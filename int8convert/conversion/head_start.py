@@ -1,0 +1,88 @@
+"""Converting by a guess while transformers is still at work on the model map, which takes it seconds to begin.
+
+The guess is the plan the name rules make. Shards are converted by it under their temporary names; when the true map
+arrives, a shard is kept if the true plan would have written the same bytes, and dropped if not. The true map decides
+everything: a wrong guess costs time, never bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.writer import ShardWriter
+from int8convert.conversion.events import Event, ShardStarted, TensorKept, TensorQuantized
+from int8convert.conversion.model_map import ModuleFilter
+from int8convert.conversion.name_rules import map_by_name
+from int8convert.conversion.pipeline import Pipeline, ShardAbandonedError
+from int8convert.conversion.plan import ConversionPlan, make_plan
+from int8convert.errors import Int8ConvertError
+
+
+def guess_plan(source: CheckpointSource, modules: ModuleFilter, max_shard_bytes: int | None) -> ConversionPlan | None:
+    """The name rules' plan; None where they have none, for a reason the true map will state better."""
+    tensors = tuple(tensor for shard in source.shards for tensor in shard.tensors)
+    try:
+        return make_plan(source, map_by_name(tensors, modules, None, "guess"), max_shard_bytes)
+    except Int8ConvertError:
+        return None
+
+
+class HeadStart:
+    """Shards converted by a guess.
+
+    Args:
+        pipeline: does the work.
+        guess: the plan to follow.
+        true_plan: the plan once it is known, None before; asked before each block.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, guess: ConversionPlan, true_plan: Callable[[], ConversionPlan | None]
+    ) -> None:
+        self._pipeline = pipeline
+        self._guess = guess
+        self._true_plan = true_plan
+        self._converted: dict[int, tuple[ShardWriter, list[Event]]] = {}
+
+    def run(self) -> None:
+        """Convert shards until the true plan is known; the one in work then is finished if it is right."""
+        for i, shard in enumerate(self._guess.shards):
+            if self._true_plan() is not None:
+                return
+            events: list[Event] = []
+
+            def still_wanted(i: int = i) -> bool:
+                plan = self._true_plan()
+                return plan is None or self._agrees(plan, i)
+
+            try:
+                self._converted[i] = (self._pipeline.convert(shard, events.append, still_wanted), events)
+            except (ShardAbandonedError, Int8ConvertError):
+                return  # an error that is real comes again by the true plan
+
+    def _agrees(self, plan: ConversionPlan, i: int) -> bool:
+        return i < len(plan.shards) and plan.shards[i].writes_same_bytes_as(self._guess.shards[i])
+
+    def confirm(self, plan: ConversionPlan) -> dict[int, ShardWriter]:
+        """The shards the plan agrees with, their events told as if they had come by it; the others are removed."""
+        confirmed = {}
+        for i, (writer, events) in self._converted.items():
+            if not self._agrees(plan, i):
+                writer.discard()
+                continue
+            confirmed[i] = writer
+            planned = {tensor.output_name: tensor for tensor in plan.shards[i].tensors}
+            self._pipeline.emit(ShardStarted(i, len(plan.shards), plan.shards[i]))
+            for event in events:
+                if isinstance(event, TensorQuantized | TensorKept):
+                    self._pipeline.emit(replace(event, tensor=planned[event.tensor.output_name]))
+        self._converted.clear()
+        return confirmed
+
+    def discard(self) -> None:
+        """Remove all; harmless after `confirm`."""
+        for writer, _ in self._converted.values():
+            writer.discard()
+        self._converted.clear()

@@ -1,0 +1,95 @@
+"""A guess saves time where it is right and costs nothing but time where it is wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import int8convert
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.events import Event
+from int8convert.conversion.model_map import ModelMap, ModuleFilter
+from int8convert.conversion.pipeline import Pipeline
+from int8convert.errors import CoverageError
+from tests.conftest import InProcessMap
+from tests.tiny_models import file_bytes, save_as_pickles, save_checkpoint
+
+
+@pytest.fixture
+def n_conversions(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Makes the map wait until two shards are converted by the guess; counts all shards converted."""
+    converted = 0
+    two_are_done = threading.Event()
+    real = Pipeline.convert
+
+    def convert(self: Pipeline, *arguments: object) -> object:
+        nonlocal converted
+        writer = real(self, *arguments)  # type: ignore[arg-type]
+        converted += 1
+        if converted == 2:
+            two_are_done.set()
+        return writer
+
+    class LateMap(InProcessMap):
+        def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
+            super().__init__(source, modules)
+
+        def result(self) -> ModelMap:
+            assert two_are_done.wait(60)
+            return super().result()
+
+    monkeypatch.setattr(Pipeline, "convert", convert)
+    monkeypatch.setattr("int8convert.conversion.quantize.ModelMapProcess", LateMap)
+    return lambda: converted
+
+
+def convert_without_head_start(source: Path, out: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("int8convert.conversion.quantize.guess_plan", lambda *arguments: None)
+        monkeypatch.setattr("int8convert.conversion.quantize.ModelMapProcess", InProcessMap)
+        int8convert.quantize(source, out, on_event=lambda event: None)
+
+
+def test_right_guess_is_kept_and_converts_no_shard_twice(tmp_path: Path, n_conversions: Callable[[], int]) -> None:
+    source = save_checkpoint("opt", tmp_path / "source", max_shard_size="60KB")
+    events: list[Event] = []
+    report = int8convert.quantize(source, tmp_path / "out", on_event=events.append)
+    assert n_conversions() == report.n_shards == 3
+    convert_without_head_start(source, tmp_path / "expected")
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "expected")
+    assert type(events[0]).__name__ == "PlanMade"
+    assert sum(type(event).__name__ == "TensorQuantized" for event in events) == 12
+    assert {kept.reason for kept in report.kept} == {"embedding", "embedding, tied", "not a matrix product"}
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_wrong_guess_changes_no_byte(name: str, tmp_path: Path, n_conversions: Callable[[], int]) -> None:
+    """Keys without the base prefix, or modules kept in fp32: names alone cannot know."""
+    source = save_checkpoint(name, tmp_path / "plain", max_shard_size="60KB")
+    if name == "opt":
+        source = save_as_pickles(source, tmp_path / "source", 3, rename=lambda key: key.removeprefix("model."))
+    report = int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)
+    assert n_conversions() > report.n_shards
+    convert_without_head_start(source, tmp_path / "expected")
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "expected")
+
+
+def test_refusal_after_a_head_start_leaves_nothing(tmp_path: Path, n_conversions: Callable[[], int]) -> None:
+    source = save_checkpoint("opt", tmp_path / "source", max_shard_size="60KB")
+    before = file_bytes(tmp_path)
+    with pytest.raises(CoverageError):
+        int8convert.quantize(source, tmp_path / "a" / "b" / "out", min_coverage=0.9, on_event=lambda event: None)
+    assert n_conversions() >= 2
+    assert file_bytes(tmp_path) == before and not (tmp_path / "a").exists()
+
+
+def test_old_checkpoint_survives_a_refused_overwrite(tmp_path: Path, map_in_process: None) -> None:
+    source = save_checkpoint("opt", tmp_path / "source", max_shard_size="60KB")
+    int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)
+    before = file_bytes(tmp_path)
+    with pytest.raises(CoverageError):
+        int8convert.quantize(source, tmp_path / "out", overwrite=True, min_coverage=0.9, on_event=lambda event: None)
+    assert file_bytes(tmp_path) == before
