@@ -94,6 +94,10 @@ def format_percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def format_shards(n: int) -> str:
+    return "1 shard" if n == 1 else f"{n:,} shards"
+
+
 def format_seconds(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"

@@ -10,6 +10,7 @@ from int8convert.cli.console import (
     format_bytes,
     format_count,
     format_percent,
+    format_shards,
     print_json,
     print_line,
     print_table,
@@ -43,7 +44,7 @@ def inspect(
         print_line(
             f"[bold]{found.path}[/]: {', '.join(found.architectures) or 'no architecture named'}, "
             f"{format_count(found.n_parameters)} parameters in {found.n_tensors} tensors, "
-            f"{format_bytes(found.n_bytes)} in {found.n_shards} shards"
+            f"{format_bytes(found.n_bytes)} in {format_shards(found.n_shards)}"
         )
         print_line(
             f"int8: {format_percent(found.coverage)} of the parameters; quant_method: {found.quant_method or 'none'}"

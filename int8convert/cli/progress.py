@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from int8convert.cli.console import (
     format_bytes,
     format_percent,
+    format_shards,
     note,
     stderr,
     wants_live_display,
@@ -63,7 +64,7 @@ def _announce(plan: ConversionPlan) -> None:
         note(text)
     stderr.print(
         f"{escape(plan.model_map.model_class or 'unknown class')}: {format_bytes(plan.n_read_bytes)} in "
-        f"{len(plan.source.shards)} shards -> {format_bytes(plan.n_written_bytes)} in {len(plan.shards)}, "
+        f"{format_shards(len(plan.source.shards))} -> {format_bytes(plan.n_written_bytes)} in {len(plan.shards)}, "
         f"{format_percent(plan.coverage)} of the parameters to int8"
     )
 

@@ -13,6 +13,7 @@ from int8convert.cli.console import (
     format_count,
     format_percent,
     format_seconds,
+    format_shards,
     note,
     print_json,
     print_line,
@@ -132,8 +133,8 @@ def _print_report(report: ConversionReport) -> None:
     )
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
-        f"({format_percent(report.n_written_bytes / max(1, report.n_read_bytes))}) in {report.n_shards} shards, "
-        f"{format_seconds(report.elapsed_s)} on the {report.device}, "
+        f"({format_percent(report.n_written_bytes / max(1, report.n_read_bytes))}) "
+        f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)} on the {report.device}, "
         f"{format_bytes(report.n_read_bytes / report.elapsed_s)}/s"
     )
     print_table(

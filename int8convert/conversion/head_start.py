@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.writer import ShardWriter
@@ -45,6 +46,7 @@ class HeadStart:
         self._guess = guess
         self._true_plan = true_plan
         self._converted: dict[int, tuple[ShardWriter, list[Event]]] = {}
+        self._agreement: dict[int, bool] = {}
 
     def run(self) -> None:
         """Convert shards until the true plan is known; the one in work then is finished if it is right."""
@@ -52,18 +54,22 @@ class HeadStart:
             if self._true_plan() is not None:
                 return
             events: list[Event] = []
-
-            def still_wanted(i: int = i) -> bool:
-                plan = self._true_plan()
-                return plan is None or self._agrees(plan, i)
-
+            still_wanted = partial(self._is_wanted, i)
             try:
                 self._converted[i] = (self._pipeline.convert(shard, events.append, still_wanted), events)
             except (ShardAbandonedError, Int8ConvertError):
                 return  # an error that is real comes again by the true plan
 
+    def _is_wanted(self, i: int) -> bool:
+        plan = self._true_plan()
+        return plan is None or self._agrees(plan, i)
+
     def _agrees(self, plan: ConversionPlan, i: int) -> bool:
-        return i < len(plan.shards) and plan.shards[i].writes_same_bytes_as(self._guess.shards[i])
+        """Compared once a shard: this is asked before each block."""
+        if i not in self._agreement:
+            same = i < len(plan.shards) and plan.shards[i].writes_same_bytes_as(self._guess.shards[i])
+            self._agreement[i] = same
+        return self._agreement[i]
 
     def confirm(self, plan: ConversionPlan) -> dict[int, ShardWriter]:
         """The shards the plan agrees with, their events told as if they had come by it; the others are removed."""

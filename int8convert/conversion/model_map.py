@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -159,18 +160,35 @@ class ModelMapProcess:
         )
 
     def result(self) -> ModelMap:
-        """The map, or the name rules' where transformers could not make one."""
+        """The map, or the name rules' where transformers could not make one.
+
+        Raises:
+            ModelMapError: the child did not get as far as looking at the model.
+            PatternError: a pattern of the user's matches nothing.
+        """
         request = worker_request(self._source, self._modules)
         answer, complaints = self._process.communicate(json.dumps(request))
         if self._process.returncode == 0:
             return parse_worker_answer(json.loads(answer), self._modules)
-        last_line = (complaints.strip().splitlines() or [f"exit status {self._process.returncode}"])[-1]
-        return _map_by_name_rules(self._source, self._modules, last_line)
+        kind, reason = _exception_in(complaints)
+        if self._process.returncode != 1 or kind in ("ImportError", "ModuleNotFoundError", "MemoryError", ""):
+            raise ModelMapError(
+                f"the process that asks transformers for the model ended with status {self._process.returncode}"
+                + (f": {kind}: {reason}" if kind else ""),
+                "see that `python -c 'import torch, transformers'` works and memory is free; nothing was written",
+            )
+        return _map_by_name_rules(self._source, self._modules, reason)
 
     def stop(self) -> None:
         """End the child if it still runs."""
         self._process.kill()
         self._process.communicate()
+
+
+def _exception_in(complaints: str) -> tuple[str, str]:
+    """Class and first line of the exception a traceback ends with; two empty strings if there is none."""
+    found = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception))(?:: (.*))?$", complaints, re.MULTILINE)
+    return found[-1] if found else ("", "")
 
 
 def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str, Any]:

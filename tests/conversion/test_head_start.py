@@ -13,6 +13,7 @@ from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.events import Event
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.pipeline import Pipeline
+from int8convert.conversion.plan import PlannedShard
 from int8convert.errors import CoverageError
 from tests.conftest import InProcessMap
 from tests.tiny_models import file_bytes, save_as_pickles, save_checkpoint
@@ -53,11 +54,23 @@ def convert_without_head_start(source: Path, out: Path) -> None:
         int8convert.quantize(source, out, on_event=lambda event: None)
 
 
-def test_right_guess_is_kept_and_converts_no_shard_twice(tmp_path: Path, n_conversions: Callable[[], int]) -> None:
+def test_right_guess_is_kept_and_converts_no_shard_twice(
+    tmp_path: Path, n_conversions: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_checkpoint("opt", tmp_path / "source", max_shard_size="60KB")
     events: list[Event] = []
+    n_comparisons = 0
+    compare = PlannedShard.writes_same_bytes_as
+
+    def counting(self: PlannedShard, other: PlannedShard) -> bool:
+        nonlocal n_comparisons
+        n_comparisons += 1
+        return compare(self, other)
+
+    monkeypatch.setattr(PlannedShard, "writes_same_bytes_as", counting)
     report = int8convert.quantize(source, tmp_path / "out", on_event=events.append)
     assert n_conversions() == report.n_shards == 3
+    assert n_comparisons <= 2 * report.n_shards  # not one a block, which made many tensors cost their square
     convert_without_head_start(source, tmp_path / "expected")
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "expected")
     assert type(events[0]).__name__ == "PlanMade"

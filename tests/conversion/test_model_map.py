@@ -125,6 +125,24 @@ def test_model_type_unknown_to_transformers_is_mapped_by_name_and_said_aloud(tmp
     assert not (tmp_path / "trace").exists()
 
 
+def test_child_that_cannot_import_transformers_is_an_error_not_a_guess(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(save_checkpoint("llama", tmp_path / "llama"))
+    (tmp_path / "broken" / "transformers").mkdir(parents=True)
+    (tmp_path / "broken" / "transformers" / "__init__.py").write_text("import no_such_module")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    with pytest.raises(ModelMapError, match="ModuleNotFoundError: No module named 'no_such_module'"):
+        ModelMapProcess(source, ModuleFilter()).result()
+
+
+def test_child_that_is_killed_is_an_error_not_a_guess(tmp_path: Path) -> None:
+    process = ModelMapProcess(open_source(save_checkpoint("llama", tmp_path / "llama")), ModuleFilter())
+    process._process.kill()
+    with pytest.raises(ModelMapError, match="status -9"):
+        process.result()
+
+
 def test_already_quantized_source_is_refused_by_method() -> None:
     config = {"architectures": ["X"], "quantization_config": {"quant_method": "gptq"}}
     with pytest.raises(AlreadyQuantizedError, match="gptq"):
