@@ -4,7 +4,7 @@
     ├── SourceError               the source cannot be used: missing, no weights, no usable config
     │   ├── CorruptFileError      a file contradicts what it, or the index, promises
     │   ├── AlreadyQuantizedError nothing to do here: convert the 16-bit original instead
-    │   └── NonFiniteWeightError  the weights hold NaN or infinity
+    │   └── NonFiniteWeightError  the weights hold NaN, infinity, or what fp16 cannot hold
     ├── ModelMapError             transformers cannot build the model the config describes
     ├── OutputError               the place to write to cannot be used: taken, same as the source, not writable
     │   └── DiskFullError         it can, with more room
@@ -53,7 +53,15 @@ class AlreadyQuantizedError(SourceError):
 
 
 class NonFiniteWeightError(SourceError):
-    """The weights hold NaN or infinity."""
+    """The weights hold NaN, infinity, or what fp16 cannot hold.
+
+    Attributes:
+        module_name: the module they belong to, for those who would rather keep it 16-bit.
+    """
+
+    def __init__(self, message: str, hint: str, module_name: str) -> None:
+        super().__init__(message, hint)
+        self.module_name = module_name
 
 
 class ModelMapError(Int8ConvertError):

@@ -42,5 +42,5 @@ class InProcessMap:
 @pytest.fixture
 def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Conversions in this test make their model map in this process."""
-    monkeypatch.setattr("int8convert.conversion.quantize.ModelMapProcess", InProcessMap)
+    monkeypatch.setattr("int8convert.conversion.job.ModelMapProcess", InProcessMap)
     yield

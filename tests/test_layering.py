@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "errors": set(),
     "checkpoint": {"errors"},
-    "conversion": {"checkpoint", "cuda_kernels", "errors"},
+    "conversion": {"checkpoint", "cuda_kernels", "errors", "version"},
     "cli": {"conversion", "checkpoint", "errors", "version"},
     "cuda_kernels": set(),
 }

@@ -8,7 +8,6 @@ no loader looks into.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,17 +57,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
             "fetch this file again; nothing was written",
         )
     return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".incomplete")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def is_weight_file(name: str) -> bool:

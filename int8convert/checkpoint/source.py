@@ -46,6 +46,11 @@ class ShardReader:
         else:
             read_exactly(self._fd, buffer, offset, self._name)
 
+    @property
+    def offsets_are_the_files(self) -> bool:
+        """Whether what is read lies in the file at the offset it is read from; not so in a shard loaded whole."""
+        return self._memory is None
+
     def close(self) -> None:
         self._memory = None
         if self._fd >= 0:

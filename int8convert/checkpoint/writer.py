@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
+from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, fsync_directory
+from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.safetensors_file import encode_safetensors_header
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
-
-INCOMPLETE_SUFFIX = ".incomplete"
 
 
 def order_for_alignment(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -65,13 +66,20 @@ class ShardWriter:
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], offset + done)
 
-    def commit(self) -> None:
-        """Put the data on the disk, then give the file its name."""
-        os.fsync(self._fd)
+    def commit(self) -> str:
+        """Put the data on the disk, then give the file its name; the file's sha256 in hex.
+
+        The hash is of what can be read back, and is computed while the disk is busy.
+        """
+        with ThreadPoolExecutor(1) as background:
+            synced = background.submit(os.fsync, self._fd)
+            sha256 = file_sha256(self._temporary)
+            synced.result()
         os.close(self._fd)
         self._fd = -1
         self._temporary.replace(self._path)
         fsync_directory(self._path.parent)
+        return sha256
 
     def discard(self) -> None:
         """Remove what was written. Harmless after `commit`."""
@@ -79,12 +87,3 @@ class ShardWriter:
             os.close(self._fd)
             self._fd = -1
             self._temporary.unlink(missing_ok=True)
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make the renames in a directory survive a power cut."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
 import typer
 
 from int8convert import __version__
 from int8convert.cli import inspect, quantize
+from int8convert.cli.console import terminate
 
 app = typer.Typer(
     name="int8convert",
@@ -34,4 +37,5 @@ def _options(
 
 def main() -> None:
     """The console script."""
+    signal.signal(signal.SIGTERM, terminate)
     app()

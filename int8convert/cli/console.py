@@ -41,10 +41,20 @@ def reporting_errors(as_json: bool) -> Iterator[None]:
         if os.environ.get("INT8CONVERT_DEBUG"):
             raise
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        stderr.print("[bold red]error:[/] interrupted")
-        stderr.print("[bold]hint:[/] what this run had written was removed; rerun the same command")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as stop:
+        was_terminated = isinstance(stop, TerminatedError)
+        stderr.print(f"[bold red]error:[/] {'terminated' if was_terminated else 'interrupted'}")
+        stderr.print("[bold]hint:[/] finished shards are kept, the one in work was removed; the same command resumes")
+        raise typer.Exit(143 if was_terminated else 130) from None
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came: to be treated as Ctrl-C is, but for the exit code."""
+
+
+def terminate(signal_number: int, frame: object) -> None:
+    """The handler for SIGTERM."""
+    raise TerminatedError
 
 
 def note(message: str) -> None:

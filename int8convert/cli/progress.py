@@ -22,6 +22,7 @@ from int8convert.conversion.events import (
     EventSink,
     PlanMade,
     ShardFinished,
+    ShardSkipped,
     ShardStarted,
     TensorKept,
     TensorQuantized,
@@ -77,6 +78,8 @@ def _plain_progress() -> EventSink:
         match event:
             case PlanMade(plan):
                 _announce(plan)
+            case ShardSkipped(i=i, n=n, shard=shard):
+                stderr.print(f"shard {i + 1} of {n}: {shard.file_name} is done from an earlier run")
             case ShardFinished(i=i, n=n, shard=shard):
                 stderr.print(f"shard {i + 1} of {n}: {shard.file_name} {format_bytes(shard.n_bytes)}, {counter.rate}")
 
@@ -103,6 +106,8 @@ def _live_progress() -> Iterator[EventSink]:
             case PlanMade(plan):
                 _announce(plan)
                 progress.reset(task, total=plan.n_read_bytes)
+            case ShardSkipped(i=i, n=n, shard=shard):
+                note(f"shard {i + 1} of {n}, {shard.file_name}, is done from an earlier run")
             case ShardStarted(i=i, n=n):
                 progress.update(task, description=f"shard {i + 1} of {n}")
             case TensorQuantized() | TensorKept():

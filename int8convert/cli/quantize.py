@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes load.
 
 SRC is a directory with config.json and weights as safetensors or pytorch_model*.bin; it is only read. OUT gets int8
-weights with their scales, everything else unchanged, and the small files that belong to a checkpoint.
+weights with their scales, everything else unchanged, and the small files that belong to a checkpoint. Interrupted,
+killed or out of disk: the same command resumes behind the finished shards.
 
 \b
 Examples:
   int8convert quantize ./opt-66b ./opt-66b-int8
   int8convert quantize ./opt-66b --dry-run --skip 'layers.0.*'
 
-Exit codes: 0 done; 1 failed, nothing left behind; 2 wrong usage; 130 interrupted.
+Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 """
 
 
@@ -59,6 +60,12 @@ def _check_device(device: str) -> str:
     except Int8ConvertError:
         pass  # well formed, but not here: reported when the command runs
     return device
+
+
+def _check_policy(policy: str) -> str:
+    if policy not in ("error", "keep"):
+        raise typer.BadParameter(f"it is error or keep, not {policy!r}")
+    return policy
 
 
 def quantize(
@@ -86,6 +93,10 @@ def quantize(
         str | None,
         typer.Option(metavar="SIZE", callback=_check_size, help="Such as 5GB; default: one shard for each of SRC's."),
     ] = None,
+    on_nonfinite: Annotated[
+        str,
+        typer.Option(callback=_check_policy, help="Weights no int8 can hold: error, or keep 16-bit."),
+    ] = "error",
     workers: Annotated[
         int | None, typer.Option(min=1, envvar="INT8CONVERT_WORKERS", help="Threads; default: one for each core.")
     ] = None,
@@ -93,6 +104,7 @@ def quantize(
         str, typer.Option(callback=_check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="When resuming, check finished shards by sha256.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -115,9 +127,11 @@ def quantize(
                 threshold=threshold,
                 min_coverage=min_coverage / 100,
                 max_shard_size=max_shard_size,
+                on_nonfinite=on_nonfinite,
                 workers=workers,
                 device=device,
                 overwrite=overwrite,
+                check=check,
                 on_event=on_event,
             )
         if as_json:
@@ -173,7 +187,8 @@ def _dry_run(
     as_json: bool,
 ) -> None:
     from int8convert.conversion.estimate import estimate
-    from int8convert.conversion.quantize import check_coverage, plan
+    from int8convert.conversion.job import check_coverage
+    from int8convert.conversion.quantize import plan
 
     conversion_plan = plan(src, skip=skip, only=only, max_shard_size=max_shard_size)
     check_coverage(conversion_plan, min_coverage)

@@ -57,5 +57,14 @@ class ShardFinished:
     shard: PlannedShard
 
 
-Event = PlanMade | ShardStarted | TensorQuantized | TensorKept | ShardFinished
+@dataclass(frozen=True, slots=True)
+class ShardSkipped:
+    """Shard i of n is finished from an earlier run; its tensors' events come again, from what was written down."""
+
+    i: int
+    n: int
+    shard: PlannedShard
+
+
+Event = PlanMade | ShardSkipped | ShardStarted | TensorQuantized | TensorKept | ShardFinished
 EventSink = Callable[[Event], None]

@@ -12,12 +12,11 @@ from dataclasses import replace
 from functools import partial
 
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.checkpoint.writer import ShardWriter
 from int8convert.conversion.events import Event, ShardStarted, TensorKept, TensorQuantized
 from int8convert.conversion.model_map import ModuleFilter
 from int8convert.conversion.name_rules import map_by_name
-from int8convert.conversion.pipeline import Pipeline, ShardAbandonedError
-from int8convert.conversion.plan import ConversionPlan, make_plan
+from int8convert.conversion.pipeline import ConvertedShard, Pipeline, ShardAbandonedError
+from int8convert.conversion.plan import ConversionPlan, PlannedShard, make_plan
 from int8convert.errors import Int8ConvertError
 
 
@@ -37,15 +36,21 @@ class HeadStart:
         pipeline: does the work.
         guess: the plan to follow.
         true_plan: the plan once it is known, None before; asked before each block.
+        is_done: whether a shard is finished from an earlier run.
     """
 
     def __init__(
-        self, pipeline: Pipeline, guess: ConversionPlan, true_plan: Callable[[], ConversionPlan | None]
+        self,
+        pipeline: Pipeline,
+        guess: ConversionPlan,
+        true_plan: Callable[[], ConversionPlan | None],
+        is_done: Callable[[PlannedShard], bool],
     ) -> None:
         self._pipeline = pipeline
         self._guess = guess
         self._true_plan = true_plan
-        self._converted: dict[int, tuple[ShardWriter, list[Event]]] = {}
+        self._is_done = is_done
+        self._converted: dict[int, tuple[ConvertedShard, list[Event]]] = {}
         self._agreement: dict[int, bool] = {}
 
     def run(self) -> None:
@@ -53,6 +58,8 @@ class HeadStart:
         for i, shard in enumerate(self._guess.shards):
             if self._true_plan() is not None:
                 return
+            if self._is_done(shard):
+                continue
             events: list[Event] = []
             still_wanted = partial(self._is_wanted, i)
             try:
@@ -67,28 +74,30 @@ class HeadStart:
     def _agrees(self, plan: ConversionPlan, i: int) -> bool:
         """Compared once a shard: this is asked before each block."""
         if i not in self._agreement:
-            same = i < len(plan.shards) and plan.shards[i].writes_same_bytes_as(self._guess.shards[i])
+            same = i < len(plan.shards) and plan.shards[i].digest() == self._guess.shards[i].digest()
             self._agreement[i] = same
         return self._agreement[i]
 
-    def confirm(self, plan: ConversionPlan) -> dict[int, ShardWriter]:
+    def confirm(self, plan: ConversionPlan) -> dict[int, ConvertedShard]:
         """The shards the plan agrees with, their events told as if they had come by it; the others are removed."""
         confirmed = {}
-        for i, (writer, events) in self._converted.items():
+        for i, (one, events) in self._converted.items():
             if not self._agrees(plan, i):
-                writer.discard()
+                one.discard()
                 continue
-            confirmed[i] = writer
+            confirmed[i] = one
             planned = {tensor.output_name: tensor for tensor in plan.shards[i].tensors}
             self._pipeline.emit(ShardStarted(i, len(plan.shards), plan.shards[i]))
             for event in events:
                 if isinstance(event, TensorQuantized | TensorKept):
-                    self._pipeline.emit(replace(event, tensor=planned[event.tensor.output_name]))
+                    event = replace(event, tensor=planned[event.tensor.output_name])
+                    one.write_down(event)
+                    self._pipeline.emit(event)
         self._converted.clear()
         return confirmed
 
     def discard(self) -> None:
         """Remove all; harmless after `confirm`."""
-        for writer, _ in self._converted.values():
-            writer.discard()
+        for one, _ in self._converted.values():
+            one.discard()
         self._converted.clear()

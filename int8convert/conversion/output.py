@@ -1,23 +1,34 @@
-"""The directory a conversion writes into: checked before the first byte, cleaned up after a failure."""
+"""The directory a conversion writes into: its state found out, locked, brought to completion or left resumable.
+
+OUT is in one of four states when a conversion begins: empty; holding an unfinished or finished conversion of the same
+source with the same options, which is resumed; something else, which only `overwrite` replaces; or in use.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, copy_file, write_json
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
+    OWN_FOLDER,
     bitsandbytes_config,
     build_index,
     is_weight_file,
-    write_json,
 )
+from int8convert.checkpoint.lock import DirectoryLock
+from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
 from int8convert.conversion.plan import ConversionPlan, output_weight_map
 from int8convert.errors import DiskFullError, OutputError
+
+_LOCK_NAME = "lock"
 
 
 class OutputDirectory:
@@ -26,35 +37,31 @@ class OutputDirectory:
     Args:
         out: need not exist.
         source: the directory that is read; OUT must be another one.
+        request: what identifies the conversion, see `manifest.describe_source`.
         overwrite: replace a checkpoint that is there. Files that are no part of one are left alone.
 
     Raises:
-        OutputError: it is the source, holds something already, or cannot be written to.
+        OutputError: it is the source, holds something else already, or cannot be written to.
     """
 
-    def __init__(self, out: str | os.PathLike[str], source: Path, overwrite: bool) -> None:
+    def __init__(self, out: str | os.PathLike[str], source: Path, request: Mapping[str, Any], overwrite: bool) -> None:
         self.path = Path(out)
-        self._existed = self.path.exists()
+        self.manifest = Manifest(self.path)
+        self._request = request
         self._overwrite = overwrite
-        self._is_cleared = False
-        self._check(source)
-        self.is_fresh = not self._replaced_files()
-        """Whether nothing was in it that a conversion would replace."""
+        self.has_begun = False
+        self._check_place(source)
+        self._find_state()
 
-    def _check(self, source: Path) -> None:
+    def _check_place(self, source: Path) -> None:
         resolved, source = self.path.resolve(), source.resolve()
         if resolved == source or resolved in source.parents:
             raise OutputError(
                 f"OUT '{self.path}' is the source itself, or holds it",
                 "name another directory; nothing was written",
             )
-        if self._existed and not self.path.is_dir():
+        if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"OUT '{self.path}' is a file", "name a directory; nothing was written")
-        if self._existed and any(self.path.iterdir()) and not self._overwrite:
-            raise OutputError(
-                f"OUT '{self.path}' exists and is not empty",
-                "name another directory, or pass --overwrite to replace the checkpoint in it; nothing was written",
-            )
         parent = next(p for p in (resolved, *resolved.parents) if p.is_dir())
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(
@@ -62,8 +69,46 @@ class OutputDirectory:
                 "name a directory you may write to; nothing was written",
             )
 
+    def _find_state(self) -> None:
+        """Sets `replaces`, whether a checkpoint in OUT has to go first; raises where there is something else."""
+        self.replaces = False
+        if not self.path.is_dir() or not any(not self._is_leftover(entry) for entry in self.path.iterdir()):
+            return
+        there = self.manifest.read_request()
+        same = there is not None and first_difference(there, self._request) is None
+        if same and not (self._overwrite and self.is_complete):
+            return
+        if self._overwrite:
+            self.replaces = True
+            return
+        if there is None:
+            raise OutputError(
+                f"OUT '{self.path}' exists and is not empty",
+                "name another directory, or pass --overwrite to replace the checkpoint in it; nothing was written",
+            )
+        kind = "a conversion" if self.is_complete else "an unfinished conversion"
+        raise OutputError(
+            f"OUT '{self.path}' holds {kind} that differs: {first_difference(there, self._request)}",
+            "name another directory, or pass --overwrite to begin anew; nothing was written",
+        )
+
+    def _is_leftover(self, entry: Path) -> bool:
+        """What a run that was killed before its first shard leaves."""
+        if entry.name == OWN_FOLDER and entry.is_dir():
+            return {path.name.removesuffix(INCOMPLETE_SUFFIX) for path in entry.iterdir()} <= {
+                _LOCK_NAME,
+                "shards",
+                "conversion.json",
+            } and not self.manifest.read_request()
+        return entry.name.endswith(INCOMPLETE_SUFFIX)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a finished conversion of ours is in it."""
+        return self.manifest.is_complete and (self.path / CONFIG_NAME).is_file()
+
     def check_room(self, plan: ConversionPlan) -> None:
-        """Compare the plan's size with the free disk space.
+        """Compare what is still to be written with the free disk space.
 
         Raises:
             DiskFullError: it does not fit.
@@ -72,7 +117,7 @@ class OutputDirectory:
         if needed > free:
             raise DiskFullError(
                 f"OUT '{self.path}' needs {needed:,} bytes, its disk has {free:,} free",
-                "make room, or name a directory on another disk; nothing was written",
+                "make room, or name a directory on another disk, and rerun the same command",
             )
 
     def has_room(self, plan: ConversionPlan) -> bool:
@@ -81,53 +126,101 @@ class OutputDirectory:
         return needed <= free
 
     def _needed_and_free(self, plan: ConversionPlan) -> tuple[int, int]:
-        """What is to be replaced, or was written already by a head start, counts as free."""
+        """Weight files that are there, to be replaced or written already, count as free."""
         needed = plan.n_written_bytes + sum(path.stat().st_size for path in plan.source.carried)
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
-        replaced = sum(path.stat().st_size for path in self._replaced_files())
-        return needed, shutil.disk_usage(existing).free + replaced
+        there = sum(path.stat().st_size for path in self._weight_files())
+        return needed, shutil.disk_usage(existing).free + there
 
-    def _replaced_files(self) -> list[Path]:
-        """The files of the checkpoint in OUT that go before a new one comes: what makes it look complete first."""
+    def _weight_files(self) -> list[Path]:
         if not self.path.is_dir():
             return []
-        files = [entry for entry in self.path.iterdir() if entry.is_file()]
-        complete = [file for file in files if file.name in (CONFIG_NAME, INDEX_NAME)]
-        return complete + [file for file in files if is_weight_file(file.name) and file not in complete]
+        return [entry for entry in self.path.iterdir() if entry.is_file() and is_weight_file(entry.name)]
 
     @contextmanager
-    def cleaned_on_failure(self) -> Iterator[None]:
-        """Makes the directory; if the body fails, what it wrote is removed again, and so is the directory if it is new.
+    def in_use(self) -> Iterator[None]:
+        """Makes and locks the directory. If the body fails before a shard is finished, all of it is removed again."""
+        with ExitStack() as cleanup:
+            try:
+                self._make_and_lock(cleanup)
+            except OSError as error:
+                raise as_output_error(error, self.path) from error
+            self._find_state()  # another process may have been at work between the first look and the lock
+            if not self.replaces:
+                self._remove_incomplete()
+            try:
+                yield
+            except BaseException:
+                self._remove_incomplete()
+                if self.has_begun and not self.manifest.read_records():
+                    for file in self._weight_files():
+                        file.unlink()
+                    self.manifest.tidy()
+                raise
 
-        A checkpoint that was there is untouched until `clear` is called.
+    def _make_and_lock(self, cleanup: ExitStack) -> None:
+        own = self.path / OWN_FOLDER
+        missing = [folder for folder in (own, *own.absolute().parents) if not folder.exists()]
+        for folder in reversed(missing):
+            cleanup.callback(_remove_if_empty, folder)
+        own.mkdir(parents=True, exist_ok=True)
+        cleanup.enter_context(DirectoryLock(own / _LOCK_NAME))
+
+    def _remove_incomplete(self) -> None:
+        for folder in (self.path, self.manifest.folder, self.manifest.folder / "shards"):
+            for leftover in folder.glob(f"*{INCOMPLETE_SUFFIX}"):
+                leftover.unlink()
+
+    def begin(self, done: Mapping[str, ShardRecord], n_shards: int) -> None:
+        """All is checked: remove what is to be replaced, and write down what is being done.
+
+        Args:
+            done: records of the shards that are finished from an earlier run.
+            n_shards: of the whole; if all are done, a complete checkpoint stays complete.
         """
-        made = [p for p in (self.path, *self.path.absolute().parents) if not p.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            yield
-        except BaseException:
-            if self._is_cleared:
-                for file in self._replaced_files():
-                    file.unlink()
-            for directory in made:
-                shutil.rmtree(directory) if directory == self.path else directory.rmdir()
-            raise
-
-    def clear(self) -> None:
-        """Remove the checkpoint that is to be replaced; from here on, whatever is in its place is ours."""
-        if not self.is_fresh:
-            for file in self._replaced_files():
+        if self.replaces:
+            # First what makes it look complete, so that no half of it ever does.
+            for name in (CONFIG_NAME, INDEX_NAME):
+                (self.path / name).unlink(missing_ok=True)
+            self.manifest.remove()
+            for file in self._weight_files():
                 file.unlink()
-        self._is_cleared = True
+            self.replaces = False
+        if self.is_complete and len(done) < n_shards:
+            # A finished conversion of which files are missing or damaged: unfinished again.
+            for name in (CONFIG_NAME, INDEX_NAME):
+                (self.path / name).unlink(missing_ok=True)
+            self.manifest.reopen(self._request, done.values())
+        elif not self.is_complete:
+            self.manifest.begin(self._request)
+        self.has_begun = not self.is_complete
 
-    def complete(self, plan: ConversionPlan, threshold: float) -> None:
-        """Write the small files: first what is carried over, then what makes the checkpoint look complete."""
+    def complete(
+        self, plan: ConversionPlan, threshold: float, summary: Mapping[str, Any], records: list[ShardRecord]
+    ) -> None:
+        """Write the small files: first what is carried over, last what makes the checkpoint look complete."""
         for file in plan.source.carried:
             target = self.path / file.relative_to(plan.source.directory)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+            copy_file(file, target)
+        self.manifest.complete(self._request, summary, records)
         if len(plan.shards) > 1:
             n_bytes = sum(tensor.output_bytes for tensor in plan.tensors)
             write_json(self.path / INDEX_NAME, build_index(output_weight_map(plan), n_bytes, plan.n_parameters))
         config = bitsandbytes_config(plan.source.config, plan.model_map.dtype, threshold, plan.model_map.skip_modules)
         write_json(self.path / CONFIG_NAME, config)
+        self.manifest.tidy()
+
+
+def as_output_error(error: OSError, path: Path) -> OutputError:
+    """What the user is told of an OSError in writing to the directory `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFullError(f"no room left while writing to '{path}'", "make room and rerun the same command")
+    return OutputError(
+        f"'{error.filename or path}' cannot be written: {error.strerror}", "mend that and rerun the same command"
+    )
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

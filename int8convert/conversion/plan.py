@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,17 +93,26 @@ class PlannedShard:
     def n_read_bytes(self) -> int:
         return sum(tensor.source.n_bytes for tensor in self.tensors)
 
-    def writes_same_bytes_as(self, other: PlannedShard) -> bool:
-        """Whether two plans differ in nothing that reaches this file; their reasons may differ."""
+    def digest(self) -> str:
+        """A sha256 of all that decides the file's bytes: equal for two plans that write the same, for whatever reasons.
 
-        def content(shard: PlannedShard) -> list[Any]:
-            return [(t.source, t.shard.path, t.output_name, t.output_dtype) for t in shard.tensors]
-
-        return (
-            self.file_name == other.file_name
-            and list(self.outputs.items()) == list(other.outputs.items())
-            and content(self) == content(other)
-        )
+        Does not know the source's bytes, only where they are.
+        """
+        tensors = [
+            [
+                t.shard.path.name,
+                t.source.name,
+                t.source.dtype,
+                t.source.shape,
+                t.source.offset,
+                t.source.strides,
+                t.output_name,
+                t.output_dtype,
+            ]
+            for t in self.tensors
+        ]
+        content = json.dumps([self.file_name, list(self.outputs.items()), tensors])
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

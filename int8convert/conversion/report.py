@@ -85,6 +85,10 @@ class ReportBuilder:
         if isinstance(event, TensorQuantized):
             self.quantized.append(event)
 
+    def restart(self) -> None:
+        """Forget what was seen: the conversion begins again."""
+        self.quantized.clear()
+
     def build(self, plan: ConversionPlan, out: str, device: str, elapsed_s: float) -> ConversionReport:
         return ConversionReport(
             source=plan.source.label,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ from int8convert.errors import NonFiniteWeightError
 
 BLOCK_BYTES = 1 << 20
 """Source bytes a thread handles at a time. Larger ones leave the cache, smaller ones pay more for each system call."""
+
+
+FP16_MAX = 65504.0
+"""bitsandbytes computes in fp16: a row with a larger weight would come out as infinity or zero there."""
 
 
 class Scratch:
@@ -59,18 +64,22 @@ class TensorCopy:
         step = max(1, n) if self._tensor.source.strides is not None else BLOCK_BYTES // 8
         return ((begin, min(begin + step, n)) for begin in range(0, max(1, n), step))
 
-    def run(self, begin: int, end: int, scratch: Scratch) -> None:
-        """Copy the elements from `begin` to before `end`."""
+    def read(self, begin: int, end: int, scratch: Scratch) -> RawBlock:
+        """The bytes of the elements from `begin` to before `end`; of a strided tensor, all it spans."""
+        stored = self._tensor.source
+        return read_block(stored, self._reader, begin, end, scratch)
+
+    def convert(self, raw: RawBlock, begin: int, end: int, scratch: Scratch) -> None:
+        """Write those elements, in the dtype the output has."""
         stored, output_dtype = self._tensor.source, self._tensor.output_dtype
-        if stored.strides is not None:
-            data = read_dense(stored, self._reader).reshape(-1).view(np.uint8)
-        else:
-            width = DTYPE_BYTES[stored.dtype]
-            data = scratch.source((end - begin) * width)
-            self._reader.read_into(data.data, stored.offset + begin * width)
+        data = raw.data if stored.strides is None else as_dense(stored, raw.data).reshape(-1).view(np.uint8)
         if output_dtype != stored.dtype:
             data = convert_floats(data, stored.dtype, output_dtype)
         self._writer.write(self._tensor.output_name, data.data, begin * DTYPE_BYTES[output_dtype])
+
+    @property
+    def file_name(self) -> str:
+        return self._tensor.shard.path.name
 
     def finish(self) -> TensorKept:
         return TensorKept(self._tensor)
@@ -96,39 +105,45 @@ class TensorQuantization:
         step = n_rows if stored.strides is not None else max(1, BLOCK_BYTES // row_bytes)
         return ((begin, min(begin + step, n_rows)) for begin in range(0, n_rows, step))
 
-    def run(self, begin: int, end: int, scratch: Scratch) -> None:
-        """Quantize the rows from `begin` to before `end`."""
-        n_columns = self._tensor.source.shape[1]
-        weight = self._read_rows(begin, end, scratch)
+    def read(self, begin: int, end: int, scratch: Scratch) -> RawBlock:
+        """The bytes of the rows from `begin` to before `end`; of a strided tensor, all it spans."""
+        stored = self._tensor.source
+        return read_block(stored, self._reader, begin * stored.shape[1], end * stored.shape[1], scratch)
+
+    def convert(self, raw: RawBlock, begin: int, end: int, scratch: Scratch) -> None:
+        """Quantize those rows and write their codes."""
+        stored = self._tensor.source
+        n_columns = stored.shape[1]
+        if stored.strides is None:
+            weight = raw.data.view(_NUMPY_DTYPE[stored.dtype]).reshape(end - begin, n_columns)
+        else:
+            weight = as_dense(stored, raw.data)
         codes = scratch.codes((end - begin) * n_columns).reshape(end - begin, n_columns)
         rows = slice(begin, end)
         cpu.row_quantize(_bits(weight), codes, self._absmax[rows], self._signal[rows], self._noise[rows])
-        self._check_finite(weight, begin, end)
+        self._check_range(weight, begin, end)
         self._writer.write(self._tensor.output_name, codes.reshape(-1).view(np.uint8).data, begin * n_columns)
 
-    def _read_rows(self, begin: int, end: int, scratch: Scratch) -> npt.NDArray[Any]:
-        stored = self._tensor.source
-        if stored.strides is not None:
-            return read_dense(stored, self._reader)
-        row_bytes = stored.shape[1] * DTYPE_BYTES[stored.dtype]
-        data = scratch.source((end - begin) * row_bytes)
-        self._reader.read_into(data.data, stored.offset + begin * row_bytes)
-        return data.view(_NUMPY_DTYPE[stored.dtype]).reshape(end - begin, stored.shape[1])
-
-    def _check_finite(self, weight: npt.NDArray[Any], begin: int, end: int) -> None:
-        finite = np.isfinite(self._absmax[begin:end])
-        if finite.all():
+    def _check_range(self, weight: npt.NDArray[Any], begin: int, end: int) -> None:
+        in_range = self._absmax[begin:end] <= FP16_MAX  # NaN compares false
+        if in_range.all():
             return
-        row = int(np.argmin(finite))
+        row = int(np.argmin(in_range))
         one_row = weight[row : row + 1]
-        values = one_row if one_row.dtype.kind == "f" else widen_bfloat16(one_row)
-        column = int(np.argmin(np.isfinite(values[0])))
+        values = widen_bfloat16(one_row)[0] if self._tensor.source.dtype == "BF16" else one_row[0]
+        outside = ~(np.abs(values.astype(np.float64)) <= FP16_MAX)
+        module_name = self._tensor.output_name.removesuffix(".weight")
         raise NonFiniteWeightError(
-            f"{self._tensor.source.name!r} in '{self._tensor.shard.path.name}' holds {values[0, column]} "
-            f"at row {begin + row:,}, column {column:,}",
-            "such weights have no int8 form; mend the checkpoint, or leave the module 16-bit with "
-            f"--skip '{self._tensor.output_name.removesuffix('.weight')}'",
+            f"{self._tensor.source.name!r} in '{self.file_name}' holds {values[outside][0]} at row {begin + row:,}, "
+            f"column {int(np.argmax(outside)):,} ({int(outside.sum()):,} such in this row): "
+            f"no int8 form, or none that computes in fp16, whose largest number is {FP16_MAX:,.0f}",
+            f"mend the checkpoint, or keep such modules 16-bit with --on-nonfinite keep or --skip '{module_name}'",
+            module_name,
         )
+
+    @property
+    def file_name(self) -> str:
+        return self._tensor.shard.path.name
 
     def finish(self) -> TensorQuantized:
         """Write the scales and sum up; after the last block."""
@@ -207,13 +222,35 @@ def convert_floats(data: npt.NDArray[np.uint8], dtype: str, output_dtype: str) -
         return wide.astype(_NUMPY_DTYPE[output_dtype]).view(np.uint8)
 
 
-def read_dense(stored: StoredTensor, reader: ShardReader) -> npt.NDArray[Any]:
-    """A strided tensor, whole, made contiguous. Takes the memory of what it spans and of itself.
+@dataclass(frozen=True, slots=True)
+class RawBlock:
+    """Bytes as they lie in the source.
+
+    data: uint8, valid until the thread's next block.
+    offset: of the first of them in the file.
+    """
+
+    data: npt.NDArray[np.uint8]
+    offset: int
+
+
+def read_block(stored: StoredTensor, reader: ShardReader, begin: int, end: int, scratch: Scratch) -> RawBlock:
+    """The bytes of a contiguous tensor's elements from `begin` to before `end`, or all that a strided one spans."""
+    if stored.strides is not None:
+        begin, n_bytes = 0, stored.span_bytes
+    else:
+        n_bytes = (end - begin) * DTYPE_BYTES[stored.dtype]
+    data = scratch.source(n_bytes)
+    offset = stored.offset + begin * DTYPE_BYTES[stored.dtype]
+    reader.read_into(data.data, offset)
+    return RawBlock(data, offset)
+
+
+def as_dense(stored: StoredTensor, span: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """A strided tensor made contiguous, from the bytes it spans.
 
     Elements other than the four float formats come as unsigned integers of their width.
     """
-    dtype = _NUMPY_DTYPE.get(stored.dtype, np.dtype(f"u{min(8, DTYPE_BYTES[stored.dtype])}"))
-    span = np.empty(stored.span_bytes, np.uint8)
-    reader.read_into(span.data, stored.offset)
+    dtype = _NUMPY_DTYPE.get(stored.dtype, np.dtype(f"u{DTYPE_BYTES[stored.dtype]}"))
     strides = tuple(stride * dtype.itemsize for stride in stored.strides or ())
     return np.ascontiguousarray(np.lib.stride_tricks.as_strided(span.view(dtype), stored.shape, strides))

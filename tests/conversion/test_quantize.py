@@ -106,7 +106,8 @@ def test_small_files_are_carried_over_and_foreign_weights_are_not(tmp_path: Path
         (source / name).write_text(text)
     convert(source, tmp_path / "out")
     written = file_bytes(tmp_path / "out")
-    assert set(written) == {*carried, "generation_config.json", "config.json", "model.safetensors"}
+    own = {"generation_config.json", "config.json", "model.safetensors", "int8convert/manifest.json"}
+    assert set(written) == {*carried, *own}
     assert all(written[name] == text.encode() for name, text in carried.items())
 
 

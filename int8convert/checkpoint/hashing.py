@@ -1,0 +1,76 @@
+"""sha256 of a file that is being read in blocks anyway: one read, nearly in order, by several threads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from int8convert.checkpoint.safetensors_file import read_exactly
+
+CHUNK_BYTES = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class OrderedSha256:
+    """The sha256 of a whole file, from blocks fed in the order of their offsets.
+
+    What lies between the blocks, such as headers and padding, is read here; what was fed before is not hashed again.
+    Not for several threads at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._n_bytes = os.fstat(self._fd).st_size
+        self._hash = hashlib.sha256()
+        self._at = 0
+
+    def feed(self, data: memoryview, offset: int) -> None:
+        """Add the file's bytes from `offset` on."""
+        self._catch_up(offset)
+        fresh = data[self._at - offset :]
+        self._hash.update(fresh)
+        self._at += len(fresh)
+
+    def finish(self) -> str:
+        """Read what is left of the file and give the digest in hex."""
+        self._catch_up(self._n_bytes)
+        self.close()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Harmless if done before."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _catch_up(self, offset: int) -> None:
+        buffer = bytearray(min(CHUNK_BYTES, max(0, offset - self._at)))
+        while self._at < offset:
+            part = memoryview(buffer)[: offset - self._at]
+            read_exactly(self._fd, part, self._at, self._name)
+            self._hash.update(part)
+            self._at += len(part)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file in hex."""
+    return OrderedSha256(path).finish()
+
+
+def expected_sha256(path: Path) -> str | None:
+    """What the Hugging Face client wrote down about a file it downloaded; None where it did not, or not as a sha256.
+
+    In the cache a file is a link to a blob named by its hash; in a local directory the hash stands in a metadata file.
+    """
+    if path.is_symlink():
+        name = os.readlink(path).rpartition("/")[2]
+        return name if _SHA256.fullmatch(name) else None
+    metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    if metadata.is_file() and metadata.stat().st_size < CHUNK_BYTES:
+        lines = metadata.read_text(errors="replace").split()
+        if len(lines) > 1 and _SHA256.fullmatch(lines[1]):
+            return lines[1]
+    return None

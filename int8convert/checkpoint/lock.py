@@ -1,0 +1,91 @@
+"""One process at a time in one output directory.
+
+By `flock`, which ends with its owner however that ends. On a file system without it, the lock is a file that names its
+owner; such a lock outlives a killed owner on another host, and then has to be removed by hand.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from int8convert.errors import OutputError
+
+_NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class DirectoryLock:
+    """An exclusive lock on a directory, through a file in it. A context manager.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+
+    def __enter__(self) -> DirectoryLock:
+        while True:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._refuse()
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise
+                self._take_by_name()
+            if self._is_still_there():
+                break
+            os.close(self._fd)  # the previous owner removed the file between our opening and locking it
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        except OSError:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+    def _is_still_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._fd), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _owner(self) -> tuple[str, int] | None:
+        try:
+            owner = json.loads(os.pread(self._fd, 1000, 0))
+            return str(owner["host"]), int(owner["pid"])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def _take_by_name(self) -> None:
+        """Without flock: ours if nobody is named in it, or somebody of this host who is gone."""
+        owner = self._owner()
+        if owner is None:
+            return
+        host, pid = owner
+        if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
+            return
+        self._refuse()
+
+    def _refuse(self) -> None:
+        owner = self._owner()
+        os.close(self._fd)
+        who = f"process {owner[1]} on {owner[0]}" if owner else "another process"
+        raise OutputError(
+            f"'{self._path.parent.parent}' is being written by {who}",
+            f"wait for it, or name another directory; if it is gone for sure, remove '{self._path}'",
+        )

@@ -1,0 +1,188 @@
+"""What was done to a checkpoint, and how far it got: the folder `int8convert/` inside OUT.
+
+    conversion.json     while it runs: what was asked for, by which a rerun knows that it continues the same job
+    shards/NAME.json    while it runs: one record for each finished shard, written after the shard has its name
+    manifest.json       at the end: all of it in one file; the other two go
+
+Every file appears whole or not at all, and each shard has a record of its own, so that several processes could work on
+one OUT. No file holds the time of the conversion or where it ran: the same conversion writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.atomic import write_json
+from int8convert.checkpoint.layout import OWN_FOLDER, read_json_object
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.errors import CorruptFileError
+
+ARITHMETIC_VERSION = 1
+"""Raised when the same source and options would give other bytes; shards of two versions are never mixed."""
+
+_REQUEST_NAME = "conversion.json"
+_MANIFEST_NAME = "manifest.json"
+_RECORDS_FOLDER = "shards"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """What became of one tensor.
+
+    Attributes:
+        source: its name there.
+        dtype: as written.
+        reason: why it did not become int8; None if it did.
+        sqnr_db: signal to quantization noise; None if kept, or if nothing was lost.
+        absmax_min, absmax_max: range of the rows' absmax; None if kept.
+    """
+
+    source: str
+    dtype: str
+    reason: str | None = None
+    sqnr_db: float | None = None
+    absmax_min: float | None = None
+    absmax_max: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A finished shard.
+
+    Attributes:
+        n_bytes, sha256: of the file.
+        plan_sha256: digest of the plan it was written by.
+        sources: source file -> sha256, of those whose last tensor is in this shard.
+        tensors: output name -> what became of it.
+    """
+
+    file_name: str
+    n_bytes: int
+    sha256: str
+    plan_sha256: str
+    sources: dict[str, str]
+    tensors: dict[str, TensorRecord]
+
+
+class Manifest:
+    """The records of one output directory."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / OWN_FOLDER
+        self._records_folder = self.folder / _RECORDS_FOLDER
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.folder / _MANIFEST_NAME).is_file()
+
+    def read_request(self) -> dict[str, Any] | None:
+        """What was asked of the conversion that is there, finished or not; None if there is none."""
+        try:
+            if (self.folder / _REQUEST_NAME).is_file():
+                return read_json_object(self.folder / _REQUEST_NAME)
+            if self.is_complete:
+                request = read_json_object(self.folder / _MANIFEST_NAME).get("conversion")
+                return request if isinstance(request, dict) else None
+        except CorruptFileError:
+            pass  # not written by us
+        return None
+
+    def begin(self, request: Mapping[str, Any]) -> None:
+        """Write down what is asked for, before the first shard."""
+        self._records_folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / _REQUEST_NAME, request)
+
+    def reopen(self, request: Mapping[str, Any], records: Iterable[ShardRecord]) -> None:
+        """Make a finished conversion an unfinished one, of which these shards are done."""
+        self.begin(request)
+        for record in records:
+            self.add(record)
+        (self.folder / _MANIFEST_NAME).unlink()
+
+    def add(self, record: ShardRecord) -> None:
+        """Write down a shard that is on the disk under its name."""
+        write_json(self._records_folder / f"{record.file_name}.json", asdict(record))
+
+    def read_records(self) -> dict[str, ShardRecord]:
+        """File name -> record of the finished shards. A record that cannot be read counts as none."""
+        if self.is_complete and not (self.folder / _REQUEST_NAME).is_file():
+            entries: Any = read_json_object(self.folder / _MANIFEST_NAME).get("shards", [])
+            return {record.file_name: record for record in map(_parse_record, entries) if record}
+        return {record.file_name: record for record in self._unfinished_records()}
+
+    def _unfinished_records(self) -> Iterator[ShardRecord]:
+        for path in sorted(self._records_folder.glob("*.json")):
+            try:
+                record = _parse_record(read_json_object(path))
+            except CorruptFileError:
+                continue
+            if record is not None:
+                yield record
+
+    def complete(self, request: Mapping[str, Any], summary: Mapping[str, Any], records: list[ShardRecord]) -> None:
+        """Write the one file that stays."""
+        shards = [asdict(record) for record in records]
+        write_json(self.folder / _MANIFEST_NAME, {"schema": 1, "conversion": request, **summary, "shards": shards})
+
+    def tidy(self) -> None:
+        """Remove what only an unfinished conversion needs; after everything else is on the disk."""
+        (self.folder / _REQUEST_NAME).unlink(missing_ok=True)
+        shutil.rmtree(self._records_folder, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove all that is written down."""
+        (self.folder / _MANIFEST_NAME).unlink(missing_ok=True)
+        for leftover in self.folder.glob("*.incomplete"):
+            leftover.unlink()
+        self.tidy()
+
+
+def _parse_record(value: Any) -> ShardRecord | None:
+    try:
+        tensors = {name: TensorRecord(**tensor) for name, tensor in value["tensors"].items()}
+        return ShardRecord(**{**value, "tensors": tensors})
+    except (TypeError, KeyError, AttributeError):
+        return None
+
+
+def describe_source(source: CheckpointSource) -> dict[str, Any]:
+    """What identifies the bytes of a source short of reading them: sizes, times of change, headers, config."""
+    return {
+        "config_sha256": _json_sha256(source.config),
+        "files": {
+            shard.path.name: {
+                "n_bytes": shard.n_bytes,
+                "mtime_ns": shard.path.stat().st_mtime_ns,
+                "header_sha256": _json_sha256([[t.name, t.dtype, t.shape, t.offset, t.strides] for t in shard.tensors]),
+            }
+            for shard in source.shards
+        },
+    }
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
+    """The first thing in which two requests differ, as a phrase; None if they agree."""
+    for key in (*now, *(key for key in before if key not in now)):
+        name = f"{path}{key}"
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found = first_difference(old, new, f"{name}: ")
+            if found:
+                return found
+        elif old != new:
+            return f"{name} was {_phrase(old)}, is now {_phrase(new)}"
+    return None
+
+
+def _phrase(value: Any) -> str:
+    return "not there" if value is None else json.dumps(value)[:80]

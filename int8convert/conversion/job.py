@@ -1,0 +1,208 @@
+"""One conversion, inside its locked output directory: plan, head start, checks, shards, small files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from int8convert import __version__
+from int8convert.checkpoint.hashing import file_sha256
+from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, describe_source
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.events import EventSink, PlanMade
+from int8convert.conversion.head_start import HeadStart, guess_plan
+from int8convert.conversion.model_map import ModelMap, ModelMapProcess, ModuleFilter
+from int8convert.conversion.output import OutputDirectory, as_output_error
+from int8convert.conversion.pipeline import ConvertedShard, Pipeline
+from int8convert.conversion.plan import ConversionPlan, PlannedShard, make_plan
+from int8convert.errors import CoverageError, Int8ConvertError
+
+
+def conversion_request(source: CheckpointSource, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What two runs must have in common to be parts of one conversion."""
+    return {
+        "arithmetic": ARITHMETIC_VERSION,
+        "format": "bitsandbytes",
+        "source": describe_source(source),
+        "options": dict(options),
+    }
+
+
+class PlanInTheMaking:
+    """The true plan, once the child that maps the model has answered; a thread waits for it. A context manager.
+
+    Args:
+        source, modules, max_shard_bytes: what is planned.
+        kept_modules: modules that turned out to have no int8 form.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        modules: ModuleFilter,
+        max_shard_bytes: int | None,
+        kept_modules: tuple[str, ...],
+    ) -> None:
+        self._process = ModelMapProcess(source, replace(modules, skip=(*modules.skip, *kept_modules)))
+        self._waiter = ThreadPoolExecutor(1)
+        self._plan = self._waiter.submit(
+            lambda: make_plan(source, _with_reason(self._process.result(), kept_modules), max_shard_bytes)
+        )
+
+    def __enter__(self) -> PlanInTheMaking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stop()
+        self._waiter.shutdown()
+
+    def peek(self) -> ConversionPlan | None:
+        """The plan if it is there already; raises if an error came instead."""
+        return self._plan.result() if self._plan.done() else None
+
+    def result(self) -> ConversionPlan:
+        """Wait for the plan."""
+        return self._plan.result()
+
+
+def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap:
+    tensors = {
+        name: replace(mapped, reason="not finite in int8")
+        if mapped.output_name.removesuffix(".weight") in kept_modules
+        else mapped
+        for name, mapped in model_map.tensors.items()
+    }
+    return replace(model_map, tensors=tensors)
+
+
+class Conversion:
+    """What is converted into where, and how far it may go.
+
+    Attributes:
+        kept_modules: modules left 16-bit because their weights have no int8 form; grows as they are found.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        output: OutputDirectory,
+        modules: ModuleFilter,
+        max_shard_bytes: int | None,
+        min_coverage: float,
+        check: bool,
+    ) -> None:
+        self._source = source
+        self._output = output
+        self._modules = modules
+        self._max_shard_bytes = max_shard_bytes
+        self._min_coverage = min_coverage
+        self._check = check
+        self.kept_modules: tuple[str, ...] = ()
+
+    def run(self, n_workers: int, threshold: float, emit: EventSink) -> ConversionPlan:
+        """Convert what is not converted yet and complete the directory; the plan that was followed."""
+        with (
+            PlanInTheMaking(self._source, self._modules, self._max_shard_bytes, self.kept_modules) as coming,
+            self._telling_what_is_on_disk(),
+            Pipeline(self._output.manifest, self._output.path, n_workers, emit) as pipeline,
+        ):
+            plan, done, converted = self._start(coming, pipeline)
+            records = pipeline.run(plan, done, converted)
+            self._output.complete(plan, threshold, _summary(plan), records)
+            return plan
+
+    def _start(
+        self, coming: PlanInTheMaking, pipeline: Pipeline
+    ) -> tuple[ConversionPlan, dict[str, ShardRecord], dict[int, ConvertedShard]]:
+        """Wait for the plan, converting by a guess meanwhile, and check it.
+
+        Returns:
+            the plan, the records of shards finished earlier, and the shards converted by the guess.
+        """
+        records = {} if self._output.replaces else self._output.manifest.read_records()
+        # Where an old checkpoint is to be replaced, it stays until all is checked, and both need room: no head start.
+        guess = None if self._output.replaces else guess_plan(self._source, self._modules, self._max_shard_bytes)
+        if guess is None or not self._output.has_room(guess):
+            plan = coming.result()
+            return plan, self._check_and_begin(plan, records, pipeline), {}
+        head_start = HeadStart(pipeline, guess, coming.peek, lambda shard: self._is_done(shard, records))
+        try:
+            head_start.run()
+            plan = coming.result()
+            done = self._check_and_begin(plan, records, pipeline)
+            return plan, done, head_start.confirm(plan)
+        finally:
+            head_start.discard()
+
+    def _check_and_begin(
+        self, plan: ConversionPlan, records: dict[str, ShardRecord], pipeline: Pipeline
+    ) -> dict[str, ShardRecord]:
+        check_coverage(plan, self._min_coverage)
+        self._output.check_room(plan)
+        done = {s.file_name: records[s.file_name] for s in plan.shards if self._is_done(s, records)}
+        self._output.begin(done, len(plan.shards))
+        pipeline.emit(PlanMade(plan))
+        return done
+
+    def _is_done(self, shard: PlannedShard, records: Mapping[str, ShardRecord]) -> bool:
+        """Whether an earlier run finished a shard by the same plan, and its file is as it was left."""
+        record = records.get(shard.file_name)
+        path = self._output.path / shard.file_name
+        if record is None or not path.is_file() or path.stat().st_size != record.n_bytes:
+            return False
+        if record.plan_sha256 != shard.digest():
+            return False
+        return not self._check or file_sha256(path) == record.sha256
+
+    @contextmanager
+    def _telling_what_is_on_disk(self) -> Iterator[None]:
+        """Adds to the hint of whatever stops the conversion how far it got; OSErrors here are the output's."""
+        try:
+            yield
+        except OSError as error:
+            raise self._located(as_output_error(error, self._output.path)) from error
+        except Int8ConvertError as error:
+            raise self._located(error) from error.__cause__
+
+    def _located(self, error: Int8ConvertError) -> Int8ConvertError:
+        if self._output.has_begun:
+            n_done = len(self._output.manifest.read_records())
+            kept = f"{n_done} finished shards are kept: the same command resumes behind them"
+            error.hint += f"; {kept if n_done else 'what this run had written was removed'}"
+        return error
+
+
+def _summary(plan: ConversionPlan) -> dict[str, Any]:
+    """What the manifest says of the whole."""
+    return {
+        "tool": f"int8convert {__version__}",
+        "source": plan.source.label,
+        "model_class": plan.model_map.model_class,
+        "notes": list(plan.model_map.notes),
+        "n_parameters": plan.n_parameters,
+        "n_int8_parameters": plan.n_int8_parameters,
+        "dropped": plan.dropped,
+        "skip_modules": list(plan.model_map.skip_modules),
+    }
+
+
+def check_coverage(plan: ConversionPlan, min_coverage: float) -> None:
+    """Refuse a conversion that would leave nearly everything as it is.
+
+    Raises:
+        CoverageError: with what stays and why.
+    """
+    if plan.n_int8_parameters and plan.coverage >= min_coverage:
+        return
+    reasons = "; ".join(
+        f"{reason}: {100 * n / max(1, plan.n_parameters):.0f} %"
+        for reason, (_, n) in list(plan.kept_by_reason().items())[:3]
+    )
+    raise CoverageError(
+        f"only {100 * plan.coverage:.1f} % of the parameters would become int8, "
+        f"at least {100 * min_coverage:g} % are asked for",
+        f"what stays 16-bit: {reasons}; --dry-run lists it, --min-coverage lowers the bar; nothing was written",
+    )

@@ -1,0 +1,33 @@
+"""What the manifest keeps of a converted tensor, from its event and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from int8convert.checkpoint.manifest import ShardRecord, TensorRecord
+from int8convert.conversion.events import TensorKept, TensorQuantized
+from int8convert.conversion.plan import PlannedShard
+
+_DECIMALS = 3
+"""Of decibels: the last digits of a float32 sum depend on the width of a processor's vectors."""
+
+
+def tensor_record(event: TensorQuantized | TensorKept) -> tuple[str, TensorRecord]:
+    """The output name of the tensor and its record."""
+    tensor = event.tensor
+    if isinstance(event, TensorKept):
+        return tensor.output_name, TensorRecord(tensor.source.name, tensor.output_dtype, tensor.reason)
+    sqnr_db = round(event.sqnr_db, _DECIMALS) if math.isfinite(event.sqnr_db) else None
+    return tensor.output_name, TensorRecord(tensor.source.name, "I8", None, sqnr_db, event.absmax_min, event.absmax_max)
+
+
+def replay_events(shard: PlannedShard, record: ShardRecord) -> Iterator[TensorQuantized | TensorKept]:
+    """The events of a shard that was finished earlier."""
+    for tensor in shard.tensors:
+        found = record.tensors.get(tensor.output_name)
+        if not tensor.is_quantized or found is None:
+            yield TensorKept(tensor)
+        else:
+            sqnr_db = math.inf if found.sqnr_db is None else found.sqnr_db
+            yield TensorQuantized(tensor, sqnr_db, found.absmax_min or 0.0, found.absmax_max or 0.0)
