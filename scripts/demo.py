@@ -1,6 +1,6 @@
 """Show on a small trained model what LLM.int8() is for, and that the converter delivers it.
 
-How it goes, for each of two kinds of outlier features (`small_model.inject_outliers`):
+How it goes, for each of two kinds of outlier features (`outlier_injection`):
 1. The sharded float16 source comes from the cache, or is trained and written.
 2. `int8convert quantize` converts it, as a command of its own; its wall time and memory are measured from outside.
 3. `demo_evaluate.py`, a fresh process that knows nothing of int8convert, loads the result with transformers and
@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,14 +25,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from small_model import (
-    N_HELD_OUT_SEQUENCES,
-    Outliers,
-    TrainingSettings,
-    find_cache,
-    prepare_source,
-    prepare_trained,
-)
+from measure_command import measure_command
+from outlier_injection import Outliers
+from small_model import N_HELD_OUT_SEQUENCES, find_cache, prepare_source, prepare_trained
+from train_small_model import TrainingSettings
 
 CASES = (Outliers("scale", 200, 6), Outliers("shift", 60, 6))
 # Not generous: on the same trained model, other choices of the six features than seed 0's gave +0.6, +1.1 and +1.5 % on
@@ -42,20 +37,13 @@ LARGEST_CONVERTED_CHANGE = 0.01
 # What "clearly worse" means for int8 without decomposition, on the scale case.
 SMALLEST_NAIVE_CHANGE = 0.02
 SMALLEST_KL_RATIO = 10
-SAMPLE_INTERVAL_S = 0.02
 MB = 1_000_000
 EVALUATOR = Path(__file__).with_name("demo_evaluate.py")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What one run of the command took.
-
-    `peak_anonymous_bytes` is RssAnon summed over the command and its children, the largest of samples 20 ms apart: the
-    memory that cannot be dropped. `peak_resident_bytes` is VmHWM of the command's main process, the kernel's own high
-    water mark: it also counts mapped files, such as torch's libraries and the shards being read. Both are 0 where
-    there is no /proc.
-    """
+    """What one command took; `peak_resident_bytes` is `peak_main_rss_bytes` of `measure_command.Measurement`."""
 
     elapsed_s: float
     peak_anonymous_bytes: int
@@ -104,7 +92,7 @@ def run_case(settings: TrainingSettings, outliers: Outliers) -> CaseResult:
     source = prepare_source(settings, outliers)
     converted = find_cache(settings) / f"int8-{outliers.name}"
     note(f"{outliers.name}: converting '{source}'")
-    conversion = run_measured([str(find_command()), "quantize", str(source), str(converted), "--overwrite"])
+    conversion = convert(source, converted)
     note(f"{outliers.name}: evaluating in a fresh process")
     evaluation = evaluate(source, converted, trained / "heldout.safetensors", settings.sequence_length)
     return CaseResult(outliers, count_weight_bytes(source), count_weight_bytes(converted), conversion, evaluation)
@@ -123,56 +111,20 @@ def find_command() -> Path:
     return command
 
 
-def run_measured(command: list[str]) -> Conversion:
-    """Run `command` to its end and return what it took.
+def convert(source: Path, converted: Path) -> Conversion:
+    """Run `int8convert quantize` as a command of its own and return what it took.
 
     Raises:
-        SystemExit: it ended with another exit code than 0.
+        SystemExit: it ended with another exit code than 0; what it printed on stdout is shown then, and only then.
     """
-    started = time.perf_counter()
-    peak_anonymous = peak_resident = 0
-    # stdout is this program's own result; what the command says belongs with the progress.
-    with subprocess.Popen(command, stdout=sys.stderr) as process:
-        while process.poll() is None:
-            anonymous, resident = sample_memory(process.pid)
-            peak_anonymous = max(peak_anonymous, anonymous)
-            peak_resident = max(peak_resident, resident)
-            time.sleep(SAMPLE_INTERVAL_S)
-    elapsed_s = time.perf_counter() - started
-    if process.returncode != 0:
-        raise SystemExit(f"error: exit code {process.returncode} from: {' '.join(command)}")
-    return Conversion(elapsed_s, peak_anonymous, peak_resident)
-
-
-def sample_memory(process_id: int) -> tuple[int, int]:
-    """Return RssAnon summed over a process and its descendants, and VmHWM of the process itself, in bytes."""
-    fields = read_memory_fields(process_id)
-    anonymous = fields.get("RssAnon", 0)
-    for child in list_children(process_id):
-        anonymous += sample_memory(child)[0]
-    # Not getrusage's ru_maxrss: a child inherits that from the process it was forked from.
-    return anonymous, fields.get("VmHWM", 0)
-
-
-def read_memory_fields(process_id: int) -> dict[str, int]:
-    """Return the fields of /proc/PID/status that are given in kB, in bytes; none where the process is gone."""
-    try:
-        lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
-    fields = (line.split() for line in lines if line.endswith(" kB"))
-    return {name.rstrip(":"): int(value) * 1024 for name, value, _unit in fields}
-
-
-def list_children(process_id: int) -> list[int]:
-    """Return the process ids of the children that any thread of a process started."""
-    children: list[int] = []
-    for path in Path(f"/proc/{process_id}/task").glob("*/children"):
-        try:
-            children += map(int, path.read_text().split())
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # the thread ended between being listed and being read
-    return children
+    command = [str(find_command()), "quantize", str(source), str(converted), "--overwrite", "--quiet"]
+    with tempfile.TemporaryFile() as output:
+        run = measure_command(command, stdout=output, stderr=None)
+        if run.exit_code:
+            output.seek(0)
+            sys.stderr.write(output.read().decode(errors="replace"))
+            raise SystemExit(f"error: exit code {run.exit_code} from: {' '.join(command)}")
+    return Conversion(run.wall_s, run.peak_anonymous_bytes, run.peak_main_rss_bytes)
 
 
 def evaluate(source: Path, converted: Path, heldout: Path, sequence_length: int) -> Evaluation:

@@ -8,11 +8,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import open_source
 from int8convert.checkpoint.stored_tensor import StoredTensor
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _SCALE_SUFFIXES = (".SCB", ".weight_format", ".weight_scale")
+_MAX_TEXT = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,12 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     parameters = [tensor for tensor in tensors if not tensor.name.endswith(_SCALE_SUFFIXES)]
     block = source.config.get("quantization_config")
     block = block if isinstance(block, dict) else {}
+    method = block.get("quant_method")
     return Inspection(
         path=source.label,
         architectures=_strings(source.config.get("architectures")),
-        quant_method=block.get("quant_method"),
-        threshold=block.get("llm_int8_threshold"),
+        quant_method=_clean(method) if isinstance(method, str) else None,
+        threshold=_finite(block.get("llm_int8_threshold")),
         skip_modules=_strings(block.get("llm_int8_skip_modules")),
         n_shards=len(source.shards),
         n_tensors=len(tensors),
@@ -89,8 +92,18 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     )
 
 
+def _finite(value: Any) -> float | None:
+    """A number, if it is one that float32 can hold."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 3e38 else None
+
+
 def _strings(value: Any) -> tuple[str, ...]:
-    return tuple(str(item) for item in value) if isinstance(value, list) else ()
+    return tuple(_clean(item) for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+
+
+def _clean(text: str) -> str:
+    """Text of a stranger's config, to be printed: as it is if it prints and is short."""
+    return text if text.isprintable() and len(text) <= _MAX_TEXT else quoted(text, _MAX_TEXT)
 
 
 def _group(tensors: list[StoredTensor]) -> tuple[TensorGroup, ...]:

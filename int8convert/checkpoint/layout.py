@@ -3,30 +3,50 @@
 The directory looks as transformers writes it: `model.safetensors`, or `model-00001-of-0000N.safetensors` with
 `model.safetensors.index.json`; `config.json` beside them. What is ours alone goes into the folder `int8convert/`, which
 no loader looks into.
+
+A checkpoint is a stranger's: its files are found by `find_file`, which follows no link out of it, and its names are
+printed by `quoted`, which lets no control character through.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from int8convert.errors import CorruptFileError
+from int8convert.errors import CorruptFileError, SourceError
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 OWN_FOLDER = "int8convert"
+TEMPLATES_FOLDER = "additional_chat_templates"
 MAX_JSON_BYTES = 200_000_000
-"""An index of 200,000 tensors takes about 20 MB."""
+"""For files of our own."""
+
+MAX_INDEX_BYTES = 32_000_000
+"""An index of 200,000 tensors takes about 20 MB. Parsed, JSON can take thirty times its size, so this bounds memory."""
+
+MAX_CONFIG_BYTES = 8_000_000
+"""A config that names 20,000 classes takes about 1 MB."""
+
+MAX_CONFIG_DEPTH = 64
+"""Levels of nesting. Real configs have under ten; the recursion of the encoder that writes it back ends near 1,000."""
+
+MAX_JSON_CONTAINERS = 1_000_000
+"""Objects and lists in JSON text. A header has three a tensor. `{"":0},` is 7 bytes of text and 200 bytes of memory."""
 
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".npz"),
     *(".index.json", ".incomplete", ".tflite", ".mlmodel", ".pkl"),
 )
-_NOT_CARRIED = frozenset({CONFIG_NAME, "README.md", ".gitattributes", ".gitignore"})
-"""The model card of the source describes the source; `upload` writes the converted checkpoint's own."""
+_NOT_CARRIED = frozenset({CONFIG_NAME, "README.md", ".gitattributes", ".gitignore", OWN_FOLDER})
+"""The model card of the source describes the source; `upload` writes the converted checkpoint's own. A file named like
+our own folder would be in its way."""
 
 
 def shard_name(i: int, n: int) -> str:
@@ -34,29 +54,140 @@ def shard_name(i: int, n: int) -> str:
     return "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def quoted(text: str, max_length: int = 100) -> str:
+    """Somebody else's text between quotes, on one line: what does not print is escaped, what is long is cut."""
+    shown = repr(text[: max_length + 1])
+    return shown if len(shown) <= max_length else shown[: max_length - 4] + "...'"
+
+
+def find_file(directory: Path, name: str) -> Path | None:
+    """The path of a checkpoint's file; None if it has none of that name.
+
+    A link must stay inside the directory, or lead into the `blobs` of the Hugging Face cache the directory is a
+    snapshot of. Anywhere else it could point to a private file of this machine, which would then be read into error
+    messages or copied into an output that gets published.
+
+    Raises:
+        SourceError: there is something of that name, but no regular file of this checkpoint.
+    """
+    path = directory / name
+    try:
+        path.lstat()
+    except ValueError:
+        return None  # the name holds a null byte, or what no file system can encode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
+        raise
+    _check_inside(path, directory, name)
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise SourceError(
+            f"{quoted(name)} is a link that leads nowhere: {error.strerror}",
+            "fetch the file again, or remove the link; nothing was written",
+        ) from None
+    if not stat.S_ISREG(mode):
+        # Looked at before it is opened: opening a named pipe waits for whoever may one day write into it.
+        kind = "directory" if stat.S_ISDIR(mode) else "pipe, socket or device"
+        raise SourceError(
+            f"{quoted(name)} is a {kind}, expected a file", "fetch the file again, or remove it; nothing was written"
+        )
+    return path
+
+
+def _check_inside(path: Path, directory: Path, name: str) -> None:
+    target = Path(os.path.realpath(path))
+    root = Path(os.path.realpath(directory))
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise SourceError(
+            f"{quoted(name)} is a link to {quoted(str(target))}, outside the checkpoint",
+            "copy that file itself into the checkpoint's directory, or remove the link; nothing was written",
+        )
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = True) -> dict[str, Any]:
     """A JSON file that must hold an object.
+
+    Args:
+        max_bytes: what is larger is not even read.
+        allow_nan: accept the numbers NaN and Infinity, as Python writes them and JSON has not; some configs hold them.
 
     Raises:
         CorruptFileError: absurdly large, not JSON, or not an object.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
+    n_bytes = path.stat().st_size
+    if n_bytes > max_bytes:
         raise CorruptFileError(
-            f"'{path.name}' has {path.stat().st_size:,} bytes, expected under {MAX_JSON_BYTES:,}",
+            f"{quoted(path.name)} has {n_bytes:,} bytes, expected at most {max_bytes:,}",
             "this is not the file transformers writes; fetch it again",
         )
+    hint = "fetch this file again; nothing was written"
+    return parse_json_object(path.read_bytes(), quoted(path.name), hint, allow_nan)
+
+
+def parse_json_object(encoded: bytes, what: str, hint: str, allow_nan: bool = False) -> dict[str, Any]:
+    """JSON text that must be an object, in UTF-8, with no key twice: two readers of it could otherwise disagree.
+
+    Args:
+        what: the subject of the error, such as "'config.json'".
+        hint: the error's hint.
+
+    Raises:
+        CorruptFileError: it is none.
+    """
+    n_containers = encoded.count(b"{") + encoded.count(b"[")  # and braces in names, of which there are few
+    if n_containers > MAX_JSON_CONTAINERS:
+        raise CorruptFileError(
+            f"{what} holds {n_containers:,} lists and objects, expected at most {MAX_JSON_CONTAINERS:,}", hint
+        )
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(
-            f"'{path.name}' is not valid JSON: {error}", "fetch this file again; nothing was written"
-        ) from None
+        text = encoded.decode()
+        value = json.loads(
+            text, object_pairs_hook=_refuse_duplicates, parse_constant=float if allow_nan else _refuse_constant
+        )
+        if "\\u" in text:  # escapes can write half a character, which no file can hold
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise CorruptFileError(f"{what} is not valid JSON: nested too deeply", hint) from None
+    except ValueError as error:
+        raise CorruptFileError(f"{what} is not valid JSON: {str(error)[:160]}", hint) from None
     if not isinstance(value, dict):
+        raise CorruptFileError(f"{what} holds a JSON {type(value).__name__}, not an object", hint)
+    return value
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {quoted(twice)} occurs twice")
+    return entries
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A source's config.json, checked to be one that can be written back.
+
+    Raises:
+        CorruptFileError: it is no JSON object, or nested absurdly deep.
+    """
+    config = read_json_object(path, MAX_CONFIG_BYTES)
+    level: list[Any] = [config]
+    for _ in range(MAX_CONFIG_DEPTH):
+        nested = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [item for values in nested for item in values if isinstance(item, dict | list)]
+    if level:
         raise CorruptFileError(
-            f"'{path.name}' holds a JSON {type(value).__name__}, expected an object",
+            f"{quoted(path.name)} is nested more than {MAX_CONFIG_DEPTH} levels deep",
             "fetch this file again; nothing was written",
         )
-    return value
+    return config
 
 
 def is_weight_file(name: str) -> bool:
@@ -67,14 +198,28 @@ def is_weight_file(name: str) -> bool:
 def carried_files(directory: Path) -> tuple[Path, ...]:
     """The files of a source that belong beside the converted weights too: tokenizer, templates, licence, code.
 
-    Regular files of the root, and the folder of additional chat templates. Code is carried, never run.
+    Files of the root, and the folder of additional chat templates. Code is carried, never run.
+
+    What is no file of the checkpoint - a link out of it, a pipe - is refused and not passed over in silence: an output
+    without its tokenizer is broken, and one with a copy of this machine's `/etc/passwd` under that name is worse.
+
+    Raises:
+        SourceError: an entry that would be carried is no regular file of this checkpoint, or its name does not print.
     """
-    found = [
-        entry
-        for entry in (*directory.iterdir(), *directory.glob("additional_chat_templates/*"))
-        if entry.is_file() and entry.name not in _NOT_CARRIED and not is_weight_file(entry.name)
-    ]
-    return tuple(sorted(found))
+    entries = [*directory.iterdir(), *directory.glob(f"{TEMPLATES_FOLDER}/*")]
+    found = (
+        find_file(directory, str(entry.relative_to(directory)))
+        for entry in entries
+        if entry.name not in _NOT_CARRIED and not is_weight_file(entry.name) and not entry.is_dir()
+    )
+    carried = tuple(sorted(path for path in found if path is not None))
+    for path in carried:
+        if not path.name.isprintable():  # whoever lists the output would have it act on the terminal
+            raise SourceError(
+                f"the name of the file {quoted(path.name)} holds characters that cannot be printed",
+                "rename the file, or remove it; nothing was written",
+            )
+    return carried
 
 
 def build_index(weight_map: Mapping[str, str], n_bytes: int, n_parameters: int) -> dict[str, Any]:

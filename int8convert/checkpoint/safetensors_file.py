@@ -4,22 +4,26 @@ Layout: 8 bytes little-endian header length N, N bytes of JSON, the tensors' byt
 Source: https://huggingface.co/docs/safetensors (format).
 
 We parse it ourselves because the answer wanted is where the bytes are, to read them in blocks, and because every
-promise is checked against the file's size before anything is believed.
+promise is checked against the file's size before anything is believed. Nothing is accepted that the safetensors
+library refuses.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
+from int8convert.checkpoint.layout import parse_json_object, quoted
+from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, check_tensor_name, is_shape, is_size
 from int8convert.errors import CorruptFileError
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library itself."""
+MAX_HEADER_BYTES = 32_000_000
+"""A header of 100,000 tensors takes 12 MB. The safetensors library stops at 100 MB, but parsed into Python objects that
+could be 3 GB."""
 
 _REFETCH = "fetch this file again and rerun the same command; nothing was written from it"
 
@@ -32,68 +36,92 @@ def read_safetensors_header(path: Path) -> tuple[StoredTensor, ...]:
     Raises:
         CorruptFileError: the header contradicts itself or the file's size.
     """
-    file_bytes = path.stat().st_size
     with path.open("rb") as file:
+        file_bytes = os.fstat(file.fileno()).st_size
         n_header = int.from_bytes(file.read(8), "little") if file_bytes >= 8 else 0
-        if not 2 <= n_header <= min(MAX_HEADER_BYTES, file_bytes - 8):
+        if not 2 <= n_header <= file_bytes - 8:
             raise CorruptFileError(
-                f"'{path.name}' is no safetensors file: its header would take {n_header:,} bytes, "
+                f"{quoted(path.name)} is no safetensors file, or truncated: its header would take {n_header:,} bytes, "
                 f"the file has {file_bytes:,}",
                 _REFETCH,
             )
+        if n_header > MAX_HEADER_BYTES:
+            raise CorruptFileError(
+                f"the header of {quoted(path.name)} takes {n_header:,} bytes, expected at most {MAX_HEADER_BYTES:,}",
+                "no model has that many tensors in one file; nothing was written from it",
+            )
         header_json = file.read(n_header)
-    entries = _parse_header(header_json, path.name)
-    tensors = [_stored_tensor(name, entry, 8 + n_header, path.name) for name, entry in entries.items()]
+    return parse_safetensors_header(header_json, file_bytes, path.name)
+
+
+def parse_safetensors_header(header_json: bytes, file_bytes: int, file_name: str) -> tuple[StoredTensor, ...]:
+    """The tensors of a file, from the JSON of its header.
+
+    Args:
+        header_json: what stands between the 8 bytes of length and the data.
+        file_bytes: size of the whole file.
+        file_name: for errors.
+
+    Raises:
+        CorruptFileError: the header contradicts itself or the file's size.
+    """
+    what = f"the header of {quoted(file_name)}"
+    header = parse_json_object(header_json, what, _REFETCH)
+    if not header_json.startswith(b"{"):
+        raise CorruptFileError(f"{what} does not begin with '{{'", _REFETCH)
+    if not _is_string_map(header.pop("__metadata__", None)):
+        raise CorruptFileError(f"{what} has a __metadata__ that does not map strings to strings", _REFETCH)
+    data_start = 8 + len(header_json)
+    tensors = [_stored_tensor(name, entry, data_start, file_name) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
-    _check_tiling(tensors, 8 + n_header, file_bytes, path.name)
+    _check_tiling(tensors, data_start, file_bytes, file_name)
     return tuple(tensors)
 
 
-def _parse_header(header_json: bytes, file_name: str) -> dict[str, Any]:
-    try:
-        header = json.loads(header_json, object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the header of '{file_name}' is not valid JSON: {error}", _REFETCH) from None
-    if not isinstance(header, dict):
-        raise CorruptFileError(
-            f"the header of '{file_name}' is a JSON {type(header).__name__}, not an object", _REFETCH
-        )
-    header.pop("__metadata__", None)
-    return header
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return entries
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+def _is_string_map(metadata: Any) -> bool:
+    return metadata is None or (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()))
 
 
 def _stored_tensor(name: str, entry: Any, data_start: int, file_name: str) -> StoredTensor:
+    check_tensor_name(name, file_name)
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
             pass
         case _:
             raise CorruptFileError(
-                f"the header of '{file_name}' describes {name!r} without dtype, shape and data_offsets", _REFETCH
+                f"the header of {quoted(file_name)} describes {quoted(name)} without dtype, shape and data_offsets",
+                _REFETCH,
             )
+    if len(entry) > 3:  # a field unknown here could change what the bytes mean
+        extra = next(key for key in entry if key not in ("dtype", "shape", "data_offsets"))
+        raise CorruptFileError(
+            f"the header of {quoted(file_name)} gives {quoted(name)} a field {quoted(extra, 40)}, "
+            "which the format has not",
+            _REFETCH,
+        )
     if dtype not in DTYPE_BYTES:
         raise CorruptFileError(
-            f"{name!r} in '{file_name}' has dtype {dtype[:40]!r}, which int8convert cannot read",
+            f"{quoted(name)} in {quoted(file_name)} has dtype {quoted(dtype, 40)}, which int8convert cannot read",
             f"known dtypes: {', '.join(DTYPE_BYTES)}; nothing was written",
         )
-    if not all(map(_is_size, (*shape, begin, end))) or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+    if (
+        not is_shape(shape, dtype)
+        or not is_size(begin)
+        or not is_size(end)
+        or end - begin != prod(shape) * DTYPE_BYTES[dtype]
+    ):
         raise CorruptFileError(
-            f"{name!r} in '{file_name}' has shape {shape} of {dtype}, which does not fill its bytes {begin}-{end}",
+            f"{quoted(name)} in {quoted(file_name)} has shape [{_shown(shape)}] of {dtype}, which does not fill its "
+            f"bytes [{_shown([begin, end])}]",
             _REFETCH,
         )
     return StoredTensor(name, dtype, tuple(shape), data_start + begin)
+
+
+def _shown(sizes: Sequence[Any]) -> str:
+    """Numbers for an error, few and short; of what is no number only the kind."""
+    shown = [f"{n}"[:20] if isinstance(n, int | float) else f"a {type(n).__name__}" for n in sizes[:6]]
+    return ", ".join(shown) + (f", ... {len(sizes):,} in all" if len(sizes) > 6 else "")
 
 
 def _check_tiling(tensors: list[StoredTensor], data_start: int, file_bytes: int, file_name: str) -> None:
@@ -102,15 +130,15 @@ def _check_tiling(tensors: list[StoredTensor], data_start: int, file_bytes: int,
     for tensor in tensors:
         if tensor.offset != at:
             raise CorruptFileError(
-                f"{tensor.name!r} in '{file_name}' starts at byte {tensor.offset - data_start:,} of the data, "
-                f"expected {at - data_start:,}: tensors overlap or leave a hole",
+                f"{quoted(tensor.name)} in {quoted(file_name)} starts at byte {tensor.offset - data_start:,} of the "
+                f"data, expected {at - data_start:,}: tensors overlap or leave a hole",
                 _REFETCH,
             )
         at += tensor.n_bytes
     if at != file_bytes:
         kind = "truncated" if at > file_bytes else "too long"
         raise CorruptFileError(
-            f"'{file_name}' is {kind}: its header promises {at:,} bytes, the file has {file_bytes:,}", _REFETCH
+            f"{quoted(file_name)} is {kind}: its header promises {at:,} bytes, the file has {file_bytes:,}", _REFETCH
         )
 
 
@@ -138,7 +166,7 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, file_name: str) -> No
         n = os.preadv(fd, [buffer[done:]], offset + done)
         if n == 0:
             raise CorruptFileError(
-                f"'{file_name}' ends at byte {offset + done:,}, it was longer when the conversion began",
+                f"{quoted(file_name)} ends at byte {offset + done:,}, it was longer when the conversion began",
                 "leave the source alone while it is read, and rerun the same command",
             )
         done += n

@@ -2,6 +2,10 @@
 
 A source lists its shards with the tensors in them, from headers alone, and opens one shard at a time for reading. Today
 it is a directory; what the rest of int8convert sees of it is written so that a Hub repository fits the same shape.
+
+A checkpoint is a stranger's: whatever is in the directory, opening it ends in a source that can be read or in a
+SourceError, within memory in proportion to its headers. Not defended against: somebody who changes the directory while
+it is read.
 """
 
 from __future__ import annotations
@@ -11,11 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, PICKLE_INDEX_NAME, carried_files, read_json_object
-from int8convert.checkpoint.pickle_file import is_zip_pickle, load_legacy_pickle, read_pickle_header
+from int8convert.checkpoint.layout import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    PICKLE_INDEX_NAME,
+    carried_files,
+    find_file,
+    quoted,
+    read_config,
+    read_json_object,
+)
+from int8convert.checkpoint.pickle_file import read_pickle_header
 from int8convert.checkpoint.safetensors_file import read_exactly, read_safetensors_header
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import CorruptFileError, SourceError
+
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class ShardReader:
@@ -27,13 +43,8 @@ class ShardReader:
 
     def __init__(self, path: Path) -> None:
         self._name = path.name
-        self._memory: memoryview | None = None
-        self._fd = -1
-        if path.suffix == ".bin" and not is_zip_pickle(path):
-            self._memory = load_legacy_pickle(path)[1]
-        else:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer with the shard's bytes from `offset` on.
@@ -41,18 +52,14 @@ class ShardReader:
         Raises:
             CorruptFileError: the file has become shorter since its header was read.
         """
-        if self._memory is not None:
-            buffer[:] = self._memory[offset : offset + len(buffer)]
-        else:
-            read_exactly(self._fd, buffer, offset, self._name)
+        read_exactly(self._fd, buffer, offset, self._name)
 
     @property
     def offsets_are_the_files(self) -> bool:
-        """Whether what is read lies in the file at the offset it is read from; not so in a shard loaded whole."""
-        return self._memory is None
+        """Whether what is read lies in the file at the offset it is read from."""
+        return True
 
     def close(self) -> None:
-        self._memory = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -99,21 +106,32 @@ def open_source(src: str | os.PathLike[str]) -> CheckpointSource:
     safetensors is preferred over `.bin` where both are present.
 
     Raises:
-        SourceError: no such directory, or no weights in it.
+        SourceError: no such directory, no weights in it, or files that are none or lie elsewhere.
         CorruptFileError: a file contradicts what it, or the index, promises.
     """
     directory = Path(src)
+    try:
+        return _open_directory(directory, str(src))
+    except OSError as error:
+        where = f"{quoted(os.path.basename(error.filename))} in " if isinstance(error.filename, str) else ""
+        raise SourceError(
+            f"{where}{quoted(str(src), 300)} cannot be read: {error.strerror}",
+            "see that you may read the directory and its disk is well; nothing was written",
+        ) from error
+
+
+def _open_directory(directory: Path, label: str) -> CheckpointSource:
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
         raise SourceError(
-            f"'{src}' is not a checkpoint directory: {found}",
+            f"{quoted(label, 300)} is not a checkpoint directory: {found}",
             "give a directory with config.json and model*.safetensors or pytorch_model*.bin; nothing was written",
         )
-    config_path = directory / CONFIG_NAME
+    config_path = find_file(directory, CONFIG_NAME)
     return CheckpointSource(
-        label=str(src),
+        label=label,
         directory=directory,
-        config=read_json_object(config_path) if config_path.is_file() else {},
+        config=read_config(config_path) if config_path is not None else {},
         shards=_read_shards(directory),
         carried=carried_files(directory),
     )
@@ -121,71 +139,91 @@ def open_source(src: str | os.PathLike[str]) -> CheckpointSource:
 
 def _read_shards(directory: Path) -> tuple[SourceShard, ...]:
     for index_name, single_name in ((INDEX_NAME, "model.safetensors"), (PICKLE_INDEX_NAME, "pytorch_model.bin")):
-        if (directory / index_name).is_file():
-            return _read_indexed_shards(directory, index_name)
-        if (directory / single_name).is_file():
-            return (_read_shard(directory / single_name),)
+        index = find_file(directory, index_name)
+        if index is not None:
+            return _read_indexed_shards(directory, index, Path(single_name).suffix)
+        single = find_file(directory, single_name)
+        if single is not None:
+            return (_read_shard(single),)
     names = sorted(entry.name for entry in directory.iterdir())
     raise SourceError(
-        f"'{directory}' holds no weights: expected model.safetensors, pytorch_model.bin or an index of shards, "
-        f"found {', '.join(names[:5]) or 'nothing'}{', ...' if len(names) > 5 else ''}",
+        f"{quoted(str(directory), 200)} holds no weights: expected model.safetensors, pytorch_model.bin or an index of "
+        f"shards, found {', '.join(quoted(name, 40) for name in names[:5]) or 'nothing'}"
+        f"{', ...' if len(names) > 5 else ''}",
         "give the directory that holds the weight files; nothing was written",
     )
 
 
 def _read_shard(path: Path) -> SourceShard:
-    if path.suffix == ".safetensors":
-        tensors = read_safetensors_header(path)
-    elif is_zip_pickle(path):
-        tensors = read_pickle_header(path)
-    else:
-        tensors = load_legacy_pickle(path)[0]
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    if is_pointer:
+        raise CorruptFileError(
+            f"{quoted(path.name)} is a Git LFS pointer, a note of where the weights are, not the weights",
+            "run `git lfs pull` in the checkpoint, or fetch the file again; nothing was written",
+        )
+    tensors = (read_safetensors_header if path.suffix == ".safetensors" else read_pickle_header)(path)
     return SourceShard(path, path.stat().st_size, tensors)
 
 
-def _read_indexed_shards(directory: Path, index_name: str) -> tuple[SourceShard, ...]:
-    weight_map = read_json_object(directory / index_name).get("weight_map")
+def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[SourceShard, ...]:
+    """The shards an index names: files beside it, of its own format."""
+    weight_map = read_json_object(index, MAX_INDEX_BYTES, allow_nan=False).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(isinstance(file_name, str) for file_name in weight_map.values())
     ):
         raise CorruptFileError(
-            f"'{index_name}' has no weight_map from tensor names to file names",
+            f"'{index.name}' has no weight_map from tensor names to file names",
             "fetch the index again; nothing was written",
         )
     shards = []
+    seen: dict[tuple[int, int], str] = {}
     for file_name in sorted(set(weight_map.values())):
-        if Path(file_name).name != file_name or file_name in ("", ".", ".."):
+        if Path(file_name).name != file_name or not file_name.endswith(suffix) or not file_name.isprintable():
             raise CorruptFileError(
-                f"'{index_name}' points to {file_name!r}, which is not a plain file name",
+                f"'{index.name}' points to {quoted(file_name)}, which is not a plain file name ending in {suffix}",
                 "shards lie beside their index; nothing outside the checkpoint was read",
             )
-        path = directory / file_name
-        if not path.is_file():
+        path = find_file(directory, file_name)
+        if path is None:
             raise CorruptFileError(
-                f"'{index_name}' names shard '{file_name}', which is not there",
+                f"'{index.name}' names shard {quoted(file_name)}, which is not there",
                 "fetch the missing shard and rerun the same command; nothing was written",
             )
+        # Links cost nothing: a thousand of them to one large header would cost the memory of a thousand.
+        status = path.stat()
+        other = seen.setdefault((status.st_dev, status.st_ino), file_name)
+        if other != file_name:
+            raise CorruptFileError(
+                f"'{index.name}' names shards {quoted(other)} and {quoted(file_name)}, which are one file",
+                "fetch the checkpoint again; nothing was written",
+            )
         shards.append(_read_shard(path))
-    _check_index(weight_map, shards, index_name)
+    _check_index(weight_map, shards, index.name)
     return tuple(shards)
 
 
 def _check_index(weight_map: dict[str, str], shards: list[SourceShard], index_name: str) -> None:
-    """Every tensor of the index is in its shard, and no tensor in two."""
+    """Every tensor of the index is in its shard, and no tensor in two.
+
+    A tensor that is in a shard and not in the index is taken along, as loaders do: they load whole shards.
+    """
     found: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:
             if tensor.name in found:
                 raise CorruptFileError(
-                    f"tensor {tensor.name!r} is in two shards: '{found[tensor.name]}' and '{shard.path.name}'",
+                    f"tensor {quoted(tensor.name)} is in two shards: {quoted(found[tensor.name])} and "
+                    f"{quoted(shard.path.name)}",
                     "the files belong to different versions; fetch the checkpoint again; nothing was written",
                 )
             found[tensor.name] = shard.path.name
     for name, file_name in weight_map.items():
         if found.get(name) != file_name:
+            where = quoted(found[name]) if name in found else "nowhere"
             raise CorruptFileError(
-                f"'{index_name}' promises {name!r} in '{file_name}', found {found.get(name, 'nowhere')!r}",
+                f"'{index_name}' promises {quoted(name)} in {quoted(file_name)}, found {where}",
                 "index and shards belong to different versions; fetch the checkpoint again; nothing was written",
             )

@@ -1,9 +1,19 @@
-"""One tensor as it lies in a file, whatever the file's format: the form in which the rest of int8convert sees it."""
+"""One tensor as it lies in a file, whatever the file's format: the form in which the rest of int8convert sees it.
+
+Names and shapes come from strangers. `check_tensor_name` and `is_shape` find what no model has and what would do harm
+further on: in a terminal, in a file name made of a tensor's name, in arithmetic on sizes.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
+
+from int8convert.checkpoint.layout import quoted
+from int8convert.errors import CorruptFileError
 
 DTYPE_BYTES: dict[str, int] = {
     "BOOL": 1,
@@ -25,6 +35,14 @@ DTYPE_BYTES: dict[str, int] = {
     "C64": 8,
 }
 """Bytes of one element, by the safetensors name of the dtype. The formats narrower than a byte are not read."""
+
+MAX_DIMENSIONS = 64
+"""What NumPy can hold. Checked before the dimensions are multiplied: the product of a million takes hours."""
+
+MAX_NAME_LENGTH = 500
+"""Real names have under 200 characters."""
+
+_MAX_SIZE = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +86,45 @@ class StoredTensor:
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides of a shape, in elements."""
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is an integer that can count bytes or elements; True and 3.0 are none."""
+    return type(value) is int and 0 <= value <= _MAX_SIZE
+
+
+def is_shape(shape: Sequence[Any], dtype: str) -> bool:
+    """Whether these are the dimensions of a tensor whose bytes 63 bits can count, empty dimensions left aside."""
+    return (
+        len(shape) <= MAX_DIMENSIONS
+        and all(map(is_size, shape))
+        and prod(n for n in shape if n > 0) * DTYPE_BYTES[dtype] <= _MAX_SIZE
+    )
+
+
+def check_tensor_name(name: str, file_name: str) -> None:
+    """Refuse a name that no model gives.
+
+    Control characters would act on the terminal that prints them, and loaders that put weights on the disk make a file
+    name of a tensor's: `../x` would lie outside of their folder.
+
+    Raises:
+        CorruptFileError: it is empty, absurdly long, holds what cannot be printed, reads as a path out of a folder,
+            or means something else in the output.
+    """
+    if not name:
+        reason = "is empty"
+    elif len(name) > MAX_NAME_LENGTH:
+        reason = f"has {len(name):,} characters, expected at most {MAX_NAME_LENGTH}"
+    elif not name.isprintable():
+        reason = "holds characters that cannot be printed"
+    elif name[0] in "/\\" or ".." in re.split(r"[/\\]", name):
+        reason = "is a path that leaves its folder"
+    elif name == "__metadata__":  # in a `.bin` file it could be a tensor; in the header to be written it is none
+        reason = "is no tensor's in a safetensors file"
+    else:
+        return
+    raise CorruptFileError(
+        f"the tensor name {quoted(name)} in {quoted(file_name)} {reason}",
+        "no model has a tensor of that name; fetch the file again, from a source you trust; nothing was written",
+    )

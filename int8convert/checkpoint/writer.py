@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,16 @@ def planned_shard_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> i
     """Bytes of the file `ShardWriter` makes for these tensors, header included."""
     data = sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in tensors.values())
     return len(encode_safetensors_header(dict(tensors))) + data
+
+
+def _reserve(fd: int, n_bytes: int) -> None:
+    """Reserve room for a file; where the file system cannot, at least give it its size."""
+    try:
+        os.posix_fallocate(fd, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, n_bytes)
 
 
 class ShardWriter:
@@ -51,7 +62,7 @@ class ShardWriter:
         self.n_bytes = at
         self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            os.posix_fallocate(self._fd, 0, self.n_bytes)
+            _reserve(self._fd, self.n_bytes)
             self._write_at(0, memoryview(header))
         except BaseException:
             self.discard()

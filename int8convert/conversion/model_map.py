@@ -21,6 +21,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AlreadyQuantizedError, ModelMapError, PatternError
@@ -111,19 +112,27 @@ def matches(module_name: str, pattern: str) -> bool:
 def check_config(config: dict[str, Any]) -> None:
     """Refuse at once what no map can be made of.
 
+    Does not know whether transformers can build the model: a config may still be wrong in every other entry.
+
     Raises:
         AlreadyQuantizedError: the weights are in some quantized form already.
-        ModelMapError: config.json is missing, or names no architecture.
+        ModelMapError: config.json is missing, names no architecture, or gives as a name what is none.
     """
-    if "quantization_config" in config:
-        block = config["quantization_config"]
-        method = block.get("quant_method", "unnamed") if isinstance(block, dict) else "unnamed"
+    block = config.get("quantization_config")
+    if block is not None:
+        method = block.get("quant_method") if isinstance(block, dict) else None
         raise AlreadyQuantizedError(
-            f"the source is quantized already: its config.json names quant_method {method!r}",
+            "the source is quantized already: its config.json names quant_method "
+            + (quoted(method) if isinstance(method, str) else "'unnamed'"),
             "convert the 16-bit checkpoint it was made from; nothing was written",
         )
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or not all(isinstance(a, str) for a in architectures):
+    # Looked up in transformers and printed: so it has to be a name, and the name of a class at that.
+    if not (
+        isinstance(architectures, list)
+        and architectures
+        and all(isinstance(a, str) and a.isidentifier() and a.isascii() and len(a) <= 200 for a in architectures)
+    ):
         raise ModelMapError(
             "config.json names no architecture, so which weights belong to Linear layers is unknown"
             if config
@@ -131,6 +140,15 @@ def check_config(config: dict[str, Any]) -> None:
             'add the class the weights were saved from, such as "architectures": ["LlamaForCausalLM"]; '
             "nothing was written",
         )
+    for key in ("model_type", "dtype", "torch_dtype"):
+        # transformers repeats these word for word in its complaints, which are shown to the user.
+        name = config.get(key)
+        if name is not None and not (isinstance(name, str) and name.isprintable() and len(name) <= 200):
+            shown = quoted(name) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise ModelMapError(
+                f"config.json gives as {key} {shown}, expected a name",
+                "fetch config.json again, from a source you trust; nothing was written",
+            )
 
 
 class ModelMapProcess:

@@ -8,8 +8,10 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 
 import pytest
 
@@ -173,3 +175,33 @@ def test_console_script_on_a_terminal_shows_a_live_bar(source: Path, tmp_path: P
     assert process.returncode == 0
     assert b"\x1b[" in shown and b"shard" in shown and b"82.4 %" in shown
     assert b"\x1b[" not in out and b"82.4 %" in out
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "code", "word"), [(SIGINT, 130, "interrupted"), (SIGTERM, 143, "terminated")]
+)
+def test_signal_while_transformers_starts_leaves_nothing(
+    signal_number: int, code: int, word: str, source: Path, tmp_path: Path
+) -> None:
+    """The real command; the child that maps the model takes seconds, in which the signal falls."""
+    out = tmp_path / "new" / "out"
+    command = [sys.executable, "-m", "int8convert", "quantize", str(source), str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "int8convert" / "lock").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal_number)
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (code, "")
+    assert stderr.splitlines() == [
+        f"error: {word}",
+        "hint: finished shards are kept, the one in work was removed; the same command resumes",
+    ]
+    assert not (tmp_path / "new").exists()
+
+
+def test_rerun_says_what_it_skips(run: Run, source: Path, tmp_path: Path) -> None:
+    run("quantize", source, tmp_path / "out")
+    code, out, err = run("quantize", source, tmp_path / "out")
+    assert code == 0 and "82.4 %" in out
+    assert re.findall(r"shard (\d) of 3: \S+ is done from an earlier run", err) == ["1", "2", "3"]

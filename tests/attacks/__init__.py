@@ -1,0 +1,1 @@
+"""What a stranger may put into a checkpoint directory, made on purpose."""
