@@ -199,8 +199,9 @@ class ModelMapProcess:
 
     def stop(self) -> None:
         """End the child if it still runs."""
+        # Not communicate(): the thread that waits in `result` is in the middle of one, and ends it.
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
 
 
 def _exception_in(complaints: str) -> tuple[str, str]:
