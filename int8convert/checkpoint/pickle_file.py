@@ -46,7 +46,7 @@ MAX_ARGUMENTS = 16
 """torch's functions take up to 8. A tuple of millions, called with again and again, would be copied each time."""
 
 MAX_STRIDED_BYTES = 16_000_000_000
-"""Of a tensor that is no plain run of bytes, and of the bytes it lies among: both must be held in memory to make it one.
+"""Of a tensor that is no plain run of bytes, and of the bytes it lies among: making it one takes both in memory.
 Twice the largest head there is. A sparse file, which takes no room on the disk, could ask for a terabyte."""
 
 _STORAGES = {
