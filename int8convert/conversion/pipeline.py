@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -126,6 +126,7 @@ class Pipeline:
                     commits[i - 1].result()  # at most two shards unfinished, so at most two to redo
             return [commit.result() for commit in commits]
         finally:
+            wait(commits)  # until then the committer's thread owns the shards it was given
             for one in converted.values():
                 one.discard()
 
