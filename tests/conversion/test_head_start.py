@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import int8convert
-from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.conversion.events import Event
+from int8convert.conversion.head_start import guess_plan
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.conversion.plan import PlannedShard
@@ -106,3 +111,35 @@ def test_old_checkpoint_survives_a_refused_overwrite(tmp_path: Path, map_in_proc
     with pytest.raises(CoverageError):
         int8convert.quantize(source, tmp_path / "out", overwrite=True, min_coverage=0.9, on_event=lambda event: None)
     assert file_bytes(tmp_path) == before
+
+
+def test_shard_on_its_way_to_the_disk_gets_there_when_the_next_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(save_checkpoint("opt", tmp_path / "source", max_shard_size="60KB"))
+    plan = guess_plan(source, ModuleFilter(), None)
+    assert plan is not None
+    out = tmp_path / "out"
+    manifest = Manifest(out)
+    out.mkdir()
+    manifest.begin({})
+    next_has_failed = threading.Event()
+    fsync = os.fsync
+
+    def late_fsync(fd: int) -> None:
+        assert next_has_failed.wait(60)
+        time.sleep(0.1)  # for whoever would remove the file in the meantime
+        fsync(fd)
+
+    def failing(*arguments: object) -> object:
+        next_has_failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Pipeline(manifest, out, 1, lambda event: None) as pipeline:
+        first = pipeline.convert(plan.shards[0], lambda event: None)
+        monkeypatch.setattr(os, "fsync", late_fsync)
+        monkeypatch.setattr(pipeline, "convert", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            pipeline.run(plan, {}, {0: first})
+    assert set(manifest.read_records()) == {plan.shards[0].file_name}
+    assert {path.name for path in out.iterdir() if path.is_file()} == {plan.shards[0].file_name}
