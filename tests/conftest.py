@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports transformers: tests use no network, whatever the machine allows.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,7 +15,8 @@ import torch
 import transformers
 
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.model_map import ModelMap, ModuleFilter, parse_worker_answer, worker_request
+from int8convert.conversion.model_map import ModelMap, ModuleFilter
+from int8convert.conversion.model_map_process import parse_worker_answer, worker_request
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
@@ -44,3 +46,11 @@ def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Conversions in this test make their model map in this process."""
     monkeypatch.setattr("int8convert.conversion.job.ModelMapProcess", InProcessMap)
     yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test sees what the user or another test has left in the cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    yield folder

@@ -95,3 +95,8 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
 def file_bytes(directory: Path) -> dict[str, bytes]:
     """Name -> content of every file under a directory."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -14,7 +14,8 @@ from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, des
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.events import EventSink, PlanMade
 from int8convert.conversion.head_start import HeadStart, guess_plan
-from int8convert.conversion.model_map import ModelMap, ModelMapProcess, ModuleFilter
+from int8convert.conversion.model_map import ModelMap, ModuleFilter
+from int8convert.conversion.model_map_process import ModelMapProcess
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.pipeline import ConvertedShard, Pipeline
 from int8convert.conversion.plan import ConversionPlan, PlannedShard, make_plan

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from int8convert.checkpoint.source import open_source
-from int8convert.conversion.model_map import Action, ModelMap, ModelMapProcess, ModuleFilter, check_config, matches
+from int8convert.conversion.model_map import Action, ModelMap, ModuleFilter, check_config, matches
+from int8convert.conversion.model_map_process import ModelMapProcess
 from int8convert.errors import AlreadyQuantizedError, ModelMapError, PatternError
 from tests.conftest import InProcessMap
-from tests.tiny_models import save_as_pickles, save_checkpoint
+from tests.tiny_models import edit_config, save_as_pickles, save_checkpoint
 
 
 def model_map(directory: Path, **patterns: tuple[str, ...]) -> ModelMap:
@@ -21,11 +21,6 @@ def model_map(directory: Path, **patterns: tuple[str, ...]) -> ModelMap:
 
 def quantized(found: ModelMap) -> set[str]:
     return {name.removesuffix(".weight") for name, tensor in found.tensors.items() if tensor.output_dtype == "I8"}
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_child_process_and_in_process_maps_agree(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Model maps made before, so that the second command on a model does not wait for transformers to start.
+
+The map is a function of config.json, the tensors' headers, the user's patterns, and the code that makes it; all of them
+are in the key. Kept in the user's cache folder, the newest ones; removing the folder costs seconds, nothing else.
+
+What it does not know: an edit in an installed transformers or torch that leaves their version as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.atomic import write_json
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.model_map import ModuleFilter
+
+MAX_MAPS = 100
+_OWN_CODE = ("model_map.py", "model_map_worker.py", "name_rules.py")
+
+
+def cache_folder() -> Path:
+    """Where the maps are: `int8convert/model_maps` in $XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8convert" / "model_maps"
+
+
+class ModelMapCache:
+    """The remembered answer to one question. A folder that cannot be read or written is a cache that is empty."""
+
+    def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
+        self._names = {tensor.name for shard in source.shards for tensor in shard.tensors}
+        question = {
+            "code": [_sha256((Path(__file__).parent / name).read_bytes()) for name in _OWN_CODE],
+            "versions": [platform.python_version(), _version("torch"), _version("transformers")],
+            "config": source.config,
+            "tensors": [[t.name, t.dtype, t.shape, t.storage, t.offset] for s in source.shards for t in s.tensors],
+            "skip": modules.skip,
+            "only": modules.only,
+        }
+        self._path = cache_folder() / f"{_sha256(json.dumps(question).encode())}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        """The answer given before; None if there is none, or it is damaged."""
+        try:
+            answer = json.loads(self._path.read_bytes())
+            return answer if answer["tensors"].keys() == self._names else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+    def write(self, answer: dict[str, Any]) -> None:
+        """Remember an answer; forget the oldest where there are too many."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, answer)
+            maps = sorted(self._path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
+            for path in maps[:-MAX_MAPS]:
+                path.unlink(missing_ok=True)
+        except OSError:
+            pass
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

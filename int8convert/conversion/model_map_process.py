@@ -1,0 +1,128 @@
+"""transformers, asked for the model map of a checkpoint in a process of its own (`model_map_worker`).
+
+That process builds the model on the meta device. It may be as slow to start, as large and as unlucky with a stranger's
+config as it likes, while this one stays small and goes on reading. What it answered is remembered (`model_map_cache`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModuleFilter
+from int8convert.conversion.model_map_cache import ModelMapCache
+from int8convert.errors import ModelMapError
+
+
+class ModelMapProcess:
+    """transformers at work on the map of one checkpoint, in a child process; none where the answer is known already.
+
+    Starting it returns at once; `result` waits. Never runs code from the checkpoint, never asks the network.
+    """
+
+    def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
+        self._source = source
+        self._modules = modules
+        self._cache = ModelMapCache(source, modules)
+        self._known = self._cache.read()
+        self._process = None if self._known else self._start()
+
+    @staticmethod
+    def _start() -> subprocess.Popen[str]:
+        package_root = str(Path(__file__).parents[2])
+        # -P: a torch.py in the current directory, which may be the checkpoint itself, must not be imported.
+        return subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", "-m", "int8convert.conversion.model_map_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH")))),
+                "HF_HUB_OFFLINE": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "TRANSFORMERS_VERBOSITY": "error",
+            },
+        )
+
+    def result(self) -> ModelMap:
+        """The map, or the name rules' where transformers could not make one.
+
+        Raises:
+            ModelMapError: the child did not get as far as looking at the model.
+            PatternError: a pattern of the user's matches nothing.
+        """
+        if self._process is None:
+            assert self._known is not None
+            return parse_worker_answer(self._known, self._modules)
+        request = worker_request(self._source, self._modules)
+        output, complaints = self._process.communicate(json.dumps(request))
+        if self._process.returncode == 0:
+            answer = json.loads(output)
+            model_map = parse_worker_answer(answer, self._modules)
+            self._cache.write(answer)
+            return model_map
+        kind, reason = _exception_in(complaints)
+        if self._process.returncode != 1 or kind in ("ImportError", "ModuleNotFoundError", "MemoryError", ""):
+            raise ModelMapError(
+                f"the process that asks transformers for the model ended with status {self._process.returncode}"
+                + (f": {kind}: {reason}" if kind else ""),
+                "see that `python -c 'import torch, transformers'` works and memory is free; nothing was written",
+            )
+        return _map_by_name_rules(self._source, self._modules, reason)
+
+    def stop(self) -> None:
+        """End the child if it still runs."""
+        if self._process is not None:
+            # Not communicate(): the thread that waits in `result` is in the middle of one, and ends it.
+            self._process.kill()
+            self._process.wait()
+
+
+def _exception_in(complaints: str) -> tuple[str, str]:
+    """Class and first line of the exception a traceback ends with; two empty strings if there is none."""
+    found = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception))(?:: (.*))?$", complaints, re.MULTILINE)
+    return found[-1] if found else ("", "")
+
+
+def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str, Any]:
+    """What the child is asked, as a JSON object."""
+    return {
+        "directory": str(source.directory),
+        "tensors": [[t.name, t.dtype, list(t.shape), t.storage, t.offset] for s in source.shards for t in s.tensors],
+        "skip": modules.skip,
+        "only": modules.only,
+    }
+
+
+def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelMap:
+    """The map in a child's answer.
+
+    Raises:
+        PatternError: a pattern matches none of the modules the child found.
+    """
+    modules.check_used(answer["candidates"])
+    return ModelMap(
+        model_class=answer["model_class"],
+        dtype=answer["dtype"],
+        tensors={name: MappedTensor(Action(action), *rest) for name, (action, *rest) in answer["tensors"].items()},
+        skip_modules=tuple(answer["skip_modules"]),
+        notes=tuple(answer["notes"]),
+    )
+
+
+def _map_by_name_rules(source: CheckpointSource, modules: ModuleFilter, why: str) -> ModelMap:
+    from int8convert.conversion.name_rules import map_by_name
+
+    tensors: tuple[StoredTensor, ...] = tuple(t for shard in source.shards for t in shard.tensors)
+    architecture = source.config["architectures"][0]
+    dtype = source.config.get("dtype") or source.config.get("torch_dtype")
+    return map_by_name(tensors, modules, dtype, f"transformers cannot build {architecture} ({why[:200]})")

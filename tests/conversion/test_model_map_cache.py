@@ -1,0 +1,99 @@
+"""A map made before is used again for the same question, and for no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from int8convert.checkpoint.source import open_source
+from int8convert.conversion import model_map_cache
+from int8convert.conversion.model_map import ModuleFilter
+from int8convert.conversion.model_map_process import ModelMapProcess, parse_worker_answer, worker_request
+from int8convert.conversion.model_map_worker import answer
+from tests.tiny_models import edit_config, save_checkpoint
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return save_checkpoint("llama", tmp_path / "llama")
+
+
+def remember(directory: Path, modules: ModuleFilter = ModuleFilter()) -> dict[str, Any]:  # noqa: B008
+    """Put the map into the cache as a child that made it would have."""
+    source = open_source(directory)
+    before = torch.get_default_dtype()
+    made = answer(worker_request(source, modules))
+    torch.set_default_dtype(before)
+    model_map_cache.ModelMapCache(source, modules).write(made)
+    return made
+
+
+def is_known(directory: Path, modules: ModuleFilter = ModuleFilter()) -> bool:  # noqa: B008
+    return model_map_cache.ModelMapCache(open_source(directory), modules).read() is not None
+
+
+def test_second_process_answers_without_starting_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ModelMapProcess(open_source(llama), ModuleFilter()).result()
+
+    def refuse() -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(ModelMapProcess, "_start", staticmethod(refuse))
+    second = ModelMapProcess(open_source(llama), ModuleFilter())
+    assert second.result() == first
+    second.stop()
+
+
+def test_map_survives_the_way_to_the_disk_and_back(llama: Path) -> None:
+    made = remember(llama)
+    read = model_map_cache.ModelMapCache(open_source(llama), ModuleFilter()).read()
+    assert read is not None
+    assert parse_worker_answer(read, ModuleFilter()) == parse_worker_answer(made, ModuleFilter())
+
+
+def test_other_patterns_config_tensors_or_versions_are_another_question(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember(llama)
+    assert is_known(llama)
+    assert not is_known(llama, ModuleFilter(skip=("q_proj",)))
+    assert not is_known(llama, ModuleFilter(only=("q_proj",)))
+    assert not is_known(save_checkpoint("llama", tmp_path / "bf16", torch.bfloat16))
+    with monkeypatch.context() as patch:
+        patch.setattr(model_map_cache, "version", lambda package: "0.0")
+        assert not is_known(llama)
+    edit_config(llama, tie_word_embeddings=True)
+    assert not is_known(llama)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"tensors": []}', b'{"tensors": {"a": 1}}', b"\xff"])
+def test_damaged_entry_is_none(damage: bytes, llama: Path, own_cache: Path) -> None:
+    remember(llama)
+    (entry,) = own_cache.rglob("*.json")
+    entry.write_bytes(damage)
+    assert not is_known(llama)
+
+
+def test_folder_that_cannot_be_is_an_empty_cache(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(llama / "config.json"))
+    remember(llama)
+    assert not is_known(llama)
+
+
+def test_name_rules_are_not_remembered(llama: Path, own_cache: Path) -> None:
+    edit_config(llama, architectures=["NovelForCausalLM"], model_type="novel")
+    assert ModelMapProcess(open_source(llama), ModuleFilter()).result().model_class is None
+    assert not list(own_cache.rglob("*.json"))
+
+
+def test_oldest_maps_are_forgotten(
+    llama: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_map_cache, "MAX_MAPS", 2)
+    for pattern in ("q_proj", "k_proj", "v_proj"):
+        remember(llama, ModuleFilter(skip=(pattern,)))
+    assert len(list(own_cache.rglob("*.json"))) == 2
+    assert is_known(llama, ModuleFilter(skip=("v_proj",))) and not is_known(llama, ModuleFilter(skip=("q_proj",)))
