@@ -38,7 +38,7 @@ from bench_contestants import CONTESTANTS, COPY, OURS, Contestant, Entrant, find
 from bench_rounds import Run, Settings, run_rounds
 
 WORK_PARENT = Path(__file__).resolve().parents[1] / ".cache" / "bench"
-PIPED_WIDTH = 190
+PIPED_WIDTH = 120
 DISTURBED_SHARE = 0.15  # a kernel thread writing to disk takes some on its own
 MEMORY_COLUMNS = ("peak_rss_bytes", "peak_tree_rss_bytes", "peak_anonymous_bytes")
 
@@ -69,21 +69,15 @@ def find_median(runs: list[Run], field: str) -> float:
     return float(statistics.median(getattr(run, field) for run in runs))
 
 
-def format_times(field: str, runs: list[Run], copies: list[Run], ours: list[Run]) -> list[str]:
-    """Return the range of one of the times, and the ratios of its median to the copies' and to ours."""
-    bases = (copies, ours)
-    ratios = [f"{find_median(runs, field) / find_median(base, field):.2f}" if base else "-" for base in bases]
-    return [format_range([getattr(run, field) for run in runs], 2), *ratios]
-
-
 def format_row(label: str, runs: list[Run], copies: list[Run], ours: list[Run]) -> list[str]:
+    time = find_median(runs, "wall_and_sync_s")
     return [
         label,
-        *format_times("wall_s", runs, copies, ours),
-        *format_times("wall_and_sync_s", runs, copies, ours),
+        format_range([run.wall_s for run in runs], 1),
+        format_range([run.wall_and_sync_s for run in runs], 1),
+        *(f"{time / find_median(base, 'wall_and_sync_s'):.2f}" if base else "-" for base in (copies, ours)),
         format_range([run.cpu_s for run in runs], 1),
         *(f"{find_median(runs, column) / 1e6:.0f}" for column in MEMORY_COLUMNS),
-        f"{find_median(runs, 'mb_per_s'):.0f}",
         f"{runs[-1].bytes_out / 1e6:.0f}",
     ]
 
@@ -91,13 +85,11 @@ def format_row(label: str, runs: list[Run], copies: list[Run], ours: list[Run]) 
 def build_table(title: str, entrants: list[Entrant], missing: list[Contestant], runs: dict[str, list[Run]]) -> Table:
     """Return one row per contestant, the fastest first, then those that failed or are not installed."""
     table = Table("who", title=title)
-    ratios = ("/ cp -r", "/ ours")
-    times = ("wall s", *ratios, "wall + sync s", *ratios, "CPU s")
-    for heading in (*times, "RSS", "tree RSS", "anon", "MB/s in", "MB out"):
+    for heading in ("wall s", "wall + sync s", "/ cp -r", "/ ours", "CPU s", "RSS", "tree RSS", "anon", "MB out"):
         table.add_column(heading, justify="right")
     labels = {entrant.contestant.name: entrant.contestant.label for entrant in entrants}
     valid = {name: done for name, done in runs.items() if done and not done[-1].exit_code}
-    for name in sorted(valid, key=lambda name: find_median(valid[name], "wall_s")):
+    for name in sorted(valid, key=lambda name: find_median(valid[name], "wall_and_sync_s")):
         table.add_row(*format_row(labels[name], valid[name], valid.get(COPY, []), valid.get(OURS, [])))
     for name in [name for name in runs if name not in valid]:
         table.add_row(labels[name], "failed")
@@ -109,8 +101,8 @@ def build_table(title: str, entrants: list[Entrant], missing: list[Contestant], 
 def explain_columns() -> str:
     floor_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return (
-        "Every number is the median over the rounds, (min-max) their range; a ratio is of the medians of the time to\n"
-        "its left. MB = 10^6 bytes.\n"
+        "Every number is the median over the rounds, (min-max) their range; a ratio is of the medians of wall +\n"
+        "sync. MB = 10^6 bytes. A new model is one int8convert has not met before, so transformers has to map it.\n"
         "wall, CPU: the whole command, start-up included, page cache warm. wall + sync: until a `sync` right after it\n"
         "is through: int8convert syncs its files to disk inside its wall time, the others leave that to the kernel.\n"
         f"RSS: peak of the largest process, never below this program's own {floor_mb:.0f} MB. tree RSS, anon: peak of\n"
