@@ -41,6 +41,7 @@ class TensorRecord:
         reason: why it did not become int8; None if it did.
         sqnr_db: signal to quantization noise; None if kept, or if nothing was lost.
         absmax_min, absmax_max: range of the rows' absmax; None if kept.
+        n_non_finite: values of a kept tensor that are NaN or infinite.
     """
 
     source: str
@@ -49,6 +50,7 @@ class TensorRecord:
     sqnr_db: float | None = None
     absmax_min: float | None = None
     absmax_max: float | None = None
+    n_non_finite: int = 0
 
 
 @dataclass(frozen=True, slots=True)

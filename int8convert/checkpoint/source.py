@@ -54,11 +54,6 @@ class ShardReader:
         """
         read_exactly(self._fd, buffer, offset, self._name)
 
-    @property
-    def offsets_are_the_files(self) -> bool:
-        """Whether what is read lies in the file at the offset it is read from."""
-        return True
-
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from cuda_kernels import cpu
-from int8convert.checkpoint.pickle_file import is_zip_pickle
 from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.tensors import BLOCK_BYTES
 
@@ -19,9 +18,6 @@ BASE_BYTES = 160_000_000
 
 MODEL_MAP_BYTES = 360_000_000
 """Resident set of the child that builds the model map, alive for the first seconds: 347 MB measured for OPT-1.3B."""
-
-TORCH_BYTES = 220_000_000
-"""What torch adds, which only `.bin` sources need: 210 MB measured."""
 
 _PROBE_SHAPE = (256, 4096)
 
@@ -46,10 +42,7 @@ def estimate(plan: ConversionPlan, workers: int | None) -> ConversionCosts:
     """Estimate from the plan; runs the kernel for some milliseconds."""
     n_workers = workers or len(os.sched_getaffinity(0))
     buffers = max((_tensor_buffer_bytes(plan)), default=0)
-    legacy = [s.n_bytes for s in plan.source.shards if s.path.suffix == ".bin" and not is_zip_pickle(s.path)]
-    has_pickles = any(shard.path.suffix == ".bin" for shard in plan.source.shards)
-    converting = n_workers * (3 * BLOCK_BYTES + buffers) + 2 * max(legacy, default=0)
-    memory = BASE_BYTES + (TORCH_BYTES if has_pickles else 0) + max(MODEL_MAP_BYTES, converting)
+    memory = BASE_BYTES + max(MODEL_MAP_BYTES, n_workers * (3 * BLOCK_BYTES + buffers))
     int8_bytes = sum(tensor.source.n_bytes for tensor in plan.tensors if tensor.is_quantized)
     return ConversionCosts(n_workers, memory, int8_bytes / _kernel_bytes_per_s() / n_workers)
 

@@ -262,16 +262,16 @@ class _Blocks:
         self._lock = threading.Lock()
         self._blocks = enumerate(self._cut(open_readers))
 
-    def _cut(self, open_readers: ExitStack) -> Iterator[tuple[BlockCounter, OrderedSha256 | None, int, int]]:
-        """Source shards are opened as they come up. One that had to be loaded whole is hashed when all is done."""
-        opened: dict[Path, tuple[ShardReader, OrderedSha256 | None]] = {}
+    def _cut(self, open_readers: ExitStack) -> Iterator[tuple[BlockCounter, OrderedSha256, int, int]]:
+        """Source shards are opened as they come up."""
+        opened: dict[Path, tuple[ShardReader, OrderedSha256]] = {}
         for tensor in self._shard.tensors:
             path = tensor.shard.path
             if path not in opened:
                 with _reading(path.name):
                     reader = tensor.shard.open()
                     open_readers.callback(reader.close)
-                    opened[path] = reader, self._hash_of(path) if reader.offsets_are_the_files else None
+                    opened[path] = reader, self._hash_of(path)
             reader, hashing = opened[path]
             task = tensor_task(tensor, reader, self._one.writer)
             ranges = list(task.blocks())
@@ -298,7 +298,7 @@ class _Blocks:
         with _reading(counter.task.file_name):
             raw = counter.task.read(begin, end, scratch)
         with self.turns.turn(number), _reading(counter.task.file_name):
-            if hashing is not None and not self.turns.is_closed:
+            if not self.turns.is_closed:
                 hashing.feed(raw.data.data, raw.offset)
         counter.task.convert(raw, begin, end, scratch)
         if counter.count_down():

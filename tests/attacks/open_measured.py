@@ -101,9 +101,8 @@ def check_source(source: CheckpointSource) -> None:
             for tensor in shard.tensors:
                 assert tensor.name.isprintable() and tensor.offset >= 0 and min(tensor.shape, default=0) >= 0, tensor
                 assert tensor.strides is None or min(tensor.strides, default=0) >= 0, tensor
-                if reader.offsets_are_the_files:
-                    assert tensor.n_elements == 0 or tensor.offset + tensor.span_bytes <= shard.n_bytes, tensor
-                # The last byte is the one that would be missing. What lies in memory is shorter if it is.
+                assert tensor.n_elements == 0 or tensor.offset + tensor.span_bytes <= shard.n_bytes, tensor
+                # The last byte is the one that would be missing.
                 last = memoryview(bytearray(min(1, tensor.span_bytes)))
                 reader.read_into(last, tensor.offset + tensor.span_bytes - len(last))
         finally:

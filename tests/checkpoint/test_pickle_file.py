@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from int8convert.checkpoint.pickle_file import load_legacy_pickle, read_pickle_header
+from int8convert.checkpoint.pickle_file import read_pickle_header
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.tensors import Scratch, as_dense, read_block
@@ -55,7 +55,7 @@ def test_tensors_are_where_torch_finds_them(is_zip: bool, tmp_path: Path) -> Non
     path = tmp_path / "pytorch_model.bin"
     state_dict = odd_state_dict()
     torch.save(state_dict, path, _use_new_zipfile_serialization=is_zip)
-    stored = {tensor.name: tensor for tensor in (read_pickle_header(path) if is_zip else load_legacy_pickle(path)[0])}
+    stored = {tensor.name: tensor for tensor in read_pickle_header(path)}
     assert set(stored) == set(state_dict)
     for name, tensor in state_dict.items():
         values = read(path, stored[name])
@@ -85,7 +85,7 @@ def test_pickle_that_would_run_code_runs_none(is_zip: bool, tmp_path: Path) -> N
     path, trace = tmp_path / "pytorch_model.bin", tmp_path / "trace"
     torch.save({"a": torch.ones(2), "b": RunsCode(trace)}, path, _use_new_zipfile_serialization=is_zip)
     with pytest.raises(CorruptFileError, match="weights-only pickle"):
-        read_pickle_header(path) if is_zip else load_legacy_pickle(path)
+        read_pickle_header(path)
     assert not trace.exists()
 
 
@@ -112,7 +112,7 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     for content in (whole[: len(whole) // 2], b"", b"no pickle at all", pickle.dumps({"a": 1})):
         (tmp_path / "y.bin").write_bytes(content)
         with pytest.raises(CorruptFileError):
-            load_legacy_pickle(tmp_path / "y.bin")
+            read_pickle_header(tmp_path / "y.bin")
 
 
 def test_compressed_record_is_refused(tmp_path: Path) -> None:
