@@ -160,6 +160,8 @@ def _print_report(report: ConversionReport) -> None:
         ],
     )
     _print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
+    for name, n in report.non_finite.items():
+        note(f"'{name}' was kept and holds {n:,} values that are NaN or infinite")
 
 
 def _decibels(value: float) -> str:

@@ -43,9 +43,13 @@ class TensorQuantized:
 
 @dataclass(frozen=True, slots=True)
 class TensorKept:
-    """A tensor is in its output shard unchanged."""
+    """A tensor is in its output shard unchanged.
+
+    n_non_finite: how many of its values, as written, are NaN or infinite.
+    """
 
     tensor: PlannedTensor
+    n_non_finite: int = 0
 
 
 @dataclass(frozen=True, slots=True)

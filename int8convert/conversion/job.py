@@ -76,7 +76,8 @@ def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap
         else mapped
         for name, mapped in model_map.tensors.items()
     }
-    return replace(model_map, tensors=tensors)
+    notes = tuple(f"'{name}' stays 16-bit: its weights are not finite in int8" for name in kept_modules)
+    return replace(model_map, tensors=tensors, notes=model_map.notes + notes)
 
 
 class Conversion:

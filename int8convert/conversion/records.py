@@ -17,7 +17,8 @@ def tensor_record(event: TensorQuantized | TensorKept) -> tuple[str, TensorRecor
     """The output name of the tensor and its record."""
     tensor = event.tensor
     if isinstance(event, TensorKept):
-        return tensor.output_name, TensorRecord(tensor.source.name, tensor.output_dtype, tensor.reason)
+        record = TensorRecord(tensor.source.name, tensor.output_dtype, tensor.reason, n_non_finite=event.n_non_finite)
+        return tensor.output_name, record
     sqnr_db = round(event.sqnr_db, _DECIMALS) if math.isfinite(event.sqnr_db) else None
     return tensor.output_name, TensorRecord(tensor.source.name, "I8", None, sqnr_db, event.absmax_min, event.absmax_max)
 
@@ -27,7 +28,7 @@ def replay_events(shard: PlannedShard, record: ShardRecord) -> Iterator[TensorQu
     for tensor in shard.tensors:
         found = record.tensors.get(tensor.output_name)
         if not tensor.is_quantized or found is None:
-            yield TensorKept(tensor)
+            yield TensorKept(tensor, found.n_non_finite if found else 0)
         else:
             sqnr_db = math.inf if found.sqnr_db is None else found.sqnr_db
             yield TensorQuantized(tensor, sqnr_db, found.absmax_min or 0.0, found.absmax_max or 0.0)

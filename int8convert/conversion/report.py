@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from int8convert.conversion.events import Event, TensorQuantized
+from int8convert.conversion.events import Event, TensorKept, TensorQuantized
 from int8convert.conversion.plan import ConversionPlan
 
 
@@ -44,6 +44,7 @@ class ConversionReport:
         coverage, byte_coverage: share of parameters, and of source bytes, that became int8; 0 to 1.
         kept: what did not, by reason.
         dropped: source tensors written under another name only.
+        non_finite: kept tensors that hold NaN or infinity -> how many.
         errors: weight error by kind of layer.
         elapsed_s: seconds of wall time, start to end, without the interpreter's start.
     """
@@ -61,6 +62,7 @@ class ConversionReport:
     byte_coverage: float
     kept: tuple[KeptTensors, ...]
     dropped: tuple[str, ...]
+    non_finite: dict[str, int]
     errors: tuple[LayerKindError, ...]
     elapsed_s: float
     notes: tuple[str, ...]
@@ -80,14 +82,18 @@ class ReportBuilder:
     """Listens to a conversion's events and makes its report."""
 
     quantized: list[TensorQuantized] = field(default_factory=list)
+    non_finite: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, TensorQuantized):
             self.quantized.append(event)
+        elif isinstance(event, TensorKept) and event.n_non_finite:
+            self.non_finite[event.tensor.output_name] = event.n_non_finite
 
     def restart(self) -> None:
         """Forget what was seen: the conversion begins again."""
         self.quantized.clear()
+        self.non_finite.clear()
 
     def build(self, plan: ConversionPlan, out: str, device: str, elapsed_s: float) -> ConversionReport:
         return ConversionReport(
@@ -104,6 +110,7 @@ class ReportBuilder:
             byte_coverage=plan.byte_coverage,
             kept=tuple(KeptTensors(reason, *counts) for reason, counts in plan.kept_by_reason().items()),
             dropped=tuple(plan.dropped),
+            non_finite=dict(sorted(self.non_finite.items())),
             errors=self._errors(),
             elapsed_s=elapsed_s,
             notes=plan.model_map.notes,

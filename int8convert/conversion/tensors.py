@@ -57,6 +57,7 @@ class TensorCopy:
         self._tensor = tensor
         self._reader = reader
         self._writer = writer
+        self._n_non_finite: list[int] = []
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Element ranges, in order."""
@@ -75,6 +76,7 @@ class TensorCopy:
         data = raw.data if stored.strides is None else as_dense(stored, raw.data).reshape(-1).view(np.uint8)
         if output_dtype != stored.dtype:
             data = convert_floats(data, stored.dtype, output_dtype)
+        self._n_non_finite.append(count_non_finite(data, output_dtype))
         self._writer.write(self._tensor.output_name, data.data, begin * DTYPE_BYTES[output_dtype])
 
     @property
@@ -82,7 +84,7 @@ class TensorCopy:
         return self._tensor.shard.path.name
 
     def finish(self) -> TensorKept:
-        return TensorKept(self._tensor)
+        return TensorKept(self._tensor, sum(self._n_non_finite))
 
 
 class TensorQuantization:
@@ -220,6 +222,22 @@ def convert_floats(data: npt.NDArray[np.uint8], dtype: str, output_dtype: str) -
         return narrow_to_bfloat16(np.ascontiguousarray(wide, np.float32)).view(np.uint8)
     with np.errstate(over="ignore"):
         return wide.astype(_NUMPY_DTYPE[output_dtype]).view(np.uint8)
+
+
+_EXPONENT_BITS: dict[str, np.unsignedinteger[Any]] = {
+    "F64": np.uint64(0x7FF0_0000_0000_0000),
+    "F32": np.uint32(0x7F80_0000),
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+}
+
+
+def count_non_finite(data: npt.NDArray[np.uint8], dtype: str) -> int:
+    """How many of the values in these bytes are NaN or infinite: all exponent bits set. 0 for other dtypes."""
+    exponent = _EXPONENT_BITS.get(dtype)
+    if exponent is None:
+        return 0
+    return int(np.count_nonzero((data.view(exponent.dtype) & exponent) == exponent))
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,3 +214,46 @@ def test_source_with_the_same_weight_under_two_names(tmp_path: Path) -> None:
     tensors[name.removeprefix("model.")] = tensors[name].clone()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     fail(source, tmp_path / "out", errors.CorruptFileError, "two tensors of the source would both be written")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_kept_tensors_that_are_not_finite_are_listed(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = save_checkpoint("llama", tmp_path / "source", dtype)
+    tensors = read_tensors(source)
+    tensors["model.norm.weight"][3] = float("nan")
+    tensors["model.embed_tokens.weight"][1, :2] = torch.tensor([float("inf"), -float("inf")])
+    tensors["model.layers.0.input_layernorm.weight"][0] = torch.finfo(dtype).max
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    for _ in range(2):  # the second time from what was written down
+        report = int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)
+        assert report.non_finite == {"model.embed_tokens.weight": 2, "model.norm.weight": 1}
+
+
+def test_kept_tensor_that_becomes_infinite_in_the_dtype_of_the_model_is_listed(tmp_path: Path) -> None:
+    source = save_checkpoint("llama", tmp_path / "source", torch.float16)
+    tensors = read_tensors(source)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    tensors["model.norm.weight"][3] = 70000.0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    report = int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)
+    assert report.non_finite == {"model.norm.weight": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_zeros_negative_zeros_and_denormals_pass_as_bitsandbytes_has_them(dtype: torch.dtype, tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    source = save_checkpoint("llama", tmp_path / "source", dtype)
+    tensors = read_tensors(source)
+    names = [f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv"]
+    tensors[names[0]].zero_()
+    tensors[names[1]].fill_(-0.0)
+    tiny = torch.finfo(dtype).tiny
+    tensors[names[2]] *= tiny if dtype is torch.float16 else 16 * tiny
+    assert 0 < tensors[names[2]].abs().median() < tiny
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)
+    written = read_tensors(tmp_path / "out")
+    for name in names:
+        codes, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(tensors[name])
+        assert torch.equal(written[name], codes), name
+        assert torch.equal(written[name.removesuffix("weight") + "SCB"], absmax), name

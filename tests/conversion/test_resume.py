@@ -344,6 +344,7 @@ def test_keep_leaves_modules_without_an_int8_form_as_they_are(dtype: torch.dtype
         assert torch.equal(written[name].nan_to_num(), tensors[name].nan_to_num())
     assert ("not finite in int8", 2) in {(kept.reason, kept.n_tensors) for kept in report.kept}
     assert sum(error.n_tensors for error in report.errors) == 12
+    assert all(any(repr(name.removesuffix(".weight")) in note for note in report.notes) for name in bad)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     expected = {"lm_head", *(name.removesuffix(".weight") for name in bad)}
     assert set(config["quantization_config"]["llm_int8_skip_modules"]) == expected
