@@ -31,9 +31,10 @@ from small_model import N_HELD_OUT_SEQUENCES, find_cache, prepare_source, prepar
 from train_small_model import TrainingSettings
 
 CASES = (Outliers("scale", 200, 6), Outliers("shift", 60, 6))
-# Not generous: on the same trained model, other choices of the six features than seed 0's gave +0.6, +1.1 and +1.5 % on
-# the scale case. bitsandbytes takes the outlier columns from the int8 weights, and scaling shrinks just those.
-LARGEST_CONVERTED_CHANGE = 0.01
+# On the same trained model, other choices of the six features than seed 0's gave +0.6, +1.1 and +1.5 % on scale:
+# bitsandbytes takes the outlier columns from the int8 weights, and scaling shrinks just those. Another machine trains
+# other weights, and it is not to fail for that.
+LARGEST_CONVERTED_CHANGE = {"scale": 0.03, "shift": 0.01}
 # What "clearly worse" means for int8 without decomposition, on the scale case.
 SMALLEST_NAIVE_CHANGE = 0.02
 SMALLEST_KL_RATIO = 10
@@ -159,7 +160,9 @@ def count_weight_bytes(folder: Path) -> int:
 def draw_conclusion(results: list[CaseResult]) -> tuple[bool, str]:
     """Return whether the demo shows what it is meant to, and one sentence that says what it shows."""
     changes = {r.outliers.name: r.evaluation.converted.change_from(r.evaluation.source) for r in results}
+    allowed = {r.outliers.name: LARGEST_CONVERTED_CHANGE[r.outliers.kind] for r in results}
     furthest = max(changes, key=lambda name: abs(changes[name]))
+    failed = next((name for name in changes if abs(changes[name]) > allowed[name]), None)
     harsh = next(result for result in results if result.outliers.kind == "scale")
     source, naive, converted = harsh.evaluation.source, harsh.evaluation.naive, harsh.evaluation.converted
     naive_change = naive.change_from(source)
@@ -167,10 +170,10 @@ def draw_conclusion(results: list[CaseResult]) -> tuple[bool, str]:
         f"with features up to {harsh.evaluation.largest_activation:.0f}, int8 without decomposition takes perplexity "
         f"from {source.perplexity:.2f} to {naive.perplexity:.2f} ({naive_change:+.1%})"
     )
-    if abs(changes[furthest]) > LARGEST_CONVERTED_CHANGE:
+    if failed is not None:
         return False, (
-            f"FAILED: on {furthest} the converted checkpoint's perplexity is {changes[furthest]:+.2%} from its "
-            f"source's, and {LARGEST_CONVERTED_CHANGE:.0%} is allowed; {loss}."
+            f"FAILED: on {failed} the converted checkpoint's perplexity is {changes[failed]:+.2%} from its "
+            f"source's, and {allowed[failed]:.0%} is allowed; {loss}."
         )
     if naive_change < SMALLEST_NAIVE_CHANGE or naive.mean_kl < SMALLEST_KL_RATIO * converted.mean_kl:
         return False, (
