@@ -7,7 +7,8 @@
 3. The finished shard is hashed, put on the disk, named and written down by a thread of its own, while the next one is
    converted.
 
-Memory: two buffers of a megabyte a thread, whatever the model's size, and the scales of the tensors in work.
+Memory: two buffers of a megabyte a thread and the chunks on their way to the disk, whatever the model's size, and the
+scales of the tensors in work.
 """
 
 from __future__ import annotations
@@ -297,10 +298,10 @@ class _Blocks:
         counter, hashing, begin, end = block
         with _reading(counter.task.file_name):
             raw = counter.task.read(begin, end, scratch)
-        with self.turns.turn(number), _reading(counter.task.file_name):
+        counter.task.convert(raw, begin, end, scratch)
+        with self.turns.turn(number), _reading(counter.task.file_name):  # last: the fewest have to wait for their turn
             if not self.turns.is_closed:
                 hashing.feed(raw.data.data, raw.offset)
-        counter.task.convert(raw, begin, end, scratch)
         if counter.count_down():
             event = counter.task.finish()
             self._one.write_down(event)

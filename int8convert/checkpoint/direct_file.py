@@ -1,0 +1,180 @@
+"""A new file of known size, written by several threads in nearly any order: past the page cache, hashed on the way.
+
+What is written is gathered in aligned chunks; a full chunk goes to the disk in one direct write and then to the hash.
+Through the page cache, each GB costs a second of CPU time and more on a virtual machine, where a fresh page is dear;
+directly, 0.05 s. And it would push the source out of the memory it is read from.
+
+Where the file system does not know direct writes, the same chunks are written through the page cache.
+
+Memory: the chunks that are begun and not full - one for each place in the file where writing goes on - and at most
+`MAX_WAITING` that are full and not hashed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from pathlib import Path
+
+from int8convert.checkpoint.hashing import OrderedSha256
+
+CHUNK_BYTES = 2 << 20
+MAX_WAITING = 8
+_ALIGNMENT = 4096
+"""Of direct writes: a multiple of every disk's block size."""
+
+
+class _Chunk:
+    """Part of the file in memory; aligned, as a memory map is."""
+
+    def __init__(self, n_left: int) -> None:
+        self.buffer = mmap.mmap(-1, CHUNK_BYTES)
+        self.n_left = n_left
+        self.n_bytes = n_left
+
+
+class DirectFile:
+    """Written once at every byte, then `finish`ed; or `discard`ed.
+
+    Args:
+        path: made, or emptied; the room is reserved at once, so that a full disk shows before the work is done.
+        n_bytes: of the whole file.
+
+    Raises:
+        OSError: it cannot be made, or there is no room for it.
+    """
+
+    def __init__(self, path: Path, n_bytes: int) -> None:
+        self._path = path
+        self._n_bytes = self._n_left = n_bytes
+        self._lock = threading.Lock()
+        self._begun: dict[int, _Chunk] = {}
+        self._free: list[_Chunk] = []
+        self._waiting: dict[int, _Chunk] = {}
+        self._n_hashed = 0
+        self._is_hashing = False
+        self._fd = _open_direct(path)
+        try:
+            _reserve(self._fd, n_bytes)
+            self._hash = OrderedSha256(path)
+        except BaseException:
+            os.close(self._fd)
+            path.unlink()
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes at a place where none are yet. Threads may write at the same time."""
+        while len(data):
+            index, begin = divmod(offset, CHUNK_BYTES)
+            n = min(len(data), CHUNK_BYTES - begin)
+            chunk = self._chunk(index)
+            chunk.buffer[begin : begin + n] = data[:n]
+            with self._lock:
+                chunk.n_left -= n
+                is_full = chunk.n_left == 0
+                if is_full:
+                    del self._begun[index]
+                    self._n_left -= chunk.n_bytes
+            if is_full:
+                self._put(index, chunk)
+                self._hash_in_order(index, chunk)
+            offset += n
+            data = data[n:]
+
+    def _chunk(self, index: int) -> _Chunk:
+        with self._lock:
+            if index not in self._begun:
+                n_bytes = min(CHUNK_BYTES, self._n_bytes - index * CHUNK_BYTES)
+                chunk = self._free.pop() if self._free else _Chunk(n_bytes)
+                chunk.n_left = chunk.n_bytes = n_bytes
+                self._begun[index] = chunk
+            return self._begun[index]
+
+    def _put(self, index: int, chunk: _Chunk) -> None:
+        """Write a full chunk; the last one with a tail of zeros, which `finish` cuts off."""
+        data = memoryview(chunk.buffer)[: -(-chunk.n_bytes // _ALIGNMENT) * _ALIGNMENT]
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._fd, data[done:], index * CHUNK_BYTES + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _is_direct(self._fd):
+                    raise
+                _turn_off_direct(self._fd)  # opening was allowed, writing is not
+
+    def _hash_in_order(self, index: int, chunk: _Chunk) -> None:
+        """Add a written chunk to the hash when all before it are; whoever is at it takes the others' along."""
+        with self._lock:
+            if len(self._waiting) >= MAX_WAITING and index != self._n_hashed:
+                self._free.append(chunk)  # `finish` will read it back
+                return
+            self._waiting[index] = chunk
+            if self._is_hashing:
+                return
+            self._is_hashing = True
+        while True:
+            with self._lock:
+                following = self._waiting.pop(self._n_hashed, None)
+                if following is None:
+                    self._is_hashing = False
+                    return
+            self._hash.feed(memoryview(following.buffer)[: following.n_bytes], self._n_hashed * CHUNK_BYTES)
+            with self._lock:
+                self._n_hashed += 1
+                self._free.append(following)
+
+    def finish(self) -> str:
+        """Put everything on the disk; the sha256 of the file, in hex. No thread may be writing any more.
+
+        Raises:
+            ValueError: bytes are missing.
+        """
+        if self._n_left:
+            raise ValueError(f"not every byte of '{self._path.name}' was written")
+        os.ftruncate(self._fd, self._n_bytes)
+        os.fsync(self._fd)
+        sha256 = self._hash.finish()
+        self._close()
+        return sha256
+
+    def discard(self) -> None:
+        """Remove the file. Harmless after `finish`, which keeps it."""
+        if self._fd >= 0:
+            self._close()
+            self._path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        self._hash.close()
+        os.close(self._fd)
+        self._fd = -1
+
+
+def _open_direct(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o644)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o644)
+
+
+def _is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def _turn_off_direct(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
+def _reserve(fd: int, n_bytes: int) -> None:
+    """Reserve room for a file; where the file system cannot, at least give it its size."""
+    try:
+        os.posix_fallocate(fd, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, n_bytes)
