@@ -53,3 +53,25 @@ def row_quantize(weight: npt.NDArray[np.float32]) -> QuantizedRows:
         noise = np.square(in_steps.astype(np.float64) - codes).sum(axis=1)
         signal = np.square(in_steps.astype(np.float64)).sum(axis=1)
         return QuantizedRows(np.nan_to_num(codes).astype(np.int8), absmax, signal, noise)
+
+
+def dequantize_fp8(
+    codes: npt.NDArray[np.uint8],
+    values: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    first_row: int,
+    block_rows: int,
+    block_columns: int,
+) -> npt.NDArray[np.float32]:
+    """FP8 codes to weights: `weight[i, k] = fl32(values[codes[i, k]] * scale of its block)`.
+
+    Args:
+        codes: uint8 [rows, cols], of a matrix from its row `first_row` on.
+        values: float32 [256], what each code stands for.
+        scale: float32 [block rows, block columns] of the whole matrix.
+        block_rows, block_columns: how many rows and columns share a scale; the last block may be smaller.
+    """
+    rows = (first_row + np.arange(codes.shape[0])) // block_rows
+    columns = np.arange(codes.shape[1]) // block_columns
+    weight: npt.NDArray[np.float32] = values[codes] * scale[rows][:, columns]
+    return weight

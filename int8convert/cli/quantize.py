@@ -25,7 +25,7 @@ from int8convert.errors import Int8ConvertError
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
 
-HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes load.
+HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
 
 SRC is a directory with config.json and weights as safetensors or pytorch_model*.bin; it is only read. OUT gets int8
 weights with their scales, everything else unchanged, and the small files that belong to a checkpoint. Interrupted,
@@ -62,6 +62,14 @@ def _check_device(device: str) -> str:
     return device
 
 
+def _check_format(name: str) -> str:
+    from int8convert.checkpoint.output_format import OutputFormat
+
+    if name not in list(OutputFormat):
+        raise typer.BadParameter(f"it is {' or '.join(OutputFormat)}, not {name!r}")
+    return name
+
+
 def _check_policy(policy: str) -> str:
     if policy not in ("error", "keep"):
         raise typer.BadParameter(f"it is error or keep, not {policy!r}")
@@ -81,6 +89,10 @@ def quantize(
         list[str] | None,
         typer.Option("--only", metavar="PATTERN", help="Turn no other modules into int8; repeatable."),
     ] = None,
+    format: Annotated[
+        str,
+        typer.Option(callback=_check_format, help="bitsandbytes, for transformers; or compressed-tensors, for vLLM."),
+    ] = "bitsandbytes",
     threshold: Annotated[
         float,
         typer.Option(min=0.0, envvar="INT8CONVERT_THRESHOLD", help="Outlier threshold written for the loader."),
@@ -113,7 +125,7 @@ def quantize(
         raise typer.BadParameter("OUT is missing: name the directory to write, or pass --dry-run", param_hint="OUT")
     with reporting_errors(as_json):
         if dry_run:
-            _dry_run(src, skip or (), only or (), max_shard_size, min_coverage / 100, workers, as_json)
+            _dry_run(src, skip or (), only or (), format, max_shard_size, min_coverage / 100, workers, as_json)
             return
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -124,6 +136,7 @@ def quantize(
                 out or "",
                 skip=skip or (),
                 only=only or (),
+                format=format,
                 threshold=threshold,
                 min_coverage=min_coverage / 100,
                 max_shard_size=max_shard_size,
@@ -183,6 +196,7 @@ def _dry_run(
     src: str,
     skip: Sequence[str],
     only: Sequence[str],
+    format: str,
     max_shard_size: str | None,
     min_coverage: float,
     workers: int | None,
@@ -192,7 +206,7 @@ def _dry_run(
     from int8convert.conversion.job import check_coverage
     from int8convert.conversion.quantize import plan
 
-    conversion_plan = plan(src, skip=skip, only=only, max_shard_size=max_shard_size)
+    conversion_plan = plan(src, skip=skip, only=only, format=format, max_shard_size=max_shard_size)
     check_coverage(conversion_plan, min_coverage)
     costs = estimate(conversion_plan, workers)
     if as_json:

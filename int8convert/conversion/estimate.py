@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cuda_kernels import cpu
-from int8convert.conversion.plan import ConversionPlan
-from int8convert.conversion.tensors import BLOCK_BYTES
+from int8convert.conversion.blocks import BLOCK_BYTES, largest_block_bytes
+from int8convert.conversion.plan import ConversionPlan, PlannedTensor
 
 BASE_BYTES = 185_000_000
 """Resident set of this process with NumPy, Numba and a compiled kernel and the chunks on their way to the
@@ -42,15 +42,17 @@ class ConversionCosts:
 def estimate(plan: ConversionPlan, workers: int | None) -> ConversionCosts:
     """Estimate from the plan; runs the kernel for some milliseconds."""
     n_workers = workers or len(os.sched_getaffinity(0))
-    buffers = max((_tensor_buffer_bytes(plan)), default=0)
-    memory = BASE_BYTES + max(MODEL_MAP_BYTES, n_workers * (3 * BLOCK_BYTES + buffers))
+    largest_block = max(
+        (largest_block_bytes(tensor.source) for tensor in plan.tensors if _is_in_rows(tensor)), default=BLOCK_BYTES
+    )
+    memory = BASE_BYTES + max(MODEL_MAP_BYTES, n_workers * 3 * largest_block)
     int8_bytes = sum(tensor.source.n_bytes for tensor in plan.tensors if tensor.is_quantized)
     return ConversionCosts(n_workers, memory, int8_bytes / _kernel_bytes_per_s() / n_workers)
 
 
-def _tensor_buffer_bytes(plan: ConversionPlan) -> list[int]:
-    """What tensors that cannot be read in blocks take: the span read and the dense copy."""
-    return [t.source.span_bytes + 2 * t.source.n_bytes for t in plan.tensors if t.source.strides is not None]
+def _is_in_rows(tensor: PlannedTensor) -> bool:
+    """Whether a block of it cannot be cut anywhere."""
+    return tensor.is_quantized or tensor.source.strides is not None
 
 
 def _kernel_bytes_per_s() -> float:

@@ -13,6 +13,7 @@ from functools import partial
 
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.events import Event, ShardStarted, TensorKept, TensorQuantized
+from int8convert.conversion.fp8 import as_loaded
 from int8convert.conversion.model_map import ModuleFilter
 from int8convert.conversion.name_rules import map_by_name
 from int8convert.conversion.pipeline import ConvertedShard, Pipeline, ShardAbandonedError
@@ -22,9 +23,8 @@ from int8convert.errors import Int8ConvertError
 
 def guess_plan(source: CheckpointSource, modules: ModuleFilter, max_shard_bytes: int | None) -> ConversionPlan | None:
     """The name rules' plan; None where they have none, for a reason the true map will state better."""
-    tensors = tuple(tensor for shard in source.shards for tensor in shard.tensors)
     try:
-        return make_plan(source, map_by_name(tensors, modules, None, "guess"), max_shard_bytes)
+        return make_plan(source, map_by_name(as_loaded(source), modules, None, "guess"), max_shard_bytes)
     except Int8ConvertError:
         return None
 

@@ -11,6 +11,7 @@ from typing import Any
 from int8convert import __version__
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, describe_source
+from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.events import EventSink, PlanMade
 from int8convert.conversion.head_start import HeadStart, guess_plan
@@ -22,11 +23,13 @@ from int8convert.conversion.plan import ConversionPlan, PlannedShard, make_plan
 from int8convert.errors import CoverageError, Int8ConvertError
 
 
-def conversion_request(source: CheckpointSource, options: Mapping[str, Any]) -> dict[str, Any]:
+def conversion_request(
+    source: CheckpointSource, output_format: OutputFormat, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """What two runs must have in common to be parts of one conversion."""
     return {
         "arithmetic": ARITHMETIC_VERSION,
-        "format": "bitsandbytes",
+        "format": output_format,
         "source": describe_source(source),
         "options": dict(options),
     }
@@ -203,8 +206,13 @@ def check_coverage(plan: ConversionPlan, min_coverage: float) -> None:
         f"{reason}: {100 * n / max(1, plan.n_parameters):.0f} %"
         for reason, (_, n) in list(plan.kept_by_reason().items())[:3]
     )
+    other = (
+        "; --format compressed-tensors holds such modules as int8"
+        if any("bitsandbytes loader" in reason for reason in plan.kept_by_reason())
+        else ""
+    )
     raise CoverageError(
         f"only {100 * plan.coverage:.1f} % of the parameters would become int8, "
         f"at least {100 * min_coverage:g} % are asked for",
-        f"what stays 16-bit: {reasons}; --dry-run lists it, --min-coverage lowers the bar; nothing was written",
+        f"what stays 16-bit: {reasons}; --dry-run lists it, --min-coverage lowers the bar{other}; nothing was written",
     )

@@ -13,6 +13,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.conversion.expert_layouts import ExpertLayout
 from int8convert.errors import AlreadyQuantizedError, ModelMapError, PatternError
 
 
@@ -22,6 +24,8 @@ class Action(StrEnum):
     QUANTIZE = "quantize"
     QUANTIZE_TRANSPOSED = "quantize transposed"
     """Stored [in, out], as Conv1D does; written as [out, in]."""
+    SPLIT = "split"
+    """Holds the matrices of several experts; each is written by itself."""
     KEEP = "keep"
     DROP = "drop"
     """Another name for a tensor that is written anyway."""
@@ -36,12 +40,14 @@ class MappedTensor:
         reason: why it is kept or dropped; "" where it becomes int8.
         output_name: its key in the output: the source's, with the base model's prefix where the loader expects it.
         output_dtype: I8 where it becomes int8; else the dtype a plain load of the source would give it.
+        experts: what it holds, where it is split; the name is then of no use.
     """
 
     action: Action
     reason: str
     output_name: str
     output_dtype: str
+    experts: ExpertLayout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ class ModelMap:
         model_class: the transformers class that decided; None where the name rules did.
         dtype: what the model computes in, as config.json spells it: float16.
         tensors: by source name.
+        output_format: the loader it was made for.
+        parameters: source name -> the model's parameter it is loaded into, where that is known.
         skip_modules: every module the loader would replace and must not, in full dotted names.
         notes: what the user should know of how this came about.
     """
@@ -60,22 +68,26 @@ class ModelMap:
     dtype: str
     tensors: dict[str, MappedTensor] = field(repr=False)
     skip_modules: tuple[str, ...]
+    output_format: OutputFormat = OutputFormat.BITSANDBYTES
+    parameters: dict[str, str] = field(repr=False, default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleFilter:
-    """The user's choice of modules, on top of the model's own.
+    """The user's choice of modules and of the loader, on top of the model's own.
 
     A pattern matches a module's full name or a dotted tail of it, with shell wildcards: `fc2`, `layers.0.*`, `*_proj`.
 
     Attributes:
         skip: modules that stay 16-bit.
         only: if not empty, no other module becomes int8.
+        output_format: what its loader cannot replace stays 16-bit too.
     """
 
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    output_format: OutputFormat = OutputFormat.BITSANDBYTES
 
     def allows(self, module_name: str) -> bool:
         matched_only = not self.only or any(matches(module_name, pattern) for pattern in self.only)
@@ -98,8 +110,11 @@ def matches(module_name: str, pattern: str) -> bool:
     return fnmatchcase(module_name, pattern) or fnmatchcase(module_name, f"*.{pattern}")
 
 
-def check_config(config: dict[str, Any]) -> None:
+def check_config(config: dict[str, Any], is_decodable: bool = False) -> None:
     """Refuse at once what no map can be made of.
+
+    Args:
+        is_decodable: the weights are quantized in a form that is decoded while they are read.
 
     Does not know whether transformers can build the model: a config may still be wrong in every other entry.
 
@@ -108,7 +123,7 @@ def check_config(config: dict[str, Any]) -> None:
         ModelMapError: config.json is missing, names no architecture, or gives as a name what is none.
     """
     block = config.get("quantization_config")
-    if block is not None:
+    if block is not None and not is_decodable:
         method = block.get("quant_method") if isinstance(block, dict) else None
         raise AlreadyQuantizedError(
             "the source is quantized already: its config.json names quant_method "

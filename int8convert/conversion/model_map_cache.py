@@ -18,10 +18,11 @@ from typing import Any
 
 from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.fp8 import as_loaded
 from int8convert.conversion.model_map import ModuleFilter
 
 MAX_MAPS = 100
-_OWN_CODE = ("model_map.py", "model_map_worker.py", "name_rules.py")
+_OWN_CODE = ("model_map.py", "model_map_worker.py", "expert_layouts.py", "name_rules.py", "fp8.py")
 
 
 def cache_folder() -> Path:
@@ -33,7 +34,7 @@ class ModelMapCache:
     """The remembered answer to one question. A folder that cannot be read or written is a cache that is empty."""
 
     def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
-        self._names = {tensor.name for shard in source.shards for tensor in shard.tensors}
+        self._names = {tensor.name for tensor in as_loaded(source)}
         question = {
             "code": [_sha256((Path(__file__).parent / name).read_bytes()) for name in _OWN_CODE],
             "versions": [platform.python_version(), _version("torch"), _version("transformers")],
@@ -41,6 +42,7 @@ class ModelMapCache:
             "tensors": [[t.name, t.dtype, t.shape, t.storage, t.offset] for s in source.shards for t in s.tensors],
             "skip": modules.skip,
             "only": modules.only,
+            "output_format": modules.output_format,
         }
         self._path = cache_folder() / f"{_sha256(json.dumps(question).encode())}.json"
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.conversion.expert_layouts import ExpertLayout
+from int8convert.conversion.fp8 import as_loaded
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModuleFilter
 from int8convert.conversion.model_map_cache import ModelMapCache
 from int8convert.errors import ModelMapError
@@ -97,9 +98,10 @@ def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str,
     """What the child is asked, as a JSON object."""
     return {
         "directory": str(source.directory),
-        "tensors": [[t.name, t.dtype, list(t.shape), t.storage, t.offset] for s in source.shards for t in s.tensors],
+        "tensors": [[t.name, t.dtype, list(t.shape), t.storage, t.offset] for t in as_loaded(source)],
         "skip": modules.skip,
         "only": modules.only,
+        "output_format": modules.output_format,
     }
 
 
@@ -113,16 +115,24 @@ def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelM
     return ModelMap(
         model_class=answer["model_class"],
         dtype=answer["dtype"],
-        tensors={name: MappedTensor(Action(action), *rest) for name, (action, *rest) in answer["tensors"].items()},
+        tensors={name: _mapped_tensor(*fields) for name, fields in answer["tensors"].items()},
         skip_modules=tuple(answer["skip_modules"]),
+        output_format=modules.output_format,
+        parameters=answer["parameters"],
         notes=tuple(answer["notes"]),
     )
+
+
+def _mapped_tensor(
+    action: str, reason: str, output_name: str, output_dtype: str, experts: dict[str, Any] | None
+) -> MappedTensor:
+    layout = ExpertLayout(**{**experts, "projections": tuple(experts["projections"])}) if experts else None
+    return MappedTensor(Action(action), reason, output_name, output_dtype, layout)
 
 
 def _map_by_name_rules(source: CheckpointSource, modules: ModuleFilter, why: str) -> ModelMap:
     from int8convert.conversion.name_rules import map_by_name
 
-    tensors: tuple[StoredTensor, ...] = tuple(t for shard in source.shards for t in shard.tensors)
     architecture = source.config["architectures"][0]
     dtype = source.config.get("dtype") or source.config.get("torch_dtype")
-    return map_by_name(tensors, modules, dtype, f"transformers cannot build {architecture} ({why[:200]})")
+    return map_by_name(as_loaded(source), modules, dtype, f"transformers cannot build {architecture} ({why[:200]})")

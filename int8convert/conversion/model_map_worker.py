@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,10 @@ import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -34,6 +38,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.conversion.expert_layouts import ExpertLayout, fits
 from int8convert.conversion.model_map import Action, ModuleFilter
 from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
 
@@ -65,6 +71,8 @@ class LoadedInto:
 
     parameter: str
     is_converted: bool
+    operations: tuple[Any, ...] = ()
+    """transformers' own, of the conversion."""
 
 
 def build_model(directory: str, tensors: list[CheckpointTensor]) -> tuple[Any, torch.dtype, list[str]]:
@@ -102,13 +110,89 @@ def map_keys(model: Any, names: list[str]) -> dict[str, LoadedInto | None]:
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     parameters = model.state_dict()
+    operations = {pattern: tuple(entry.operations) for entry in converters for pattern in entry.source_patterns}
     loaded: dict[str, LoadedInto | None] = {}
     for key in sorted(names, key=dot_natural_key):
         renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if renamed not in parameters and key in parameters:
             renamed, pattern = rename_source_key(key, [], [], model.base_model_prefix, parameters)
-        loaded[key] = LoadedInto(renamed, pattern is not None) if renamed in parameters else None
+        found = LoadedInto(renamed, pattern is not None, operations.get(pattern, ()) if pattern else ())
+        loaded[key] = found if renamed in parameters else None
     return loaded
+
+
+_PROJECTIONS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+
+
+def is_one_expert(module: Any, into: LoadedInto, tensor: CheckpointTensor) -> bool:
+    """Whether a matrix is one projection of one expert, [out, in], that loading only stacks upon the others'."""
+    stacks = all(isinstance(operation, MergeModulelist | Concatenate) for operation in into.operations)
+    leaf = into.parameter.rpartition(".")[2]
+    is_stacked = into.is_converted and stacks and leaf in _PROJECTIONS and getattr(module, leaf).dim() == 3
+    return is_stacked and len(tensor.shape) == 2 and min(tensor.shape) > 0 and tensor.name.endswith(".weight")
+
+
+def fused_layout(module: Any, into: LoadedInto, tensor: CheckpointTensor) -> ExpertLayout | None:
+    """What a tensor of all experts holds; None if it is none, or in a layout that nothing here tells."""
+    path, _, leaf = into.parameter.rpartition(".")
+    if type(module).__name__ == "DbrxExpertGLU":
+        projection = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}.get(leaf)
+        found = projection and ExpertLayout(
+            path.removesuffix(".mlp"), (projection,), "weight", module.moe_num_experts, leaf == "w2", False
+        )
+        return found if found and fits(found, tensor.shape) else None
+    is_bias = leaf.endswith("_bias")
+    projections = _PROJECTIONS.get(leaf.removesuffix("_bias"))
+    is_transposed = _experts_are_transposed(module)
+    if projections is None or is_transposed is None or not _is_only_turned(into):
+        return None
+    expected = tuple(getattr(module, leaf).shape)
+    turned = (*expected[:-2], expected[-1], expected[-2])
+    always = any(isinstance(operation, Transpose) and not operation.check_dims for operation in into.operations)
+    if tensor.shape != expected and tensor.shape != turned:
+        return None
+    if not is_bias and (always or tensor.shape != expected):
+        is_transposed = not is_transposed
+    is_interleaved = any(isinstance(operation, Interleave) for operation in into.operations)
+    is_interleaved = is_interleaved or not getattr(module, "is_concatenated", True)
+    layout = ExpertLayout(
+        path,
+        projections,
+        "bias" if is_bias else "weight",
+        expected[0],
+        is_transposed and not is_bias,
+        is_interleaved and len(projections) > 1,
+    )
+    return layout if fits(layout, tensor.shape) else None
+
+
+def _is_only_turned(into: LoadedInto) -> bool:
+    """Whether loading leaves the matrices of a fused tensor whole."""
+    return all(isinstance(operation, Transpose | Interleave) for operation in into.operations)
+
+
+def _experts_are_transposed(module: Any) -> bool | None:
+    """Whether the model holds its experts as [in, out]; None if it has none, or nothing tells.
+
+    Where the class does not say so, the shapes do: what goes into the second projection comes out of the first.
+    """
+    down = getattr(module, "down_proj", None)
+    first = getattr(module, "gate_up_proj", None)
+    if not (isinstance(down, nn.Parameter) and down.dim() == 3):
+        return None
+    stated = getattr(module, "is_transposed", None)
+    if stated is not None:
+        return bool(stated)
+    if not (isinstance(first, nn.Parameter) and first.dim() == 3):
+        return None
+    if (first.shape[1], first.shape[2]) == (2 * down.shape[2], down.shape[1]):
+        return False
+    return True if (first.shape[2], first.shape[1]) == (2 * down.shape[1], down.shape[2]) else None
 
 
 class TensorChoice:
@@ -129,7 +213,13 @@ class TensorChoice:
 
     @cached_property
     def replaceable(self) -> set[str]:
-        """The modules the bitsandbytes loader replaces unless told not to: Linear itself, no subclass, and Conv1D."""
+        """The modules the loader replaces unless told not to.
+
+        That of bitsandbytes: Linear itself, no subclass, and Conv1D. That of compressed-tensors: Linear by the names
+        of a module's class and its base classes.
+        """
+        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
+            return {name for name, module in self._module_by_name.items() if isinstance(module, nn.Linear)}
         return {
             name
             for name, module in self._module_by_name.items()
@@ -160,9 +250,11 @@ class TensorChoice:
         """The modules that become int8: the candidates the user allows, less those the written skip list would cover.
 
         The loader reads a skipped name also as a regular expression and as a tail of other names, so what it would
-        replace is computed with its own function, until list and choice agree.
+        replace is computed with its own function, until list and choice agree. compressed-tensors reads names as names.
         """
         chosen = {name for name in self.candidates if self.modules.allows(name)}
+        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
+            return chosen
         while True:
             skips = [*(self.replaceable - chosen), *self._keep_in_fp32]
             covered = {name for name in chosen if not should_convert_module(name, skips)}
@@ -172,10 +264,56 @@ class TensorChoice:
 
     @cached_property
     def skip_modules(self) -> list[str]:
-        return sorted(self.replaceable - self.chosen)
+        kept = self.replaceable - self.chosen
+        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
+            # Servers build a Linear where transformers has a router class of its own.
+            kept |= {name for name, module in self._module_by_name.items() if type(module).__name__.endswith("Router")}
+        return sorted(kept)
 
-    def decide(self, tensor: CheckpointTensor) -> tuple[Action, str, str, str]:
-        """Action, reason, output name and output dtype of one tensor."""
+    @cached_property
+    def experts(self) -> dict[str, ExpertLayout | None]:
+        """Checkpoint key -> what a tensor of experts holds; None for an ordinary matrix of one expert."""
+        found: dict[str, ExpertLayout | None] = {}
+        for tensor in self.tensors:
+            into = self.loaded[tensor.name]
+            module = self._module_by_name.get(into.parameter.rpartition(".")[0]) if into is not None else None
+            if into is None or module is None or tensor.dtype not in QUANTIZABLE_DTYPES:
+                continue
+            if is_one_expert(module, into, tensor):
+                found[tensor.name] = None
+            elif layout := fused_layout(module, into, tensor):
+                found[tensor.name] = layout
+        return found
+
+    def _expert_module(self, key: str) -> str:
+        """The name by which patterns choose among experts."""
+        layout = self.experts[key]
+        return f"{layout.module}.{layout.projections[0]}" if layout else key.removesuffix(".weight")
+
+    @cached_property
+    def chosen_experts(self) -> set[str]:
+        """Checkpoint keys of the experts that become int8."""
+        if self.modules.output_format is OutputFormat.BITSANDBYTES:
+            return set()
+        return {key for key in self.experts if self.modules.allows(self._expert_module(key))}
+
+    @property
+    def pattern_targets(self) -> list[str]:
+        """The modules that patterns of the user's may match."""
+        if self.modules.output_format is OutputFormat.BITSANDBYTES:
+            return sorted(self.candidates)
+        return sorted({*self.candidates, *map(self._expert_module, self.experts)})
+
+    def decide(self, tensor: CheckpointTensor) -> tuple[Action, str, str, str, dict[str, Any] | None]:
+        """Action, reason, output name, output dtype of one tensor, and what it holds if it is split."""
+        if tensor.name in self.chosen_experts:
+            layout = self.experts[tensor.name]
+            if layout is None:
+                return Action.QUANTIZE, "", tensor.name, "I8", None
+            return Action.SPLIT, "", "", "I8" if layout.leaf == "weight" else tensor.dtype, asdict(layout)
+        return *self._decide_alone(tensor), None
+
+    def _decide_alone(self, tensor: CheckpointTensor) -> tuple[Action, str, str, str]:
         into = self.loaded[tensor.name]
         if into is None:
             return Action.KEEP, f"not used by {type(self.model).__name__}", tensor.name, tensor.dtype
@@ -234,17 +372,24 @@ class TensorChoice:
 
     def _reason_to_keep(self, tensor: CheckpointTensor, into: LoadedInto, module_name: str, leaf: str) -> str:
         module = self._module_by_name.get(module_name)
+        if tensor.name in self.experts:
+            is_choice = self.modules.output_format is OutputFormat.COMPRESSED_TENSORS
+            return "user skip" if is_choice else "experts: not replaced by the bitsandbytes loader"
         tied = self.model.all_tied_weights_keys
         is_tied = into.parameter in tied or into.parameter in tied.values()
         if isinstance(module, nn.Embedding):
             return "embedding, tied" if is_tied else "embedding"
         if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D):
-            return "fused experts" if len(tensor.shape) == 3 and "expert" in into.parameter else "not a matrix product"
+            if len(tensor.shape) == 3 and "expert" in into.parameter:
+                return "experts in an unknown layout"
+            return "router" if type(module).__name__.endswith("Router") else "not a matrix product"
         if module is self.model.get_output_embeddings() or is_tied:
             return "output head, tied" if is_tied else "output head"
         if not should_convert_module(module_name, self._keep_in_fp32):
             return "keep in fp32"
         if module_name not in self.replaceable:
+            if isinstance(module, Conv1D):
+                return "Conv1D: compressed-tensors has no form for it"
             return f"{type(module).__name__}: not replaced by the bitsandbytes loader"
         if into.is_converted:
             return "merged with others on loading"
@@ -258,13 +403,15 @@ class TensorChoice:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     tensors = [CheckpointTensor(n, d, tuple(shape), st, offset) for n, d, shape, st, offset in request["tensors"]]
     model, dtype, notes = build_model(request["directory"], tensors)
-    choice = TensorChoice(model, dtype, tensors, ModuleFilter(tuple(request["skip"]), tuple(request["only"])))
+    modules = ModuleFilter(tuple(request["skip"]), tuple(request["only"]), OutputFormat(request["output_format"]))
+    choice = TensorChoice(model, dtype, tensors, modules)
     return {
         "model_class": type(model).__name__,
         "dtype": str(dtype).removeprefix("torch."),
         "tensors": {tensor.name: choice.decide(tensor) for tensor in tensors},
         "skip_modules": choice.skip_modules,
-        "candidates": sorted(choice.candidates),
+        "candidates": choice.pattern_targets,
+        "parameters": {key: into.parameter for key, into in choice.loaded.items() if into and not into.is_converted},
         "notes": notes,
     }
 

@@ -62,6 +62,7 @@ def map_by_name(tensors: Sequence[StoredTensor], modules: ModuleFilter, dtype: s
         dtype=dtype or next((_CONFIG_DTYPE[t.dtype] for t in tensors if t.dtype in _CONFIG_DTYPE), "float32"),
         tensors=mapped,
         skip_modules=tuple(sorted(skipped)),
+        output_format=modules.output_format,
         notes=(f"{why}: Linear weights were chosen by name and shape; check the list with --dry-run",),
     )
 

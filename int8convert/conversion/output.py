@@ -21,10 +21,12 @@ from int8convert.checkpoint.layout import (
     OWN_FOLDER,
     bitsandbytes_config,
     build_index,
+    compressed_tensors_config,
     is_weight_file,
 )
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
+from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.conversion.plan import ConversionPlan, output_weight_map
 from int8convert.errors import DiskFullError, OutputError
 
@@ -207,7 +209,11 @@ class OutputDirectory:
         if len(plan.shards) > 1:
             n_bytes = sum(tensor.output_bytes for tensor in plan.tensors)
             write_json(self.path / INDEX_NAME, build_index(output_weight_map(plan), n_bytes, plan.n_parameters))
-        config = bitsandbytes_config(plan.source.config, plan.model_map.dtype, threshold, plan.model_map.skip_modules)
+        source, found = plan.source.config, plan.model_map
+        if found.output_format is OutputFormat.COMPRESSED_TENSORS:
+            config = compressed_tensors_config(source, found.dtype, found.skip_modules)
+        else:
+            config = bitsandbytes_config(source, found.dtype, threshold, found.skip_modules)
         write_json(self.path / CONFIG_NAME, config)
         self.manifest.tidy()
 

@@ -24,6 +24,7 @@ from int8convert.checkpoint.hashing import OrderedSha256, expected_sha256
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.writer import ShardWriter
+from int8convert.conversion.blocks import Scratch
 from int8convert.conversion.events import (
     Event,
     EventSink,
@@ -35,7 +36,7 @@ from int8convert.conversion.events import (
 )
 from int8convert.conversion.plan import ConversionPlan, PlannedShard
 from int8convert.conversion.records import replay_events, tensor_record
-from int8convert.conversion.tensors import BlockCounter, Scratch, tensor_task
+from int8convert.conversion.tensors import BlockCounter, tensor_task
 from int8convert.errors import CorruptFileError, SourceError
 
 
@@ -300,7 +301,7 @@ class _Blocks:
             raw = counter.task.read(begin, end, scratch)
         counter.task.convert(raw, begin, end, scratch)
         with self.turns.turn(number), _reading(counter.task.file_name):  # last: the fewest have to wait for their turn
-            if not self.turns.is_closed:
+            if not self.turns.is_closed and raw.offset is not None:  # else it is read again for the hash
                 hashing.feed(raw.data.data, raw.offset)
         if counter.count_down():
             event = counter.task.finish()

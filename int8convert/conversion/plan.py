@@ -9,17 +9,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from int8convert.checkpoint.layout import shard_name
+from int8convert.checkpoint.output_format import OutputFormat, TensorSpecs
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, contiguous_strides
 from int8convert.checkpoint.writer import order_for_alignment, planned_shard_bytes
+from int8convert.conversion.expert_layouts import split
+from int8convert.conversion.fp8 import Fp8Scale, find_scales
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap
 from int8convert.errors import CorruptFileError
-
-TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]
-"""name -> (dtype, shape), in the order of the bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class PlannedTensor:
         output_name: its key in the output.
         output_dtype: I8 if it becomes int8 with a scale, else what it is copied as.
         reason: why it is copied; "" if quantized.
+        format: where its scale will stand.
+        fp8: the scale of its FP8 codes; None if it has none.
     """
 
     source: StoredTensor
@@ -39,18 +42,12 @@ class PlannedTensor:
     output_name: str
     output_dtype: str
     reason: str
+    format: OutputFormat
+    fp8: Fp8Scale | None = field(default=None, repr=False)
 
     @property
     def is_quantized(self) -> bool:
         return self.output_dtype == "I8" and self.source.dtype != "I8"
-
-    @property
-    def absmax_name(self) -> str:
-        return self.output_name.removesuffix(".weight") + ".SCB"
-
-    @property
-    def format_name(self) -> str:
-        return self.output_name + "_format"
 
     @property
     def layer_kind(self) -> str:
@@ -58,19 +55,14 @@ class PlannedTensor:
         return self.output_name.removesuffix(".weight").rpartition(".")[2]
 
     def output_specs(self) -> TensorSpecs:
-        """The tensors it becomes in `--format bitsandbytes`."""
+        """The tensors it becomes."""
         if not self.is_quantized:
             return {self.output_name: (self.output_dtype, self.source.shape)}
-        return {
-            self.output_name: ("I8", self.source.shape),
-            self.absmax_name: ("F32", self.source.shape[:1]),
-            self.format_name: ("U8", ()),
-        }
+        return self.format.weight_specs(self.output_name, self.source.shape)
 
     @property
     def output_bytes(self) -> int:
-        n = self.source.n_elements
-        return n + 4 * self.source.shape[0] + 1 if self.is_quantized else n * DTYPE_BYTES[self.output_dtype]
+        return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.output_specs().values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +100,7 @@ class PlannedShard:
                 t.source.strides,
                 t.output_name,
                 t.output_dtype,
+                t.fp8 and [t.fp8.shard.path.name, t.fp8.stored.name, t.fp8.block],
             ]
             for t in self.tensors
         ]
@@ -203,23 +196,25 @@ def make_plan(source: CheckpointSource, model_map: ModelMap, max_shard_bytes: in
     """
     groups: list[list[PlannedTensor]] = []
     dropped: dict[str, str] = {}
+    scales = find_scales(source)
     seen: set[str] = set()
     group_bytes = 0
     for shard in source.shards:
         if max_shard_bytes is None or not groups:
             groups.append([])
         for stored in shard.tensors:
-            mapped = model_map.tensors[stored.name]
-            if mapped.action is Action.DROP:
-                dropped[stored.name] = mapped.reason
+            mapped = model_map.tensors.get(stored.name)
+            if mapped is None or mapped.action is Action.DROP:
+                dropped[stored.name] = mapped.reason if mapped else "decoded with the FP8 weight it belongs to"
                 continue
-            tensor = _plan_tensor(stored, shard, mapped)
-            _check_unique(tensor, seen)
-            if max_shard_bytes is not None and groups[-1] and group_bytes + tensor.output_bytes > max_shard_bytes:
-                groups.append([])
-                group_bytes = 0
-            groups[-1].append(tensor)
-            group_bytes += tensor.output_bytes
+            for view, piece in _pieces(stored, mapped):
+                tensor = _plan_tensor(view, shard, piece, model_map.output_format, scales.get(stored.name))
+                _check_unique(tensor, seen)
+                if max_shard_bytes is not None and groups[-1] and group_bytes + tensor.output_bytes > max_shard_bytes:
+                    groups.append([])
+                    group_bytes = 0
+                groups[-1].append(tensor)
+                group_bytes += tensor.output_bytes
     groups = [group for group in groups if group]
     names = (shard_name(i, len(groups)) for i in range(len(groups)))
     shards = tuple(_plan_shard(name, group) for name, group in zip(names, groups, strict=True))
@@ -236,12 +231,25 @@ def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
         seen.add(name)
 
 
-def _plan_tensor(stored: StoredTensor, shard: SourceShard, mapped: MappedTensor) -> PlannedTensor:
+def _pieces(stored: StoredTensor, mapped: MappedTensor) -> Iterator[tuple[StoredTensor, MappedTensor]]:
+    """The tensor itself, or the matrices or biases of the experts in it."""
+    if mapped.experts is None:
+        yield stored, mapped
+        return
+    is_weight = mapped.experts.leaf == "weight"
+    action, reason = (Action.QUANTIZE, "") if is_weight else (Action.KEEP, "not a matrix product")
+    for name, view in split(mapped.experts, stored):
+        yield view, MappedTensor(action, reason, name, mapped.output_dtype)
+
+
+def _plan_tensor(
+    stored: StoredTensor, shard: SourceShard, mapped: MappedTensor, output_format: OutputFormat, fp8: Fp8Scale | None
+) -> PlannedTensor:
     if mapped.action is Action.QUANTIZE_TRANSPOSED:
         rows, columns = stored.shape
         row_stride, column_stride = stored.strides or contiguous_strides(stored.shape)
         stored = replace(stored, shape=(columns, rows), strides=(column_stride, row_stride))
-    return PlannedTensor(stored, shard, mapped.output_name, mapped.output_dtype, mapped.reason)
+    return PlannedTensor(stored, shard, mapped.output_name, mapped.output_dtype, mapped.reason, output_format, fp8)
 
 
 def _plan_shard(file_name: str, tensors: Iterable[PlannedTensor]) -> PlannedShard:

@@ -8,8 +8,10 @@ import re
 import time
 from collections.abc import Sequence
 
+from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import open_source
 from int8convert.conversion.events import Event, EventSink, PlanMade, ShardFinished, TensorKept, TensorQuantized
+from int8convert.conversion.fp8 import is_fp8
 from int8convert.conversion.job import Conversion, PlanInTheMaking, conversion_request
 from int8convert.conversion.model_map import ModuleFilter, check_config
 from int8convert.conversion.output import OutputDirectory
@@ -30,6 +32,7 @@ def plan(
     *,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
+    format: str = OutputFormat.BITSANDBYTES,
     max_shard_size: int | str | None = None,
 ) -> ConversionPlan:
     """What `quantize` would do with a checkpoint, from headers alone; writes nothing.
@@ -41,8 +44,9 @@ def plan(
     """
     max_shard_bytes = parse_size(max_shard_size)
     source = open_source(src)
-    check_config(source.config)
-    with PlanInTheMaking(source, ModuleFilter(tuple(skip), tuple(only)), max_shard_bytes, ()) as coming:
+    check_config(source.config, is_fp8(source))
+    modules = ModuleFilter(tuple(skip), tuple(only), OutputFormat(format))
+    with PlanInTheMaking(source, modules, max_shard_bytes, ()) as coming:
         return coming.result()
 
 
@@ -52,6 +56,7 @@ def quantize(
     *,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
+    format: str = OutputFormat.BITSANDBYTES,
     threshold: float = DEFAULT_THRESHOLD,
     min_coverage: float = DEFAULT_MIN_COVERAGE,
     max_shard_size: int | str | None = None,
@@ -62,7 +67,7 @@ def quantize(
     check: bool = False,
     on_event: EventSink | None = None,
 ) -> ConversionReport:
-    """Turn a checkpoint directory into an LLM.int8() checkpoint that transformers and bitsandbytes load.
+    """Turn a checkpoint directory into an LLM.int8() checkpoint that others load with nothing of ours installed.
 
     Streams: memory does not grow with the model. All arguments, headers and the disk's room are checked first. After
     an error or a kill at any moment nothing looks like a checkpoint that is none, finished shards stay, and the same
@@ -74,6 +79,8 @@ def quantize(
             the same options, unless `overwrite`.
         skip: modules that stay 16-bit; full names or dotted tails, with shell wildcards.
         only: if given, no other modules become int8.
+        format: "bitsandbytes", which transformers loads, or "compressed-tensors", which vLLM and SGLang serve, int8
+            experts included.
         threshold: magnitude from which a feature dimension counts as outlier; written for the loader, it does not
             change the weights.
         min_coverage: share of the parameters, 0 to 1, that must become int8.
@@ -90,6 +97,7 @@ def quantize(
         ValueError: an argument is out of its range.
     """
     began = time.perf_counter()
+    output_format = OutputFormat(format)
     max_shard_bytes = parse_size(max_shard_size)
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
     if n_workers < 1 or not threshold >= 0 or not 0 <= min_coverage <= 1 or on_nonfinite not in ("error", "keep"):
@@ -98,7 +106,7 @@ def quantize(
         )
     device_used = choose_device(device)
     source = open_source(src)
-    check_config(source.config)
+    check_config(source.config, is_fp8(source))
     options = {
         "skip": list(skip),
         "only": list(only),
@@ -106,7 +114,7 @@ def quantize(
         "max_shard_bytes": max_shard_bytes,
         "on_nonfinite": on_nonfinite,
     }
-    output = OutputDirectory(out, source.directory, conversion_request(source, options), overwrite)
+    output = OutputDirectory(out, source.directory, conversion_request(source, output_format, options), overwrite)
     report = ReportBuilder()
     sink = on_event or _TqdmProgress()
 
@@ -114,7 +122,8 @@ def quantize(
         report(event)
         sink(event)
 
-    job = Conversion(source, output, ModuleFilter(tuple(skip), tuple(only)), max_shard_bytes, min_coverage, check)
+    modules = ModuleFilter(tuple(skip), tuple(only), output_format)
+    job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check)
     with output.in_use():
         while True:
             try:

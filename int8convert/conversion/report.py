@@ -99,7 +99,7 @@ class ReportBuilder:
         return ConversionReport(
             source=plan.source.label,
             out=out,
-            format="bitsandbytes",
+            format=plan.model_map.output_format,
             model_class=plan.model_map.model_class,
             n_shards=len(plan.shards),
             n_read_bytes=plan.n_read_bytes,

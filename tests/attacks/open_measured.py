@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource, open_source
+from int8convert.conversion.fp8 import is_fp8
 from int8convert.conversion.model_map import check_config
 from int8convert.errors import Int8ConvertError
 
@@ -82,7 +83,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 def open_checkpoint(checkpoint: Path) -> CheckpointSource:
     """Everything a conversion learns of a source before it reads weights."""
     source = open_source(checkpoint)
-    check_config(source.config)
+    check_config(source.config, is_fp8(source))
     return source
 
 

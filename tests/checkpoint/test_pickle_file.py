@@ -15,7 +15,7 @@ import torch
 from int8convert.checkpoint.pickle_file import read_pickle_header
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import StoredTensor
-from int8convert.conversion.tensors import Scratch, as_dense, read_block
+from int8convert.conversion.blocks import Scratch, as_array, read_rows
 from int8convert.errors import CorruptFileError
 
 NUMPY = {"F16": np.float16, "F32": np.float32, "I64": np.int64}
@@ -42,10 +42,9 @@ def odd_state_dict() -> dict[str, torch.Tensor]:
 def read(path: Path, stored: StoredTensor) -> np.ndarray:
     reader = ShardReader(path)
     try:
-        data = read_block(stored, reader, 0, stored.n_elements, Scratch()).data
-        if stored.strides is not None:
-            return as_dense(stored, data)
-        return data.view(NUMPY[stored.dtype]).reshape(stored.shape)
+        n_rows = stored.shape[0] if stored.shape else 1
+        block = read_rows(stored, reader, 0, n_rows, Scratch())
+        return as_array(stored, block, 0, n_rows).reshape(stored.shape)
     finally:
         reader.close()
 

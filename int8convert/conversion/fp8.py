@@ -1,0 +1,169 @@
+"""FP8 weights and their scales: a matrix of F8_E4M3 or F8_E5M2 codes, and beside it one float for every block of it.
+
+Whatever the scale is called - `weight_scale_inv` where DeepSeek wrote it, `weight_scale` elsewhere - a weight is code
+times scale. The blocks are 128 x 128, single rows, or the whole matrix, which the scale's shape tells.
+
+Source: the float8 quantization of transformers, and OCP 8-bit Floating Point Specification (OFP8), for the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cuda_kernels import cpu
+from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.conversion.blocks import Block, Scratch, as_array, read_rows
+from int8convert.conversion.floats import NUMPY_DTYPE, widen
+from int8convert.errors import CorruptFileError
+
+FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
+METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
+"""What config.json calls quantizations whose weights may be plain FP8 codes."""
+
+_SCALE_SUFFIXES = ("_scale_inv", "_scale")
+_UNUSED_SUFFIXES = (".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale")
+_DEFAULT_BLOCK = (128, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Scale:
+    """The scale of one FP8 matrix.
+
+    Attributes:
+        stored: [], [1], [rows], [rows, 1] or [block rows, block columns].
+        shard: the file it is in, which may be another than the codes'.
+        block: rows and columns that share a value.
+    """
+
+    stored: StoredTensor
+    shard: SourceShard = field(repr=False)
+    block: tuple[int, int]
+
+    def read(self) -> npt.NDArray[np.float32]:
+        """float32 [block rows, block columns]; small: one value for each block."""
+        reader = self.shard.open()
+        try:
+            flat = replace(self.stored, shape=(self.stored.n_elements,), strides=None)
+            block: Block = read_rows(flat, reader, 0, flat.n_elements, Scratch())
+            values = as_array(flat, block, 0, flat.n_elements)
+            wide = _e8m0_values(values) if flat.dtype == "F8_E8M0" else widen(values, flat.dtype)
+        finally:
+            reader.close()
+        n_columns = self.stored.shape[1] if len(self.stored.shape) == 2 else 1
+        return np.ascontiguousarray(wide).reshape(-1, n_columns)
+
+
+def _e8m0_values(exponents: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Powers of two by their biased exponents."""
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127).astype(np.float32)
+
+
+def fp8_values(dtype: str) -> npt.NDArray[np.float32]:
+    """The 256 values of an FP8 dtype, by code."""
+    n_mantissa, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
+    codes = np.arange(256)
+    exponent, mantissa = (codes & 0x7F) >> n_mantissa, codes & ((1 << n_mantissa) - 1)
+    steps = np.where(exponent > 0, (1 << n_mantissa) + mantissa, mantissa)
+    values = np.ldexp(steps.astype(np.float64), np.maximum(exponent, 1) - bias - n_mantissa)
+    if dtype == "F8_E4M3":  # no infinity; one magnitude is NaN
+        values[(codes & 0x7F) == 0x7F] = np.nan
+    else:
+        values[(exponent == 31) & (mantissa == 0)] = np.inf
+        values[(exponent == 31) & (mantissa > 0)] = np.nan
+    signed: npt.NDArray[np.float32] = np.where(codes & 0x80, -values, values).astype(np.float32)
+    return signed
+
+
+class Fp8Decoder:
+    """Turns codes of one matrix into float32 weights. Its scale, if it has one, is in memory. For several threads."""
+
+    def __init__(self, dtype: str, scale: Fp8Scale | None) -> None:
+        self._values = fp8_values(dtype)
+        self._scale = scale.read() if scale is not None else np.ones((1, 1), np.float32)
+        self._block = scale.block if scale is not None else (1 << 62, 1 << 62)
+
+    def decode(self, codes: npt.NDArray[np.uint8], first_row: int) -> npt.NDArray[np.float32]:
+        """float32 [rows, columns] of codes [rows, columns] that begin at row `first_row` of the matrix."""
+        weight = np.empty(codes.shape, np.float32)
+        cpu.dequantize_fp8(codes, self._values, self._scale, first_row, *self._block, weight)
+        return weight
+
+
+def find_scales(source: CheckpointSource) -> dict[str, Fp8Scale]:
+    """Weight name -> scale, of the FP8 matrices that have one.
+
+    Raises:
+        CorruptFileError: a scale does not fit its weight, or a scaled weight is no matrix.
+    """
+    places = {tensor.name: (tensor, shard) for shard in source.shards for tensor in shard.tensors}
+    block = _configured_block(source.config)
+    scales = {}
+    for name, (weight, _) in places.items():
+        if weight.dtype in FP8_DTYPES:
+            found = next((places[name + end] for end in _SCALE_SUFFIXES if name + end in places), None)
+            if found is not None:
+                scales[name] = Fp8Scale(*found, _block_of(weight, found[0], block))
+    return scales
+
+
+def is_fp8(source: CheckpointSource) -> bool:
+    """Whether the weights of a quantized source are FP8 codes, which can be decoded here."""
+    block = source.config.get("quantization_config")
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    weights = [t for t in _tensors(source) if t.name.endswith((".weight", ".weight_packed", ".qweight", "_blocks"))]
+    return method in METHODS and any(t.dtype in FP8_DTYPES for t in weights) and _none_is_packed(weights)
+
+
+def _none_is_packed(weights: Iterable[StoredTensor]) -> bool:
+    return all(t.dtype in FP8_DTYPES or t.dtype in NUMPY_DTYPE for t in weights)
+
+
+def belongs_to_fp8(name: str, scales: dict[str, Fp8Scale]) -> bool:
+    """Whether a tensor only serves the FP8 form of the weights, so that nothing of it is left in the output."""
+    weight = next((name.removesuffix(end) for end in _SCALE_SUFFIXES if name.endswith(end)), None)
+    return weight in scales or name.endswith(_UNUSED_SUFFIXES)
+
+
+def as_loaded(source: CheckpointSource) -> list[StoredTensor]:
+    """The tensors a model sees: FP8 codes as the bf16 weights they stand for, without what only serves that form."""
+    scales = find_scales(source)
+    return [
+        replace(tensor, dtype="BF16") if tensor.dtype in FP8_DTYPES else tensor
+        for tensor in _tensors(source)
+        if not (scales and belongs_to_fp8(tensor.name, scales))
+    ]
+
+
+def _tensors(source: CheckpointSource) -> list[StoredTensor]:
+    return [tensor for shard in source.shards for tensor in shard.tensors]
+
+
+def _configured_block(config: dict[str, Any]) -> tuple[int, int]:
+    block = config.get("quantization_config")
+    size = block.get("weight_block_size") if isinstance(block, dict) else None
+    if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+        return size[0], size[1]
+    return _DEFAULT_BLOCK
+
+
+def _block_of(weight: StoredTensor, scale: StoredTensor, configured: tuple[int, int]) -> tuple[int, int]:
+    if len(weight.shape) == 2 and (scale.dtype in NUMPY_DTYPE or scale.dtype == "F8_E8M0"):
+        rows, columns = weight.shape
+        if scale.n_elements == 1:
+            return max(1, rows), max(1, columns)
+        if scale.shape in ((rows,), (rows, 1)):
+            return 1, max(1, columns)
+        if scale.shape == tuple(-(-n // size) for n, size in zip(weight.shape, configured, strict=True)):
+            return configured
+    raise CorruptFileError(
+        f"{quoted(scale.name)}, {scale.dtype} {list(scale.shape)}, is no scale for {quoted(weight.name)} of shape "
+        f"{list(weight.shape)}: expected one value, one a row, or one for each {configured[0]} x {configured[1]} block",
+        "fetch the checkpoint again, or convert its 16-bit version; nothing was written",
+    )
