@@ -117,8 +117,10 @@ def is_fp8(source: CheckpointSource) -> bool:
     """Whether the weights of a quantized source are FP8 codes, which can be decoded here."""
     block = source.config.get("quantization_config")
     method = block.get("quant_method") if isinstance(block, dict) else None
+    if not isinstance(method, str) or method not in METHODS:
+        return False
     weights = [t for t in _tensors(source) if t.name.endswith((".weight", ".weight_packed", ".qweight", "_blocks"))]
-    return method in METHODS and any(t.dtype in FP8_DTYPES for t in weights) and _none_is_packed(weights)
+    return any(t.dtype in FP8_DTYPES for t in weights) and _none_is_packed(weights)
 
 
 def _none_is_packed(weights: Iterable[StoredTensor]) -> bool:

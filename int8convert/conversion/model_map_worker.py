@@ -121,6 +121,9 @@ def map_keys(model: Any, names: list[str]) -> dict[str, LoadedInto | None]:
     return loaded
 
 
+_ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+"""A gated MLP's gate is called gate_proj."""
+
 _PROJECTIONS = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "gate_proj": ("gate_proj",),
@@ -227,6 +230,17 @@ class TensorChoice:
         }
 
     @cached_property
+    def _routers(self) -> set[str]:
+        """The modules that choose experts: a wrong choice costs more than a rounded weight, and they are small.
+
+        bitsandbytes rounds those that are Linear, so its format does too. Servers of compressed-tensors expect none.
+        """
+        routers = {name for name, module in self._module_by_name.items() if type(module).__name__.endswith("Router")}
+        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
+            routers |= {name for name in self._module_by_name if not _ROUTER_NAMES.isdisjoint(name.split("."))}
+        return routers
+
+    @cached_property
     def candidates(self) -> dict[str, str]:
         """Module name -> checkpoint key, of those that may become int8 as far as the model goes."""
         found = {}
@@ -241,6 +255,7 @@ class TensorChoice:
                 and tensor.shape == tuple(self._module_by_name[module_name].weight.shape)
                 and min(tensor.shape) > 0
                 and should_convert_module(module_name, self._default_skips)
+                and module_name not in self._routers
             ):
                 found[module_name] = tensor.name
         return found
@@ -266,8 +281,7 @@ class TensorChoice:
     def skip_modules(self) -> list[str]:
         kept = self.replaceable - self.chosen
         if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
-            # Servers build a Linear where transformers has a router class of its own.
-            kept |= {name for name, module in self._module_by_name.items() if type(module).__name__.endswith("Router")}
+            kept |= self._routers  # servers build a Linear where transformers has a class of its own
         return sorted(kept)
 
     @cached_property
@@ -382,11 +396,13 @@ class TensorChoice:
         if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D):
             if len(tensor.shape) == 3 and "expert" in into.parameter:
                 return "experts in an unknown layout"
-            return "router" if type(module).__name__.endswith("Router") else "not a matrix product"
+            return "router" if module_name in self._routers else "not a matrix product"
         if module is self.model.get_output_embeddings() or is_tied:
             return "output head, tied" if is_tied else "output head"
         if not should_convert_module(module_name, self._keep_in_fp32):
             return "keep in fp32"
+        if module_name in self._routers:
+            return "router"
         if module_name not in self.replaceable:
             if isinstance(module, Conv1D):
                 return "Conv1D: compressed-tensors has no form for it"
