@@ -5,6 +5,7 @@
     │   ├── CorruptFileError      a file contradicts what it, or the index, promises
     │   ├── AlreadyQuantizedError nothing to do here: convert the 16-bit original instead
     │   └── NonFiniteWeightError  the weights hold NaN, infinity, or what fp16 cannot hold
+    ├── AdapterError              the LoRA adapter cannot be merged: of another kind, or made for another model
     ├── ModelMapError             transformers cannot build the model the config describes
     ├── OutputError               the place to write to cannot be used: taken, same as the source, not writable
     │   └── DiskFullError         it can, with more room
@@ -62,6 +63,10 @@ class NonFiniteWeightError(SourceError):
     def __init__(self, message: str, hint: str, module_name: str) -> None:
         super().__init__(message, hint)
         self.module_name = module_name
+
+
+class AdapterError(Int8ConvertError):
+    """The LoRA adapter cannot be merged."""
 
 
 class ModelMapError(Int8ConvertError):

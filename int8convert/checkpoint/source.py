@@ -139,7 +139,7 @@ def _read_shards(directory: Path) -> tuple[SourceShard, ...]:
             return _read_indexed_shards(directory, index, Path(single_name).suffix)
         single = find_file(directory, single_name)
         if single is not None:
-            return (_read_shard(single),)
+            return (read_shard(single),)
     names = sorted(entry.name for entry in directory.iterdir())
     raise SourceError(
         f"{quoted(str(directory), 200)} holds no weights: expected model.safetensors, pytorch_model.bin or an index of "
@@ -149,7 +149,12 @@ def _read_shards(directory: Path) -> tuple[SourceShard, ...]:
     )
 
 
-def _read_shard(path: Path) -> SourceShard:
+def read_shard(path: Path) -> SourceShard:
+    """One weight file, from its header.
+
+    Raises:
+        CorruptFileError: it is none, or contradicts itself.
+    """
     with path.open("rb") as file:
         is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
     if is_pointer:
@@ -195,7 +200,7 @@ def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[Sou
                 f"'{index.name}' names shards {quoted(other)} and {quoted(file_name)}, which are one file",
                 "fetch the checkpoint again; nothing was written",
             )
-        shards.append(_read_shard(path))
+        shards.append(read_shard(path))
     _check_index(weight_map, shards, index.name)
     return tuple(shards)
 
