@@ -7,8 +7,8 @@ bytes again.
 What cannot be had: division by 127 in float32 sends two neighbouring numbers to one quotient where the mantissa begins
 with seven ones, which is 1.6 % of all float32 numbers, and leaves some quotients out. Of two neighbours the one with
 more trailing zero bits is taken: the right one for every fp16 and bf16 number, while 0.8 % of float32 numbers come back
-one unit in the last place away. A scale that some other tool computed may be no quotient at all: it becomes the absmax
-nearest to it.
+one unit in the last place away. A float32 scale that some other tool computed may be no quotient at all: it becomes the
+absmax nearest to it. A 16-bit scale always is one, since 127 times it is exact.
 """
 
 from __future__ import annotations
