@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from int8convert.conversion.export import ExportReport, export
     from int8convert.conversion.plan import ConversionPlan
     from int8convert.conversion.quantize import plan, quantize
     from int8convert.conversion.report import ConversionReport
@@ -19,12 +20,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["ConversionPlan", "ConversionReport", "Int8ConvertError", "__version__", "plan", "quantize"]
+__all__ = [
+    "ConversionPlan",
+    "ConversionReport",
+    "ExportReport",
+    "Int8ConvertError",
+    "__version__",
+    "export",
+    "plan",
+    "quantize",
+]
 
 _HOMES = {
     "ConversionPlan": "int8convert.conversion.plan",
     "ConversionReport": "int8convert.conversion.report",
+    "ExportReport": "int8convert.conversion.export",
     "Int8ConvertError": "int8convert.errors",
+    "export": "int8convert.conversion.export",
     "plan": "int8convert.conversion.quantize",
     "quantize": "int8convert.conversion.quantize",
 }

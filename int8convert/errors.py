@@ -9,6 +9,7 @@
     ├── ModelMapError             transformers cannot build the model the config describes
     ├── OutputError               the place to write to cannot be used: taken, same as the source, not writable
     │   └── DiskFullError         it can, with more room
+    ├── FormatError               the format asked for cannot hold this model
     ├── CoverageError             too little would become int8
     ├── PatternError              a --skip or --only pattern matches nothing
     └── DeviceError               the device asked for is not usable here
@@ -79,6 +80,10 @@ class OutputError(Int8ConvertError):
 
 class DiskFullError(OutputError):
     """There is not enough room."""
+
+
+class FormatError(Int8ConvertError):
+    """The format asked for cannot hold this model."""
 
 
 class CoverageError(Int8ConvertError):

@@ -68,7 +68,9 @@ def run_python(code: str) -> str:
     return result.stdout.strip()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["inspect", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["quantize", "--help"], ["inspect", "--help"], ["export", "--help"], ["--version"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"import sys; sys.argv = ['int8convert', *{arguments!r}]\n"
@@ -80,9 +82,10 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert run_python(code).splitlines()[-1] == "[]"
 
 
-def test_conversion_of_safetensors_loads_no_torch() -> None:
+@pytest.mark.parametrize("module", ["quantize", "export"])
+def test_conversion_of_safetensors_loads_no_torch(module: str) -> None:
     """What keeps the main process small and quick to start; torch is for `.bin` files and the child."""
-    assert run_python("import sys, int8convert.conversion.quantize; print('torch' in sys.modules)") == "False"
+    assert run_python(f"import sys, int8convert.conversion.{module}; print('torch' in sys.modules)") == "False"
 
 
 def test_public_names_exist_and_are_listed() -> None:

@@ -13,7 +13,11 @@ from int8convert.checkpoint.source import open_source
 from int8convert.checkpoint.stored_tensor import StoredTensor
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-_SCALE_SUFFIXES = (".SCB", ".weight_format", ".weight_scale")
+_SCALE_SUFFIXES = (
+    *(".SCB", ".weight_format"),  # bitsandbytes
+    *(".weight_scale", ".weight_zero_point"),  # compressed-tensors
+    *("._weight_scale", "._weight_zero_point"),  # torchao
+)
 _MAX_TEXT = 300
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from typing import Any
 from int8convert.checkpoint.layout import parse_json_object, quoted
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, check_tensor_name, is_shape, is_size
 from int8convert.errors import CorruptFileError
+
+METADATA_NAME = "__metadata__"
+"""The header's one key that is no tensor."""
 
 MAX_HEADER_BYTES = 32_000_000
 """A header of 100,000 tensors takes 12 MB. The safetensors library stops at 100 MB, but parsed into Python objects that
@@ -36,6 +39,24 @@ def read_safetensors_header(path: Path) -> tuple[StoredTensor, ...]:
     Raises:
         CorruptFileError: the header contradicts itself or the file's size.
     """
+    header_json, file_bytes = _read_header_json(path)
+    return parse_safetensors_header(header_json, file_bytes, path.name)
+
+
+def read_safetensors_metadata(path: Path) -> dict[str, str]:
+    """What a file's header says of the file as a whole; of a file whose header has been read and found good.
+
+    Raises:
+        CorruptFileError: the header is good no longer.
+    """
+    header_json, file_bytes = _read_header_json(path)
+    parse_safetensors_header(header_json, file_bytes, path.name)
+    metadata: dict[str, str] = json.loads(header_json).get(METADATA_NAME) or {}
+    return metadata
+
+
+def _read_header_json(path: Path) -> tuple[bytes, int]:
+    """The JSON of a header, and the bytes of the whole file."""
     with path.open("rb") as file:
         file_bytes = os.fstat(file.fileno()).st_size
         n_header = int.from_bytes(file.read(8), "little") if file_bytes >= 8 else 0
@@ -50,8 +71,7 @@ def read_safetensors_header(path: Path) -> tuple[StoredTensor, ...]:
                 f"the header of {quoted(path.name)} takes {n_header:,} bytes, expected at most {MAX_HEADER_BYTES:,}",
                 "no model has that many tensors in one file; nothing was written from it",
             )
-        header_json = file.read(n_header)
-    return parse_safetensors_header(header_json, file_bytes, path.name)
+        return file.read(n_header), file_bytes
 
 
 def parse_safetensors_header(header_json: bytes, file_bytes: int, file_name: str) -> tuple[StoredTensor, ...]:
@@ -69,7 +89,7 @@ def parse_safetensors_header(header_json: bytes, file_bytes: int, file_name: str
     header = parse_json_object(header_json, what, _REFETCH)
     if not header_json.startswith(b"{"):
         raise CorruptFileError(f"{what} does not begin with '{{'", _REFETCH)
-    if not _is_string_map(header.pop("__metadata__", None)):
+    if not _is_string_map(header.pop(METADATA_NAME, None)):
         raise CorruptFileError(f"{what} has a __metadata__ that does not map strings to strings", _REFETCH)
     data_start = 8 + len(header_json)
     tensors = [_stored_tensor(name, entry, data_start, file_name) for name, entry in header.items()]
@@ -142,15 +162,34 @@ def _check_tiling(tensors: list[StoredTensor], data_start: int, file_bytes: int,
         )
 
 
+class FileMetadata(tuple[str, tuple[int, ...]]):
+    """What a header says of the file as a whole, as the entry `METADATA_NAME` among its tensors.
+
+    It stands where (dtype, shape) of a tensor would, and counts as one of no bytes, so that whoever plans or writes a
+    file need not know of it. No tensor can have that name.
+    """
+
+    entries: Mapping[str, str]
+
+    def __new__(cls, entries: Mapping[str, str]) -> FileMetadata:
+        made = super().__new__(cls, ("U8", (0,)))
+        made.entries = entries
+        return made
+
+
 def encode_safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
     """The bytes in front of the data, for tensors laid one behind the other in the order given.
 
     Args:
-        tensors: name -> (dtype, shape).
+        tensors: name -> (dtype, shape), or `FileMetadata`.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {METADATA_NAME: {"format": "pt"}}
     at = 0
-    for name, (dtype, shape) in tensors.items():
+    for name, spec in tensors.items():
+        if isinstance(spec, FileMetadata):
+            header[METADATA_NAME] |= spec.entries
+            continue
+        dtype, shape = spec
         end = at + prod(shape) * DTYPE_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end

@@ -28,9 +28,17 @@ def wants_live_display(quiet: bool, as_json: bool) -> bool:
     return sys.stderr.isatty() and not quiet and not as_json
 
 
+RESUMABLE = "finished shards are kept, the one in work was removed; the same command resumes"
+"""The hint of a command that was interrupted and resumes."""
+
+
 @contextmanager
-def reporting_errors(as_json: bool) -> Iterator[None]:
-    """The one boundary: our own errors become two lines and an exit code; all else is a bug and keeps its traceback."""
+def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE) -> Iterator[None]:
+    """The one boundary: our own errors become two lines and an exit code; all else is a bug and keeps its traceback.
+
+    Args:
+        interrupted_hint: what is on the disk after Ctrl-C or SIGTERM.
+    """
     try:
         yield
     except Int8ConvertError as error:
@@ -44,7 +52,7 @@ def reporting_errors(as_json: bool) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         was_terminated = isinstance(stop, TerminatedError)
         stderr.print(f"[bold red]error:[/] {'terminated' if was_terminated else 'interrupted'}")
-        stderr.print("[bold]hint:[/] finished shards are kept, the one in work was removed; the same command resumes")
+        stderr.print(f"[bold]hint:[/] {interrupted_hint}")
         raise typer.Exit(143 if was_terminated else 130) from None
 
 

@@ -40,7 +40,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 """
 
 
-def _check_size(size: str | None) -> str | None:
+def check_size(size: str | None) -> str | None:
     from int8convert.conversion.quantize import parse_size
 
     try:
@@ -103,7 +103,7 @@ def quantize(
     ] = 50.0,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", callback=_check_size, help="Such as 5GB; default: one shard for each of SRC's."),
+        typer.Option(metavar="SIZE", callback=check_size, help="Such as 5GB; default: one shard for each of SRC's."),
     ] = None,
     on_nonfinite: Annotated[
         str,

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, copy_file, write_json
 from int8convert.checkpoint.layout import (
@@ -27,10 +27,21 @@ from int8convert.checkpoint.layout import (
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
 from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.plan import ConversionPlan, output_weight_map
 from int8convert.errors import DiskFullError, OutputError
 
 _LOCK_NAME = "lock"
+
+
+class SizedPlan(Protocol):
+    """What will be written, as far as room is concerned."""
+
+    @property
+    def source(self) -> CheckpointSource: ...
+
+    @property
+    def n_written_bytes(self) -> int: ...
 
 
 class OutputDirectory:
@@ -52,6 +63,7 @@ class OutputDirectory:
         self._request = request
         self._overwrite = overwrite
         self.has_begun = False
+        self._carried: list[Path] = []
         self._check_place(source)
         self._find_state()
 
@@ -109,7 +121,7 @@ class OutputDirectory:
         """Whether a finished conversion of ours is in it."""
         return self.manifest.is_complete and (self.path / CONFIG_NAME).is_file()
 
-    def check_room(self, plan: ConversionPlan) -> None:
+    def check_room(self, plan: SizedPlan) -> None:
         """Compare what is still to be written with the free disk space.
 
         Raises:
@@ -122,12 +134,12 @@ class OutputDirectory:
                 "make room, or name a directory on another disk, and rerun the same command",
             )
 
-    def has_room(self, plan: ConversionPlan) -> bool:
+    def has_room(self, plan: SizedPlan) -> bool:
         """Whether the plan's output fits on the disk."""
         needed, free = self._needed_and_free(plan)
         return needed <= free
 
-    def _needed_and_free(self, plan: ConversionPlan) -> tuple[int, int]:
+    def _needed_and_free(self, plan: SizedPlan) -> tuple[int, int]:
         """Weight files that are there, to be replaced or written already, count as free."""
         needed = plan.n_written_bytes + sum(path.stat().st_size for path in plan.source.carried)
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
@@ -200,22 +212,48 @@ class OutputDirectory:
     def complete(
         self, plan: ConversionPlan, threshold: float, summary: Mapping[str, Any], records: list[ShardRecord]
     ) -> None:
-        """Write the small files: first what is carried over, last what makes the checkpoint look complete."""
-        for file in plan.source.carried:
-            target = self.path / file.relative_to(plan.source.directory)
-            target.parent.mkdir(exist_ok=True)
-            copy_file(file, target)
-        self.manifest.complete(self._request, summary, records)
+        """Write the small files that make the directory a checkpoint of the plan's format."""
+        index = None
         if len(plan.shards) > 1:
             n_bytes = sum(tensor.output_bytes for tensor in plan.tensors)
-            write_json(self.path / INDEX_NAME, build_index(output_weight_map(plan), n_bytes, plan.n_parameters))
+            index = build_index(output_weight_map(plan), n_bytes, plan.n_parameters)
         source, found = plan.source.config, plan.model_map
         if found.output_format is OutputFormat.COMPRESSED_TENSORS:
             config = compressed_tensors_config(source, found.dtype, found.skip_modules)
         else:
             config = bitsandbytes_config(source, found.dtype, threshold, found.skip_modules)
+        self.write_small_files(plan.source, summary, records, index, config)
+
+    def write_small_files(
+        self,
+        source: CheckpointSource,
+        summary: Mapping[str, Any],
+        records: list[ShardRecord],
+        index: Mapping[str, Any] | None,
+        config: Mapping[str, Any],
+    ) -> None:
+        """First what is carried over, last what makes the checkpoint look complete."""
+        for file in source.carried:
+            target = self.path / file.relative_to(source.directory)
+            target.parent.mkdir(exist_ok=True)
+            if not target.exists():
+                self._carried.append(target)
+            copy_file(file, target)
+        self.manifest.complete(self._request, summary, records)
+        if index is not None:
+            write_json(self.path / INDEX_NAME, index)
         write_json(self.path / CONFIG_NAME, config)
         self.manifest.tidy()
+
+    def discard(self) -> None:
+        """Remove all that was written since `begin`, of an output that nobody would resume."""
+        for name in (CONFIG_NAME, INDEX_NAME):
+            (self.path / name).unlink(missing_ok=True)
+        self.manifest.remove()
+        for file in (*self._weight_files(), *self._carried):
+            file.unlink(missing_ok=True)
+            if file.parent != self.path:
+                _remove_if_empty(file.parent)
 
 
 def as_output_error(error: OSError, path: Path) -> OutputError:

@@ -9,32 +9,16 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 
 import pytest
 
 from int8convert.cli.app import main
+from tests.cli.conftest import Run
 from tests.tiny_models import file_bytes, save_checkpoint
 
-Run = Callable[..., tuple[int, str, str]]
-
-COMMANDS = ("quantize", "inspect")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, map_in_process: None) -> Run:
-    """Run a command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["int8convert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        captured = capsys.readouterr()
-        return int(exit_info.value.code or 0), captured.out, captured.err
-
-    return run
+COMMANDS = ("quantize", "inspect", "export")
 
 
 @pytest.fixture
@@ -100,6 +84,12 @@ def test_debug_adds_the_traceback(run: Run, tmp_path: Path, monkeypatch: pytest.
         ["quantize", "src", "out", "--device", "tpu"],
         ["quantize", "src", "out", "--no-such-option"],
         ["inspect"],
+        ["export", "out"],
+        ["export", "out", "new"],
+        ["export", "out", "new", "--format", "gguf"],
+        ["export", "out", "new", "--dequantize", "int8"],
+        ["export", "out", "new", "--format", "torchao", "--dequantize", "float16"],
+        ["export", "out", "new", "--max-shard-size", "5 apples"],
         ["no-such-command"],
     ],
 )

@@ -1,0 +1,105 @@
+"""`int8convert export`: an int8 checkpoint for another loader."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from int8convert.cli.console import (
+    format_bytes,
+    format_seconds,
+    format_shards,
+    note,
+    print_json,
+    print_line,
+    reporting_errors,
+    stderr,
+)
+from int8convert.cli.quantize import check_size
+
+if TYPE_CHECKING:
+    from int8convert.conversion.export import ExportReport, ShardExported
+
+HELP = """Rewrite an int8 checkpoint for another loader, dequantize it, or cut it into other shards.
+
+OUT is an int8 checkpoint, of int8convert, bitsandbytes, compressed-tensors or torchao; it is only read. NEW gets the
+same int8 codes with their scales as the format has them; nothing is quantized anew. A run that is interrupted leaves
+nothing and begins from the start: it takes about as long as copying.
+
+\b
+Examples:
+  int8convert export ./opt-66b-int8 ./opt-66b-vllm --format compressed-tensors
+  int8convert export ./opt-66b-int8 ./opt-66b-fp16 --dequantize float16 --max-shard-size 5GB
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
+"""
+
+_INTERRUPTED = "what was written was removed; the same command begins from the start"
+
+
+def export(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The int8 checkpoint to read.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The directory to write.")],
+    format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help="bitsandbytes, compressed-tensors or torchao."),
+    ] = None,
+    dequantize: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="No int8: weights as float16, bfloat16 or float32."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", callback=check_size, help="Such as 5GB; default: one shard for each of OUT's."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in NEW.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    with reporting_errors(as_json, _INTERRUPTED):
+        from int8convert.conversion.export import check_choice
+        from int8convert.conversion.export import export as run
+
+        try:
+            check_choice(format, dequantize, max_shard_size)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+        def show(event: ShardExported) -> None:
+            if not (quiet or as_json):
+                stderr.print(f"shard {event.i + 1} of {event.n}: {event.file_name} {format_bytes(event.n_bytes)}")
+
+        report = run(
+            out,
+            new,
+            format=format,
+            dequantize=dequantize,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            on_event=show,
+        )
+        if as_json:
+            print_json(report.to_json())
+        else:
+            _print_report(report, quiet)
+
+
+def _print_report(report: ExportReport, quiet: bool) -> None:
+    print_line(
+        f"[bold]{report.out}[/]: {report.n_int8_weights} int8 weights of {report.source_format} "
+        f"as {report.format or report.dtype}"
+    )
+    print_line(
+        f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
+        f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)}"
+    )
+    if quiet:
+        return
+    for text in report.notes:
+        note(text)
+    if report.n_changed_scales:
+        note(
+            f"{report.n_changed_scales:,} scales are no absmax divided by 127, for another tool made them: each moved "
+            "by one unit in its last place"
+        )
