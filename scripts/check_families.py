@@ -42,6 +42,7 @@ from tests.family_models import Family, families
 
 COLOUR = {
     Outcome.MATCHES: "green",
+    Outcome.MATCHES_FLAT: "green",
     Outcome.MATCHES_WITH_OUR_SKIPS: "green",
     Outcome.BEYOND_BITSANDBYTES: "cyan",
     Outcome.REFUSED: "yellow",
@@ -150,10 +151,12 @@ def write_markdown(path: Path, results: list[FamilyResult]) -> None:
 ORDINARY_REASONS = ("embedding", "output head", "not a matrix product")
 MEANING = {
     Outcome.MATCHES: "all equal.",
+    Outcome.MATCHES_FLAT: "bitsandbytes' CPU operation refuses inputs of four dimensions, which these models give "
+    "it. All equal where both are given them flattened to two.",
     Outcome.MATCHES_WITH_OUR_SKIPS: "all equal once bitsandbytes is given the skip list of our output. By itself it "
     "makes something int8 that its own loader cannot find again, or that int8convert keeps for the reason given.",
-    Outcome.BEYOND_BITSANDBYTES: "bitsandbytes breaks where the remark says. Our output loads, each int8 weight is what "
-    "bitsandbytes' bare operation makes of it, and the logits are close to the source's.",
+    Outcome.BEYOND_BITSANDBYTES: "bitsandbytes breaks where the remark says. Our output loads, each int8 weight is "
+    "what bitsandbytes' bare operation makes of it, and the logits are close to the source's.",
     Outcome.REFUSED: "an error of two lines before anything is written; the remark is its text.",
     Outcome.NOT_RUN: "the tiny model takes more than text, or fails in fp32 for reasons of its own.",
     Outcome.NOT_BUILT: "no tiny model can be made of the family's config without knowing more of it.",

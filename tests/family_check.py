@@ -13,7 +13,8 @@ Where we keep modules 16-bit that bitsandbytes by itself does not, it is asked a
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -40,6 +41,7 @@ class Outcome(StrEnum):
     """How a family ended."""
 
     MATCHES = "converts and matches"
+    MATCHES_FLAT = "converts and matches, given flat inputs"
     MATCHES_WITH_OUR_SKIPS = "converts, matches with our skip list"
     BEYOND_BITSANDBYTES = "converts and loads, bitsandbytes itself fails"
     REFUSED = "refused with the reason"
@@ -141,7 +143,7 @@ def check_family(family: Family, folder: Path) -> FamilyResult:
 def with_finite_weights(model: Any) -> None:
     """Replace what a class leaves uninitialised by small random values; the rest stays as the class made it."""
     for parameter in model.parameters():
-        if not parameter.isfinite().all() or parameter.abs().max() > 1000:
+        if parameter.numel() and not (parameter.isfinite().all() and parameter.abs().max() < 1000):
             parameter.data.normal_(0, 0.02)
 
 
@@ -170,29 +172,32 @@ def compare(model: Any, folder: Path, result: FamilyResult) -> None:
     if n_modules < n_codes:
         raise Mismatch(f"{n_codes} int8 weights, but the loader makes {n_modules} int8 modules of them")
     theirs = Theirs(model_class, source, folder / "theirs")
+    result.bitsandbytes_fails = theirs.failure
     try:
         our_logits = run_model(our_model)
     except Exception as error:
-        if theirs.fails_to_run():
-            result.outcome, result.bitsandbytes_fails = Outcome.BEYOND_BITSANDBYTES, theirs.failure
-            result.detail = "runs neither after bitsandbytes nor after us"
-            return
-        raise Mismatch(f"ours does not run: {describe(error)}") from error
+        if not theirs.fails_to_run():
+            raise Mismatch(f"ours does not run: {describe(error)}") from error
+        with flattened_inputs():
+            our_logits = run_model(our_model)
+            theirs = Theirs(model_class, source, folder / "theirs flat")
     check_close(our_logits, source_logits)
     skips = our_model.config.quantization_config.llm_int8_skip_modules
     if theirs.matches(our_tensors, our_logits):
-        result.outcome = Outcome.MATCHES
+        result.outcome = Outcome.MATCHES_FLAT if result.bitsandbytes_fails else Outcome.MATCHES
     elif Theirs(model_class, source, folder / "theirs with skips", skips).matches(our_tensors, our_logits):
         result.outcome, result.detail = Outcome.MATCHES_WITH_OUR_SKIPS, theirs.difference
     elif theirs.failure:
         result.outcome = Outcome.BEYOND_BITSANDBYTES
     else:
         raise Mismatch(theirs.difference)
-    result.bitsandbytes_fails = theirs.failure
 
 
 def save_source(model: Any, directory: Path) -> torch.Tensor:
     """Write the model in the first dtype of fp16, bf16, fp32 in which it can be loaded again and run; its logits."""
+    for parameter in model.parameters():
+        # bitsandbytes rounds fp32 weights to fp16 before it quantizes a model, which we do not.
+        parameter.data = parameter.data.half().float()
     state_dict = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     errors = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -222,7 +227,7 @@ def check_against_bare_operation(tensors: dict[str, torch.Tensor], ours: Path, s
             candidates = [w for w in (weight, weight.t().contiguous()) if w.shape == codes.shape]
         else:
             candidates = [weight]
-        if not any(is_quantized_from(codes, tensors[name.removesuffix("weight") + "SCB"], w) for w in candidates):
+        if not any(is_quantized_from(codes, tensors[name.removesuffix(".weight") + ".SCB"], w) for w in candidates):
             raise Mismatch(f"{name} is not what bitsandbytes' operation makes of it")
 
 
@@ -238,6 +243,22 @@ def check_close(logits: torch.Tensor, source_logits: torch.Tensor) -> None:
     cosine = torch.nn.functional.cosine_similarity(logits.flatten(), source_logits.flatten(), dim=0).item()
     if not cosine >= MIN_COSINE:
         raise Mismatch(f"logits of ours and of the source have cosine {cosine:.4f}")
+
+
+@contextmanager
+def flattened_inputs() -> Iterator[None]:
+    """bitsandbytes' CPU operation takes inputs of two and three dimensions; here, any number."""
+    forward = bitsandbytes.nn.Linear8bitLt.forward
+
+    def flat_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = forward(self, x.reshape(-1, x.shape[-1]))
+        return result.reshape(*x.shape[:-1], -1)
+
+    bitsandbytes.nn.Linear8bitLt.forward = flat_forward
+    try:
+        yield
+    finally:
+        bitsandbytes.nn.Linear8bitLt.forward = forward
 
 
 class Theirs:

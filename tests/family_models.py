@@ -57,6 +57,14 @@ _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _RULES)
 _TOKEN_ID = re.compile(r".*_(token_id|token_index)")
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+_INDEXER = {
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 2,
+    "indexer_head_dim": 16,
+}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     # The heads of the state-space layers times their width must be `expand` times the hidden size.
     "mamba2": {"num_heads": 8},
@@ -72,7 +80,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # Without a default, although the model needs it.
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "qwen4_exp_text": {"indexer_budget": 64, "indexer_compress_ratio": 4},
+    "qwen4_exp_text": _INDEXER,
+    "qwen4_exp": {"text_config": _INDEXER},
     "nemotron": {"num_key_value_heads": 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -84,8 +93,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # Sizes that must agree with each other, under names of their own.
     "distilbert": {"dim": 64},
     "dots3_note_text": {"head_dim": 32},
+    "dots3_note": {"text_config": {"head_dim": 32}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "mobilebert": {"intra_bottleneck_size": 64},
+    "mobilebert": {"intra_bottleneck_size": 64, "embedding_size": 32},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [4, 5], "is_decoder": True},
     # Tables of hashes and of codes, large by themselves.
@@ -157,7 +167,7 @@ def shrink(config: Any) -> dict[str, Any]:
         small = None
         if key == "per_layer_config":
             small = {}
-        elif key in getattr(config, "sub_configs", {}) or isinstance(value, dict) and "model_type" in value:
+        elif key in getattr(config, "sub_configs", {}) or (isinstance(value, dict) and "model_type" in value):
             part = getattr(config, key, None)
             small = {**shrink(part), "model_type": part.model_type} if part is not None else None
         elif key in per_layer:

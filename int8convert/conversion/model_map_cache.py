@@ -22,7 +22,15 @@ from int8convert.conversion.fp8 import as_loaded
 from int8convert.conversion.model_map import ModuleFilter
 
 MAX_MAPS = 100
-_OWN_CODE = ("model_map.py", "model_map_worker.py", "expert_layouts.py", "name_rules.py", "fp8.py")
+_OWN_CODE = (
+    "model_map.py",
+    "model_map_worker.py",
+    "model_keys.py",
+    "weight_readers.py",
+    "expert_layouts.py",
+    "name_rules.py",
+    "fp8.py",
+)
 
 
 def cache_folder() -> Path:

@@ -21,27 +21,19 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    Interleave,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose, build_glob_alternation
+from transformers.initialization import no_tie_weights
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.conversion.expert_layouts import ExpertLayout, fits
+from int8convert.conversion.model_keys import LoadedInto, ModelKeys
 from int8convert.conversion.model_map import Action, ModuleFilter
 from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
+from int8convert.conversion.weight_readers import modules_with_read_weights
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
@@ -65,16 +57,6 @@ class CheckpointTensor:
     offset: int
 
 
-@dataclass(frozen=True)
-class LoadedInto:
-    """Where transformers puts a checkpoint tensor: the parameter's name, and whether it is merged or split there."""
-
-    parameter: str
-    is_converted: bool
-    operations: tuple[Any, ...] = ()
-    """transformers' own, of the conversion."""
-
-
 def build_model(directory: str, tensors: list[CheckpointTensor]) -> tuple[Any, torch.dtype, list[str]]:
     """The model of a config on the meta device, the dtype it loads in, and notes on how its class was found."""
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -88,8 +70,22 @@ def build_model(directory: str, tensors: list[CheckpointTensor]) -> tuple[Any, t
         notes.append(f"config.json names {architecture}, unknown to transformers: read as {model_class.__name__}")
     dtype = load_dtype(config, tensors)
     torch.set_default_dtype(dtype)
-    with torch.device("meta"):
-        return model_class(config), dtype, notes
+    # As loaders build it: tied weights still apart, so that the last parameter is the one they take for the last.
+    with torch.device("meta"), no_tie_weights():
+        return model_class(config).eval(), dtype, notes
+
+
+def replaced_by_loader(model: Any) -> list[str]:
+    """Message and hint if transformers' int8 loader puts modules of other weights into a model; else nothing."""
+    for name, module in model.named_modules():
+        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+        if patch and "bitsandbytes" in patch["quantization_methods"]:
+            return [
+                f"transformers {transformers.__version__} loads no int8 checkpoint of {type(model).__name__}: "
+                f"it makes {name} a {patch['module_name'].__name__}, for which the checkpoint has no weights",
+                "--format compressed-tensors has a form for it; nothing was written",
+            ]
+    return []
 
 
 def load_dtype(config: Any, tensors: list[CheckpointTensor]) -> torch.dtype:
@@ -99,26 +95,6 @@ def load_dtype(config: Any, tensors: list[CheckpointTensor]) -> torch.dtype:
         return dtype
     stored = (TORCH_DTYPE[tensor.dtype] for tensor in tensors if tensor.dtype in TORCH_DTYPE)
     return next(stored, torch.float32)
-
-
-def map_keys(model: Any, names: list[str]) -> dict[str, LoadedInto | None]:
-    """Checkpoint key -> the parameter it is loaded into; None where the model has no use for it.
-
-    The two calls and their order are those of `transformers.core_model_loading`.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    parameters = model.state_dict()
-    operations = {pattern: tuple(entry.operations) for entry in converters for pattern in entry.source_patterns}
-    loaded: dict[str, LoadedInto | None] = {}
-    for key in sorted(names, key=dot_natural_key):
-        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if renamed not in parameters and key in parameters:
-            renamed, pattern = rename_source_key(key, [], [], model.base_model_prefix, parameters)
-        found = LoadedInto(renamed, pattern is not None, operations.get(pattern, ()) if pattern else ())
-        loaded[key] = found if renamed in parameters else None
-    return loaded
 
 
 _PROJECTIONS = {
@@ -206,7 +182,8 @@ class TensorChoice:
         self.dtype = dtype
         self.tensors = tensors
         self.modules = modules
-        self.loaded = map_keys(model, [tensor.name for tensor in tensors])
+        self._keys = ModelKeys(model, [tensor.name for tensor in tensors])
+        self.loaded = self._keys.loaded
         self._module_by_name = dict(model.named_modules())
         self._keep_in_fp32 = list(model._keep_in_fp32_modules or [])
         self._default_skips = get_keys_to_not_convert(model) + self._keep_in_fp32
@@ -241,9 +218,21 @@ class TensorChoice:
                 and tensor.shape == tuple(self._module_by_name[module_name].weight.shape)
                 and min(tensor.shape) > 0
                 and should_convert_module(module_name, self._default_skips)
+                and self._loader_finds(tensor.name, module_name)
             ):
                 found[module_name] = tensor.name
         return found
+
+    @cached_property
+    def _read_by_code(self) -> set[str]:
+        return modules_with_read_weights(self.model)
+
+    def _loader_finds(self, key: str, module_name: str) -> bool:
+        """Whether the int8 form of a weight gets where the loader wants it, and is only used there."""
+        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
+            return True
+        found = self._keys.int8_output_name(key, f"{module_name}.weight") is not None
+        return found and module_name not in self._read_by_code
 
     @cached_property
     def chosen(self) -> set[str]:
@@ -317,10 +306,12 @@ class TensorChoice:
         into = self.loaded[tensor.name]
         if into is None:
             return Action.KEEP, f"not used by {type(self.model).__name__}", tensor.name, tensor.dtype
-        output_name = self._output_name(tensor.name, into.parameter)
+        output_name = self._keys.output_name(tensor.name, into.parameter) if not into.is_converted else tensor.name
         module_name, _, leaf = into.parameter.rpartition(".")
         if leaf == "weight" and module_name in self.chosen and not into.is_converted:
             is_conv1d = isinstance(self._module_by_name[module_name], Conv1D)
+            if self.modules.output_format is OutputFormat.BITSANDBYTES:
+                output_name = self._keys.int8_output_name(tensor.name, into.parameter) or output_name
             return Action.QUANTIZE_TRANSPOSED if is_conv1d else Action.QUANTIZE, "", output_name, "I8"
         dtype = self._output_dtype(tensor, into)
         if self._is_duplicate(tensor, into):
@@ -348,14 +339,6 @@ class TensorChoice:
             return tensor.dtype
         return _STORED_DTYPE.get(self._parameter_dtype(into.parameter), tensor.dtype)
 
-    def _output_name(self, key: str, parameter: str) -> str:
-        """The source's own key, but for the base model's prefix, which is as the model class has it.
-
-        Without it, loaders that do not add prefixes miss the tensor.
-        """
-        prefix = self.model.base_model_prefix + "."
-        return parameter if parameter in (prefix + key, key.removeprefix(prefix)) else key
-
     @cached_property
     def _by_parameter(self) -> Mapping[str, CheckpointTensor]:
         return {into.parameter: tensor for tensor in self.tensors if (into := self.loaded[tensor.name]) is not None}
@@ -382,9 +365,13 @@ class TensorChoice:
         if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D):
             if len(tensor.shape) == 3 and "expert" in into.parameter:
                 return "experts in an unknown layout"
+            if isinstance(module, nn.MultiheadAttention) and len(tensor.shape) == 2:
+                return "MultiheadAttention: not replaced by the bitsandbytes loader"
             return "router" if type(module).__name__.endswith("Router") else "not a matrix product"
-        if module is self.model.get_output_embeddings() or is_tied:
+        if module is self.model.get_output_embeddings():
             return "output head, tied" if is_tied else "output head"
+        if is_tied:
+            return "tied to another module"
         if not should_convert_module(module_name, self._keep_in_fp32):
             return "keep in fp32"
         if module_name not in self.replaceable:
@@ -392,17 +379,23 @@ class TensorChoice:
                 return "Conv1D: compressed-tensors has no form for it"
             return f"{type(module).__name__}: not replaced by the bitsandbytes loader"
         if into.is_converted:
-            return "merged with others on loading"
+            return "merged or split on loading"
         if module_name in self.candidates:
             return "user skip" if not self.modules.allows(module_name) else "covered by a skipped name"
         if tensor.dtype not in QUANTIZABLE_DTYPES or tensor.shape != tuple(module.weight.shape):
             return f"{tensor.dtype} {list(tensor.shape)} does not fit the model"
+        if module_name in self._read_by_code:
+            return "read by the model's own code"
+        if self._keys.int8_output_name(tensor.name, into.parameter) is None:
+            return "renamed on loading, its scale is not"
         return "last module of the model"
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     tensors = [CheckpointTensor(n, d, tuple(shape), st, offset) for n, d, shape, st, offset in request["tensors"]]
     model, dtype, notes = build_model(request["directory"], tensors)
+    if request["output_format"] == OutputFormat.BITSANDBYTES and (replaced := replaced_by_loader(model)):
+        return {"refused": replaced}
     modules = ModuleFilter(tuple(request["skip"]), tuple(request["only"]), OutputFormat(request["output_format"]))
     choice = TensorChoice(model, dtype, tensors, modules)
     return {
