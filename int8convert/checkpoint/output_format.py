@@ -27,7 +27,7 @@ class OutputFormat(StrEnum):
         """The tensors an [out, in] weight of that name becomes, its codes first."""
         module = name.removesuffix(".weight")
         if self is OutputFormat.BITSANDBYTES:
-            return {name: ("I8", shape), f"{module}.SCB": ("F32", shape[:1]), f"{name}_format": ("U8", ())}
+            return {name: ("I8", shape), f"{module}.SCB": ("F32", shape[:1]), f"{module}.weight_format": ("U8", ())}
         return {name: ("I8", shape), f"{module}.weight_scale": ("F32", (shape[0], 1))}
 
     def scale_tensors(self, name: str, absmax: npt.NDArray[np.float32]) -> dict[str, memoryview]:

@@ -109,6 +109,9 @@ def quantize(
         str,
         typer.Option(callback=_check_policy, help="Weights no int8 can hold: error, or keep 16-bit."),
     ] = "error",
+    lora: Annotated[
+        str | None, typer.Option(metavar="ADAPTER", help="Merge this PEFT adapter's directory into the weights.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, envvar="INT8CONVERT_WORKERS", help="Threads; default: one for each core.")
     ] = None,
@@ -125,7 +128,7 @@ def quantize(
         raise typer.BadParameter("OUT is missing: name the directory to write, or pass --dry-run", param_hint="OUT")
     with reporting_errors(as_json):
         if dry_run:
-            _dry_run(src, skip or (), only or (), format, max_shard_size, min_coverage / 100, workers, as_json)
+            _dry_run(src, skip or (), only or (), format, max_shard_size, lora, min_coverage / 100, workers, as_json)
             return
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -141,6 +144,7 @@ def quantize(
                 min_coverage=min_coverage / 100,
                 max_shard_size=max_shard_size,
                 on_nonfinite=on_nonfinite,
+                lora=lora,
                 workers=workers,
                 device=device,
                 overwrite=overwrite,
@@ -198,6 +202,7 @@ def _dry_run(
     only: Sequence[str],
     format: str,
     max_shard_size: str | None,
+    lora: str | None,
     min_coverage: float,
     workers: int | None,
     as_json: bool,
@@ -206,7 +211,7 @@ def _dry_run(
     from int8convert.conversion.job import check_coverage
     from int8convert.conversion.quantize import plan
 
-    conversion_plan = plan(src, skip=skip, only=only, format=format, max_shard_size=max_shard_size)
+    conversion_plan = plan(src, skip=skip, only=only, format=format, max_shard_size=max_shard_size, lora=lora)
     check_coverage(conversion_plan, min_coverage)
     costs = estimate(conversion_plan, workers)
     if as_json:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from int8convert import __version__
+from int8convert.checkpoint.adapter import Adapter
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, describe_source
 from int8convert.checkpoint.output_format import OutputFormat
@@ -41,6 +42,7 @@ class PlanInTheMaking:
     Args:
         source, modules, max_shard_bytes: what is planned.
         kept_modules: modules that turned out to have no int8 form.
+        adapter: merged into the weights.
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class PlanInTheMaking:
         modules: ModuleFilter,
         max_shard_bytes: int | None,
         kept_modules: tuple[str, ...],
+        adapter: Adapter | None,
     ) -> None:
         self._process = ModelMapProcess(source, replace(modules, skip=(*modules.skip, *kept_modules)))
         self._waiter = ThreadPoolExecutor(1)
         self._plan = self._waiter.submit(
-            lambda: make_plan(source, _with_reason(self._process.result(), kept_modules), max_shard_bytes)
+            lambda: make_plan(source, _with_reason(self._process.result(), kept_modules), max_shard_bytes, adapter)
         )
 
     def __enter__(self) -> PlanInTheMaking:
@@ -98,7 +101,9 @@ class Conversion:
         max_shard_bytes: int | None,
         min_coverage: float,
         check: bool,
+        adapter: Adapter | None,
     ) -> None:
+        self._adapter = adapter
         self._source = source
         self._output = output
         self._modules = modules
@@ -110,7 +115,9 @@ class Conversion:
     def run(self, n_workers: int, threshold: float, emit: EventSink) -> ConversionPlan:
         """Convert what is not converted yet and complete the directory; the plan that was followed."""
         with (
-            PlanInTheMaking(self._source, self._modules, self._max_shard_bytes, self.kept_modules) as coming,
+            PlanInTheMaking(
+                self._source, self._modules, self._max_shard_bytes, self.kept_modules, self._adapter
+            ) as coming,
             self._telling_what_is_on_disk(),
             Pipeline(self._output.manifest, self._output.path, n_workers, emit) as pipeline,
         ):
@@ -129,7 +136,9 @@ class Conversion:
         """
         records = {} if self._output.replaces else self._output.manifest.read_records()
         # Where an old checkpoint is to be replaced, it stays until all is checked, and both need room: no head start.
-        guess = None if self._output.replaces else guess_plan(self._source, self._modules, self._max_shard_bytes)
+        # Nor with an adapter, whose names only the model's class can tell.
+        may_guess = not self._output.replaces and self._adapter is None
+        guess = guess_plan(self._source, self._modules, self._max_shard_bytes) if may_guess else None
         if guess is None or not self._output.has_room(guess):
             plan = coming.result()
             return plan, self._check_and_begin(plan, records, pipeline), {}

@@ -145,6 +145,20 @@ class LoadedDelta:
                 merged *= factor[:, np.newaxis]
         return merged
 
+    def transposed(self) -> LoadedDelta:
+        """The same for a weight that stays as it is stored, [in, out].
+
+        Raises:
+            AdapterError: with DoRA, whose lengths are of rows that would be columns.
+        """
+        if self.magnitude is not None:
+            raise AdapterError(
+                "the adapter uses DoRA on a transposed weight that stays 16-bit, which is not merged here",
+                "merge it with PEFT, and convert the merged checkpoint",
+            )
+        left, right = np.ascontiguousarray(self.right.T), np.ascontiguousarray(self.left.T)
+        return LoadedDelta(left, right, self.scaling, None)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlacement:

@@ -59,7 +59,8 @@ class ModelMap:
         dtype: what the model computes in, as config.json spells it: float16.
         tensors: by source name.
         output_format: the loader it was made for.
-        parameters: source name -> the model's parameter it is loaded into, where that is known.
+        parameters: the model's parameter -> the source name it is loaded from, and whether it is stored [in, out].
+            Without those made of several tensors; empty where name rules decided.
         skip_modules: every module the loader would replace and must not, in full dotted names.
         notes: what the user should know of how this came about.
     """
@@ -69,7 +70,7 @@ class ModelMap:
     tensors: dict[str, MappedTensor] = field(repr=False)
     skip_modules: tuple[str, ...]
     output_format: OutputFormat = OutputFormat.BITSANDBYTES
-    parameters: dict[str, str] = field(repr=False, default_factory=dict)
+    parameters: dict[str, tuple[str, bool]] = field(repr=False, default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

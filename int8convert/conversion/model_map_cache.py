@@ -22,7 +22,6 @@ from int8convert.conversion.fp8 import as_loaded
 from int8convert.conversion.model_map import ModuleFilter
 
 MAX_MAPS = 100
-_OWN_CODE = ("model_map.py", "model_map_worker.py", "expert_layouts.py", "name_rules.py", "fp8.py")
 
 
 def cache_folder() -> Path:
@@ -36,7 +35,7 @@ class ModelMapCache:
     def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
         self._names = {tensor.name for tensor in as_loaded(source)}
         question = {
-            "code": [_sha256((Path(__file__).parent / name).read_bytes()) for name in _OWN_CODE],
+            "code": [_sha256(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))],
             "versions": [platform.python_version(), _version("torch"), _version("transformers")],
             "config": source.config,
             "tensors": [[t.name, t.dtype, t.shape, t.storage, t.offset] for s in source.shards for t in s.tensors],

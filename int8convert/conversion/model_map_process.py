@@ -109,8 +109,11 @@ def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelM
     """The map in a child's answer.
 
     Raises:
+        ModelMapError: transformers cannot load what would be written.
         PatternError: a pattern matches none of the modules the child found.
     """
+    if "refused" in answer:
+        raise ModelMapError(*answer["refused"])
     modules.check_used(answer["candidates"])
     return ModelMap(
         model_class=answer["model_class"],
@@ -118,7 +121,7 @@ def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelM
         tensors={name: _mapped_tensor(*fields) for name, fields in answer["tensors"].items()},
         skip_modules=tuple(answer["skip_modules"]),
         output_format=modules.output_format,
-        parameters=answer["parameters"],
+        parameters={name: (key, is_transposed) for name, (key, is_transposed) in answer["parameters"].items()},
         notes=tuple(answer["notes"]),
     )
 

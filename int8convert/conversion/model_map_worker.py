@@ -14,34 +14,27 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    Interleave,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import build_glob_alternation
+from transformers.initialization import no_tie_weights
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8convert.checkpoint.output_format import OutputFormat
-from int8convert.conversion.expert_layouts import ExpertLayout, fits
+from int8convert.conversion.expert_layouts import ExpertLayout
+from int8convert.conversion.model_experts import CheckpointTensor, fused_layout, is_one_expert
+from int8convert.conversion.model_keys import LoadedInto, ModelKeys
 from int8convert.conversion.model_map import Action, ModuleFilter
 from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
+from int8convert.conversion.weight_readers import modules_with_read_weights
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
@@ -54,25 +47,6 @@ _AUTO_MAPPINGS = (
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
     modeling_auto.MODEL_MAPPING,
 )
-
-
-@dataclass(frozen=True)
-class CheckpointTensor:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    storage: int | None
-    offset: int
-
-
-@dataclass(frozen=True)
-class LoadedInto:
-    """Where transformers puts a checkpoint tensor: the parameter's name, and whether it is merged or split there."""
-
-    parameter: str
-    is_converted: bool
-    operations: tuple[Any, ...] = ()
-    """transformers' own, of the conversion."""
 
 
 def build_model(directory: str, tensors: list[CheckpointTensor]) -> tuple[Any, torch.dtype, list[str]]:
@@ -88,8 +62,22 @@ def build_model(directory: str, tensors: list[CheckpointTensor]) -> tuple[Any, t
         notes.append(f"config.json names {architecture}, unknown to transformers: read as {model_class.__name__}")
     dtype = load_dtype(config, tensors)
     torch.set_default_dtype(dtype)
-    with torch.device("meta"):
-        return model_class(config), dtype, notes
+    # As loaders build it: tied weights still apart, so that the last parameter is the one they take for the last.
+    with torch.device("meta"), no_tie_weights():
+        return model_class(config).eval(), dtype, notes
+
+
+def replaced_by_loader(model: Any) -> list[str]:
+    """Message and hint if transformers' int8 loader puts modules of other weights into a model; else nothing."""
+    for name, module in model.named_modules():
+        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+        if patch and "bitsandbytes" in patch["quantization_methods"]:
+            return [
+                f"transformers {transformers.__version__} loads no int8 checkpoint of {type(model).__name__}: "
+                f"it makes {name} a {patch['module_name'].__name__}, for which the checkpoint has no weights",
+                "--format compressed-tensors has a form for it; nothing was written",
+            ]
+    return []
 
 
 def load_dtype(config: Any, tensors: list[CheckpointTensor]) -> torch.dtype:
@@ -101,101 +89,8 @@ def load_dtype(config: Any, tensors: list[CheckpointTensor]) -> torch.dtype:
     return next(stored, torch.float32)
 
 
-def map_keys(model: Any, names: list[str]) -> dict[str, LoadedInto | None]:
-    """Checkpoint key -> the parameter it is loaded into; None where the model has no use for it.
-
-    The two calls and their order are those of `transformers.core_model_loading`.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    parameters = model.state_dict()
-    operations = {pattern: tuple(entry.operations) for entry in converters for pattern in entry.source_patterns}
-    loaded: dict[str, LoadedInto | None] = {}
-    for key in sorted(names, key=dot_natural_key):
-        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if renamed not in parameters and key in parameters:
-            renamed, pattern = rename_source_key(key, [], [], model.base_model_prefix, parameters)
-        found = LoadedInto(renamed, pattern is not None, operations.get(pattern, ()) if pattern else ())
-        loaded[key] = found if renamed in parameters else None
-    return loaded
-
-
 _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 """A gated MLP's gate is called gate_proj."""
-
-_PROJECTIONS = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "gate_proj": ("gate_proj",),
-    "up_proj": ("up_proj",),
-    "down_proj": ("down_proj",),
-}
-
-
-def is_one_expert(module: Any, into: LoadedInto, tensor: CheckpointTensor) -> bool:
-    """Whether a matrix is one projection of one expert, [out, in], that loading only stacks upon the others'."""
-    stacks = all(isinstance(operation, MergeModulelist | Concatenate) for operation in into.operations)
-    leaf = into.parameter.rpartition(".")[2]
-    is_stacked = into.is_converted and stacks and leaf in _PROJECTIONS and getattr(module, leaf).dim() == 3
-    return is_stacked and len(tensor.shape) == 2 and min(tensor.shape) > 0 and tensor.name.endswith(".weight")
-
-
-def fused_layout(module: Any, into: LoadedInto, tensor: CheckpointTensor) -> ExpertLayout | None:
-    """What a tensor of all experts holds; None if it is none, or in a layout that nothing here tells."""
-    path, _, leaf = into.parameter.rpartition(".")
-    if type(module).__name__ == "DbrxExpertGLU":
-        projection = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}.get(leaf)
-        found = projection and ExpertLayout(
-            path.removesuffix(".mlp"), (projection,), "weight", module.moe_num_experts, leaf == "w2", False
-        )
-        return found if found and fits(found, tensor.shape) else None
-    is_bias = leaf.endswith("_bias")
-    projections = _PROJECTIONS.get(leaf.removesuffix("_bias"))
-    is_transposed = _experts_are_transposed(module)
-    if projections is None or is_transposed is None or not _is_only_turned(into):
-        return None
-    expected = tuple(getattr(module, leaf).shape)
-    turned = (*expected[:-2], expected[-1], expected[-2])
-    always = any(isinstance(operation, Transpose) and not operation.check_dims for operation in into.operations)
-    if tensor.shape != expected and tensor.shape != turned:
-        return None
-    if not is_bias and (always or tensor.shape != expected):
-        is_transposed = not is_transposed
-    is_interleaved = any(isinstance(operation, Interleave) for operation in into.operations)
-    is_interleaved = is_interleaved or not getattr(module, "is_concatenated", True)
-    layout = ExpertLayout(
-        path,
-        projections,
-        "bias" if is_bias else "weight",
-        expected[0],
-        is_transposed and not is_bias,
-        is_interleaved and len(projections) > 1,
-    )
-    return layout if fits(layout, tensor.shape) else None
-
-
-def _is_only_turned(into: LoadedInto) -> bool:
-    """Whether loading leaves the matrices of a fused tensor whole."""
-    return all(isinstance(operation, Transpose | Interleave) for operation in into.operations)
-
-
-def _experts_are_transposed(module: Any) -> bool | None:
-    """Whether the model holds its experts as [in, out]; None if it has none, or nothing tells.
-
-    Where the class does not say so, the shapes do: what goes into the second projection comes out of the first.
-    """
-    down = getattr(module, "down_proj", None)
-    first = getattr(module, "gate_up_proj", None)
-    if not (isinstance(down, nn.Parameter) and down.dim() == 3):
-        return None
-    stated = getattr(module, "is_transposed", None)
-    if stated is not None:
-        return bool(stated)
-    if not (isinstance(first, nn.Parameter) and first.dim() == 3):
-        return None
-    if (first.shape[1], first.shape[2]) == (2 * down.shape[2], down.shape[1]):
-        return False
-    return True if (first.shape[2], first.shape[1]) == (2 * down.shape[1], down.shape[2]) else None
 
 
 class TensorChoice:
@@ -209,7 +104,8 @@ class TensorChoice:
         self.dtype = dtype
         self.tensors = tensors
         self.modules = modules
-        self.loaded = map_keys(model, [tensor.name for tensor in tensors])
+        self._keys = ModelKeys(model, [tensor.name for tensor in tensors])
+        self.loaded = self._keys.loaded
         self._module_by_name = dict(model.named_modules())
         self._keep_in_fp32 = list(model._keep_in_fp32_modules or [])
         self._default_skips = get_keys_to_not_convert(model) + self._keep_in_fp32
@@ -256,9 +152,21 @@ class TensorChoice:
                 and min(tensor.shape) > 0
                 and should_convert_module(module_name, self._default_skips)
                 and module_name not in self._routers
+                and self._loader_finds(tensor.name, module_name)
             ):
                 found[module_name] = tensor.name
         return found
+
+    @cached_property
+    def _read_by_code(self) -> set[str]:
+        return modules_with_read_weights(self.model)
+
+    def _loader_finds(self, key: str, module_name: str) -> bool:
+        """Whether the int8 form of a weight gets where the loader wants it, and is only used there."""
+        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
+            return True
+        found = self._keys.int8_output_name(key, f"{module_name}.weight") is not None
+        return found and module_name not in self._read_by_code
 
     @cached_property
     def chosen(self) -> set[str]:
@@ -318,6 +226,17 @@ class TensorChoice:
             return sorted(self.candidates)
         return sorted({*self.candidates, *map(self._expert_module, self.experts)})
 
+    @property
+    def parameters(self) -> dict[str, tuple[str, bool]]:
+        """Parameter -> the checkpoint key it is loaded from as it is, or is tied to, and whether that is transposed."""
+        found: dict[str, tuple[str, bool]] = {}
+        for key, into in self.loaded.items():
+            if into is not None and not into.is_converted:
+                module = self._module_by_name.get(into.parameter.removesuffix(".weight"))
+                found[into.parameter] = key, isinstance(module, Conv1D)
+        tied = self.model.all_tied_weights_keys
+        return {**{name: found[to] for name, to in tied.items() if to in found}, **found}
+
     def decide(self, tensor: CheckpointTensor) -> tuple[Action, str, str, str, dict[str, Any] | None]:
         """Action, reason, output name, output dtype of one tensor, and what it holds if it is split."""
         if tensor.name in self.chosen_experts:
@@ -331,10 +250,12 @@ class TensorChoice:
         into = self.loaded[tensor.name]
         if into is None:
             return Action.KEEP, f"not used by {type(self.model).__name__}", tensor.name, tensor.dtype
-        output_name = self._output_name(tensor.name, into.parameter)
+        output_name = self._keys.output_name(tensor.name, into.parameter) if not into.is_converted else tensor.name
         module_name, _, leaf = into.parameter.rpartition(".")
         if leaf == "weight" and module_name in self.chosen and not into.is_converted:
             is_conv1d = isinstance(self._module_by_name[module_name], Conv1D)
+            if self.modules.output_format is OutputFormat.BITSANDBYTES:
+                output_name = self._keys.int8_output_name(tensor.name, into.parameter) or output_name
             return Action.QUANTIZE_TRANSPOSED if is_conv1d else Action.QUANTIZE, "", output_name, "I8"
         dtype = self._output_dtype(tensor, into)
         if self._is_duplicate(tensor, into):
@@ -362,14 +283,6 @@ class TensorChoice:
             return tensor.dtype
         return _STORED_DTYPE.get(self._parameter_dtype(into.parameter), tensor.dtype)
 
-    def _output_name(self, key: str, parameter: str) -> str:
-        """The source's own key, but for the base model's prefix, which is as the model class has it.
-
-        Without it, loaders that do not add prefixes miss the tensor.
-        """
-        prefix = self.model.base_model_prefix + "."
-        return parameter if parameter in (prefix + key, key.removeprefix(prefix)) else key
-
     @cached_property
     def _by_parameter(self) -> Mapping[str, CheckpointTensor]:
         return {into.parameter: tensor for tensor in self.tensors if (into := self.loaded[tensor.name]) is not None}
@@ -396,9 +309,13 @@ class TensorChoice:
         if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D):
             if len(tensor.shape) == 3 and "expert" in into.parameter:
                 return "experts in an unknown layout"
+            if isinstance(module, nn.MultiheadAttention) and len(tensor.shape) == 2:
+                return f"MultiheadAttention: not replaced by the {self.modules.output_format} loader"
             return "router" if module_name in self._routers else "not a matrix product"
-        if module is self.model.get_output_embeddings() or is_tied:
+        if module is self.model.get_output_embeddings():
             return "output head, tied" if is_tied else "output head"
+        if is_tied:
+            return "tied to another module"
         if not should_convert_module(module_name, self._keep_in_fp32):
             return "keep in fp32"
         if module_name in self._routers:
@@ -408,17 +325,23 @@ class TensorChoice:
                 return "Conv1D: compressed-tensors has no form for it"
             return f"{type(module).__name__}: not replaced by the bitsandbytes loader"
         if into.is_converted:
-            return "merged with others on loading"
+            return "merged or split on loading"
         if module_name in self.candidates:
             return "user skip" if not self.modules.allows(module_name) else "covered by a skipped name"
         if tensor.dtype not in QUANTIZABLE_DTYPES or tensor.shape != tuple(module.weight.shape):
             return f"{tensor.dtype} {list(tensor.shape)} does not fit the model"
+        if module_name in self._read_by_code:
+            return "read by the model's own code"
+        if self._keys.int8_output_name(tensor.name, into.parameter) is None:
+            return "renamed on loading, its scale is not"
         return "last module of the model"
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     tensors = [CheckpointTensor(n, d, tuple(shape), st, offset) for n, d, shape, st, offset in request["tensors"]]
     model, dtype, notes = build_model(request["directory"], tensors)
+    if request["output_format"] == OutputFormat.BITSANDBYTES and (replaced := replaced_by_loader(model)):
+        return {"refused": replaced}
     modules = ModuleFilter(tuple(request["skip"]), tuple(request["only"]), OutputFormat(request["output_format"]))
     choice = TensorChoice(model, dtype, tensors, modules)
     return {
@@ -427,7 +350,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "tensors": {tensor.name: choice.decide(tensor) for tensor in tensors},
         "skip_modules": choice.skip_modules,
         "candidates": choice.pattern_targets,
-        "parameters": {key: into.parameter for key, into in choice.loaded.items() if into and not into.is_converted},
+        "parameters": choice.parameters,
         "notes": notes,
     }
 

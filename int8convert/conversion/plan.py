@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from int8convert.checkpoint.adapter import Adapter
 from int8convert.checkpoint.layout import shard_name
 from int8convert.checkpoint.output_format import OutputFormat, TensorSpecs
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
@@ -19,8 +20,9 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, cont
 from int8convert.checkpoint.writer import order_for_alignment, planned_shard_bytes
 from int8convert.conversion.expert_layouts import split
 from int8convert.conversion.fp8 import Fp8Scale, find_scales
+from int8convert.conversion.lora import AdapterPlacement, BaseTensor, LoraDelta, place_adapter
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap
-from int8convert.errors import CorruptFileError
+from int8convert.errors import AdapterError, CorruptFileError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class PlannedTensor:
         reason: why it is copied; "" if quantized.
         format: where its scale will stand.
         fp8: the scale of its FP8 codes; None if it has none.
+        lora: what an adapter adds to it.
     """
 
     source: StoredTensor
@@ -44,6 +47,7 @@ class PlannedTensor:
     reason: str
     format: OutputFormat
     fp8: Fp8Scale | None = field(default=None, repr=False)
+    lora: LoraDelta | None = field(default=None, repr=False)
 
     @property
     def is_quantized(self) -> bool:
@@ -101,6 +105,7 @@ class PlannedShard:
                 t.output_name,
                 t.output_dtype,
                 t.fp8 and [t.fp8.shard.path.name, t.fp8.stored.name, t.fp8.block],
+                t.lora and [t.lora.update.module_name, t.lora.update.scaling],
             ]
             for t in self.tensors
         ]
@@ -188,15 +193,25 @@ class ConversionPlan:
         return dict(sorted(kept.items(), key=lambda item: -item[1][1]))
 
 
-def make_plan(source: CheckpointSource, model_map: ModelMap, max_shard_bytes: int | None = None) -> ConversionPlan:
+def make_plan(
+    source: CheckpointSource,
+    model_map: ModelMap,
+    max_shard_bytes: int | None = None,
+    adapter: Adapter | None = None,
+) -> ConversionPlan:
     """Lay the checkpoint's tensors out into output shards.
 
     One output shard for each input shard; with `max_shard_bytes`, tensors in the source's order, a new shard where the
     next would not fit. A single tensor larger than that gets a shard to itself.
+
+    Raises:
+        CorruptFileError: two tensors would be written under one name, or FP8 codes have no fitting scale.
+        AdapterError: the adapter is for another model.
     """
     groups: list[list[PlannedTensor]] = []
     dropped: dict[str, str] = {}
     scales = find_scales(source)
+    placement = _place(adapter, source, model_map) if adapter is not None else None
     seen: set[str] = set()
     group_bytes = 0
     for shard in source.shards:
@@ -207,8 +222,13 @@ def make_plan(source: CheckpointSource, model_map: ModelMap, max_shard_bytes: in
             if mapped is None or mapped.action is Action.DROP:
                 dropped[stored.name] = mapped.reason if mapped else "decoded with the FP8 weight it belongs to"
                 continue
+            fp8 = scales.get(stored.name)
+            lora = placement.deltas.get(stored.name) if placement else None
+            place = shard
+            if placement and stored.name in placement.replacements:
+                stored, place, fp8 = placement.replacements[stored.name], placement.adapter.shard, None
             for view, piece in _pieces(stored, mapped):
-                tensor = _plan_tensor(view, shard, piece, model_map.output_format, scales.get(stored.name))
+                tensor = _plan_tensor(view, place, piece, model_map.output_format, fp8, lora)
                 _check_unique(tensor, seen)
                 if max_shard_bytes is not None and groups[-1] and group_bytes + tensor.output_bytes > max_shard_bytes:
                     groups.append([])
@@ -243,13 +263,33 @@ def _pieces(stored: StoredTensor, mapped: MappedTensor) -> Iterator[tuple[Stored
 
 
 def _plan_tensor(
-    stored: StoredTensor, shard: SourceShard, mapped: MappedTensor, output_format: OutputFormat, fp8: Fp8Scale | None
+    stored: StoredTensor,
+    shard: SourceShard,
+    mapped: MappedTensor,
+    output_format: OutputFormat,
+    fp8: Fp8Scale | None,
+    lora: LoraDelta | None,
 ) -> PlannedTensor:
     if mapped.action is Action.QUANTIZE_TRANSPOSED:
         rows, columns = stored.shape
         row_stride, column_stride = stored.strides or contiguous_strides(stored.shape)
         stored = replace(stored, shape=(columns, rows), strides=(column_stride, row_stride))
-    return PlannedTensor(stored, shard, mapped.output_name, mapped.output_dtype, mapped.reason, output_format, fp8)
+    return PlannedTensor(
+        stored, shard, mapped.output_name, mapped.output_dtype, mapped.reason, output_format, fp8, lora
+    )
+
+
+def _place(adapter: Adapter, source: CheckpointSource, model_map: ModelMap) -> AdapterPlacement:
+    shapes = {tensor.name: tensor.shape for shard in source.shards for tensor in shard.tensors}
+    if not model_map.parameters:
+        raise AdapterError(
+            "the model's class is unknown, so which tensors the adapter changes is unknown too",
+            "merge it with PEFT, and convert the merged checkpoint; nothing was written",
+        )
+    bases = {
+        name: BaseTensor(key, shapes[key], is_transposed) for name, (key, is_transposed) in model_map.parameters.items()
+    }
+    return place_adapter(adapter, bases)
 
 
 def _plan_shard(file_name: str, tensors: Iterable[PlannedTensor]) -> PlannedShard:

@@ -7,7 +7,9 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from typing import Any
 
+from int8convert.checkpoint.adapter import open_adapter
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import open_source
 from int8convert.conversion.events import Event, EventSink, PlanMade, ShardFinished, TensorKept, TensorQuantized
@@ -34,6 +36,7 @@ def plan(
     only: Sequence[str] = (),
     format: str = OutputFormat.BITSANDBYTES,
     max_shard_size: int | str | None = None,
+    lora: str | os.PathLike[str] | None = None,
 ) -> ConversionPlan:
     """What `quantize` would do with a checkpoint, from headers alone; writes nothing.
 
@@ -46,7 +49,8 @@ def plan(
     source = open_source(src)
     check_config(source.config, is_fp8(source))
     modules = ModuleFilter(tuple(skip), tuple(only), OutputFormat(format))
-    with PlanInTheMaking(source, modules, max_shard_bytes, ()) as coming:
+    adapter = open_adapter(lora) if lora is not None else None
+    with PlanInTheMaking(source, modules, max_shard_bytes, (), adapter) as coming:
         return coming.result()
 
 
@@ -61,6 +65,7 @@ def quantize(
     min_coverage: float = DEFAULT_MIN_COVERAGE,
     max_shard_size: int | str | None = None,
     on_nonfinite: str = "error",
+    lora: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -86,6 +91,7 @@ def quantize(
         min_coverage: share of the parameters, 0 to 1, that must become int8.
         max_shard_size: bytes, or a string such as "5GB"; None makes one output shard for each source shard.
         on_nonfinite: "error", or "keep" to leave modules 16-bit whose weights hold NaN, infinity or what fp16 cannot.
+        lora: a PEFT adapter's directory; it is merged into the weights, in float32, before they are quantized.
         workers: threads; None takes the cores this process may use.
         device: "auto", "cpu" or "cuda[:n]".
         overwrite: replace a checkpoint in `out`.
@@ -107,13 +113,16 @@ def quantize(
     device_used = choose_device(device)
     source = open_source(src)
     check_config(source.config, is_fp8(source))
-    options = {
+    options: dict[str, Any] = {
         "skip": list(skip),
         "only": list(only),
         "threshold": float(threshold),
         "max_shard_bytes": max_shard_bytes,
         "on_nonfinite": on_nonfinite,
     }
+    adapter = open_adapter(lora) if lora is not None else None
+    if adapter is not None:
+        options["lora"] = adapter.identity()
     output = OutputDirectory(out, source.directory, conversion_request(source, output_format, options), overwrite)
     report = ReportBuilder()
     sink = on_event or _TqdmProgress()
@@ -123,7 +132,7 @@ def quantize(
         sink(event)
 
     modules = ModuleFilter(tuple(skip), tuple(only), output_format)
-    job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check)
+    job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter)
     with output.in_use():
         while True:
             try:

@@ -32,17 +32,24 @@ FP16_MAX = 65504.0
 
 
 class _Rows:
-    """The rows of a planned tensor, as the values that count: FP8 codes decoded."""
+    """The rows of a planned tensor, as the values that count: FP8 codes decoded, an adapter merged, both in float32."""
 
     def __init__(self, tensor: PlannedTensor, stored: StoredTensor) -> None:
         self.stored = stored
         self._fp8 = Fp8Decoder(stored.dtype, tensor.fp8) if stored.dtype in FP8_DTYPES else None
-        self.dtype = "F32" if self._fp8 else stored.dtype
+        self._lora = tensor.lora.load() if tensor.lora else None
+        if self._lora and tensor.lora and tensor.lora.is_transposed and not tensor.is_quantized:
+            self._lora = self._lora.transposed()
+        self.dtype = "F32" if self._fp8 or self._lora else stored.dtype
 
     def values(self, block: Block, begin: int, end: int) -> npt.NDArray[Any]:
         """C-contiguous, of `dtype`."""
         rows = as_array(self.stored, block, begin, end)
-        return self._fp8.decode(rows, begin) if self._fp8 else rows
+        if self._fp8:
+            rows = self._fp8.decode(rows, begin)
+        elif self._lora:
+            rows = widen(rows, self.stored.dtype)
+        return self._lora.merge(rows, begin) if self._lora else rows
 
 
 class TensorCopy:
@@ -84,7 +91,7 @@ class TensorCopy:
 def _without_dimensions(tensor: PlannedTensor) -> StoredTensor:
     """The tensor as one dimension, where its place in a row or column does not matter, so that no row is too long."""
     stored = tensor.source
-    if stored.strides is not None or tensor.fp8 is not None:
+    if stored.strides is not None or tensor.fp8 is not None or tensor.lora is not None:
         return stored
     return replace(stored, shape=(stored.n_elements,))
 
