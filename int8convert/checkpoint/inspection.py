@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from int8convert.checkpoint.layout import quoted
-from int8convert.checkpoint.source import open_source
+from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.checkpoint.stored_tensor import StoredTensor
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -25,7 +26,8 @@ _MAX_TEXT = 300
 class TensorGroup:
     """Tensors that differ in their layer number only.
 
-    pattern: the name with `*` for the numbers; shape and dtype are the same for all.
+    pattern: the name with `*` for the numbers; shape, dtype and reason are the same for all.
+    reason: why they are not int8, as the conversion wrote it down; "" if they are, or nothing is known.
     """
 
     pattern: str
@@ -33,6 +35,7 @@ class TensorGroup:
     shape: tuple[int, ...]
     n_tensors: int
     n_bytes: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +88,14 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         architectures=_strings(source.config.get("architectures")),
         quant_method=_clean(method) if isinstance(method, str) else None,
         threshold=_finite(block.get("llm_int8_threshold")),
-        skip_modules=_strings(block.get("llm_int8_skip_modules")),
+        skip_modules=_strings(block.get("llm_int8_skip_modules") or block.get("ignore")),
         n_shards=len(source.shards),
         n_tensors=len(tensors),
         n_bytes=source.n_bytes,
         n_parameters=sum(tensor.n_elements for tensor in parameters),
         n_int8_parameters=sum(tensor.n_elements for tensor in parameters if tensor.dtype == "I8"),
         n_tensors_by_dtype=dict(Counter(tensor.dtype for tensor in tensors).most_common()),
-        groups=_group(tensors),
+        groups=_group(tensors, _reasons(source)),
     )
 
 
@@ -110,11 +113,25 @@ def _clean(text: str) -> str:
     return text if text.isprintable() and len(text) <= _MAX_TEXT else quoted(text, _MAX_TEXT)
 
 
-def _group(tensors: list[StoredTensor]) -> tuple[TensorGroup, ...]:
-    groups: dict[tuple[str, str, tuple[int, ...]], list[StoredTensor]] = {}
+def _reasons(source: CheckpointSource) -> dict[str, str]:
+    """Tensor name -> why it is not int8, from the manifest of a conversion of ours; empty where there is none."""
+    manifest = Manifest(source.directory)
+    if not manifest.is_complete:
+        return {}
+    return {
+        name: _clean(record.reason)
+        for shard in manifest.read_records().values()
+        for name, record in shard.tensors.items()
+        if isinstance(record.reason, str)
+    }
+
+
+def _group(tensors: list[StoredTensor], reasons: dict[str, str]) -> tuple[TensorGroup, ...]:
+    groups: dict[tuple[str, str, tuple[int, ...], str], list[StoredTensor]] = {}
     for tensor in tensors:
-        groups.setdefault((_NUMBER.sub("*", tensor.name), tensor.dtype, tensor.shape), []).append(tensor)
+        key = (_NUMBER.sub("*", tensor.name), tensor.dtype, tensor.shape, reasons.get(tensor.name, ""))
+        groups.setdefault(key, []).append(tensor)
     return tuple(
-        TensorGroup(pattern, dtype, shape, len(members), sum(member.n_bytes for member in members))
-        for (pattern, dtype, shape), members in sorted(groups.items())
+        TensorGroup(pattern, dtype, shape, len(members), sum(member.n_bytes for member in members), reason)
+        for (pattern, dtype, shape, reason), members in sorted(groups.items())
     )

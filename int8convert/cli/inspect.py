@@ -51,11 +51,16 @@ def inspect(
             + (f", threshold {found.threshold}" if found.threshold is not None else "")
             + (f", left 16-bit: {', '.join(found.skip_modules)}" if found.skip_modules else "")
         )
+        why = ("why not int8",) if any(group.reason for group in found.groups) else ()
         print_table(
             "",
-            ("tensors", "dtype", "shape", "number", "bytes"),
+            ("tensors", "dtype", "shape", "number", "bytes", *why),
             [
-                (g.pattern, g.dtype, "x".join(map(str, g.shape)) or "scalar", f"{g.n_tensors}", format_bytes(g.n_bytes))
+                (
+                    *(g.pattern, g.dtype, "x".join(map(str, g.shape)) or "scalar"),
+                    *(f"{g.n_tensors}", format_bytes(g.n_bytes)),
+                    *((g.reason,) if why else ()),
+                )
                 for g in found.groups
             ],
         )

@@ -124,6 +124,7 @@ def test_inspect_shows_source_and_output(run: Run, source: Path, tmp_path: Path)
     assert "int8: 0.0 %" in before and "quant_method: none" in before
     assert "int8: 82.4 %" in after and "quant_method: bitsandbytes, threshold 6.0, left 16-bit: lm_head" in after
     assert re.search(r"model\.decoder\.layers\.\*\.fc1\.weight +I8 +128x64 +2", after)
+    assert re.search(r"embed_tokens\.weight .* embedding, tied\n", after) and "why not int8" not in before
 
 
 def test_inspect_json(run: Run, source: Path) -> None:
