@@ -4,9 +4,11 @@
 2. `place_adapter` finds the checkpoint's tensor for each of them, or refuses an adapter made for another model.
 3. `LoraDelta.load` reads one module's A and B; `LoadedDelta.merge` adds scaling * B @ A to a block of rows.
 
-What it costs: the matrices of the modules that are loaded, `LoraDelta.n_bytes` each; nothing of the size of a weight.
-Not for the smallest difference: B @ A is left to BLAS, whose last bits depend on the processor and on how many rows are
-asked for at a time. On one machine, the same blocks give the same bits.
+What it costs: the matrices of the modules that are loaded, `LoraDelta.n_bytes` each, and a block of rows in float32,
+two with DoRA; nothing of the size of a weight.
+
+What it does not promise: the last bits. B @ A is left to BLAS, where they depend on the processor and on how many rows
+are asked for at a time. On one machine, the same blocks give the same bits.
 
 What is left out on purpose: adapters on tied weights, since merged they would change both uses, which the adapter was
 not trained to do; tensors that transformers makes of several of the checkpoint's.
