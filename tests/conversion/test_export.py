@@ -73,6 +73,19 @@ def test_round_trip_through_all_formats_ends_with_the_first_bytes(
     assert more in block["llm_int8_skip_modules"] if more else block == first
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("opt", torch.float16), ("qwen3", torch.bfloat16)])
+def test_export_writes_what_quantize_would(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    made = {}
+    for format in ("bitsandbytes", "compressed-tensors"):
+        (tmp_path / format).mkdir()
+        made[format] = make_int8(tmp_path / format, name, dtype, format=format)
+    for format, other in zip(made, reversed(made), strict=True):
+        new = tmp_path / f"from {other}"
+        int8convert.export(made[other], new, format=format)
+        assert_same(read_tensors(new), read_tensors(made[format]))
+        assert read_config(new) == read_config(made[format])
+
+
 def test_compressed_tensors_bytes(tmp_path: Path) -> None:
     out = make_int8(tmp_path)
     int8convert.export(out, tmp_path / "new", format="compressed-tensors")
