@@ -149,14 +149,17 @@ class Int8Checkpoint:
         }
         matrices = {name for name in matrices if name.rpartition(".")[2] not in _EMBEDDING_NAMES}
         fused = (_FUSED_EXPERTS.fullmatch(t.name) for t in self.kept if len(t.stored.shape) == 3)
-        named = read_skipped_names(self.source.config, self.format)
-        unseen = {name for name in named if not any(_covers(name, module) for module in matrices)}
+        meant = {name for module_name in matrices for name in _names_for(module_name)}
+        unseen = set(read_skipped_names(self.source.config, self.format)) - meant
         return sorted(matrices | {match[1] for match in fused if match} | unseen)
 
 
-def _covers(name: str, module_name: str) -> bool:
-    """Whether a name in a list of modules to skip means this one: itself, what it is in, or its last part."""
-    return module_name == name or module_name.startswith(name + ".") or module_name.endswith("." + name)
+def _names_for(module_name: str) -> Iterator[str]:
+    """By which names a list of modules to skip may mean this one: itself, what it is in, its last parts."""
+    parts = module_name.split(".")
+    for i in range(len(parts)):
+        yield ".".join(parts[: i + 1])
+        yield ".".join(parts[i:])
 
 
 def open_int8_checkpoint(source: CheckpointSource) -> Int8Checkpoint:

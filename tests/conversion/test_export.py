@@ -73,6 +73,19 @@ def test_round_trip_through_all_formats_ends_with_the_first_bytes(
     assert more in block["llm_int8_skip_modules"] if more else block == first
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("opt", torch.float16), ("qwen3", torch.bfloat16)])
+def test_export_writes_what_quantize_would(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    made = {}
+    for format in ("bitsandbytes", "compressed-tensors"):
+        (tmp_path / format).mkdir()
+        made[format] = make_int8(tmp_path / format, name, dtype, format=format)
+    for format, other in zip(made, reversed(made), strict=True):
+        new = tmp_path / f"from {other}"
+        int8convert.export(made[other], new, format=format)
+        assert_same(read_tensors(new), read_tensors(made[format]))
+        assert read_config(new) == read_config(made[format])
+
+
 def test_compressed_tensors_bytes(tmp_path: Path) -> None:
     out = make_int8(tmp_path)
     int8convert.export(out, tmp_path / "new", format="compressed-tensors")
@@ -190,6 +203,75 @@ def test_checkpoint_of_bitsandbytes_itself(tmp_path: Path) -> None:
     int8convert.export(tmp_path / "theirs", tmp_path / "copy", format="bitsandbytes")
     assert_same(read_tensors(tmp_path / "copy"), read_tensors(tmp_path / "theirs"))
     assert read_config(tmp_path / "copy")["quantization_config"]["llm_int8_threshold"] == 5.0
+
+
+def write_checkpoint(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Path:
+    """One file of bitsandbytes' format."""
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    block = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (directory / "config.json").write_text(json.dumps({"quantization_config": block, **config}))
+    return directory
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_tensors_of_many_blocks(model_type: str, tmp_path: Path) -> None:
+    """Some megabytes each, of an odd number of columns; with Conv1D read by rows and written by columns."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (2900, 1111), dtype=torch.int8, generator=generator)
+    absmax = torch.rand(2900, generator=generator).half().float()
+    kept = torch.rand(1500, 1111, generator=generator)
+    tensors = {"h.0.c_fc.weight": codes, "h.0.c_fc.SCB": absmax, "wte.weight": kept}
+    out = write_checkpoint(tmp_path / "int8", tensors, {"model_type": model_type})
+    int8convert.export(out, tmp_path / "plain", dequantize="float32")
+    plain = read_tensors(tmp_path / "plain")
+    weight = codes * absmax[:, None] * (torch.ones(()) / 127)
+    assert torch.equal(plain["h.0.c_fc.weight"], weight.T if model_type == "gpt2" else weight)
+    assert torch.equal(plain["wte.weight"], kept)
+    if model_type == "llama":
+        int8convert.export(out, tmp_path / "new", format="compressed-tensors")
+        assert torch.equal(read_tensors(tmp_path / "new")["h.0.c_fc.weight"], codes)
+
+
+def test_what_older_tools_wrote_otherwise(tmp_path: Path) -> None:
+    """No weight_format, an absmax of fp16: read for what they mean, and written as they should be."""
+    scb = torch.rand(8).half()
+    tensors = {"a.weight": torch.ones(8, 4, dtype=torch.int8), "a.SCB": scb, "norm.weight": torch.ones(4).bfloat16()}
+    out = write_checkpoint(tmp_path / "int8", tensors, {})
+    int8convert.export(out, tmp_path / "between", format="torchao")
+    int8convert.export(tmp_path / "between", tmp_path / "new", format="bitsandbytes")
+    expected = {**tensors, "a.SCB": scb.float(), "a.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    assert_same(read_tensors(tmp_path / "new"), expected)
+    assert read_config(tmp_path / "between")["torch_dtype"] == "bfloat16"
+
+
+def test_pickled_checkpoint_with_a_transposed_tensor(tmp_path: Path) -> None:
+    out = make_int8(tmp_path, "llama", torch.bfloat16)
+    tensors = read_tensors(out)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((out / "config.json").read_bytes())
+    head = tensors["lm_head.weight"].T.contiguous().T
+    assert not head.is_contiguous()
+    torch.save({**tensors, "lm_head.weight": head}, pickled / "pytorch_model.bin")
+    int8convert.export(pickled, tmp_path / "new", format="bitsandbytes")
+    assert_same(read_tensors(tmp_path / "new"), tensors)
+
+
+def test_fused_experts_that_stayed_16_bit_are_ignored(tmp_path: Path) -> None:
+    """vLLM looks for the layer that holds them, which has no tensor `.weight` of its own."""
+    tensors = {
+        "model.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 8, 4),
+        "model.layers.0.mlp.experts.1.down_proj.weight": torch.ones(8, 4),
+        "model.layers.0.o_proj.weight": torch.ones(8, 4, dtype=torch.int8),
+        "model.layers.0.o_proj.SCB": torch.ones(8),
+        "model.layers.0.conv.weight": torch.ones(8, 1, 4),
+    }
+    out = write_checkpoint(tmp_path / "int8", tensors, {})
+    int8convert.export(out, tmp_path / "new", format="compressed-tensors")
+    experts = "model.layers.0.mlp.experts"
+    ignored = read_config(tmp_path / "new")["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", experts, f"{experts}.1.down_proj"]
 
 
 def test_scale_in_another_shard_than_its_codes(tmp_path: Path) -> None:

@@ -147,6 +147,14 @@ def test_weight_that_is_not_whole(change: Any, match: str, int8: Path, tmp_path:
     fail(merged(int8, change), tmp_path / "out", errors.SourceError, match)
 
 
+def test_codes_that_lie_transposed_in_a_pickle(int8: Path, tmp_path: Path) -> None:
+    tensors = read_tensors(int8)
+    for path in int8.glob("model*"):
+        path.unlink()
+    torch.save({**tensors, f"{FC1}.weight": tensors[f"{FC1}.weight"].T.contiguous().T}, int8 / "pytorch_model.bin")
+    fail(int8, tmp_path / "out", errors.SourceError, f"'{FC1}.weight' lies in its file with gaps or transposed")
+
+
 def test_zero_point_that_is_not_zero(int8: Path, tmp_path: Path) -> None:
     int8convert.export(int8, tmp_path / "ao", format="torchao")
     source = merged(tmp_path / "ao", lambda t: t[f"{FC1}._weight_zero_point"][3].fill_(1))
