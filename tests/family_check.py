@@ -53,9 +53,6 @@ class Outcome(StrEnum):
     WRONG = "wrong"
 
 
-JUDGED = tuple(o for o in Outcome if o not in (Outcome.NOT_RUN, Outcome.NOT_BUILT))
-
-
 @dataclass
 class FamilyResult:
     """What was found.
@@ -171,6 +168,8 @@ def compare(model: Any, folder: Path, result: FamilyResult, inputs: Inputs) -> N
             raise Mismatch(f"refused, but left files: {error.message}") from error
         result.outcome, result.detail = Outcome.REFUSED, f"{error.message}; {error.hint}"
         return
+    if report.model_class is None:
+        raise Mismatch("; ".join(report.notes))
     result.coverage = report.coverage
     result.kept = [kept.reason for kept in report.kept]
     our_tensors = read_tensors(ours)
@@ -197,7 +196,8 @@ def compare(model: Any, folder: Path, result: FamilyResult, inputs: Inputs) -> N
     if theirs.matches(our_tensors, our_logits):
         result.outcome = Outcome.MATCHES_FLAT if result.bitsandbytes_fails else Outcome.MATCHES
     elif Theirs(model_class, source, folder / "theirs with skips", inputs, skips).matches(our_tensors, our_logits):
-        result.outcome, result.detail = Outcome.MATCHES_WITH_OUR_SKIPS, theirs.difference
+        result.outcome = Outcome.MATCHES_WITH_OUR_SKIPS
+        result.detail = "" if theirs.failure else theirs.difference
     elif theirs.failure:
         result.outcome = Outcome.BEYOND_BITSANDBYTES
     else:
@@ -226,7 +226,10 @@ def save_source(model: Any, directory: Path, inputs: Inputs) -> torch.Tensor:
 
 
 def check_against_bare_operation(tensors: dict[str, torch.Tensor], ours: Path, source: Path) -> None:
-    """Each int8 weight of ours must be what bitsandbytes' operation makes of the source's values."""
+    """Each int8 weight of ours must be what bitsandbytes' operation makes of the source's values.
+
+    Weights that transformers renames are left to the comparison with bitsandbytes' own output.
+    """
     source_tensors = read_tensors(source)
     for name, codes in tensors.items():
         if codes.dtype != torch.int8:
