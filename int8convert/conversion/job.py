@@ -220,6 +220,11 @@ def check_coverage(plan: ConversionPlan, min_coverage: float) -> None:
         if any("bitsandbytes loader" in reason for reason in plan.kept_by_reason())
         else ""
     )
+    if not plan.n_int8_parameters:
+        raise CoverageError(
+            "none of the parameters would become int8",
+            f"what stays 16-bit: {reasons}; --dry-run lists it{other}; nothing was written",
+        )
     raise CoverageError(
         f"only {100 * plan.coverage:.1f} % of the parameters would become int8, "
         f"at least {100 * min_coverage:g} % are asked for",

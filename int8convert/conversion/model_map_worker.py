@@ -311,7 +311,8 @@ class TensorChoice:
                 return "experts in an unknown layout"
             if isinstance(module, nn.MultiheadAttention) and len(tensor.shape) == 2:
                 return f"MultiheadAttention: not replaced by the {self.modules.output_format} loader"
-            return "router" if module_name in self._routers else "not a matrix product"
+            is_gate = len(tensor.shape) == 2 and module_name.rpartition(".")[2] in _ROUTER_NAMES
+            return "router" if is_gate or module_name in self._routers else "not a matrix product"
         if module is self.model.get_output_embeddings():
             return "output head, tied" if is_tied else "output head"
         if is_tied:

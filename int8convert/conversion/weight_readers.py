@@ -16,7 +16,7 @@ import ast
 import inspect
 import operator
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -96,10 +96,16 @@ class _Reader(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
-        self.visit(node.test)
+        self._visit_branches(node.test, node.body, node.orelse)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self._visit_branches(node.test, [node.body], [node.orelse])
+
+    def _visit_branches(self, test: ast.expr, body: Sequence[ast.AST], otherwise: Sequence[ast.AST]) -> None:
+        self.visit(test)
         before = self._guards
-        for children, wanted in ((node.body, True), (node.orelse, False)):
-            self._guards = (*before, (node.test, wanted))
+        for children, wanted in ((body, True), (otherwise, False)):
+            self._guards = (*before, (test, wanted))
             for child in children:
                 self.visit(child)
         self._guards = before
