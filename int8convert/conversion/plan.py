@@ -289,6 +289,9 @@ def _place(adapter: Adapter, source: CheckpointSource, model_map: ModelMap) -> A
     bases = {
         name: BaseTensor(key, shapes[key], is_transposed) for name, (key, is_transposed) in model_map.parameters.items()
     }
+    mapped = {base.name for base in bases.values()}
+    # What is merged on loading has no parameter of its own; adapters from before that name it as the checkpoint does.
+    bases |= {key: BaseTensor(key, shape) for key, shape in shapes.items() if key not in mapped}
     return place_adapter(adapter, bases)
 
 
