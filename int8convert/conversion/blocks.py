@@ -8,7 +8,7 @@ not the tensor's. Other strided tensors, which are small, are read with all that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -140,3 +140,10 @@ def as_array(stored: StoredTensor, block: Block, begin: int, end: int) -> npt.ND
         strides = (block.run_step, column_stride) if by_rows else (row_stride, block.run_step)
     in_bytes = tuple(stride * dtype.itemsize for stride in strides)
     return np.ascontiguousarray(np.lib.stride_tricks.as_strided(elements, shape, in_bytes))
+
+
+def read_whole(stored: StoredTensor, reader: ShardReader) -> npt.NDArray[Any]:
+    """A small tensor, as `as_array` gives rows."""
+    flat = replace(stored, shape=(stored.n_elements,)) if stored.strides is None else stored
+    block = read_rows(flat, reader, 0, flat.shape[0], Scratch())
+    return as_array(flat, block, 0, flat.shape[0]).reshape(stored.shape)

@@ -34,7 +34,10 @@ def kernel_bits(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 def widen(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     """float32 values; exact for all dtypes but F64, which is rounded."""
-    return widen_bfloat16(values) if dtype == "BF16" else values.astype(np.float32)
+    if dtype == "BF16":
+        return widen_bfloat16(values)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def widen_bfloat16(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:

@@ -19,7 +19,7 @@ from cuda_kernels import cpu
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
-from int8convert.conversion.blocks import Block, Scratch, as_array, read_rows
+from int8convert.conversion.blocks import read_whole
 from int8convert.conversion.floats import NUMPY_DTYPE, widen
 from int8convert.errors import CorruptFileError
 
@@ -50,10 +50,8 @@ class Fp8Scale:
         """float32 [block rows, block columns]; small: one value for each block."""
         reader = self.shard.open()
         try:
-            flat = replace(self.stored, shape=(self.stored.n_elements,), strides=None)
-            block: Block = read_rows(flat, reader, 0, flat.n_elements, Scratch())
-            values = as_array(flat, block, 0, flat.n_elements)
-            wide = _e8m0_values(values) if flat.dtype == "F8_E8M0" else widen(values, flat.dtype)
+            values = read_whole(self.stored, reader)
+            wide = _e8m0_values(values) if self.stored.dtype == "F8_E8M0" else widen(values, self.stored.dtype)
         finally:
             reader.close()
         n_columns = self.stored.shape[1] if len(self.stored.shape) == 2 else 1

@@ -27,6 +27,8 @@ from int8convert.checkpoint.adapter import Adapter, LowRankUpdate, open_adapter
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.conversion.blocks import read_whole
+from int8convert.conversion.floats import widen
 from int8convert.errors import AdapterError
 
 __all__ = ["AdapterPlacement", "BaseTensor", "LoadedDelta", "LoraDelta", "open_adapter", "place_adapter"]
@@ -266,19 +268,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(quoted(name) for name in names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
-_NUMPY_DTYPE = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-
-
 def read_float32(stored: StoredTensor, reader: ShardReader) -> Matrix:
     """A tensor's values in float32, exact but for F64, which is rounded to nearest even."""
-    data = np.empty(stored.span_bytes, np.uint8)
-    reader.read_into(data.data, stored.offset)
-    values = data.view(_NUMPY_DTYPE[stored.dtype])
-    if stored.strides is not None:
-        strides = tuple(stride * values.itemsize for stride in stored.strides)
-        values = np.lib.stride_tricks.as_strided(values, stored.shape, strides)
-    values = np.ascontiguousarray(values.reshape(stored.shape))
-    if stored.dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32)
+    return widen(read_whole(stored, reader), stored.dtype)
