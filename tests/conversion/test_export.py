@@ -315,6 +315,18 @@ def test_experts_go_to_compressed_tensors_and_to_16_bits(tmp_path: Path) -> None
     assert not any(key.endswith("scale") for key in plain)
 
 
+def test_experts_and_conv1d_stay_where_they_have_a_form(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.0.up_proj"
+    tensors = {f"{name}.weight": torch.ones(8, 4, dtype=torch.int8), f"{name}.SCB": torch.ones(8)}
+    int8convert.export(
+        write_checkpoint(tmp_path / "experts", tensors, {}), tmp_path / "new", format="compressed-tensors"
+    )
+    assert read_tensors(tmp_path / "new").keys() == {f"{name}.weight", f"{name}.weight_scale"}
+    gpt2 = make_int8(tmp_path, "gpt2")
+    int8convert.export(gpt2, tmp_path / "cut", max_shard_size="30KB")
+    assert_same(read_tensors(tmp_path / "cut"), read_tensors(gpt2))
+
+
 def make_experts(directory: Path) -> Path:
     """Two experts in int8 as compressed-tensors has them, beside a router that is kept."""
     out = directory / "experts"
