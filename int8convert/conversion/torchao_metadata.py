@@ -9,26 +9,43 @@ from __future__ import annotations
 
 import json
 
+from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.safetensors_file import read_safetensors_metadata
 from int8convert.conversion.int8_config import Int8Format
 from int8convert.conversion.int8_source import Int8Checkpoint, Int8Weight
+from int8convert.errors import CorruptFileError
 
 _PLAIN = json.dumps({"_type": "Tensor"})
 
 
 def torchao_metadata(checkpoint: Int8Checkpoint) -> dict[str, str]:
-    """The header entries; of a checkpoint that is torchao's already, those it has."""
+    """The header entries; of a checkpoint that is torchao's already, those of its files together.
+
+    Raises:
+        CorruptFileError: its headers say nothing of an int8 weight, so that torchao could not read it.
+    """
     if checkpoint.format is Int8Format.TORCHAO:
-        merged: dict[str, str] = {}
-        for shard in checkpoint.source.shards:
-            merged |= read_safetensors_metadata(shard.path)
-        return merged
+        return _merged_metadata(checkpoint)
     entries = {
         f"{item.module_name}.weight" if isinstance(item, Int8Weight) else item.name: (
             _int8_tensor(item.codes.stored.shape[1], checkpoint.dtype) if isinstance(item, Int8Weight) else _PLAIN
         )
         for item in checkpoint.items
     }
+    return {**entries, "tensor_names": json.dumps(list(entries))}
+
+
+def _merged_metadata(checkpoint: Int8Checkpoint) -> dict[str, str]:
+    merged: dict[str, str] = {}
+    for shard in checkpoint.source.shards:
+        merged |= read_safetensors_metadata(shard.path)
+    entries = {name: value for name, value in merged.items() if value.startswith('{"_type"')}
+    for weight in checkpoint.weights:
+        if f"{weight.module_name}.weight" not in entries:
+            raise CorruptFileError(
+                f"no header says what {quoted(weight.codes.name)} is, so torchao could not read it",
+                "fetch the checkpoint again, or name another format with --format; nothing was written",
+            )
     return {**entries, "tensor_names": json.dumps(list(entries))}
 
 

@@ -205,6 +205,29 @@ def test_checkpoint_of_bitsandbytes_itself(tmp_path: Path) -> None:
     assert read_config(tmp_path / "copy")["quantization_config"]["llm_int8_threshold"] == 5.0
 
 
+def test_torchao_headers_that_name_their_own_tensors_only_are_put_together(tmp_path: Path) -> None:
+    out = make_int8(tmp_path)
+    int8convert.export(out, tmp_path / "all", format="torchao")
+    names, partial = [], []
+    for path in sorted((tmp_path / "all").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+            metadata = file.metadata()
+        own = [
+            n
+            for n in json.loads(metadata["tensor_names"])
+            if n in tensors or n.removesuffix(".weight") + "._weight_qdata" in tensors
+        ]
+        save_file(tensors, path, {**{n: metadata[n] for n in own}, "tensor_names": json.dumps(own)})
+        names += own
+        partial.append(metadata)
+    int8convert.export(tmp_path / "all", tmp_path / "one", max_shard_size="1GB")
+    with safe_open(tmp_path / "one" / "model.safetensors", "pt") as file:
+        found = file.metadata()
+    assert sorted(json.loads(found["tensor_names"])) == sorted(names)
+    assert all(found[name] == partial[0][name] for name in names)
+
+
 def write_checkpoint(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Path:
     """One file of bitsandbytes' format."""
     directory.mkdir()
@@ -313,6 +336,18 @@ def test_experts_go_to_compressed_tensors_and_to_16_bits(tmp_path: Path) -> None
     name = "model.layers.0.mlp.experts.1.up_proj.weight"
     assert torch.equal(plain[name], (read_tensors(out)[name].float() * 0.5).bfloat16())
     assert not any(key.endswith("scale") for key in plain)
+
+
+def test_experts_and_conv1d_stay_where_they_have_a_form(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.0.up_proj"
+    tensors = {f"{name}.weight": torch.ones(8, 4, dtype=torch.int8), f"{name}.SCB": torch.ones(8)}
+    int8convert.export(
+        write_checkpoint(tmp_path / "experts", tensors, {}), tmp_path / "new", format="compressed-tensors"
+    )
+    assert read_tensors(tmp_path / "new").keys() == {f"{name}.weight", f"{name}.weight_scale"}
+    gpt2 = make_int8(tmp_path, "gpt2")
+    int8convert.export(gpt2, tmp_path / "cut", max_shard_size="30KB")
+    assert_same(read_tensors(tmp_path / "cut"), read_tensors(gpt2))
 
 
 def make_experts(directory: Path) -> Path:

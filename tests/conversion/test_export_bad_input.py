@@ -161,6 +161,14 @@ def test_zero_point_that_is_not_zero(int8: Path, tmp_path: Path) -> None:
     fail(source, tmp_path / "out", errors.SourceError, "a zero point that only torchao reads", format="bitsandbytes")
 
 
+def test_torchao_without_its_header_can_leave_the_format_only(int8: Path, tmp_path: Path) -> None:
+    int8convert.export(int8, tmp_path / "ao", format="torchao")
+    source = merged(tmp_path / "ao", lambda t: None)
+    match = rf"no header says what '{FC1}._weight_qdata' is"
+    fail(source, tmp_path / "out", errors.CorruptFileError, match.replace("fc1", r"[\w.]+"), max_shard_size="1GB")
+    int8convert.export(source, tmp_path / "back", format="bitsandbytes")
+
+
 def test_attribute_of_torchao_that_no_other_has(int8: Path, tmp_path: Path) -> None:
     int8convert.export(int8, tmp_path / "ao", format="torchao")
     source = merged(tmp_path / "ao", lambda t: t.update({f"{FC1}._weight_act_pre_scale": torch.ones(64)}))
