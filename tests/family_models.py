@@ -103,7 +103,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config": {"num_filters": 2},
         "semantic_tokenizer_encoder_config": {"num_filters": 2},
     },
-    "blt": {"encoder_hash_byte_group_vocab": 128},
+    "blt": {"encoder_hash_byte_group_vocab": 128, "use_cache": False},
 }
 
 

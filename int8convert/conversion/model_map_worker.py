@@ -279,7 +279,7 @@ class TensorChoice:
         return dtype_of
 
     def _output_dtype(self, tensor: CheckpointTensor, into: LoadedInto) -> str:
-        if tensor.dtype not in TORCH_DTYPE or into.is_converted:
+        if tensor.dtype not in TORCH_DTYPE:
             return tensor.dtype
         return _STORED_DTYPE.get(self._parameter_dtype(into.parameter), tensor.dtype)
 

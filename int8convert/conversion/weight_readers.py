@@ -15,8 +15,10 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
-import textwrap
+import re
+import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -50,8 +52,13 @@ _COMPARISONS = {
     ast.IsNot: operator.is_not,
 }
 
+_READ = re.compile(r"\bself(\.\w+)+\.weight\b")
+
 Guard = tuple[ast.expr, bool]
 """A condition, and what it must be for the code below it to be reached."""
+
+Read = tuple[str, tuple[Guard, ...]]
+"""The path from a module to one whose weight it reads, and the conditions that stands under."""
 
 
 def modules_with_read_weights(model: Any) -> set[str]:
@@ -70,25 +77,36 @@ def modules_with_read_weights(model: Any) -> set[str]:
     return found
 
 
-def _reads_of(module_class: type) -> Iterator[tuple[str, tuple[Guard, ...]]]:
+def _reads_of(module_class: type) -> Iterator[Read]:
     """What comes between `self.` and `.weight` in the methods of a class and of those it inherits from."""
     for owner in module_class.__mro__:
-        if owner.__module__.startswith("torch.") or not issubclass(owner, nn.Module):
-            continue
-        try:
-            source = textwrap.dedent(inspect.getsource(owner))
-        except (OSError, TypeError):
-            continue  # no source, as for a class made at run time: nothing to be learnt from it
-        reader = _Reader()
-        reader.visit(ast.parse(source))
-        yield from reader.reads
+        if issubclass(owner, nn.Module) and not owner.__module__.startswith(("torch.", "transformers.modeling_utils")):
+            yield from _reads_in_file(owner.__module__).get(owner.__name__, ())
+
+
+@cache
+def _reads_in_file(module_name: str) -> dict[str, list[Read]]:
+    """Class -> what its methods read, for all classes of a Python module."""
+    try:
+        source = inspect.getsource(sys.modules[module_name])
+    except (KeyError, OSError, TypeError):
+        return {}  # no source, as for a class made at run time: nothing to be learnt from it
+    # Parsing takes a second for the largest, and in most there is nothing to find.
+    tree = ast.parse(source) if _READ.search(source) else ast.Module([], [])
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            reader = _Reader()
+            reader.visit(node)
+            found[node.name] = reader.reads
+    return found
 
 
 class _Reader(ast.NodeVisitor):
     """Collects `self.<path>.weight` with the conditions it stands under."""
 
     def __init__(self) -> None:
-        self.reads: list[tuple[str, tuple[Guard, ...]]] = []
+        self.reads: list[Read] = []
         self._guards: tuple[Guard, ...] = ()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
