@@ -299,10 +299,10 @@ class _Blocks:
         counter, hashing, begin, end = block
         with _reading(counter.task.file_name):
             raw = counter.task.read(begin, end, scratch)
-        counter.task.convert(raw, begin, end, scratch)
-        with self.turns.turn(number), _reading(counter.task.file_name):  # last: the fewest have to wait for their turn
+        with self.turns.turn(number), _reading(counter.task.file_name):
             if not self.turns.is_closed and raw.offset is not None:  # else it is read again for the hash
                 hashing.feed(raw.data.data, raw.offset)
+        counter.task.convert(raw, begin, end, scratch)  # last: nobody has to wait for it
         if counter.count_down():
             event = counter.task.finish()
             self._one.write_down(event)
