@@ -25,6 +25,9 @@ INDEX_NAME = "model.safetensors.index.json"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 OWN_FOLDER = "int8convert"
 TEMPLATES_FOLDER = "additional_chat_templates"
+_MODULE_FILES = "[0-9]_*/*"
+"""What modules.json of sentence-transformers names."""
+
 MAX_JSON_BYTES = 200_000_000
 """For files of our own."""
 
@@ -198,7 +201,8 @@ def is_weight_file(name: str) -> bool:
 def carried_files(directory: Path) -> tuple[Path, ...]:
     """The files of a source that belong beside the converted weights too: tokenizer, templates, licence, code.
 
-    Files of the root, and the folder of additional chat templates. Code is carried, never run.
+    Files of the root, the folder of additional chat templates, and those of a sentence encoder's further modules
+    (`1_Pooling`), their small weights included. Code is carried, never run.
 
     What is no file of the checkpoint - a link out of it, a pipe - is refused and not passed over in silence: an output
     without its tokenizer is broken, and one with a copy of this machine's `/etc/passwd` under that name is worse.
@@ -206,11 +210,12 @@ def carried_files(directory: Path) -> tuple[Path, ...]:
     Raises:
         SourceError: an entry that would be carried is no regular file of this checkpoint, or its name does not print.
     """
-    entries = [*directory.iterdir(), *directory.glob(f"{TEMPLATES_FOLDER}/*")]
+    root = [*directory.iterdir(), *directory.glob(f"{TEMPLATES_FOLDER}/*")]
+    entries = [entry for entry in root if entry.name not in _NOT_CARRIED and not is_weight_file(entry.name)]
     found = (
         find_file(directory, str(entry.relative_to(directory)))
-        for entry in entries
-        if entry.name not in _NOT_CARRIED and not is_weight_file(entry.name) and not entry.is_dir()
+        for entry in (*entries, *directory.glob(_MODULE_FILES))
+        if not entry.is_dir()
     )
     carried = tuple(sorted(path for path in found if path is not None))
     for path in carried:

@@ -99,8 +99,11 @@ def test_small_files_are_carried_over_and_foreign_weights_are_not(tmp_path: Path
         "chat_template.jinja": "{{ x }}",
         "LICENSE": "text",
         "additional_chat_templates/tools.jinja": "{{ y }}",
+        "1_Pooling/config.json": "{}",
+        "2_Dense/model.safetensors": "small",
     }
-    (source / "additional_chat_templates").mkdir()
+    for folder in ("additional_chat_templates", "1_Pooling", "2_Dense"):
+        (source / folder).mkdir()
     (source / "original").mkdir()
     left = {"flax_model.msgpack": "w", "README.md": "card", "original/params.json": "{}", "pytorch_model.bin": "w"}
     for name, text in {**carried, **left}.items():
