@@ -25,7 +25,7 @@ from int8convert.checkpoint.source import open_source
 from int8convert.checkpoint.writer import ShardWriter
 from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_export_plan
 from int8convert.conversion.export_tensors import ItemWriter, Target
-from int8convert.conversion.int8_config import Int8Format
+from int8convert.checkpoint.int8_config import Int8Format
 from int8convert.conversion.int8_source import DTYPES, SourceReaders, open_int8_checkpoint
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.quantize import parse_size

@@ -29,7 +29,7 @@ from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceS
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.conversion.blocks import Scratch, as_array, read_rows
 from int8convert.conversion.floats import widen_bfloat16
-from int8convert.conversion.int8_config import Int8Format, is_conv1d, read_format, read_skipped_names
+from int8convert.checkpoint.int8_config import Int8Format, is_conv1d, read_format, read_skipped_names
 from int8convert.errors import CorruptFileError, SourceError
 
 
