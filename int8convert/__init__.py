@@ -2,6 +2,7 @@
 
     import int8convert
     report = int8convert.quantize("opt-66b/", "opt-66b-int8/")
+    model = int8convert.load("opt-66b-int8/")
 
 Importing this package does nothing else: names are loaded when they are first used.
 """
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from int8convert.conversion.quantize import plan, quantize
     from int8convert.conversion.report import ConversionReport
     from int8convert.errors import Int8ConvertError
+    from int8convert.runtime.calibration import calibrate
+    from int8convert.runtime.generate import GenerationReport, generate
+    from int8convert.runtime.in_memory import quantize_
+    from int8convert.runtime.linear import Int8Linear
+    from int8convert.runtime.load import load
+    from int8convert.runtime.transformers_plugin import Int8ConvertConfig
 
 __version__ = "0.1.0"
 
@@ -24,21 +31,35 @@ __all__ = [
     "ConversionPlan",
     "ConversionReport",
     "ExportReport",
+    "GenerationReport",
+    "Int8ConvertConfig",
     "Int8ConvertError",
+    "Int8Linear",
     "__version__",
+    "calibrate",
     "export",
+    "generate",
+    "load",
     "plan",
     "quantize",
+    "quantize_",
 ]
 
 _HOMES = {
     "ConversionPlan": "int8convert.conversion.plan",
     "ConversionReport": "int8convert.conversion.report",
     "ExportReport": "int8convert.conversion.export",
+    "GenerationReport": "int8convert.runtime.generate",
+    "Int8ConvertConfig": "int8convert.runtime.transformers_plugin",
     "Int8ConvertError": "int8convert.errors",
+    "Int8Linear": "int8convert.runtime.linear",
+    "calibrate": "int8convert.runtime.calibration",
     "export": "int8convert.conversion.export",
+    "generate": "int8convert.runtime.generate",
+    "load": "int8convert.runtime.load",
     "plan": "int8convert.conversion.quantize",
     "quantize": "int8convert.conversion.quantize",
+    "quantize_": "int8convert.runtime.in_memory",
 }
 
 

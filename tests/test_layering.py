@@ -15,7 +15,8 @@ ALLOWED = {
     "errors": set(),
     "checkpoint": {"errors"},
     "conversion": {"checkpoint", "cuda_kernels", "errors", "version"},
-    "cli": {"conversion", "checkpoint", "errors", "version"},
+    "runtime": {"checkpoint", "cuda_kernels", "errors"},
+    "cli": {"conversion", "runtime", "checkpoint", "errors", "version"},
     "cuda_kernels": set(),
 }
 """Package -> what it may import of ours, beside itself."""

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.name_pattern import PatternRefusedError, TailPatterns
 from int8convert.errors import SourceError
 
 
@@ -138,6 +139,39 @@ def read_skipped_names(config: Mapping[str, Any], found: Int8Format) -> tuple[st
     if not isinstance(names, list):
         return ("lm_head",)
     return tuple(name for name in names if isinstance(name, str) and _MODULE_NAME.fullmatch(name))
+
+
+def is_ignored(module_name: str, module_class: type, block: Mapping[str, Any]) -> bool:
+    """Whether a compressed-tensors block leaves a Linear module as it is.
+
+    Entries of `ignore` and of a group's `targets` are module names, names of its class or of a base class, or regular
+    expressions behind "re:", which match from the beginning of a name. Without targets, all are meant.
+
+    Raises:
+        SourceError: a pattern is none, or of a kind that cannot be matched in bounded time.
+    """
+    classes = {base.__name__ for base in module_class.__mro__}
+
+    def is_named(entries: Any) -> bool:
+        names = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
+        if module_name in names or not classes.isdisjoint(names):
+            return True
+        patterns = [f"^({name.removeprefix('re:')}).*" for name in names if name.startswith("re:")]
+        return _first_match(tuple(patterns), module_name)
+
+    groups = block.get("config_groups")
+    targets = [group.get("targets") for group in groups.values()] if isinstance(groups, dict) else []
+    return is_named(block.get("ignore")) or (bool(targets) and not any(map(is_named, targets)))
+
+
+def _first_match(patterns: tuple[str, ...], module_name: str) -> bool:
+    try:
+        return TailPatterns(patterns).first_match(module_name) is not None
+    except PatternRefusedError as error:
+        raise SourceError(
+            f"quantization_config names modules by a pattern that is not read: {quoted(str(error))}",
+            "name them in full, or export the checkpoint with int8convert, which does",
+        ) from error
 
 
 def is_conv1d(module_name: str, config: Mapping[str, Any]) -> bool:

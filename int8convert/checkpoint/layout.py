@@ -249,12 +249,17 @@ def bitsandbytes_config(
     return {
         **config,
         **_dtype_if_missing(config, dtype),
-        "quantization_config": {
-            "quant_method": "bitsandbytes",
-            "load_in_8bit": True,
-            "llm_int8_threshold": float(threshold),
-            "llm_int8_skip_modules": sorted(skip_modules),
-        },
+        "quantization_config": bitsandbytes_block(threshold, skip_modules),
+    }
+
+
+def bitsandbytes_block(threshold: float, skip_modules: Iterable[str]) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint in the bitsandbytes layout; see `bitsandbytes_config`."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "llm_int8_threshold": float(threshold),
+        "llm_int8_skip_modules": sorted(skip_modules),
     }
 
 

@@ -64,6 +64,7 @@ class Int8Linear(nn.Linear):
         threshold: magnitude from which a column is an outlier, in the units of x; 0 finds none.
     """
 
+    weight_format: torch.Tensor
     outlier_columns: torch.Tensor
     outlier_weight: torch.Tensor
 
@@ -135,9 +136,16 @@ class Int8Linear(nn.Linear):
         self.outlier_weight = weight.to(self.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> y [..., out_features], in the dtype of x."""
+        """x [..., in_features] -> y [..., out_features], in the dtype of x.
+
+        Raises:
+            TypeError: x is of an integer dtype: model code that casts its input to the dtype of a layer's weight does
+                that to it.
+        """
         from cuda_kernels import ops
 
+        if not x.is_floating_point():
+            raise TypeError(f"the input of an int8 Linear is {x.dtype}, expected a float: leave this module 16-bit")
         stored = self.outlier_columns if self.mode.uses_stored else self.outlier_columns[:0]
         stored_weight = self.outlier_weight if self.mode.uses_stored else self.outlier_weight[:, :0]
         capacity = min(MAX_FOUND_COLUMNS, self.in_features) if self.mode.finds and self.threshold > 0 else 0
@@ -158,7 +166,7 @@ class Int8Linear(nn.Linear):
         # .half() and .to(dtype) reach every floating tensor; rounded scales would shift every output.
         name = "SCB" if self.layout is OutputFormat.BITSANDBYTES else "weight_scale"
         scale = self._parameters.pop(name)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         assert scale is not None
         moved = fn(scale.data)
         kept = moved if moved.dtype == torch.float32 else scale.data.to(moved.device)

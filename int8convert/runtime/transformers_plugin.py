@@ -1,0 +1,269 @@
+"""Int8 layers for transformers' own loader: `from_pretrained(..., quantization_config=Int8ConvertConfig())`.
+
+1. The modules that the checkpoint holds as int8 are replaced by `Int8Linear` before any weight is read: those the
+   checkpoint's own loader would replace, by the list in its config.json.
+2. transformers reads every tensor straight to its device. Parameters bear the names of the tensors, so nothing is
+   converted, and what is offloaded to disk is read out of the checkpoint's own files.
+3. A checkpoint that is not quantized is quantized tensor by tensor while it loads.
+
+config.json never names a method that only we know: loaders that do not know it would take the codes for weights. So
+what a model says of itself when it is saved is the block of the layout it is in.
+
+Importing this module registers the loader with transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.checkpoint.int8_config import Int8Format, is_ignored, read_format, read_threshold
+from int8convert.checkpoint.layout import bitsandbytes_block
+from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.errors import FormatError
+from int8convert.runtime.experts import Int8Experts, experts_form, experts_in
+from int8convert.runtime.linear import Int8Linear, OutlierMode
+
+METHOD = "int8convert"
+
+
+@register_quantization_config(METHOD)
+class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How an int8 model is to run; what its checkpoint says of itself is kept beside.
+
+    Args:
+        outliers: which columns stay 16-bit, see `OutlierMode`; None is static+guard where the checkpoint has stored
+            outlier columns, else dynamic.
+        threshold: magnitude from which a column is an outlier; None takes the checkpoint's, or 6.
+        skip_modules: modules that stay 16-bit, where a checkpoint is quantized while it loads; None leaves the choice
+            to transformers. Of no effect on a checkpoint that is int8 already.
+
+    Attributes:
+        block: `quantization_config` of the checkpoint's config.json; None if it has none.
+    """
+
+    def __init__(
+        self,
+        outliers: str | None = None,
+        threshold: float | None = None,
+        skip_modules: list[str] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.outliers = outliers
+        self.threshold = threshold
+        self.skip_modules = skip_modules
+        self.block: dict[str, Any] | None = None
+        self.layout = OutputFormat.BITSANDBYTES
+
+    def for_checkpoint(self, block: Mapping[str, Any] | Any) -> Int8ConvertConfig:
+        """The same, for a checkpoint whose config.json has this block.
+
+        Raises:
+            SourceError: it is quantized in a way that this runtime does not read.
+            FormatError: it is int8 in a layout that this runtime does not read.
+        """
+        block = dict(block) if isinstance(block, Mapping) else block.to_dict()
+        found = read_format({"quantization_config": block})
+        if found is Int8Format.TORCHAO:
+            raise FormatError(
+                "the runtime reads the bitsandbytes and compressed-tensors layouts, and this checkpoint is torchao's",
+                "int8convert export OUT NEW --format bitsandbytes rewrites the same codes",
+            )
+        chosen = Int8ConvertConfig(self.outliers, self.threshold)
+        chosen.block = block
+        chosen.layout = OutputFormat(found)
+        return chosen
+
+    @property
+    def mode(self) -> OutlierMode:
+        return OutlierMode(self.outliers) if self.outliers else OutlierMode.DYNAMIC
+
+    @property
+    def outlier_threshold(self) -> float:
+        if self.threshold is not None:
+            return self.threshold
+        return read_threshold({"quantization_config": self.block or {}}, OUTLIER_THRESHOLD)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block for config.json: the layout's own."""
+        if self.block is None:
+            return bitsandbytes_block(self.outlier_threshold, self.skip_modules or ())
+        has_threshold = self.layout is OutputFormat.BITSANDBYTES
+        return {**self.block, **({"llm_int8_threshold": self.outlier_threshold} if has_threshold else {})}
+
+
+@register_quantizer(METHOD)
+class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers calls while it loads a model with an `Int8ConvertConfig`."""
+
+    quantization_config: Int8ConvertConfig
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        config = self.quantization_config
+        if config.layout is OutputFormat.COMPRESSED_TENSORS:
+            _replace_experts(model, config, _tensor_names(checkpoint_files or ()))
+        is_int8 = self._modules_by_block(model) if config.block is not None else self._modules_to_quantize(model)
+        self._conv1d: set[str] = set()
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, Int8Linear) and is_int8(name, module):
+                if isinstance(module, Conv1D):
+                    self._conv1d.add(name)
+                model.set_submodule(name, _empty_layer(module, config))
+
+    def _modules_by_block(self, model: Any) -> Callable[[str, nn.Module], bool]:
+        """Whether a checkpoint holds a module as int8, by the rule of the loader it was written for."""
+        block = self.quantization_config.block or {}
+        if self.quantization_config.layout is OutputFormat.COMPRESSED_TENSORS:
+            return lambda name, module: isinstance(module, nn.Linear) and not is_ignored(name, type(module), block)
+        skips = self.get_modules_to_not_convert(model, block.get("llm_int8_skip_modules"), model._keep_in_fp32_modules)
+        return lambda name, module: _bitsandbytes_replaces(module) and should_convert_module(name, skips)
+
+    def _modules_to_quantize(self, model: Any) -> Callable[[str, nn.Module], bool]:
+        """The same for a checkpoint that is not int8, where the names left out are put down for its config.json."""
+        config = self.quantization_config
+        skips = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
+        chosen = {
+            name
+            for name, module in model.named_modules()
+            if _bitsandbytes_replaces(module) and should_convert_module(name, skips)
+        }
+        left = (n for n, m in model.named_modules() if _bitsandbytes_replaces(m) and n not in chosen)
+        config.skip_modules = sorted(left)
+        return lambda name, _: name in chosen
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Without the conversions that put experts together where they now stay apart."""
+        names = "\n".join(name for name, _ in model.named_parameters())
+        return [
+            transform
+            for transform in weight_conversions
+            if not isinstance(transform, WeightConverter)
+            or any(re.search(f"{target}$", names, re.MULTILINE) for target in transform.target_patterns)
+        ]
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, Int8Linear):
+                module.requires_grad_(False)
+                order = getattr(module, "weight_format", None)
+                if order is not None and order.device.type != "meta" and int(order):
+                    raise FormatError(
+                        f"{name}.weight_format is {int(order)}, expected 0: the codes are in an order of old GPUs",
+                        "write the checkpoint again with a current bitsandbytes, or quantize its source",
+                    )
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        module, leaf = get_module_from_name(model, param_name)
+        return isinstance(module, Int8Linear) and leaf == "weight"
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeWeight(frozenset(self._conv1d))
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _QuantizeWeight(ConversionOps):  # type: ignore[misc]
+    """A float weight of a module that has become an `Int8Linear` -> the tensors of that.
+
+    Args:
+        conv1d: the modules whose weights are stored [in, out].
+    """
+
+    def __init__(self, conv1d: frozenset[str]) -> None:
+        self._conv1d = conv1d
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, torch.Tensor]:
+        from cuda_kernels import ops
+
+        converted: dict[str, torch.Tensor] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            module, _leaf = get_module_from_name(model, name)
+            path = name.removesuffix(".weight")
+            if path in self._conv1d:
+                weight = weight.t().contiguous()
+            codes, absmax, _signal, _noise = ops.row_quantize(weight)
+            order = torch.zeros((), dtype=torch.uint8, device=weight.device)
+            converted |= {name: codes, f"{path}.SCB": absmax, f"{path}.weight_format": order}
+            module._is_hf_initialized = True
+        return converted
+
+
+def _tensor_names(files: Iterable[str]) -> set[str]:
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names.update(opened.keys())
+    return names
+
+
+def _replace_experts(model: Any, config: Int8ConvertConfig, tensor_names: set[str]) -> None:
+    """Replace the experts that the checkpoint holds as int8, which its config.json does not tell."""
+    for name, names in experts_in(model, tensor_names).items():
+        module = model.get_submodule(name)
+        form = experts_form(module)
+        if form is not None and names.keys() == form.projections.keys():
+            model.set_submodule(name, Int8Experts(module, form, names, config.mode, config.outlier_threshold))
+
+
+def _bitsandbytes_replaces(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def _empty_layer(module: Any, config: Int8ConvertConfig) -> Int8Linear:
+    """An `Int8Linear` on the meta device in place of a Linear or a Conv1D."""
+    n_in, n_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+    has_bias = module.bias is not None
+    return Int8Linear(
+        n_in,
+        n_out,
+        has_bias,
+        "meta",
+        module.weight.dtype,
+        layout=config.layout,
+        mode=config.mode,
+        threshold=config.outlier_threshold,
+    )
+
+
+def _prefer_our_config() -> None:
+    """Let an `Int8ConvertConfig` that is passed to from_pretrained win over the block the checkpoint names.
+
+    transformers has no way to say so: it takes another class than the checkpoint's for a mistake.
+    """
+    merge = AutoHfQuantizer.merge_quantization_configs
+
+    def merge_or_ours(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if isinstance(quantization_config_from_args, Int8ConvertConfig):
+            return quantization_config_from_args.for_checkpoint(quantization_config)
+        return merge(quantization_config, quantization_config_from_args)
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_or_ours)
+
+
+_prefer_our_config()
