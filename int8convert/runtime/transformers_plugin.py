@@ -124,6 +124,9 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
                 if isinstance(module, Conv1D):
                     self._conv1d.add(name)
                 model.set_submodule(name, _empty_layer(module, config))
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, Int8Linear)]
+        for layer in layers:
+            layer._is_hf_initialized = True  # transformers would draw random weights for one that is on the disk
 
     def _modules_by_block(self, model: Any) -> Callable[[str, nn.Module], bool]:
         """Whether a checkpoint holds a module as int8, by the rule of the loader it was written for."""
@@ -197,20 +200,18 @@ class _QuantizeWeight(ConversionOps):  # type: ignore[misc]
     def __init__(self, conv1d: frozenset[str]) -> None:
         self._conv1d = conv1d
 
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
         from cuda_kernels import ops
 
         converted: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            module, _leaf = get_module_from_name(model, name)
             path = name.removesuffix(".weight")
             if path in self._conv1d:
                 weight = weight.t().contiguous()
             codes, absmax, _signal, _noise = ops.row_quantize(weight)
             order = torch.zeros((), dtype=torch.uint8, device=weight.device)
             converted |= {name: codes, f"{path}.SCB": absmax, f"{path}.weight_format": order}
-            module._is_hf_initialized = True
         return converted
 
 

@@ -175,7 +175,7 @@ def test_rounding_the_model_does_not_round_the_scales() -> None:
 
 
 def test_scales_of_both_layouts_give_the_same() -> None:
-    weight, bias, x = weight_and_input(torch.float32)
+    _, bias, x = weight_and_input(torch.float32)
     layer = layer_for(OutlierMode.DYNAMIC, torch.float32)
     other = Int8Linear(96, 80, dtype=torch.float32, layout=OutputFormat.COMPRESSED_TENSORS)
     other.load_state_dict({"weight": layer.weight, "bias": bias, "weight_scale": (layer.SCB / 127)[:, None]})
@@ -203,7 +203,7 @@ def test_inputs_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
 
 
 def test_input_cast_to_the_dtype_of_the_weight_is_refused() -> None:
-    with pytest.raises(TypeError, match="input of an int8 Linear is torch.int8, expected a float"):
+    with pytest.raises(TypeError, match=r"input of an int8 Linear is torch\.int8, expected a float"):
         layer_for(OutlierMode.NONE, torch.float32)(torch.ones(1, 96, dtype=torch.int8))
 
 
