@@ -10,6 +10,7 @@ from typing import Any
 
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.placement import Placement, place
 from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.checkpoint.stored_tensor import StoredTensor
 
@@ -47,6 +48,7 @@ class Inspection:
         n_parameters: elements of all tensors but scales.
         n_int8_parameters: of them in int8.
         skip_modules: those config.json tells the loader to leave alone.
+        placements: how many GPUs hold it.
     """
 
     path: str
@@ -60,6 +62,7 @@ class Inspection:
     n_parameters: int
     n_int8_parameters: int
     n_tensors_by_dtype: dict[str, int]
+    placements: tuple[Placement, ...]
     groups: tuple[TensorGroup, ...]
 
     @property
@@ -95,6 +98,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         n_parameters=sum(tensor.n_elements for tensor in parameters),
         n_int8_parameters=sum(tensor.n_elements for tensor in parameters if tensor.dtype == "I8"),
         n_tensors_by_dtype=dict(Counter(tensor.dtype for tensor in tensors).most_common()),
+        placements=place((tensor.name, tensor.n_bytes) for tensor in tensors),
         groups=_group(tensors, _reasons(source)),
     )
 

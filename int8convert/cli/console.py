@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from int8convert.checkpoint.placement import MAX_GPUS, Placement
 from int8convert.errors import Int8ConvertError
 
 _WIDTH_OF_A_PIPE = 160
@@ -114,6 +115,12 @@ def format_percent(share: float) -> str:
 
 def format_shards(n: int) -> str:
     return "1 shard" if n == 1 else f"{n:,} shards"
+
+
+def format_gpus(placements: Sequence[Placement]) -> str:
+    """4 x 24 GB, 2 x 40 GB or 1 x 80 GB."""
+    fitting = [f"{place.n_gpus} x {place.gpu_gb} GB" for place in placements if place.n_gpus is not None]
+    return " or ".join(filter(None, (", ".join(fitting[:-1]), *fitting[-1:]))) or f"more than {MAX_GPUS} x 80 GB"
 
 
 def format_seconds(seconds: float) -> str:

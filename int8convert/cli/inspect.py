@@ -9,6 +9,7 @@ import typer
 from int8convert.cli.console import (
     format_bytes,
     format_count,
+    format_gpus,
     format_percent,
     format_shards,
     print_json,
@@ -51,6 +52,7 @@ def inspect(
             + (f", threshold {found.threshold}" if found.threshold is not None else "")
             + (f", left 16-bit: {', '.join(found.skip_modules)}" if found.skip_modules else "")
         )
+        print_line(f"GPUs that hold it: {format_gpus(found.placements)}, the key-value cache aside")
         why = ("why not int8",) if any(group.reason for group in found.groups) else ()
         print_table(
             "",

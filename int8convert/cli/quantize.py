@@ -10,6 +10,7 @@ import typer
 from int8convert.cli.console import (
     format_bytes,
     format_count,
+    format_gpus,
     format_percent,
     format_seconds,
     format_shards,
@@ -203,6 +204,7 @@ def _print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
 
 
 def _dry_run(src: str, options: dict[str, Any], min_coverage: float, workers: int | None, as_json: bool) -> None:
+    from int8convert.checkpoint.placement import place
     from int8convert.conversion.estimate import estimate
     from int8convert.conversion.job import check_coverage
     from int8convert.conversion.quantize import plan
@@ -238,6 +240,9 @@ def _dry_run(src: str, options: dict[str, Any], min_coverage: float, workers: in
         f"disk: {format_bytes(conversion_plan.n_read_bytes)} read, "
         f"{format_bytes(conversion_plan.n_written_bytes)} written"
     )
+    as_source = place((tensor.source.name, tensor.source.n_bytes) for tensor in conversion_plan.tensors)
+    as_int8 = place((tensor.output_name, tensor.output_bytes) for tensor in conversion_plan.tensors)
+    print_line(f"GPUs that hold it: {format_gpus(as_int8)}; as it is now, {format_gpus(as_source)}")
     print_line(f"memory: at most about {format_bytes(costs.peak_memory_bytes)}")
     print_line(
         f"time: at least {format_seconds(costs.kernel_s)} of arithmetic on {costs.n_workers} threads, "
