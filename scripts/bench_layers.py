@@ -1,7 +1,7 @@
 """Layers: one Linear in each form that runs here, on the same input, in turns.
 
-All forms of a shape are alive at once and timed in rounds A B C A B C ..., of which the median counts: a slow drift of the
-machine meets all. Weights are random; the time of a layer depends on its outlier columns alone, and these are made.
+All forms of a shape are alive at once and timed in rounds A B C A B C ..., of which the median counts: a slow drift of
+the machine meets all. Weights are random; the time of a layer depends on its outlier columns alone, which are made.
 """
 
 import statistics
