@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from cuda_kernels.cpu.bits import narrow, widen
+from cuda_kernels.cpu.bits import widen
+from cuda_kernels.cpu.float_vectors import N_FLOATS, add, fill, load_floats, load_integers, multiply, store_narrow
 from cuda_kernels.cpu.threads import run_split
 from cuda_kernels.reference import N_STEPS
 
-N_ROWS = 32
-"""Weight rows per block: two registers of float32."""
+N_ROWS = N_FLOATS
+"""Weight rows per block."""
 
 _MIN_ELEMENTS = 1 << 18
 """Outputs that are worth a thread."""
@@ -54,29 +55,34 @@ def load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bia
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def finish_token(products, x_absmax, side_x, block, sums, y):  # type: ignore[no-untyped-def]
-    """The outputs of one token for one block of weight rows; `sums` is float32 scratch of N_ROWS."""
-    x_scale = x_absmax / np.float32(N_STEPS)
-    for r in range(N_ROWS):
-        sums[r] = np.float32(products[r]) * x_scale * block[0, r]
+def finish_token(products, x_absmax, side_x, block, spare, y):  # type: ignore[no-untyped-def]
+    """The outputs of one token for one block of weight rows; `spare` is scratch for N_ROWS outputs."""
+    row_bytes = block.strides[0]
+    scale = block.ctypes.data
+    bias, side_weight = scale + row_bytes, scale + 2 * row_bytes
+    sums = multiply(load_integers(products.ctypes.data), fill(x_absmax / np.float32(N_STEPS)))
+    sums = multiply(sums, load_floats(scale))
     for j in range(side_x.size):
-        for r in range(N_ROWS):
-            sums[r] += side_x[j] * block[2 + j, r]
-    for r in range(y.size):
-        y[r] = narrow(sums[r] + block[1, r], y[r])
+        sums = add(sums, multiply(fill(side_x[j]), load_floats(side_weight + j * row_bytes)))
+    sums = add(sums, load_floats(bias))
+    if y.size == N_ROWS:
+        store_narrow(sums, y.ctypes.data, y[0])
+    else:
+        store_narrow(sums, spare.ctypes.data, spare[0])
+        y[:] = spare[: y.size]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, begin, end, y):  # type: ignore[no-untyped-def]
     weight_codes, weight_absmax, outlier_weight = weight
     block = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
-    sums, rows = np.empty(N_ROWS, np.float32), np.zeros(N_ROWS, np.int32)
+    rows, spare = np.zeros(N_ROWS, np.int32), np.empty(N_ROWS, y.dtype)
     for n in range(begin, end, N_ROWS):
         stop = min(n + N_ROWS, end)
         load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, block)
         for t in range(products.shape[0]):
             rows[: stop - n] = products[t, n:stop]
-            finish_token(rows, x_absmax[t], side_x[t], block, sums, y[t, n:stop])
+            finish_token(rows, x_absmax[t], side_x[t], block, spare, y[t, n:stop])
 
 
 def dequantize_epilogue(

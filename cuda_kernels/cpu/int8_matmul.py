@@ -27,7 +27,7 @@ _MIN_PRODUCTS = 1 << 20
 def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, begin, end, y):  # type: ignore[no-untyped-def]
     weight_codes, weight_absmax, outlier_weight = weight
     block = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
-    sums, products = np.empty(N_ROWS, np.float32), np.zeros((N_TOKENS, N_ROWS), np.int32)
+    products, spare = np.zeros((N_TOKENS, N_ROWS), np.int32), np.empty(N_ROWS, y.dtype)
     n_tokens = codes.shape[0]
     for n in range(begin, end, N_ROWS):
         stop = min(n + N_ROWS, end)
@@ -36,7 +36,7 @@ def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, beg
             n_here = min(N_TOKENS, n_tokens - t)
             multiply_block(codes, offsets, t, n_here, weight_codes, n, stop - n, products)
             for i in range(n_here):
-                finish_token(products[i], x_absmax[t + i], side_x[t + i], block, sums, y[t + i, n:stop])
+                finish_token(products[i], x_absmax[t + i], side_x[t + i], block, spare, y[t + i, n:stop])
 
 
 def int8_matmul(

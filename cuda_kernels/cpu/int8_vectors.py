@@ -17,39 +17,24 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic
+
+from cuda_kernels.cpu.vector_types import VectorType, load
 
 N_LANES = 64
 """How many codes a vector holds."""
 
 OFFSET = 128
 
-_BYTES = ir.VectorType(ir.IntType(8), N_LANES)
-_SUMS = ir.VectorType(ir.IntType(32), N_LANES // 4)
 
-
-class _Vector(types.Type):  # type: ignore[misc]
-    """A Numba type that is one vector register; only intrinsics make and take it."""
-
-    def __init__(self, name: str, register: ir.VectorType) -> None:
-        self.register = register
-        super().__init__(name=name)
-
-
-@register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, data_model_manager: Any, vector: _Vector) -> None:
-        super().__init__(data_model_manager, vector, vector.register)
-
-
-_bytes = _Vector("int8x64", _BYTES)
-_sums = _Vector("int32x16", _SUMS)
+_codes = VectorType("int8x64", ir.IntType(8), N_LANES)
+_sums = VectorType("int32x16", ir.IntType(32), N_LANES // 4)
 
 
 @intrinsic
 def zero_sums(_context: Any) -> Any:
     def codegen(_cg: Any, _builder: Any, _signature: Any, _args: Any) -> Any:
-        return ir.Constant(_SUMS, None)
+        return ir.Constant(_sums.llvm, None)
 
     return _sums(), codegen
 
@@ -59,10 +44,9 @@ def load_codes(_context: Any, address: Any, offset: Any) -> Any:
     """The 64 codes from `address + offset` on, at any alignment."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(builder.add(*args), _BYTES.as_pointer())
-        return builder.load(pointer, align=1)
+        return load(builder, _codes, builder.add(*args))
 
-    return _bytes(types.intp, types.intp), codegen
+    return _codes(types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -70,10 +54,10 @@ def load_offset_codes(_context: Any, address: Any, offset: Any) -> Any:
     """The 64 codes from `address + offset` on, each plus 128, as unsigned bytes."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(builder.add(*args), _BYTES.as_pointer())
-        return builder.xor(builder.load(pointer, align=1), ir.Constant(_BYTES, [-OFFSET] * N_LANES))
+        codes = load(builder, _codes, builder.add(*args))
+        return builder.xor(codes, ir.Constant(_codes.llvm, [-OFFSET] * N_LANES))
 
-    return _bytes(types.intp, types.intp), codegen
+    return _codes(types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -84,9 +68,11 @@ def add_products(_context: Any, sums: Any, offset_codes: Any, codes: Any) -> Any
         _triple, _processor, features = context.codegen().magic_tuple()
         if "+avx512vnni" in features:
             # The signature from before LLVM 21, which later ones still take.
-            kind = ir.FunctionType(_SUMS, [_SUMS, _SUMS, _SUMS])
+            kind = ir.FunctionType(_sums.llvm, [_sums.llvm, _sums.llvm, _sums.llvm])
             dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-            return builder.call(dot, [args[0], builder.bitcast(args[1], _SUMS), builder.bitcast(args[2], _SUMS)])
+            return builder.call(
+                dot, [args[0], builder.bitcast(args[1], _sums.llvm), builder.bitcast(args[2], _sums.llvm)]
+            )
         return _add_pairs(builder, *args)
 
     return _sums(sums, offset_codes, codes), codegen
@@ -112,7 +98,7 @@ def total(_context: Any, sums: Any) -> Any:
     """The 16 sums added up: int32, wrapping."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [_SUMS])
+        kind = ir.FunctionType(ir.IntType(32), [_sums.llvm])
         add = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.add.v16i32")
         return builder.call(add, args)
 
