@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -112,6 +111,9 @@ def quantize(
     lora: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Merge this PEFT adapter's directory into the weights.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run SRC's own code if transformers has no class for the model.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, envvar="INT8CONVERT_WORKERS", help="Threads; default: one for each core.")
     ] = None,
@@ -126,9 +128,17 @@ def quantize(
 ) -> None:
     if out is None and not dry_run:
         raise typer.BadParameter("OUT is missing: name the directory to write, or pass --dry-run", param_hint="OUT")
+    shared: dict[str, Any] = {
+        "skip": skip or (),
+        "only": only or (),
+        "format": format,
+        "max_shard_size": max_shard_size,
+        "lora": lora,
+        "trust_remote_code": trust_remote_code,
+    }
     with reporting_errors(as_json):
         if dry_run:
-            _dry_run(src, skip or (), only or (), format, max_shard_size, lora, min_coverage / 100, workers, as_json)
+            _dry_run(src, shared, min_coverage / 100, workers, as_json)
             return
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -137,14 +147,10 @@ def quantize(
             report = run(
                 src,
                 out or "",
-                skip=skip or (),
-                only=only or (),
-                format=format,
+                **shared,
                 threshold=threshold,
                 min_coverage=min_coverage / 100,
-                max_shard_size=max_shard_size,
                 on_nonfinite=on_nonfinite,
-                lora=lora,
                 workers=workers,
                 device=device,
                 overwrite=overwrite,
@@ -196,22 +202,12 @@ def _print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
     )
 
 
-def _dry_run(
-    src: str,
-    skip: Sequence[str],
-    only: Sequence[str],
-    format: str,
-    max_shard_size: str | None,
-    lora: str | None,
-    min_coverage: float,
-    workers: int | None,
-    as_json: bool,
-) -> None:
+def _dry_run(src: str, options: dict[str, Any], min_coverage: float, workers: int | None, as_json: bool) -> None:
     from int8convert.conversion.estimate import estimate
     from int8convert.conversion.job import check_coverage
     from int8convert.conversion.quantize import plan
 
-    conversion_plan = plan(src, skip=skip, only=only, format=format, max_shard_size=max_shard_size, lora=lora)
+    conversion_plan = plan(src, **options)
     check_coverage(conversion_plan, min_coverage)
     costs = estimate(conversion_plan, workers)
     if as_json:
