@@ -387,7 +387,7 @@ def test_blocks_have_shared_memory_of_their_own() -> None:
 def test_blocks_that_store_different_values_to_one_address_are_reported(blocks_at_once: int) -> None:
     body = "mov.u32 %r0, %ctaid.x; {} mad.wide.u32 %rd4, %index, 4, %rd0; st.global.u32 [%rd4], %r0; ret;"
     out = np.zeros(32, np.uint32)
-    with pytest.raises(PtxError, match="another value|different values"):
+    with pytest.raises(PtxError, match=r"another value|different values"):
         run(body.format(""), out, grid=4, blocks_at_once=blocks_at_once)
     run(body.format("mov.u32 %r0, 5;"), out, grid=4, blocks_at_once=blocks_at_once)
 
