@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ptx import Memory, PtxError, execute
-from tests.ptx.snippets import HEADER, REGISTERS, evaluate, kernel
+from tests.ptx.snippets import HEADER, REGISTERS, evaluate
 from tests.ptx.toolchain import require_valid
 
 LANES = np.arange(64, dtype=np.uint32)
@@ -238,12 +238,3 @@ def test_matrices_are_loaded_row_by_row(count: int, transposed: str) -> None:
         for i in range(count):
             matrix = halves[i].T if transposed else halves[i]
             np.testing.assert_array_equal(found[lane, i], matrix[lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2])
-
-
-def test_ptxas_takes_every_instruction_tested_here() -> None:
-    bodies = ["shfl.sync.bfly.b32 %r4|%p0, %a, 1, 0x1f, 0xffffffff; mov.u32 %out, %r4;", "activemask.b32 %out;"]
-    bodies += ["vote.sync.ballot.b32 %out, !%p0, 0xffffffff;", "vote.sync.uni.pred %p1, %p0, 0xffffffff;"]
-    bodies += [f"redux.sync.{each} %out, %a, 0xffffffff;" for each in ("add.s32", "min.u32", "xor.b32")]
-    bodies += ["mov.u32 %out, %lanemask_lt;", "setp.ge.u32 %p0, %index, 24; @%p0 exit; bar.warp.sync 0xffffffff;"]
-    kernels = [kernel(body, [4], 4, f"case{i}") for i, body in enumerate(bodies)]
-    require_valid(HEADER + "\n".join(kernels), (9, 0))
