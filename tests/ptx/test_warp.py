@@ -238,3 +238,15 @@ def test_matrices_are_loaded_row_by_row(count: int, transposed: str) -> None:
         for i in range(count):
             matrix = halves[i].T if transposed else halves[i]
             np.testing.assert_array_equal(found[lane, i], matrix[lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2])
+
+
+def test_threads_exchange_from_both_sides_of_a_branch() -> None:
+    """The ISA asks for the same qualifiers and mask, not for the same instruction; compilers split loops so."""
+    body = """setp.lt.u32 %p0, %index, 7; mov.u32 %r4, 1; mov.u32 %r5, 40; @%p0 bra LOW;
+        shfl.sync.bfly.b32 %r6, %a, %r4, 31, 0xffffffff; add.u32 %out, %r6, %r5; bra END;
+        LOW: shfl.sync.bfly.b32 %out, %a, 1, 31, 0xffffffff; END:"""
+    found = evaluate(body, LANES, out=np.uint32)
+    np.testing.assert_array_equal(found, [(i ^ 1) + (40 if i >= 7 else 0) for i in range(64)])
+    other = body.replace("LOW: shfl.sync.bfly", "LOW: shfl.sync.idx")
+    with pytest.raises(PtxError, match="never come"):
+        evaluate(other, LANES, out=np.uint32)
