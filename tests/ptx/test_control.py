@@ -35,6 +35,12 @@ def test_guarded_instruction_leaves_the_others_alone() -> None:
     assert evaluate(body, LANES, out=np.uint32).tolist() == [0x21] * 7 + [0x51] * 57
 
 
+def test_guard_that_all_here_fulfil_leaves_those_elsewhere_alone() -> None:
+    body = """mov.u32 %r4, 5; setp.lt.u32 %p0, %a, 32; setp.ge.u32 %p1, %a, 0; @%p0 bra FAR;
+        @%p1 mov.u32 %r4, 9; bra END; FAR: add.u32 %r4, %r4, 1; END: mov.u32 %out, %r4;"""
+    assert evaluate(body, LANES, out=np.uint32).tolist() == [6] * 32 + [9] * 32
+
+
 @pytest.mark.parametrize("n_threads", [1, 31, 33, 95])
 def test_block_need_not_be_whole_warps(n_threads: int) -> None:
     values = np.arange(n_threads, dtype=np.uint32)

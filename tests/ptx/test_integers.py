@@ -236,6 +236,18 @@ def test_carry_joins_two_words() -> None:
         check(body, [a, b], 64, meaning)
 
 
+def test_carry_goes_through_a_word_and_out_of_it() -> None:
+    a, b = operand_sets([64, 64])
+    for name, meaning in (("add", lambda x, y: x + y >> 64), ("sub", lambda x, y: x - y >> 64)):
+        body = f"""
+            mov.b64 {{%r4, %r5}}, %a;
+            mov.b64 {{%r6, %r7}}, %b;
+            {name}.cc.u32 %r4, %r4, %r6;
+            {name}c.cc.u32 %r5, %r5, %r7;
+            {name}c.u32 %out, 0, 0;"""
+        check(body, [a, b], 32, meaning)
+
+
 def test_multiply_with_carry_makes_a_product_of_two_words() -> None:
     body = """
         mul.lo.u32 %r4, %a, %b;

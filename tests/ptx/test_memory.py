@@ -284,14 +284,16 @@ def test_vector_access_needs_the_alignment_that_is_declared() -> None:
 
 
 def test_launches_may_overwrite_each_other() -> None:
-    memory, out = Memory(), np.zeros(32, np.uint32)
+    """The first launch's block 0 and the second's block 1 store to one address: one comes after the other."""
+    text = f"""{HEADER}.visible .entry k(.param .u64 p, .param .u32 writer) {{
+        .reg .b64 %rd<2>; .reg .b32 %r<4>; .reg .pred %p0; ld.param.u64 %rd0, [p]; ld.param.u32 %r2, [writer];
+        mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; setp.ne.u32 %p0, %r1, %r2; @%p0 exit;
+        mad.wide.u32 %rd1, %r0, 4, %rd0; st.global.u32 [%rd1], %r1; ret; }}"""
+    memory, out = Memory(), np.full(32, 9, np.uint32)
     address = memory.place(out)
-    for value in (1, 2):
-        text = f"""{HEADER}.visible .entry k(.param .u64 p) {{
-            .reg .b64 %rd<2>; .reg .b32 %r<2>; ld.param.u64 %rd0, [p];
-            mov.u32 %r0, %tid.x; mad.wide.u32 %rd1, %r0, 4, %rd0; st.global.u32 [%rd1], {value}; ret; }}"""
-        execute(text, 1, 32, [address], memory)
-    assert (out == 2).all()
+    for writer in (0, 1):
+        execute(text, 2, 32, [address, writer], memory)
+        assert (out == writer).all()
 
 
 def test_bytes_moved_are_counted() -> None:

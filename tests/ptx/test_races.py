@@ -55,6 +55,15 @@ def test_read_by_several_threads_is_not_forgotten() -> None:
         shared(body.format(writer, "bar.sync 0; @%p0 st.shared.u32 [%rd4], 4;"), block=64)
 
 
+def test_read_by_another_warp_is_not_hidden_by_the_own_warp_s() -> None:
+    """All read one word; a barrier of the second warp orders its own reads before its write, not the first warp's."""
+    body = """setp.eq.u32 %p0, %index, 40; @%p0 st.shared.u32 [%rd4], 3; bar.sync 0; {}
+        ld.shared.u32 %r0, [%rd4]; DONE: bar.warp.sync 0xffffffff; @%p0 st.shared.u32 [%rd4], 4;"""
+    with pytest.raises(PtxError, match="races with another thread"):
+        shared(body.format(""), block=64)
+    shared(body.format("setp.lt.u32 %p1, %index, 32; @%p1 bra DONE;"), block=64)
+
+
 def test_two_writers_race_unless_they_agree() -> None:
     to_one = (
         "mov.u32 %r0, {}; setp.lt.u32 %p0, %index, 32; @%p0 st.shared.u32 [%rd4], 1; @!%p0 st.shared.u32 [%rd4], %r0;"
