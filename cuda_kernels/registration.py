@@ -92,9 +92,13 @@ def _run_int8_linear(
 ) -> Any:
     check_layer(x, weight_codes, weight_absmax, outlier_columns, outlier_weight, bias, threshold, capacity)
     tokens = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    device = x.device.type
-    quantized = _kernel("activation_quantize", device)(tokens, outlier_columns, threshold, capacity)
-    y = _kernel("int8_matmul", device)(*quantized, weight_codes, weight_absmax, outlier_weight, bias)
+    rule, device = (threshold, capacity), x.device.type
+    if device == "cpu":
+        weight = (weight_codes, weight_absmax, outlier_columns, outlier_weight, bias)
+        y = _kernel("int8_linear", device)(tokens, *weight, *rule)
+    else:
+        quantized = _kernel("activation_quantize", device)(tokens, outlier_columns, *rule)
+        y = _kernel("int8_matmul", device)(*quantized, weight_codes, weight_absmax, outlier_weight, bias)
     return y.view(*x.shape[:-1], weight_codes.shape[0])
 
 
