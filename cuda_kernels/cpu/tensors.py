@@ -42,7 +42,7 @@ def row_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_rows = weight.shape[0]
     codes, absmax = torch.empty(weight.shape, dtype=torch.int8), torch.empty(n_rows)
     signal, noise = torch.empty(n_rows, dtype=torch.float64), torch.empty(n_rows, dtype=torch.float64)
-    bits, arrays = _bits(weight.contiguous()), [_array(t) for t in (codes, absmax, signal, noise)]
+    bits, arrays = _bits(weight), [_array(t) for t in (codes, absmax, signal, noise)]
 
     def quantize(begin: int, end: int) -> None:
         cpu.row_quantize(bits[begin:end], *(array[begin:end] for array in arrays))
@@ -60,7 +60,7 @@ def activation_quantize(
     outlier_x, found_x = x.new_empty((n_tokens, outlier_columns.shape[0])), x.new_empty((n_tokens, capacity))
     found_columns, n_found = torch.empty(capacity, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
     cpu.activation_quantize(
-        _bits(x if x.stride(1) == 1 else x.contiguous()),
+        _bits(x),
         _array(outlier_columns.contiguous()),
         threshold,
         _array(codes),
@@ -140,7 +140,7 @@ def int8_linear(
 ) -> Tensor:
     """See `ops.int8_linear`; x is [M, K]. What lies between the two operations never becomes a tensor."""
     (n_tokens, n_columns), n_threads = x.shape, torch.get_num_threads()
-    bits = _bits(x if x.stride(1) == 1 else x.contiguous())
+    bits = _bits(x)
     columns = _array(outlier_columns.contiguous())
     quantized = (
         np.empty((n_tokens, n_columns), np.int8),
