@@ -115,7 +115,7 @@ class Reference:
         found_x = np.zeros(found.found_x.shape, x.dtype)
         taken = found.found_columns[: int(found.n_found[0])]
         found_x[:, : taken.size] = x[:, taken]
-        return found._replace(outlier_x=x[:, outlier_columns], found_x=found_x)
+        return found._replace(outlier_x=np.ascontiguousarray(x[:, outlier_columns]), found_x=found_x)
 
 
 class Cpu:
