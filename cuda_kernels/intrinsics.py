@@ -1,6 +1,6 @@
 """Instructions that Numba-CUDA has no name for; all inline PTX of this package is here, so that a move stays cheap.
 
-Pointers are `CPointer(T)` arguments of a kernel, offsets count elements of T, and the element type names the format,
+Pointers are `CPointer(T)` arguments of a kernel, or shared arrays where this says so; offsets count elements of T, and the element type names the format,
 as in `cpu.BITS_DTYPE`: uint16 is fp16, int16 is bf16, uint32 and float32 are fp32. Vectors are words: uint32, little
 endian, the value with the lower index in the lower bits. An address must be a multiple of what is moved.
 
@@ -16,6 +16,7 @@ from typing import Any
 from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.core.targetconfig import ConfigStack
+from numba.cuda.core.errors import TypingError
 from numba.cuda.extending import intrinsic
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -71,18 +72,22 @@ permute_bytes = _instruction(
 """permute_bytes(a, b, selector): four of the eight bytes b:a, one hexadecimal digit each, the lowest byte's first."""
 
 
+def _max_u16x2(builder: Any, a: Any, b: Any) -> Any:
+    if ConfigStack.top_or_none().compute_capability >= (9, 0):
+        return _call(builder, "max.u16x2 $0, $1, $2;", "r", _I32, "rr", [a, b])
+    halves = []
+    for mask in (0xFFFF, 0xFFFF0000):
+        x, y = (builder.and_(word, ir.Constant(_I32, mask)) for word in (a, b))
+        halves.append(builder.select(builder.icmp_unsigned(">", x, y), x, y))
+    return builder.or_(*halves)
+
+
 @intrinsic
 def max_u16x2(_context: Any, a: Any, b: Any) -> Any:
-    """The larger of each half, as uint16: one instruction from sm_90 on, five before."""
+    """The larger of each half, as uint16: one instruction from sm_90 on, seven before."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        if ConfigStack.top_or_none().compute_capability >= (9, 0):
-            return _call(builder, "max.u16x2 $0, $1, $2;", "r", _I32, "rr", args)
-        halves = []
-        for mask in (0xFFFF, 0xFFFF0000):
-            x, y = (builder.and_(arg, ir.Constant(_I32, mask)) for arg in args)
-            halves.append(builder.select(builder.icmp_unsigned(">", x, y), x, y))
-        return builder.or_(*halves)
+        return _max_u16x2(builder, *args)
 
     return types.uint32(types.uint32, types.uint32), codegen
 
@@ -150,6 +155,34 @@ float_as_bf16 = _conversion("float_as_bf16", types.uint32, types.float32, _narro
 
 
 @intrinsic
+def element_bytes(_context: Any, pointer: Any) -> Any:
+    """element_bytes(pointer) -> uint32, a constant: branches on it cost nothing."""
+
+    def codegen(_cg: Any, _builder: Any, _signature: Any, _args: Any) -> Any:
+        return ir.Constant(_I32, pointer.dtype.bitwidth // 8)
+
+    return types.uint32(pointer), codegen
+
+
+@intrinsic
+def larger_magnitudes(_context: Any, pointer: Any, largest: Any, word: Any) -> Any:
+    """larger_magnitudes(pointer, largest, word) -> uint32: of each value in a word, the larger magnitude's bits.
+
+    The bits of IEEE numbers without their sign are ordered as the magnitudes are, infinity and then NaN at the top.
+    One maximum and one mask: from sm_90 on for two 16-bit values at once, before that for each.
+    """
+
+    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        is_wide = pointer.dtype.bitwidth == 32
+        magnitudes = builder.and_(args[2], ir.Constant(_I32, 0x7FFFFFFF if is_wide else 0x7FFF7FFF))
+        if not is_wide:
+            return _max_u16x2(builder, args[1], magnitudes)
+        return builder.select(builder.icmp_unsigned(">", args[1], magnitudes), args[1], magnitudes)
+
+    return types.uint32(pointer, types.uint32, types.uint32), codegen
+
+
+@intrinsic
 def low_as_float(_context: Any, pointer: Any, word: Any) -> Any:
     """low_as_float(pointer, word) -> float32: the lower half of a word, in the 16-bit format of the pointer."""
 
@@ -174,11 +207,15 @@ def high_as_float(_context: Any, pointer: Any, word: Any) -> Any:
 # Memory.
 
 
-def _address(builder: Any, pointer: Any, index_type: Any, index: Any, target: Any) -> Any:
+def _address(context: Any, builder: Any, signature: Any, args: Any, target: Any) -> Any:
+    """Where the second argument's element of the first is, as a pointer to `target`."""
+    owner, index = args[0], args[1]
     # A narrow index would be sign-extended by the address computation, unsigned or not.
     if index.type.width < 64:
-        index = (builder.sext if index_type.signed else builder.zext)(index, _I64)
-    return builder.bitcast(builder.gep(pointer, [index]), ir.PointerType(target))
+        index = (builder.sext if signature.args[1].signed else builder.zext)(index, _I64)
+    if isinstance(signature.args[0], types.Array):
+        owner = context.make_array(signature.args[0])(context, builder, owner).data
+    return builder.bitcast(builder.gep(owner, [index]), ir.PointerType(target))
 
 
 def _tuple(context: Any, builder: Any, signature: Any, made: Any, n: int) -> Any:
@@ -188,13 +225,13 @@ def _tuple(context: Any, builder: Any, signature: Any, made: Any, n: int) -> Any
 def _load(name: str, n_words: int, ptx: str) -> Any:
     def typed(_context: Any, pointer: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            address = _address(builder, args[0], signature.args[1], args[1], ir.VectorType(_I32, n_words))
+            address = _address(context, builder, signature, args, ir.VectorType(_I32, n_words))
             if not ptx:
                 vector = builder.load(address, align=4 * n_words)
                 words = [builder.extract_element(vector, ir.Constant(_I32, k)) for k in range(n_words)]
                 return context.make_tuple(builder, signature.return_type, words)
             address = builder.ptrtoint(address, _I64)
-            words = _call(builder, ptx, "r" * n_words, ir.LiteralStructType([_I32] * n_words), "l", [address], True)
+            words = _call(builder, ptx, "r" * n_words, ir.LiteralStructType([_I32] * n_words), "l", [address])
             return _tuple(context, builder, signature, words, n_words)
 
         return types.UniTuple(types.uint32, n_words)(pointer, index), codegen
@@ -204,17 +241,17 @@ def _load(name: str, n_words: int, ptx: str) -> Any:
 
 load_8_bytes = _load("load_8_bytes", 2, "")
 load_16_bytes = _load("load_16_bytes", 4, "")
-"""load_16_bytes(pointer, index) -> 4 words. Of global or shared memory; the next two are of global memory alone."""
+"""load_16_bytes(pointer, index) -> 4 words; the pointer may be a shared array."""
 
 stream_8_bytes = _load("stream_8_bytes", 2, "ld.global.nc.L1::no_allocate.v2.b32 {$0,$1}, [$2];")
 stream_16_bytes = _load("stream_16_bytes", 4, "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];")
-"""stream_16_bytes(pointer, index) -> 4 words that no one writes during this launch, and that are read once."""
+"""stream_16_bytes(pointer, index) -> 4 words of global memory that are read once, and that this launch does not write."""
 
 
 def _store(name: str, n_words: int, ptx: str) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = ir.VectorType(_I32, n_words)
-        address = _address(builder, args[0], signature.args[1], args[1], vector)
+        address = _address(context, builder, signature, args, vector)
         if ptx:
             operands = [builder.ptrtoint(address, _I64), *args[2:]]
             _call(builder, ptx, "", ir.VoidType(), "l" + "r" * n_words, operands, True)
@@ -234,7 +271,7 @@ def _store(name: str, n_words: int, ptx: str) -> Any:
 store_4_bytes = _store("store_4_bytes", 1, "")
 store_8_bytes = _store("store_8_bytes", 2, "")
 store_16_bytes = _store("store_16_bytes", 4, "")
-"""store_16_bytes(pointer, index, *words)."""
+"""store_16_bytes(pointer, index, *words); the pointer may be a shared array."""
 
 stream_store_4_bytes = _store("stream_store_4_bytes", 1, "st.global.cs.b32 [$0], $1;")
 stream_store_8_bytes = _store("stream_store_8_bytes", 2, "st.global.cs.v2.b32 [$0], {$1,$2};")
@@ -249,9 +286,9 @@ stream_store_16_bytes = _store("stream_store_16_bytes", 4, "st.global.cs.v4.b32 
 def load_float(_context: Any, pointer: Any, index: Any) -> Any:
     """load_float(pointer, index) -> float32, exactly."""
 
-    def codegen(_cg: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         stored = ir.IntType(pointer.dtype.bitwidth)
-        bits = builder.load(_address(builder, args[0], signature.args[1], args[1], stored))
+        bits = builder.load(_address(context, builder, signature, args, stored))
         return _widen(builder, pointer.dtype, bits if stored.width == 32 else builder.zext(bits, _I32))
 
     return types.float32(pointer, index), codegen
@@ -265,7 +302,7 @@ def store_float(_context: Any, pointer: Any, index: Any, x: Any) -> Any:
         stored = ir.IntType(pointer.dtype.bitwidth)
         bits = _narrow(builder, pointer.dtype, args[2])
         bits = bits if stored.width == 32 else builder.trunc(bits, stored)
-        builder.store(bits, _address(builder, args[0], signature.args[1], args[1], stored))
+        builder.store(bits, _address(context, builder, signature, args, stored))
         return context.get_dummy_value()
 
     return types.void(pointer, index, types.float32), codegen
@@ -275,7 +312,9 @@ def store_float(_context: Any, pointer: Any, index: Any, x: Any) -> Any:
 
 
 def _shuffle(name: str, mode: str, clamp: str) -> Any:
-    def typed(_context: Any, value: Any, lane: Any) -> Any:
+    def typed(_context: Any, value: Any, _lane: Any) -> Any:
+        if value not in _LETTER or _IR[value] == _I64:
+            raise TypingError(f"{name} moves 32 bits, not {value}; uint32 + uint32 is uint64 in Numba")
         ptx = f"shfl.sync.{mode}.b32 $0, $1, $2, {clamp}, 0xffffffff;"
 
         def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 OLDEST_CAPABILITY = (7, 5)
 """Turing: what the CUDA 13 toolkit still compiles for."""
 
-DEFAULT_SHARED_BYTES = 48 * 1024
-"""Dynamic shared memory that a kernel may have without asking."""
-
 _FIELD = {"uint32": "I", "int32": "i", "uint64": "Q", "int64": "q", "float32": "f"}
 
 
@@ -215,7 +212,7 @@ class _Function:
         assert entry, "PTX without an entry"
         self._module = _check(driver.cuModuleLoadData(ptx.encode() + b"\0"))
         self._function = _check(driver.cuModuleGetFunction(self._module, entry[1].encode()))
-        self._most_shared = DEFAULT_SHARED_BYTES
+        self._most_shared = 0
 
     def launch(self, launch: Launch, stream: int) -> None:
         if launch.shared_bytes > self._most_shared:
