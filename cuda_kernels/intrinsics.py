@@ -1,8 +1,8 @@
 """Instructions that Numba-CUDA has no name for; all inline PTX of this package is here, so that a move stays cheap.
 
-Pointers are `CPointer(T)` arguments of a kernel, or shared arrays where this says so; offsets count elements of T, and the element type names the format,
-as in `cpu.BITS_DTYPE`: uint16 is fp16, int16 is bf16, uint32 and float32 are fp32. Vectors are words: uint32, little
-endian, the value with the lower index in the lower bits. An address must be a multiple of what is moved.
+Pointers are `CPointer(T)` arguments of a kernel, or shared arrays where that is said; indices count elements of T, and
+T names the format, as in `cpu.BITS_DTYPE`: uint16 is fp16, int16 is bf16, uint32 and float32 are fp32. Vectors are
+words: uint32, the value with the lower index in the lower bits. An address must be a multiple of what is moved.
 
 Each is code generation, done anew for every kernel and compute capability. Importing this module needs numba-cuda, but
 no device.
@@ -15,8 +15,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba.cuda import types
-from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.core.errors import TypingError
+from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -245,7 +245,7 @@ load_16_bytes = _load("load_16_bytes", 4, "")
 
 stream_8_bytes = _load("stream_8_bytes", 2, "ld.global.nc.L1::no_allocate.v2.b32 {$0,$1}, [$2];")
 stream_16_bytes = _load("stream_16_bytes", 4, "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];")
-"""stream_16_bytes(pointer, index) -> 4 words of global memory that are read once, and that this launch does not write."""
+"""stream_16_bytes(pointer, index) -> 4 words, read around L1, of global memory that this launch does not write."""
 
 
 def _store(name: str, n_words: int, ptx: str) -> Any:

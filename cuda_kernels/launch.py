@@ -98,16 +98,21 @@ def run(launches: Iterable[Launch], device: torch.device) -> None:
     import torch
 
     stream = torch.cuda.current_stream(device).cuda_stream
-    with _current(device) as held:
+    with _held(_index(device)) as held:
         for launch in launches:
             launch.kernel.loaded(held).launch(launch, stream)
 
 
 def load(kernels: Iterable[Kernel], device: torch.device) -> None:
     """Compile and load kernels, as a first `run` would do; loading is not allowed while a CUDA graph is captured."""
-    with _current(device) as held:
+    with _held(_index(device)) as held:
         for kernel in kernels:
             kernel.loaded(held)
+
+
+def most_shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may have on a device, static and dynamic together."""
+    return _held(_index(device)).most_shared_bytes
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
@@ -123,7 +128,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
     if not torch.cuda.is_available():
         return "torch sees no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
-    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    index = _index(device or torch.device("cuda"))
     if index >= torch.cuda.device_count():
         return f"there are {torch.cuda.device_count()} CUDA devices, and cuda:{index} is not one of them"
     capability = torch.cuda.get_device_capability(index)
@@ -180,7 +185,10 @@ class _Device:
         self.index = index
         self.capability = torch.cuda.get_device_capability(index)
         self._driver = driver
-        self._context = _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(index))))
+        handle = _check(driver.cuDeviceGet(index))
+        self._context = _check(driver.cuDevicePrimaryCtxRetain(handle))
+        shared = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        self.most_shared_bytes: int = _check(driver.cuDeviceGetAttribute(shared, handle))
 
     def __enter__(self) -> _Device:
         # A thread that has not used torch's CUDA yet has no current context, and any thread may be at another device.
@@ -194,10 +202,10 @@ class _Device:
 _held = functools.cache(_Device)
 
 
-def _current(device: torch.device) -> _Device:
+def _index(device: torch.device) -> int:
     import torch
 
-    return _held(torch.cuda.current_device() if device.index is None else device.index)
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 class _Function:

@@ -42,7 +42,7 @@ from cuda_kernels.intrinsics import (
     stream_store_4_bytes,
     stream_store_8_bytes,
 )
-from cuda_kernels.launch import Kernel, Launch, run
+from cuda_kernels.launch import Kernel, Launch, most_shared_bytes, run
 from cuda_kernels.reductions import block_max, block_sum, warp_max, warp_sum
 from cuda_kernels.reference import N_STEPS
 
@@ -67,7 +67,7 @@ STATIC_SHARED_BYTES = 1024
 
 ROUNDER = f32(3 << 22)
 """x + 1.5 * 2^23 has no bits for a fraction: the sum rounds x to an integer, ties to even, and holds it, modulo 256, in
-its lowest byte. For |x| < 2^22. Two additions, where converting to an integer and back runs at half their rate or less."""
+its lowest byte. For |x| < 2^22. Two additions, where a conversion and one back run at half their rate or less."""
 
 FLOAT_MAX = np.finfo(f32).max
 SIGN_CLEARED = u32(0x7FFFFFFF)
@@ -282,10 +282,7 @@ def launches(
 
 def kept_bytes_of(device: torch.device) -> int:
     """How much of a row a block keeps in shared memory on a device."""
-    import torch
-
-    most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return min(most - STATIC_SHARED_BYTES, MOST_KEPT_BYTES)
+    return min(most_shared_bytes(device) - STATIC_SHARED_BYTES, MOST_KEPT_BYTES)
 
 
 class QuantizedRows(NamedTuple):
@@ -311,8 +308,8 @@ def row_quantize(weight: torch.Tensor) -> QuantizedRows:
     dtype = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}.get(weight.dtype)
     if dtype is None or weight.dim() != 2 or not weight.is_cuda or (weight.shape[1] > 1 and weight.stride(1) != 1):
         raise ValueError(
-            "weight must be float16, bfloat16 or float32 [rows, columns] on a CUDA device, a row's values side by side, "
-            f"not {weight.dtype} {tuple(weight.shape)} with strides {weight.stride()} on {weight.device}"
+            "weight must be float16, bfloat16 or float32 [rows, columns] on a CUDA device, its last stride 1, "
+            f"not {weight.dtype} {tuple(weight.shape)} on {weight.device} with strides {weight.stride()}"
         )
     rows, columns = weight.shape
     codes = torch.empty((rows, columns), dtype=torch.int8, device=weight.device)
