@@ -118,6 +118,9 @@ class Reference:
 class Cpu:
     """The Numba kernels of `cuda_kernels.cpu`."""
 
+    def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+
     def row_quantize(self, weight: Bits, dtype: str) -> QuantizedRows:
         outputs, rows = Outputs(), weight.shape[0]
         result = QuantizedRows(
@@ -130,9 +133,61 @@ class Cpu:
         outputs.check()
         return result
 
+    def activation_quantize(
+        self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
+    ) -> QuantizedActivations:
+        outputs, n_tokens = Outputs(), x.shape[0]
+        bits = cpu.BITS_DTYPE[dtype]
+        result = QuantizedActivations(
+            outputs.empty(x.shape, np.int8),
+            outputs.empty((n_tokens,), np.float32),
+            outputs.empty((n_tokens, outlier_columns.size), bits),
+            outputs.empty((capacity,), np.int32),
+            outputs.empty((1,), np.int32),
+            outputs.empty((n_tokens, capacity), bits),
+        )
+        cpu.activation_quantize(x.view(bits), outlier_columns, threshold, *result, n_threads=self._n_threads)
+        outputs.check()
+        return result._replace(outlier_x=result.outlier_x.view(x.dtype), found_x=result.found_x.view(x.dtype))
+
+    def int8_matmul(
+        self,
+        x: QuantizedActivations,
+        dtype: str,
+        weight_codes: npt.NDArray[np.int8],
+        weight_absmax: npt.NDArray[np.float32],
+        outlier_weight: Bits,
+        bias: Bits | None,
+    ) -> Bits:
+        outputs, bits = Outputs(), cpu.BITS_DTYPE[dtype]
+        y = outputs.empty((x.codes.shape[0], weight_absmax.size), outlier_weight.dtype)
+        x = x._replace(outlier_x=x.outlier_x.view(bits), found_x=x.found_x.view(bits))
+        weight = (weight_codes, weight_absmax, outlier_weight.view(bits), bias if bias is None else bias.view(bits))
+        cpu.int8_matmul(*x, *weight, y.view(bits), n_threads=self._n_threads)
+        outputs.check()
+        return y
+
+    def dequantize_epilogue(
+        self,
+        products: npt.NDArray[np.int32],
+        x: QuantizedActivations,
+        dtype: str,
+        weight_codes: npt.NDArray[np.int8],
+        weight_absmax: npt.NDArray[np.float32],
+        outlier_weight: Bits,
+        bias: Bits | None,
+    ) -> Bits:
+        outputs, bits = Outputs(), cpu.BITS_DTYPE[dtype]
+        y = outputs.empty(products.shape, outlier_weight.dtype)
+        x = x._replace(outlier_x=x.outlier_x.view(bits), found_x=x.found_x.view(bits))
+        weight = (weight_codes, weight_absmax, outlier_weight.view(bits), bias if bias is None else bias.view(bits))
+        cpu.dequantize_epilogue(products, *x[1:], *weight, y.view(bits), n_threads=self._n_threads)
+        outputs.check()
+        return y
+
 
 BACKENDS: dict[str, tuple[object, list[pytest.MarkDecorator]]] = {
-    "cpu": (Cpu(), []),
+    "cpu": (Cpu(n_threads=1), []),
 }
 """id -> the adapter and the marks its tests carry."""
 
