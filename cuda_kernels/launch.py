@@ -140,7 +140,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
     index = _index(device or torch.device("cuda"))
     n_devices = torch.cuda.device_count()
     if index >= n_devices:
-        return f"torch sees {n_devices} CUDA device{'s'[: n_devices > 1]}, and cuda:{index} is not among them"
+        return f"torch sees {n_devices} CUDA device{'' if n_devices == 1 else 's'}, and cuda:{index} is not among them"
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_CAPABILITY:
         return "compute capability {}.{} is older than {}.{}".format(*capability, *OLDEST_CAPABILITY)

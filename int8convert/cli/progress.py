@@ -18,6 +18,7 @@ from int8convert.cli.console import (
     wants_live_display,
 )
 from int8convert.conversion.events import (
+    DeviceChosen,
     Event,
     EventSink,
     PlanMade,
@@ -70,12 +71,18 @@ def _announce(plan: ConversionPlan) -> None:
     )
 
 
+def _announce_device(device: str, reason: str) -> None:
+    note(f"quantizing on the {device}: {reason}; --device says otherwise")
+
+
 def _plain_progress() -> EventSink:
     counter = _Counter()
 
     def on_event(event: Event) -> None:
         counter.add(event)
         match event:
+            case DeviceChosen(device, reason):
+                _announce_device(device, reason)
             case PlanMade(plan):
                 _announce(plan)
             case ShardSkipped(i=i, n=n, shard=shard):
@@ -103,6 +110,8 @@ def _live_progress() -> Iterator[EventSink]:
     def on_event(event: Event) -> None:
         counter.add(event)
         match event:
+            case DeviceChosen(device, reason):
+                _announce_device(device, reason)
             case PlanMade(plan):
                 _announce(plan)
                 progress.reset(task, total=plan.n_read_bytes)

@@ -12,6 +12,14 @@ from int8convert.conversion.plan import ConversionPlan, PlannedShard, PlannedTen
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceChosen:
+    """`auto` chose a device, for a reason; comes first, and not where the device was asked for."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PlanMade:
     """Everything is decided and checked; the first byte is about to be written."""
 
@@ -70,5 +78,5 @@ class ShardSkipped:
     shard: PlannedShard
 
 
-Event = PlanMade | ShardSkipped | ShardStarted | TensorQuantized | TensorKept | ShardFinished
+Event = DeviceChosen | PlanMade | ShardSkipped | ShardStarted | TensorQuantized | TensorKept | ShardFinished
 EventSink = Callable[[Event], None]
