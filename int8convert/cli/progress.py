@@ -17,8 +17,8 @@ from int8convert.cli.console import (
     stderr,
     wants_live_display,
 )
+from int8convert.conversion.device import Device
 from int8convert.conversion.events import (
-    DeviceChosen,
     Event,
     EventSink,
     PlanMade,
@@ -61,7 +61,9 @@ def showing_progress(quiet: bool, as_json: bool) -> Iterator[EventSink]:
         yield _plain_progress()
 
 
-def _announce(plan: ConversionPlan) -> None:
+def _announce(plan: ConversionPlan, device: Device) -> None:
+    if device.reason:
+        note(f"quantizing on {device.name}: {device.reason}; --device chooses otherwise")
     for text in plan.model_map.notes:
         note(text)
     stderr.print(
@@ -71,20 +73,14 @@ def _announce(plan: ConversionPlan) -> None:
     )
 
 
-def _announce_device(device: str, reason: str) -> None:
-    note(f"quantizing on the {device}: {reason}; --device says otherwise")
-
-
 def _plain_progress() -> EventSink:
     counter = _Counter()
 
     def on_event(event: Event) -> None:
         counter.add(event)
         match event:
-            case DeviceChosen(device, reason):
-                _announce_device(device, reason)
-            case PlanMade(plan):
-                _announce(plan)
+            case PlanMade(plan, device):
+                _announce(plan, device)
             case ShardSkipped(i=i, n=n, shard=shard):
                 stderr.print(f"shard {i + 1} of {n}: {shard.file_name} is done from an earlier run")
             case ShardFinished(i=i, n=n, shard=shard):
@@ -110,10 +106,8 @@ def _live_progress() -> Iterator[EventSink]:
     def on_event(event: Event) -> None:
         counter.add(event)
         match event:
-            case DeviceChosen(device, reason):
-                _announce_device(device, reason)
-            case PlanMade(plan):
-                _announce(plan)
+            case PlanMade(plan, device):
+                _announce(plan, device)
                 progress.reset(task, total=plan.n_read_bytes)
             case ShardSkipped(i=i, n=n, shard=shard):
                 note(f"shard {i + 1} of {n}, {shard.file_name}, is done from an earlier run")

@@ -169,7 +169,7 @@ def _print_report(report: ConversionReport) -> None:
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
         f"({format_percent(report.n_written_bytes / max(1, report.n_read_bytes))}) "
-        f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)} on {_the(report.device)}, "
+        f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)} on {report.device}, "
         f"{format_bytes(report.n_read_bytes / report.elapsed_s)}/s"
     )
     print_table(
@@ -183,10 +183,6 @@ def _print_report(report: ConversionReport) -> None:
     _print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
     for name, n in report.non_finite.items():
         note(f"'{name}' was kept and holds {n:,} values that are NaN or infinite")
-
-
-def _the(device: str) -> str:
-    return "the cpu" if device == "cpu" else device
 
 
 def _decibels(value: float) -> str:

@@ -8,22 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from int8convert.conversion.device import CPU, Device
 from int8convert.conversion.plan import ConversionPlan, PlannedShard, PlannedTensor
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceChosen:
-    """`auto` chose a device, for a reason; comes first, and not where the device was asked for."""
-
-    device: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class PlanMade:
-    """Everything is decided and checked; the first byte is about to be written."""
+    """Everything is decided and checked; the first byte is about to be written.
+
+    device: where rows are quantized, and why, if no one asked for it.
+    """
 
     plan: ConversionPlan
+    device: Device = CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,5 +75,5 @@ class ShardSkipped:
     shard: PlannedShard
 
 
-Event = DeviceChosen | PlanMade | ShardSkipped | ShardStarted | TensorQuantized | TensorKept | ShardFinished
+Event = PlanMade | ShardSkipped | ShardStarted | TensorQuantized | TensorKept | ShardFinished
 EventSink = Callable[[Event], None]

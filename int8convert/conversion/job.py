@@ -159,7 +159,7 @@ class Conversion:
         self._output.check_room(plan)
         done = {s.file_name: records[s.file_name] for s in plan.shards if self._is_done(s, records)}
         self._output.begin(done, len(plan.shards))
-        pipeline.emit(PlanMade(plan))
+        pipeline.emit(PlanMade(plan, pipeline.device))
         return done
 
     def _is_done(self, shard: PlannedShard, records: Mapping[str, ShardRecord]) -> bool:

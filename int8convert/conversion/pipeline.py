@@ -70,10 +70,11 @@ class Pipeline:
         out: the directory, which exists.
         n_workers: threads, at least 1.
         emit: told what happens, one event at a time.
-        device: where rows are quantized.
+        device: where rows are quantized; an attribute, too.
     """
 
     def __init__(self, manifest: Manifest, out: Path, n_workers: int, emit: EventSink, device: Device = CPU) -> None:
+        self.device = device
         self._manifest = manifest
         self._out = out
         self._sink = emit

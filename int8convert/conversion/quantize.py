@@ -13,15 +13,7 @@ from int8convert.checkpoint.adapter import open_adapter
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import open_source
 from int8convert.conversion.device import choose_device
-from int8convert.conversion.events import (
-    DeviceChosen,
-    Event,
-    EventSink,
-    PlanMade,
-    ShardFinished,
-    TensorKept,
-    TensorQuantized,
-)
+from int8convert.conversion.events import Event, EventSink, PlanMade, ShardFinished, TensorKept, TensorQuantized
 from int8convert.conversion.fp8 import is_fp8
 from int8convert.conversion.job import Conversion, PlanInTheMaking, conversion_request
 from int8convert.conversion.model_map import ModuleFilter, check_config
@@ -141,8 +133,6 @@ def quantize(
         report(event)
         sink(event)
 
-    if device_used.reason:
-        emit(DeviceChosen(device_used.name, device_used.reason))
     modules = ModuleFilter(tuple(skip), tuple(only), output_format)
     job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter)
     with output.in_use():
