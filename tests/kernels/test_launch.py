@@ -167,18 +167,47 @@ def test_ptx_made_before_is_not_made_again() -> None:
 
 
 def test_whatever_decides_the_ptx_is_in_its_key() -> None:
-    def with_constant(constant: int) -> Any:
+    def with_constant(constant: object) -> Any:
         return lambda x: constant
 
-    def ask(function: Any, settings: object, text: str) -> str:
-        return ptx_cache.remembered(function, settings, lambda: text)
+    def calling(constant: int) -> Any:
+        helper = cuda.jit(device=True, inline="always")(with_constant(constant))
+        return lambda x: helper(x)
 
-    assert ask(with_constant(1), "a", "first") == "first"
-    assert ask(with_constant(1), "a", "unused") == "first"
-    assert ask(with_constant(2), "a", "second") == "second"
-    assert ask(with_constant(1), "b", "third") == "third"
-    assert ask(lambda x: x + 1, "a", "fourth") == "fourth"
-    assert ask(lambda x: x + 2, "a", "fifth") == "fifth"
+    asked = [
+        (with_constant(1), "a"),
+        (with_constant(2), "a"),
+        (with_constant((1, np.float32(2), types.int32)), "a"),
+        (with_constant((1, np.float32(3), types.int32)), "a"),
+        (with_constant((1, np.float32(2), types.int64)), "a"),
+        (with_constant(1), "b"),
+        (with_constant(1), (types.int32, 128)),
+        (calling(1), "a"),
+        (calling(2), "a"),
+        (lambda x: x + 1, "a"),
+        (lambda x: x + 2, "a"),
+        (lambda x: x - 1, "a"),
+    ]
+    for text in ("first", "second"):
+        made = [
+            ptx_cache.remembered(f, settings, lambda i=i, text=text: f"{text} {i}")
+            for i, (f, settings) in enumerate(asked)
+        ]
+        assert made == [f"first {i}" for i in range(len(asked))]
+
+
+def test_what_cannot_be_told_apart_is_not_remembered() -> None:
+    unknown = SimpleNamespace()
+    for text in ("first", "second"):
+        assert ptx_cache.remembered(lambda x: unknown, "", lambda text=text: text) == text
+
+
+def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptx_cache, "MAX_FILES", 3)
+    for i in range(6):
+        ptx_cache.remembered(add, i, lambda: "text")
+        assert len(list(ptx_cache.cache_folder().iterdir())) == min(i + 1, 3)
+    assert ptx_cache.remembered(add, 5, lambda: "again") == "text"
 
 
 def test_cache_that_cannot_be_written_is_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
