@@ -56,7 +56,7 @@ class Device:
         import torch
         from cuda.bindings import driver, nvrtc
 
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
         self.index = index
         self.driver = driver
         known = [divmod(each, 10) for each in check(nvrtc.nvrtcGetSupportedArchs())]

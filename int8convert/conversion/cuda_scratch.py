@@ -37,14 +37,14 @@ class CudaStream:
 
         self._torch = torch
         self._device = torch.device(name)
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self._device)
         # The thread is to sleep while it waits: there are others that hash and write.
-        self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._done = torch.cuda.Event(blocking=True)
         self._entered = torch.cuda.stream(self._stream)
         self.kept_bytes = kept_bytes_of(self._device)
 
     def __enter__(self) -> CudaStream:
-        self._entered.__enter__()  # type: ignore[no-untyped-call]
+        self._entered.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
