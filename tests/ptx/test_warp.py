@@ -87,6 +87,14 @@ def test_threads_that_have_ended_are_not_waited_for() -> None:
     np.testing.assert_array_equal(found, [23] * 24 + [0x5A5A5A5A] * 8)
 
 
+def test_thread_that_has_ended_has_no_vote_and_nothing_to_read() -> None:
+    head = "setp.ge.u32 %p0, %index, 24; @%p0 exit; setp.lt.u32 %p1, %index, 24;"
+    found = evaluate(head + "vote.sync.all.pred %p2, %p1, -1; selp.u32 %out, 1, 0, %p2;", LANES[:32], out=np.uint32)
+    assert found[:24].tolist() == [1] * 24
+    with pytest.raises(PtxError, match="reads lane 30, which does not take part"):
+        evaluate(head + "shfl.sync.idx.b32 %out, %a, 30, 31, -1;", LANES[:32], out=np.uint32)
+
+
 @pytest.mark.parametrize("bits", [0x00000000, 0xFFFFFFFF, 0x80000001, 0x00F0F00F])
 def test_votes_count_every_member(bits: int) -> None:
     head = f"shr.u32 %r4, {bits}, %index; and.b32 %r4, %r4, 1; setp.ne.u32 %p0, %r4, 0;"
