@@ -106,26 +106,29 @@ def make_extra(tile_tokens: int, tile_features: int, threads: int) -> Any:
     def stage_weights(w, j0, n_terms, first_feature, found_columns, weight_codes, weight_absmax, outlier_weight, N, K, n):  # type: ignore[no-untyped-def]  # fmt: skip
         for i in range(cuda.threadIdx.x, CHUNK * tile_features, threads):
             j, feature = j0 + uint64(i % CHUNK), first_feature + uint64(i // CHUNK)
-            if j < n_terms and feature < N:
-                at = (i % CHUNK) * w_stride + i // CHUNK
-                if j < n:
-                    w[at] = load_float(outlier_weight, feature * n + j)
-                else:
-                    code = weight_codes[feature * K + uint64(found_columns[j - n])]
-                    w[at] = multiply_rn(multiply_rn(weight_absmax[feature], STEP_OF_ABSMAX), float32(code))
+            value = float32(0)
+            if j < n and feature < N:
+                value = load_float(outlier_weight, feature * n + j)
+            elif j < n_terms and feature < N:
+                code = weight_codes[feature * K + uint64(found_columns[j - n])]
+                value = multiply_rn(multiply_rn(weight_absmax[feature], STEP_OF_ABSMAX), float32(code))
+            w[(i % CHUNK) * w_stride + i // CHUNK] = value
 
     @_device
     def stage_tokens(x, j0, n_terms, first_token, outlier_x, found_x, M, n, capacity):  # type: ignore[no-untyped-def]
         for i in range(cuda.threadIdx.x, CHUNK * tile_tokens, threads):
             j, token = j0 + uint64(i % CHUNK), first_token + uint64(i // CHUNK)
-            if j < n_terms and token < M:
-                at = (i % CHUNK) * x_stride + i // CHUNK
-                x[at] = load_float(outlier_x, token * n + j) if j < n else load_float(found_x, token * capacity + j - n)
+            value = float32(0)
+            if j < n and token < M:
+                value = load_float(outlier_x, token * n + j)
+            elif j < n_terms and token < M:
+                value = load_float(found_x, token * capacity + j - n)
+            x[(i % CHUNK) * x_stride + i // CHUNK] = value
 
     @_device
     def extra_of(t, f, first_token, first_feature, outlier_x, found_columns, n_found, found_x, weight_codes,
                  weight_absmax, outlier_weight, M, N, K, n, capacity):  # type: ignore[no-untyped-def]  # fmt: skip
-        w, x = cuda.shared.array(w_size, types.float32), cuda.shared.array(x_size, types.float32)
+        w, x = cuda.shared.array(w_size, types.float32, alignment=16), cuda.shared.array(x_size, types.float32, alignment=16)
         sums = _SIXTEEN_ZEROS
         n_terms = n + min(uint64(n_found[0]), capacity)
         j0 = uint64(0)

@@ -132,7 +132,7 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
                   outlier_weight, bias, y, has_bias, M, N, K, n, capacity):  # type: ignore[no-untyped-def]  # fmt: skip
         # codes int8 [M, K]; weight_codes int8 [N, K]; y [M, N]; the rest as in `Operands`.
         # Grid: tiles of features x tiles of tokens. A warp's place: which of the tile's rows, which turn.
-        products = cuda.shared.array(n_products, types.int32)
+        products = cuda.shared.array(n_products, types.int32, alignment=16)
         for i in range(cuda.threadIdx.x, n_products, threads):
             products[i] = 0
         cuda.syncthreads()
