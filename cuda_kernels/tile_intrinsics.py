@@ -100,14 +100,14 @@ def load4_shared(_context: Any, array: Any, index: Any) -> Any:
 def store4(_context: Any, pointer: Any, index: Any, values: Any) -> Any:
     """Elements index ... index + 3 by one store; aligned to the four."""
 
-    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         values = _values(builder, args[2])
         four = ir.Constant(ir.VectorType(values[0].type, 4), ir.Undefined)
         for i, value in enumerate(values):
             four = builder.insert_element(four, value, _I32(i))
         at = builder.bitcast(builder.gep(args[0], [args[1]]), ir.PointerType(four.type))
         builder.store(four, at, align=4 * pointer.dtype.bitwidth // 8)
-        return ir.Constant(ir.IntType(8).as_pointer(), None)
+        return context.get_dummy_value()
 
     return types.void(pointer, types.uint64, types.UniTuple(pointer.dtype, 4)), codegen
 
@@ -116,12 +116,12 @@ def store4(_context: Any, pointer: Any, index: Any, values: Any) -> Any:
 def store4_before(_context: Any, pointer: Any, index: Any, end: Any, values: Any) -> Any:
     """Those of the elements index ... index + 3 that come before `end`, one by one."""
 
-    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         for i, value in enumerate(_values(builder, args[3])):
             at = builder.add(args[1], _I64(i))
             with builder.if_then(builder.icmp_unsigned("<", at, args[2])):
                 builder.store(value, builder.gep(args[0], [at]))
-        return ir.Constant(ir.IntType(8).as_pointer(), None)
+        return context.get_dummy_value()
 
     return types.void(pointer, types.uint64, types.uint64, types.UniTuple(pointer.dtype, 4)), codegen
 
