@@ -17,6 +17,7 @@ from tests.ptx import floats
 from tests.ptx.operands import TYPES, Reader, Scope, Step, listed, unknown, width_bytes
 from tests.ptx.parser import Instruction
 from tests.ptx.threads import REGISTER_TYPES, Threads
+from tests.ptx.warp import require_whole_warps
 
 Array = npt.NDArray[Any]
 
@@ -40,9 +41,14 @@ _SPACES = {"global", "const", "shared", "local"}
 
 _OPERATIONS = ("add", "and", "or", "xor", "min", "max", "exch", "cas", "inc", "dec")
 
+_ACCUMULATED = {"add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+_ACCUMULATED |= {"min": np.minimum, "max": np.maximum}
+
 
 def _space_of(parts: list[str], named: str) -> str:
     """The state space of an access; shared::cta is shared, a variable's name tells its own."""
+    if "param" in parts:  # of a call: what is the kernel's own was decoded before
+        return "local"
     spaces = [part.removesuffix("::cta") for part in parts if part.removesuffix("::cta") in _SPACES]
     return spaces[0] if spaces else named or "generic"
 
@@ -50,7 +56,7 @@ def _space_of(parts: list[str], named: str) -> str:
 def decode(instruction: Instruction, scope: Scope) -> Step | None:
     """The step of a memory instruction; None if it is none of them."""
     parts = instruction.opcode.split(".")
-    if parts[0] in ("ld", "ldu") and "param" in parts:
+    if parts[0] in ("ld", "ldu") and "param" in parts and _base(instruction.operands[-1]) in scope.parameters:
         return _load_parameter(instruction, scope, parts)
     if parts[0] in ("ld", "ldu", "st"):
         return _load_or_store(instruction, scope, parts)
@@ -65,12 +71,16 @@ def decode(instruction: Instruction, scope: Scope) -> Step | None:
     return None
 
 
+def _base(address: str) -> str:
+    return address.strip("[] ").partition("+")[0].strip()
+
+
 def _load_parameter(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
     kind = parts[-1]
-    found = re.fullmatch(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(\d+))?\s*\]", instruction.operands[1])
-    if not found or found[1] not in scope.parameters or not set(parts[2:-1]) <= {"v2", "v4"}:
+    if not set(parts[2:-1]) <= {"v2", "v4"}:
         raise unknown(instruction)
-    offset, width = scope.parameters[found[1]] + int(found[2] or 0), width_bytes(kind)
+    inside = instruction.operands[1].strip("[] ").partition("+")[2]
+    offset, width = scope.parameters[_base(instruction.operands[1])] + int(inside or 0), width_bytes(kind)
     writers = [scope.write(name, kind) for name in listed(instruction.operands[0])]
 
     def step(threads: Threads) -> None:
@@ -86,7 +96,7 @@ def _load_or_store(instruction: Instruction, scope: Scope, parts: list[str]) -> 
     read_address, named = scope.address(address)
     space = _space_of(parts, named)
     vector = next((part for part in parts if re.fullmatch("v[248]", part)), "v1")
-    rest = {part.removesuffix("::cta") for part in parts[1:-1]} - _HINTS - {space, vector}
+    rest = {part.removesuffix("::cta") for part in parts[1:-1]} - _HINTS - {space, vector, "param"}
     if rest or kind not in TYPES or kind == "pred":
         raise unknown(instruction)
     width, count, is_strong = width_bytes(kind), int(vector[1:]), bool(_STRONG & set(parts))
@@ -149,7 +159,9 @@ def _atomic(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
         raise unknown(instruction)
     if not operation or len(operands) != (3 if operation == "cas" else 2):
         raise unknown(instruction)
-    update, size = _updated(operation, kind), width_bytes(kind)
+    update = _updated(operation, kind)
+    # A sum of floats needs each NaN replaced on the way.
+    accumulate = None if is_float else _ACCUMULATED.get(operation)
     readers = [scope.read(operand, kind) for operand in operands[1:]]
     write = scope.write(instruction.operands[0], kind) if has_result else None
 
@@ -157,20 +169,44 @@ def _atomic(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
         address = threads.chosen(read_address(threads))
         values = [threads.chosen(read(threads)) for read in readers]
         old = np.empty(len(address), TYPES[kind])
-        # Rounds: in each, every address is updated once, by the first of its threads that is still to come.
-        pending = np.arange(len(address))
-        while pending.size:
-            _, nth = np.unique(address[pending], return_index=True)
-            now = np.sort(pending[nth])
-            with threads.only(now):
-                old[now] = threads.load(space, address[now], size, True).view(TYPES[kind])
-                new = np.asarray(update(old[now], *[value[now] for value in values]), TYPES[kind])
-                threads.store(space, address[now], new.view(REGISTER_TYPES[size]), size, True)
-            pending = np.setdiff1d(pending, now, assume_unique=True)
+        places, turn = np.unique(address, return_inverse=True)
+        if accumulate and len(places) < len(address) // 8:
+            _in_one_go(threads, space, (places, turn), values[0], old, accumulate)
+        else:
+            _in_rounds(threads, space, address, values, old, update)
         if write:
             write(threads, threads.spread(old))
 
     return step
+
+
+def _in_rounds(
+    threads: Threads, space: str, address: Array, values: list[Array], old: Array, update: Callable[..., Array]
+) -> None:
+    """In each round every address is updated once, by the first of its threads that is still to come."""
+    size, pending = old.dtype.itemsize, np.arange(len(address))
+    while pending.size:
+        now = np.sort(pending[np.unique(address[pending], return_index=True)[1]])
+        with threads.only(now):
+            old[now] = threads.load(space, address[now], size, True).view(old.dtype)
+            new = np.asarray(update(old[now], *[value[now] for value in values]), old.dtype)
+            threads.store(space, address[now], new.view(REGISTER_TYPES[size]), size, True)
+        pending = np.setdiff1d(pending, now, assume_unique=True)
+
+
+def _in_one_go(
+    threads: Threads, space: str, where: tuple[Array, Array], value: Array, old: Array, combine: np.ufunc
+) -> None:
+    """The same for many threads at few addresses: one running total for each address."""
+    size = old.dtype.itemsize
+    for place, address in enumerate(where[0]):
+        members = np.flatnonzero(where[1] == place)
+        with threads.only(members):
+            addresses = np.full(len(members), address)
+            before = threads.load(space, addresses, size, True).view(old.dtype)
+            totals = combine.accumulate(np.concatenate([before[:1], value[members]]), dtype=old.dtype)
+            old[members] = totals[:-1]
+            threads.store(space, addresses, np.full(len(members), totals[-1]).view(REGISTER_TYPES[size]), size, True)
 
 
 def _copy(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
@@ -224,6 +260,7 @@ def _load_matrix(instruction: Instruction, scope: Scope, parts: list[str]) -> St
     read_address, _ = scope.address(instruction.operands[1])
 
     def step(threads: Threads) -> None:
+        require_whole_warps(threads)
         address = np.broadcast_to(read_address(threads), threads.n)
         lane = np.arange(threads.n) % 32
         with threads.only(np.flatnonzero((lane < 8 * count)[threads.active.lanes])):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tests.ptx import access, floats, warp
+from tests.ptx import access, predicates, warp
 from tests.ptx.arithmetic import pure
 from tests.ptx.integers import Pure, bits, product
 from tests.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW, Fault
@@ -23,15 +23,7 @@ from tests.ptx.threads import Threads
 
 Array = npt.NDArray[Any]
 
-_COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-}  # fmt: skip
-_UNSIGNED_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-_JOINS: dict[str, Callable[[Array, Array], Array]] = {
-    "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor,
-}  # fmt: skip
 _WINDOWS = {"global": 0, "const": 0, "shared": SHARED_WINDOW, "local": LOCAL_WINDOW}
-_NO_EFFECT = {"membar", "fence", "nanosleep"}
 
 
 class Control(Enum):
@@ -74,10 +66,11 @@ def _decode(instruction: Instruction, scope: Scope, labels: dict[str, int]) -> O
     if parts[0] in ("ret", "exit"):
         return Operation(instruction, Control.EXIT, None, guard)
     if parts[0] in ("bar", "barrier") and "warp" not in parts:
-        known = {"bar", "barrier", "cta", "sync", "aligned"}
-        if not set(parts) <= known or "sync" not in parts or len(instruction.operands) != 1:
+        step = _reduce_at_barrier(instruction, scope, parts) if "red" in parts else None
+        known = {"bar", "barrier", "cta", "aligned", *(("red", *parts[-3:]) if step else ("sync",))}
+        if not set(parts) <= known or (not step and ("sync" not in parts or len(instruction.operands) != 1)):
             raise unknown(instruction)
-        return Operation(instruction, Control.BARRIER, None, guard)
+        return Operation(instruction, Control.BARRIER, step, guard)
     step, is_approximate = _step(instruction, scope, parts)
     if (mask := warp.membermask(instruction)) is not None:
         return Operation(
@@ -187,72 +180,6 @@ def _is_in_space(instruction: Instruction, scope: Scope, parts: list[str]) -> St
     return step
 
 
-def _compare(name: str, kind: str) -> Callable[[Array, Array], Array] | None:
-    is_float = kind in floats.FLOAT_TYPES
-    name = _UNSIGNED_NAMES.get(name, name) if kind[0] == "u" else name
-    is_also_nan = is_float and name.endswith("u")
-    plain = name[:-1] if is_also_nan else name
-    if plain not in _COMPARISONS and not (is_float and name in ("num", "nan")):
-        return None
-
-    def compare(a: Array, b: Array) -> Array:
-        if not is_float:
-            return _COMPARISONS[plain](a, b)
-        unordered = floats.is_nan(a, kind) | floats.is_nan(b, kind)
-        if name in ("num", "nan"):
-            return unordered if name == "nan" else ~unordered
-        ordered = _COMPARISONS[plain](floats.widen(a, kind), floats.widen(b, kind)) & ~unordered
-        return ordered | unordered if is_also_nan else ordered
-
-    return compare
-
-
-def _set_predicate(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
-    """setp, and set, whose result is all ones or 1.0."""
-    kind, is_flushed = parts[-1], "ftz" in parts
-    result = "pred" if parts[0] == "setp" else parts[-2]
-    modifiers = [part for part in parts[2 : -1 if result == "pred" else -2] if part != "ftz"]
-    compare = _compare(parts[1], kind) if kind in TYPES and "x2" not in kind and kind != "pred" else None
-    if compare is None or len(modifiers) > 1 or not set(modifiers) <= set(_JOINS):
-        return None
-    if result not in ("pred", "u32", "s32", "f32") or len(instruction.operands) != 3 + len(modifiers):
-        return None
-    target, opposite = (part.strip() for part in (instruction.operands[0] + "|_").split("|")[:2])
-    write, write_opposite = scope.write(target, result), scope.write(opposite, "pred")
-    left, right = (scope.read(operand, kind) for operand in instruction.operands[1:3])
-    other = scope.read(instruction.operands[3], "pred") if modifiers else None
-    join = _JOINS[modifiers[0]] if modifiers else np.logical_and
-
-    def step(threads: Threads) -> None:
-        a, b = left(threads), right(threads)
-        if is_flushed:
-            a, b = floats.flush(a, kind), floats.flush(b, kind)
-        holds = compare(a, b)
-        holds, fails = (each if other is None else join(each, other(threads)) for each in (holds, ~holds))
-        if result == "pred":
-            write(threads, holds)
-            write_opposite(threads, fails)
-        else:
-            yes = np.float32(1) if result == "f32" else TYPES[result](-1 if result == "s32" else 0xFFFFFFFF)
-            write(threads, np.where(holds, yes, TYPES[result](0)))
-
-    return step
-
-
-def _select(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
-    """selp by a predicate, slct by a number's sign."""
-    kind = parts[1]
-    yes, no = (scope.read(operand, kind) for operand in instruction.operands[1:3])
-    write = scope.write(instruction.operands[0], kind)
-    if parts[0] == "selp" and len(parts) == 2:
-        by = scope.read(instruction.operands[3], "pred")
-        return lambda threads: write(threads, np.where(by(threads), yes(threads), no(threads)))
-    if parts[0] == "slct" and parts[2:] in (["s32"], ["f32"], ["ftz", "f32"]):
-        sign = scope.read(instruction.operands[3], parts[-1])
-        return lambda threads: write(threads, np.where(sign(threads) >= 0, yes(threads), no(threads)))
-    return None
-
-
 def _with_carry(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
     """add.cc, addc, sub.cc, subc, mad.cc, madc: sums of more than one word, by a carry bit of each thread."""
     base, kind = parts[0], parts[-1]
@@ -286,22 +213,6 @@ def _with_carry(instruction: Instruction, scope: Scope, parts: list[str]) -> Ste
     return step
 
 
-def _test_property(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
-    name, kind = parts[1:]
-    tests: dict[str, Callable[[Array], Array]] = {
-        "finite": np.isfinite,
-        "infinite": np.isinf,
-        "number": lambda a: ~np.isnan(a),
-        "notanumber": np.isnan,
-        "normal": lambda a: np.isfinite(a) & (np.abs(a) >= np.finfo(a.dtype).tiny),
-        "subnormal": lambda a: (a != 0) & (np.abs(a) < np.finfo(a.dtype).tiny),
-    }
-    if name not in tests or kind not in ("f32", "f64"):
-        return None
-    read, write = scope.read(instruction.operands[1], kind), scope.write(instruction.operands[0], "pred")
-    return lambda threads: write(threads, tests[name](read(threads)))
-
-
 def _no_effect(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
     return None if "proxy" in instruction.opcode else lambda threads: None
 
@@ -313,6 +224,25 @@ def _synchronize_warp(instruction: Instruction, scope: Scope, parts: list[str]) 
     return step if parts[1:] == ["warp", "sync"] else None
 
 
+def _reduce_at_barrier(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
+    """bar.red: how many threads of the block bring a true predicate, or whether any or all do."""
+    operation = next((part for part in parts if part in ("popc", "and", "or")), "")
+    kind = "u32" if operation == "popc" else "pred"
+    if not operation or parts[-1] != kind or len(instruction.operands) != 3:
+        raise unknown(instruction)
+    read, write = scope.read(instruction.operands[2], "pred"), scope.write(instruction.operands[0], kind)
+
+    def step(threads: Threads) -> None:
+        votes = np.broadcast_to(read(threads), threads.n) & threads.active.mask
+        yes, all_ = (
+            np.bincount(threads.row[mask], minlength=threads.n_blocks) for mask in (votes, threads.active.mask)
+        )
+        results = {"popc": yes.astype(np.uint32), "or": yes > 0, "and": yes == all_}
+        write(threads, results[operation][threads.row])
+
+    return step
+
+
 def _trap(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
     def step(threads: Threads) -> None:
         raise Fault("trap")
@@ -321,8 +251,8 @@ def _trap(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | No
 
 
 _SPECIAL: dict[str, Callable[[Instruction, Scope, list[str]], Step | None]] = {
-    "mov": _move, "cvta": _convert_address, "isspacep": _is_in_space, "setp": _set_predicate, "set": _set_predicate,
-    "selp": _select, "slct": _select, "testp": _test_property, "bar": _synchronize_warp, "trap": _trap,
+    "mov": _move, "cvta": _convert_address, "isspacep": _is_in_space, "setp": predicates.set_predicate, "set": predicates.set_predicate,
+    "selp": predicates.select, "slct": predicates.select, "testp": predicates.test_property, "bar": _synchronize_warp, "trap": _trap,
     "membar": _no_effect, "fence": _no_effect, "nanosleep": _no_effect,
     **dict.fromkeys(("add", "addc", "sub", "subc", "mad", "madc"), _with_carry),
 }  # fmt: skip

@@ -26,6 +26,7 @@ from tests.ptx.instructions import Control, Operation
 from tests.ptx.memory import Fault, Memory, Scratch
 from tests.ptx.program import Program, initial_content, load, pack_arguments
 from tests.ptx.threads import WARP, Active, Threads, Trace
+from tests.ptx.warp import ballot
 
 Array = npt.NDArray[Any]
 
@@ -200,7 +201,7 @@ class _Run:
         lane = np.arange(threads.n, dtype=np.uint32) % np.uint32(WARP)
         if (outsider := active.mask & ((members >> lane) & np.uint32(1) == 0)).any():
             raise self._error(operation, active, "is not in its own membermask", int(np.argmax(outsider)))
-        here, alive = (_ballot(mask) for mask in (active.mask, threads.alive))
+        here, alive = (ballot(mask) for mask in (active.mask, threads.alive))
         is_complete = (members & alive & ~here) == 0
         complete = active.mask & is_complete
         if not (complete == active.mask).all():
@@ -233,6 +234,10 @@ class _Run:
             released[threads.row[mask]] = True
         threads.shared.ledger.pass_barrier(released)
         for position, mask in self.waiting.items():
+            operation = self.program.operations[position]
+            if operation.step is not None:
+                threads.active, threads.is_alone = Active(mask), len(self.waiting) == 1
+                operation.step(threads)
             self._arrive(position + 1, mask)
         self.waiting = {}
 
@@ -242,8 +247,3 @@ class _Run:
         x, y, _ = self.threads.block
         place = f"thread ({thread % x}, {thread // x % y}, {thread // x // y}) of block {block}"
         return PtxError(f"{message}; {place}, line {operation.source.line}: {operation.source.text}")
-
-
-def _ballot(mask: Array) -> Array:
-    words = (mask.reshape(-1, WARP).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(axis=1)
-    return np.repeat(words.astype(np.uint32), WARP)

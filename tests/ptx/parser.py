@@ -28,6 +28,7 @@ _VARIABLE = re.compile(
     rf"(?P<name>{NAME})\s*(?P<extents>(?:\[\s*\d*\s*\]\s*)*)(?:=\s*(?P<initial>[^;]*))?$"
 )
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
+_WORD = re.compile(NAME)
 _LABEL = re.compile(rf"({NAME})\s*:(?!:)")
 _GUARD = re.compile(rf"@\s*(!?)\s*({NAME})\s+(.*)", re.S)
 
@@ -247,17 +248,20 @@ def _rename(function: Function, scope: _Scope, suffix: str) -> None:
     names = set(scope.names)
     if not names:
         return
-    word = re.compile(r"[%$A-Za-z_][\w$]*")
-
-    def renamed(text: str) -> str:
-        return word.sub(lambda found: found[0] + suffix if found[0] in names else found[0], text)
-
+    new_names = {name: name + suffix for name in names}
     for table in (function.registers, function.labels):
         for name in names & table.keys():
-            table[name + suffix] = table.pop(name)  # type: ignore[index, assignment]
-    function.variables = [each._replace(name=renamed(each.name)) for each in function.variables]
+            table[new_names[name]] = table.pop(name)  # type: ignore[index, assignment]
+    function.variables = [each._replace(name=new_names.get(each.name, each.name)) for each in function.variables]
     for index in range(scope.first_instruction, len(function.body)):
-        old = function.body[index]
-        function.body[index] = old._replace(
-            guard=renamed(old.guard), operands=tuple(renamed(each) for each in old.operands)
-        )
+        function.body[index] = renamed(function.body[index], new_names)
+
+
+def renamed(instruction: Instruction, new_names: dict[str, str]) -> Instruction:
+    """The instruction with other names in its guard and operands."""
+
+    def replaced(text: str) -> str:
+        return _WORD.sub(lambda found: new_names.get(found[0], found[0]), text)
+
+    operands = tuple(replaced(each) for each in instruction.operands)
+    return instruction._replace(guard=replaced(instruction.guard), operands=operands)

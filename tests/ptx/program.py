@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tests.ptx.calls import inlined
 from tests.ptx.instructions import Operation, decode
 from tests.ptx.memory import GAP_BYTES, VARIABLES_START
 from tests.ptx.operands import Place, Scope
@@ -38,7 +39,7 @@ def load(ptx_text: str, kernel: str | None = None) -> Program:
     kernels = [each for each in module.functions.values() if each.is_entry and kernel in (None, each.name)]
     if len(kernels) != 1:
         raise ValueError(f"{len(kernels)} kernels where one is asked for: {[each.name for each in kernels]}")
-    function = kernels[0]
+    function = inlined(kernels[0], module.functions)
     places: dict[str, Place] = {}
     shared, dynamic = _lay_out("shared", module, function, places)
     local, _ = _lay_out("local", module, function, places)

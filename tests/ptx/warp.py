@@ -31,7 +31,7 @@ def decode(instruction: Instruction, scope: Scope) -> Step | None:
         return _reduce(instruction, scope, parts[2], parts[3])
     if instruction.opcode == "activemask.b32":
         write = scope.write(instruction.operands[0], "b32")
-        return lambda threads: write(threads, _ballot(threads.active.mask))
+        return lambda threads: write(threads, ballot(threads.active.mask))
     if parts[:3] == ["mma", "sync", "aligned"]:
         return _multiply(instruction, scope, parts)
     return None
@@ -47,7 +47,15 @@ def membermask(instruction: Instruction) -> str | None:
     return "-1" if parts[:2] in (["mma", "sync"], ["ldmatrix", "sync"]) else None
 
 
-def _ballot(votes: Array) -> Array:
+def require_whole_warps(threads: Threads) -> None:
+    """What a whole warp computes together, none of its threads may miss."""
+    lanes = threads.active.mask.reshape(-1, WARP)
+    if (partial := lanes.any(axis=1) & ~lanes.all(axis=1)).any():
+        warp = int(np.argmax(partial))
+        raise Fault("only a part of the warp executes this", lane=WARP * warp + int(np.argmax(lanes[warp])))
+
+
+def ballot(votes: Array) -> Array:
     """One bit per thread, to every thread of its warp."""
     words = (votes.reshape(-1, WARP).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(axis=1)
     return np.repeat(words.astype(np.uint32), WARP)
@@ -55,7 +63,7 @@ def _ballot(votes: Array) -> Array:
 
 def _members(threads: Threads, mask: Array) -> Array:
     """Bits of the threads in each thread's mask that are here."""
-    return mask & _ballot(threads.active.mask)
+    return mask & ballot(threads.active.mask)
 
 
 def _shuffle(instruction: Instruction, scope: Scope, mode: str) -> Step:
@@ -105,7 +113,7 @@ def _vote(instruction: Instruction, scope: Scope, mode: str) -> Step:
 
     def step(threads: Threads) -> None:
         members = _members(threads, np.broadcast_to(mask(threads), threads.n))
-        votes = _ballot(np.broadcast_to(read(threads), threads.n) & threads.active.mask) & members
+        votes = ballot(np.broadcast_to(read(threads), threads.n) & threads.active.mask) & members
         results = {"any": votes != 0, "all": votes == members, "uni": (votes == 0) | (votes == members)}
         write(threads, votes if mode == "ballot" else results[mode])
 
@@ -159,6 +167,7 @@ def _multiply(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
         raise unknown(instruction)
 
     def step(threads: Threads) -> None:
+        require_whole_warps(threads)
         a_words, b_words, c_words = (
             np.stack([np.broadcast_to(read(threads), threads.n) for read in readers], axis=-1)
             for readers in (a_readers, b_readers, c_readers)
