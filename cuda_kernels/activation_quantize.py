@@ -237,19 +237,31 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
     load = _make_load(is_aligned)
 
     @_device
-    def excluded(mask, g):  # type: ignore[no-untyped-def]
-        return uint32(mask[g // uint64(4)] >> (uint32(g % uint64(4)) * uint32(8))) & uint32(0xFF)
+    def without_excluded(mask, g, values):  # type: ignore[no-untyped-def]
+        excluded = uint32(mask[g // uint64(4)] >> (uint32(g % uint64(4)) * uint32(8))) & uint32(0xFF)
+        if excluded:
+            values = group.clear(values, uint32(excluded))
+        return values
+
+    @_device
+    def largest_magnitude(mask, x, start, K, n_groups):  # type: ignore[no-untyped-def]
+        largest, last = uint32(0), n_groups - uint64(1)
+        for i in range(cuda.threadIdx.x, n_groups, 4 * threads):
+            # Four loads before the first use; beyond the last group it is asked again, which changes nothing.
+            g = uint64(i)
+            g1, g2, g3 = min(g + uint64(threads), last), min(g + uint64(2 * threads), last), min(g + uint64(3 * threads), last)  # fmt: skip
+            a, b = load(x, start, g * uint64(GROUP), K), load(x, start, g1 * uint64(GROUP), K)
+            c, d = load(x, start, g2 * uint64(GROUP), K), load(x, start, g3 * uint64(GROUP), K)
+            largest = group.largest_magnitude(without_excluded(mask, g, a), largest)
+            largest = group.largest_magnitude(without_excluded(mask, g1, b), largest)
+            largest = group.largest_magnitude(without_excluded(mask, g2, c), largest)
+            largest = group.largest_magnitude(without_excluded(mask, g3, d), largest)
+        return largest
 
     @_device
     def quantize_token(mask, scratch, x, codes, absmax, token, K, row_stride, n_groups):  # type: ignore[no-untyped-def]
-        start, largest = token * row_stride, uint32(0)
-        for i in range(cuda.threadIdx.x, n_groups, threads):
-            g = uint64(i)
-            values = load(x, start, g * uint64(GROUP), K)
-            without = uint32(excluded(mask, g))
-            if without:
-                values = group.clear(values, without)
-            largest = group.largest_magnitude(values, largest)
+        start = token * row_stride
+        largest = largest_magnitude(mask, x, start, K, n_groups)
         largest_of_all = bits_as_float(uint32(block_max(largest, scratch)))
         inv_scale = multiply_rn(reciprocal_rn(largest_of_all), float32(N_STEPS))
         if not inv_scale < _INFINITY:
@@ -258,11 +270,9 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
             absmax[token] = largest_of_all
         for i in range(cuda.threadIdx.x, n_groups, threads):
             g = uint64(i)
-            # Of no finite scale every code is 0; infinity times 0 would make others.
-            without = uint32(excluded(mask, g)) if inv_scale > float32(0) else uint32(0xFF)
-            values = load(x, start, g * uint64(GROUP), K)
-            if without:
-                values = group.clear(values, without)
+            values = without_excluded(mask, g, load(x, start, g * uint64(GROUP), K))
+            if inv_scale == float32(0):  # Infinity times 0 would make other codes than 0.
+                values = group.clear(values, uint32(0xFF))
             words, at = group.quantize(values, inv_scale), token * K + g * uint64(GROUP)
             if is_aligned:
                 store_8_bytes(codes, at, words[0], words[1])

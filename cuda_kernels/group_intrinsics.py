@@ -13,7 +13,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from cuda_kernels.intrinsics import _F32, _I32, _I64, _call, _widen
-from cuda_kernels.tile_intrinsics import _multiply, _tile, _values
+from cuda_kernels.tile_intrinsics import _load_before, _multiply, _tile, _values
 
 _GROUP = types.UniTuple(types.float32, 8)
 _MAGNITUDE = _I32(0x7FFFFFFF)
@@ -40,18 +40,11 @@ def load8(_context: Any, pointer: Any, index: Any) -> Any:
 
 @intrinsic
 def load8_before(_context: Any, pointer: Any, index: Any, end: Any) -> Any:
-    """Values index ... index + 7, one by one; 0 from index `end` on. There is one before `end`."""
+    """Values index ... index + 7, one by one; 0 from index `end` on."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = []
-        for i in range(8):
-            at = builder.add(args[1], _I64(i))
-            is_inside = builder.icmp_unsigned("<", at, args[2])
-            at = builder.select(is_inside, at, builder.sub(args[2], _I64(1)))
-            bits = builder.load(builder.gep(args[0], [at]))
-            bits = bits if bits.type == _I32 else builder.zext(bits, _I32)
-            values.append(_widen(builder, pointer.dtype, builder.select(is_inside, bits, _I32(0))))
-        return _tile(context, builder, signature, values)
+        bits = [_load_before(builder, args[0], builder.add(args[1], _I64(i)), args[2]) for i in range(8)]
+        return _tile(context, builder, signature, [_widen(builder, pointer.dtype, word) for word in bits])
 
     return _GROUP(pointer, types.uint64, types.uint64), codegen
 

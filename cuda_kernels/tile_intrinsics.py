@@ -35,19 +35,28 @@ def _tile(context: Any, builder: Any, signature: Any, values: list[Any]) -> Any:
 # Memory.
 
 
+def _load_before(builder: Any, pointer: Any, index: Any, end: Any) -> Any:
+    """IR for the element at an index, in 32 bits; 0 from index `end` on."""
+    before = builder.block
+    with builder.if_then(builder.icmp_unsigned("<", index, end)):
+        value = builder.load(builder.gep(pointer, [index]))
+        value = value if value.type == _I32 else builder.zext(value, _I32)
+        inside = builder.block
+    either = builder.phi(_I32)
+    either.add_incoming(_I32(0), before)
+    either.add_incoming(value, inside)
+    return either
+
+
 @intrinsic
 def gather16(_context: Any, codes: Any, index: Any, end: Any) -> Any:
-    """16 codes of any alignment, one by one, as four words; zeros from index `end` on. There is one before `end`."""
+    """16 codes of any alignment, one by one, as four words; zeros from index `end` on."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         words = [_I32(0)] * 4
         for i in range(16):
-            at = builder.add(args[1], _I64(i))
-            is_inside = builder.icmp_unsigned("<", at, args[2])
-            at = builder.select(is_inside, at, builder.sub(args[2], _I64(1)))
-            code = builder.zext(builder.load(builder.gep(args[0], [at])), _I32)
-            code = builder.shl(builder.select(is_inside, code, _I32(0)), _I32(8 * (i % 4)))
-            words[i // 4] = builder.or_(words[i // 4], code)
+            code = _load_before(builder, args[0], builder.add(args[1], _I64(i)), args[2])
+            words[i // 4] = builder.or_(words[i // 4], builder.shl(code, _I32(8 * (i % 4))))
         return _tile(context, builder, signature, words)
 
     return types.UniTuple(types.uint32, 4)(codes, types.uint64, types.uint64), codegen
