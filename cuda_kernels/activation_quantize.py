@@ -36,7 +36,7 @@ from numba.cuda import types
 from numpy import float32, uint32, uint64
 
 from cuda_kernels import group_intrinsics as group
-from cuda_kernels.dequantize_epilogue import POINTER
+from cuda_kernels.int8_operands import POINTER, check
 from cuda_kernels.intrinsics import (
     bits_as_float,
     multiply_rn,

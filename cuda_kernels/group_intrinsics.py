@@ -13,7 +13,8 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from cuda_kernels.intrinsics import _F32, _I32, _I64, _call, _widen
-from cuda_kernels.tile_intrinsics import _load_before, _multiply, _tile, _values
+from cuda_kernels.product_intrinsics import _load_before
+from cuda_kernels.tile_intrinsics import _multiply, _tile, _values
 
 _GROUP = types.UniTuple(types.float32, 8)
 _MAGNITUDE = _I32(0x7FFFFFFF)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cuda_kernels import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
+from cuda_kernels.int8_operands import Operands
 from cuda_kernels.launch import Launch
 from cuda_kernels.reference import QuantizedActivations
 from tests.kernels.backends import Bits, Outputs
@@ -55,7 +56,7 @@ def place_operands(
     bias: Bits | None,
     y: Bits,
     shift: int = 0,
-) -> dequantize_epilogue.Operands:
+) -> Operands:
     """Place a product's arrays, the two of codes `shift` bytes after an aligned address."""
     pointers = [place_rows(memory, x.codes, shift)[0]]
     pointers += [place(memory, part) for part in (x.absmax, x.outlier_x, x.found_columns, x.n_found, x.found_x)]
@@ -63,7 +64,7 @@ def place_operands(
     pointers += [place(memory, part) for part in (weight_absmax, outlier_weight)]
     pointers += [0 if bias is None else place(memory, bias), memory.place(y)]
     sizes = (*y.shape, x.codes.shape[1], outlier_weight.shape[1], x.found_columns.size)
-    return dequantize_epilogue.Operands(dtype, *pointers, *sizes)
+    return Operands(dtype, *pointers, *sizes)
 
 
 class Interpreted:
