@@ -52,7 +52,7 @@ def _integer(base: str, modifiers: list[str], kind: str) -> Pure | None:
         is_left, is_clamped = modifiers[0] == "l", modifiers[1] == "clamp"
         shift = lambda low, high, amount: integers.funnel_shift(low, high, amount, is_left, is_clamped)  # noqa: E731
         return Pure(shift, ("b32", "b32", "u32"), "b32")
-    if base == "prmt" and modifiers[0] == "b32":
+    if base == "prmt" and modifiers == ["b32"]:
         # The mode, if there is one, follows the type.
         permute = lambda a, b, selector: integers.permute_bytes(a, b, selector, kind)  # noqa: E731
         return Pure(permute, ("b32", "b32", "b32"), "b32")
@@ -172,7 +172,7 @@ def _float_function(base: str, modifiers: list[str], kind: str) -> tuple[Callabl
             True,
         )
     rounding = modifiers[0] if modifiers else "rn"
-    if len(modifiers) > 1 or rounding not in floats.ROUNDINGS:
+    if len(modifiers) > 1 or rounding not in floats.ROUNDINGS or (kind == "f64" and rounding != "rn"):
         return None
     known: dict[str, tuple[Callable[..., Array], int]] = {
         "add": (lambda a, b: floats.add(a, b, kind, rounding), 2),
@@ -183,8 +183,8 @@ def _float_function(base: str, modifiers: list[str], kind: str) -> tuple[Callabl
     }
     if kind in ("f32", "f64") and modifiers == ["rn"]:
         known |= {
-            "div": (lambda a, b: floats.divide(a, b, kind, rounding), 2),
-            "rcp": (lambda a: floats.divide(TYPES[kind](1), a, kind, rounding), 1),
-            "sqrt": (lambda a: floats.square_root(a, kind, rounding), 1),
+            "div": (lambda a, b: floats.divide(a, b, kind), 2),
+            "rcp": (lambda a: floats.divide(TYPES[kind](1), a, kind), 1),
+            "sqrt": (lambda a: floats.square_root(a, kind), 1),
         }
     return (*known[base], False) if base in known else None

@@ -54,7 +54,7 @@ def _function(modifiers: list[str], to: str, source: str) -> Callable[[Array], A
             return None
         return lambda a: to_integer(integral(floats.widen(_flushed(a, source, is_flushed), source)), to, source)
     if not from_float:
-        if not rounding:
+        if not rounding or (to == "f64" and rounding != "rn"):
             return None
         return lambda a: _saturated(from_integer(a, source, to, rounding), to, is_saturated)
     is_narrowing = bits(to) < bits(source) or {to, source} == {"f16", "bf16"}
@@ -97,14 +97,9 @@ def from_integer(value: Array, source: str, to: str, rounding: str) -> Array:
         return floats.narrow(value.astype(np.float64), to, rounding)
     if rounding == "rn" and to in ("f32", "f64"):
         return value.astype(TYPES[to])
-    if to == "f64":
-        raise NotImplementedError(f"cvt.{rounding}.{to}.{source}")
-    nearest = value.astype(np.float64)
-    # Above 2^53: round to odd. What float64 drops is the difference, itself a 64-bit integer unless at the very top.
-    if (np.abs(nearest) >= 2.0**63).any():
-        raise NotImplementedError(f"cvt.{rounding}.{to}.{source} of a number near 2^64")
-    error = (value - nearest.astype(TYPES[source])).view(np.int64).astype(np.float64)
-    return floats.narrow(floats.to_odd(nearest, error), to, rounding)
+    # Both halves are exact in float64, and so is the error of their sum.
+    high, low = (value >> TYPES[source](32)).astype(np.float64), (value & TYPES[source](0xFFFFFFFF)).astype(np.float64)
+    return floats.narrow(floats.add_to_odd(high * 2.0**32, low), to, rounding)
 
 
 def clamp_integer(value: Array, to: str) -> Array:

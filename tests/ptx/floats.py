@@ -114,6 +114,15 @@ def add_to_odd(a: Array, b: Array) -> Array:
     return to_odd(total, error)
 
 
+def _signed_zero(a: Array, b: Array, rounding: str) -> Array:
+    """`add_to_odd`, and downwards a sum of zero is -0 unless both are +0 (IEEE 754, 6.3)."""
+    total = add_to_odd(a, b)
+    if rounding != "rm":
+        return total
+    are_positive = ~np.signbit(a) & ~np.signbit(b)
+    return np.where((total == 0) & ~are_positive, -0.0, total)
+
+
 def to_odd(total: Array, error: Array) -> Array:
     is_even = (np.asarray(total).view(np.uint64) & np.uint64(1)) == 0
     is_moved = is_even & (error != 0) & np.isfinite(total) & np.isfinite(error)
@@ -123,16 +132,16 @@ def to_odd(total: Array, error: Array) -> Array:
 
 
 def add(a: Array, b: Array, kind: str, rounding: str) -> Array:
-    """a + b, rounded once."""
+    """a + b, rounded once; of f64 only to nearest."""
     if kind == "f64" or (kind == "f32" and rounding == "rn"):
-        return canonical(_only_nearest(kind, rounding, a + b), kind)
-    return narrow(add_to_odd(widen(a, kind), widen(b, kind)), kind, rounding)
+        return canonical(a + b, kind)
+    return narrow(_signed_zero(widen(a, kind), widen(b, kind), rounding), kind, rounding)
 
 
 def multiply(a: Array, b: Array, kind: str, rounding: str) -> Array:
     """a * b, rounded once."""
     if kind == "f64" or (kind == "f32" and rounding == "rn"):
-        return canonical(_only_nearest(kind, rounding, a * b), kind)
+        return canonical(a * b, kind)
     # Two significands of 24 bits make one of 48: exact in float64.
     return narrow(widen(a, kind) * widen(b, kind), kind, rounding)
 
@@ -141,23 +150,17 @@ def fused_multiply_add(a: Array, b: Array, c: Array, kind: str, rounding: str) -
     """a * b + c, rounded once."""
     if kind == "f64":
         exact = np.frompyfunc(_exact_fused, 3, 1)(a, b, c)
-        return canonical(_only_nearest(kind, rounding, np.asarray(exact, np.float64)), kind)
-    return narrow(add_to_odd(widen(a, kind) * widen(b, kind), widen(c, kind)), kind, rounding)
+        return canonical(np.asarray(exact, np.float64), kind)
+    return narrow(_signed_zero(widen(a, kind) * widen(b, kind), widen(c, kind), rounding), kind, rounding)
 
 
-def divide(a: Array, b: Array, kind: str, rounding: str) -> Array:
+def divide(a: Array, b: Array, kind: str) -> Array:
     """a / b, rounded once, to nearest."""
-    return canonical(_only_nearest(kind, rounding, a / b), kind)
+    return canonical(a / b, kind)
 
 
-def square_root(a: Array, kind: str, rounding: str) -> Array:
-    return canonical(_only_nearest(kind, rounding, np.sqrt(a)), kind)
-
-
-def _only_nearest(kind: str, rounding: str, value: Array) -> Array:
-    if rounding != "rn":
-        raise NotImplementedError(f"this operation of {kind} rounded to {rounding}")
-    return value
+def square_root(a: Array, kind: str) -> Array:
+    return canonical(np.sqrt(a), kind)
 
 
 def _exact_fused(a: float, b: float, c: float) -> float:

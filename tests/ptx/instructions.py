@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from tests.ptx import access, predicates, warp
 from tests.ptx.arithmetic import pure
-from tests.ptx.integers import Pure, bits, product
+from tests.ptx.integers import Pure, bits, logic3, product
 from tests.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW, Fault
-from tests.ptx.operands import TYPES, Reader, Scope, Step, listed, unknown, width_bytes
+from tests.ptx.operands import TYPES, Reader, Scope, Step, integer, listed, unknown, width_bytes
 from tests.ptx.parser import Instruction, PtxSyntaxError
 from tests.ptx.threads import Threads
 
@@ -37,14 +37,14 @@ class Control(Enum):
 
 
 class Operation(NamedTuple):
-    """A decoded instruction; `members` reads the membermask, `guard` the predicate that lets a thread execute."""
+    """A decoded instruction; `guard` reads the predicate that lets a thread execute, `exchange` is a warp's."""
 
     source: Instruction
     control: Control
     step: Step | None
     guard: Reader | None
     target: int = -1
-    members: Reader | None = None
+    exchange: warp.Exchange | None = None
     is_approximate: bool = False
 
 
@@ -52,8 +52,10 @@ def decode(instruction: Instruction, scope: Scope, labels: dict[str, int]) -> Op
     """Decode one instruction of a function. Raises NotImplementedError for any that is not known exactly."""
     try:
         return _decode(instruction, scope, labels)
-    except (PtxSyntaxError, KeyError, IndexError, ValueError) as error:
-        raise PtxSyntaxError(f"line {instruction.line}: {instruction.text}: {error!r}") from error
+    except PtxSyntaxError as error:
+        raise PtxSyntaxError(f"line {instruction.line}: {instruction.text}: {error}") from error
+    except (NotImplementedError, KeyError, IndexError, ValueError) as error:
+        raise unknown(instruction) from error
 
 
 def _decode(instruction: Instruction, scope: Scope, labels: dict[str, int]) -> Operation:
@@ -71,11 +73,11 @@ def _decode(instruction: Instruction, scope: Scope, labels: dict[str, int]) -> O
         if not set(parts) <= known or (not step and ("sync" not in parts or len(instruction.operands) != 1)):
             raise unknown(instruction)
         return Operation(instruction, Control.BARRIER, step, guard)
+    if exchange := warp.exchange(instruction, scope):
+        if guard:
+            raise unknown(instruction)
+        return Operation(instruction, Control.WARP, None, None, exchange=exchange)
     step, is_approximate = _step(instruction, scope, parts)
-    if (mask := warp.membermask(instruction)) is not None:
-        return Operation(
-            instruction, Control.WARP, step, guard, members=scope.read(mask, "b32"), is_approximate=is_approximate
-        )
     return Operation(instruction, Control.NEXT, step, guard, is_approximate=is_approximate)
 
 
@@ -180,6 +182,17 @@ def _is_in_space(instruction: Instruction, scope: Scope, parts: list[str]) -> St
     return step
 
 
+def _logic3(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
+    if parts[1:] != ["b32"] or len(instruction.operands) != 5:
+        return None
+    write, readers = (
+        scope.write(instruction.operands[0], "b32"),
+        [scope.read(x, "b32") for x in instruction.operands[1:4]],
+    )
+    table = integer(instruction.operands[4])
+    return lambda threads: write(threads, logic3(*[read(threads) for read in readers], table))
+
+
 def _with_carry(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
     """add.cc, addc, sub.cc, subc, mad.cc, madc: sums of more than one word, by a carry bit of each thread."""
     base, kind = parts[0], parts[-1]
@@ -217,13 +230,6 @@ def _no_effect(instruction: Instruction, scope: Scope, parts: list[str]) -> Step
     return None if "proxy" in instruction.opcode else lambda threads: None
 
 
-def _synchronize_warp(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
-    def step(threads: Threads) -> None:
-        threads.epoch = threads.epoch + threads.active.mask.reshape(-1, 32).any(axis=1)
-
-    return step if parts[1:] == ["warp", "sync"] else None
-
-
 def _reduce_at_barrier(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
     """bar.red: how many threads of the block bring a true predicate, or whether any or all do."""
     operation = next((part for part in parts if part in ("popc", "and", "or")), "")
@@ -251,8 +257,14 @@ def _trap(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | No
 
 
 _SPECIAL: dict[str, Callable[[Instruction, Scope, list[str]], Step | None]] = {
-    "mov": _move, "cvta": _convert_address, "isspacep": _is_in_space, "setp": predicates.set_predicate, "set": predicates.set_predicate,
-    "selp": predicates.select, "slct": predicates.select, "testp": predicates.test_property, "bar": _synchronize_warp, "trap": _trap,
-    "membar": _no_effect, "fence": _no_effect, "nanosleep": _no_effect,
+    "mov": _move,
+    "cvta": _convert_address,
+    "isspacep": _is_in_space,
+    **dict.fromkeys(("setp", "set"), predicates.set_predicate),
+    **dict.fromkeys(("selp", "slct"), predicates.select),
+    "lop3": _logic3,
+    "testp": predicates.test_property,
     **dict.fromkeys(("add", "addc", "sub", "subc", "mad", "madc"), _with_carry),
-}  # fmt: skip
+    "trap": _trap,
+    **dict.fromkeys(("membar", "fence", "nanosleep"), _no_effect),
+}

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.ptx.parser import NAME, WIDTH_BYTES, Instruction, PtxSyntaxError
-from tests.ptx.threads import REGISTER_TYPES, Threads
+from tests.ptx.threads import REGISTER_TYPES, SPECIAL_REGISTERS, Threads
 
 Array = npt.NDArray[Any]
 Reader = Callable[[Threads], Array]
@@ -62,6 +62,8 @@ class Scope:
         if operand in self.index:
             return self._read_register(operand, kind)
         if operand.startswith("%"):
+            if operand not in SPECIAL_REGISTERS:
+                raise NotImplementedError(operand)
             return lambda threads: cast(threads.special(operand), kind)
         value = self._constant(operand, kind)
         return lambda threads: value

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tests.ptx import floats
 from tests.ptx.operands import TYPES, Scope, Step
 from tests.ptx.parser import Instruction
+from tests.ptx.threads import Threads
 
 Array = npt.NDArray[Any]
 

@@ -61,6 +61,14 @@ def assemble(ptx_text: str, cc: Capability) -> Cubin:
     return Cubin(found[0], spills, found[1], found[2], sass, warnings)
 
 
+def require_valid(ptx_text: str, cc: Capability) -> None:
+    """Fail with ptxas' message if it does not take the text, of any number of kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernels.ptx")
+        source.write_text(ptx_text)
+        _run("ptxas", "-O0", f"-arch={architecture(cc)}", str(source), "-o", str(Path(folder, "kernels.cubin")))
+
+
 def _number(pattern: str, report: str) -> int:
     found = re.findall(pattern, report)
     if len(found) > 1:
@@ -71,7 +79,7 @@ def _number(pattern: str, report: str) -> int:
 def _run(tool: str, *arguments: str) -> str:
     done = subprocess.run([_find(tool), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{tool} {arguments[1] if tool == 'ptxas' else ''} failed:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{tool} failed:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
 
 
