@@ -1,7 +1,7 @@
 """What every int8 product on the GPU ends in: a tile's integer products to outputs, by a whole block.
 
     y[t, n] = fma(fl(products[t, n] * x_scale[t]), weight_scale[n], extra[t, n]) + bias[n]
-    extra   = sum_j outlier_x[t, j] * outlier_weight[n, j]                                       j ascending, an fma each
+    extra   = sum_j outlier_x[t, j] * outlier_weight[n, j]                                      j ascending, an fma each
             + sum_j found_x[t, j] * fl(weight_scale[n] * weight_codes[n, found_columns[j]])
     scale   = fl(absmax * fl(1 / 127))
 

@@ -19,8 +19,8 @@ from cuda_kernels.tile_intrinsics import _multiply, _tile, _values
 _GROUP = types.UniTuple(types.float32, 8)
 _MAGNITUDE = _I32(0x7FFFFFFF)
 _ROUNDER = ir.Constant(_F32, 1.5 * 2**23)
-"""Added to a float32 of magnitude up to 2^22 it leaves no room for a fraction: the sum is rounded to an integer, ties to
-even, whose lowest byte is the sum's. A conversion instruction would do the same at a quarter of the rate."""
+"""Added to a float32 of magnitude up to 2^22 it leaves no room for a fraction: the sum is rounded to an integer, ties
+to even, and has its lowest byte."""
 
 
 @intrinsic

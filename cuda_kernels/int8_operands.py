@@ -80,9 +80,6 @@ def of_tensors(
     """
     import torch
 
-    name = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}.get(y.dtype)
-    if name is None:
-        raise ValueError(f"y is {y.dtype}, not float16, bfloat16 or float32")
     (M, N), K, n, capacity = y.shape, weight_codes.shape[1], outlier_weight.shape[1], found_columns.shape[0]
     if K > MOST_COLUMNS:
         raise ValueError(f"{K} columns: a sum of more than {MOST_COLUMNS} products may not fit into int32")
@@ -99,8 +96,23 @@ def of_tensors(
     if bias is not None:
         check("bias", bias, y.dtype, (N,), y.device)
     tensors = (x_absmax, outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
-    pointers = [0 if t is None else t.data_ptr() for t in (codes, *tensors, bias, y)]
-    return Operands(name, *pointers, M, N, K, n, capacity)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    codes_at, bias_at = (0 if tensor is None else tensor.data_ptr() for tensor in (codes, bias))
+    return Operands._make((format_of(y), codes_at, *addresses, bias_at, y.data_ptr(), M, N, K, n, capacity))
+
+
+def format_of(values: torch.Tensor) -> str:
+    """ "F16", "BF16" or "F32".
+
+    Raises:
+        ValueError: of another dtype.
+    """
+    import torch
+
+    names = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+    if values.dtype not in names:
+        raise ValueError(f"{values.dtype} is not float16, bfloat16 or float32")
+    return names[values.dtype]
 
 
 def check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
