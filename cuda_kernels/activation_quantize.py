@@ -177,7 +177,7 @@ def _kernel(dtype: str, is_finding: bool, is_marked_before: bool, is_aligned: bo
     marks, codes = types.CPointer(types.uint8), types.CPointer(types.int8)
     pointers = (values, columns, marks, codes, floats, values, columns, columns, values)
     signature = (*pointers, types.uint32, *[types.uint64] * 7)
-    return Kernel(activation_quantize, signature, threads, THREADS_HELD // threads)
+    return Kernel(activation_quantize, signature, threads, THREADS_HELD // threads if is_aligned else 1)
 
 
 def mark_bytes(n_tokens: int, n_columns: int, capacity: int, cut: Plan) -> int:
@@ -201,7 +201,9 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
         planned.append(Launch(mark_kernel(o.dtype, is_aligned), grid, 0, (o.x, o.marks, threshold, *shape)))
     pointers = (o.x, o.outlier_columns, o.marks, o.codes, o.absmax, o.outlier_x, o.found_columns, o.n_found, o.found_x)
     sizes = (o.n_tokens, o.n_columns, o.row_stride, o.n_outliers, o.capacity, pieces, cut.tokens)
-    kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, cut.threads)
+    # Loads of single values want more registers than 1024 threads have.
+    threads = cut.threads if is_aligned else min(cut.threads, 256)
+    kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, threads)
     grid = (-(-o.n_tokens // cut.tokens), 1, 1)
     planned.append(Launch(kernel, grid, -(-n_groups // 4) * 4, (*pointers, threshold, *sizes)))
     return planned

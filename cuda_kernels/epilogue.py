@@ -109,7 +109,7 @@ def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_produ
     """(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes): write a tile of y.
 
     Called by all threads of a block. `terms` are outlier_x, found_columns, n_found, found_x, weight_codes,
-    weight_absmax and outlier_weight; `sizes` M, N, K, n and capacity.
+    weight_absmax and outlier_weight; `sizes` M, N, K, n and capacity, where M may be less to end the tile earlier.
 
     Args:
         tile_tokens, tile_features: multiples of 4, their product at most 16 `threads`.

@@ -40,6 +40,16 @@ STEP = 32 * VECTOR
 _device = cuda.jit(device=True, inline="always")
 
 
+class Sweep(NamedTuple):
+    """How a warp goes along the columns: `in_flight` steps of `step` columns asked for before the first is used,
+    `split` warps taking turns; `is_aligned` if rows are aligned vectors."""
+
+    in_flight: int
+    step: int
+    split: int
+    is_aligned: bool
+
+
 class Plan(NamedTuple):
     """How the work is cut; all are compiled in.
 
@@ -58,14 +68,14 @@ class Plan(NamedTuple):
 def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
     """As many loads in flight as registers allow, and warps enough to fill the device: a guess, not yet measured."""
     tokens = next((t for t in (1, 2, 4) if n_tokens <= t), 8)
-    rows, in_flight, blocks = {1: (2, 4, 3), 2: (2, 4, 3), 4: (4, 2, 2), 8: (4, 1, 2)}[tokens]
+    rows, in_flight, blocks = {1: (2, 4, 3), 2: (2, 4, 2), 4: (4, 2, 2), 8: (4, 1, 2)}[tokens]
     # Four blocks on each of 132 multiprocessors, unless that leaves a warp less than a step.
     splits = [s for s in (1, 2, 4) if s == 1 or n_columns >= s * STEP]
     split = next((s for s in splits if n_features * s >= 4 * 132 * WARPS * rows), splits[-1])
     return Plan(tokens, rows, in_flight, split, blocks)
 
 
-def make_steps(load_weights: Any, load_tokens: Any, multiply: Any, in_flight: int, step: int) -> Any:
+def _make_steps(load_weights: Any, load_tokens: Any, multiply: Any, in_flight: int, step: int) -> Any:
     """`in_flight` steps along the columns: each asks for its weights before the next does, and multiplies after it."""
     if in_flight == 0:
 
@@ -74,7 +84,7 @@ def make_steps(load_weights: Any, load_tokens: Any, multiply: Any, in_flight: in
             return sums
 
         return no_step
-    next_steps = make_steps(load_weights, load_tokens, multiply, in_flight - 1, step)
+    next_steps = _make_steps(load_weights, load_tokens, multiply, in_flight - 1, step)
 
     @_device
     def steps(sums, weight_codes, codes, row, token, k, M, N, K):  # type: ignore[no-untyped-def]
@@ -85,15 +95,48 @@ def make_steps(load_weights: Any, load_tokens: Any, multiply: Any, in_flight: in
     return steps
 
 
+def make_sweep(rows: tuple[int, int], tokens: tuple[int, int], multiply: Any, cut: Sweep) -> Any:
+    """(sums, weight_codes, codes, row, token, turn, column, M, N, K) -> a warp's sums over its share of the columns.
+
+    A turn is `in_flight` steps; the warp takes every `split`-th from number `turn` on. `column` is the lane's place in
+    a step. Only a last turn, which may reach beyond K, asks where K is.
+
+    Args:
+        rows, tokens: how many of the weight's rows and of the tokens a lane reads, and how far they are apart.
+        multiply: (sums, words of the weight, words of the tokens) -> sums.
+    """
+    columns, split, is_aligned = cut.in_flight * cut.step, cut.split, cut.is_aligned
+
+    def make(is_inside: bool) -> Any:
+        load_weights = load_rows(*rows, is_aligned, is_read_once=True, is_inside=is_inside)
+        load_tokens = load_rows(*tokens, is_aligned, is_read_once=False, is_inside=is_inside)
+        return _make_steps(load_weights, load_tokens, multiply, cut.in_flight, cut.step)
+
+    steps, last_steps = make(is_inside=is_aligned), make(is_inside=False)
+    # Where every code is a load of its own, each asks where K is, and all turns are alike.
+    reach = columns if is_aligned else 1
+
+    @_device
+    def sweep(sums, weight_codes, codes, row, token, turn, column, M, N, K):  # type: ignore[no-untyped-def]
+        k = turn * uint64(columns)
+        while k + uint64(reach) <= K:
+            sums = steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
+            k += uint64(split * columns)
+        if k < K:
+            sums = last_steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
+        return sums
+
+    return sweep
+
+
 @cache
 def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
     tokens, rows, in_flight, split, _ = cut
     groups = WARPS // split
     tile_tokens, tile_features = -(-tokens // 4) * 4, groups * rows
     stride = tile_features + 4
-    n_products, lanes, turn = tile_tokens * stride, 32 // (tokens * rows), in_flight * STEP
-    load_weights, load_tokens = load_rows(rows, 1, is_aligned, True), load_rows(tokens, 1, is_aligned, False)
-    steps = make_steps(load_weights, load_tokens, dp4a_tile, in_flight, STEP)
+    n_products, lanes = tile_tokens * stride, 32 // (tokens * rows)
+    sweep = make_sweep((rows, 1), (tokens, 1), dp4a_tile, Sweep(in_flight, STEP, split, is_aligned))
     epilogue = make_epilogue(tile_tokens, tile_features, THREADS, shared_products(stride))
     zeros = (np.int32(0),) * (tokens * rows)
 
@@ -102,7 +145,7 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
         bias, y, has_bias, M, N, K, n, capacity,
     ):  # fmt: skip
         # codes int8 [M, K]; weight_codes int8 [N, K]; y [M, N]; the rest as in `Operands`.
-        # Grid: tiles of features x tiles of tokens. A warp is at one group of rows, and at every `split`-th turn.
+        # Grid: tiles of features x tiles of tokens.
         products = cuda.shared.array(n_products, types.int32, alignment=16)
         for i in range(cuda.threadIdx.x, n_products, THREADS):
             products[i] = 0
@@ -111,18 +154,15 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
         first_token = uint64(cuda.blockIdx.y) * uint64(tokens)
         lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
         group = warp % groups
-        row = first_feature + uint64(group * rows)
-        sums = zeros
-        k = uint64(warp // groups * turn)
-        while k < K:
-            sums = steps(sums, weight_codes, codes, row, first_token, k + uint64(lane * VECTOR), M, N, K)
-            k += uint64(split * turn)
+        row, turn, column = first_feature + uint64(group * rows), uint64(warp // groups), uint64(lane * VECTOR)
+        sums = sweep(zeros, weight_codes, codes, row, first_token, turn, column, M, N, K)
         total, i = warp_sums(sums), lane // lanes
         if lane % lanes == 0:
             cuda.atomic.add(products, i // rows * stride + group * rows + i % rows, total)
         cuda.syncthreads()
         terms = (outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
-        epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, (M, N, K, n, capacity))
+        sizes = (min(M, first_token + uint64(tokens)), N, K, n, capacity)
+        epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes)
 
     return Kernel(int8_gemv, (types.CPointer(types.int8), *epilogue_types(dtype)), THREADS, cut.blocks)
 

@@ -27,10 +27,10 @@ from numba.cuda import types
 from numpy import uint64
 
 from cuda_kernels.epilogue import make_epilogue, shared_products
-from cuda_kernels.int8_gemv import make_steps
+from cuda_kernels.int8_gemv import Sweep, make_sweep
 from cuda_kernels.int8_operands import Operands, epilogue_arguments, epilogue_types
 from cuda_kernels.launch import Kernel, Launch
-from cuda_kernels.product_intrinsics import VECTOR, add_mma_tile, load_rows, mma_tile
+from cuda_kernels.product_intrinsics import VECTOR, add_mma_tile, mma_tile
 
 LEAST_CAPABILITY = (8, 0)
 """The first compute capability with this mma."""
@@ -72,11 +72,8 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
     tile_tokens, tile_features = 8 * token_tiles, groups * rows
     # A lane adds at row g, token 2 q. With 4 more than a multiple of 16 features, a warp's 32 places are in 32 banks.
     stride = tile_features + 4
-    n_products, turn, turns = tile_tokens * stride, in_flight * STEP, split * in_flight * STEP
-    load_weights = load_rows(2 * row_tiles, 8, is_aligned, True)
-    load_tokens = load_rows(token_tiles, 8, is_aligned, False)
-    steps = make_steps(load_weights, load_tokens, mma_tile, in_flight, STEP)
-    add_products = add_mma_tile(token_tiles, stride)
+    n_products, add_products = tile_tokens * stride, add_mma_tile(token_tiles, stride)
+    sweep = make_sweep((2 * row_tiles, 8), (token_tiles, 8), mma_tile, Sweep(in_flight, STEP, split, is_aligned))
     epilogue = make_epilogue(tile_tokens, tile_features, THREADS, shared_products(stride))
     zeros = (np.int32(0),) * (4 * row_tiles * token_tiles)
 
@@ -95,11 +92,7 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
         g, q, warp = cuda.threadIdx.x % 32 // 4, cuda.threadIdx.x % 4, cuda.threadIdx.x // 32
         row_of_tile = warp % groups * rows + g
         row, token = first_feature + uint64(row_of_tile), first_token + uint64(g)
-        sums = zeros
-        k = uint64(warp // groups * turn)
-        while k < K:
-            sums = steps(sums, weight_codes, codes, row, token, k + uint64(q * VECTOR), M, N, K)
-            k += uint64(turns)
+        sums = sweep(zeros, weight_codes, codes, row, token, uint64(warp // groups), uint64(q * VECTOR), M, N, K)
         add_products(products, uint64(2 * q * stride + row_of_tile), sums)
         cuda.syncthreads()
         terms = (outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)

@@ -28,32 +28,35 @@ def _load_before(builder: Any, pointer: Any, index: Any, end: Any) -> Any:
     return either
 
 
-def _load_any(builder: Any, codes: Any, start: Any, k: Any, end: Any) -> list[Any]:
+def _load_any(builder: Any, codes: Any, index: Any, end: Any) -> list[Any]:
     words = [_I32(0)] * 4
     for i in range(VECTOR):
-        code = _load_before(builder, codes, builder.add(builder.add(start, k), _I64(i)), end)
+        code = _load_before(builder, codes, builder.add(index, _I64(i)), end)
         words[i // 4] = builder.or_(words[i // 4], builder.shl(code, _I32(8 * (i % 4))))
     return words
 
 
-def _load_aligned(builder: Any, codes: Any, start: Any, k: Any, end: Any, is_read_once: bool) -> list[Any]:
-    index, last = builder.add(start, k), builder.sub(end, _I64(VECTOR))
-    is_inside = builder.icmp_unsigned("<", index, end)
-    at = builder.gep(codes, [builder.select(is_inside, index, last)])
+def _load_aligned(builder: Any, codes: Any, index: Any, is_read_once: bool) -> list[Any]:
+    at = builder.gep(codes, [index])
     if is_read_once:
         four, ptx = ir.LiteralStructType([_I32] * 4), "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];"
-        words = _values(builder, _call(builder, ptx, "rrrr", four, "l", [builder.ptrtoint(at, _I64)], True))
-    else:
-        vector = builder.load(builder.bitcast(at, ir.VectorType(_I32, 4).as_pointer()), align=VECTOR)
-        words = [builder.extract_element(vector, _I32(i)) for i in range(4)]
-    return [builder.select(is_inside, word, _I32(0)) for word in words]
+        return _values(builder, _call(builder, ptx, "rrrr", four, "l", [builder.ptrtoint(at, _I64)], True))
+    vector = builder.load(builder.bitcast(at, ir.VectorType(_I32, 4).as_pointer()), align=VECTOR)
+    return [builder.extract_element(vector, _I32(i)) for i in range(4)]
 
 
-def load_rows(count: int, apart: int, is_aligned: bool, is_read_once: bool) -> Any:
+def _load_aligned_before(builder: Any, codes: Any, index: Any, end: Any, is_read_once: bool) -> list[Any]:
+    is_inside = builder.icmp_unsigned("<", index, end)
+    index = builder.select(is_inside, index, builder.sub(end, _I64(VECTOR)))
+    return [builder.select(is_inside, word, _I32(0)) for word in _load_aligned(builder, codes, index, is_read_once)]
+
+
+def load_rows(count: int, apart: int, is_aligned: bool, is_read_once: bool, is_inside: bool) -> Any:
     """(codes, row, k, n_rows, K) -> codes k ... k + 15 of `count` rows that are `apart` rows apart, 4 words each.
 
-    Beyond column K there are zeros, beyond the last row the last row. What is read once passes by the L1 cache, which
-    holds what is read again. Where rows are not aligned vectors, each code is a load of its own.
+    Beyond column K there are zeros, unless `is_inside` promises that nothing is there; beyond the last row, the last
+    row. What is read once passes by the L1 cache, which holds what is read again. Where rows are not aligned vectors,
+    each code is a load of its own.
     """
 
     @intrinsic
@@ -64,11 +67,13 @@ def load_rows(count: int, apart: int, is_aligned: bool, is_read_once: bool) -> A
             for i in range(count):
                 at = builder.add(row, _I64(i * apart))
                 start = builder.mul(builder.select(builder.icmp_unsigned("<", at, last), at, last), n_columns)
-                end = builder.add(start, n_columns)
-                if is_aligned:
-                    words += _load_aligned(builder, codes, start, k, end, is_read_once)
+                index, end = builder.add(start, k), builder.add(start, n_columns)
+                if not is_aligned:
+                    words += _load_any(builder, codes, index, end)
+                elif is_inside:
+                    words += _load_aligned(builder, codes, index, is_read_once)
                 else:
-                    words += _load_any(builder, codes, start, k, end)
+                    words += _load_aligned_before(builder, codes, index, end, is_read_once)
             return _tile(context, builder, signature, words)
 
         return types.UniTuple(types.uint32, 4 * count)(codes, *[types.uint64] * 4), codegen
