@@ -162,16 +162,17 @@ def make_take_found(is_marked_before: bool, is_aligned: bool, threads: int) -> A
             if g < shape[3]:
                 new = uint32(marks_of(x, marks, g, threshold, pieces, shape) & ~byte_of(bits, g))
             place, total = running_sum(population_count(new), scratch, total)
-            for i in range(GROUP):
-                if new >> uint32(i) & uint32(1):
-                    if place < capacity:
-                        taken |= uint32(1) << uint32(i)
-                        column = g * uint64(GROUP) + uint64(i)
-                        if is_first_block:
-                            found_columns[place] = column
-                        for token in range(first, end):
-                            found_x[uint64(token) * capacity + place] = x[uint64(token) * shape[2] + column]
-                    place += uint64(1)
+            while new != uint32(0):
+                lowest = uint32(new & (~new + uint32(1)))
+                if place < capacity:
+                    taken |= lowest
+                    column = g * uint64(GROUP) + uint64(population_count(uint32(lowest - uint32(1))))
+                    if is_first_block:
+                        found_columns[place] = column
+                    for token in range(first, end):
+                        found_x[uint64(token) * capacity + place] = x[uint64(token) * shape[2] + column]
+                place += uint64(1)
+                new = uint32(new ^ lowest)
             if taken:
                 cuda.atomic.or_(bits, g // uint64(4), uint32(taken << (uint32(g % uint64(4)) * uint32(8))))
             cuda.syncthreads()
