@@ -116,9 +116,8 @@ class Scope:
         if width == given:
             return lambda threads, value: threads.write(index, value.view(register))
         # Signed integers grow by their sign, all others by zeros.
-        wider: type = {2: np.int16, 4: np.int32, 8: np.int64}[width] if kind[0] == "s" else register
         own = TYPES[kind] if kind[0] == "s" else REGISTER_TYPES[given]
-        return lambda threads, value: threads.write(index, value.view(own).astype(wider).view(register))
+        return lambda threads, value: threads.write(index, value.view(own).astype(register))
 
     def address(self, operand: str) -> tuple[Reader, str]:
         """A reader of `[base + offset]` as uint64, and the state space of a named base."""
