@@ -1,8 +1,8 @@
 """Instructions that Numba-CUDA has no name for; all inline PTX of this package is here, so that a move stays cheap.
 
-Pointers are `CPointer(T)` arguments of a kernel, offsets count elements of T, and the element type names the format,
-as in `cpu.BITS_DTYPE`: uint16 is fp16, int16 is bf16, uint32 and float32 are fp32. Vectors are words: uint32, little
-endian, the value with the lower index in the lower bits. An address must be a multiple of what is moved.
+Pointers are `CPointer(T)` arguments of a kernel, or shared arrays where that is said; indices count elements of T, and
+T names the format, as in `cpu.BITS_DTYPE`: uint16 is fp16, int16 is bf16, uint32 and float32 are fp32. Vectors are
+words: uint32, the value with the lower index in the lower bits. An address must be a multiple of what is moved.
 
 Each is code generation, done anew for every kernel and compute capability. Importing this module needs numba-cuda, but
 no device.
@@ -15,6 +15,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba.cuda import types
+from numba.cuda.core.errors import TypingError
 from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
@@ -38,13 +39,13 @@ def _call(builder: Any, ptx: str, results: str, result: Any, operands: str, args
     return builder.call(ir.InlineAsm(function, ptx, constraints, side_effect=volatile), args)
 
 
-def _instruction(name: str, ptx: str, result: Any, *operands: Any, volatile: bool = False) -> Any:
+def _instruction(name: str, ptx: str, result: Any, *operands: Any) -> Any:
     """The device function `name(*operands) -> result` that is the one instruction `ptx`."""
     letters = "".join(_LETTER[operand] for operand in operands)
 
     def typed(_context: Any, *_args: Any) -> Any:
         def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            return _call(builder, ptx, _LETTER[result], _IR[result], letters, args, volatile)
+            return _call(builder, ptx, _LETTER[result], _IR[result], letters, args)
 
         return result(*operands), codegen
 
@@ -53,59 +54,16 @@ def _instruction(name: str, ptx: str, result: Any, *operands: Any, volatile: boo
 
 # Arithmetic. The `_rn` forms are never contracted into an fma, which would round once where the method rounds twice.
 
-dp4a = _instruction("dp4a", "dp4a.s32.s32 $0, $1, $2, $3;", types.int32, types.uint32, types.uint32, types.int32)
-"""dp4a(a, b, c): c plus the dot product of four int8 by four int8."""
-
 multiply_rn = _instruction("multiply_rn", "mul.rn.f32 $0, $1, $2;", types.float32, types.float32, types.float32)
 add_rn = _instruction("add_rn", "add.rn.f32 $0, $1, $2;", types.float32, types.float32, types.float32)
 reciprocal_rn = _instruction("reciprocal_rn", "rcp.rn.f32 $0, $1;", types.float32, types.float32)
 """1 / x, correctly rounded: equal to a division, subnormal x included."""
-
-round_to_int = _instruction("round_to_int", "cvt.rni.s32.f32 $0, $1;", types.int32, types.float32)
-"""float32 -> int32, ties to even, saturating; NaN gives 0."""
 
 population_count = _instruction("population_count", "popc.b32 $0, $1;", types.uint32, types.uint32)
 permute_bytes = _instruction(
     "permute_bytes", "prmt.b32 $0, $1, $2, $3;", types.uint32, types.uint32, types.uint32, types.uint32
 )
 """permute_bytes(a, b, selector): four of the eight bytes b:a, one hexadecimal digit each, the lowest byte's first."""
-
-
-@intrinsic
-def max_u16x2(_context: Any, a: Any, b: Any) -> Any:
-    """The larger of each half, as uint16: one instruction from sm_90 on, five before."""
-
-    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        if ConfigStack.top_or_none().compute_capability >= (9, 0):
-            return _call(builder, "max.u16x2 $0, $1, $2;", "r", _I32, "rr", args)
-        halves = []
-        for mask in (0xFFFF, 0xFFFF0000):
-            x, y = (builder.and_(arg, ir.Constant(_I32, mask)) for arg in args)
-            halves.append(builder.select(builder.icmp_unsigned(">", x, y), x, y))
-        return builder.or_(*halves)
-
-    return types.uint32(types.uint32, types.uint32), codegen
-
-
-@intrinsic
-def mma_s8(
-    _context: Any, a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any
-) -> Any:
-    """One warp's 16x8 += 16x32 @ 32x8 of int8 on the tensor cores (mma.sync m16n8k32); sm_80 and newer.
-
-    Lane l holds, with g = l / 4 and t = l % 4: a0, a1 = rows g, g + 8 at k = 4t..4t+3, a2, a3 = the same at k + 16;
-    b0, b1 = column g at k = 4t..4t+3 and k + 16; c0, c1 = row g, columns 2t, 2t + 1; c2, c3 = row g + 8, the same.
-
-    Returns: int32 x 4, the new c0..c3.
-    """
-    ptx = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-    signature = types.UniTuple(types.int32, 4)(*[types.uint32] * 6, *[types.int32] * 4)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        made = _call(builder, ptx, "rrrr", ir.LiteralStructType([_I32] * 4), "r" * 10, args)
-        return _tuple(context, builder, signature, made, 4)
-
-    return signature, codegen
 
 
 # Bits and numbers.
@@ -142,11 +100,44 @@ def _conversion(name: str, result: Any, operand: Any, convert: Any, format: Any)
 
 bits_as_float = _conversion("bits_as_float", types.float32, types.uint32, _widen, types.uint32)
 float_as_bits = _conversion("float_as_bits", types.uint32, types.float32, _narrow, types.uint32)
-f16_as_float = _conversion("f16_as_float", types.float32, types.uint32, _widen, types.uint16)
-bf16_as_float = _conversion("bf16_as_float", types.float32, types.uint32, _widen, types.int16)
-float_as_f16 = _conversion("float_as_f16", types.uint32, types.float32, _narrow, types.uint16)
-float_as_bf16 = _conversion("float_as_bf16", types.uint32, types.float32, _narrow, types.int16)
-"""Between float32 and bits in the lower half of a uint32: exact upwards, to the nearest, ties to even, downwards."""
+
+
+@intrinsic
+def element_bytes(_context: Any, pointer: Any) -> Any:
+    """element_bytes(pointer) -> uint32, a constant: branches on it cost nothing."""
+
+    def codegen(_cg: Any, _builder: Any, _signature: Any, _args: Any) -> Any:
+        return ir.Constant(_I32, pointer.dtype.bitwidth // 8)
+
+    return types.uint32(pointer), codegen
+
+
+def _max_u16x2(builder: Any, a: Any, b: Any) -> Any:
+    if ConfigStack.top_or_none().compute_capability >= (9, 0):
+        return _call(builder, "max.u16x2 $0, $1, $2;", "r", _I32, "rr", [a, b])
+    halves = []
+    for mask in (0xFFFF, 0xFFFF0000):
+        x, y = (builder.and_(word, ir.Constant(_I32, mask)) for word in (a, b))
+        halves.append(builder.select(builder.icmp_unsigned(">", x, y), x, y))
+    return builder.or_(*halves)
+
+
+@intrinsic
+def larger_magnitudes(_context: Any, pointer: Any, largest: Any, word: Any) -> Any:
+    """larger_magnitudes(pointer, largest, word) -> uint32: of each value in a word, the larger magnitude's bits.
+
+    The bits of IEEE numbers without their sign are ordered as the magnitudes are, infinity and then NaN at the top.
+    Two 16-bit values take one maximum from sm_90 on, and five instructions more before.
+    """
+
+    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        is_wide = pointer.dtype.bitwidth == 32
+        magnitudes = builder.and_(args[2], ir.Constant(_I32, 0x7FFFFFFF if is_wide else 0x7FFF7FFF))
+        if not is_wide:
+            return _max_u16x2(builder, args[1], magnitudes)
+        return builder.select(builder.icmp_unsigned(">", args[1], magnitudes), args[1], magnitudes)
+
+    return types.uint32(pointer, types.uint32, types.uint32), codegen
 
 
 @intrinsic
@@ -174,47 +165,50 @@ def high_as_float(_context: Any, pointer: Any, word: Any) -> Any:
 # Memory.
 
 
-def _address(builder: Any, pointer: Any, index_type: Any, index: Any, target: Any) -> Any:
+def _address(context: Any, builder: Any, signature: Any, args: Any, target: Any) -> Any:
+    """Where the second argument's element of the first is, as a pointer to `target`."""
+    owner, index = args[0], args[1]
     # A narrow index would be sign-extended by the address computation, unsigned or not.
     if index.type.width < 64:
-        index = (builder.sext if index_type.signed else builder.zext)(index, _I64)
-    return builder.bitcast(builder.gep(pointer, [index]), ir.PointerType(target))
+        index = (builder.sext if signature.args[1].signed else builder.zext)(index, _I64)
+    if isinstance(signature.args[0], types.Array):
+        owner = context.make_array(signature.args[0])(context, builder, owner).data
+    return builder.bitcast(builder.gep(owner, [index]), ir.PointerType(target))
 
 
 def _tuple(context: Any, builder: Any, signature: Any, made: Any, n: int) -> Any:
     return context.make_tuple(builder, signature.return_type, [builder.extract_value(made, k) for k in range(n)])
 
 
-def _load(name: str, n_words: int, ptx: str) -> Any:
-    def typed(_context: Any, pointer: Any, index: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            address = _address(builder, args[0], signature.args[1], args[1], ir.VectorType(_I32, n_words))
-            if not ptx:
-                vector = builder.load(address, align=4 * n_words)
-                words = [builder.extract_element(vector, ir.Constant(_I32, k)) for k in range(n_words)]
-                return context.make_tuple(builder, signature.return_type, words)
-            address = builder.ptrtoint(address, _I64)
-            words = _call(builder, ptx, "r" * n_words, ir.LiteralStructType([_I32] * n_words), "l", [address], True)
-            return _tuple(context, builder, signature, words, n_words)
+@intrinsic
+def load_16_bytes(_context: Any, pointer: Any, index: Any) -> Any:
+    """load_16_bytes(pointer, index) -> 4 words; the pointer may be a shared array."""
 
-        return types.UniTuple(types.uint32, n_words)(pointer, index), codegen
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = builder.load(_address(context, builder, signature, args, ir.VectorType(_I32, 4)), align=16)
+        words = [builder.extract_element(vector, ir.Constant(_I32, k)) for k in range(4)]
+        return context.make_tuple(builder, signature.return_type, words)
 
-    return _device_function(name, 2, typed)
+    return types.UniTuple(types.uint32, 4)(pointer, index), codegen
 
 
-load_8_bytes = _load("load_8_bytes", 2, "")
-load_16_bytes = _load("load_16_bytes", 4, "")
-"""load_16_bytes(pointer, index) -> 4 words. Of global or shared memory; the next two are of global memory alone."""
+@intrinsic
+def stream_16_bytes(_context: Any, pointer: Any, index: Any) -> Any:
+    """stream_16_bytes(pointer, index) -> 4 words, read around L1, of global memory that this launch does not write."""
+    ptx = "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];"
 
-stream_8_bytes = _load("stream_8_bytes", 2, "ld.global.nc.L1::no_allocate.v2.b32 {$0,$1}, [$2];")
-stream_16_bytes = _load("stream_16_bytes", 4, "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];")
-"""stream_16_bytes(pointer, index) -> 4 words that no one writes during this launch, and that are read once."""
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.ptrtoint(_address(context, builder, signature, args, _I32), _I64)
+        words = _call(builder, ptx, "rrrr", ir.LiteralStructType([_I32] * 4), "l", [address])
+        return _tuple(context, builder, signature, words, 4)
+
+    return types.UniTuple(types.uint32, 4)(pointer, index), codegen
 
 
 def _store(name: str, n_words: int, ptx: str) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = ir.VectorType(_I32, n_words)
-        address = _address(builder, args[0], signature.args[1], args[1], vector)
+        address = _address(context, builder, signature, args, vector)
         if ptx:
             operands = [builder.ptrtoint(address, _I64), *args[2:]]
             _call(builder, ptx, "", ir.VoidType(), "l" + "r" * n_words, operands, True)
@@ -231,15 +225,13 @@ def _store(name: str, n_words: int, ptx: str) -> Any:
     return _device_function(name, 2 + n_words, typed)
 
 
-store_4_bytes = _store("store_4_bytes", 1, "")
 store_8_bytes = _store("store_8_bytes", 2, "")
 store_16_bytes = _store("store_16_bytes", 4, "")
-"""store_16_bytes(pointer, index, *words)."""
+"""store_16_bytes(pointer, index, *words); the pointer may be a shared array."""
 
 stream_store_4_bytes = _store("stream_store_4_bytes", 1, "st.global.cs.b32 [$0], $1;")
 stream_store_8_bytes = _store("stream_store_8_bytes", 2, "st.global.cs.v2.b32 [$0], {$1,$2};")
-stream_store_16_bytes = _store("stream_store_16_bytes", 4, "st.global.cs.v4.b32 [$0], {$1,$2,$3,$4};")
-"""As store_16_bytes, to be evicted first: no one reads it soon."""
+"""stream_store_8_bytes(pointer, index, *words) to global memory, to be evicted first: no one reads it soon."""
 
 
 # One value, in the format its pointer names.
@@ -249,33 +241,21 @@ stream_store_16_bytes = _store("stream_store_16_bytes", 4, "st.global.cs.v4.b32 
 def load_float(_context: Any, pointer: Any, index: Any) -> Any:
     """load_float(pointer, index) -> float32, exactly."""
 
-    def codegen(_cg: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         stored = ir.IntType(pointer.dtype.bitwidth)
-        bits = builder.load(_address(builder, args[0], signature.args[1], args[1], stored))
+        bits = builder.load(_address(context, builder, signature, args, stored))
         return _widen(builder, pointer.dtype, bits if stored.width == 32 else builder.zext(bits, _I32))
 
     return types.float32(pointer, index), codegen
-
-
-@intrinsic
-def store_float(_context: Any, pointer: Any, index: Any, x: Any) -> Any:
-    """store_float(pointer, index, x): the nearest value, ties to even."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        stored = ir.IntType(pointer.dtype.bitwidth)
-        bits = _narrow(builder, pointer.dtype, args[2])
-        bits = bits if stored.width == 32 else builder.trunc(bits, stored)
-        builder.store(bits, _address(builder, args[0], signature.args[1], args[1], stored))
-        return context.get_dummy_value()
-
-    return types.void(pointer, index, types.float32), codegen
 
 
 # Lanes of a warp. All 32 take part.
 
 
 def _shuffle(name: str, mode: str, clamp: str) -> Any:
-    def typed(_context: Any, value: Any, lane: Any) -> Any:
+    def typed(_context: Any, value: Any, _lane: Any) -> Any:
+        if value not in _LETTER or _IR[value] == _I64:
+            raise TypingError(f"{name} moves 32 bits, not {value}; uint32 + uint32 is uint64 in Numba")
         ptx = f"shfl.sync.{mode}.b32 $0, $1, $2, {clamp}, 0xffffffff;"
 
         def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -288,7 +268,5 @@ def _shuffle(name: str, mode: str, clamp: str) -> Any:
 
 
 shuffle_xor = _shuffle("shuffle_xor", "bfly", "0x1f")
-shuffle_down = _shuffle("shuffle_down", "down", "0x1f")
 shuffle_up = _shuffle("shuffle_up", "up", "0x0")
-shuffle_from = _shuffle("shuffle_from", "idx", "0x1f")
-"""shuffle_*(value, lane): a 32-bit value of the lane `own ^ lane`, `own + lane`, `own - lane` or `lane`."""
+"""shuffle_*(value, lane): a 32-bit value of the lane `own ^ lane` or `own - lane`, its own where there is none."""

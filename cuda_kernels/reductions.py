@@ -22,7 +22,7 @@ def warp_max(value):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")
 def warp_sum(value):  # type: ignore[no-untyped-def]
-    """The sum of 32 values, as a balanced tree; equal on all lanes, for a + b is b + a."""
+    """The sum of 32 float32, as a balanced tree; equal on all lanes, for a + b is b + a."""
     for lanes in (16, 8, 4, 2, 1):
         value += shuffle_xor(value, lanes)
     return value
@@ -45,7 +45,7 @@ def block_max(value, scratch):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")
 def block_sum(value, scratch):  # type: ignore[no-untyped-def]
-    """The sum of a block, the warps' sums added in their order. `scratch` as in `block_max`."""
+    """The sum of a block's float32, the warps' sums added in their order. `scratch` as in `block_max`."""
     value = warp_sum(value)
     thread = types.uint32(cuda.threadIdx.x)
     if thread & types.uint32(31) == types.uint32(0):

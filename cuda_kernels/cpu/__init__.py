@@ -1,13 +1,21 @@
 """The operations as Numba CPU kernels, none of which holds Python's lock.
 
-Arrays in, arrays the caller owns out; floats as their bits, see `BITS_DTYPE`.
-
-Numba's own threads are left out on purpose: its default threading layer may not be entered by two threads at once, and
-the callers have threads of their own.
+Arrays in, arrays the caller owns out; floats as their bits, see `BITS_DTYPE`. `row_quantize` and `dequantize_fp8` run
+on the calling thread, whose owner has as many as it has cores; the others take `n_threads`.
 """
 
+from cuda_kernels.cpu.activation_quantize import activation_quantize
 from cuda_kernels.cpu.bits import BITS_DTYPE
+from cuda_kernels.cpu.dequantize_epilogue import dequantize_epilogue
 from cuda_kernels.cpu.dequantize_fp8 import dequantize_fp8
+from cuda_kernels.cpu.int8_matmul import int8_matmul
 from cuda_kernels.cpu.row_quantize import row_quantize
 
-__all__ = ["BITS_DTYPE", "dequantize_fp8", "row_quantize"]
+__all__ = [
+    "BITS_DTYPE",
+    "activation_quantize",
+    "dequantize_epilogue",
+    "dequantize_fp8",
+    "int8_matmul",
+    "row_quantize",
+]

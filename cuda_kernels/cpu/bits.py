@@ -1,4 +1,4 @@
-"""Floats as the bits they are stored in, widened and narrowed in registers: Numba knows no bf16, and no fp16 on a CPU.
+"""Floats as the bits they are stored in, widened in registers: Numba knows no bf16, and no fp16 on a CPU.
 
 The integer type of the bits names the format, see `BITS_DTYPE`. With the sign cleared, the bits of an IEEE float are
 ordered as the magnitudes are, with infinity and then NaN at the top: a maximum over them is a maximum over magnitudes
@@ -24,7 +24,6 @@ BITS_DTYPE: dict[str, np.dtype[Any]] = {
 """How each float dtype is handed to the kernels: the integer type of its bits names the format."""
 
 _INT32 = ir.IntType(32)
-_BF16_QUIET = 0x40
 
 
 @intrinsic
@@ -40,30 +39,6 @@ def widen(_context: Any, bits: Any) -> Any:
         return builder.bitcast(value, ir.FloatType())
 
     return types.float32(bits), codegen
-
-
-@intrinsic
-def narrow(_context: Any, value: Any, bits: Any) -> Any:
-    """float32 `value` -> the bits of the nearest value in the format that the integer type of `bits` names.
-
-    Ties to even; too large becomes infinite, NaN stays NaN.
-    """
-
-    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        wide = args[0]
-        if bits == types.uint16:
-            return builder.bitcast(builder.fptrunc(wide, ir.HalfType()), ir.IntType(16))
-        pattern = builder.bitcast(wide, _INT32)
-        if bits == types.uint32:
-            return pattern
-        # Not by the hardware's bf16 instruction: it takes subnormal inputs for zero.
-        high = builder.lshr(pattern, _INT32(16))
-        tie = builder.add(builder.and_(high, _INT32(1)), _INT32(0x7FFF))
-        nearest = builder.lshr(builder.add(pattern, tie), _INT32(16))
-        is_nan = builder.fcmp_unordered("uno", wide, wide)
-        return builder.trunc(builder.select(is_nan, builder.or_(high, _INT32(_BF16_QUIET)), nearest), ir.IntType(16))
-
-    return bits(types.float32, bits), codegen
 
 
 @intrinsic

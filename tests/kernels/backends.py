@@ -19,9 +19,8 @@ import pytest
 
 from cuda_kernels import cpu, reference
 from cuda_kernels.reference import QuantizedActivations, QuantizedRows
-
-Bits = npt.NDArray[Any]
-"""uint16 for F16 and BF16, uint32 for F32."""
+from tests.kernels.cuda_backends import Gpu, Interpreted
+from tests.kernels.outputs import Bits, Outputs
 
 DTYPES = ["F16", "BF16", "F32"]
 
@@ -47,27 +46,6 @@ def widen(bits: Bits, dtype: str) -> npt.NDArray[np.float32]:
     if dtype == "BF16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.view(np.float32)
-
-
-class Outputs:
-    """Arrays for a kernel to write, filled with a sentinel and set in margins that `check` finds untouched."""
-
-    MARGIN_BYTES = 256
-
-    def __init__(self) -> None:
-        self._margins: list[npt.NDArray[np.uint8]] = []
-
-    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An array of this shape between two margins: -128 for int8, which no code is, and NaN for floats."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        fill = 0x80 if np.dtype(dtype).kind == "i" else 0xFF
-        memory = np.full(size + 2 * self.MARGIN_BYTES, fill, np.uint8)
-        self._margins += [memory[: self.MARGIN_BYTES], memory[self.MARGIN_BYTES + size :]]
-        return memory[self.MARGIN_BYTES : self.MARGIN_BYTES + size].view(dtype).reshape(shape)
-
-    def check(self) -> None:
-        for margin in self._margins:
-            assert (margin == margin[0]).all(), "written outside an output"
 
 
 class Backend(Protocol):
@@ -118,6 +96,9 @@ class Reference:
 class Cpu:
     """The Numba kernels of `cuda_kernels.cpu`."""
 
+    def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+
     def row_quantize(self, weight: Bits, dtype: str) -> QuantizedRows:
         outputs, rows = Outputs(), weight.shape[0]
         result = QuantizedRows(
@@ -130,9 +111,63 @@ class Cpu:
         outputs.check()
         return result
 
+    def activation_quantize(
+        self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
+    ) -> QuantizedActivations:
+        outputs, n_tokens = Outputs(), x.shape[0]
+        bits = cpu.BITS_DTYPE[dtype]
+        result = QuantizedActivations(
+            outputs.empty(x.shape, np.int8),
+            outputs.empty((n_tokens,), np.float32),
+            outputs.empty((n_tokens, outlier_columns.size), bits),
+            outputs.empty((capacity,), np.int32),
+            outputs.empty((1,), np.int32),
+            outputs.empty((n_tokens, capacity), bits),
+        )
+        cpu.activation_quantize(x.view(bits), outlier_columns, threshold, *result, n_threads=self._n_threads)
+        outputs.check()
+        return result._replace(outlier_x=result.outlier_x.view(x.dtype), found_x=result.found_x.view(x.dtype))
+
+    def int8_matmul(
+        self,
+        x: QuantizedActivations,
+        dtype: str,
+        weight_codes: npt.NDArray[np.int8],
+        weight_absmax: npt.NDArray[np.float32],
+        outlier_weight: Bits,
+        bias: Bits | None,
+    ) -> Bits:
+        outputs, bits = Outputs(), cpu.BITS_DTYPE[dtype]
+        y = outputs.empty((x.codes.shape[0], weight_absmax.size), outlier_weight.dtype)
+        x = x._replace(outlier_x=x.outlier_x.view(bits), found_x=x.found_x.view(bits))
+        weight = (weight_codes, weight_absmax, outlier_weight.view(bits), bias if bias is None else bias.view(bits))
+        cpu.int8_matmul(*x, *weight, y.view(bits), n_threads=self._n_threads)
+        outputs.check()
+        return y
+
+    def dequantize_epilogue(
+        self,
+        products: npt.NDArray[np.int32],
+        x: QuantizedActivations,
+        dtype: str,
+        weight_codes: npt.NDArray[np.int8],
+        weight_absmax: npt.NDArray[np.float32],
+        outlier_weight: Bits,
+        bias: Bits | None,
+    ) -> Bits:
+        outputs, bits = Outputs(), cpu.BITS_DTYPE[dtype]
+        y = outputs.empty(products.shape, outlier_weight.dtype)
+        x = x._replace(outlier_x=x.outlier_x.view(bits), found_x=x.found_x.view(bits))
+        weight = (weight_codes, weight_absmax, outlier_weight.view(bits), bias if bias is None else bias.view(bits))
+        cpu.dequantize_epilogue(products, *x[1:], *weight, y.view(bits), n_threads=self._n_threads)
+        outputs.check()
+        return y
+
 
 BACKENDS: dict[str, tuple[object, list[pytest.MarkDecorator]]] = {
-    "cpu": (Cpu(), []),
+    "cpu": (Cpu(n_threads=1), []),
+    "ptx": (Interpreted(), []),
+    "gpu": (Gpu(), [pytest.mark.gpu]),
 }
 """id -> the adapter and the marks its tests carry."""
 

@@ -1,0 +1,162 @@
+"""Tokens -> int8 codes beside the columns that stay as they are; `reference.activation_quantize` says what it means.
+
+How it goes:
+1. Columns are found by the maximum of their bit patterns over all tokens, unless none may be found.
+2. Each token is read twice, the second time from the core's own cache: its largest pattern, then its codes. A mask of
+   one pattern per column takes the outlier columns out of both.
+
+Cost: x is read from memory at most twice, 2 bytes an element for 16 bits, and 1 byte written. A row that is apart from
+the next is read where it is. Threads share the tokens; maxima do not depend on who takes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+from numpy.lib.stride_tricks import as_strided
+
+from cuda_kernels.cpu.bits import magnitude, widen
+from cuda_kernels.cpu.threads import run_split
+from cuda_kernels.reference import N_STEPS
+
+_MIN_ELEMENTS = 1 << 17
+"""Elements that are worth a thread: about 20 us of work."""
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _column_maxima(x, row_stride, begin, end, largest):  # type: ignore[no-untyped-def]
+    for t in range(begin, end):
+        row = x[t * row_stride : t * row_stride + largest.size]
+        for k in range(largest.size):
+            largest[k] = max(largest[k], magnitude(row[k]))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _mask_stored(outlier_columns, keep):  # type: ignore[no-untyped-def]
+    """Clear the stored columns in `keep`; False where they are not ascending column indices."""
+    previous = -1
+    for column in outlier_columns:
+        if column <= previous or column >= keep.size:
+            return False
+        keep[column] = 0
+        previous = column
+    return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _take_found(largest, threshold, keep, found_columns):  # type: ignore[no-untyped-def]
+    """List the columns that are kept so far and not below the threshold, clear the listed ones in `keep`; count all."""
+    n_found = 0
+    for k in range(largest.size):
+        if keep[k] != 0 and not (widen(largest[k]) < threshold):
+            if n_found < found_columns.size:
+                found_columns[n_found] = k
+                keep[k] = 0
+            n_found += 1
+    return n_found
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _quantize_one_token(row, keep, codes):  # type: ignore[no-untyped-def]
+    largest = magnitude(row.dtype.type(0))
+    for k in range(row.size):
+        largest = max(largest, magnitude(row.dtype.type(row[k] & keep[k])))
+    absmax = widen(largest)
+    inv_scale = (np.float32(1) / absmax) * np.float32(N_STEPS)
+    if not np.isfinite(inv_scale):
+        inv_scale = np.float32(0)
+    if np.isfinite(absmax):
+        for k in range(row.size):
+            codes[k] = np.int8(np.rint(widen(row.dtype.type(row[k] & keep[k])) * inv_scale))
+    else:
+        codes[:] = 0
+    return absmax
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _quantize_tokens(x, row_stride, begin, end, keep, codes, absmax):  # type: ignore[no-untyped-def]
+    for t in range(begin, end):
+        row = x[t * row_stride : t * row_stride + keep.size]
+        absmax[t] = _quantize_one_token(row, keep, codes[t])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _gather(x, row_stride, begin, end, columns, out):  # type: ignore[no-untyped-def]
+    """out[t, j] = x[t, columns[j]], 0 for column -1."""
+    for t in range(begin, end):
+        for j in range(columns.size):
+            out[t, j] = x[t * row_stride + columns[j]] if columns[j] >= 0 else 0
+
+
+def activation_quantize(
+    x: npt.NDArray[Any],
+    outlier_columns: npt.NDArray[np.int32],
+    threshold: float,
+    codes: npt.NDArray[np.int8],
+    absmax: npt.NDArray[np.float32],
+    outlier_x: npt.NDArray[Any],
+    found_columns: npt.NDArray[np.int32],
+    n_found: npt.NDArray[np.int32],
+    found_x: npt.NDArray[Any],
+    n_threads: int = 1,
+) -> None:
+    """Quantize tokens into arrays the caller owns; see `reference.activation_quantize` for the meaning.
+
+    Bit-equal to the reference on x widened to float32: `threshold` is rounded to float32, not to the dtype of x. The
+    codes of a token whose absmax is not finite are 0.
+
+    Args:
+        x: bits [M, K], rows at any distance from each other, elements side by side.
+        outlier_columns: int32 [n], ascending, each once.
+        codes, absmax, outlier_x, found_columns, n_found, found_x: C-contiguous, written; the bits of `outlier_x` and
+            `found_x` of the dtype of x; the size of `found_columns` is the capacity.
+
+    Raises:
+        ValueError: `outlier_columns` are not ascending column indices.
+    """
+    n_tokens, n_columns = x.shape
+    flat, row_stride = _flatten(x)
+    n_threads = min(n_threads, x.size // _MIN_ELEMENTS + 1)
+    keep = np.full(n_columns, -1, np.dtype(f"i{x.itemsize}")).view(x.dtype)
+    if not _mask_stored(outlier_columns, keep):
+        raise ValueError(f"expected ascending outlier columns below {n_columns}, found {outlier_columns.tolist()}")
+    found_columns.fill(-1)
+    n_found[0] = 0
+    if found_columns.size:
+        largest = _find_maxima(flat, row_stride, n_tokens, np.zeros(n_columns, x.dtype), n_threads)
+        n_found[0] = _take_found(largest, np.float32(threshold), keep, found_columns)
+
+    def quantize(begin: int, end: int) -> None:
+        _quantize_tokens(flat, row_stride, begin, end, keep, codes, absmax)
+        _gather(flat, row_stride, begin, end, outlier_columns, outlier_x)
+        _gather(flat, row_stride, begin, end, found_columns, found_x)
+
+    run_split(quantize, n_tokens, n_threads)
+
+
+def _flatten(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int]:
+    """The memory of x as one row, and how many elements apart the rows of x begin in it; no copy."""
+    n_tokens, n_columns = x.shape
+    if x.flags.c_contiguous:
+        return x.reshape(-1), n_columns
+    row_stride = x.strides[0] // x.itemsize
+    return as_strided(x, ((n_tokens - 1) * row_stride + n_columns,), (x.itemsize,)), row_stride
+
+
+def _find_maxima(
+    flat: npt.NDArray[Any], row_stride: int, n_tokens: int, zeros: npt.NDArray[Any], n_threads: int
+) -> npt.NDArray[Any]:
+    """Each column's largest magnitude over all tokens, as bits."""
+    parts: list[npt.NDArray[Any]] = [zeros]
+
+    def find(begin: int, end: int) -> None:
+        largest = np.zeros_like(zeros)
+        _column_maxima(flat, row_stride, begin, end, largest)
+        parts.append(largest)
+
+    run_split(find, n_tokens, n_threads)
+    maxima: npt.NDArray[Any] = np.maximum.reduce(parts)
+    return maxima

@@ -1,0 +1,118 @@
+"""Integer products -> outputs: scales, outlier terms and bias in one pass; see `reference.dequantize_epilogue`.
+
+Stored and found outlier columns are one list of side columns here: the activations in them as float32, and per block of
+weight rows the weights in them, side by side for consecutive rows so that a vector register holds 16 rows.
+
+    y[t, n] = fl(fl(fl(products * x_scale) * weight_scale) + x_side * weight_side + ... + bias)
+
+Every step is rounded to float32, the additions go in the order of the columns, stored before found, and no
+multiplication is fused with an addition: the bits are the same on every processor and for every number of threads.
+
+Cost: 4 bytes in and one output out per element; `int8_matmul` hands its products over in registers and cache instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from cuda_kernels.cpu.bits import widen
+from cuda_kernels.cpu.float_vectors import N_FLOATS, add, fill, load_floats, load_integers, multiply, store_narrow
+from cuda_kernels.cpu.threads import run_split
+from cuda_kernels.reference import N_STEPS
+
+N_ROWS = N_FLOATS
+"""Weight rows per block."""
+
+_MIN_ELEMENTS = 1 << 18
+"""Outputs that are worth a thread."""
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def widen_side_x(outlier_x, found_x, side_x):  # type: ignore[no-untyped-def]
+    """The activations of all side columns as float32 [M, n_side], the stored columns first."""
+    n = outlier_x.shape[1]
+    for t in range(side_x.shape[0]):
+        for j in range(side_x.shape[1]):
+            side_x[t, j] = widen(outlier_x[t, j]) if j < n else widen(found_x[t, j - n])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, block):  # type: ignore[no-untyped-def]
+    """Fill `block`, float32 [2 + n_side, N_ROWS], for the weight rows from `n` on: scale, bias, then side weights."""
+    n_stored = outlier_weight.shape[1]
+    for r in range(min(N_ROWS, weight_absmax.size - n)):
+        scale = weight_absmax[n + r] / np.float32(N_STEPS)
+        block[0, r] = scale
+        block[1, r] = widen(bias[n + r]) if bias.size else np.float32(0)
+        for j in range(n_stored):
+            block[2 + j, r] = widen(outlier_weight[n + r, j])
+        for j in range(block.shape[0] - 2 - n_stored):
+            block[2 + n_stored + j, r] = np.float32(weight_codes[n + r, found_columns[j]]) * scale
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def finish_token(products, x_absmax, side_x, block, spare, y):  # type: ignore[no-untyped-def]
+    """The outputs of one token for one block of weight rows; `spare` is scratch for N_ROWS outputs."""
+    row_bytes = block.strides[0]
+    scale = block.ctypes.data
+    bias, side_weight = scale + row_bytes, scale + 2 * row_bytes
+    sums = multiply(load_integers(products.ctypes.data), fill(x_absmax / np.float32(N_STEPS)))
+    sums = multiply(sums, load_floats(scale))
+    for j in range(side_x.size):
+        sums = add(sums, multiply(fill(side_x[j]), load_floats(side_weight + j * row_bytes)))
+    sums = add(sums, load_floats(bias))
+    if y.size == N_ROWS:
+        store_narrow(sums, y.ctypes.data, y[0])
+    else:
+        store_narrow(sums, spare.ctypes.data, spare[0])
+        y[:] = spare[: y.size]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, begin, end, y):  # type: ignore[no-untyped-def]
+    weight_codes, weight_absmax, outlier_weight = weight
+    block = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
+    rows, spare = np.zeros(N_ROWS, np.int32), np.empty(N_ROWS, y.dtype)
+    for n in range(begin, end, N_ROWS):
+        stop = min(n + N_ROWS, end)
+        load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, block)
+        for t in range(products.shape[0]):
+            rows[: stop - n] = products[t, n:stop]
+            finish_token(rows, x_absmax[t], side_x[t], block, spare, y[t, n:stop])
+
+
+def dequantize_epilogue(
+    products: npt.NDArray[np.int32],
+    x_absmax: npt.NDArray[np.float32],
+    outlier_x: npt.NDArray[Any],
+    found_columns: npt.NDArray[np.int32],
+    n_found: npt.NDArray[np.int32],
+    found_x: npt.NDArray[Any],
+    weight_codes: npt.NDArray[np.int8],
+    weight_absmax: npt.NDArray[np.float32],
+    outlier_weight: npt.NDArray[Any],
+    bias: npt.NDArray[Any] | None,
+    y: npt.NDArray[Any],
+    n_threads: int = 1,
+) -> None:
+    """Write `y` from the integer products; see `reference.dequantize_epilogue` for the meaning.
+
+    Args:
+        products: int32 [M, N], C-contiguous as all arrays here.
+        outlier_x, found_x, outlier_weight, bias, y: bits, all of one dtype.
+    """
+    n_taken = min(int(n_found[0]), found_columns.size)
+    side_x = np.empty((products.shape[0], outlier_x.shape[1] + n_taken), np.float32)
+    widen_side_x(outlier_x, found_x, side_x)
+    if bias is None:
+        bias = np.empty(0, outlier_weight.dtype)
+    weight = (weight_codes, weight_absmax, outlier_weight)
+
+    def dequantize(begin: int, end: int) -> None:
+        _dequantize(products, x_absmax, side_x, found_columns, weight, bias, begin, end, y)
+
+    run_split(dequantize, weight_absmax.size, min(n_threads, products.size // _MIN_ELEMENTS + 1), N_ROWS)

@@ -1,0 +1,77 @@
+"""Codes times codes, and the epilogue while the sums are in the cache; `reference.int8_matmul` says what it means.
+
+For each block of 32 weight rows: its side weights are widened once; then for every four tokens the block's products,
+in int32 and exact, and their epilogue. The weights cross main memory once, the products never do.
+
+Cost: N * K bytes of weight codes read once, the floor for few tokens; for many, M * N * K / 64 vector products.
+Threads share the weight rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from cuda_kernels.cpu.dequantize_epilogue import N_ROWS, finish_token, load_rows, widen_side_x
+from cuda_kernels.cpu.int8_products import N_TOKENS, multiply_block, sum_codes
+from cuda_kernels.cpu.threads import run_split
+
+_MIN_PRODUCTS = 1 << 20
+"""Products that are worth a thread: about 40 us of reading weights."""
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, begin, end, y):  # type: ignore[no-untyped-def]
+    weight_codes, weight_absmax, outlier_weight = weight
+    block = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
+    products, spare = np.zeros((N_TOKENS, N_ROWS), np.int32), np.empty(N_ROWS, y.dtype)
+    n_tokens = codes.shape[0]
+    for n in range(begin, end, N_ROWS):
+        stop = min(n + N_ROWS, end)
+        load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, block)
+        for t in range(0, n_tokens, N_TOKENS):
+            n_here = min(N_TOKENS, n_tokens - t)
+            multiply_block(codes, offsets, t, n_here, weight_codes, n, stop - n, products)
+            for i in range(n_here):
+                finish_token(products[i], x_absmax[t + i], side_x[t + i], block, spare, y[t + i, n:stop])
+
+
+def int8_matmul(
+    codes: npt.NDArray[np.int8],
+    x_absmax: npt.NDArray[np.float32],
+    outlier_x: npt.NDArray[Any],
+    found_columns: npt.NDArray[np.int32],
+    n_found: npt.NDArray[np.int32],
+    found_x: npt.NDArray[Any],
+    weight_codes: npt.NDArray[np.int8],
+    weight_absmax: npt.NDArray[np.float32],
+    outlier_weight: npt.NDArray[Any],
+    bias: npt.NDArray[Any] | None,
+    y: npt.NDArray[Any],
+    n_threads: int = 1,
+) -> None:
+    """Write the decomposed product `y` = x @ W.T + bias; see `reference.int8_matmul` for the meaning.
+
+    The integer sums are exact, the rest as in `dequantize_epilogue`, bit for bit.
+
+    Args:
+        codes, x_absmax, outlier_x, found_columns, n_found, found_x: what `activation_quantize` wrote.
+        outlier_weight, bias, y: bits of the dtype of x. All arrays are C-contiguous.
+    """
+    n_tokens = codes.shape[0]
+    offsets = np.empty(n_tokens, np.int32)
+    sum_codes(codes, offsets)
+    n_taken = min(int(n_found[0]), found_columns.size)
+    side_x = np.empty((n_tokens, outlier_x.shape[1] + n_taken), np.float32)
+    widen_side_x(outlier_x, found_x, side_x)
+    if bias is None:
+        bias = np.empty(0, outlier_weight.dtype)
+    weight = (weight_codes, weight_absmax, outlier_weight)
+
+    def multiply(begin: int, end: int) -> None:
+        _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, begin, end, y)
+
+    run_split(multiply, weight_absmax.size, min(n_threads, weight_codes.size // _MIN_PRODUCTS + 1), N_ROWS)
