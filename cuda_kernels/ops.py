@@ -23,7 +23,7 @@ def row_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight rows -> int8 codes, absmax, and what rounding cost; see `reference.row_quantize`.
 
     Args:
-        weight: float16, bfloat16 or float32 [rows, cols]; copied first unless contiguous.
+        weight: float16, bfloat16 or float32 [rows, cols]; copied first where its last stride is not 1.
 
     Returns:
         codes int8 [rows, cols], absmax float32 [rows], signal and noise float64 [rows].
@@ -117,7 +117,8 @@ def int8_linear(
     dequantized weight in memory for the time of one product.
 
     Args:
-        x: float16, bfloat16 or float32 [..., K]; copied first only where its tokens are not one stride apart.
+        x: float16, bfloat16 or float32 [..., K]; copied first where its last stride is not 1, or its tokens are not all
+            one stride apart.
         weight_codes, weight_absmax, outlier_weight, bias: as for `int8_matmul`.
         outlier_columns, threshold, capacity: as for `activation_quantize`.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cuda_kernels.cpu.threads import run_split
-from tests.kernels.backends import DTYPES, Cpu
+from tests.kernels.backends import DTYPES, Cpu, narrow
 from tests.kernels.layers import make_product, make_tokens
 
 COLUMNS = np.array([3, 700], np.int32)
@@ -25,7 +25,7 @@ def test_parts_make_up_the_rows(n_rows: int, n_threads: int, multiple: int) -> N
     parts.sort()
     assert [row for begin, end in parts for row in range(begin, end)] == list(range(n_rows))
     assert len(parts) <= n_threads
-    assert all(begin % multiple == 0 and begin < end for begin, end in parts)
+    assert all(begin % multiple == 0 and begin < max(end, 1) for begin, end in parts)
 
 
 def test_parts_run_at_the_same_time() -> None:
@@ -45,8 +45,10 @@ def test_an_error_in_any_part_reaches_the_caller(failing: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_number_of_threads_changes_no_bit(dtype: str) -> None:
-    """Sizes at which the kernels do take more than one thread."""
-    x = make_tokens(301, 1024, dtype, [3, 50, 700])
+    """Sizes at which the kernels do take more than one thread; columns to find in tokens of every part."""
+    x = make_tokens(301, 1024, dtype, [3, 700])
+    for t in (0, 150, 300):
+        x[t, t + 1] = narrow(-9, dtype)
     product = make_product(301, 1500, 1024, dtype, n_outliers=3, n_found=1, capacity=2)
     alone, others = Cpu(n_threads=1), [Cpu(n_threads=2), Cpu(n_threads=3)]
     for other in others:
