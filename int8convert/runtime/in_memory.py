@@ -37,8 +37,8 @@ def quantize_(
     are replaced go with them.
 
     Args:
-        model: any module that has such layers; changed in place. Weights in other dtypes than float16, bfloat16 and float32
-            stay.
+        model: any module that has such layers; changed in place. Weights in other dtypes than float16, bfloat16 and
+            float32 stay.
         skip: modules that stay as they are, by full name or dotted tail, with shell wildcards; on top of what
             transformers would leave out of its own models, such as the output head.
         outliers: a mode, see `int8convert.runtime.linear`; or what `calibrate` found in this model, by which layers
@@ -124,7 +124,7 @@ def _is_conv1d(module: Any) -> bool:
 
 def _is_replaceable(module: nn.Module) -> bool:
     """A subclass of Linear that computes something else than Linear does stays what it is."""
-    if isinstance(module, Int8Linear) or any(p.dtype not in _DTYPES for p in module.parameters(recurse=False)):
+    if any(p.dtype not in _DTYPES for p in module.parameters(recurse=False)):
         return False
     is_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return is_linear or _is_conv1d(module) or Int8MultiheadAttention.can_replace(module)
