@@ -1,4 +1,4 @@
-"""Which columns of each layer's input are outliers, found by running text through a model in memory."""
+"""Which columns of each layer's input to store in 16 bits, found by running text through a model in memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.runtime.column_choice import BUDGET, MIN_SHARE, choose_columns
+from int8convert.runtime.in_memory import modules_to_replace
+from int8convert.runtime.input_statistics import features_of, watching
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.outliers import StoredOutliers
 
@@ -23,16 +26,18 @@ def calibrate(
     *,
     tokenizer: Any = None,
     threshold: float = OUTLIER_THRESHOLD,
+    min_share: float = MIN_SHARE,
+    budget: float = BUDGET,
 ) -> dict[str, StoredOutliers]:
-    """Find the input columns that reach the threshold at any token, layer by layer.
+    """Find the input columns worth storing, layer by layer; `int8convert.runtime.column_choice` says which those are.
 
     On a model in 16 or 32 bits the weights returned are its own, so that `quantize_(model, outliers=...)` stores them
     exact. An int8 model knows its weights only as codes: its layers then store what these stand for, which makes a
     token's output independent of its batch but no more faithful, and run with a guard from now on. Columns that they
     have stored already stay, with the weights they had.
 
-    Does not know what other texts would show: a column none of these reaches is left to the guard. Nor does it see
-    into nn.MultiheadAttention, whose int8 form has the guard alone.
+    Does not know what other texts would show: a column that is no outlier in these is left to the guard. Nor does it
+    see into nn.MultiheadAttention, whose int8 form has the guard alone.
 
     Args:
         model: with Linear layers; transformers' models, or any module that takes token ids. Runs in evaluation mode.
@@ -40,6 +45,8 @@ def calibrate(
             what the model takes; those without any token are left out.
         tokenizer: transformers'.
         threshold: magnitude from which a column is an outlier.
+        min_share: share of the tokens, 0 to 1, at which a column has to reach it to be stored for that; at 0, any.
+        budget: bytes for further columns, as a share of those of the int8 weights; at 0, there are none.
 
     Returns:
         module name -> its outlier columns and their weights, layers without any included, with none.
@@ -47,8 +54,8 @@ def calibrate(
     Raises:
         ValueError: there is no text, or no tokenizer for it.
     """
-    layers = {name: module for name, module in model.named_modules() if _in_features(module) is not None}
-    with torch.no_grad(), _watching(layers) as largest, _evaluating(model):
+    layers = {name: module for name, module in model.named_modules() if features_of(module) is not None}
+    with torch.no_grad(), watching(layers, threshold) as statistics, _evaluating(model):
         device = next(model.parameters()).device
         n_texts = 0
         for text in [texts] if isinstance(texts, str) else texts:
@@ -58,30 +65,11 @@ def calibrate(
                 n_texts += 1
     if not n_texts:
         raise ValueError("no text to calibrate with: give at least one that has tokens")
-    # NaN is no number below the threshold.
-    return {name: _outliers(module, ~(largest[name] < threshold)) for name, module in layers.items()}
-
-
-@contextmanager
-def _watching(layers: dict[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """Keep the largest magnitude of each column of each layer's inputs, as long as this lasts."""
-    largest = {name: torch.zeros(_in_features(module) or 0) for name, module in layers.items()}
-
-    def watch(name: str) -> Any:
-        def before(_module: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
-            x = (*inputs, *named.values())[0].detach()
-            if x.numel():  # an expert that nobody chose
-                seen = x.abs().reshape(-1, x.shape[-1]).amax(0).float().cpu()
-                largest[name] = torch.maximum(largest[name], seen)
-
-        return before
-
-    hooks = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in layers.items()]
-    try:
-        yield largest
-    finally:
-        for hook in hooks:
-            hook.remove()
+    int8 = [name for name, module in layers.items() if isinstance(module, Int8Linear)]
+    columns = choose_columns(
+        layers, statistics, min_share=min_share, budget=budget, budgeted=int8 or modules_to_replace(model)
+    )
+    return {name: _outliers(module, columns[name]) for name, module in layers.items()}
 
 
 @contextmanager
@@ -110,16 +98,9 @@ def _is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _in_features(module: Any) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    return module.nx if type(module).__name__ == "Conv1D" else None
-
-
-def _outliers(module: Any, is_outlier: torch.Tensor) -> StoredOutliers:
+def _outliers(module: Any, columns: torch.Tensor) -> StoredOutliers:
     if isinstance(module, Int8Linear):
-        is_outlier[module.outlier_columns.long().cpu()] = True
-    columns = is_outlier.nonzero().flatten().to(torch.int32)
+        columns = torch.cat((columns, module.outlier_columns.cpu())).unique()
     at = columns.to(module.weight.device).long()
     if isinstance(module, Int8Linear):
         found = StoredOutliers(columns, module.dequantize(module.outlier_weight.dtype)[:, at])

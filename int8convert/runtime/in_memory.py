@@ -57,7 +57,7 @@ def quantize_(
     """
     stored = {} if isinstance(outliers, str) else outliers
     mode = OutlierMode(outliers) if isinstance(outliers, str) else OutlierMode.STATIC_GUARD
-    names = _modules_to_replace(model, skip)
+    names = modules_to_replace(model, skip)
     for name in names:
         _check_finite(name, model.get_submodule(name))
     _check_outliers(model, stored)
@@ -73,7 +73,8 @@ def quantize_(
     return model
 
 
-def _modules_to_replace(model: nn.Module, skip: Sequence[str]) -> list[str]:
+def modules_to_replace(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
+    """The names of the modules that `quantize_` replaces; arguments and errors as there."""
     if _is_replaceable(model):
         raise ValueError(
             f"the model is a {type(model).__name__} itself, which nothing holds that could hold its int8 form: "
