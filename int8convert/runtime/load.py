@@ -8,9 +8,10 @@ from typing import Any
 import transformers
 from transformers.utils.hub import cached_file
 
+from int8convert.checkpoint.layout import OUTLIERS_FILE
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.runtime.linear import OutlierMode
-from int8convert.runtime.outliers import OUTLIERS_FILE, attach_outliers, read_outliers
+from int8convert.runtime.outliers import attach_outliers, read_outliers
 from int8convert.runtime.transformers_plugin import Int8ConvertConfig
 
 _NOT_NEEDED = "weight_format"

@@ -1,7 +1,9 @@
-"""Stored outlier columns: read from a checkpoint, given to a model's layers, found by calibration.
+"""Stored outlier columns: read from a checkpoint, given to a model's layers, saved with them.
 
-`int8convert/outliers.safetensors` holds, for each int8 module P of the checkpoint, `P.outlier_columns` (int32 [n],
-ascending) and `P.outlier_weight` ([out_features, n], in the source's dtype): the columns before quantization.
+`int8convert/outliers.safetensors` holds, for int8 modules P of the checkpoint, `P.outlier_columns` (int32 [n],
+ascending) and `P.outlier_weight` ([out_features, n], in the source's dtype): the columns before quantization. Its
+metadata may say, under `calibration`, by which text they were chosen. Columns that are no such thing are refused: each
+value must lie within its code's step.
 """
 
 from __future__ import annotations
@@ -17,10 +19,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cuda_kernels.reference import N_STEPS
+from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX
+from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.errors import CorruptFileError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 
-OUTLIERS_FILE = "int8convert/outliers.safetensors"
+MAX_STEPS_AWAY = 0.6
+"""A code is the nearest to its weight, so half a step; bitsandbytes rounds float32 weights to float16 first, which can
+move them by another sixteenth."""
+
+_WRITE_AGAIN = "write it again with int8convert outliers --write, or remove it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +50,35 @@ def read_outliers(path: str | os.PathLike[str]) -> dict[str, StoredOutliers]:
     """Module name -> its stored columns.
 
     Raises:
-        CorruptFileError: the two tensors of a module do not fit together.
+        CorruptFileError: the file is damaged, or holds something else.
     """
+    read_safetensors_header(Path(path))  # says what is wrong with a file that is none
     tensors = load_file(path)
+    modules = {name.rpartition(".")[0] for name in tensors}
     found = {}
-    for name in sorted(tensors):
-        module_name, _, leaf = name.rpartition(".")
-        if leaf != "outlier_columns":
-            continue
-        columns, weight = tensors[name], tensors.get(f"{module_name}.outlier_weight")
-        is_ascending = columns.dim() == 1 and bool((columns[1:] > columns[:-1]).all())
-        if weight is None or not is_ascending or weight.dim() != 2 or weight.shape[1] != columns.numel():
+    for module_name in sorted(modules):
+        columns, weight = (tensors.pop(f"{module_name}.{leaf}", None) for leaf in ("outlier_columns", "outlier_weight"))
+        if columns is None or weight is None or not _is_set(columns, weight):
             raise CorruptFileError(
                 f"'{os.fspath(path)}' holds for '{module_name}' no ascending columns with a weight for each",
-                "write it again with int8convert outliers --write, or remove it",
+                _WRITE_AGAIN,
             )
         found[module_name] = StoredOutliers(columns.to(torch.int32), weight)
+    if tensors:
+        raise CorruptFileError(
+            f"'{os.fspath(path)}' holds '{min(tensors)}', expected outlier columns and their weights", _WRITE_AGAIN
+        )
     return found
+
+
+def _is_set(columns: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        columns.dtype in (torch.int32, torch.int64)
+        and weight.is_floating_point()
+        and (columns.dim(), weight.dim()) == (1, 2)
+        and columns.numel() == weight.shape[1]
+        and bool((columns[1:] > columns[:-1]).all() and (columns >= 0).all())
+    )
 
 
 def write_outliers(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -68,11 +90,15 @@ def write_outliers(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             tensors[f"{name}.outlier_weight"] = layer.outlier_weight.cpu().contiguous()
     path = Path(directory) / OUTLIERS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"format": "pt"})
+    temporary = path.with_name(path.name + INCOMPLETE_SUFFIX)
+    save_file(tensors, temporary, {"format": "pt"})
+    temporary.replace(path)
 
 
 def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: OutlierMode) -> None:
     """Give the int8 layers of a model their stored columns, and the mode to run in.
+
+    Layers whose codes are on the disk are not compared with their columns.
 
     Raises:
         CorruptFileError: they are of another model.
@@ -84,13 +110,31 @@ def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: Ou
         is_fit = layer is not None and stored.weight.shape[0] == layer.out_features
         if layer is None or not is_fit or (stored.columns.numel() and int(stored.columns[-1]) >= layer.in_features):
             raise CorruptFileError(
-                f"{OUTLIERS_FILE} has outlier columns for '{name}', which fit no int8 layer of the model",
-                "write it again with int8convert outliers --write, or remove it",
+                f"{OUTLIERS_FILE} has outlier columns for '{name}', which fit no int8 layer of the model", _WRITE_AGAIN
             )
+        _check_belongs(name, layer, stored)
         layer.set_outliers(stored.columns, stored.weight)
     for layer in layers.values():
         layer.mode = mode
     model.save_pretrained = MethodType(_save_with_outliers, model)
+
+
+def _check_belongs(name: str, layer: Int8Linear, stored: StoredOutliers) -> None:
+    """Columns of the right shape that are none of this layer's would be garbage without a word."""
+    if layer.weight.is_meta or not stored.columns.numel():
+        return
+    columns = stored.columns.to(layer.weight.device).long()
+    step = (layer.weight_absmax / N_STEPS)[:, None]
+    away = (stored.weight.to(step) - layer.weight[:, columns] * step).abs() > MAX_STEPS_AWAY * step
+    away |= ~stored.weight.to(step).isfinite()
+    if bool(away.any()):
+        row, i = (int(index) for index in away.nonzero()[0])
+        raise CorruptFileError(
+            f"{OUTLIERS_FILE} holds for '{name}' at row {row:,}, column {int(columns[i]):,} the weight "
+            f"{float(stored.weight[row, i]):.4g}, the checkpoint's int8 weight is "
+            f"{float(layer.weight[row, columns[i]] * step[row, 0]):.4g}",
+            _WRITE_AGAIN,
+        )
 
 
 def _save_with_outliers(model: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:

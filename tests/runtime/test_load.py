@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import save_file
 
 import int8convert
+from int8convert.checkpoint.layout import OUTLIERS_FILE
 from int8convert.errors import CorruptFileError, FormatError, SourceError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
-from int8convert.runtime.outliers import OUTLIERS_FILE
 from tests.tiny_models import build_model, edit_config, read_tensors, save_checkpoint
 
 pytestmark = [
