@@ -272,7 +272,7 @@ class SourceReaders:
         Raises:
             SourceError: the file cannot be read.
         """
-        with self._reading(tensor.shard) as reader:
+        with self.reading(tensor.shard) as reader:
             reader.read_into(buffer, tensor.stored.offset + at)
 
     def read_strided(self, tensor: PlacedTensor, begin: int, end: int, scratch: Scratch) -> npt.NDArray[np.uint8]:
@@ -281,12 +281,17 @@ class SourceReaders:
         Raises:
             SourceError: the file cannot be read.
         """
-        with self._reading(tensor.shard) as reader:
+        with self.reading(tensor.shard) as reader:
             block = read_rows(tensor.stored, reader, begin, end, scratch)
         return as_array(tensor.stored, block, begin, end).reshape(-1).view(np.uint8)
 
     @contextmanager
-    def _reading(self, shard: SourceShard) -> Iterator[ShardReader]:
+    def reading(self, shard: SourceShard) -> Iterator[ShardReader]:
+        """A file to read from as long as this lasts.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
         try:
             if shard.path not in self._opened:
                 self._opened[shard.path] = shard.open()

@@ -18,6 +18,7 @@ from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, copy_file, write_js
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
+    OUTLIERS_FILE,
     OWN_FOLDER,
     bitsandbytes_config,
     build_index,
@@ -193,8 +194,8 @@ class OutputDirectory:
             n_shards: of the whole; if all are done, a complete checkpoint stays complete.
         """
         if self.replaces:
-            # First what makes it look complete, so that no half of it ever does.
-            for name in (CONFIG_NAME, INDEX_NAME):
+            # First what makes it look complete, so that no half of it ever does; and columns of the weights that go.
+            for name in (CONFIG_NAME, INDEX_NAME, OUTLIERS_FILE):
                 (self.path / name).unlink(missing_ok=True)
             self.manifest.remove()
             for file in self._weight_files():

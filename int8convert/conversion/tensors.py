@@ -30,7 +30,12 @@ FP16_MAX = 65504.0
 """bitsandbytes computes in fp16: a row with a larger weight would come out as infinity or zero there."""
 
 
-class _Rows:
+def values_dtype(tensor: PlannedTensor) -> str:
+    """The dtype of the values that `SourceRows` gives."""
+    return "F32" if tensor.source.dtype in FP8_DTYPES or tensor.lora else tensor.source.dtype
+
+
+class SourceRows:
     """The rows of a planned tensor, as the values that count: FP8 codes decoded, an adapter merged, both in float32."""
 
     def __init__(self, tensor: PlannedTensor, stored: StoredTensor) -> None:
@@ -39,7 +44,7 @@ class _Rows:
         self._lora = tensor.lora.load() if tensor.lora else None
         if self._lora and tensor.lora and tensor.lora.is_transposed and not tensor.is_quantized:
             self._lora = self._lora.transposed()
-        self.dtype = "F32" if self._fp8 or self._lora else stored.dtype
+        self.dtype = values_dtype(tensor)
 
     def values(self, block: Block, begin: int, end: int) -> npt.NDArray[Any]:
         """C-contiguous, of `dtype`."""
@@ -58,7 +63,7 @@ class TensorCopy:
         self._tensor = tensor
         self._reader = reader
         self._writer = writer
-        self._rows = _Rows(tensor, _without_dimensions(tensor))
+        self._rows = SourceRows(tensor, _without_dimensions(tensor))
         self._n_non_finite: list[int] = []
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -102,7 +107,7 @@ class TensorQuantization:
         self._tensor = tensor
         self._reader = reader
         self._writer = writer
-        self._rows = _Rows(tensor, tensor.source)
+        self._rows = SourceRows(tensor, tensor.source)
         n_rows = tensor.source.shape[0]
         self._absmax = np.empty(n_rows, np.float32)
         self._signal = np.empty(n_rows, np.float64)

@@ -25,6 +25,7 @@ from int8convert.checkpoint.layout import OUTLIERS_FILE
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.errors import CorruptFileError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.tensor_names import live_names
 
 MAX_STEPS_AWAY = 0.6
 """A code is the nearest to its weight, so half a step; bitsandbytes rounds float32 weights to float16 first, which can
@@ -104,9 +105,9 @@ def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: Ou
         CorruptFileError: they are of another model.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = live_names(model, outliers)
     for name, stored in outliers.items():
-        layer = layers.get(name) or layers.get(prefix + name) or layers.get(name.removeprefix(prefix))
+        layer = layers.get(names.get(name, ""))
         is_fit = layer is not None and stored.weight.shape[0] == layer.out_features
         if layer is None or not is_fit or (stored.columns.numel() and int(stored.columns[-1]) >= layer.in_features):
             raise CorruptFileError(

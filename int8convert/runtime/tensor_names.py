@@ -1,0 +1,30 @@
+"""Which module of a loaded model a checkpoint's tensor belongs to: transformers renames some on the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def live_names(model: Any, module_names: Iterable[str]) -> dict[str, str]:
+    """Module name in a checkpoint -> that in the model; those that the model has no weight for are left out.
+
+    Args:
+        model: of transformers, in memory, int8 or not; or any module, whose names are taken to be the checkpoint's.
+        module_names: tensor names without `.weight`.
+    """
+    names, modules = list(module_names), {name for name, _ in model.named_modules()}
+    found = {name: name for name in names if name in modules}
+    others = [name for name in names if name not in found]
+    if not others or not hasattr(model, "base_model_prefix"):
+        return found
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    parameters = model.state_dict()
+    for name in others:
+        key, _ = rename_source_key(f"{name}.weight", renamings, [], model.base_model_prefix, parameters)
+        if key in parameters:
+            found[name] = key.removesuffix(".weight")
+    return found
