@@ -56,12 +56,11 @@ def calibrate(
     """
     layers = {name: module for name, module in model.named_modules() if features_of(module) is not None}
     with torch.no_grad(), watching(layers, threshold) as statistics, _evaluating(model):
-        device = next(model.parameters()).device
         n_texts = 0
         for text in [texts] if isinstance(texts, str) else texts:
-            ids = _token_ids(model, text, tokenizer).to(device)
+            ids = _token_ids(model, text, tokenizer)
             if ids.numel():
-                model(ids, **({"decoder_input_ids": ids} if _is_encoder_decoder(model) else {}))
+                run_tokens(model, ids)
                 n_texts += 1
     if not n_texts:
         raise ValueError("no text to calibrate with: give at least one that has tokens")
@@ -70,6 +69,12 @@ def calibrate(
         layers, statistics, min_share=min_share, budget=budget, budgeted=int8 or modules_to_replace(model)
     )
     return {name: _outliers(module, columns[name]) for name, module in layers.items()}
+
+
+def run_tokens(model: Any, ids: torch.Tensor) -> Any:
+    """What a model returns for token ids [batch, tokens]; a decoder that wants its own gets the same."""
+    ids = ids.to(next(model.parameters()).device)
+    return model(ids, **({"decoder_input_ids": ids} if _is_encoder_decoder(model) else {}))
 
 
 @contextmanager

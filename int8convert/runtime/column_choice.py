@@ -64,8 +64,7 @@ def choose_columns(
     """
     is_stored = {}
     for name, seen in statistics.items():
-        share = seen.share.cpu()
-        is_stored[name] = (share > 0) & (share >= min_share)
+        is_stored[name] = (seen.share > 0) & (seen.share >= min_share)
     names = [name for name in (statistics if budgeted is None else budgeted) if name in statistics]
     _spend(budget, {name: layers[name] for name in names}, statistics, is_stored)
     return {name: found.nonzero().flatten().to(torch.int32) for name, found in is_stored.items()}
@@ -103,7 +102,7 @@ def removed_error(layer: Any, seen: InputStatistics) -> torch.Tensor:
     variance = seen.output_variance
     if not seen.n_tokens or not variance > 0:
         return torch.zeros_like(weight_squares)
-    x_squares, x_step_squares = seen.sum_squares.cpu() / seen.n_tokens, float(seen.step_squares) / seen.n_tokens
+    x_squares, x_step_squares = seen.sum_squares / seen.n_tokens, float(seen.step_squares) / seen.n_tokens
     error = x_squares * step_squares + x_step_squares * weight_squares
     return (error / variance).nan_to_num(0, 0, 0)
 

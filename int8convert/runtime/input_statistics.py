@@ -4,7 +4,7 @@
 2. The sums are a few numbers for each input and output feature, so their memory does not grow with the text. The tokens
    of a batch are taken a few at a time, so that neither does that of the hooks.
 
-Everything stays on the layer's device; nothing is read back while the model runs.
+Everything stays on the layer's device; nothing is read back while the model runs. Afterwards all is on the CPU.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ class InputStatistics:
         ordinary = magnitude.where(magnitude.amax(0) < self.threshold, 0.0)
         self.step_squares += (ordinary.amax(1) / N_STEPS).square().sum(dtype=torch.float64)
 
+    def to_cpu(self) -> None:
+        """Move all sums."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.cpu())
+
     @property
     def largest(self) -> torch.Tensor:
         """float32 [in], the largest magnitude; 0 where no token came."""
@@ -116,6 +122,8 @@ def watching(layers: Mapping[str, nn.Module], threshold: float) -> Iterator[dict
     finally:
         for hook in hooks:
             hook.remove()
+        for gathered in statistics.values():
+            gathered.to_cpu()
 
 
 def _adding_to(statistics: InputStatistics) -> Any:

@@ -64,7 +64,7 @@ def load(
             f"outliers='{mode}' asks for stored outlier columns, and '{path}' has none",
             "int8convert outliers SRC --write finds and stores them; outliers='dynamic' needs none",
         )
-    model, info = _model_class(config, options).from_pretrained(
+    model, info = model_class(config).from_pretrained(
         path,
         config=config,
         quantization_config=run_config,
@@ -84,7 +84,7 @@ def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in names if name in options}
 
 
-def _model_class(config: Any, options: dict[str, Any]) -> Any:
+def model_class(config: Any) -> Any:
     """The class the weights were saved from; by the model's type where transformers has none of that name."""
     architecture = (config.architectures or [""])[0]
     return getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM

@@ -1,0 +1,1 @@
+"""Measuring what int8 does to a model."""

@@ -1,0 +1,85 @@
+"""A checkpoint as a model to measure, int8 or not, and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from int8convert.checkpoint.source import open_source
+from int8convert.errors import CorruptFileError, DeviceError, SourceError
+from int8convert.runtime.load import load, model_class
+
+
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda[:n]" for what was asked for.
+
+    Raises:
+        DeviceError: torch has no such device here.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DeviceError(f"--device {device}: torch finds no usable GPU here", "pass --device cpu, or leave it out")
+    return device
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        SourceError: it has none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(os.fspath(path))
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"'{os.fspath(path)}' has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
+            "copy the tokenizer's files into it",
+        ) from error
+
+
+def is_int8(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a checkpoint that is quantized; FP8, which transformers loads by itself, is not meant.
+
+    Raises:
+        SourceError: it holds no checkpoint.
+    """
+    block = open_source(path).config.get("quantization_config")
+    return isinstance(block, dict) and "fp8" not in str(block.get("quant_method"))
+
+
+def load_model(path: str | os.PathLike[str], device: str) -> Any:
+    """A checkpoint's model in eval mode: int8 as `int8convert.load` has it, others in float32 on the CPU, where 16 bits
+    are slower and less exact, and in their own dtype elsewhere.
+
+    Raises:
+        SourceError: it cannot be loaded.
+        CorruptFileError: weights are missing.
+    """
+    if is_int8(path):
+        return load(path, device_map={"": device})
+    name = os.fspath(path)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        model, info = model_class(config).from_pretrained(
+            name,
+            dtype=torch.float32 if device == "cpu" else "auto",
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise SourceError(
+            f"transformers cannot load '{name}': {str(error).splitlines()[0]}",
+            "mend that, or give the int8 checkpoint made of it",
+        ) from error
+    lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    if lacking:
+        raise CorruptFileError(
+            f"'{name}' has no weights, or none of the right shape, for {lacking[0]!r}"
+            + (f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""),
+            "its config.json and its weights do not belong together; fetch the checkpoint again",
+        )
+    return model.eval()
