@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from int8convert.conversion.export import ExportReport, export
+    from int8convert.conversion.outlier_columns import store_outliers
     from int8convert.conversion.plan import ConversionPlan
     from int8convert.conversion.quantize import plan, quantize
     from int8convert.conversion.report import ConversionReport
     from int8convert.errors import Int8ConvertError
+    from int8convert.evaluation.find_outliers import OutlierReport, find_outliers
     from int8convert.runtime.calibration import calibrate
     from int8convert.runtime.generate import GenerationReport, generate
     from int8convert.runtime.in_memory import quantize_
@@ -35,14 +37,17 @@ __all__ = [
     "Int8ConvertConfig",
     "Int8ConvertError",
     "Int8Linear",
+    "OutlierReport",
     "__version__",
     "calibrate",
     "export",
+    "find_outliers",
     "generate",
     "load",
     "plan",
     "quantize",
     "quantize_",
+    "store_outliers",
 ]
 
 _HOMES = {
@@ -53,13 +58,16 @@ _HOMES = {
     "Int8ConvertConfig": "int8convert.runtime.transformers_plugin",
     "Int8ConvertError": "int8convert.errors",
     "Int8Linear": "int8convert.runtime.linear",
+    "OutlierReport": "int8convert.evaluation.find_outliers",
     "calibrate": "int8convert.runtime.calibration",
     "export": "int8convert.conversion.export",
+    "find_outliers": "int8convert.evaluation.find_outliers",
     "generate": "int8convert.runtime.generate",
     "load": "int8convert.runtime.load",
     "plan": "int8convert.conversion.quantize",
     "quantize": "int8convert.conversion.quantize",
     "quantize_": "int8convert.runtime.in_memory",
+    "store_outliers": "int8convert.conversion.outlier_columns",
 }
 
 

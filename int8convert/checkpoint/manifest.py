@@ -95,6 +95,13 @@ class Manifest:
             pass  # not written by us
         return None
 
+    def read_source(self) -> str | None:
+        """The source of a finished conversion, as whoever converted it named it; None if that is not known."""
+        if not self.is_complete:
+            return None
+        named = read_json_object(self.folder / _MANIFEST_NAME).get("source")
+        return named if isinstance(named, str) else None
+
     def begin(self, request: Mapping[str, Any]) -> None:
         """Write down what is asked for, before the first shard."""
         self._records_folder.mkdir(parents=True, exist_ok=True)

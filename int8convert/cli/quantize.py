@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +22,7 @@ from int8convert.cli.console import (
     print_table,
     reporting_errors,
 )
+from int8convert.cli.outliers import calibrate_output, check_calibration, print_stored
 
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
@@ -109,6 +112,10 @@ def quantize(
     lora: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Merge this PEFT adapter's directory into the weights.")
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Then run this text through OUT and store outlier columns in 16 bits."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run SRC's own code if transformers has no class for the model.")
     ] = False,
@@ -146,6 +153,8 @@ def quantize(
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
 
+        if calibrate is not None:
+            check_calibration(src, calibrate)
         with showing_progress(quiet, as_json) as on_event:
             report = run(
                 src,
@@ -160,10 +169,15 @@ def quantize(
                 check=check,
                 on_event=on_event,
             )
+        stored = None
+        if calibrate is not None:
+            stored = calibrate_output(src, out or "", calibrate, lora, trust_remote_code)
         if as_json:
-            print_json(report.to_json())
-        else:
-            _print_report(report)
+            print_json({**report.to_json(), "outliers": stored and asdict(stored)})
+            return
+        _print_report(report)
+        if stored is not None:
+            print_stored(stored)
 
 
 def _print_report(report: ConversionReport) -> None:

@@ -97,7 +97,7 @@ def int8_modules(out: str | os.PathLike[str]) -> list[str]:
     return [weight.module_name for weight in open_int8_checkpoint(open_source(out)).weights]
 
 
-def write_outliers(
+def store_outliers(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
     columns: Mapping[str, Sequence[int]],

@@ -52,6 +52,7 @@ class OutlierReport:
         inputs: what each layer reads; of the layers that are int8, or would be.
         features: the dimensions that meet the paper's criteria.
         ablation: what taking them away does; empty if not asked for, or if there are none.
+        min_share, budget: by which columns are worth storing, see `int8convert.runtime.column_choice`.
         static_set: layer -> columns worth storing, ascending; layers without any left out.
         static_set_bytes: of these columns in 16 bits.
         int8_bytes: of the layers' int8 weights.
@@ -68,6 +69,8 @@ class OutlierReport:
     inputs: tuple[LayerInput, ...]
     features: tuple[OutlierFeature, ...]
     ablation: tuple[AblationRun, ...]
+    min_share: float
+    budget: float
     static_set: dict[str, tuple[int, ...]]
     static_set_bytes: int
     int8_bytes: int
@@ -84,7 +87,7 @@ class OutlierReport:
 
     def calibration(self) -> dict[str, Any]:
         """How the static set was chosen, for the file that holds it."""
-        names = ("text", "text_sha256", "n_sequences", "length", "threshold")
+        names = ("text", "text_sha256", "n_sequences", "length", "threshold", "min_share", "budget")
         return {name: getattr(self, name) for name in names}
 
 
@@ -153,6 +156,8 @@ def find_outliers(
         inputs=inputs,
         features=features,
         ablation=_ablate(model, states, windows, features) if with_ablation else (),
+        min_share=min_share,
+        budget=budget,
         static_set=static_set,
         static_set_bytes=sum(2 * sizes[name][1] * len(found) for name, found in static_set.items()),
         int8_bytes=sum(n_in * n_out for n_in, n_out in sizes.values()),
