@@ -71,7 +71,8 @@ def test_other_dtypes_are_within_their_bound(engine: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    ("n", "capacity", "n_found"), [(0, 0, 0), (0, 1, 1), (1, 0, 0), (7, 0, 0), (8, 8, 0), (9, 8, 8), (31, 5, 9), (40, 3, 1)]
+    ("n", "capacity", "n_found"),
+    [(0, 0, 0), (0, 1, 1), (1, 0, 0), (7, 0, 0), (8, 8, 0), (9, 8, 8), (31, 5, 9), (40, 3, 1)],
 )
 def test_every_outlier_term_counts_once(engine: str, n: int, capacity: int, n_found: int) -> None:
     p = problem((6, 37, 304), n=n, capacity=capacity, n_found=n_found)
