@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.ptx import floats
+from tests.ptx.memory import SHARED_WINDOW
 from tests.ptx.operands import TYPES, Reader, Scope, Step, listed, unknown, width_bytes
 from tests.ptx.parser import Instruction
 from tests.ptx.threads import REGISTER_TYPES, Threads
@@ -169,11 +170,13 @@ def _atomic(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
         address = threads.chosen(read_address(threads))
         values = [threads.chosen(read(threads)) for read in readers]
         old = np.empty(len(address), TYPES[kind])
-        places, turn = np.unique(address, return_inverse=True)
-        if accumulate and len(places) < len(address) // 8:
-            _in_one_go(threads, space, (places, turn), values[0], old, accumulate)
+        # One shared address is a place of its own in every block.
+        is_shared = (address >= np.uint64(SHARED_WINDOW)) | (space == "shared")
+        places = address + is_shared * (threads.row[threads.active.lanes].astype(np.uint64) << np.uint64(32))
+        if accumulate and len(np.unique(places)) < len(places) // 8:
+            _in_one_go(threads, space, address, places, values[0], old, accumulate)
         else:
-            _in_rounds(threads, space, address, values, old, update)
+            _in_rounds(threads, space, address, places, values, old, update)
         if write:
             write(threads, threads.spread(old))
 
@@ -181,12 +184,18 @@ def _atomic(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
 
 
 def _in_rounds(
-    threads: Threads, space: str, address: Array, values: list[Array], old: Array, update: Callable[..., Array]
+    threads: Threads,
+    space: str,
+    address: Array,
+    places: Array,
+    values: list[Array],
+    old: Array,
+    update: Callable[..., Array],
 ) -> None:
-    """In each round every address is updated once, by the first of its threads that is still to come."""
-    size, pending = old.dtype.itemsize, np.arange(len(address))
+    """In each round every place is updated once, by the first of its threads that is still to come."""
+    size, pending = old.dtype.itemsize, np.arange(len(places))
     while pending.size:
-        now = np.sort(pending[np.unique(address[pending], return_index=True)[1]])
+        now = np.sort(pending[np.unique(places[pending], return_index=True)[1]])
         with threads.only(now):
             old[now] = threads.load(space, address[now], size, True).view(old.dtype)
             new = np.asarray(update(old[now], *[value[now] for value in values]), old.dtype)
@@ -195,18 +204,18 @@ def _in_rounds(
 
 
 def _in_one_go(
-    threads: Threads, space: str, where: tuple[Array, Array], value: Array, old: Array, combine: np.ufunc
+    threads: Threads, space: str, address: Array, places: Array, value: Array, old: Array, combine: np.ufunc
 ) -> None:
-    """The same for many threads at few addresses: one running total for each address."""
+    """The same for many threads at few places: one running total for each."""
     size = old.dtype.itemsize
-    for place, address in enumerate(where[0]):
-        members = np.flatnonzero(where[1] == place)
+    for place in np.unique(places):
+        members = np.flatnonzero(places == place)
         with threads.only(members):
-            addresses = np.full(len(members), address)
-            before = threads.load(space, addresses, size, True).view(old.dtype)
+            before = threads.load(space, address[members], size, True).view(old.dtype)
             totals = combine.accumulate(np.concatenate([before[:1], value[members]]), dtype=old.dtype)
             old[members] = totals[:-1]
-            threads.store(space, addresses, np.full(len(members), totals[-1]).view(REGISTER_TYPES[size]), size, True)
+            new = np.full(len(members), totals[-1]).view(REGISTER_TYPES[size])
+            threads.store(space, address[members], new, size, True)
 
 
 def _copy(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:

@@ -156,7 +156,7 @@ def _float(base: str, modifiers: list[str], kind: str) -> Pure | None:
 
 def _float_function(base: str, modifiers: list[str], kind: str) -> tuple[Callable[..., Array], int, bool] | None:
     """The function, its number of sources, and whether the hardware only approximates it."""
-    if base in ("min", "max") and modifiers in ([], ["NaN"]):
+    if base in ("min", "max") and (not modifiers or (modifiers == ["NaN"] and kind != "f64")):
         is_larger, nan = base == "max", bool(modifiers)
         return lambda a, b: floats.smaller_or_larger(a, b, kind, is_larger, nan), 2, False
     if not modifiers and base in ("abs", "neg"):

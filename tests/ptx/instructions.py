@@ -37,14 +37,14 @@ class Control(Enum):
 
 
 class Operation(NamedTuple):
-    """A decoded instruction; `members` reads the membermask, `guard` the predicate that lets a thread execute."""
+    """A decoded instruction; `guard` reads the predicate that lets a thread execute, `exchange` is a warp's."""
 
     source: Instruction
     control: Control
     step: Step | None
     guard: Reader | None
     target: int = -1
-    members: Reader | None = None
+    exchange: warp.Exchange | None = None
     is_approximate: bool = False
 
 
@@ -73,11 +73,11 @@ def _decode(instruction: Instruction, scope: Scope, labels: dict[str, int]) -> O
         if not set(parts) <= known or (not step and ("sync" not in parts or len(instruction.operands) != 1)):
             raise unknown(instruction)
         return Operation(instruction, Control.BARRIER, step, guard)
+    if exchange := warp.exchange(instruction, scope):
+        if guard:
+            raise unknown(instruction)
+        return Operation(instruction, Control.WARP, None, None, exchange=exchange)
     step, is_approximate = _step(instruction, scope, parts)
-    if (mask := warp.membermask(instruction)) is not None:
-        return Operation(
-            instruction, Control.WARP, step, guard, members=scope.read(mask, "b32"), is_approximate=is_approximate
-        )
     return Operation(instruction, Control.NEXT, step, guard, is_approximate=is_approximate)
 
 
@@ -230,13 +230,6 @@ def _no_effect(instruction: Instruction, scope: Scope, parts: list[str]) -> Step
     return None if "proxy" in instruction.opcode else lambda threads: None
 
 
-def _synchronize_warp(instruction: Instruction, scope: Scope, parts: list[str]) -> Step | None:
-    def step(threads: Threads) -> None:
-        threads.epoch = threads.epoch + threads.active.mask.reshape(-1, 32).any(axis=1)
-
-    return step if parts[1:] == ["warp", "sync"] else None
-
-
 def _reduce_at_barrier(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
     """bar.red: how many threads of the block bring a true predicate, or whether any or all do."""
     operation = next((part for part in parts if part in ("popc", "and", "or")), "")
@@ -272,7 +265,6 @@ _SPECIAL: dict[str, Callable[[Instruction, Scope, list[str]], Step | None]] = {
     "lop3": _logic3,
     "testp": predicates.test_property,
     **dict.fromkeys(("add", "addc", "sub", "subc", "mad", "madc"), _with_carry),
-    "bar": _synchronize_warp,
     "trap": _trap,
     **dict.fromkeys(("membar", "fence", "nanosleep"), _no_effect),
 }

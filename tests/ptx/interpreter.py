@@ -5,7 +5,7 @@
    together; of several such sets, the one at the lowest instruction goes first, and sets that meet are joined.
    Compilers lay out code so that branches meet again further down, so this joins what the hardware would join. Nothing
    depends on it, since whatever needs several threads waits for them: a `bar.sync` until all living threads of the
-   block stand at one, a warp instruction until all living threads of its membermask do.
+   block stand at one, a warp instruction until all living threads of its membermask stand at such a one.
 3. What may not happen is a PtxError with thread, block and instruction: see `memory.py`, and here a barrier that not
    all living threads of a block reach, a warp instruction whose members never come, a division by zero, and more
    instructions than `max_steps`.
@@ -116,7 +116,7 @@ class _Run:
         while self.ready or self.waiting:
             if self.ready:
                 self._advance(min(self.ready))
-            else:
+            elif not self._match():
                 self._pass_barrier()
 
     def _advance(self, position: int) -> None:
@@ -135,7 +135,7 @@ class _Run:
                 threads.active, threads.is_alone = active, not (self.ready or self.waiting)
                 self._execute(operation, position)
             elif operation.control is Control.WARP:
-                remaining = self._execute_together(operation, position, active)
+                remaining = self._execute_together(position, active)
                 if remaining is None:
                     return
                 active = remaining
@@ -190,28 +190,77 @@ class _Run:
     def _wait(self, position: int, mask: Array) -> None:
         self.waiting[position] = self.waiting[position] | mask if position in self.waiting else mask
 
-    def _execute_together(self, operation: Operation, position: int, active: Active) -> Active | None:
+    def _execute_together(self, position: int, active: Active) -> Active | None:
         """Execute a warp instruction where all members have come; the others wait. None if all do."""
-        threads = self.threads
-        members_of, guard = operation.members, operation.guard
-        assert members_of is not None
-        if guard is not None:
-            raise NotImplementedError(f"line {operation.source.line}: {operation.source.text}: under a predicate")
-        members = np.broadcast_to(members_of(threads), threads.n)
-        lane = np.arange(threads.n, dtype=np.uint32) % np.uint32(WARP)
-        if (outsider := active.mask & ((members >> lane) & np.uint32(1) == 0)).any():
-            raise self._error(operation, active, "is not in its own membermask", int(np.argmax(outsider)))
-        here, alive = (ballot(mask) for mask in (active.mask, threads.alive))
-        is_complete = (members & alive & ~here) == 0
-        complete = active.mask & is_complete
+        complete = self._complete([(position, active.mask)])
         if not (complete == active.mask).all():
-            self._wait(position, active.mask & ~is_complete)
+            self._wait(position, active.mask & ~complete)
             if not complete.any():
                 return None
             active = Active(complete)
-        threads.active, threads.is_alone = active, not (self.ready or self.waiting)
-        self._execute(operation, position)
+        self._exchange([(position, active.mask)])
         return active
+
+    def _complete(self, places: list[tuple[int, Array]]) -> Array:
+        """Which of the threads before warp instructions of one kind have all their living members there, too."""
+        threads, everyone = self.threads, np.logical_or.reduce([mask for _, mask in places])
+        members = self._mixed(places, -1)
+        lane = np.arange(threads.n, dtype=np.uint32) % np.uint32(WARP)
+        if (outsider := everyone & ((members >> lane) & np.uint32(1) == 0)).any():
+            position = next(position for position, mask in places if (mask & outsider).any())
+            message, first = "is not in its own membermask", int(np.argmax(outsider))
+            raise self._error(self.program.operations[position], Active(everyone), message, first)
+        here, alive = ballot(everyone), ballot(threads.alive)
+        is_complete: Array = everyone & (members & alive & ~here == 0)
+        return is_complete
+
+    def _mixed(self, places: list[tuple[int, Array]], which: int) -> Array:
+        """What the threads read as one of the sources, each at its own instruction."""
+        sources = [(self.program.operations[position].exchange, mask) for position, mask in places]
+        values = [(exchange.readers[which](self.threads), mask) for exchange, mask in sources if exchange]
+        mixed = np.broadcast_to(values[0][0], self.threads.n)
+        for value, mask in values[1:]:
+            mixed = np.where(mask, value, mixed)
+        return mixed
+
+    def _exchange(self, places: list[tuple[int, Array]]) -> None:
+        """Execute warp instructions of one kind, once, for the threads that stand before each."""
+        threads, operations = self.threads, [self.program.operations[position] for position, _ in places]
+        exchange = operations[0].exchange
+        assert exchange is not None
+        active = threads.active = Active(np.logical_or.reduce([mask for _, mask in places]))
+        inputs = [self._mixed(places, which) for which in range(len(exchange.readers))]
+        try:
+            results = exchange.compute(threads, *inputs)
+        except Fault as fault:
+            raise self._error(operations[0], active, str(fault), fault.lane) from None
+        for operation, (position, mask) in zip(operations, places, strict=True):
+            threads.active = Active(mask)
+            threads.is_alone = len(places) == 1 and not (self.ready or self.waiting)
+            self.counts[position] += threads.active.count
+            for write, result in zip(operation.exchange.writers if operation.exchange else [], results, strict=True):
+                write(threads, result)
+
+    def _match(self) -> bool:
+        """Nobody can go on: let threads exchange that wait at different instructions of one kind."""
+        kinds: dict[str, list[tuple[int, Array]]] = {}
+        for position, mask in self.waiting.items():
+            operation = self.program.operations[position]
+            if operation.control is Control.WARP:
+                kinds.setdefault(operation.source.opcode, []).append((position, mask))
+        for places in kinds.values():
+            complete = self._complete(places)
+            if complete.any():
+                going = [(position, mask & complete) for position, mask in places if (mask & complete).any()]
+                for position, mask in places:
+                    self.waiting[position] = mask & ~complete
+                    if not self.waiting[position].any():
+                        del self.waiting[position]
+                self._exchange(going)
+                for position, mask in going:
+                    self._arrive(position + 1, mask)
+                return True
+        return False
 
     def _pass_barrier(self) -> None:
         """Nobody can go on: let every block pass whose living threads all stand at one bar.sync."""

@@ -79,7 +79,8 @@ class Region:
         view, index = self.words(size), offsets // size
         self._note_writers(offsets, values, size, blocks)
         view[index] = values
-        if (lost := view[index].view(np.uint8) != values.view(np.uint8)).any():
+        unit = WORDS[min(size, 8)]
+        if (lost := view[index].view(unit) != values.view(unit)).any():
             position = first(lost.reshape(len(offsets), -1).any(axis=1))
             address = self.base + int(offsets[position])
             raise Fault(f"threads store different values at {address:#x} in one instruction", position)
@@ -206,18 +207,18 @@ class Scratch:
         index = self._index(rows, offsets, size)
         self.ledger.set_states(index, size, Ledger.WRITTEN)
         view, words = self._bytes.view(WORDS[size]), index // size
-        if actors is not None:
-            different = (view[words].view(np.uint8) != values.view(np.uint8)).reshape(len(index), size)
-            self._require(self.ledger.note_write(index, size, actors, different), offsets, "races with another thread")
+        if actors is not None and (racing := self.ledger.note_write(index, size, actors)).any():
+            changed = (view[words].view(np.uint8) != values.view(np.uint8)).reshape(*racing.shape, -1).any(axis=2)
+            self._require(~(racing & changed), offsets, "races with another thread")
         view[words] = values
-        lost = (view[words].view(np.uint8) != values.view(np.uint8)).reshape(len(index), size).any(axis=1)
-        self._require(~lost, offsets, "gets different values in one instruction")
+        unit = WORDS[min(size, 8)]
+        if (lost := view[words].view(unit) != values.view(unit)).any():
+            self._require(~lost, offsets, "gets different values in one instruction")
 
     def start_copy(self, rows: Array, offsets: Array, size: int, actors: Array) -> None:
         """An asynchronous copy into these bytes begins: until it is waited for, nobody may look at them."""
         index = self._index(rows, offsets, size)
-        different = np.ones((len(index), size), bool)
-        self._require(self.ledger.note_write(index, size, actors, different), offsets, "races with another thread")
+        self._require(~self.ledger.note_write(index, size, actors), offsets, "races with another thread")
         self.ledger.set_states(index, size, Ledger.IN_FLIGHT)
 
     def _index(self, rows: Array, offsets: Array, size: int) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.ptx.parser import NAME, WIDTH_BYTES, Instruction, PtxSyntaxError
-from tests.ptx.threads import REGISTER_TYPES, Threads
+from tests.ptx.threads import REGISTER_TYPES, SPECIAL_REGISTERS, Threads
 
 Array = npt.NDArray[Any]
 Reader = Callable[[Threads], Array]
@@ -62,6 +62,8 @@ class Scope:
         if operand in self.index:
             return self._read_register(operand, kind)
         if operand.startswith("%"):
+            if operand not in SPECIAL_REGISTERS:
+                raise NotImplementedError(operand)
             return lambda threads: cast(threads.special(operand), kind)
         value = self._constant(operand, kind)
         return lambda threads: value
@@ -114,9 +116,8 @@ class Scope:
         if width == given:
             return lambda threads, value: threads.write(index, value.view(register))
         # Signed integers grow by their sign, all others by zeros.
-        wider: type = {2: np.int16, 4: np.int32, 8: np.int64}[width] if kind[0] == "s" else register
         own = TYPES[kind] if kind[0] == "s" else REGISTER_TYPES[given]
-        return lambda threads, value: threads.write(index, value.view(own).astype(wider).view(register))
+        return lambda threads, value: threads.write(index, value.view(own).astype(register))
 
     def address(self, operand: str) -> tuple[Reader, str]:
         """A reader of `[base + offset]` as uint64, and the state space of a named base."""

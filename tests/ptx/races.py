@@ -37,10 +37,11 @@ def _warp(stamp: Array) -> Array:
 
 def _is_unordered(stamp: Array, actor: Array) -> Array:
     """Whether an access stamped so and one of the actor now are two threads' without a barrier in between."""
-    low = stamp & (STEP - 1)
-    is_same_thread = low == (actor & (STEP - 1))
+    is_other: Array = (stamp != 0) & ((stamp ^ actor) & (STEP - 1) != 0)
+    if not is_other.any():
+        return is_other
     is_ordered = (_warp(stamp) == _warp(actor)) & (stamp >> 12 < actor >> 12)
-    unordered: Array = (stamp != 0) & ~is_same_thread & ~is_ordered
+    unordered: Array = is_other & ~is_ordered
     return unordered
 
 
@@ -79,7 +80,9 @@ class Ledger:
         pieces, actor = self._pieces(index, size), actors[:, None]
         readers = self._reader[pieces]
         unordered = _is_unordered(readers, actor)
-        stamps = np.where(unordered, _joined(readers, actor), actor)
+        stamps = np.broadcast_to(actor, pieces.shape)
+        if unordered.any():
+            stamps = np.where(unordered, _joined(readers, actor), actor)
         self._reader[pieces] = stamps
         # Lanes that read one piece in the same instruction overwrite each other's stamp: join them, warps last.
         left = self._reader[pieces]
@@ -91,17 +94,12 @@ class Ledger:
         fine: Array = ~_is_unordered(self._writer[pieces], actor)
         return fine
 
-    def note_write(self, index: Array, size: int, actors: Array, different: Array) -> Array:
-        """Note writes; False where one changes what another thread, unordered with it, wrote or read. [n, pieces]
-
-        `different` [n, size]: which bytes change.
-        """
+    def note_write(self, index: Array, size: int, actors: Array) -> Array:
+        """Note writes; True where another thread, unordered with one, wrote or read. [n, pieces]"""
         pieces, actor = self._pieces(index, size), actors[:, None]
-        is_changed = different.reshape(len(index), -1, self.piece).any(axis=2)
-        racing = _is_unordered(self._writer[pieces], actor) | _is_unordered(self._reader[pieces], actor)
+        racing: Array = _is_unordered(self._writer[pieces], actor) | _is_unordered(self._reader[pieces], actor)
         self._writer[pieces] = actor
-        fine: Array = ~(racing & is_changed)
-        return fine
+        return racing
 
     def pass_barrier(self, is_released: Array) -> None:
         """Order everything so far before everything to come, in the rows (bool [n_rows]) whose barrier is passed."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.ptx import Memory, execute
+from tests.ptx import Memory, Trace, execute
 
 Array = npt.NDArray[Any]
 
@@ -19,6 +19,8 @@ REGISTERS = """
     .reg .f32 %f<8>;
     .reg .f64 %d<8>;
 """
+EXECUTED: list[str] = []
+"""The texts that the tests of a module have run; at its end, ptxas must take them all (conftest.py)."""
 HEADER = ".version 9.0\n.target sm_90\n.address_size 64\n"
 
 
@@ -50,5 +52,20 @@ def evaluate(body: str, *inputs: Array, out: Any, block: int = 0, blocks: int = 
     text = HEADER + kernel(body, [each.itemsize for each in inputs], output.itemsize)
     args = [memory.place(np.ascontiguousarray(each)) for each in (*inputs, output)]
     args[-1] = memory.place(output)
+    EXECUTED.append(text)
     execute(text, blocks, block or n // blocks, args, memory)
     return output
+
+
+def run(body: str, *arrays: Array, block: int = 32, grid: int = 1, head: str = "", **options: Any) -> Trace:
+    """Run instructions with the arrays' addresses in %rd0, %rd1, ... and the thread's index in %index.
+
+    `head` is module text before the kernel; `options` are those of `execute`.
+    """
+    parameters = ", ".join(f".param .u64 p{i}" for i in range(len(arrays)))
+    loads = "\n".join(f"ld.param.u64 %rd{i}, [p{i}];" for i in range(len(arrays)))
+    start = f"{REGISTERS}\nmov.u32 %index, %tid.x;\n{loads}"
+    text = f"{HEADER}{head}.visible .entry snippet({parameters}) {{\n{start}\n{body}\n}}"
+    EXECUTED.append(text)
+    memory = Memory()
+    return execute(text, grid, block, [memory.place(each) for each in arrays], memory, **options)

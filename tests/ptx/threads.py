@@ -24,6 +24,9 @@ Array = npt.NDArray[Any]
 WARP = 32
 UNSET = 0xA5A5A5A5A5A5A5A5
 """What a register holds before it is written: nothing that a wrong kernel would get away with."""
+SPECIAL_REGISTERS = {f"%{base}.{axis}" for base in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
+SPECIAL_REGISTERS |= {f"%lanemask_{which}" for which in ("eq", "lt", "le", "gt", "ge")}
+SPECIAL_REGISTERS |= {"%laneid", "%warpid", "%dynamic_smem_size"}
 REGISTER_TYPES: dict[int, type] = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -119,7 +122,7 @@ class Threads:
         return value
 
     def special(self, name: str) -> Array:
-        """A special register's value, uint32, or uint64 for those of 64 bits."""
+        """A special register's value, uint32."""
         if name in ("%laneid", "%warpid"):
             return (self.thread % WARP if name == "%laneid" else self.thread // WARP).astype(np.uint32)
         if name == "%dynamic_smem_size":
@@ -127,8 +130,6 @@ class Threads:
         base, _, axis = name[1:].partition(".")
         if base.startswith("lanemask_"):
             return self._lane_mask(base.removeprefix("lanemask_"))
-        if base not in ("tid", "ntid", "ctaid", "nctaid") or axis not in "xyz":
-            raise NotImplementedError(f"special register {name}")
         extents, index = (self.block, self.thread) if base in ("tid", "ntid") else (self.grid, self.block_index)
         place = "xyz".index(axis)
         if base.startswith("n"):

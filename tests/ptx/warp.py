@@ -1,50 +1,64 @@
 """Instructions of a whole warp: shfl, vote, redux, activemask, and mma of 8-bit and 16-bit matrices.
 
-The interpreter calls these steps only for warps whose living threads in the membermask have all arrived. Reading a
-thread that is not active, or not in the mask, is reported.
+The interpreter lets a warp instruction happen once all living threads in the membermask have arrived. Reading a thread
+that is not active, or not in the mask, is reported.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tests.ptx import floats
 from tests.ptx.memory import Fault
-from tests.ptx.operands import TYPES, Scope, Step, listed, unknown
+from tests.ptx.operands import TYPES, Reader, Scope, Step, Writer, listed, unknown
 from tests.ptx.parser import Instruction
 from tests.ptx.threads import WARP, Threads
 
 Array = npt.NDArray[Any]
 
 
-def decode(instruction: Instruction, scope: Scope) -> Step | None:
-    """The step of a warp instruction; None if it is none of them."""
-    parts = instruction.opcode.split(".")
-    if parts[:2] == ["shfl", "sync"] and parts[3:] == ["b32"]:
-        return _shuffle(instruction, scope, parts[2])
-    if parts[:2] == ["vote", "sync"]:
-        return _vote(instruction, scope, parts[2])
-    if parts[:2] == ["redux", "sync"] and len(parts) == 4:
-        return _reduce(instruction, scope, parts[2], parts[3])
-    if instruction.opcode == "activemask.b32":
-        write = scope.write(instruction.operands[0], "b32")
-        return lambda threads: write(threads, ballot(threads.active.mask))
-    if parts[:3] == ["mma", "sync", "aligned"]:
-        return _multiply(instruction, scope, parts)
+class Exchange(NamedTuple):
+    """A warp instruction as what it reads, what it makes of that, and what it writes.
+
+    Its threads need not stand at the same instruction: compilers split loops by a condition of the thread, and the ISA
+    asks only for "the same qualifiers and same membermask". So the interpreter reads at each of them, mixes, computes
+    once, and writes at each of them. The last of the readers is that of the membermask.
+    """
+
+    readers: list[Reader]
+    compute: Callable[..., tuple[Array, ...]]
+    writers: list[Writer]
+
+
+def exchange(instruction: Instruction, scope: Scope) -> Exchange | None:
+    """The exchange of an instruction with a membermask; None if it is none."""
+    parts, operands = instruction.opcode.split("."), instruction.operands
+    if instruction.opcode == "bar.warp.sync":
+        return Exchange([scope.read(operands[0], "b32")], _synchronize, [])
+    if parts[:2] == ["shfl", "sync"] and parts[3:] == ["b32"] and parts[2] in ("up", "down", "bfly", "idx"):
+        value_to, _, valid_to = (part.strip() for part in operands[0].partition("|"))
+        writers = [scope.write(value_to, "b32"), scope.write(valid_to or "_", "pred")]
+        return Exchange([scope.read(each, "b32") for each in operands[1:]], _shuffle(parts[2]), writers)
+    if parts[:2] == ["vote", "sync"] and ".".join(parts[2:]) in ("any.pred", "all.pred", "uni.pred", "ballot.b32"):
+        readers = [scope.read(operands[1], "pred"), scope.read(operands[2], "b32")]
+        return Exchange(readers, _vote(parts[2]), [scope.write(operands[0], parts[3])])
+    if parts[:2] == ["redux", "sync"] and parts[2] in _COMBINED and parts[3:] in (["u32"], ["s32"], ["b32"]):
+        readers = [scope.read(operands[1], parts[3]), scope.read(operands[2], "b32")]
+        return Exchange(readers, _reduce(parts[2]), [scope.write(operands[0], parts[3])])
     return None
 
 
-def membermask(instruction: Instruction) -> str | None:
-    """The operand that names the threads which must execute the instruction together; None if it needs none."""
+def decode(instruction: Instruction, scope: Scope) -> Step | None:
+    """The step of a warp instruction without a membermask; None if it is none of them."""
+    if instruction.opcode == "activemask.b32":
+        write = scope.write(instruction.operands[0], "b32")
+        return lambda threads: write(threads, ballot(threads.active.mask))
     parts = instruction.opcode.split(".")
-    if parts[:2] in (["shfl", "sync"], ["vote", "sync"], ["redux", "sync"]):
-        return instruction.operands[-1]
-    if parts[:3] == ["bar", "warp", "sync"]:
-        return instruction.operands[0]
-    return "-1" if parts[:2] in (["mma", "sync"], ["ldmatrix", "sync"]) else None
+    return _multiply(instruction, scope, parts) if parts[:3] == ["mma", "sync", "aligned"] else None
 
 
 def require_whole_warps(threads: Threads) -> None:
@@ -66,37 +80,26 @@ def _members(threads: Threads, mask: Array) -> Array:
     return mask & ballot(threads.active.mask)
 
 
-def _shuffle(instruction: Instruction, scope: Scope, mode: str) -> Step:
-    target, *sources = instruction.operands
-    value_to, _, valid_to = (part.strip() for part in target.partition("|"))
-    write = scope.write(value_to, "b32")
-    write_valid = scope.write(valid_to, "pred") if valid_to else None
-    read, by, clamp, mask = (scope.read(each, "b32") for each in sources)
-    if mode not in ("up", "down", "bfly", "idx"):
-        raise unknown(instruction)
+def _synchronize(threads: Threads, mask: Array) -> tuple[Array, ...]:
+    threads.epoch = threads.epoch + threads.active.mask.reshape(-1, WARP).any(axis=1)
+    return ()
 
-    def step(threads: Threads) -> None:
-        values = np.broadcast_to(read(threads), threads.n)
+
+def _shuffle(mode: str) -> Callable[..., tuple[Array, ...]]:
+    def compute(threads: Threads, values: Array, by: Array, clamp: Array, mask: Array) -> tuple[Array, ...]:
         lane = np.arange(threads.n) % WARP
-        step_by = (by(threads) & np.uint32(31)).astype(np.int64)
-        limit = (clamp(threads) & np.uint32(31)).astype(np.int64)
-        segment = ((clamp(threads) >> np.uint32(8)) & np.uint32(31)).astype(np.int64)
+        step = (by & np.uint32(31)).astype(np.int64)
+        limit = (clamp & np.uint32(31)).astype(np.int64)
+        segment = ((clamp >> np.uint32(8)) & np.uint32(31)).astype(np.int64)
         first, last = lane & segment, (lane & segment) | (limit & ~segment)
-        source = {
-            "up": lane - step_by,
-            "down": lane + step_by,
-            "bfly": lane ^ step_by,
-            "idx": first | (step_by & ~segment),
-        }[mode]
+        source = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": first | (step & ~segment)}[mode]
         is_valid = source >= last if mode == "up" else source <= last
         source = np.where(is_valid, source, lane)
-        here = _members(threads, np.broadcast_to(mask(threads), threads.n))
-        _require_sources(threads, (here >> source.astype(np.uint32)) & np.uint32(1) == 1, source)
-        write(threads, values[np.arange(threads.n) - lane + source])
-        if write_valid:
-            write_valid(threads, is_valid)
+        is_here = (_members(threads, mask) >> source.astype(np.uint32)) & np.uint32(1) == 1
+        _require_sources(threads, is_here, source)
+        return values[np.arange(threads.n) - lane + source], is_valid
 
-    return step
+    return compute
 
 
 def _require_sources(threads: Threads, is_here: Array, source: Array) -> None:
@@ -105,40 +108,30 @@ def _require_sources(threads: Threads, is_here: Array, source: Array) -> None:
         raise Fault(f"reads lane {int(source[lane])}, which does not take part", lane=lane)
 
 
-def _vote(instruction: Instruction, scope: Scope, mode: str) -> Step:
-    read, mask = scope.read(instruction.operands[1], "pred"), scope.read(instruction.operands[2], "b32")
-    if mode not in ("any", "all", "uni", "ballot"):
-        raise unknown(instruction)
-    write = scope.write(instruction.operands[0], "b32" if mode == "ballot" else "pred")
-
-    def step(threads: Threads) -> None:
-        members = _members(threads, np.broadcast_to(mask(threads), threads.n))
-        votes = ballot(np.broadcast_to(read(threads), threads.n) & threads.active.mask) & members
+def _vote(mode: str) -> Callable[..., tuple[Array, ...]]:
+    def compute(threads: Threads, predicate: Array, mask: Array) -> tuple[Array, ...]:
+        members = _members(threads, mask)
+        votes = ballot(predicate & threads.active.mask) & members
         results = {"any": votes != 0, "all": votes == members, "uni": (votes == 0) | (votes == members)}
-        write(threads, votes if mode == "ballot" else results[mode])
+        return (votes if mode == "ballot" else results[mode],)
 
-    return step
+    return compute
 
 
-def _reduce(instruction: Instruction, scope: Scope, operation: str, kind: str) -> Step:
-    known = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
-    known["xor"] = np.bitwise_xor
-    if operation not in known or kind not in ("u32", "s32", "b32"):
-        raise unknown(instruction)
-    read, mask = scope.read(instruction.operands[1], kind), scope.read(instruction.operands[2], "b32")
-    write, combine = scope.write(instruction.operands[0], kind), known[operation]
+_COMBINED = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
+_COMBINED["xor"] = np.bitwise_xor
 
-    def step(threads: Threads) -> None:
-        values = np.broadcast_to(read(threads), threads.n)
-        members = _members(threads, np.broadcast_to(mask(threads), threads.n))
-        out = values.copy()
+
+def _reduce(operation: str) -> Callable[..., tuple[Array, ...]]:
+    def compute(threads: Threads, values: Array, mask: Array) -> tuple[Array, ...]:
+        members, out = _members(threads, mask), values.copy()
         for lane in threads.active.lanes:
             start = lane // WARP * WARP
             taking_part = np.flatnonzero((members[lane] >> np.arange(WARP, dtype=np.uint32)) & np.uint32(1))
-            out[lane] = combine.reduce(values[start + taking_part], dtype=TYPES[kind])
-        write(threads, out)
+            out[lane] = _COMBINED[operation].reduce(values[start + taking_part], dtype=values.dtype)
+        return (out,)
 
-    return step
+    return compute
 
 
 def _multiply(instruction: Instruction, scope: Scope, parts: list[str]) -> Step:
