@@ -7,6 +7,7 @@
     │   └── NonFiniteWeightError  the weights hold NaN, infinity, or what fp16 cannot hold
     ├── AdapterError              the LoRA adapter cannot be merged: of another kind, or made for another model
     ├── ModelMapError             transformers cannot build the model the config describes
+    │   └── RemoteCodeError       its class is code in the checkpoint, which runs only if the user says so
     ├── OutputError               the place to write to cannot be used: taken, same as the source, not writable
     │   └── DiskFullError         it can, with more room
     ├── FormatError               the format asked for cannot hold this model
@@ -72,6 +73,10 @@ class AdapterError(Int8ConvertError):
 
 class ModelMapError(Int8ConvertError):
     """transformers cannot build the model the config describes."""
+
+
+class RemoteCodeError(ModelMapError):
+    """The model's class is code in the checkpoint, and the user has not said that it may be run."""
 
 
 class OutputError(Int8ConvertError):

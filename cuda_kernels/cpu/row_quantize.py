@@ -60,7 +60,7 @@ def row_quantize(
     agree to about 1e-4 relative. Releases the Python lock.
 
     Args:
-        bits: [rows, cols], C-contiguous, of the dtype `BITS_DTYPE` gives for the source dtype.
+        bits: [rows, cols] of the dtype `BITS_DTYPE` gives for the source dtype.
         codes: int8 [rows, cols], written.
         absmax: float32 [rows], written; infinite or NaN where the row holds such a value.
         signal, noise: float64 [rows], written, in squared steps.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -109,6 +108,9 @@ def quantize(
     lora: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Merge this PEFT adapter's directory into the weights.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run SRC's own code if transformers has no class for the model.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, envvar="INT8CONVERT_WORKERS", help="Threads; default: one for each core.")
     ] = None,
@@ -128,11 +130,17 @@ def quantize(
 ) -> None:
     if out is None and not dry_run:
         raise typer.BadParameter("OUT is missing: name the directory to write, or pass --dry-run", param_hint="OUT")
+    shared: dict[str, Any] = {
+        "skip": skip or (),
+        "only": only or (),
+        "format": format,
+        "max_shard_size": max_shard_size,
+        "lora": lora,
+        "trust_remote_code": trust_remote_code,
+    }
     with reporting_errors(as_json):
         if dry_run:
-            _dry_run(
-                src, skip or (), only or (), format, max_shard_size, lora, min_coverage / 100, workers, device, as_json
-            )
+            _dry_run(src, shared, min_coverage / 100, workers, device, as_json)
             return
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -141,14 +149,10 @@ def quantize(
             report = run(
                 src,
                 out or "",
-                skip=skip or (),
-                only=only or (),
-                format=format,
+                **shared,
                 threshold=threshold,
                 min_coverage=min_coverage / 100,
-                max_shard_size=max_shard_size,
                 on_nonfinite=on_nonfinite,
-                lora=lora,
                 workers=workers,
                 device=device,
                 overwrite=overwrite,
@@ -201,16 +205,7 @@ def _print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
 
 
 def _dry_run(
-    src: str,
-    skip: Sequence[str],
-    only: Sequence[str],
-    format: str,
-    max_shard_size: str | None,
-    lora: str | None,
-    min_coverage: float,
-    workers: int | None,
-    device: str,
-    as_json: bool,
+    src: str, options: dict[str, Any], min_coverage: float, workers: int | None, device: str, as_json: bool
 ) -> None:
     from int8convert.conversion.device import choose_device
     from int8convert.conversion.estimate import estimate
@@ -218,7 +213,7 @@ def _dry_run(
     from int8convert.conversion.quantize import plan
 
     chosen = choose_device(device)
-    conversion_plan = plan(src, skip=skip, only=only, format=format, max_shard_size=max_shard_size, lora=lora)
+    conversion_plan = plan(src, **options)
     check_coverage(conversion_plan, min_coverage)
     costs = estimate(conversion_plan, workers, chosen)
     if as_json:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from int8convert import __version__
+from int8convert.checkpoint.int8_config import Int8Format
 from int8convert.checkpoint.layout import build_index
 from int8convert.checkpoint.manifest import ShardRecord, describe_source
 from int8convert.checkpoint.safetensors_file import METADATA_NAME
@@ -25,7 +26,6 @@ from int8convert.checkpoint.source import open_source
 from int8convert.checkpoint.writer import ShardWriter
 from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_export_plan
 from int8convert.conversion.export_tensors import ItemWriter, Target
-from int8convert.conversion.int8_config import Int8Format
 from int8convert.conversion.int8_source import DTYPES, SourceReaders, open_int8_checkpoint
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.quantize import parse_size

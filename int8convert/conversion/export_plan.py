@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from int8convert.checkpoint.int8_config import CONV1D_NAMES, Int8Format, read_threshold
 from int8convert.checkpoint.layout import (
     bitsandbytes_config,
     compressed_tensors_config,
@@ -24,7 +25,6 @@ from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.checkpoint.writer import order_for_alignment, planned_shard_bytes
 from int8convert.conversion.export_tensors import Target
-from int8convert.conversion.int8_config import CONV1D_NAMES, Int8Format, read_threshold
 from int8convert.conversion.int8_source import DTYPES, Int8Checkpoint, Int8Weight, PlacedTensor
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.conversion.torchao_metadata import torchao_metadata

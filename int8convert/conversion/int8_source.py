@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from int8convert.checkpoint.int8_config import Int8Format, is_conv1d, read_format, read_skipped_names
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.conversion.blocks import Scratch, as_array, read_rows
 from int8convert.conversion.floats import widen_bfloat16
-from int8convert.conversion.int8_config import Int8Format, is_conv1d, read_format, read_skipped_names
 from int8convert.errors import CorruptFileError, SourceError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -229,5 +230,6 @@ def check_coverage(plan: ConversionPlan, min_coverage: float) -> None:
     raise CoverageError(
         f"only {100 * plan.coverage:.1f} % of the parameters would become int8, "
         f"at least {100 * min_coverage:g} % are asked for",
-        f"what stays 16-bit: {reasons}; --dry-run lists it, --min-coverage lowers the bar{other}; nothing was written",
+        f"what stays 16-bit: {reasons}; --dry-run lists it, "
+        f"--min-coverage {math.floor(100 * plan.coverage)} lets it pass{other}; nothing was written",
     )

@@ -84,11 +84,13 @@ class ModuleFilter:
         skip: modules that stay 16-bit.
         only: if not empty, no other module becomes int8.
         output_format: what its loader cannot replace stays 16-bit too.
+        trusts_code: the checkpoint's own code may be run to tell what its modules are.
     """
 
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     output_format: OutputFormat = OutputFormat.BITSANDBYTES
+    trusts_code: bool = False
 
     def allows(self, module_name: str) -> bool:
         matched_only = not self.only or any(matches(module_name, pattern) for pattern in self.only)

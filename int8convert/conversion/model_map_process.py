@@ -19,20 +19,21 @@ from int8convert.conversion.expert_layouts import ExpertLayout
 from int8convert.conversion.fp8 import as_loaded
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModuleFilter
 from int8convert.conversion.model_map_cache import ModelMapCache
-from int8convert.errors import ModelMapError
+from int8convert.errors import ModelMapError, RemoteCodeError
 
 
 class ModelMapProcess:
     """transformers at work on the map of one checkpoint, in a child process; none where the answer is known already.
 
-    Starting it returns at once; `result` waits. Never runs code from the checkpoint, never asks the network.
+    Starting it returns at once; `result` waits. Never asks the network, and runs code from the checkpoint only where
+    the user trusts it and transformers has no class of that name.
     """
 
     def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
         self._source = source
         self._modules = modules
         self._cache = ModelMapCache(source, modules)
-        self._known = self._cache.read()
+        self._known = None if modules.trusts_code else self._cache.read()  # what that code does is not in its key
         self._process = None if self._known else self._start()
 
     @staticmethod
@@ -69,7 +70,8 @@ class ModelMapProcess:
         if self._process.returncode == 0:
             answer = json.loads(output)
             model_map = parse_worker_answer(answer, self._modules)
-            self._cache.write(answer)
+            if not self._modules.trusts_code:
+                self._cache.write(answer)
             return model_map
         kind, reason = _exception_in(complaints)
         if self._process.returncode != 1 or kind in ("ImportError", "ModuleNotFoundError", "MemoryError", ""):
@@ -102,6 +104,7 @@ def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str,
         "skip": modules.skip,
         "only": modules.only,
         "output_format": modules.output_format,
+        "trusts_code": modules.trusts_code,
     }
 
 
@@ -109,9 +112,12 @@ def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelM
     """The map in a child's answer.
 
     Raises:
-        ModelMapError: transformers cannot load what would be written.
+        RemoteCodeError: the model's class is code in the checkpoint, and the user has not said that it may be run.
+        ModelMapError: that code fails, or transformers cannot load what would be written.
         PatternError: a pattern matches none of the modules the child found.
     """
+    if "untrusted" in answer:
+        raise RemoteCodeError(*answer["untrusted"])
     if "refused" in answer:
         raise ModelMapError(*answer["refused"])
     modules.check_used(answer["candidates"])

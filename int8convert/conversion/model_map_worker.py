@@ -1,12 +1,12 @@
 """The child process behind `ModelMapProcess`: transformers says what each tensor of a checkpoint is.
 
-1. Build the model of config.json on the meta device: classes and names, no memory.
+1. Build the model of config.json on the meta device (`model_build`).
 2. Map each checkpoint key to the parameter transformers would load it into, by transformers' own renaming.
 3. Choose what becomes int8: exactly the modules the bitsandbytes loader will replace, given the skip list we write.
 4. Give each other tensor the dtype a plain load would give it: the loader of int8 checkpoints takes them as stored.
 
 Request and answer are one JSON object each, on stdin and stdout. An exception ends the process; its last line is the
-reason the parent gives for falling back to the name rules. Left out on purpose: remote code, in any form.
+reason the parent gives for falling back to the name rules.
 """
 
 from __future__ import annotations
@@ -22,49 +22,20 @@ import torch
 import transformers
 from torch import nn
 from transformers.core_model_loading import build_glob_alternation
-from transformers.initialization import no_tie_weights
-from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.conversion.expert_layouts import ExpertLayout
+from int8convert.conversion.model_build import TORCH_DTYPE, RefusedError, UntrustedCodeError, build_model
 from int8convert.conversion.model_experts import CheckpointTensor, fused_layout, is_one_expert
 from int8convert.conversion.model_keys import LoadedInto, ModelKeys
 from int8convert.conversion.model_map import Action, ModuleFilter
 from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
 from int8convert.conversion.weight_readers import modules_with_read_weights
 
-TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-
-# Where config.json names a class that transformers no longer has, the model type still leads to one. In this order:
-# the first mapping that knows the type wins.
-_AUTO_MAPPINGS = (
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
-    modeling_auto.MODEL_MAPPING,
-)
-
-
-def build_model(directory: str, tensors: list[CheckpointTensor]) -> tuple[Any, torch.dtype, list[str]]:
-    """The model of a config on the meta device, the dtype it loads in, and notes on how its class was found."""
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    architecture = config.architectures[0]
-    model_class = getattr(transformers, architecture, None)
-    notes = []
-    if model_class is None:
-        model_class = next((mapping[type(config)] for mapping in _AUTO_MAPPINGS if type(config) in mapping), None)
-        if model_class is None:
-            raise LookupError(f"no class for {architecture}")
-        notes.append(f"config.json names {architecture}, unknown to transformers: read as {model_class.__name__}")
-    dtype = load_dtype(config, tensors)
-    torch.set_default_dtype(dtype)
-    # As loaders build it: tied weights still apart, so that the last parameter is the one they take for the last.
-    with torch.device("meta"), no_tie_weights():
-        return model_class(config).eval(), dtype, notes
 
 
 def replaced_by_loader(model: Any) -> list[str]:
@@ -78,15 +49,6 @@ def replaced_by_loader(model: Any) -> list[str]:
                 "--format compressed-tensors has a form for it; nothing was written",
             ]
     return []
-
-
-def load_dtype(config: Any, tensors: list[CheckpointTensor]) -> torch.dtype:
-    """The dtype `from_pretrained` loads the source in: the config's, else that of the first tensor of a float dtype."""
-    if config.dtype is not None:
-        dtype: torch.dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
-        return dtype
-    stored = (TORCH_DTYPE[tensor.dtype] for tensor in tensors if tensor.dtype in TORCH_DTYPE)
-    return next(stored, torch.float32)
 
 
 _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
@@ -340,7 +302,10 @@ class TensorChoice:
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     tensors = [CheckpointTensor(n, d, tuple(shape), st, offset) for n, d, shape, st, offset in request["tensors"]]
-    model, dtype, notes = build_model(request["directory"], tensors)
+    try:
+        model, dtype, notes = build_model(request["directory"], tensors, request["trusts_code"])
+    except RefusedError as error:
+        return {"untrusted" if isinstance(error, UntrustedCodeError) else "refused": error.args}
     if request["output_format"] == OutputFormat.BITSANDBYTES and (replaced := replaced_by_loader(model)):
         return {"refused": replaced}
     modules = ModuleFilter(tuple(request["skip"]), tuple(request["only"]), OutputFormat(request["output_format"]))

@@ -38,6 +38,7 @@ def plan(
     format: str = OutputFormat.BITSANDBYTES,
     max_shard_size: int | str | None = None,
     lora: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> ConversionPlan:
     """What `quantize` would do with a checkpoint, from headers alone; writes nothing.
 
@@ -49,7 +50,7 @@ def plan(
     max_shard_bytes = parse_size(max_shard_size)
     source = open_source(src)
     check_config(source.config, is_fp8(source))
-    modules = ModuleFilter(tuple(skip), tuple(only), OutputFormat(format))
+    modules = ModuleFilter(tuple(skip), tuple(only), OutputFormat(format), trust_remote_code)
     adapter = open_adapter(lora) if lora is not None else None
     with PlanInTheMaking(source, modules, max_shard_bytes, (), adapter) as coming:
         return coming.result()
@@ -67,6 +68,7 @@ def quantize(
     max_shard_size: int | str | None = None,
     on_nonfinite: str = "error",
     lora: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
     workers: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -93,6 +95,7 @@ def quantize(
         max_shard_size: bytes, or a string such as "5GB"; None makes one output shard for each source shard.
         on_nonfinite: "error", or "keep" to leave modules 16-bit whose weights hold NaN, infinity or what fp16 cannot.
         lora: a PEFT adapter's directory; it is merged into the weights, in float32, before they are quantized.
+        trust_remote_code: run the checkpoint's own code where transformers has no class of the model's name.
         workers: threads; None takes the cores this process may use.
         device: where rows are quantized: "cpu", "cuda[:n]", which needs the extra cuda12 or cuda13, or "auto", which
             is the CPU. The output does not depend on it.
@@ -133,7 +136,7 @@ def quantize(
         report(event)
         sink(event)
 
-    modules = ModuleFilter(tuple(skip), tuple(only), output_format)
+    modules = ModuleFilter(tuple(skip), tuple(only), output_format, trust_remote_code)
     job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter)
     with output.in_use():
         while True:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 
+from int8convert.checkpoint.int8_config import Int8Format
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.safetensors_file import read_safetensors_metadata
-from int8convert.conversion.int8_config import Int8Format
 from int8convert.conversion.int8_source import Int8Checkpoint, Int8Weight
 from int8convert.errors import CorruptFileError
 

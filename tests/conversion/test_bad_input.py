@@ -181,8 +181,21 @@ def test_weight_that_is_not_finite(dtype: torch.dtype, bad: float, tmp_path: Pat
         tmp_path / "out",
         errors.NonFiniteWeightError,
         rf"'model\.layers\.1\.mlp\.up_proj\.weight' in 'model\.safetensors' holds {value} at row 100, "
-        r"column 61 \(2 such in this row\)",
+        r"column 61 \(one of 2 such\)",
     )
+
+
+def test_values_that_are_not_finite_are_counted_in_the_whole_tensor(tmp_path: Path) -> None:
+    source = save_checkpoint("llama", tmp_path / "source", torch.float32)
+    tensors = read_tensors(source)
+    for name in [name for name in tensors if "mlp" in name]:  # a hundred times as large: several blocks
+        tensors[name] = torch.cat([tensors[name]] * 100, dim=1 if "down" in name else 0)
+    weight = tensors["model.layers.1.mlp.up_proj.weight"]
+    weight[100, 61:63], weight[12_000, 5], weight[12_001] = float("nan"), float("inf"), 70_000
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 12_800}))
+    fail(source, tmp_path / "out", errors.NonFiniteWeightError, r"\(one of 67 such\)")
 
 
 def test_too_little_coverage(source: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import int8convert
+from int8convert.checkpoint.int8_config import CONV1D_NAMES, is_conv1d
 from int8convert.conversion.export import ShardExported
-from int8convert.conversion.int8_config import CONV1D_NAMES, is_conv1d
 from tests.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = [

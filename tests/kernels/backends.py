@@ -84,13 +84,16 @@ class Backend(Protocol):
 
 
 class Reference:
-    """The reference through the adapters' door: its float64 results rounded once to the dtype of x."""
+    """The reference through the adapters' door: on x widened, but what it copies from x are the bits of x."""
 
     def activation_quantize(
         self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
     ) -> QuantizedActivations:
         found = reference.activation_quantize(widen(x, dtype), outlier_columns, threshold, capacity)
-        return found._replace(outlier_x=narrow(found.outlier_x, dtype), found_x=narrow(found.found_x, dtype))
+        found_x = np.zeros(found.found_x.shape, x.dtype)
+        taken = found.found_columns[: int(found.n_found[0])]
+        found_x[:, : taken.size] = x[:, taken]
+        return found._replace(outlier_x=np.ascontiguousarray(x[:, outlier_columns]), found_x=found_x)
 
 
 class Cpu:

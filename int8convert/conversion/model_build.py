@@ -1,0 +1,113 @@
+"""The model a config describes, on the meta device: classes and names, no memory.
+
+transformers' own class of the architecture comes first. Only where it has none does the checkpoint's own code count
+(`auto_map`), and that is run only if the user trusts it; else the class of the model type is taken, and said aloud.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_tie_weights
+from transformers.models.auto import modeling_auto
+
+from int8convert.checkpoint.layout import quoted
+from int8convert.conversion.model_experts import CheckpointTensor
+
+TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# Where config.json names a class that transformers no longer has, the model type still leads to one. In this order:
+# the first mapping that knows the type wins.
+_AUTO_MAPPINGS = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
+    "AutoModel": modeling_auto.MODEL_MAPPING,
+}
+
+
+class RefusedError(Exception):
+    """The model cannot be built, or not like this; its arguments are the message and the hint for the user."""
+
+
+class UntrustedCodeError(RefusedError):
+    """The model's class is code in the checkpoint, and the user has not said that it may be run."""
+
+
+def build_model(
+    directory: str, tensors: list[CheckpointTensor], trusts_code: bool
+) -> tuple[Any, torch.dtype, list[str]]:
+    """The model of the config in a directory, the dtype it loads in, and notes on how its class was found.
+
+    Args:
+        trusts_code: the checkpoint's own code may be run, where transformers has no class of the architecture's name.
+
+    Raises:
+        UntrustedCodeError: there is no other class than one in the checkpoint's own code.
+        RefusedError: that code has no such class, or raises.
+        LookupError: there is no class at all.
+    """
+    stated = json.loads((Path(directory) / "config.json").read_bytes())
+    architecture = stated["architectures"][0]
+    own_code = stated.get("auto_map")
+    if own_code and trusts_code and not hasattr(transformers, architecture):
+        config, model_class = _class_of_the_checkpoint(directory, architecture, own_code)
+        notes = [f"{architecture} is code in the checkpoint, which was run: loading the output runs it, too"]
+    else:
+        if own_code and stated.get("model_type") not in transformers.CONFIG_MAPPING:
+            raise UntrustedCodeError(
+                f"{architecture} is code in the checkpoint (auto_map in config.json): "
+                f"transformers {transformers.__version__} has no such class",
+                "read that code, then pass --trust-remote-code to have it run; nothing was written",
+            )
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        model_class, notes = _class_of_transformers(config, architecture)
+    dtype = _load_dtype(config, tensors)
+    torch.set_default_dtype(dtype)
+    # As loaders build it: tied weights still apart, so that the last parameter is the one they take for the last.
+    with torch.device("meta"), no_tie_weights():
+        return model_class(config).eval(), dtype, notes
+
+
+def _class_of_transformers(config: Any, architecture: str) -> tuple[Any, list[str]]:
+    model_class = getattr(transformers, architecture, None)
+    if model_class is not None:
+        return model_class, []
+    model_class = next((classes[type(config)] for classes in _AUTO_MAPPINGS.values() if type(config) in classes), None)
+    if model_class is None:
+        raise LookupError(f"no class for {architecture}")
+    return model_class, [f"config.json names {architecture}, unknown to transformers: read as {model_class.__name__}"]
+
+
+def _class_of_the_checkpoint(directory: str, architecture: str, own_code: Any) -> tuple[Any, Any]:
+    """The config and the class that the checkpoint's code defines, by running it."""
+    references = own_code if isinstance(own_code, dict) else {}
+    reference = next((references[auto] for auto in _AUTO_MAPPINGS if isinstance(references.get(auto), str)), None)
+    if reference is None:
+        raise RefusedError(
+            f"auto_map in config.json names no class for {' or '.join(_AUTO_MAPPINGS)}",
+            "fetch config.json again, or add the entry that loads the model; nothing was written",
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=True)
+        return config, get_class_from_dynamic_module(reference, directory, local_files_only=True)
+    except Exception as error:  # a stranger's code may raise anything
+        reason = quoted(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+        raise RefusedError(
+            f"the checkpoint's own code for {architecture}, {quoted(reference)}, raises {reason}",
+            "see that all its files are beside config.json and what it imports is installed; nothing was written",
+        ) from error
+
+
+def _load_dtype(config: Any, tensors: list[CheckpointTensor]) -> torch.dtype:
+    """The dtype `from_pretrained` loads the source in: the config's, else that of the first tensor of a float dtype."""
+    if config.dtype is not None:
+        dtype: torch.dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+        return dtype
+    stored = (TORCH_DTYPE[tensor.dtype] for tensor in tensors if tensor.dtype in TORCH_DTYPE)
+    return next(stored, torch.float32)

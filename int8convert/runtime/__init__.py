@@ -1,0 +1,1 @@
+"""Running an int8 checkpoint: layers, loading, outliers, generation."""

@@ -1,0 +1,176 @@
+"""The Linear layer of LLM.int8(): int8 for nearly all input features, 16 bits for the outlier columns.
+
+    y = x8 @ weight8^T * x_absmax / 127 * weight_absmax / 127  +  x[:, O] @ weight[:, O]^T  +  bias
+
+O are the outlier columns. Which ones these are is the layer's mode:
+
+- static: a set stored with the layer, found once by calibration, with its 16-bit weights. A token's output depends on
+  nothing but that token.
+- static+guard: the stored set, and columns outside it that reach the threshold in this very batch.
+- dynamic: only the latter; the paper's rule. Their weights are taken from the codes, as bitsandbytes does, and a
+  token's output depends on the other tokens of its batch.
+- none: every column is int8.
+
+The parameters bear the names of the checkpoint's tensors, so that loading and saving convert nothing.
+Source: LLM.int8(), arXiv:2208.07339, Sec. 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+import torch
+from torch import nn
+
+from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD
+from int8convert.checkpoint.output_format import OutputFormat
+
+MAX_FOUND_COLUMNS = 256
+"""Outlier columns that a batch may add to the stored ones; those past it are rounded with the others. The largest model
+of the paper has seven (Sec. 4.1)."""
+
+
+class OutlierMode(StrEnum):
+    """Which columns of an activation stay 16-bit; see the module."""
+
+    STATIC = "static"
+    STATIC_GUARD = "static+guard"
+    DYNAMIC = "dynamic"
+    NONE = "none"
+
+    @property
+    def uses_stored(self) -> bool:
+        return self in (OutlierMode.STATIC, OutlierMode.STATIC_GUARD)
+
+    @property
+    def finds(self) -> bool:
+        return self in (OutlierMode.STATIC_GUARD, OutlierMode.DYNAMIC)
+
+
+class Int8Linear(nn.Linear):
+    """A Linear layer with an int8 weight.
+
+    A subclass of nn.Linear, so that what looks for those (PEFT, offloading) finds it. Its weight takes no gradient;
+    its input does, by the dequantized weight.
+
+    Attributes:
+        weight: int8 [out_features, in_features], codes.
+        SCB: float32 [out_features], the row absmax, in the bitsandbytes layout; with weight_format, a zero byte.
+        weight_scale: float32 [out_features, 1], absmax / 127, in that of compressed-tensors.
+        outlier_columns: int32 [n], ascending; empty until `set_outliers`.
+        outlier_weight: [out_features, n], those columns before quantization.
+        mode: which columns stay 16-bit.
+        threshold: magnitude from which a column is an outlier, in the units of x; 0 finds none.
+    """
+
+    outlier_columns: torch.Tensor
+    outlier_weight: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        layout: OutputFormat = OutputFormat.BITSANDBYTES,
+        mode: OutlierMode = OutlierMode.DYNAMIC,
+        threshold: float = OUTLIER_THRESHOLD,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make a float weight first
+        self.in_features = in_features
+        self.out_features = out_features
+        self.layout = layout
+        self.mode = mode
+        self.threshold = threshold
+        weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if layout is OutputFormat.BITSANDBYTES:
+            self.SCB = _float32(out_features, device=device)
+            self.register_buffer("weight_format", torch.zeros((), dtype=torch.uint8, device=device))
+        else:
+            self.weight_scale = _float32(out_features, 1, device=device)
+        empty_bias = torch.empty(out_features, dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(empty_bias, requires_grad=False) if bias else None)
+        self.register_buffer("outlier_columns", torch.empty(0, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer(
+            "outlier_weight", torch.empty(out_features, 0, dtype=dtype, device=device), persistent=False
+        )
+
+    @classmethod
+    def from_float(
+        cls,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        mode: OutlierMode = OutlierMode.DYNAMIC,
+        threshold: float = OUTLIER_THRESHOLD,
+    ) -> Int8Linear:
+        """Quantize a weight [out_features, in_features], in float16, bfloat16 or float32."""
+        from cuda_kernels import ops
+
+        codes, absmax, _, _ = ops.row_quantize(weight.detach())
+        out_features, in_features = weight.shape
+        layer = cls(
+            in_features, out_features, bias is not None, "meta", weight.dtype, mode=mode, threshold=threshold
+        ).to_empty(device=weight.device)
+        layer.weight.data, layer.SCB.data = codes, absmax
+        layer.weight_format.zero_()
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @property
+    def weight_absmax(self) -> torch.Tensor:
+        """float32 [out_features]."""
+        if self.layout is OutputFormat.BITSANDBYTES:
+            return self.SCB
+        return self.weight_scale.view(-1) * N_STEPS
+
+    def set_outliers(self, columns: torch.Tensor, weight: torch.Tensor) -> None:
+        """Store the columns that stay 16-bit, [n], and their weights before quantization, [out_features, n]."""
+        self.outlier_columns = columns.to(self.weight.device, torch.int32)
+        self.outlier_weight = weight.to(self.weight.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> y [..., out_features], in the dtype of x."""
+        from cuda_kernels import ops
+
+        stored = self.outlier_columns if self.mode.uses_stored else self.outlier_columns[:0]
+        stored_weight = self.outlier_weight if self.mode.uses_stored else self.outlier_weight[:, :0]
+        capacity = min(MAX_FOUND_COLUMNS, self.in_features) if self.mode.finds and self.threshold > 0 else 0
+        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        if stored_weight.dtype != x.dtype:
+            stored_weight = stored_weight.to(x.dtype)
+        return ops.int8_linear(
+            x, self.weight, self.weight_absmax, stored, stored_weight, bias, self.threshold, capacity
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight the codes stand for, [out_features, in_features], stored outlier columns as they are."""
+        weight = (self.weight * (self.weight_absmax / N_STEPS)[:, None]).to(dtype)
+        weight[:, self.outlier_columns.long()] = self.outlier_weight.to(dtype)
+        return weight
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Linear:
+        # .half() and .to(dtype) reach every floating tensor; rounded scales would shift every output.
+        name = "SCB" if self.layout is OutputFormat.BITSANDBYTES else "weight_scale"
+        scale = self._parameters.pop(name)
+        super()._apply(fn, recurse)
+        assert scale is not None
+        moved = fn(scale.data)
+        kept = moved if moved.dtype == torch.float32 else scale.data.to(moved.device)
+        self._parameters[name] = nn.Parameter(kept, requires_grad=False)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, mode={self.mode}, threshold={self.threshold:g}, "
+            f"n_outlier_columns={self.outlier_columns.numel()}"
+        )
+
+
+def _float32(*shape: int, device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=device), requires_grad=False)
