@@ -159,7 +159,7 @@ def test_a_token_of_zeros_gives_the_bias(backend: Backend, multiply: BackendMult
 
 @both
 @every_dtype
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.uint32(0x7FFF_FFFF).view(np.float32)], ids=str)
 def test_a_token_that_is_not_finite_spoils_its_row_alone(
     backend: Backend, multiply: BackendMultiply, dtype: str, bad: float
 ) -> None:
