@@ -30,7 +30,7 @@ from numba.cuda import types
 from numpy import float32, uint32, uint64
 
 from cuda_kernels import group_intrinsics as group
-from cuda_kernels.int8_operands import POINTER, check, format_of
+from cuda_kernels.int8_operands import POINTER, format_of
 from cuda_kernels.intrinsics import bits_as_float, multiply_rn, reciprocal_rn, store_8_bytes
 from cuda_kernels.launch import Kernel, Launch, run
 from cuda_kernels.outlier_columns import (
@@ -94,7 +94,7 @@ def plan(n_tokens: int, n_columns: int) -> Plan:
     n_groups, multiprocessors = -(-n_columns // GROUP), 132
     is_few = n_tokens <= multiprocessors
     threads = next((t for t in (64, 256) if n_groups <= (t if is_few else 4 * t)), 1024 if is_few else 256)
-    tokens = -(-n_tokens // (multiprocessors * (THREADS_HELD // threads)))
+    tokens = max(1, -(-n_tokens // (multiprocessors * (THREADS_HELD // threads))))
     return Plan(threads, tokens, own_tokens=8, mark_tokens=max(16, -(-n_tokens // 64)))
 
 
@@ -187,7 +187,7 @@ def mark_bytes(n_tokens: int, n_columns: int, capacity: int, cut: Plan) -> int:
 
 
 def launches(operands: Operands, cut: Plan) -> list[Launch]:
-    """One launch, or two where columns of many tokens are to be found. At least one token."""
+    """One launch, or two where columns of many tokens are to be found."""
     o = operands
     item_bytes = 4 if o.dtype == "F32" else 2
     is_aligned = (o.x | o.row_stride * item_bytes) % 16 == 0 and (o.codes | o.n_columns) % GROUP == 0
@@ -204,7 +204,7 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
     # Loads of single values want more registers than 1024 threads have.
     threads = cut.threads if is_aligned else min(cut.threads, 256)
     kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, threads)
-    grid = (-(-o.n_tokens // cut.tokens), 1, 1)
+    grid = (max(1, -(-o.n_tokens // cut.tokens)), 1, 1)  # of no tokens, the list of no columns
     planned.append(Launch(kernel, grid, -(-n_groups // 4) * 4, (*pointers, threshold, *sizes)))
     return planned
 
@@ -212,28 +212,15 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
 def activation_quantize(
     x: torch.Tensor, outlier_columns: torch.Tensor, threshold: float, capacity: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize tokens, their outlier columns set aside; see `reference.activation_quantize`.
+    """Quantize tokens, their outlier columns set aside; `ops` says what the tensors are, and checks them.
 
     Queued on torch's current stream, without waiting for anything; can be captured in a CUDA graph once a first call
-    has loaded its kernels.
-
-    Args:
-        x: [M, K], float16, bfloat16 or float32; rows may lie apart.
-        outlier_columns: int32 [n], ascending, each once, less than K.
-        threshold: compared as float32.
-
-    Returns:
-        codes, absmax, outlier_x, found_columns, n_found and found_x, as `reference.QuantizedActivations`.
-
-    Raises:
-        ValueError: a tensor of another dtype, shape or layout.
+    has loaded its kernels. Rows of x may lie apart, the values of a row are side by side.
     """
     import torch
 
-    if x.dim() != 2 or x.shape[1] == 0 or x.stride(1) != 1:
-        raise ValueError(f"x is {list(x.shape)} of strides {x.stride()}: not rows of values side by side")
+    outlier_columns = outlier_columns.contiguous()
     (M, K), n, device = x.shape, outlier_columns.numel(), x.device
-    check("outlier_columns", outlier_columns, torch.int32, (n,), device)
     cut = plan(M, K)
     results = (
         torch.empty((M, K), dtype=torch.int8, device=device),
@@ -243,12 +230,8 @@ def activation_quantize(
         torch.empty(1, dtype=torch.int32, device=device),
         torch.empty((M, capacity), dtype=x.dtype, device=device),
     )
-    if M == 0:
-        results[3].fill_(-1)
-        results[4].zero_()
-        return results
     marks = torch.empty(mark_bytes(M, K, capacity, cut), dtype=torch.uint8, device=device)
-    pointers = [tensor.data_ptr() for tensor in (x, outlier_columns, marks, *results)]
-    operands = Operands._make((format_of(x), *pointers, threshold, M, K, x.stride(0), n, capacity))
+    addresses = [tensor.data_ptr() for tensor in (x, outlier_columns, marks, *results)]
+    operands = Operands._make((format_of(x), *addresses, threshold, M, K, x.stride(0), n, capacity))
     run(launches(operands, cut), device)
     return results

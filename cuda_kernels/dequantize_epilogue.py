@@ -90,19 +90,15 @@ def dequantize_epilogue(
     outlier_weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scales, outlier terms and bias of int32 products [M, N], in the dtype of `outlier_weight`; see `reference`.
+    """Integer products to outputs; `ops` says what the tensors are, and checks them.
 
     Queued on torch's current stream, without waiting for anything.
-
-    Raises:
-        ValueError: a tensor of another dtype, shape, layout or device than the others want.
     """
-    import torch
-
-    y = torch.empty(products.shape, dtype=outlier_weight.dtype, device=products.device)
-    int8_operands.check("products", products, torch.int32, (len(x_absmax), len(weight_codes)), y.device)
     terms = (x_absmax, outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
-    operands = int8_operands.of_tensors(None, *terms, bias, y)
+    products, *contiguous = (each.contiguous() for each in (products, *terms))
+    bias = bias if bias is None else bias.contiguous()
+    y = outlier_x.new_empty(products.shape)
     if y.numel():
+        operands = int8_operands.of_tensors(None, *contiguous, bias, y)
         run(launches(operands, products.data_ptr()), y.device)
     return y
