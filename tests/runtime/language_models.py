@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,4 +52,30 @@ def save_int8(name: str, directory: Path, tokenizer: Any, dtype: torch.dtype = t
     language_model(name, tokenizer, dtype).save_pretrained(source)
     tokenizer.save_pretrained(source)
     int8convert.quantize(source, directory, on_event=lambda event: None)
+    return directory
+
+
+def reciter(tokenizer: Any, text: str) -> Any:
+    """A model that recites a text and ends, from wherever in it a prompt ends; its layers add nothing.
+
+    Each token's embedding is a direction of its own, and the head's row for the next one the same direction. So no
+    rounding changes what it says.
+    """
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert len(set(ids)) == len(ids) <= 64, "a token that comes twice would be followed by the same one twice"
+    model = language_model("llama", tokenizer)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", "embed_tokens.weight")):
+            parameter.data.zero_()
+    for direction, (token, following) in enumerate(pairwise(ids)):
+        model.model.embed_tokens.weight.data[token, direction] = 1.0
+        model.lm_head.weight.data[following, direction] = 1.0
+    return model
+
+
+def save_reciter(text: str, directory: Path, tokenizer: Any) -> Path:
+    """An int8 checkpoint of it."""
+    model = int8convert.quantize_(reciter(tokenizer, text))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory
