@@ -50,7 +50,7 @@ def check_size(size: str | None) -> str | None:
     return size
 
 
-def _check_device(device: str) -> str:
+def check_device(device: str) -> str:
     from int8convert.conversion.quantize import choose_device
 
     try:
@@ -119,7 +119,7 @@ def quantize(
         int | None, typer.Option(min=1, envvar="INT8CONVERT_WORKERS", help="Threads; default: one for each core.")
     ] = None,
     device: Annotated[
-        str, typer.Option(callback=_check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")
+        str, typer.Option(callback=check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")] = False,
     check: Annotated[bool, typer.Option("--check", help="When resuming, check finished shards by sha256.")] = False,

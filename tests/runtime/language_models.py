@@ -43,15 +43,19 @@ def language_model(name: str, tokenizer: Any, dtype: torch.dtype = torch.float32
     model = build_model(name, dtype)
     torch.manual_seed(1)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if model.config.is_encoder_decoder:
+        model.generation_config.decoder_start_token_id = 0
     return model
 
 
 def save_int8(name: str, directory: Path, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Path:
-    """An int8 checkpoint with its tokenizer, as the converter leaves it; the source stays beside it."""
+    """An int8 checkpoint with its tokenizer; what it was made of stays beside it."""
     source = directory.with_name(f"{directory.name}-source")
-    language_model(name, tokenizer, dtype).save_pretrained(source)
-    tokenizer.save_pretrained(source)
-    int8convert.quantize(source, directory, on_event=lambda event: None)
+    model = language_model(name, tokenizer, dtype)
+    for path in (source, directory):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        int8convert.quantize_(model)
     return directory
 
 
