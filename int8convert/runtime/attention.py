@@ -1,7 +1,7 @@
 """nn.MultiheadAttention with int8 projections: its weight for queries, keys and values is no Linear layer's.
 
-torch's encoder layers have a fast path of their own that reads that weight and multiplies by it, whatever module they
-were given; it is taken only by modules with a bias of the name `in_proj_bias`, which this one does not have.
+torch's encoders have a fast path of their own, which reads the weights of the layers inside and multiplies by them,
+whatever modules these are: one that holds an int8 layer has to be told not to take it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Int8MultiheadAttention(nn.Module):
         q_proj, k_proj, v_proj, out_proj: [embed_dim, embed_dim] each.
     """
 
-    # What torch's encoder layers look at.
+    # What torch's encoder layers look at before anything else.
     in_proj_bias = None
     _qkv_same_embed_dim = True
 
@@ -40,6 +40,7 @@ class Int8MultiheadAttention(nn.Module):
         """Keys and values of other sizes, or with a learned or a zero token appended, are left alone."""
         return (
             isinstance(module, nn.MultiheadAttention)
+            and type(module).forward is nn.MultiheadAttention.forward
             and module._qkv_same_embed_dim
             and module.bias_k is None
             and not module.add_zero_attn
@@ -71,7 +72,16 @@ class Int8MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As nn.MultiheadAttention has it: [batch, tokens, embed_dim] if `batch_first`, else [tokens, batch, ...]."""
+        """As nn.MultiheadAttention has it: [batch, tokens, embed_dim] if `batch_first`, else [tokens, batch, ...].
+
+        `is_causal` is a hint that `attn_mask` is the causal one, and changes nothing.
+
+        Raises:
+            ValueError: the hint comes without that mask.
+            TypeError: a mask is of another dtype than bool and the floats.
+        """
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is a hint on attn_mask, which is missing: pass the causal mask itself")
         if query.dim() == 2:
             batch_axis = 0 if self.batch_first else 1
             padding = None if key_padding_mask is None else key_padding_mask[None]
@@ -109,15 +119,28 @@ class Int8MultiheadAttention(nn.Module):
         mask = None
         if attn_mask is not None:
             shape = (q.shape[0], self.num_heads, q.shape[2], k.shape[2]) if attn_mask.dim() == 3 else attn_mask.shape
-            mask = _to_add(attn_mask, q.dtype).view(shape)
+            mask = _to_add(attn_mask, q.dtype).reshape(shape)
         if key_padding_mask is not None:
             padding = _to_add(key_padding_mask, q.dtype)[:, None, None, :]
             mask = padding if mask is None else mask + padding
         return mask
 
 
+def leave_fast_path(model: nn.Module) -> None:
+    """Let torch's encoders that hold an int8 layer call the modules inside, in evaluation, too."""
+    for module in model.modules():
+        if not any(isinstance(inner, Int8Linear) for inner in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # the number of a fused activation; `activation` itself stays
+
+
 def _to_add(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """True, where nothing is to be seen, as minus infinity."""
-    if mask.dtype != torch.bool:
+    if mask.is_floating_point():
         return mask.to(dtype)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"a mask of {mask.dtype}, expected torch.bool, True where nothing is to be seen, or a float")
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))

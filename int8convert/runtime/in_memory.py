@@ -2,13 +2,13 @@
 
 Linear layers, GPT-2's Conv1D and the projections of nn.MultiheadAttention become int8, one after the other, so that
 memory never holds two models. Left alone: weights that several modules share, such as an output head tied to the
-embedding, and for transformers' models what transformers itself would leave alone.
+embedding; modules that compute something of their own; and what transformers would leave alone in its own models.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,27 +16,33 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
-from int8convert.errors import NonFiniteWeightError, PatternError
-from int8convert.runtime.attention import Int8MultiheadAttention
+from int8convert.errors import CoverageError, NonFiniteWeightError, PatternError
+from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_path
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.outliers import StoredOutliers
+from int8convert.runtime.saving import describe_for_saving
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def quantize_(
     model: nn.Module,
     *,
-    skip: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
     outliers: str | Mapping[str, StoredOutliers] = OutlierMode.DYNAMIC,
     threshold: float = OUTLIER_THRESHOLD,
 ) -> nn.Module:
     """Replace the Linear layers of a model by int8 ones.
 
-    Does not know how well the result works: compare its outputs with the model's own before.
+    Does not know how well the result works: compare its outputs with the model's own before. Hooks on the layers that
+    are replaced go with them. A model of transformers can be saved by its save_pretrained, for `int8convert.load` and
+    for transformers with bitsandbytes.
 
     Args:
-        model: any module; changed in place. Its weights in float16, bfloat16 or float32.
-        skip: modules that stay as they are, by full name or dotted tail, with shell wildcards; None leaves out what
-            transformers would, such as the output head.
+        model: any module that has such layers; changed in place. Weights in other dtypes than float16, bfloat16 and
+            float32 stay.
+        skip: modules that stay as they are, by full name or dotted tail, with shell wildcards; on top of what
+            transformers would leave out of its own models, such as the output head.
         outliers: a mode, see `int8convert.runtime.linear`; or what `calibrate` found in this model, by which layers
             store their outlier columns, with a guard for others.
         threshold: magnitude from which a column is an outlier.
@@ -46,37 +52,54 @@ def quantize_(
 
     Raises:
         PatternError: a pattern of `skip` matches no module.
-        NonFiniteWeightError: a weight holds NaN or infinity; the modules before it are int8 already.
+        NonFiniteWeightError: a weight holds NaN or infinity.
+        CoverageError: the model has no layer that could become int8.
+        ValueError: the model is such a layer itself, or `outliers` is of another model.
+        All before anything is changed.
     """
     stored = {} if isinstance(outliers, str) else outliers
     mode = OutlierMode(outliers) if isinstance(outliers, str) else OutlierMode.STATIC_GUARD
-    for name in _modules_to_replace(model, skip):
+    names = _modules_to_replace(model, skip)
+    for name in names:
+        _check_finite(name, model.get_submodule(name))
+    _check_outliers(model, stored)
+    places = defaultdict(list)  # a module may stand in several, and be one all the same
+    for name, module in model.named_modules(remove_duplicate=False):
+        places[id(module)].append(name)
+    replaced = {name: type(model.get_submodule(name)) for name in names}
+    for name in names:
         module = model.get_submodule(name)
         new = _int8_form(name, module, mode, threshold, stored)
-        if name:
-            model.set_submodule(name, new)
-        else:
-            raise PatternError(
-                f"the model is a {type(module).__name__} itself, which nothing holds that could hold its int8 form",
-                "Int8Linear.from_float(layer.weight, layer.bias) makes one",
-            )
+        for place in places[id(module)]:
+            model.set_submodule(place, new)
+    leave_fast_path(model)
+    if hasattr(model, "_keep_in_fp32_modules"):
+        describe_for_saving(model, replaced, threshold, stored)
     return model
 
 
-def _modules_to_replace(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
-    modules = {name: module for name, module in model.named_modules() if _is_replaceable(module)}
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.MultiheadAttention))
-    for pattern in skip or ():
+def _modules_to_replace(model: nn.Module, skip: Sequence[str]) -> list[str]:
+    if _is_replaceable(model):
+        raise ValueError(
+            f"the model is a {type(model).__name__} itself, which nothing holds that could hold its int8 form: "
+            "Int8Linear.from_float(layer.weight, layer.bias) makes one"
+        )
+    of_attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    modules = {n: m for n, m in model.named_modules() if _is_replaceable(m) and id(m) not in of_attention}
+    if not modules and not any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise CoverageError(
+            f"{type(model).__name__} has no layer that could become int8",
+            "Linear layers in float16, bfloat16 or float32 can, GPT-2's Conv1D and nn.MultiheadAttention",
+        )
+    for pattern in skip:
         if not any(_matches(name, pattern) for name in modules):
             raise PatternError(f"skip {pattern!r} matches no module that could become int8", "nothing was changed")
-    patterns = [*(skip or ()), *(_default_skips(model) if skip is None else ())]
     shared = {key for key, n in Counter(map(id, _parameters(model))).items() if n > 1}
     return [
         name
-        for name, module in modules.items()
-        if not any(_matches(name, pattern) for pattern in patterns)
-        and not name.startswith(inside or ("\0",))
-        and shared.isdisjoint(map(id, module.parameters()))
+        for name in _without_default_skips(model, modules)
+        if not any(_matches(name, pattern) for pattern in skip)
+        and shared.isdisjoint(map(id, modules[name].parameters()))
     ]
 
 
@@ -85,12 +108,15 @@ def _parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for module in model.modules() for p in module.parameters(recurse=False)]
 
 
-def _default_skips(model: nn.Module) -> list[str]:
+def _without_default_skips(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those that transformers would quantize, if the model is one of its own."""
     if not hasattr(model, "_keep_in_fp32_modules"):
-        return []
+        return list(names)
     from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    return [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]  # type: ignore[misc]
+    skips = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]  # type: ignore[misc]
+    return [name for name in names if should_convert_module(name, skips)]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -103,10 +129,31 @@ def _is_conv1d(module: Any) -> bool:
 
 def _is_replaceable(module: nn.Module) -> bool:
     """A subclass of Linear that computes something else than Linear does stays what it is."""
-    if isinstance(module, Int8Linear):
+    if any(p.dtype not in _DTYPES for p in module.parameters(recurse=False)):
         return False
     is_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return is_linear or _is_conv1d(module) or Int8MultiheadAttention.can_replace(module)
+
+
+def _check_finite(name: str, module: nn.Module) -> None:
+    for leaf, weight in module.named_parameters():
+        if leaf.endswith("weight") and not bool(torch.isfinite(weight).all()):
+            n_bad = int((~torch.isfinite(weight)).sum())
+            raise NonFiniteWeightError(
+                f"'{name}.{leaf}' holds {n_bad:,} {'value' if n_bad == 1 else 'values'} that are NaN or infinite",
+                f"mend it, or leave the module as it is with skip=['{name}']; nothing was changed",
+                name,
+            )
+
+
+def _check_outliers(model: nn.Module, stored: Mapping[str, StoredOutliers]) -> None:
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, outliers in stored.items():
+        weight = getattr(modules.get(name), "weight", None)
+        size = None if weight is None else weight.shape[::-1] if _is_conv1d(modules[name]) else weight.shape
+        columns = outliers.columns
+        if size is None or outliers.weight.shape != (size[0], columns.numel()) or (columns >= size[1]).any():
+            raise ValueError(f"the outlier columns for {name!r} fit no layer of the model: calibrate this model anew")
 
 
 def _int8_form(
@@ -115,12 +162,6 @@ def _int8_form(
     if isinstance(module, nn.MultiheadAttention):
         return Int8MultiheadAttention.from_float(module, mode, threshold)
     weight = module.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteWeightError(
-            f"'{name}.weight' holds {int((~torch.isfinite(weight)).sum()):,} values that are NaN or infinite",
-            f"mend it, or leave the module as it is with skip=['{name}']",
-            name,
-        )
     layer = Int8Linear.from_float(
         weight.t().contiguous() if _is_conv1d(module) else weight, module.bias, mode=mode, threshold=threshold
     )

@@ -135,8 +135,8 @@ class Int8Linear(nn.Linear):
         self.outlier_columns = columns.to(self.weight.device, torch.int32)
         self.outlier_weight = weight.to(self.weight.device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> y [..., out_features], in the dtype of x.
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> y [..., out_features], in the dtype of x; `input` is nn.Linear's name for it.
 
         Raises:
             TypeError: x is of an integer dtype: model code that casts its input to the dtype of a layer's weight does
@@ -144,6 +144,7 @@ class Int8Linear(nn.Linear):
         """
         from cuda_kernels import ops
 
+        x = input
         if not x.is_floating_point():
             raise TypeError(f"the input of an int8 Linear is {x.dtype}, expected a float: leave this module 16-bit")
         stored = self.outlier_columns if self.mode.uses_stored else self.outlier_columns[:0]

@@ -93,10 +93,10 @@ def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: Ou
         layer.set_outliers(stored.columns, stored.weight)
     for layer in layers.values():
         layer.mode = mode
-    model.save_pretrained = MethodType(_save_with_outliers, model)
+    model.save_pretrained = MethodType(save_with_outliers, model)
 
 
-def _save_with_outliers(model: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
+def save_with_outliers(model: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
     """`save_pretrained` of a model with stored columns, which are no parameters of other loaders' layers."""
     type(model).save_pretrained(model, save_directory, **options)
     write_outliers(model, save_directory)
