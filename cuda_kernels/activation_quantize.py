@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numba import cuda
 from numba.cuda import types
-from numpy import float32, uint32, uint64
+from numpy import float32, uint32
 
 from cuda_kernels import group_intrinsics as group
 from cuda_kernels.int8_operands import POINTER, format_of
@@ -110,12 +110,10 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
 
     @_device
     def largest_magnitude(bits, x, start, K, n_groups):  # type: ignore[no-untyped-def]
-        largest, last = uint32(0), n_groups - uint64(1)
-        for i in range(cuda.threadIdx.x, n_groups, 4 * threads):
+        largest, last = uint32(0), n_groups - 1
+        for g in range(cuda.threadIdx.x, n_groups, 4 * threads):
             # Four loads before the first use; beyond the last group it is asked again, which changes nothing.
-            g = uint64(i)
-            g1, g2 = min(g + uint64(threads), last), min(g + uint64(2 * threads), last)
-            g3 = min(g + uint64(3 * threads), last)
+            g1, g2, g3 = min(g + threads, last), min(g + 2 * threads, last), min(g + 3 * threads, last)
             a, b, c, d = load(x, start, g, K), load(x, start, g1, K), load(x, start, g2, K), load(x, start, g3, K)
             largest = group.largest_magnitude(kept(bits, g, a), largest)
             largest = group.largest_magnitude(kept(bits, g1, b), largest)
@@ -133,16 +131,15 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
             inv_scale = float32(0)
         if cuda.threadIdx.x == 0:
             absmax[token] = largest
-        for i in range(cuda.threadIdx.x, n_groups, threads):
-            g = uint64(i)
+        for g in range(cuda.threadIdx.x, n_groups, threads):
             values = kept(bits, g, load(x, start, g, K))
             if inv_scale == float32(0):  # Infinity times 0 would make other codes than 0.
                 values = group.clear(values, uint32(0xFF))
-            words, at = group.quantize(values, inv_scale), token * K + g * uint64(GROUP)
+            words, at = group.quantize(values, inv_scale), token * K + g * GROUP
             if is_aligned:
                 store_8_bytes(codes, at, words[0], words[1])
             else:
-                group.store_codes_before(codes, at, (token + uint64(1)) * K, words)
+                group.store_codes_before(codes, at, (token + 1) * K, words)
         cuda.syncthreads()  # `scratch` is the next token's.
 
     return quantize_token
@@ -160,23 +157,23 @@ def _kernel(dtype: str, is_finding: bool, is_marked_before: bool, is_aligned: bo
         # x [M, K], rows `row_stride` apart; marks uint8 [pieces, K / 8]; the rest as in the reference.
         # Grid: `tokens` tokens a block. Dynamic shared memory: a bit for each column, in words.
         bits, scratch = cuda.shared.array(0, types.uint32), cuda.shared.array(warps, types.uint32)
-        shape = (M, K, row_stride, (K + uint64(GROUP - 1)) // uint64(GROUP))
-        first = uint64(cuda.blockIdx.x) * tokens
+        shape = (M, K, row_stride, (K + GROUP - 1) // GROUP)
+        first = cuda.blockIdx.x * tokens
         end = min(first + tokens, M)
         take_stored(bits, x, outlier_columns, outlier_x, first, end, n, shape)
-        total = uint64(0)
+        total = 0
         if is_finding:
             found = (found_columns, found_x)
             total = take_found(bits, scratch, x, marks, found, threshold, pieces, first, end, capacity, shape)
         if cuda.blockIdx.x == 0 and cuda.threadIdx.x == 0:
             n_found[0] = total
         for token in range(first, end):
-            quantize_token(bits, scratch, x, codes, absmax, uint64(token), shape)
+            quantize_token(bits, scratch, x, codes, absmax, token, shape)
 
     values, floats, columns = POINTER[dtype], types.CPointer(types.float32), types.CPointer(types.int32)
     marks, codes = types.CPointer(types.uint8), types.CPointer(types.int8)
     pointers = (values, columns, marks, codes, floats, values, columns, columns, values)
-    signature = (*pointers, types.uint32, *[types.uint64] * 7)
+    signature = (*pointers, types.uint32, *[types.int64] * 7)
     return Kernel(activation_quantize, signature, threads, THREADS_HELD // threads if is_aligned else 1)
 
 

@@ -36,7 +36,7 @@ def load8(_context: Any, pointer: Any, index: Any) -> Any:
             words = [half for word in words for half in (word, builder.lshr(word, _I32(16)))]
         return _tile(context, builder, signature, [_widen(builder, pointer.dtype, word) for word in words])
 
-    return _GROUP(pointer, types.uint64), codegen
+    return _GROUP(pointer, types.int64), codegen
 
 
 @intrinsic
@@ -47,7 +47,7 @@ def load8_before(_context: Any, pointer: Any, index: Any, end: Any) -> Any:
         bits = [_load_before(builder, args[0], builder.add(args[1], _I64(i)), args[2]) for i in range(8)]
         return _tile(context, builder, signature, [_widen(builder, pointer.dtype, word) for word in bits])
 
-    return _GROUP(pointer, types.uint64, types.uint64), codegen
+    return _GROUP(pointer, types.int64, types.int64), codegen
 
 
 def _magnitudes(builder: Any, group: Any) -> list[Any]:
@@ -126,4 +126,4 @@ def store_codes_before(_context: Any, codes: Any, index: Any, end: Any, words: A
                 builder.store(code, builder.gep(args[0], [at]))
         return context.get_dummy_value()
 
-    return types.void(codes, types.uint64, types.uint64, types.UniTuple(types.uint32, 2)), codegen
+    return types.void(codes, types.int64, types.int64, types.UniTuple(types.uint32, 2)), codegen

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 from numba.cuda import types
-from numpy import uint64
 
 from cuda_kernels.epilogue import make_epilogue, shared_products
 from cuda_kernels.int8_operands import Operands, epilogue_arguments, epilogue_types
@@ -89,7 +88,7 @@ def _make_steps(load_weights: Any, load_tokens: Any, multiply: Any, in_flight: i
     @_device
     def steps(sums, weight_codes, codes, row, token, k, M, N, K):  # type: ignore[no-untyped-def]
         weights = load_weights(weight_codes, row, k, N, K)
-        sums = next_steps(sums, weight_codes, codes, row, token, k + uint64(step), M, N, K)
+        sums = next_steps(sums, weight_codes, codes, row, token, k + step, M, N, K)
         return multiply(sums, weights, load_tokens(codes, token, k, M, K))
 
     return steps
@@ -118,10 +117,10 @@ def make_sweep(rows: tuple[int, int], tokens: tuple[int, int], multiply: Any, cu
 
     @_device
     def sweep(sums, weight_codes, codes, row, token, turn, column, M, N, K):  # type: ignore[no-untyped-def]
-        k = turn * uint64(columns)
-        while k + uint64(reach) <= K:
+        k = turn * columns
+        while k + reach <= K:
             sums = steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
-            k += uint64(split * columns)
+            k += split * columns
         if k < K:
             sums = last_steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
         return sums
@@ -150,18 +149,18 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
         for i in range(cuda.threadIdx.x, n_products, THREADS):
             products[i] = 0
         cuda.syncthreads()
-        first_feature = uint64(cuda.blockIdx.x) * uint64(tile_features)
-        first_token = uint64(cuda.blockIdx.y) * uint64(tokens)
+        first_feature = cuda.blockIdx.x * tile_features
+        first_token = cuda.blockIdx.y * tokens
         lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
         group = warp % groups
-        row, turn, column = first_feature + uint64(group * rows), uint64(warp // groups), uint64(lane * VECTOR)
+        row, turn, column = first_feature + group * rows, warp // groups, lane * VECTOR
         sums = sweep(zeros, weight_codes, codes, row, first_token, turn, column, M, N, K)
         total, i = warp_sums(sums), lane // lanes
         if lane % lanes == 0:
             cuda.atomic.add(products, i // rows * stride + group * rows + i % rows, total)
         cuda.syncthreads()
         terms = (outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
-        sizes = (min(M, first_token + uint64(tokens)), N, K, n, capacity)
+        sizes = (min(M, first_token + tokens), N, K, n, capacity)
         epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes)
 
     return Kernel(int8_gemv, (types.CPointer(types.int8), *epilogue_types(dtype)), THREADS, cut.blocks)

@@ -48,7 +48,7 @@ def epilogue_types(dtype: str) -> tuple[Any, ...]:
     """The types of a kernel's last arguments, from x_absmax on."""
     values, floats, columns = POINTER[dtype], types.CPointer(types.float32), types.CPointer(types.int32)
     pointers = (floats, values, columns, columns, values, types.CPointer(types.int8), floats, values, values, values)
-    return (*pointers, types.uint32, *[types.uint64] * 5)
+    return (*pointers, types.uint32, *[types.int64] * 5)
 
 
 def epilogue_arguments(operands: Operands) -> tuple[int, ...]:

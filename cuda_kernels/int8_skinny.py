@@ -24,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 from numba.cuda import types
-from numpy import uint64
 
 from cuda_kernels.epilogue import make_epilogue, shared_products
 from cuda_kernels.int8_gemv import Sweep, make_sweep
@@ -87,13 +86,13 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
         for i in range(cuda.threadIdx.x, n_products, THREADS):
             products[i] = 0
         cuda.syncthreads()
-        first_feature = uint64(cuda.blockIdx.x) * uint64(tile_features)
-        first_token = uint64(cuda.blockIdx.y) * uint64(tile_tokens)
+        first_feature = cuda.blockIdx.x * tile_features
+        first_token = cuda.blockIdx.y * tile_tokens
         g, q, warp = cuda.threadIdx.x % 32 // 4, cuda.threadIdx.x % 4, cuda.threadIdx.x // 32
         row_of_tile = warp % groups * rows + g
-        row, token = first_feature + uint64(row_of_tile), first_token + uint64(g)
-        sums = sweep(zeros, weight_codes, codes, row, token, uint64(warp // groups), uint64(q * VECTOR), M, N, K)
-        add_products(products, uint64(2 * q * stride + row_of_tile), sums)
+        row, token = first_feature + row_of_tile, first_token + g
+        sums = sweep(zeros, weight_codes, codes, row, token, warp // groups, q * VECTOR, M, N, K)
+        add_products(products, 2 * q * stride + row_of_tile, sums)
         cuda.syncthreads()
         terms = (outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
         epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, (M, N, K, n, capacity))

@@ -76,7 +76,7 @@ def load_rows(count: int, apart: int, is_aligned: bool, is_read_once: bool, is_i
                     words += _load_aligned_before(builder, codes, index, end, is_read_once)
             return _tile(context, builder, signature, words)
 
-        return types.UniTuple(types.uint32, 4 * count)(codes, *[types.uint64] * 4), codegen
+        return types.UniTuple(types.uint32, 4 * count)(codes, *[types.int64] * 4), codegen
 
     return load
 
@@ -173,6 +173,6 @@ def add_mma_tile(n_token_tiles: int, stride: int) -> Any:
                 builder.atomic_rmw("add", at, value, "monotonic")
             return context.get_dummy_value()
 
-        return types.void(array, types.uint64, products), codegen
+        return types.void(array, types.int64, products), codegen
 
     return add

@@ -35,7 +35,7 @@ def load4(_context: Any, pointer: Any, index: Any) -> Any:
         four = builder.load(at, align=4 * pointer.dtype.bitwidth // 8)
         return _tile(context, builder, signature, [builder.extract_element(four, _I32(i)) for i in range(4)])
 
-    return types.UniTuple(pointer.dtype, 4)(pointer, types.uint64), codegen
+    return types.UniTuple(pointer.dtype, 4)(pointer, types.int64), codegen
 
 
 @intrinsic
@@ -50,7 +50,7 @@ def load4_clamped(_context: Any, pointer: Any, index: Any, last: Any) -> Any:
             values.append(builder.load(builder.gep(args[0], [at])))
         return _tile(context, builder, signature, values)
 
-    return types.UniTuple(pointer.dtype, 4)(pointer, types.uint64, types.uint64), codegen
+    return types.UniTuple(pointer.dtype, 4)(pointer, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -64,7 +64,7 @@ def load4_shared(_context: Any, array: Any, index: Any) -> Any:
         four = builder.load(at, align=16)
         return _tile(context, builder, signature, [builder.extract_element(four, _I32(i)) for i in range(4)])
 
-    return types.UniTuple(array.dtype, 4)(array, types.uint64), codegen
+    return types.UniTuple(array.dtype, 4)(array, types.int64), codegen
 
 
 @intrinsic
@@ -80,7 +80,7 @@ def store4(_context: Any, pointer: Any, index: Any, values: Any) -> Any:
         builder.store(four, at, align=4 * pointer.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(pointer, types.uint64, types.UniTuple(pointer.dtype, 4)), codegen
+    return types.void(pointer, types.int64, types.UniTuple(pointer.dtype, 4)), codegen
 
 
 @intrinsic
@@ -94,7 +94,7 @@ def store4_before(_context: Any, pointer: Any, index: Any, end: Any, values: Any
                 builder.store(value, builder.gep(args[0], [at]))
         return context.get_dummy_value()
 
-    return types.void(pointer, types.uint64, types.uint64, types.UniTuple(pointer.dtype, 4)), codegen
+    return types.void(pointer, types.int64, types.int64, types.UniTuple(pointer.dtype, 4)), codegen
 
 
 # Formats.
