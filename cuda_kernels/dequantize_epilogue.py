@@ -98,6 +98,6 @@ def dequantize_epilogue(
     bias = bias if bias is None else bias.contiguous()
     y = outlier_x.new_empty(products.shape)
     if y.numel():
-        operands = int8_operands.of_tensors(None, *contiguous, bias, y)
+        operands = int8_operands.of_tensors(None, contiguous, bias, y)
         run(launches(operands, products.data_ptr()), y.device)
     return y

@@ -74,55 +74,37 @@ def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
     return Plan(tokens, rows, in_flight, split, blocks)
 
 
-def _make_steps(load_weights: Any, load_tokens: Any, multiply: Any, in_flight: int, step: int) -> Any:
-    """`in_flight` steps along the columns: each asks for its weights before the next does, and multiplies after it."""
-    if in_flight == 0:
-
-        @_device
-        def no_step(sums, weight_codes, codes, row, token, k, M, N, K):  # type: ignore[no-untyped-def]
-            return sums
-
-        return no_step
-    next_steps = _make_steps(load_weights, load_tokens, multiply, in_flight - 1, step)
-
-    @_device
-    def steps(sums, weight_codes, codes, row, token, k, M, N, K):  # type: ignore[no-untyped-def]
-        weights = load_weights(weight_codes, row, k, N, K)
-        sums = next_steps(sums, weight_codes, codes, row, token, k + step, M, N, K)
-        return multiply(sums, weights, load_tokens(codes, token, k, M, K))
-
-    return steps
-
-
 def make_sweep(rows: tuple[int, int], tokens: tuple[int, int], multiply: Any, cut: Sweep) -> Any:
     """(sums, weight_codes, codes, row, token, turn, column, M, N, K) -> a warp's sums over its share of the columns.
 
-    A turn is `in_flight` steps; the warp takes every `split`-th from number `turn` on. `column` is the lane's place in
-    a step. Only a last turn, which may reach beyond K, asks where K is.
+    A turn is `in_flight` steps, all asked for before the first is multiplied; the warp takes every `split`-th from
+    number `turn` on. `column` is the lane's place in a step. Only a last turn, which may reach beyond K, asks where K
+    is.
 
     Args:
         rows, tokens: how many of the weight's rows and of the tokens a lane reads, and how far they are apart.
         multiply: (sums, words of the weight, words of the tokens) -> sums.
     """
     columns, split, is_aligned = cut.in_flight * cut.step, cut.split, cut.is_aligned
-
-    def make(is_inside: bool) -> Any:
-        load_weights = load_rows(*rows, is_aligned, is_read_once=True, is_inside=is_inside)
-        load_tokens = load_rows(*tokens, is_aligned, is_read_once=False, is_inside=is_inside)
-        return _make_steps(load_weights, load_tokens, multiply, cut.in_flight, cut.step)
-
-    steps, last_steps = make(is_inside=is_aligned), make(is_inside=False)
     # Where every code is a load of its own, each asks where K is, and all turns are alike.
     reach = columns if is_aligned else 1
+
+    way = (cut.in_flight, cut.step, is_aligned)
+    load_weights = load_rows(*rows, *way, is_read_once=True, is_inside=is_aligned)
+    load_tokens = load_rows(*tokens, *way, is_read_once=False, is_inside=is_aligned)
+    load_last_weights = load_rows(*rows, *way, is_read_once=True, is_inside=False)
+    load_last_tokens = load_rows(*tokens, *way, is_read_once=False, is_inside=False)
 
     @_device
     def sweep(sums, weight_codes, codes, row, token, turn, column, M, N, K):  # type: ignore[no-untyped-def]
         k = turn * columns
         while k + reach <= K:
-            sums = steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
+            weights = load_weights(weight_codes, row, k + column, N, K)
+            sums = multiply(sums, weights, load_tokens(codes, token, k + column, M, K))
             k += split * columns
         if k < K:
-            sums = last_steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
+            weights = load_last_weights(weight_codes, row, k + column, N, K)
+            sums = multiply(sums, weights, load_last_tokens(codes, token, k + column, M, K))
         return sums
 
     return sweep
@@ -135,7 +117,7 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
     tile_tokens, tile_features = -(-tokens // 4) * 4, groups * rows
     stride = tile_features + 4
     n_products, lanes = tile_tokens * stride, 32 // (tokens * rows)
-    sweep = make_sweep((rows, 1), (tokens, 1), dp4a_tile, Sweep(in_flight, STEP, split, is_aligned))
+    sweep = make_sweep((rows, 1), (tokens, 1), dp4a_tile(in_flight), Sweep(in_flight, STEP, split, is_aligned))
     epilogue = make_epilogue(tile_tokens, tile_features, THREADS, shared_products(stride))
     zeros = (np.int32(0),) * (tokens * rows)
 

@@ -74,7 +74,7 @@ def int8_matmul(
     y = outlier_x.new_empty((len(codes), len(weight_codes)))
     if not y.numel():
         return y
-    operands = int8_operands.of_tensors(codes, *contiguous, bias, y)
+    operands = int8_operands.of_tensors(codes, contiguous, bias, y)
     engine = choose(operands, torch.cuda.get_device_capability(y.device))
     if engine is Engine.LIBRARY:
         products = torch._int_mm(codes, weight_codes.t())
