@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.cuda import types
@@ -14,6 +14,17 @@ from cuda_kernels.tile_intrinsics import _tile, _values
 
 VECTOR = 16
 """Codes a lane reads at once."""
+
+
+class Turn(NamedTuple):
+    """What a lane reads before it multiplies: 16 codes of each of `in_flight` steps, `step` columns apart.
+
+    is_aligned: rows are whole aligned vectors; where not, each code is a load of its own.
+    """
+
+    in_flight: int
+    step: int
+    is_aligned: bool
 
 
 def _load_before(builder: Any, pointer: Any, index: Any, end: Any) -> Any:
@@ -52,16 +63,14 @@ def _load_aligned_before(builder: Any, codes: Any, index: Any, end: Any, is_read
     return [builder.select(is_inside, word, _I32(0)) for word in _load_aligned(builder, codes, index, is_read_once)]
 
 
-def load_rows(
-    count: int, apart: int, n_steps: int, step: int, is_aligned: bool, is_read_once: bool, is_inside: bool
-) -> Any:
-    """(codes, row, k, n_rows, K) -> 16 codes from column k on, and from each of the next steps on, of `count` rows that
-    are `apart` rows apart: 4 words each, by steps and then rows.
+def load_rows(count: int, apart: int, turn: Turn, is_read_once: bool, is_inside: bool) -> Any:
+    """(codes, row, k, n_rows, K) -> a turn from column k on of `count` rows that are `apart` rows apart: 4 words for 16
+    codes, by steps and then rows.
 
     Beyond column K there are zeros, unless `is_inside` promises that nothing is there; beyond the last row, the last
-    row. What is read once passes by the L1 cache, which holds what is read again. Where rows are not aligned vectors,
-    each code is a load of its own.
+    row. What is read once passes by the L1 cache, which holds what is read again.
     """
+    n_steps, step, is_aligned = turn
 
     @intrinsic
     def load(_context: Any, codes: Any, row: Any, k: Any, n_rows: Any, K: Any) -> Any:
