@@ -30,18 +30,11 @@ from numba.cuda import types
 from numpy import float32, uint32
 
 from cuda_kernels import group_intrinsics as group
+from cuda_kernels.group_intrinsics import GROUP
 from cuda_kernels.int8_operands import POINTER, format_of
 from cuda_kernels.intrinsics import bits_as_float, multiply_rn, reciprocal_rn, store_8_bytes
 from cuda_kernels.launch import Kernel, Launch, run
-from cuda_kernels.outlier_columns import (
-    GROUP,
-    MARK_THREADS,
-    byte_of,
-    make_load,
-    make_take_found,
-    make_take_stored,
-    mark_kernel,
-)
+from cuda_kernels.outlier_columns import MARK_THREADS, make_take_found, make_take_stored, mark_kernel
 from cuda_kernels.reductions import block_max
 from cuda_kernels.reference import N_STEPS
 
@@ -99,14 +92,7 @@ def plan(n_tokens: int, n_columns: int) -> Plan:
 
 
 def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
-    load = make_load(is_aligned)
-
-    @_device
-    def kept(bits, g, values):  # type: ignore[no-untyped-def]
-        excluded = byte_of(bits, g)
-        if excluded:
-            values = group.clear(values, uint32(excluded))
-        return values
+    load = group.load(is_aligned)
 
     @_device
     def largest_magnitude(bits, x, start, K, n_groups):  # type: ignore[no-untyped-def]
@@ -115,10 +101,10 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
             # Four loads before the first use; beyond the last group it is asked again, which changes nothing.
             g1, g2, g3 = min(g + threads, last), min(g + 2 * threads, last), min(g + 3 * threads, last)
             a, b, c, d = load(x, start, g, K), load(x, start, g1, K), load(x, start, g2, K), load(x, start, g3, K)
-            largest = group.largest_magnitude(kept(bits, g, a), largest)
-            largest = group.largest_magnitude(kept(bits, g1, b), largest)
-            largest = group.largest_magnitude(kept(bits, g2, c), largest)
-            largest = group.largest_magnitude(kept(bits, g3, d), largest)
+            largest = group.largest_magnitude(group.clear(a, group.byte_of(bits, g)), largest)
+            largest = group.largest_magnitude(group.clear(b, group.byte_of(bits, g1)), largest)
+            largest = group.largest_magnitude(group.clear(c, group.byte_of(bits, g2)), largest)
+            largest = group.largest_magnitude(group.clear(d, group.byte_of(bits, g3)), largest)
         return largest
 
     @_device
@@ -132,7 +118,7 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
         if cuda.threadIdx.x == 0:
             absmax[token] = largest
         for g in range(cuda.threadIdx.x, n_groups, threads):
-            values = kept(bits, g, load(x, start, g, K))
+            values = group.clear(load(x, start, g, K), group.byte_of(bits, g))
             if inv_scale == float32(0):  # Infinity times 0 would make other codes than 0.
                 values = group.clear(values, uint32(0xFF))
             words, at = group.quantize(values, inv_scale), token * K + g * GROUP

@@ -96,15 +96,6 @@ def _make_extra(tile_tokens: int, tile_features: int, threads: int) -> Any:
     return extra_of
 
 
-@_device
-def _store_token(y, token, feature, values, M, N):  # type: ignore[no-untyped-def]
-    if token < M:
-        if N % 4 == 0:
-            tile.store4(y, token * N + feature, values)
-        else:
-            tile.store4_before(y, token * N + feature, (token + 1) * N, values)
-
-
 def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_products: Any) -> Any:
     """(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes): write a tile of y.
 
@@ -137,11 +128,8 @@ def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_produ
         if has_bias != uint32(0):
             biases = tile.widen_tile(tile.load4_clamped(bias, feature, N - 1))
         sixteen = read_products(products, t, f, first_token, first_feature, M, N)
-        values = tile.narrow_tile(y, tile.scale_tile(sixteen, x_scales, weight_scales, extra, biases))
-        _store_token(y, token, feature, values[0:4], M, N)
-        _store_token(y, token + 1, feature, values[4:8], M, N)
-        _store_token(y, token + 2, feature, values[8:12], M, N)
-        _store_token(y, token + 3, feature, values[12:16], M, N)
+        values = tile.scale_tile(sixteen, x_scales, weight_scales, extra, biases)
+        tile.store_tile(y, token, feature, M, N, tile.narrow_tile(y, values))
 
     return epilogue
 

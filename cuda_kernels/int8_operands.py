@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numba.cuda import types
@@ -59,17 +58,17 @@ def epilogue_arguments(operands: Operands) -> tuple[int, ...]:
 
 
 def of_tensors(
-    codes: torch.Tensor | None, terms: Sequence[torch.Tensor], bias: torch.Tensor | None, y: torch.Tensor
+    codes: torch.Tensor | None, terms: list[torch.Tensor], bias: torch.Tensor | None, y: torch.Tensor
 ) -> Operands:
-    """The operands that these tensors are; all are contiguous, and fit together.
+    """The operands that these tensors are: contiguous, on one device, and fitting together.
 
     Args:
-        terms: x_absmax, outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight.
+        terms: from x_absmax to outlier_weight.
     """
-    _, _, found_columns, _, _, weight_codes, _, outlier_weight = terms
     codes_at, bias_at = (0 if tensor is None else tensor.data_ptr() for tensor in (codes, bias))
+    _, _, found_columns, _, _, weight_codes, _, outlier_weight = terms
     sizes = (*y.shape, weight_codes.shape[1], outlier_weight.shape[1], found_columns.shape[0])
-    addresses = (tensor.data_ptr() for tensor in terms)
+    addresses = [tensor.data_ptr() for tensor in terms]
     return Operands._make((format_of(y), codes_at, *addresses, bias_at, y.data_ptr(), *sizes))
 
 

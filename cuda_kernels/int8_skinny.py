@@ -26,10 +26,10 @@ from numba import cuda
 from numba.cuda import types
 
 from cuda_kernels.epilogue import make_epilogue, shared_products
-from cuda_kernels.int8_gemv import Sweep, make_sweep
+from cuda_kernels.int8_gemv import fitting, make_sweep
 from cuda_kernels.int8_operands import Operands, epilogue_arguments, epilogue_types
 from cuda_kernels.launch import Kernel, Launch
-from cuda_kernels.product_intrinsics import VECTOR, add_mma_tile, mma_tile
+from cuda_kernels.product_intrinsics import VECTOR, Turn, add_mma_tile, mma_tile
 
 LEAST_CAPABILITY = (8, 0)
 """The first compute capability with this mma."""
@@ -58,10 +58,10 @@ class Plan(NamedTuple):
 def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
     """Eight vectors of weights in flight a lane, and blocks enough for every multiprocessor: a guess, not measured."""
     token_tiles = next((t for t in (1, 2, 4) if n_tokens <= 8 * t), 8)
-    row_tiles, in_flight, blocks = {1: (1, 4, 3), 2: (1, 4, 2), 4: (2, 2, 2), 8: (2, 2, 1)}[token_tiles]
+    row_tiles, most_in_flight, blocks = {1: (1, 4, 2), 2: (1, 4, 2), 4: (2, 2, 2), 8: (2, 2, 1)}[token_tiles]
     splits = [s for s in (1, 2, 4, 8) if WARPS // s * 16 * row_tiles * 8 * token_tiles <= 16 * THREADS]
     split = next((s for s in splits if n_features * s >= 2 * 132 * WARPS * 16 * row_tiles), splits[-1])
-    return Plan(token_tiles, row_tiles, in_flight, split, blocks)
+    return Plan(token_tiles, row_tiles, fitting(most_in_flight, split * STEP, n_columns), split, blocks)
 
 
 @cache
@@ -72,7 +72,8 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
     # A lane adds at row g, token 2 q. With 4 more than a multiple of 16 features, a warp's 32 places are in 32 banks.
     stride = tile_features + 4
     n_products, add_products = tile_tokens * stride, add_mma_tile(token_tiles, stride)
-    sweep = make_sweep((2 * row_tiles, 8), (token_tiles, 8), mma_tile, Sweep(in_flight, STEP, split, is_aligned))
+    turn = Turn(in_flight, STEP, is_aligned)
+    sweep = make_sweep((2 * row_tiles, 8), (token_tiles, 8), mma_tile(in_flight), turn, split)
     epilogue = make_epilogue(tile_tokens, tile_features, THREADS, shared_products(stride))
     zeros = (np.int32(0),) * (4 * row_tiles * token_tiles)
 

@@ -1,6 +1,6 @@
 """Which columns of x are outlier columns, a bit for each in shared memory: a part of `activation_quantize`.
 
-1. A thread looks at a group of 8 adjacent columns; `byte_of` is what the bits say of a group, nearly always 0.
+1. A thread looks at a group of 8 adjacent columns: a byte, which is nearly always 0.
 2. The bits of stored columns come from their list.
 3. Columns to be found: for few tokens every block asks all of them itself; for many, a launch before (`mark_kernel`)
    gave each piece of the tokens a row of bytes, and every block joins those rows.
@@ -20,35 +20,20 @@ from numba.cuda import types
 from numpy import uint32
 
 from cuda_kernels import group_intrinsics as group
+from cuda_kernels.group_intrinsics import GROUP
 from cuda_kernels.int8_operands import POINTER
 from cuda_kernels.intrinsics import population_count, shuffle_up
 from cuda_kernels.launch import Kernel
 
-GROUP = 8
-"""Columns of a thread: 16 bytes of a 16-bit format."""
 MARK_THREADS = 256
 
 _device = cuda.jit(device=True, inline="always")
 
 
-def make_load(is_aligned: bool) -> Any:
-    """(x, start, g, K) -> group g of the row that starts at index `start`; 0 from column K on."""
-
-    @_device
-    def load_aligned(x, start, g, K):  # type: ignore[no-untyped-def]
-        return group.load8(x, start + g * GROUP)
-
-    @_device
-    def load_any(x, start, g, K):  # type: ignore[no-untyped-def]
-        return group.load8_before(x, start + g * GROUP, start + K)
-
-    return load_aligned if is_aligned else load_any
-
-
 @cache
 def mark_kernel(dtype: str, is_aligned: bool) -> Kernel:
     """For each piece of the tokens, and each group: a byte that says which columns some token makes outliers."""
-    load = make_load(is_aligned)
+    load = group.load(is_aligned)
 
     def mark_columns(x, marks, threshold, M, K, row_stride, n_groups, tokens):  # type: ignore[no-untyped-def]
         # x [M, K]; marks uint8 [pieces, n_groups]. Grid: groups, a thread each, x pieces of `tokens` tokens.
@@ -76,7 +61,7 @@ def mark_kernel(dtype: str, is_aligned: bool) -> Kernel:
 
 def make_marks(is_marked_before: bool, is_aligned: bool) -> Any:
     """(x, marks, g, threshold, pieces, shape) -> the byte of all tokens: from x itself, or from the marks."""
-    load = make_load(is_aligned)
+    load = group.load(is_aligned)
 
     @_device
     def of_tokens(x, marks, g, threshold, pieces, shape):  # type: ignore[no-untyped-def]
@@ -94,12 +79,6 @@ def make_marks(is_marked_before: bool, is_aligned: bool) -> Any:
         return marked
 
     return of_pieces if is_marked_before else of_tokens
-
-
-@_device
-def byte_of(bits, g):  # type: ignore[no-untyped-def]
-    """Which columns of group g are outlier columns."""
-    return uint32(bits[g // 4] >> (uint32(g % 4) * uint32(8))) & uint32(0xFF)
 
 
 def make_take_stored(threads: int) -> Any:
@@ -160,7 +139,7 @@ def make_take_found(is_marked_before: bool, is_aligned: bool, threads: int) -> A
         while g0 < shape[3]:
             g, new, taken = g0 + cuda.threadIdx.x, uint32(0), uint32(0)
             if g < shape[3]:
-                new = uint32(marks_of(x, marks, g, threshold, pieces, shape) & ~byte_of(bits, g))
+                new = uint32(marks_of(x, marks, g, threshold, pieces, shape) & ~group.byte_of(bits, g))
             place, total = running_sum(population_count(new), scratch, total)
             while new != uint32(0):
                 lowest = uint32(new & (~new + uint32(1)))

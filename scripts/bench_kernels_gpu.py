@@ -206,7 +206,7 @@ def best_cut(module: Any, layer: Layer) -> dict[str, Any]:
     codes, *x = ops.activation_quantize(layer.x, layer.columns, 6.0, 0)
     y = torch.empty(layer.n_tokens, layer.n_out, device="cuda", dtype=torch.float16)
     planned = [
-        int8_operands.of_tensors(codes, (*x, *weight, side), layer.bias, y)
+        int8_operands.of_tensors(codes, [*x, *weight, side], layer.bias, y)
         for weight, side in zip(layer.int8, layer.sides, strict=True)
     ]
     default = module.plan(layer.n_tokens, layer.n_out, layer.n_in)
