@@ -32,9 +32,14 @@ def _kernel(operation: str, device: str) -> Callable[..., Any]:
     return function
 
 
+def _side_by_side(matrix: Tensor) -> Tensor:
+    """The matrix itself where the values of a row are neighbours, as all kernels want them; a copy elsewhere."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def _run_row_quantize(weight: Tensor) -> Any:
     check_floats("weight", weight, 2)
-    return _kernel("row_quantize", weight.device.type)(weight)
+    return _kernel("row_quantize", weight.device.type)(_side_by_side(weight))
 
 
 def _trace_row_quantize(weight: Tensor) -> Any:
@@ -47,7 +52,7 @@ def _trace_row_quantize(weight: Tensor) -> Any:
 def _run_activation_quantize(x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int) -> Any:
     check_floats("x", x, 2)
     check_outliers(x, outlier_columns, threshold, capacity)
-    return _kernel("activation_quantize", x.device.type)(x, outlier_columns, threshold, capacity)
+    return _kernel("activation_quantize", x.device.type)(_side_by_side(x), outlier_columns, threshold, capacity)
 
 
 def _trace_activation_quantize(x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int) -> Any:
@@ -91,10 +96,14 @@ def _run_int8_linear(
     capacity: int,
 ) -> Any:
     check_layer(x, weight_codes, weight_absmax, outlier_columns, outlier_weight, bias, threshold, capacity)
-    tokens = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    device = x.device.type
-    quantized = _kernel("activation_quantize", device)(tokens, outlier_columns, threshold, capacity)
-    y = _kernel("int8_matmul", device)(*quantized, weight_codes, weight_absmax, outlier_weight, bias)
+    tokens = _side_by_side(x.flatten(0, -2) if x.dim() > 1 else x[None])
+    rule, device = (threshold, capacity), x.device.type
+    if device == "cpu":
+        weight = (weight_codes, weight_absmax, outlier_columns, outlier_weight, bias)
+        y = _kernel("int8_linear", device)(tokens, *weight, *rule)
+    else:
+        quantized = _kernel("activation_quantize", device)(tokens, outlier_columns, *rule)
+        y = _kernel("int8_matmul", device)(*quantized, weight_codes, weight_absmax, outlier_weight, bias)
     return y.view(*x.shape[:-1], weight_codes.shape[0])
 
 

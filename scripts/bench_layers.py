@@ -74,7 +74,7 @@ def bitsandbytes_layer(weight: torch.Tensor) -> nn.Module | None:
     n_out, n_in = weight.shape
     layer = bitsandbytes.nn.Linear8bitLt(n_in, n_out, bias=False, has_fp16_weights=False, threshold=6.0)
     layer.weight = bitsandbytes.nn.Int8Params(weight.half().cpu(), requires_grad=False, has_fp16_weights=False)
-    return layer.to(weight.device)
+    return layer.to(weight.device).eval()  # in training it multiplies by the dequantized weight
 
 
 def time_calls(calls: dict[str, Callable[[], object]], device: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from cuda_kernels.launch import unavailable
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import parse_worker_answer, worker_request
@@ -39,6 +40,12 @@ class InProcessMap:
 
     def stop(self) -> None:
         pass
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` run where kernels do; elsewhere they are skipped, and say why."""
+    if item.get_closest_marker("gpu") and (reason := unavailable()):
+        pytest.skip(f"no CUDA kernels here: {reason}")
 
 
 @pytest.fixture

@@ -35,8 +35,9 @@ def _column_maxima(x, row_stride, begin, end, largest):  # type: ignore[no-untyp
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _mask_stored(outlier_columns, keep):  # type: ignore[no-untyped-def]
-    """Clear the stored columns in `keep`; False where they are not ascending column indices."""
+def _keep_all_but(outlier_columns, keep):  # type: ignore[no-untyped-def]
+    """Write `keep`, all bits but in the stored columns; False where those are not ascending column indices."""
+    keep[:] = ~keep.dtype.type(0)
     previous = -1
     for column in outlier_columns:
         if column <= previous or column >= keep.size:
@@ -77,18 +78,21 @@ def _quantize_one_token(row, keep, codes):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _quantize_tokens(x, row_stride, begin, end, keep, codes, absmax):  # type: ignore[no-untyped-def]
-    for t in range(begin, end):
-        row = x[t * row_stride : t * row_stride + keep.size]
-        absmax[t] = _quantize_one_token(row, keep, codes[t])
+def _gather(row, columns, out):  # type: ignore[no-untyped-def]
+    """out[j] = row[columns[j]], 0 for column -1."""
+    for j in range(columns.size):
+        out[j] = row[columns[j]] if columns[j] >= 0 else 0
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _gather(x, row_stride, begin, end, columns, out):  # type: ignore[no-untyped-def]
-    """out[t, j] = x[t, columns[j]], 0 for column -1."""
+def _quantize_tokens(x, row_stride, begin, end, keep, columns, codes, absmax, side_x):  # type: ignore[no-untyped-def]
+    outlier_columns, found_columns = columns
+    outlier_x, found_x = side_x
     for t in range(begin, end):
-        for j in range(columns.size):
-            out[t, j] = x[t * row_stride + columns[j]] if columns[j] >= 0 else 0
+        row = x[t * row_stride : t * row_stride + keep.size]
+        absmax[t] = _quantize_one_token(row, keep, codes[t])
+        _gather(row, outlier_columns, outlier_x[t])
+        _gather(row, found_columns, found_x[t])
 
 
 def activation_quantize(
@@ -120,19 +124,18 @@ def activation_quantize(
     n_tokens, n_columns = x.shape
     flat, row_stride = _flatten(x)
     n_threads = min(n_threads, x.size // _MIN_ELEMENTS + 1)
-    keep = np.full(n_columns, -1, np.dtype(f"i{x.itemsize}")).view(x.dtype)
-    if not _mask_stored(outlier_columns, keep):
+    keep = np.empty(n_columns, x.dtype)
+    if not _keep_all_but(outlier_columns, keep):
         raise ValueError(f"expected ascending outlier columns below {n_columns}, found {outlier_columns.tolist()}")
     found_columns.fill(-1)
     n_found[0] = 0
     if found_columns.size:
         largest = _find_maxima(flat, row_stride, n_tokens, np.zeros(n_columns, x.dtype), n_threads)
         n_found[0] = _take_found(largest, np.float32(threshold), keep, found_columns)
+    columns, side_x = (outlier_columns, found_columns), (outlier_x, found_x)
 
     def quantize(begin: int, end: int) -> None:
-        _quantize_tokens(flat, row_stride, begin, end, keep, codes, absmax)
-        _gather(flat, row_stride, begin, end, outlier_columns, outlier_x)
-        _gather(flat, row_stride, begin, end, found_columns, found_x)
+        _quantize_tokens(flat, row_stride, begin, end, keep, columns, codes, absmax, side_x)
 
     run_split(quantize, n_tokens, n_threads)
 

@@ -19,8 +19,8 @@ from cuda_kernels.cpu.dequantize_epilogue import N_ROWS, finish_token, load_rows
 from cuda_kernels.cpu.int8_products import N_TOKENS, multiply_block, sum_codes
 from cuda_kernels.cpu.threads import run_split
 
-_MIN_PRODUCTS = 1 << 20
-"""Products that are worth a thread: about 40 us of reading weights."""
+_MIN_WORK = 1 << 23
+"""Work that is worth a thread, about 40 us: a weight costs 8 units to read and one for every token."""
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -74,4 +74,5 @@ def int8_matmul(
     def multiply(begin: int, end: int) -> None:
         _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, begin, end, y)
 
-    run_split(multiply, weight_absmax.size, min(n_threads, weight_codes.size // _MIN_PRODUCTS + 1), N_ROWS)
+    n_worth = weight_codes.size * (8 + n_tokens) // _MIN_WORK + 1
+    run_split(multiply, weight_absmax.size, min(n_threads, n_worth), N_ROWS)

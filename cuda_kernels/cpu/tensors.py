@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def row_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_rows = weight.shape[0]
     codes, absmax = torch.empty(weight.shape, dtype=torch.int8), torch.empty(n_rows)
     signal, noise = torch.empty(n_rows, dtype=torch.float64), torch.empty(n_rows, dtype=torch.float64)
-    bits, arrays = _bits(weight.contiguous()), [_array(t) for t in (codes, absmax, signal, noise)]
+    bits, arrays = _bits(weight), [_array(t) for t in (codes, absmax, signal, noise)]
 
     def quantize(begin: int, end: int) -> None:
         cpu.row_quantize(bits[begin:end], *(array[begin:end] for array in arrays))
@@ -59,7 +60,7 @@ def activation_quantize(
     outlier_x, found_x = x.new_empty((n_tokens, outlier_columns.shape[0])), x.new_empty((n_tokens, capacity))
     found_columns, n_found = torch.empty(capacity, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
     cpu.activation_quantize(
-        _bits(x if x.stride(1) == 1 else x.contiguous()),
+        _bits(x),
         _array(outlier_columns.contiguous()),
         threshold,
         _array(codes),
@@ -125,3 +126,32 @@ def _weight_arrays(
 ) -> tuple[_Array, _Array, _Array, _Array | None]:
     side_weight, absmax = _bits(outlier_weight.contiguous()), _array(weight_absmax.contiguous())
     return _array(weight_codes), absmax, side_weight, None if bias is None else _bits(bias.contiguous())
+
+
+def int8_linear(
+    x: Tensor,
+    weight_codes: Tensor,
+    weight_absmax: Tensor,
+    outlier_columns: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    capacity: int,
+) -> Tensor:
+    """See `ops.int8_linear`; x is [M, K]. What lies between the two operations never becomes a tensor."""
+    (n_tokens, n_columns), n_threads = x.shape, torch.get_num_threads()
+    bits = _bits(x)
+    columns = _array(outlier_columns.contiguous())
+    quantized = (
+        np.empty((n_tokens, n_columns), np.int8),
+        np.empty(n_tokens, np.float32),
+        np.empty((n_tokens, columns.size), bits.dtype),
+        np.empty(capacity, np.int32),
+        np.empty(1, np.int32),
+        np.empty((n_tokens, capacity), bits.dtype),
+    )
+    cpu.activation_quantize(bits, columns, threshold, *quantized, n_threads=n_threads)
+    y = x.new_empty((n_tokens, weight_codes.shape[0]))
+    weight = _weight_arrays(weight_codes, weight_absmax, outlier_weight, bias)
+    cpu.int8_matmul(*quantized, *weight, _bits(y), n_threads=n_threads)
+    return y

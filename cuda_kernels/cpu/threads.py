@@ -29,8 +29,11 @@ def run_split(function: Callable[[int, int], None], n_rows: int, n_threads: int,
         n_threads: how many ranges at most, the first of them for the calling thread.
         multiple: every range but the last holds a multiple of this many rows.
     """
+    if n_threads == 1:
+        function(0, n_rows)
+        return
     blocks = -(-n_rows // multiple)
-    part = -(-blocks // max(1, n_threads)) * multiple
+    part = -(-blocks // n_threads) * multiple
     ranges = [(begin, min(begin + part, n_rows)) for begin in range(0, n_rows, part or 1)]
     others = [(_pool().submit(function, *rows), rows) for rows in ranges[1:]]
     if ranges:

@@ -17,6 +17,7 @@ from int8convert.cli.console import (
     stderr,
     wants_live_display,
 )
+from int8convert.conversion.device import Device
 from int8convert.conversion.events import (
     Event,
     EventSink,
@@ -60,7 +61,9 @@ def showing_progress(quiet: bool, as_json: bool) -> Iterator[EventSink]:
         yield _plain_progress()
 
 
-def _announce(plan: ConversionPlan) -> None:
+def _announce(plan: ConversionPlan, device: Device) -> None:
+    if device.reason:
+        note(f"quantizing on {device.name}: {device.reason}; --device chooses otherwise")
     for text in plan.model_map.notes:
         note(text)
     stderr.print(
@@ -76,8 +79,8 @@ def _plain_progress() -> EventSink:
     def on_event(event: Event) -> None:
         counter.add(event)
         match event:
-            case PlanMade(plan):
-                _announce(plan)
+            case PlanMade(plan, device):
+                _announce(plan, device)
             case ShardSkipped(i=i, n=n, shard=shard):
                 stderr.print(f"shard {i + 1} of {n}: {shard.file_name} is done from an earlier run")
             case ShardFinished(i=i, n=n, shard=shard):
@@ -103,8 +106,8 @@ def _live_progress() -> Iterator[EventSink]:
     def on_event(event: Event) -> None:
         counter.add(event)
         match event:
-            case PlanMade(plan):
-                _announce(plan)
+            case PlanMade(plan, device):
+                _announce(plan, device)
                 progress.reset(task, total=plan.n_read_bytes)
             case ShardSkipped(i=i, n=n, shard=shard):
                 note(f"shard {i + 1} of {n}, {shard.file_name}, is done from an earlier run")

@@ -20,7 +20,6 @@ from int8convert.cli.console import (
     print_table,
     reporting_errors,
 )
-from int8convert.errors import Int8ConvertError
 
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
@@ -51,14 +50,12 @@ def check_size(size: str | None) -> str | None:
 
 
 def check_device(device: str) -> str:
-    from int8convert.conversion.quantize import choose_device
+    from int8convert.conversion.device import check_device_name
 
     try:
-        choose_device(device)
+        check_device_name(device)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    except Int8ConvertError:
-        pass  # well formed, but not here: reported when the command runs
     return device
 
 
@@ -119,7 +116,12 @@ def quantize(
         int | None, typer.Option(min=1, envvar="INT8CONVERT_WORKERS", help="Threads; default: one for each core.")
     ] = None,
     device: Annotated[
-        str, typer.Option(callback=check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")
+        str,
+        typer.Option(
+            callback=check_device,
+            envvar="INT8CONVERT_DEVICE",
+            help="Where rows are quantized: cpu, cuda[:n], or auto, which is the CPU.",
+        ),
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")] = False,
     check: Annotated[bool, typer.Option("--check", help="When resuming, check finished shards by sha256.")] = False,
@@ -139,7 +141,7 @@ def quantize(
     }
     with reporting_errors(as_json):
         if dry_run:
-            _dry_run(src, shared, min_coverage / 100, workers, as_json)
+            _dry_run(src, shared, min_coverage / 100, workers, device, as_json)
             return
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -172,7 +174,7 @@ def _print_report(report: ConversionReport) -> None:
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
         f"({format_percent(report.n_written_bytes / max(1, report.n_read_bytes))}) "
-        f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)} on the {report.device}, "
+        f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)} on {report.device}, "
         f"{format_bytes(report.n_read_bytes / report.elapsed_s)}/s"
     )
     print_table(
@@ -203,15 +205,19 @@ def _print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
     )
 
 
-def _dry_run(src: str, options: dict[str, Any], min_coverage: float, workers: int | None, as_json: bool) -> None:
+def _dry_run(
+    src: str, options: dict[str, Any], min_coverage: float, workers: int | None, device: str, as_json: bool
+) -> None:
     from int8convert.checkpoint.placement import place
+    from int8convert.conversion.device import choose_device
     from int8convert.conversion.estimate import estimate
     from int8convert.conversion.job import check_coverage
     from int8convert.conversion.quantize import plan
 
+    chosen = choose_device(device)
     conversion_plan = plan(src, **options)
     check_coverage(conversion_plan, min_coverage)
-    costs = estimate(conversion_plan, workers)
+    costs = estimate(conversion_plan, workers, chosen)
     if as_json:
         print_json({"schema": 1, **conversion_plan.to_json(), **costs.to_json()})
         return
@@ -245,6 +251,7 @@ def _dry_run(src: str, options: dict[str, Any], min_coverage: float, workers: in
     print_line(f"GPUs that hold it: {format_gpus(as_int8)}; as it is now, {format_gpus(as_source)}")
     print_line(f"memory: at most about {format_bytes(costs.peak_memory_bytes)}")
     print_line(
-        f"time: at least {format_seconds(costs.kernel_s)} of arithmetic on {costs.n_workers} threads, "
+        f"time: at least {format_seconds(costs.kernel_s)} of arithmetic on {costs.n_workers} threads"
+        f"{'' if costs.device == 'cpu' else f' and {costs.device}, copies included'}, "
         "measured now on this machine; the disk decides the rest"
     )

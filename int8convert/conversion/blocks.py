@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cuda_kernels import cpu
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.conversion.floats import NUMPY_DTYPE
@@ -30,21 +31,35 @@ _SKIPPED_BYTES = 4096
 
 
 class Scratch:
-    """One thread's two buffers, reused for every block and grown for a row that needs more."""
+    """One thread's two buffers, reused for every block and grown for a row that needs more; and its quantizer."""
 
     def __init__(self) -> None:
-        self._source = np.empty(BLOCK_BYTES, np.uint8)
-        self._codes = np.empty(BLOCK_BYTES, np.int8)
+        self._source = self._empty(BLOCK_BYTES)
+        self._codes = self._empty(BLOCK_BYTES)
 
     def source(self, n_bytes: int) -> npt.NDArray[np.uint8]:
         if self._source.size < n_bytes:
-            self._source = np.empty(n_bytes, np.uint8)
+            self._source = self._empty(n_bytes)
         return self._source[:n_bytes]
 
     def codes(self, n: int) -> npt.NDArray[np.int8]:
         if self._codes.size < n:
-            self._codes = np.empty(n, np.int8)
-        return self._codes[:n]
+            self._codes = self._empty(n)
+        return self._codes[:n].view(np.int8)
+
+    def row_quantize(
+        self,
+        bits: npt.NDArray[Any],
+        codes: npt.NDArray[np.int8],
+        absmax: npt.NDArray[np.float32],
+        signal: npt.NDArray[np.float64],
+        noise: npt.NDArray[np.float64],
+    ) -> None:
+        """See `cpu.row_quantize`."""
+        cpu.row_quantize(bits, codes, absmax, signal, noise)
+
+    def _empty(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        return np.empty(n_bytes, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,18 @@
-"""What a planned conversion will cost: memory from its parts, arithmetic from a moment's measurement."""
+"""What a planned conversion will cost: memory from its parts, quantization from a moment's measurement."""
 
 from __future__ import annotations
 
 import os
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cuda_kernels import cpu
-from int8convert.conversion.blocks import BLOCK_BYTES, largest_block_bytes
+from int8convert.conversion.blocks import BLOCK_BYTES, Scratch, largest_block_bytes
+from int8convert.conversion.device import CPU, Device, make_scratch
 from int8convert.conversion.plan import ConversionPlan, PlannedTensor
 
 BASE_BYTES = 255_000_000
@@ -28,26 +30,35 @@ class ConversionCosts:
     """An estimate.
 
     peak_memory_bytes: resident set of all processes together, without the page cache.
-    kernel_s: seconds of arithmetic on `n_workers` threads; a lower bound, reading and writing come on top.
+    kernel_s: seconds of arithmetic on `n_workers` threads, and of copies to and from a CUDA device; a lower bound,
+        reading and writing come on top.
     """
 
     n_workers: int
     peak_memory_bytes: int
     kernel_s: float
+    device: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def estimate(plan: ConversionPlan, workers: int | None) -> ConversionCosts:
-    """Estimate from the plan; runs the kernel for some milliseconds."""
+def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) -> ConversionCosts:
+    """Estimate from the plan; runs the kernel for some milliseconds, on a CUDA device after seconds of set-up."""
     n_workers = workers or len(os.sched_getaffinity(0))
+    bytes_per_s = _kernel_bytes_per_s(make_scratch(device))
+    base_bytes = BASE_BYTES if device.is_cpu else max(BASE_BYTES, _resident_bytes())
     largest_block = max(
         (largest_block_bytes(tensor.source) for tensor in plan.tensors if _is_in_rows(tensor)), default=BLOCK_BYTES
     )
-    memory = BASE_BYTES + max(MODEL_MAP_BYTES, n_workers * 3 * largest_block)
+    memory = base_bytes + max(MODEL_MAP_BYTES, n_workers * 3 * largest_block)
     int8_bytes = sum(tensor.source.n_bytes for tensor in plan.tensors if tensor.is_quantized)
-    return ConversionCosts(n_workers, memory, int8_bytes / _kernel_bytes_per_s() / n_workers)
+    return ConversionCosts(n_workers, memory, int8_bytes / bytes_per_s / n_workers, device.name)
+
+
+def _resident_bytes() -> int:
+    """Of this process, now: with torch, the driver and what it maps, which differs from machine to machine."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _is_in_rows(tensor: PlannedTensor) -> bool:
@@ -55,15 +66,16 @@ def _is_in_rows(tensor: PlannedTensor) -> bool:
     return tensor.is_quantized or tensor.source.strides is not None
 
 
-def _kernel_bytes_per_s() -> float:
-    """Source bytes a second of fp16 on one thread, the best of a few runs."""
+def _kernel_bytes_per_s(scratch: Scratch) -> float:
+    """Source bytes a second of fp16 by one thread, the best of a few runs."""
     rows, columns = _PROBE_SHAPE
-    bits = np.random.default_rng(0).standard_normal(_PROBE_SHAPE).astype(np.float16).view(cpu.BITS_DTYPE["F16"])
-    codes = np.empty(_PROBE_SHAPE, np.int8)
+    bits = scratch.source(2 * rows * columns).view(cpu.BITS_DTYPE["F16"]).reshape(_PROBE_SHAPE)
+    bits[:] = np.random.default_rng(0).standard_normal(_PROBE_SHAPE).astype(np.float16).view(bits.dtype)
+    codes = scratch.codes(bits.size).reshape(_PROBE_SHAPE)
     absmax, signal, noise = np.empty(rows, np.float32), np.empty(rows), np.empty(rows)
     fastest = float("inf")
     for _ in range(5):
         began = time.perf_counter()
-        cpu.row_quantize(bits, codes, absmax, signal, noise)
+        scratch.row_quantize(bits, codes, absmax, signal, noise)
         fastest = min(fastest, time.perf_counter() - began)
-    return 2 * rows * columns / fastest
+    return bits.nbytes / fastest

@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from int8convert.conversion.device import CPU, Device
 from int8convert.conversion.plan import ConversionPlan, PlannedShard, PlannedTensor
 
 
 @dataclass(frozen=True, slots=True)
 class PlanMade:
-    """Everything is decided and checked; the first byte is about to be written."""
+    """Everything is decided and checked; the first byte is about to be written.
+
+    device: where rows are quantized, and why, if no one asked for it.
+    """
 
     plan: ConversionPlan
+    device: Device = CPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, describe_source
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.device import Device
 from int8convert.conversion.events import EventSink, PlanMade
 from int8convert.conversion.head_start import HeadStart, guess_plan
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
@@ -113,14 +114,14 @@ class Conversion:
         self._check = check
         self.kept_modules: tuple[str, ...] = ()
 
-    def run(self, n_workers: int, threshold: float, emit: EventSink) -> ConversionPlan:
+    def run(self, n_workers: int, device: Device, threshold: float, emit: EventSink) -> ConversionPlan:
         """Convert what is not converted yet and complete the directory; the plan that was followed."""
         with (
             PlanInTheMaking(
                 self._source, self._modules, self._max_shard_bytes, self.kept_modules, self._adapter
             ) as coming,
             self._telling_what_is_on_disk(),
-            Pipeline(self._output.manifest, self._output.path, n_workers, emit) as pipeline,
+            Pipeline(self._output.manifest, self._output.path, n_workers, emit, device) as pipeline,
         ):
             plan, done, converted = self._start(coming, pipeline)
             records = pipeline.run(plan, done, converted)
@@ -159,7 +160,7 @@ class Conversion:
         self._output.check_room(plan)
         done = {s.file_name: records[s.file_name] for s in plan.shards if self._is_done(s, records)}
         self._output.begin(done, len(plan.shards))
-        pipeline.emit(PlanMade(plan))
+        pipeline.emit(PlanMade(plan, pipeline.device))
         return done
 
     def _is_done(self, shard: PlannedShard, records: Mapping[str, ShardRecord]) -> bool:

@@ -25,6 +25,7 @@ from int8convert.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.writer import ShardWriter
 from int8convert.conversion.blocks import Scratch
+from int8convert.conversion.device import CPU, Device, make_scratch
 from int8convert.conversion.events import (
     Event,
     EventSink,
@@ -69,14 +70,16 @@ class Pipeline:
         out: the directory, which exists.
         n_workers: threads, at least 1.
         emit: told what happens, one event at a time.
+        device: where rows are quantized; an attribute, too.
     """
 
-    def __init__(self, manifest: Manifest, out: Path, n_workers: int, emit: EventSink) -> None:
+    def __init__(self, manifest: Manifest, out: Path, n_workers: int, emit: EventSink, device: Device = CPU) -> None:
+        self.device = device
         self._manifest = manifest
         self._out = out
         self._sink = emit
         self._emit_lock = threading.Lock()
-        self._scratches = [Scratch() for _ in range(n_workers)]
+        self._scratches = [make_scratch(device) for _ in range(n_workers)]
         self._workers = ThreadPoolExecutor(n_workers)
         self._committer = ThreadPoolExecutor(1)
         self._hashes: dict[Path, OrderedSha256] = {}

@@ -12,6 +12,7 @@ from typing import Any
 from int8convert.checkpoint.adapter import open_adapter
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import open_source
+from int8convert.conversion.device import choose_device
 from int8convert.conversion.events import Event, EventSink, PlanMade, ShardFinished, TensorKept, TensorQuantized
 from int8convert.conversion.fp8 import is_fp8
 from int8convert.conversion.job import Conversion, PlanInTheMaking, conversion_request
@@ -19,7 +20,7 @@ from int8convert.conversion.model_map import ModuleFilter, check_config
 from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.report import ConversionReport, ReportBuilder
-from int8convert.errors import DeviceError, NonFiniteWeightError
+from int8convert.errors import NonFiniteWeightError
 
 DEFAULT_THRESHOLD = 6.0
 """Feature dimensions with a magnitude at or above it stay 16-bit: LLM.int8(), arXiv:2208.07339, Sec. 3.2."""
@@ -96,7 +97,8 @@ def quantize(
         lora: a PEFT adapter's directory; it is merged into the weights, in float32, before they are quantized.
         trust_remote_code: run the checkpoint's own code where transformers has no class of the model's name.
         workers: threads; None takes the cores this process may use.
-        device: "auto", "cpu" or "cuda[:n]".
+        device: where rows are quantized: "cpu", "cuda[:n]", which needs the extra cuda12 or cuda13, or "auto", which
+            is the CPU. The output does not depend on it.
         overwrite: replace a checkpoint in `out`.
         check: when resuming, trust finished shards by their sha256 and not only by their size.
         on_event: told what happens; None shows a tqdm bar.
@@ -139,30 +141,14 @@ def quantize(
     with output.in_use():
         while True:
             try:
-                done_plan = job.run(n_workers, threshold, emit)
+                done_plan = job.run(n_workers, device_used, threshold, emit)
                 break
             except NonFiniteWeightError as error:
                 if on_nonfinite == "error" or error.module_name in job.kept_modules:
                     raise
                 job.kept_modules += (error.module_name,)
                 report.restart()
-    return report.build(done_plan, str(out), device_used, time.perf_counter() - began)
-
-
-def choose_device(device: str) -> str:
-    """The device that converts.
-
-    Raises:
-        DeviceError: it is not to be had.
-    """
-    if device in ("auto", "cpu"):
-        return "cpu"
-    if re.fullmatch(r"cuda(:\d+)?", device):
-        raise DeviceError(
-            f"--device {device}: this version of int8convert converts on the CPU only",
-            "pass --device cpu or leave the option out; the result is the same",
-        )
-    raise ValueError(f"device must be auto, cpu or cuda[:n], not {device!r}")
+    return report.build(done_plan, str(out), device_used.name, time.perf_counter() - began)
 
 
 def parse_size(size: int | str | None) -> int | None:

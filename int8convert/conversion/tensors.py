@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cuda_kernels import cpu
 from cuda_kernels.reference import N_STEPS
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
@@ -123,7 +122,7 @@ class TensorQuantization:
         codes = scratch.codes(weight.size).reshape(weight.shape)
         rows = slice(begin, end)
         bits = kernel_bits(weight, self._rows.dtype)
-        cpu.row_quantize(bits, codes, self._absmax[rows], self._signal[rows], self._noise[rows])
+        scratch.row_quantize(bits, codes, self._absmax[rows], self._signal[rows], self._noise[rows])
         self._check_range(weight, begin, end)
         self._writer.write(self._tensor.output_name, codes.reshape(-1).view(np.uint8).data, begin * weight.shape[1])
 

@@ -72,14 +72,17 @@ def write_outliers(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: OutlierMode) -> None:
-    """Give the int8 layers of a model their stored columns, and the mode to run in.
+    """Give the int8 layers of a model their stored columns, and the mode to run in; layers of other kinds need none.
 
     Raises:
         CorruptFileError: they are of another model.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, Int8Linear)}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, stored in outliers.items():
+        if name in modules and name not in layers:
+            continue
         layer = layers.get(name) or layers.get(prefix + name) or layers.get(name.removeprefix(prefix))
         is_fit = layer is not None and stored.weight.shape[0] == layer.out_features
         if layer is None or not is_fit or (stored.columns.numel() and int(stored.columns[-1]) >= layer.in_features):

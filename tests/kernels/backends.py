@@ -19,9 +19,8 @@ import pytest
 
 from cuda_kernels import cpu, reference
 from cuda_kernels.reference import QuantizedActivations, QuantizedRows
-
-Bits = npt.NDArray[Any]
-"""uint16 for F16 and BF16, uint32 for F32."""
+from tests.kernels.cuda_backends import Gpu, Interpreted
+from tests.kernels.outputs import Bits, Outputs
 
 DTYPES = ["F16", "BF16", "F32"]
 
@@ -47,27 +46,6 @@ def widen(bits: Bits, dtype: str) -> npt.NDArray[np.float32]:
     if dtype == "BF16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.view(np.float32)
-
-
-class Outputs:
-    """Arrays for a kernel to write, filled with a sentinel and set in margins that `check` finds untouched."""
-
-    MARGIN_BYTES = 256
-
-    def __init__(self) -> None:
-        self._margins: list[npt.NDArray[np.uint8]] = []
-
-    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An array of this shape between two margins: -128 for int8, which no code is, and NaN for floats."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        fill = 0x80 if np.dtype(dtype).kind == "i" else 0xFF
-        memory = np.full(size + 2 * self.MARGIN_BYTES, fill, np.uint8)
-        self._margins += [memory[: self.MARGIN_BYTES], memory[self.MARGIN_BYTES + size :]]
-        return memory[self.MARGIN_BYTES : self.MARGIN_BYTES + size].view(dtype).reshape(shape)
-
-    def check(self) -> None:
-        for margin in self._margins:
-            assert (margin == margin[0]).all(), "written outside an output"
 
 
 class Backend(Protocol):
@@ -115,7 +93,7 @@ class Reference:
         found_x = np.zeros(found.found_x.shape, x.dtype)
         taken = found.found_columns[: int(found.n_found[0])]
         found_x[:, : taken.size] = x[:, taken]
-        return found._replace(outlier_x=x[:, outlier_columns], found_x=found_x)
+        return found._replace(outlier_x=np.ascontiguousarray(x[:, outlier_columns]), found_x=found_x)
 
 
 class Cpu:
@@ -191,6 +169,8 @@ class Cpu:
 
 BACKENDS: dict[str, tuple[object, list[pytest.MarkDecorator]]] = {
     "cpu": (Cpu(n_threads=1), []),
+    "ptx": (Interpreted(), []),
+    "gpu": (Gpu(), [pytest.mark.gpu]),
 }
 """id -> the adapter and the marks its tests carry."""
 

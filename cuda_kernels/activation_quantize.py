@@ -1,0 +1,254 @@
+"""Tokens to int8 codes on the GPU, their outlier columns set aside; the meaning is `reference.activation_quantize`.
+
+    absmax[t]   = max_k |x[t, k]|                  over the columns that are no outlier columns
+    inv_scale   = fl32(fl32(1 / absmax[t]) * 127)  0 where that is not finite
+    codes[t, k] = rint(fl32(x[t, k] * inv_scale))  ties to even; 0 in outlier columns
+
+1. A block takes a token, or several after each other when there are more than the device holds.
+2. It knows the outlier columns as a bit each, in K / 8 bytes of shared memory; see `outlier_columns`.
+3. A thread takes 8 adjacent columns at a time. The token is read twice, the second time from the L1 cache.
+
+One launch; two where columns of more than `own_tokens` tokens are to be found. Nothing waits for the device and nothing
+is left from call to call: the launches can be captured in a graph, and give the same bits each time.
+
+Bytes moved: M K of x (2 bytes, or 4) and M K codes, and x once more to find columns of many tokens. Floor on an H200 at
+4.3 TB/s: M = 8192, K = 9216, fp16: 226 MB, 53 us, 88 with finding; for a few tokens, the latency of the launch. Not yet
+measured on a GPU.
+
+Columns that 8 does not divide, or addresses or row strides that 16 bytes do not, cost a load for every value: correct,
+and slow. Non-finite values in the columns that are left show in `absmax`, and the token's codes are then 0.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+from numpy import float32, uint32, uint64
+
+from cuda_kernels import group_intrinsics as group
+from cuda_kernels.int8_operands import POINTER, check, format_of
+from cuda_kernels.intrinsics import bits_as_float, multiply_rn, reciprocal_rn, store_8_bytes
+from cuda_kernels.launch import Kernel, Launch, run
+from cuda_kernels.outlier_columns import (
+    GROUP,
+    MARK_THREADS,
+    byte_of,
+    make_load,
+    make_take_found,
+    make_take_stored,
+    mark_kernel,
+)
+from cuda_kernels.reductions import block_max
+from cuda_kernels.reference import N_STEPS
+
+if TYPE_CHECKING:
+    import torch
+
+THREADS_HELD = 1024
+"""A multiprocessor holds at least so many: 64 registers each."""
+
+_INFINITY = float32(np.inf)
+_device = cuda.jit(device=True, inline="always")
+
+
+class Operands(NamedTuple):
+    """Addresses and sizes; shapes and dtypes as in `reference.activation_quantize`.
+
+    row_stride: of x, in elements. marks: room for `mark_bytes`, of any content.
+    """
+
+    dtype: str
+    x: int
+    outlier_columns: int
+    marks: int
+    codes: int
+    absmax: int
+    outlier_x: int
+    found_columns: int
+    n_found: int
+    found_x: int
+    threshold: float
+    n_tokens: int
+    n_columns: int
+    row_stride: int
+    n_outliers: int
+    capacity: int
+
+
+class Plan(NamedTuple):
+    """threads: of a block. tokens: of a block. own_tokens: up to how many tokens every block finds columns itself.
+    mark_tokens: of a block of the launch that finds them otherwise."""
+
+    threads: int
+    tokens: int
+    own_tokens: int
+    mark_tokens: int
+
+
+def plan(n_tokens: int, n_columns: int) -> Plan:
+    """Few tokens: threads enough for one group each. Many: one wave of blocks. A guess, not yet measured."""
+    n_groups, multiprocessors = -(-n_columns // GROUP), 132
+    is_few = n_tokens <= multiprocessors
+    threads = next((t for t in (64, 256) if n_groups <= (t if is_few else 4 * t)), 1024 if is_few else 256)
+    tokens = -(-n_tokens // (multiprocessors * (THREADS_HELD // threads)))
+    return Plan(threads, tokens, own_tokens=8, mark_tokens=max(16, -(-n_tokens // 64)))
+
+
+def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
+    load = make_load(is_aligned)
+
+    @_device
+    def kept(bits, g, values):  # type: ignore[no-untyped-def]
+        excluded = byte_of(bits, g)
+        if excluded:
+            values = group.clear(values, uint32(excluded))
+        return values
+
+    @_device
+    def largest_magnitude(bits, x, start, K, n_groups):  # type: ignore[no-untyped-def]
+        largest, last = uint32(0), n_groups - uint64(1)
+        for i in range(cuda.threadIdx.x, n_groups, 4 * threads):
+            # Four loads before the first use; beyond the last group it is asked again, which changes nothing.
+            g = uint64(i)
+            g1, g2 = min(g + uint64(threads), last), min(g + uint64(2 * threads), last)
+            g3 = min(g + uint64(3 * threads), last)
+            a, b, c, d = load(x, start, g, K), load(x, start, g1, K), load(x, start, g2, K), load(x, start, g3, K)
+            largest = group.largest_magnitude(kept(bits, g, a), largest)
+            largest = group.largest_magnitude(kept(bits, g1, b), largest)
+            largest = group.largest_magnitude(kept(bits, g2, c), largest)
+            largest = group.largest_magnitude(kept(bits, g3, d), largest)
+        return largest
+
+    @_device
+    def quantize_token(bits, scratch, x, codes, absmax, token, shape):  # type: ignore[no-untyped-def]
+        _, K, row_stride, n_groups = shape
+        start = token * row_stride
+        largest = bits_as_float(uint32(block_max(largest_magnitude(bits, x, start, K, n_groups), scratch)))
+        inv_scale = multiply_rn(reciprocal_rn(largest), float32(N_STEPS))
+        if not inv_scale < _INFINITY:
+            inv_scale = float32(0)
+        if cuda.threadIdx.x == 0:
+            absmax[token] = largest
+        for i in range(cuda.threadIdx.x, n_groups, threads):
+            g = uint64(i)
+            values = kept(bits, g, load(x, start, g, K))
+            if inv_scale == float32(0):  # Infinity times 0 would make other codes than 0.
+                values = group.clear(values, uint32(0xFF))
+            words, at = group.quantize(values, inv_scale), token * K + g * uint64(GROUP)
+            if is_aligned:
+                store_8_bytes(codes, at, words[0], words[1])
+            else:
+                group.store_codes_before(codes, at, (token + uint64(1)) * K, words)
+        cuda.syncthreads()  # `scratch` is the next token's.
+
+    return quantize_token
+
+
+@cache
+def _kernel(dtype: str, is_finding: bool, is_marked_before: bool, is_aligned: bool, threads: int) -> Kernel:
+    take_stored, quantize_token = make_take_stored(threads), _make_quantize_token(is_aligned, threads)
+    take_found, warps = make_take_found(is_marked_before, is_aligned, threads), threads // 32
+
+    def activation_quantize(  # type: ignore[no-untyped-def]
+        x, outlier_columns, marks, codes, absmax, outlier_x, found_columns, n_found, found_x,
+        threshold, M, K, row_stride, n, capacity, pieces, tokens,
+    ):  # fmt: skip
+        # x [M, K], rows `row_stride` apart; marks uint8 [pieces, K / 8]; the rest as in the reference.
+        # Grid: `tokens` tokens a block. Dynamic shared memory: a bit for each column, in words.
+        bits, scratch = cuda.shared.array(0, types.uint32), cuda.shared.array(warps, types.uint32)
+        shape = (M, K, row_stride, (K + uint64(GROUP - 1)) // uint64(GROUP))
+        first = uint64(cuda.blockIdx.x) * tokens
+        end = min(first + tokens, M)
+        take_stored(bits, x, outlier_columns, outlier_x, first, end, n, shape)
+        total = uint64(0)
+        if is_finding:
+            found = (found_columns, found_x)
+            total = take_found(bits, scratch, x, marks, found, threshold, pieces, first, end, capacity, shape)
+        if cuda.blockIdx.x == 0 and cuda.threadIdx.x == 0:
+            n_found[0] = total
+        for token in range(first, end):
+            quantize_token(bits, scratch, x, codes, absmax, uint64(token), shape)
+
+    values, floats, columns = POINTER[dtype], types.CPointer(types.float32), types.CPointer(types.int32)
+    marks, codes = types.CPointer(types.uint8), types.CPointer(types.int8)
+    pointers = (values, columns, marks, codes, floats, values, columns, columns, values)
+    signature = (*pointers, types.uint32, *[types.uint64] * 7)
+    return Kernel(activation_quantize, signature, threads, THREADS_HELD // threads if is_aligned else 1)
+
+
+def mark_bytes(n_tokens: int, n_columns: int, capacity: int, cut: Plan) -> int:
+    """How much room the launch that finds columns needs; 0 where there is none."""
+    is_marking = capacity > 0 and n_tokens > cut.own_tokens
+    return -(-n_tokens // cut.mark_tokens) * -(-n_columns // GROUP) if is_marking else 0
+
+
+def launches(operands: Operands, cut: Plan) -> list[Launch]:
+    """One launch, or two where columns of many tokens are to be found. At least one token."""
+    o = operands
+    item_bytes = 4 if o.dtype == "F32" else 2
+    is_aligned = (o.x | o.row_stride * item_bytes) % 16 == 0 and (o.codes | o.n_columns) % GROUP == 0
+    n_groups, pieces = -(-o.n_columns // GROUP), -(-o.n_tokens // cut.mark_tokens)
+    threshold = int(np.float32(o.threshold).view(np.uint32))
+    is_marking = mark_bytes(o.n_tokens, o.n_columns, o.capacity, cut) > 0
+    planned = []
+    if is_marking:
+        shape = (o.n_tokens, o.n_columns, o.row_stride, n_groups, cut.mark_tokens)
+        grid = (-(-n_groups // MARK_THREADS), pieces, 1)
+        planned.append(Launch(mark_kernel(o.dtype, is_aligned), grid, 0, (o.x, o.marks, threshold, *shape)))
+    pointers = (o.x, o.outlier_columns, o.marks, o.codes, o.absmax, o.outlier_x, o.found_columns, o.n_found, o.found_x)
+    sizes = (o.n_tokens, o.n_columns, o.row_stride, o.n_outliers, o.capacity, pieces, cut.tokens)
+    # Loads of single values want more registers than 1024 threads have.
+    threads = cut.threads if is_aligned else min(cut.threads, 256)
+    kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, threads)
+    grid = (-(-o.n_tokens // cut.tokens), 1, 1)
+    planned.append(Launch(kernel, grid, -(-n_groups // 4) * 4, (*pointers, threshold, *sizes)))
+    return planned
+
+
+def activation_quantize(
+    x: torch.Tensor, outlier_columns: torch.Tensor, threshold: float, capacity: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize tokens, their outlier columns set aside; see `reference.activation_quantize`.
+
+    Queued on torch's current stream, without waiting for anything; can be captured in a CUDA graph once a first call
+    has loaded its kernels.
+
+    Args:
+        x: [M, K], float16, bfloat16 or float32; rows may lie apart.
+        outlier_columns: int32 [n], ascending, each once, less than K.
+        threshold: compared as float32.
+
+    Returns:
+        codes, absmax, outlier_x, found_columns, n_found and found_x, as `reference.QuantizedActivations`.
+
+    Raises:
+        ValueError: a tensor of another dtype, shape or layout.
+    """
+    import torch
+
+    if x.dim() != 2 or x.shape[1] == 0 or x.stride(1) != 1:
+        raise ValueError(f"x is {list(x.shape)} of strides {x.stride()}: not rows of values side by side")
+    (M, K), n, device = x.shape, outlier_columns.numel(), x.device
+    check("outlier_columns", outlier_columns, torch.int32, (n,), device)
+    cut = plan(M, K)
+    results = (
+        torch.empty((M, K), dtype=torch.int8, device=device),
+        torch.empty(M, dtype=torch.float32, device=device),
+        torch.empty((M, n), dtype=x.dtype, device=device),
+        torch.empty(capacity, dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+        torch.empty((M, capacity), dtype=x.dtype, device=device),
+    )
+    if M == 0:
+        results[3].fill_(-1)
+        results[4].zero_()
+        return results
+    marks = torch.empty(mark_bytes(M, K, capacity, cut), dtype=torch.uint8, device=device)
+    pointers = [tensor.data_ptr() for tensor in (x, outlier_columns, marks, *results)]
+    operands = Operands._make((format_of(x), *pointers, threshold, M, K, x.stride(0), n, capacity))
+    run(launches(operands, cut), device)
+    return results

@@ -1,0 +1,159 @@
+"""What every int8 product on the GPU ends in: a tile's integer products to outputs, by a whole block.
+
+    y[t, n] = fma(fl(products[t, n] * x_scale[t]), weight_scale[n], extra[t, n]) + bias[n]
+    extra   = sum_j outlier_x[t, j] * outlier_weight[n, j]                                      j ascending, an fma each
+            + sum_j found_x[t, j] * fl(weight_scale[n] * weight_codes[n, found_columns[j]])
+    scale   = fl(absmax * fl(1 / 127))
+
+in float32, rounded once to the dtype of x. The order is fixed, and spelled in instructions that no compiler fuses: a
+token's output is the same bits whatever stands beside it in the batch, and whichever kernel made the products.
+
+1. A thread has 4 tokens and 4 adjacent features of the tile.
+2. Outlier columns, stored and found alike, are widened into shared memory eight at a time, and there each value serves
+   the whole tile: 2 reads of 16 bytes for 16 multiply-adds.
+
+Where no columns were found, only `n_found` is read for them, on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+from numpy import float32, uint32, uint64
+
+from cuda_kernels import tile_intrinsics as tile
+from cuda_kernels.intrinsics import load_float, multiply_rn
+from cuda_kernels.reference import N_STEPS
+
+CHUNK = 8
+"""How many outlier columns are in shared memory at a time. With rows of a tile's width plus 4 floats, the 32 values
+that a warp writes there (8 columns of 4 features) fall into 32 different banks."""
+
+STEP_OF_ABSMAX = np.float32(1) / np.float32(N_STEPS)
+"""A product with it instead of a division by 127: within two roundings, and without the division's slow path."""
+
+_SIXTEEN_ZEROS = (np.float32(0),) * 16
+_FOUR_ZEROS = (np.float32(0),) * 4
+_device = cuda.jit(device=True, inline="always")
+
+
+def _make_stage(tile_tokens: int, tile_features: int, threads: int) -> Any:
+    """Outlier columns j0 ... j0 + 7 of the tile's weights and tokens into shared memory, as float32; 0 beyond them."""
+    w_stride, x_stride = tile_features + 4, tile_tokens + 4
+
+    @_device
+    def stage(w, x, j0, n_terms, first_token, first_feature, terms, sizes):  # type: ignore[no-untyped-def]
+        outlier_x, found_columns, _, found_x, weight_codes, weight_absmax, outlier_weight = terms
+        M, N, K, n, capacity = sizes
+        for i in range(cuda.threadIdx.x, CHUNK * tile_features, threads):
+            j, feature = j0 + uint64(i % CHUNK), first_feature + uint64(i // CHUNK)
+            value = float32(0)
+            if j < n and feature < N:
+                value = load_float(outlier_weight, feature * n + j)
+            elif j < n_terms and feature < N:
+                code = weight_codes[feature * K + uint64(found_columns[j - n])]
+                value = multiply_rn(multiply_rn(weight_absmax[feature], STEP_OF_ABSMAX), float32(code))
+            w[(i % CHUNK) * w_stride + i // CHUNK] = value
+        for i in range(cuda.threadIdx.x, CHUNK * tile_tokens, threads):
+            j, token = j0 + uint64(i % CHUNK), first_token + uint64(i // CHUNK)
+            value = float32(0)
+            if j < n and token < M:
+                value = load_float(outlier_x, token * n + j)
+            elif j < n_terms and token < M:
+                value = load_float(found_x, token * capacity + j - n)
+            x[(i % CHUNK) * x_stride + i // CHUNK] = value
+
+    return stage
+
+
+def _make_extra(tile_tokens: int, tile_features: int, threads: int) -> Any:
+    """The outlier terms of a thread's 16 outputs, with the help of the whole block."""
+    stage = _make_stage(tile_tokens, tile_features, threads)
+    w_stride, x_stride = tile_features + 4, tile_tokens + 4
+    w_size, x_size = CHUNK * w_stride, CHUNK * x_stride
+
+    @_device
+    def extra_of(t, f, first_token, first_feature, terms, sizes):  # type: ignore[no-untyped-def]
+        w = cuda.shared.array(w_size, types.float32, alignment=16)
+        x = cuda.shared.array(x_size, types.float32, alignment=16)
+        n_found, n, capacity = terms[2], sizes[3], sizes[4]
+        n_terms = n + min(uint64(n_found[0]), capacity)
+        sums, j0 = _SIXTEEN_ZEROS, uint64(0)
+        while j0 < n_terms:
+            cuda.syncthreads()  # The columns before have been used.
+            stage(w, x, j0, n_terms, first_token, first_feature, terms, sizes)
+            cuda.syncthreads()
+            for j in range(min(uint64(CHUNK), n_terms - j0)):
+                tokens = tile.load4_shared(x, uint64(j) * uint64(x_stride) + t)
+                features = tile.load4_shared(w, uint64(j) * uint64(w_stride) + f)
+                sums = tile.fma_tile(sums, tokens, features)
+            j0 += uint64(CHUNK)
+        return sums
+
+    return extra_of
+
+
+@_device
+def _store_token(y, token, feature, values, M, N):  # type: ignore[no-untyped-def]
+    if token < M:
+        if N % uint64(4) == uint64(0):
+            tile.store4(y, token * N + feature, values)
+        else:
+            tile.store4_before(y, token * N + feature, (token + uint64(1)) * N, values)
+
+
+def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_products: Any) -> Any:
+    """(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes): write a tile of y.
+
+    Called by all threads of a block. `terms` are outlier_x, found_columns, n_found, found_x, weight_codes,
+    weight_absmax and outlier_weight; `sizes` M, N, K, n and capacity, where M may be less to end the tile earlier.
+
+    Args:
+        tile_tokens, tile_features: multiples of 4, their product at most 16 `threads`.
+        read_products: (products, t, f, first_token, first_feature, M, N) -> the products of four tokens and four
+            features, from a place of the tile whose first token and first feature are in the matrix.
+    """
+    assert tile_tokens % 4 == 0 and tile_features % 4 == 0 and tile_tokens * tile_features <= 16 * threads
+    extra_of = _make_extra(tile_tokens, tile_features, threads)
+    across = tile_features // 4
+
+    @_device
+    def epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes):  # type: ignore[no-untyped-def]
+        M, N = sizes[0], sizes[1]
+        t, f = uint64(cuda.threadIdx.x // across) * uint64(4), uint64(cuda.threadIdx.x % across) * uint64(4)
+        is_idle = t >= uint64(tile_tokens)
+        if is_idle:
+            t = uint64(0)
+        extra = extra_of(t, f, first_token, first_feature, terms, sizes)
+        token, feature = first_token + t, first_feature + f
+        if is_idle or token >= M or feature >= N:
+            return
+        x_scales = tile.multiply_tile(tile.load4_clamped(x_absmax, token, M - uint64(1)), STEP_OF_ABSMAX)
+        weight_scales = tile.multiply_tile(tile.load4_clamped(terms[5], feature, N - uint64(1)), STEP_OF_ABSMAX)
+        biases = _FOUR_ZEROS
+        if has_bias != uint32(0):
+            biases = tile.widen_tile(tile.load4_clamped(bias, feature, N - uint64(1)))
+        sixteen = read_products(products, t, f, first_token, first_feature, M, N)
+        values = tile.narrow_tile(y, tile.scale_tile(sixteen, x_scales, weight_scales, extra, biases))
+        _store_token(y, token, feature, values[0:4], M, N)
+        _store_token(y, token + uint64(1), feature, values[4:8], M, N)
+        _store_token(y, token + uint64(2), feature, values[8:12], M, N)
+        _store_token(y, token + uint64(3), feature, values[12:16], M, N)
+
+    return epilogue
+
+
+def shared_products(stride: int) -> Any:
+    """`read_products` from a shared int32 [tile_tokens, stride], where 4 divides the stride."""
+
+    @_device
+    def read(products, t, f, _first_token, _first_feature, _M, _N):  # type: ignore[no-untyped-def]
+        at, row = t * uint64(stride) + f, uint64(stride)
+        p0, p1 = tile.load4_shared(products, at), tile.load4_shared(products, at + row)
+        p2, p3 = tile.load4_shared(products, at + row + row), tile.load4_shared(products, at + row + row + row)
+        return p0 + p1 + p2 + p3
+
+    return read

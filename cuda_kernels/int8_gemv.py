@@ -1,0 +1,178 @@
+"""The int8 product of up to 8 tokens on the GPU: one pass over the weights, by dp4a, the epilogue fused.
+
+    products[t, n] = sum_k codes[t, k] * weight_codes[n, k]        int32, exact, in any order
+    y              = as in `epilogue`
+
+1. A warp takes a few rows of the weight (`rows`) and all of the tokens; a lane takes 16 columns at a time of each.
+2. It asks for `in_flight` such steps of all its rows before it uses the first: at 4.3 TB/s and some 700 ns, an H200
+   wants 3 MB under way, 23 KB a multiprocessor. The weights are read once and pass by the L1 cache, where the
+   tokens' codes, which every warp reads, stay.
+3. Where rows are few, `split` warps share them and take turns along the columns. Their sums meet in shared memory;
+   integers come out the same in any order.
+4. The sums of 32 lanes are folded into one another, so that each lane ends with the total of one.
+
+Bytes moved: the weights, N K, once; M K codes once a block, from L2. Floor on an H200 at 4.3 TB/s: N = K = 9216 20 us,
+9216 x 36864 79 us, whatever M is. Not yet measured on a GPU.
+
+Rows that are not a multiple of 16 bytes, or an address that is not, cost a load for every code: correct, and slow.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+from numpy import uint64
+
+from cuda_kernels.epilogue import make_epilogue, shared_products
+from cuda_kernels.int8_operands import Operands, epilogue_arguments, epilogue_types
+from cuda_kernels.launch import Kernel, Launch
+from cuda_kernels.product_intrinsics import VECTOR, dp4a_tile, load_rows, warp_sums
+
+WARPS = 8
+THREADS = 32 * WARPS
+STEP = 32 * VECTOR
+"""Columns of a row that a warp reads at once."""
+
+_device = cuda.jit(device=True, inline="always")
+
+
+class Sweep(NamedTuple):
+    """How a warp goes along the columns: `in_flight` steps of `step` columns asked for before the first is used,
+    `split` warps taking turns; `is_aligned` if rows are aligned vectors."""
+
+    in_flight: int
+    step: int
+    split: int
+    is_aligned: bool
+
+
+class Plan(NamedTuple):
+    """How the work is cut; all are compiled in.
+
+    tokens: of a block, 1, 2, 4 or 8. rows: of the weight, of a warp. in_flight: steps asked for before the first is
+    used. split: warps that share the same rows. blocks: a multiprocessor holds at least so many, which bounds the
+    registers. A block has `8 // split * rows` features, which must be a multiple of 4.
+    """
+
+    tokens: int
+    rows: int
+    in_flight: int
+    split: int
+    blocks: int
+
+
+def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
+    """As many loads in flight as registers allow, and warps enough to fill the device: a guess, not yet measured."""
+    tokens = next((t for t in (1, 2, 4) if n_tokens <= t), 8)
+    rows, in_flight, blocks = {1: (2, 4, 3), 2: (2, 4, 2), 4: (4, 2, 2), 8: (4, 1, 2)}[tokens]
+    # Four blocks on each of 132 multiprocessors, unless that leaves a warp less than a step.
+    splits = [s for s in (1, 2, 4) if s == 1 or n_columns >= s * STEP]
+    split = next((s for s in splits if n_features * s >= 4 * 132 * WARPS * rows), splits[-1])
+    return Plan(tokens, rows, in_flight, split, blocks)
+
+
+def _make_steps(load_weights: Any, load_tokens: Any, multiply: Any, in_flight: int, step: int) -> Any:
+    """`in_flight` steps along the columns: each asks for its weights before the next does, and multiplies after it."""
+    if in_flight == 0:
+
+        @_device
+        def no_step(sums, weight_codes, codes, row, token, k, M, N, K):  # type: ignore[no-untyped-def]
+            return sums
+
+        return no_step
+    next_steps = _make_steps(load_weights, load_tokens, multiply, in_flight - 1, step)
+
+    @_device
+    def steps(sums, weight_codes, codes, row, token, k, M, N, K):  # type: ignore[no-untyped-def]
+        weights = load_weights(weight_codes, row, k, N, K)
+        sums = next_steps(sums, weight_codes, codes, row, token, k + uint64(step), M, N, K)
+        return multiply(sums, weights, load_tokens(codes, token, k, M, K))
+
+    return steps
+
+
+def make_sweep(rows: tuple[int, int], tokens: tuple[int, int], multiply: Any, cut: Sweep) -> Any:
+    """(sums, weight_codes, codes, row, token, turn, column, M, N, K) -> a warp's sums over its share of the columns.
+
+    A turn is `in_flight` steps; the warp takes every `split`-th from number `turn` on. `column` is the lane's place in
+    a step. Only a last turn, which may reach beyond K, asks where K is.
+
+    Args:
+        rows, tokens: how many of the weight's rows and of the tokens a lane reads, and how far they are apart.
+        multiply: (sums, words of the weight, words of the tokens) -> sums.
+    """
+    columns, split, is_aligned = cut.in_flight * cut.step, cut.split, cut.is_aligned
+
+    def make(is_inside: bool) -> Any:
+        load_weights = load_rows(*rows, is_aligned, is_read_once=True, is_inside=is_inside)
+        load_tokens = load_rows(*tokens, is_aligned, is_read_once=False, is_inside=is_inside)
+        return _make_steps(load_weights, load_tokens, multiply, cut.in_flight, cut.step)
+
+    steps, last_steps = make(is_inside=is_aligned), make(is_inside=False)
+    # Where every code is a load of its own, each asks where K is, and all turns are alike.
+    reach = columns if is_aligned else 1
+
+    @_device
+    def sweep(sums, weight_codes, codes, row, token, turn, column, M, N, K):  # type: ignore[no-untyped-def]
+        k = turn * uint64(columns)
+        while k + uint64(reach) <= K:
+            sums = steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
+            k += uint64(split * columns)
+        if k < K:
+            sums = last_steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
+        return sums
+
+    return sweep
+
+
+@cache
+def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
+    tokens, rows, in_flight, split, _ = cut
+    groups = WARPS // split
+    tile_tokens, tile_features = -(-tokens // 4) * 4, groups * rows
+    stride = tile_features + 4
+    n_products, lanes = tile_tokens * stride, 32 // (tokens * rows)
+    sweep = make_sweep((rows, 1), (tokens, 1), dp4a_tile, Sweep(in_flight, STEP, split, is_aligned))
+    epilogue = make_epilogue(tile_tokens, tile_features, THREADS, shared_products(stride))
+    zeros = (np.int32(0),) * (tokens * rows)
+
+    def int8_gemv(  # type: ignore[no-untyped-def]
+        codes, x_absmax, outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight,
+        bias, y, has_bias, M, N, K, n, capacity,
+    ):  # fmt: skip
+        # codes int8 [M, K]; weight_codes int8 [N, K]; y [M, N]; the rest as in `Operands`.
+        # Grid: tiles of features x tiles of tokens.
+        products = cuda.shared.array(n_products, types.int32, alignment=16)
+        for i in range(cuda.threadIdx.x, n_products, THREADS):
+            products[i] = 0
+        cuda.syncthreads()
+        first_feature = uint64(cuda.blockIdx.x) * uint64(tile_features)
+        first_token = uint64(cuda.blockIdx.y) * uint64(tokens)
+        lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
+        group = warp % groups
+        row, turn, column = first_feature + uint64(group * rows), uint64(warp // groups), uint64(lane * VECTOR)
+        sums = sweep(zeros, weight_codes, codes, row, first_token, turn, column, M, N, K)
+        total, i = warp_sums(sums), lane // lanes
+        if lane % lanes == 0:
+            cuda.atomic.add(products, i // rows * stride + group * rows + i % rows, total)
+        cuda.syncthreads()
+        terms = (outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
+        sizes = (min(M, first_token + uint64(tokens)), N, K, n, capacity)
+        epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes)
+
+    return Kernel(int8_gemv, (types.CPointer(types.int8), *epilogue_types(dtype)), THREADS, cut.blocks)
+
+
+def launches(operands: Operands, cut: Plan | None = None) -> list[Launch]:
+    """One launch; any number of tokens, of which it takes `tokens` at a time."""
+    o = operands
+    cut = cut or plan(o.n_tokens, o.n_features, o.n_columns)
+    is_aligned = (o.codes | o.weight_codes | o.n_columns) % VECTOR == 0
+    if not is_aligned:
+        cut = cut._replace(in_flight=1, blocks=1)
+    grid = (-(-o.n_features // (WARPS // cut.split * cut.rows)), -(-o.n_tokens // cut.tokens), 1)
+    return [Launch(_kernel(o.dtype, cut, is_aligned), grid, 0, (o.codes, *epilogue_arguments(o)))]

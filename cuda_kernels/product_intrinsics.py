@@ -1,0 +1,178 @@
+"""Instructions on tiles of int8 codes and their int32 products, unrolled here in Python; see `tile_intrinsics`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+
+from cuda_kernels.intrinsics import _I32, _I64, _call
+from cuda_kernels.tile_intrinsics import _tile, _values
+
+VECTOR = 16
+"""Codes a lane reads at once."""
+
+
+def _load_before(builder: Any, pointer: Any, index: Any, end: Any) -> Any:
+    """IR for the element at an index, in 32 bits; 0 from index `end` on."""
+    before = builder.block
+    with builder.if_then(builder.icmp_unsigned("<", index, end)):
+        value = builder.load(builder.gep(pointer, [index]))
+        value = value if value.type == _I32 else builder.zext(value, _I32)
+        inside = builder.block
+    either = builder.phi(_I32)
+    either.add_incoming(_I32(0), before)
+    either.add_incoming(value, inside)
+    return either
+
+
+def _load_any(builder: Any, codes: Any, index: Any, end: Any) -> list[Any]:
+    words = [_I32(0)] * 4
+    for i in range(VECTOR):
+        code = _load_before(builder, codes, builder.add(index, _I64(i)), end)
+        words[i // 4] = builder.or_(words[i // 4], builder.shl(code, _I32(8 * (i % 4))))
+    return words
+
+
+def _load_aligned(builder: Any, codes: Any, index: Any, is_read_once: bool) -> list[Any]:
+    at = builder.gep(codes, [index])
+    if is_read_once:
+        four, ptx = ir.LiteralStructType([_I32] * 4), "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];"
+        return _values(builder, _call(builder, ptx, "rrrr", four, "l", [builder.ptrtoint(at, _I64)], True))
+    vector = builder.load(builder.bitcast(at, ir.VectorType(_I32, 4).as_pointer()), align=VECTOR)
+    return [builder.extract_element(vector, _I32(i)) for i in range(4)]
+
+
+def _load_aligned_before(builder: Any, codes: Any, index: Any, end: Any, is_read_once: bool) -> list[Any]:
+    is_inside = builder.icmp_unsigned("<", index, end)
+    index = builder.select(is_inside, index, builder.sub(end, _I64(VECTOR)))
+    return [builder.select(is_inside, word, _I32(0)) for word in _load_aligned(builder, codes, index, is_read_once)]
+
+
+def load_rows(count: int, apart: int, is_aligned: bool, is_read_once: bool, is_inside: bool) -> Any:
+    """(codes, row, k, n_rows, K) -> codes k ... k + 15 of `count` rows that are `apart` rows apart, 4 words each.
+
+    Beyond column K there are zeros, unless `is_inside` promises that nothing is there; beyond the last row, the last
+    row. What is read once passes by the L1 cache, which holds what is read again. Where rows are not aligned vectors,
+    each code is a load of its own.
+    """
+
+    @intrinsic
+    def load(_context: Any, codes: Any, row: Any, k: Any, n_rows: Any, K: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            codes, row, k, n_rows, n_columns = args
+            last, words = builder.sub(n_rows, _I64(1)), []
+            for i in range(count):
+                at = builder.add(row, _I64(i * apart))
+                start = builder.mul(builder.select(builder.icmp_unsigned("<", at, last), at, last), n_columns)
+                index, end = builder.add(start, k), builder.add(start, n_columns)
+                if not is_aligned:
+                    words += _load_any(builder, codes, index, end)
+                elif is_inside:
+                    words += _load_aligned(builder, codes, index, is_read_once)
+                else:
+                    words += _load_aligned_before(builder, codes, index, end, is_read_once)
+            return _tile(context, builder, signature, words)
+
+        return types.UniTuple(types.uint32, 4 * count)(codes, *[types.uint64] * 4), codegen
+
+    return load
+
+
+@intrinsic
+def dp4a_tile(_context: Any, products: Any, rows: Any, tokens: Any) -> Any:
+    """products[t, r] + the dot product of token t's and row r's 16 int8 codes; 4 words a row, 4 a token."""
+    n_rows = rows.count // 4
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums, row_words, token_words = (_values(builder, arg) for arg in args)
+        for i in range(len(sums)):
+            t, r = divmod(i, n_rows)
+            for word in range(4):
+                operands = [row_words[4 * r + word], token_words[4 * t + word], sums[i]]
+                sums[i] = _call(builder, "dp4a.s32.s32 $0, $1, $2, $3;", "r", _I32, "rrr", operands)
+        return _tile(context, builder, signature, sums)
+
+    return products(products, rows, tokens), codegen
+
+
+@intrinsic
+def warp_sums(_context: Any, values: Any) -> Any:
+    """The sums over the warp's 32 lanes of 1, 2, 4 ... 32 int32: lane l gets the sum of value l * count // 32.
+
+    At each step the lanes of a pair keep one half of the values each and hand over the other: count - 1 shuffles, then
+    one a step, where summing value by value would take five each.
+    """
+
+    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        sums = _values(builder, args[0])
+        lane = _call(builder, "mov.u32 $0, %laneid;", "r", _I32, "", [])
+        for distance in (16, 8, 4, 2, 1):
+            sent = sums
+            if len(sums) > 1:
+                pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
+                is_upper = builder.icmp_unsigned("!=", builder.and_(lane, _I32(distance)), _I32(0))
+                sums = [builder.select(is_upper, upper, lower) for lower, upper in pairs]
+                sent = [builder.select(is_upper, lower, upper) for lower, upper in pairs]
+            text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+            received = [_call(builder, text, "r", _I32, "r", [value], True) for value in sent]
+            sums = [builder.add(*pair) for pair in zip(sums, received, strict=True)]
+        return sums[0]
+
+    return types.int32(values), codegen
+
+
+# Tensor cores, sm_80 and newer.
+
+
+@intrinsic
+def mma_tile(_context: Any, products: Any, rows: Any, tokens: Any) -> Any:
+    """A warp's products of 16 R rows with 8 T tokens over 64 columns, on the tensor cores.
+
+    Lane 4 g + q holds 16 codes from column 16 q on: of rows 16 r + g and 16 r + 8 + g (8 words for each r), and of
+    tokens 8 t + g (4 words for each t). An mma wants other columns in a lane, but a sum does not care about the order
+    of its terms as long as both operands agree on it: one mma takes each lane's words 0 and 1, the next 2 and 3.
+
+    products[r, t, c] is row 16 r + g + 8 (c // 2), token 8 t + 2 q + c % 2.
+    """
+    n_tokens = tokens.count // 4
+    text = (
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums, a, b = (_values(builder, arg) for arg in args)
+        four = ir.LiteralStructType([_I32] * 4)
+        for i in range(0, len(sums), 4):
+            r, t = divmod(i // 4, n_tokens)
+            for word in (0, 2):
+                upper, lower, x = 8 * r + word, 8 * r + 4 + word, 4 * t + word
+                operands = [a[upper], a[lower], a[upper + 1], a[lower + 1], b[x], b[x + 1], *sums[i : i + 4]]
+                result = _call(builder, text, "rrrr", four, "r" * 10, operands)
+                sums[i : i + 4] = _values(builder, result)
+        return _tile(context, builder, signature, sums)
+
+    return products(products, rows, tokens), codegen
+
+
+def add_mma_tile(n_token_tiles: int, stride: int) -> Any:
+    """Adds what `mma_tile` returns to a shared int32 [tokens, stride], as several warps do: integers come out the same
+    in any order. `first` is the index of the element whose row is g and whose token is 2 q."""
+
+    @intrinsic
+    def add(_context: Any, array: Any, first: Any, products: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            base = builder.gep(data, [args[1]])
+            for i, value in enumerate(_values(builder, args[2])):
+                (r, t), c = divmod(i // 4, n_token_tiles), i % 4
+                at = builder.gep(base, [_I64((8 * t + c % 2) * stride + 16 * r + 8 * (c // 2))])
+                builder.atomic_rmw("add", at, value, "monotonic")
+            return context.get_dummy_value()
+
+        return types.void(array, types.uint64, products), codegen
+
+    return add

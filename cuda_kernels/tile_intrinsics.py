@@ -1,0 +1,173 @@
+"""Instructions on a thread's tile of outputs, 4 tokens by 4 features, unrolled here in Python.
+
+A tile is a tuple in row order, tokens by features, which LLVM takes apart into registers; a local array indexed at run
+time would go to memory, and what is inlined in Numba costs seconds to compile. Pointers, indices and formats are those
+of `intrinsics`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+
+from cuda_kernels.intrinsics import _F32, _I32, _I64, _call, _narrow, _widen
+
+
+def _values(builder: Any, tile: Any) -> list[Any]:
+    return [builder.extract_value(tile, i) for i in range(len(tile.type))]
+
+
+def _tile(context: Any, builder: Any, signature: Any, values: list[Any]) -> Any:
+    return context.make_tuple(builder, signature.return_type, values)
+
+
+@intrinsic
+def load4(_context: Any, pointer: Any, index: Any) -> Any:
+    """Elements index ... index + 3 by one load; aligned to the four."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base = builder.gep(args[0], [args[1]])
+        element = context.get_value_type(pointer.dtype)
+        at = builder.bitcast(base, ir.PointerType(ir.VectorType(element, 4)))
+        four = builder.load(at, align=4 * pointer.dtype.bitwidth // 8)
+        return _tile(context, builder, signature, [builder.extract_element(four, _I32(i)) for i in range(4)])
+
+    return types.UniTuple(pointer.dtype, 4)(pointer, types.uint64), codegen
+
+
+@intrinsic
+def load4_clamped(_context: Any, pointer: Any, index: Any, last: Any) -> Any:
+    """Elements index ... index + 3 by four loads; element `last` for those beyond it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = []
+        for i in range(4):
+            at = builder.add(args[1], _I64(i))
+            at = builder.select(builder.icmp_unsigned("<", at, args[2]), at, args[2])
+            values.append(builder.load(builder.gep(args[0], [at])))
+        return _tile(context, builder, signature, values)
+
+    return types.UniTuple(pointer.dtype, 4)(pointer, types.uint64, types.uint64), codegen
+
+
+@intrinsic
+def load4_shared(_context: Any, array: Any, index: Any) -> Any:
+    """Elements index ... index + 3 of a shared array of 32-bit values; 4 divides the index."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        element = context.get_value_type(array.dtype)
+        at = builder.bitcast(builder.gep(data, [args[1]]), ir.PointerType(ir.VectorType(element, 4)))
+        four = builder.load(at, align=16)
+        return _tile(context, builder, signature, [builder.extract_element(four, _I32(i)) for i in range(4)])
+
+    return types.UniTuple(array.dtype, 4)(array, types.uint64), codegen
+
+
+@intrinsic
+def store4(_context: Any, pointer: Any, index: Any, values: Any) -> Any:
+    """Elements index ... index + 3 by one store; aligned to the four."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        values = _values(builder, args[2])
+        four = ir.Constant(ir.VectorType(values[0].type, 4), ir.Undefined)
+        for i, value in enumerate(values):
+            four = builder.insert_element(four, value, _I32(i))
+        at = builder.bitcast(builder.gep(args[0], [args[1]]), ir.PointerType(four.type))
+        builder.store(four, at, align=4 * pointer.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.uint64, types.UniTuple(pointer.dtype, 4)), codegen
+
+
+@intrinsic
+def store4_before(_context: Any, pointer: Any, index: Any, end: Any, values: Any) -> Any:
+    """Those of the elements index ... index + 3 that come before `end`, one by one."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        for i, value in enumerate(_values(builder, args[3])):
+            at = builder.add(args[1], _I64(i))
+            with builder.if_then(builder.icmp_unsigned("<", at, args[2])):
+                builder.store(value, builder.gep(args[0], [at]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.uint64, types.uint64, types.UniTuple(pointer.dtype, 4)), codegen
+
+
+# Formats.
+
+
+@intrinsic
+def widen_tile(_context: Any, bits: Any) -> Any:
+    """Bits of fp16 (uint16), bf16 (int16) or fp32 (uint32) values -> float32, exactly."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        words = [v if v.type == _I32 else builder.zext(v, _I32) for v in _values(builder, args[0])]
+        return _tile(context, builder, signature, [_widen(builder, bits.dtype, word) for word in words])
+
+    return types.UniTuple(types.float32, bits.count)(bits), codegen
+
+
+@intrinsic
+def narrow_tile(_context: Any, pointer: Any, values: Any) -> Any:
+    """Each float32 -> bits of the format that `pointer` names, to the nearest, ties to even."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = [_narrow(builder, pointer.dtype, value) for value in _values(builder, args[1])]
+        stored = ir.IntType(pointer.dtype.bitwidth)
+        return _tile(context, builder, signature, bits if stored == _I32 else [builder.trunc(b, stored) for b in bits])
+
+    return types.UniTuple(pointer.dtype, values.count)(pointer, values), codegen
+
+
+# Arithmetic. Products and sums are spelled out, so that no compiler fuses them otherwise.
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, "fma.rn.f32 $0, $1, $2, $3;", "f", _F32, "fff", [a, b, c])
+
+
+def _multiply(builder: Any, a: Any, b: Any) -> Any:
+    return _call(builder, "mul.rn.f32 $0, $1, $2;", "f", _F32, "ff", [a, b])
+
+
+@intrinsic
+def fma_tile(_context: Any, sums: Any, tokens: Any, features: Any) -> Any:
+    """sums[t, f] + tokens[t] * features[f], with one rounding."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums, x, w = (_values(builder, arg) for arg in args)
+        sums = [_fma(builder, x[i // len(w)], w[i % len(w)], value) for i, value in enumerate(sums)]
+        return _tile(context, builder, signature, sums)
+
+    return sums(sums, tokens, features), codegen
+
+
+@intrinsic
+def scale_tile(_context: Any, products: Any, x_scales: Any, weight_scales: Any, extra: Any, bias: Any) -> Any:
+    """add(fma(multiply(products[t, f], x_scales[t]), weight_scales[f], extra[t, f]), bias[f]), each rounded."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        products, x_scales, weight_scales, extra, bias = (_values(builder, arg) for arg in args)
+        values = []
+        for i, product in enumerate(products):
+            t, f = divmod(i, len(bias))
+            scaled = _multiply(builder, builder.sitofp(product, _F32), x_scales[t])
+            scaled = _fma(builder, scaled, weight_scales[f], extra[i])
+            values.append(_call(builder, "add.rn.f32 $0, $1, $2;", "f", _F32, "ff", [scaled, bias[f]]))
+        return _tile(context, builder, signature, values)
+
+    return extra(products, x_scales, weight_scales, extra, bias), codegen
+
+
+@intrinsic
+def multiply_tile(_context: Any, values: Any, factor: Any) -> Any:
+    """multiply(value, factor), of each, rounded."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _tile(context, builder, signature, [_multiply(builder, v, args[1]) for v in _values(builder, args[0])])
+
+    return values(values, types.float32), codegen

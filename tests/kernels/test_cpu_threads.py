@@ -1,0 +1,105 @@
+"""The CPU kernels on several threads: the same bits as on one, from any thread, and in a forked child."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cuda_kernels.cpu.threads import run_split
+from tests.kernels.backends import DTYPES, Cpu, narrow
+from tests.kernels.layers import make_product, make_tokens
+
+COLUMNS = np.array([3, 700], np.int32)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 31, 32, 33, 95, 96, 97, 1000])
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 64])
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_parts_make_up_the_rows(n_rows: int, n_threads: int, multiple: int) -> None:
+    parts: list[tuple[int, int]] = []
+    run_split(lambda begin, end: parts.append((begin, end)), n_rows, n_threads, multiple)
+    parts.sort()
+    assert [row for begin, end in parts for row in range(begin, end)] == list(range(n_rows))
+    assert len(parts) <= n_threads
+    assert all(begin % multiple == 0 and begin < max(end, 1) for begin, end in parts)
+
+
+def test_parts_run_at_the_same_time() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+    run_split(lambda begin, end: [meeting.wait()], 2, 2)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_any_part_reaches_the_caller(failing: int) -> None:
+    def fail(begin: int, end: int) -> None:
+        if begin == failing:
+            raise ValueError("part")
+
+    with pytest.raises(ValueError, match="part"):
+        run_split(fail, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_number_of_threads_changes_no_bit(dtype: str) -> None:
+    """Sizes at which the kernels do take more than one thread; columns to find in tokens of every part."""
+    x = make_tokens(301, 1024, dtype, [3, 700])
+    for t in (0, 150, 300):
+        x[t, t + 1] = narrow(-9, dtype)
+    product = make_product(301, 1500, 1024, dtype, n_outliers=3, n_found=1, capacity=2)
+    alone, others = Cpu(n_threads=1), [Cpu(n_threads=2), Cpu(n_threads=3)]
+    for other in others:
+        for a, b in zip(*(c.activation_quantize(x, dtype, COLUMNS, 6.0, 4) for c in (alone, other)), strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(product.multiply(alone), product.multiply(other))
+        np.testing.assert_array_equal(product.finish(alone), product.finish(other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_does_not_depend_on_its_batch(dtype: str) -> None:
+    """One token takes another kernel than many; with a stored set no other token has a say."""
+    product = make_product(6, 67, 200, dtype, n_outliers=3)
+    batch = product.multiply(Cpu(n_threads=1))
+    for t in range(6):
+        one = product.x._replace(
+            codes=product.x.codes[t : t + 1],
+            absmax=product.x.absmax[t : t + 1],
+            outlier_x=product.x.outlier_x[t : t + 1],
+        )
+        np.testing.assert_array_equal(replace(product, x=one).multiply(Cpu(n_threads=1)), batch[t : t + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogue_alone_gives_the_same_bits(dtype: str) -> None:
+    product = make_product(6, 67, 200, dtype, n_outliers=3, n_found=2, capacity=2)
+    np.testing.assert_array_equal(product.multiply(Cpu(n_threads=1)), product.finish(Cpu(n_threads=1)))
+
+
+def test_several_threads_may_call_at_once() -> None:
+    product = make_product(5, 2100, 1024, "F16", n_outliers=3)
+    expected, found = product.multiply(Cpu(n_threads=1)), []
+    callers = [threading.Thread(target=lambda: found.append(product.multiply(Cpu(n_threads=2)))) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(found) == 8
+    for y in found:
+        np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    run_split(lambda begin, end: None, 2, 2)
+    child = os.fork()
+    if child == 0:
+        parts: list[int] = []
+        meeting = threading.Barrier(2, timeout=20)
+        try:
+            run_split(lambda begin, end: parts.append(begin + 0 * meeting.wait()), 2, 2)
+        finally:
+            os._exit(0 if sorted(parts) == [0, 1] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,0 +1,264 @@
+"""Every backend's decomposed product, with its epilogue alone beside it, against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cuda_kernels import reference
+from cuda_kernels.reference import N_STEPS, QuantizedActivations
+from tests.kernels.backends import DTYPES, Backend, Bits, backends, narrow, widen
+from tests.kernels.layers import Product, assert_close, make_product, make_tokens
+
+SIZES = [1, 31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1025]
+
+every_product = pytest.mark.parametrize("backend", backends("int8_matmul"))
+every_epilogue = pytest.mark.parametrize("backend", backends("dequantize_epilogue"))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def count_in_steps(codes: np.ndarray, weight_codes: np.ndarray) -> Product:
+    """A product of these codes whose scales are all 1, in float32: y is the integer sum itself."""
+    (n_tokens, _), n_rows = codes.shape, weight_codes.shape[0]
+    none, n_found = np.empty((n_tokens, 0), np.uint32), np.zeros(1, np.int32)
+    absmax = np.full(n_tokens, N_STEPS, np.float32)
+    x = QuantizedActivations(codes, absmax, none, np.empty(0, np.int32), n_found, none)
+    weight_absmax = np.full(n_rows, N_STEPS, np.float32)
+    return Product("F32", x, weight_codes, weight_absmax, np.empty((n_rows, 0), np.uint32), None)
+
+
+@every_product
+@pytest.mark.parametrize("n_columns", SIZES)
+def test_integer_sums_are_exact_at_every_size(backend: Backend, n_columns: int) -> None:
+    """Up to 1,040 columns float32 holds every such sum exactly."""
+    rng = np.random.default_rng(n_columns)
+    for n_tokens, n_rows in ((1, 67), (2, 33), (5, 31), (33, 4)):
+        codes = rng.integers(-127, 128, (n_tokens, n_columns), dtype=np.int8)
+        weight_codes = rng.integers(-127, 128, (n_rows, n_columns), dtype=np.int8)
+        y = widen(count_in_steps(codes, weight_codes).multiply(backend), "F32")
+        np.testing.assert_array_equal(y, codes.astype(np.int64) @ weight_codes.T.astype(np.int64))
+
+
+@every_product
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_codes_sum_up_without_overflow(backend: Backend, sign: int) -> None:
+    """133,144 columns of +-127: one more and int32 would wrap around."""
+    for n_tokens in (1, 2):
+        codes = np.full((n_tokens, 133_144), 127, np.int8)
+        weight_codes = np.full((2, 133_144), 127 * sign, np.int8)
+        weight_codes[1, ::2] *= -1
+        y = widen(count_in_steps(codes, weight_codes).multiply(backend), "F32")
+        np.testing.assert_array_equal(y, [[np.float32(sign * 133_144 * 127**2), 0]] * n_tokens)
+
+
+@every_product
+@every_dtype
+@pytest.mark.parametrize("n_columns", SIZES)
+def test_product_is_within_its_bound_at_every_size(backend: Backend, dtype: str, n_columns: int) -> None:
+    n_outliers, n_found = min(3, n_columns // 2), min(2, n_columns // 3)
+    for n_tokens, n_rows in ((1, 33), (5, 31)):
+        product = make_product(n_tokens, n_rows, n_columns, dtype, n_outliers, n_found, capacity=4)
+        assert_close(product.multiply(backend), product)
+
+
+@every_product
+@every_dtype
+@pytest.mark.parametrize("size", SIZES)
+def test_product_is_within_its_bound_for_every_number_of_tokens_and_rows(
+    backend: Backend, dtype: str, size: int
+) -> None:
+    for n_tokens, n_rows in ((size, 5), (3, size)):
+        product = make_product(n_tokens, n_rows, 70, dtype, n_outliers=6)
+        assert_close(product.multiply(backend), product)
+
+
+@every_epilogue
+@every_dtype
+@pytest.mark.parametrize("size", SIZES)
+def test_epilogue_is_within_its_bound_at_every_size(backend: Backend, dtype: str, size: int) -> None:
+    for n_tokens, n_rows in ((size, 7), (5, size)):
+        product = make_product(n_tokens, n_rows, 70, dtype, n_outliers=3, n_found=3, capacity=4)
+        assert_close(product.finish(backend), product)
+
+
+def multiply_by(operation: str) -> Callable[[Backend, Product], Bits]:
+    return {"int8_matmul": lambda b, p: p.multiply(b), "dequantize_epilogue": lambda b, p: p.finish(b)}[operation]
+
+
+both = pytest.mark.parametrize(
+    ("backend", "multiply"),
+    [
+        pytest.param(*backend.values, multiply_by(operation), id=f"{operation}-{backend.id}", marks=backend.marks)
+        for operation in ("int8_matmul", "dequantize_epilogue")
+        for backend in backends(operation)
+    ],
+)
+
+BackendMultiply = Callable[[Backend, Product], Bits]
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize(("n_stored", "n_found"), [(0, 0), (1, 0), (0, 1), (70, 0), (0, 70), (33, 37)])
+def test_any_number_of_outlier_columns(
+    backend: Backend, multiply: BackendMultiply, dtype: str, n_stored: int, n_found: int
+) -> None:
+    product = make_product(5, 37, 70, dtype, n_stored, n_found, capacity=n_found)
+    assert_close(multiply(backend, product), product)
+
+
+@both
+@every_dtype
+def test_columns_past_the_list_count_as_codes(backend: Backend, multiply: BackendMultiply, dtype: str) -> None:
+    product = make_product(5, 37, 70, dtype, n_outliers=2, n_found=6, capacity=3)
+    assert product.x.n_found[0] == 6
+    assert_close(multiply(backend, product), product)
+
+
+@both
+@every_dtype
+def test_unused_places_of_the_list_are_not_read(backend: Backend, multiply: BackendMultiply, dtype: str) -> None:
+    """Neither as an activation nor as a column index."""
+    product = make_product(3, 33, 70, dtype, n_outliers=1, n_found=2, capacity=6)
+    found_x, found_columns = product.x.found_x.copy(), product.x.found_columns.copy()
+    found_x[:, 2:] = narrow(float("nan"), dtype)
+    found_columns[2:] = np.iinfo(np.int32).max
+    spoilt = replace(product, x=product.x._replace(found_x=found_x, found_columns=found_columns))
+    np.testing.assert_array_equal(multiply(backend, spoilt), multiply(backend, product))
+
+
+@both
+@every_dtype
+def test_bias_may_be_missing(backend: Backend, multiply: BackendMultiply, dtype: str) -> None:
+    product = make_product(5, 37, 70, dtype, n_outliers=2)
+    without = replace(product, bias=None)
+    assert_close(multiply(backend, without), without)
+    assert (multiply(backend, without) != multiply(backend, product)).any()
+
+
+@both
+@every_dtype
+def test_a_weight_row_of_zeros_gives_the_bias(backend: Backend, multiply: BackendMultiply, dtype: str) -> None:
+    product = make_product(5, 37, 70, dtype)
+    product.weight_codes[9], product.weight_absmax[9] = 0, 0
+    y = multiply(backend, product)
+    np.testing.assert_array_equal(widen(y[:, 9], dtype), widen(product.bias[9:10], dtype).repeat(5))
+
+
+@both
+@every_dtype
+def test_a_token_of_zeros_gives_the_bias(backend: Backend, multiply: BackendMultiply, dtype: str) -> None:
+    product = make_product(5, 37, 70, dtype, n_outliers=2)
+    product.x.codes[3], product.x.absmax[3], product.x.outlier_x[3] = 0, 0, 0
+    np.testing.assert_array_equal(widen(multiply(backend, product)[3], dtype), widen(product.bias, dtype))
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_spoils_its_row_alone(
+    backend: Backend, multiply: BackendMultiply, dtype: str, bad: float
+) -> None:
+    product = make_product(5, 37, 70, dtype, n_outliers=2)
+    product.x.codes[3], product.x.absmax[3] = 0, bad
+    y = widen(multiply(backend, product), dtype)
+    assert not np.isfinite(y[3]).any()
+    assert_close(multiply(backend, product), product)
+
+
+@both
+def test_too_large_becomes_infinite(backend: Backend, multiply: BackendMultiply) -> None:
+    product = make_product(3, 33, 70, "F16")
+    product.weight_absmax[:] *= 1e5
+    y = widen(multiply(backend, product), "F16")
+    assert np.isinf(y).any() and not np.isnan(y).any()
+    assert_close(multiply(backend, product), product)
+
+
+@both
+@every_dtype
+def test_no_tokens_give_no_outputs(backend: Backend, multiply: BackendMultiply, dtype: str) -> None:
+    assert multiply(backend, make_product(0, 37, 70, dtype, n_outliers=2)).shape == (0, 37)
+
+
+@both
+def test_two_runs_agree_in_every_bit(backend: Backend, multiply: BackendMultiply) -> None:
+    product = make_product(33, 129, 257, "F16", n_outliers=5, n_found=2, capacity=4)
+    np.testing.assert_array_equal(multiply(backend, product), multiply(backend, product))
+
+
+@both
+@pytest.mark.parametrize("n_outliers", [6, 40])
+def test_outlier_part_is_as_exact_as_torch(backend: Backend, multiply: BackendMultiply, n_outliers: int) -> None:
+    """Root mean square error against float64 at most twice that of torch's own float32 product."""
+    product = make_product(64, 65, 70, "F32", n_outliers)
+    product.x.codes[:] = 0
+    product = replace(product, bias=None)
+    x, weight = widen(product.x.outlier_x, "F32"), widen(product.outlier_weight, "F32")
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    error, torch_error = (
+        np.sqrt(np.square(y - exact).mean())
+        for y in (widen(multiply(backend, product), "F32"), (torch.from_numpy(x) @ torch.from_numpy(weight).T).numpy())
+    )
+    assert error <= 2 * torch_error
+
+
+@every_product
+def test_outlier_columns_count_once(backend: Backend) -> None:
+    """Exactly representable all through: quantized part and outlier part together are x @ W.T."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (33, 70)).astype(np.float32)
+    weight[:, 0] = N_STEPS
+    x = rng.integers(-5, 6, (9, 70)).astype(np.float32)
+    x[:, [7, 50, 69]] *= 100
+    x[:, 1] = 127
+    stored = np.array([7, 69], np.int32)
+    rows = reference.row_quantize(weight)
+    quantized = reference.activation_quantize(x, stored, 200.0, 4)
+    assert list(quantized.found_columns) == [50, -1, -1, -1]
+    side = [np.ascontiguousarray(narrow(a, "F32")) for a in (quantized.outlier_x, quantized.found_x, weight[:, stored])]
+    bits = quantized._replace(outlier_x=side[0], found_x=side[1])
+    product = Product("F32", bits, rows.codes, rows.absmax, side[2], None)
+    np.testing.assert_array_equal(widen(product.multiply(backend), "F32"), x @ weight.T)
+
+
+@every_product
+def test_reordering_rows_and_tokens_reorders_outputs(backend: Backend) -> None:
+    product = make_product(33, 70, 129, "BF16", n_outliers=3, n_found=1, capacity=1)
+    rng = np.random.default_rng(1)
+    rows, tokens = rng.permutation(70), rng.permutation(33)
+    x = product.x
+    reordered = Product(
+        "BF16",
+        x._replace(
+            codes=x.codes[tokens],
+            absmax=x.absmax[tokens],
+            outlier_x=x.outlier_x[tokens],
+            found_x=x.found_x[tokens],
+        ),
+        product.weight_codes[rows],
+        product.weight_absmax[rows],
+        product.outlier_weight[rows],
+        product.bias[rows],
+    )
+    np.testing.assert_array_equal(reordered.multiply(backend), product.multiply(backend)[tokens][:, rows])
+
+
+def test_reference_is_the_linear_layer_it_stands_for() -> None:
+    """Half a step of each activation and each weight, and nothing more: outlier columns add no error."""
+    x = widen(make_tokens(20, 200, "F32", [3, 180]), "F32")
+    weight = np.random.default_rng(3).standard_normal((50, 200)).astype(np.float32) * 0.05
+    stored = np.array([3, 180], np.int32)
+    rows, quantized = reference.row_quantize(weight), reference.activation_quantize(x, stored, 6.0, 0)
+    y = reference.int8_matmul(quantized, rows.codes, rows.absmax, weight[:, stored], None)
+    rest, rest_weight = (np.delete(a, stored, axis=1).astype(np.float64) for a in (x, weight))
+    steps = quantized.absmax[:, None] / N_STEPS, rows.absmax[None] / N_STEPS
+    bound = np.abs(rest).sum(1)[:, None] * steps[1] / 2 + np.abs(rest_weight).sum(1) * steps[0] / 2
+    bound += rest.shape[1] * steps[0] * steps[1] / 4
+    error = np.abs(y - x.astype(np.float64) @ weight.T.astype(np.float64))
+    assert (error <= bound * 1.001).all()
+    assert error.max() > bound.max() / 100
