@@ -139,9 +139,9 @@ class _Output:
         self._last = "\n"
 
     def write(self, text: str) -> None:
+        self._last = text[-1:] or self._last  # first: a signal may come as soon as the text is out
         sys.stdout.write(text)
         sys.stdout.flush()
-        self._last = text[-1:] or self._last
 
     @contextmanager
     def ending_its_line(self) -> Iterator[None]:
