@@ -13,11 +13,16 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 from cuda_kernels.launch import unavailable
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import parse_worker_answer, worker_request
+
+# Tests never time: a machine with other work is slow, and not wrong.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
