@@ -56,9 +56,9 @@ class Plan(NamedTuple):
 
 
 def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
-    """Eight vectors of weights in flight a lane, and blocks enough for every multiprocessor: a guess, not measured."""
+    """As many loads in flight as registers allow, and blocks enough for every multiprocessor: a guess, not measured."""
     token_tiles = next((t for t in (1, 2, 4) if n_tokens <= 8 * t), 8)
-    row_tiles, most_in_flight, blocks = {1: (1, 4, 2), 2: (1, 4, 2), 4: (2, 2, 2), 8: (2, 2, 1)}[token_tiles]
+    row_tiles, most_in_flight, blocks = {1: (1, 4, 2), 2: (1, 4, 2), 4: (2, 1, 2), 8: (2, 2, 1)}[token_tiles]
     splits = [s for s in (1, 2, 4, 8) if WARPS // s * 16 * row_tiles * 8 * token_tiles <= 16 * THREADS]
     split = next((s for s in splits if n_features * s >= 2 * 132 * WARPS * 16 * row_tiles), splits[-1])
     return Plan(token_tiles, row_tiles, fitting(most_in_flight, split * STEP, n_columns), split, blocks)
