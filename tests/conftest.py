@@ -47,8 +47,14 @@ class InProcessMap:
         pass
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `gpu` run where kernels do; elsewhere they are skipped, and say why."""
+    """Tests marked `gpu` run where kernels do, and `slow` ones when asked for; else they are skipped, aloud."""
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes minutes; --slow runs it")
     if item.get_closest_marker("gpu") and (reason := unavailable()):
         pytest.skip(f"no CUDA kernels here: {reason}")
 
