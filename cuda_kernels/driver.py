@@ -88,6 +88,9 @@ class Function:
         (entry,) = re.findall(r"\.visible\s+\.entry\s+([\w$]+)", ptx)
         self._module = check(driver.cuModuleLoadData(ptx.encode() + b"\0"))
         self._function = check(driver.cuModuleGetFunction(self._module, entry.encode()))
+        # Where the driver loads lazily, a kernel's code comes with the first question about it, which a launch within
+        # the capture of a graph may not be.
+        check(driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, self._function))
         self._most_shared = 0
 
     def launch(self, grid: tuple[int, int, int], shared_bytes: int, args: tuple[int | float, ...], stream: int) -> None:

@@ -13,6 +13,7 @@
     ├── FormatError               the format asked for cannot hold this model
     ├── CoverageError             too little would become int8
     ├── PatternError              a --skip or --only pattern matches nothing
+    ├── PromptError               a prompt cannot be put to the model: too long, empty, or no chat for it
     └── DeviceError               the device asked for is not usable here
 
 A class exists because the caller would act differently. Anything else that escapes is a bug and keeps its traceback.
@@ -97,6 +98,10 @@ class CoverageError(Int8ConvertError):
 
 class PatternError(Int8ConvertError):
     """A pattern matches no module."""
+
+
+class PromptError(Int8ConvertError):
+    """A prompt cannot be put to the model."""
 
 
 class DeviceError(Int8ConvertError):

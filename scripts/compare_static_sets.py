@@ -47,7 +47,9 @@ def divergence(found: torch.Tensor, reference: torch.Tensor) -> tuple[float, flo
     return float(of_sequence.mean()), float(of_sequence.std()) / len(of_sequence) ** 0.5
 
 
-def measure(source: OPTForCausalLM, outliers: str | Mapping[str, Any], judged: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+def measure(
+    source: OPTForCausalLM, outliers: str | Mapping[str, Any], judged: torch.Tensor, reference: torch.Tensor
+) -> tuple[float, float]:
     return divergence(run(int8convert.quantize_(copy.deepcopy(source), outliers=outliers), judged), reference)
 
 
@@ -56,7 +58,9 @@ def main() -> None:
     length = settings.sequence_length
     everything = load_heldout(prepare_trained(settings), length, 4 * N_HELD_OUT_SEQUENCES)
     judged, others = everything[::4], everything[torch.arange(len(everything)) % 4 != 0]
-    print("| outliers | rule | calibrated on | bytes, of the int8 weights | mean KL | of dynamic |\n|---|---|---|---|---|---|")
+    print(
+        "| outliers | rule | calibrated on | bytes, of the int8 weights | mean KL | of dynamic |\n|---|---|---|---|---|---|"
+    )
     for injection in INJECTIONS:
         source = load_model(prepare_source(settings, injection))
         reference = run(source, judged)

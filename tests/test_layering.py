@@ -71,7 +71,12 @@ def run_python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["quantize", "--help"], ["inspect", "--help"], ["export", "--help"], ["outliers", "--help"], ["--version"]]
+    "arguments",
+    [
+        ["--version"],
+        ["--help"],
+        *([name, "--help"] for name in ("quantize", "inspect", "export", "outliers", "generate")),
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8convert.cli.console import format_bytes, format_seconds, note, print_json, reporting_errors
+from int8convert.cli.console import (
+    format_bytes,
+    format_seconds,
+    note,
+    print_json,
+    reporting_errors,
+    wants_live_display,
+)
+from int8convert.cli.quantize import check_device
 from int8convert.errors import SourceError
+
+if TYPE_CHECKING:
+    from int8convert.runtime.generate import GenerationReport
 
 HELP = """Let an int8 checkpoint continue a prompt.
 
@@ -38,7 +54,8 @@ def generate(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The int8 checkpoint.")],
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to continue.")] = None,
     file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, one on each line, continued as one batch.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts, one on each line, as one batch; --json keeps texts apart."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most, for each prompt.")] = 128,
     temperature: Annotated[
@@ -59,60 +76,112 @@ def generate(
             help="static, static+guard, dynamic or none; default: static+guard where OUT has stored outlier columns.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")] = "auto",
+    device: Annotated[
+        str, typer.Option(callback=check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text alone.")] = False,
 ) -> None:
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give one prompt, or --file with several", param_hint="PROMPT")
-    with reporting_errors(as_json, _INTERRUPTED):
+    if system is not None and chat is False:
+        raise typer.BadParameter("a system message needs a chat, and --no-chat is given", param_hint="--system")
+    streams = prompt is not None and not as_json
+    output = _Output()
+    with reporting_errors(as_json, _INTERRUPTED), output.ending_its_line():
         prompts = [prompt] if prompt is not None else _read_prompts(file or Path())
-        from int8convert.runtime.generate import generate as run
+        with _quiet_libraries(wants_live_display(quiet, as_json)):
+            from int8convert.runtime.generate import generate as run
 
-        streams = len(prompts) == 1 and not as_json
-        report = run(
-            out,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            chat=chat,
-            system=system,
-            outliers=outliers,
-            device=device,
-            on_text=_write if streams else None,
-        )
+            report = run(
+                out,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                chat=chat,
+                system=system,
+                outliers=outliers,
+                device=device,
+                on_text=output.write if streams else None,
+            )
         if as_json:
             print_json(report.to_json())
-        elif streams:
-            _write("\n")
-        else:
+        elif not streams:
             for text in report.texts:
-                _write(f"{text}\n")
-        if not quiet and not as_json:
-            note(
-                f"{report.n_new_tokens:,} tokens, the first after {format_seconds(report.first_token_s)}, then "
-                f"{report.decode_tokens_per_s:.1f} tokens/s on the {report.device}; loaded in "
-                f"{format_seconds(report.load_s)}, at most {format_bytes(report.peak_memory_bytes)} of memory"
-            )
+                output.write(f"{text}\n")
+    if not quiet and not as_json:
+        if temperature == 0 and (top_p < 1 or top_k > 0):
+            note("--top-p and --top-k change nothing at --temperature 0, which draws nothing")
+        _print_notes(report, max_new_tokens)
 
 
-def _write(text: str) -> None:
-    """Model text as it is: what looks like markup in it is text."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _print_notes(report: GenerationReport, max_new_tokens: int) -> None:
+    n_cut = report.is_complete.count(False)
+    if n_cut:
+        which = "the text was" if len(report.texts) == 1 else f"{n_cut:,} of {len(report.texts):,} texts were"
+        is_full = report.max_new_tokens < max_new_tokens
+        why = "the model has no more positions" if is_full else "--max-new-tokens asks for no more"
+        note(f"{which} cut off after {report.max_new_tokens:,} tokens: {why}")
+    note(
+        f"{report.n_new_tokens:,} tokens, the first after {format_seconds(report.first_token_s)}, then "
+        f"{report.decode_tokens_per_s:.1f} tokens/s on the {report.device}; loaded in "
+        f"{format_seconds(report.load_s)}, at most {format_bytes(report.peak_memory_bytes)} of memory"
+    )
+
+
+class _Output:
+    """Model text on stdout as it is: what looks like markup in it is text."""
+
+    def __init__(self) -> None:
+        self._last = "\n"
+
+    def write(self, text: str) -> None:
+        self._last = text[-1:] or self._last  # first: a signal may come as soon as the text is out
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    @contextmanager
+    def ending_its_line(self) -> Iterator[None]:
+        """Lest an error that comes in the middle of a text, or the shell's prompt, stand behind it."""
+        try:
+            yield
+        finally:
+            if self._last != "\n":
+                self.write("\n")
+
+
+@contextmanager
+def _quiet_libraries(is_live: bool) -> Iterator[None]:
+    """stderr is for our notes: no warnings of libraries, and their progress bars only where a person is watching."""
+    if os.environ.get("INT8CONVERT_DEBUG"):
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not is_live:
+                from transformers.utils.logging import disable_progress_bar
+
+                disable_progress_bar()
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _read_prompts(file: Path) -> list[str]:
-    hint = "give a text file with one prompt on each line"
+    hint = "give a text file in UTF-8 with one prompt on each line"
     try:
-        prompts = [line for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(
-            f"'{file}' cannot be read: {error}", "give a text file with one prompt on each line"
-        ) from error
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise SourceError(f"'{file}' cannot be read: {error.strerror}", hint) from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"'{file}' is no text in UTF-8: byte {error.start:,} {error.reason}", hint) from error
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise SourceError(f"'{file}' holds no prompt", hint)
     return prompts

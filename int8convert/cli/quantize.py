@@ -52,7 +52,7 @@ def check_size(size: str | None) -> str | None:
     return size
 
 
-def _check_device(device: str) -> str:
+def check_device(device: str) -> str:
     from int8convert.conversion.device import check_device_name
 
     try:
@@ -125,7 +125,7 @@ def quantize(
     device: Annotated[
         str,
         typer.Option(
-            callback=_check_device,
+            callback=check_device,
             envvar="INT8CONVERT_DEVICE",
             help="Where rows are quantized: cpu, cuda[:n], or auto, which is the CPU.",
         ),

@@ -7,6 +7,7 @@ large model is hundreds of layers, and launching them one by one from Python tak
 from __future__ import annotations
 
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from int8convert.errors import DeviceError, SourceError
-from int8convert.runtime.load import load
+from int8convert.errors import DeviceError, PromptError, SourceError
+from int8convert.runtime.load import load, read_int8_config
+from int8convert.runtime.prompts import encode, read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class GenerationReport:
 
     Attributes:
         texts: what follows each prompt.
+        is_complete: of each text, whether it came to its own end before `max_new_tokens`.
+        max_new_tokens: how many could follow each prompt: those asked for, or those the model has positions for.
         n_prompt_tokens, n_new_tokens: of all prompts together.
         load_s: seconds until the model was there.
         first_token_s: seconds from the prompts to the first token of each.
@@ -36,6 +39,8 @@ class GenerationReport:
     """
 
     texts: tuple[str, ...]
+    is_complete: tuple[bool, ...]
+    max_new_tokens: int
     n_prompt_tokens: int
     n_new_tokens: int
     load_s: float
@@ -56,7 +61,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         self._on_text = on_text
         self._n_puts = 0
         self._ids: list[int] = []
-        self._shown = 0
+        self._shown = ""
         self.first_token_at = 0.0
 
     def put(self, value: torch.Tensor) -> None:
@@ -68,12 +73,20 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         if self._on_text is not None:
             self._ids += value.reshape(-1).tolist()
             text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
-                self._on_text(text[self._shown :])
-                self._shown = len(text)
+            # Half of a character is held back, and what changes text that is shown already.
+            if text.startswith(self._shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                self._pass_on(text)
 
     def end(self) -> None:
-        pass
+        if self._on_text is not None:
+            self._pass_on(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _pass_on(self, text: str) -> None:
+        n_same = next((i for i, pair in enumerate(zip(text, self._shown, strict=False)) if len(set(pair)) > 1), None)
+        new = text[len(self._shown) if n_same is None else n_same :]
+        if new and self._on_text is not None:
+            self._on_text(new)
+        self._shown = text
 
 
 def generate(
@@ -93,10 +106,12 @@ def generate(
 ) -> GenerationReport:
     """Let an int8 checkpoint continue prompts, all in one batch.
 
+    What the checkpoint's generation_config.json says of sampling and beams is not taken over.
+
     Args:
         path_or_repo: the checkpoint.
         prompts: at least one.
-        max_new_tokens: for each prompt.
+        max_new_tokens: for each prompt; fewer where the model has no positions left.
         temperature: 0 takes the likeliest token, always.
         top_p, top_k: of a token's alternatives only those are drawn from that make up this probability, or this many
             if it is not 0.
@@ -108,39 +123,39 @@ def generate(
         on_text: told the text as it comes; for a single prompt.
 
     Raises:
-        Int8ConvertError: the checkpoint cannot be loaded, or has no tokenizer.
-        ValueError: no prompts, or several and `on_text`.
+        SourceError: the checkpoint cannot be loaded, has no tokenizer, or is of no model that writes text.
+        PromptError: a prompt is empty, too long, or there is no chat template for it.
+        DeviceError: the device is not there.
+        ValueError: no prompts, or several and `on_text`; or a device of another kind.
     """
-    if not prompts or (on_text is not None and len(prompts) > 1):
-        raise ValueError("one prompt at least, and only one where its text is to be passed on as it comes")
+    if isinstance(prompts, str) or not prompts or (on_text is not None and len(prompts) > 1):
+        raise ValueError("a list of prompts, one at least, and only one where its text is to be passed on as it comes")
     began = time.perf_counter()
     used = _device(device)
-    tokenizer = _tokenizer(path_or_repo)
+    read_int8_config(os.fspath(path_or_repo))
+    tokenizer = read_tokenizer(path_or_repo)
+    inputs = encode(tokenizer, prompts, chat, system).to(used)
     model = load(path_or_repo, device_map={"": used}, outliers=outliers)
+    max_new_tokens = _room(model, inputs["input_ids"].shape[1], max_new_tokens, path_or_repo)
     load_s = time.perf_counter() - began
-    inputs = _encode(tokenizer, prompts, chat, system).to(used)
     if seed is not None:
         torch.manual_seed(seed)
     clock = _Clock(tokenizer, on_text)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
+    sampling = _sampling(temperature, top_p, top_k)
+    cache = {"cache_implementation": "static"} if used.startswith("cuda") else {}
+    tokens = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     began = time.perf_counter()
-    ids = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        **{**{"temperature": None, "top_p": None, "top_k": None}, **sampling},
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=clock,
-        **({"cache_implementation": "static"} if used.startswith("cuda") else {}),
-    )
+    ids = model.generate(**inputs, **tokens, **sampling, **_ONE_BY_ONE, **cache, streamer=clock)
     ended = time.perf_counter()
-    new = ids[:, inputs["input_ids"].shape[1] :] if not model.config.is_encoder_decoder else ids[:, 1:]
-    n_new = int((new != tokenizer.pad_token_id).sum())
-    n_later = max(0, n_new - len(prompts))
+    first_new = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    new = [_until_end(row, model.generation_config.eos_token_id) for row in ids[:, first_new:].tolist()]
+    n_later = sum(len(row) - 1 for row, _ in new)
     return GenerationReport(
-        texts=tuple(tokenizer.batch_decode(new, skip_special_tokens=True)),
+        texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row, _ in new),
+        is_complete=tuple(is_complete for _, is_complete in new),
+        max_new_tokens=max_new_tokens,
         n_prompt_tokens=int(inputs["attention_mask"].sum()),
-        n_new_tokens=n_new,
+        n_new_tokens=n_later + len(new),
         load_s=load_s,
         first_token_s=clock.first_token_at - began,
         decode_tokens_per_s=n_later / (ended - clock.first_token_at) if n_later else 0.0,
@@ -149,40 +164,54 @@ def generate(
     )
 
 
+_ONE_BY_ONE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+"""What a checkpoint's generation_config.json may say otherwise, and a text that is shown as it comes cannot be."""
+
+
+def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
+    """None where a greedy choice is made: transformers warns of values that have no effect."""
+    is_drawn = temperature > 0
+    values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    return {"do_sample": is_drawn, **{name: value if is_drawn else None for name, value in values.items()}}
+
+
 def _device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise DeviceError(f"--device {device}: torch finds no usable GPU here", "pass --device cpu, or leave it out")
+    match = re.fullmatch(r"cpu|cuda(:(\d+))?", device)
+    if match is None:
+        raise ValueError(f"device must be auto, cpu or cuda[:n], not {device!r}")
+    n_gpus = torch.cuda.device_count()
+    if device != "cpu" and int(match[2] or 0) >= n_gpus:
+        found = f"torch finds {n_gpus} here" if n_gpus else "torch finds no usable GPU here"
+        raise DeviceError(f"--device {device}: {found}", "pass --device cpu, or leave it out")
     return device
 
 
-def _tokenizer(path_or_repo: str | os.PathLike[str]) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(os.fspath(path_or_repo), padding_side="left")
-    except (OSError, ValueError) as error:
+def _room(model: Any, n_prompt_tokens: int, max_new_tokens: int, path_or_repo: str | os.PathLike[str]) -> int:
+    """How many tokens may follow: what is asked for, or what the model has positions for."""
+    if not model.can_generate():
         raise SourceError(
-            f"'{os.fspath(path_or_repo)}' has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
-            "copy the files of the source's tokenizer into it",
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+            f"'{os.fspath(path_or_repo)}' is a {type(model).__name__}, which writes no text",
+            "int8convert.load gives the model itself",
+        )
+    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(n_positions, int) or n_positions <= 0:
+        return max_new_tokens
+    room = n_positions if model.config.is_encoder_decoder else n_positions - n_prompt_tokens
+    if room <= 0 or n_prompt_tokens > n_positions:
+        raise PromptError(
+            f"a prompt of {n_prompt_tokens:,} tokens leaves no room: the model has {n_positions:,} positions",
+            "shorten it",
+        )
+    return min(max_new_tokens, room)
 
 
-def _encode(tokenizer: Any, prompts: Sequence[str], chat: bool | None, system: str | None) -> Any:
-    if chat is False or (chat is None and not tokenizer.chat_template):
-        return tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
-    if not tokenizer.chat_template:
-        raise SourceError("the tokenizer has no chat template", "leave --chat out to give the model the bare prompt")
-    first = [{"role": "system", "content": system}] if system else []
-    return tokenizer.apply_chat_template(
-        [[*first, {"role": "user", "content": prompt}] for prompt in prompts],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-        padding=True,
-    )
+def _until_end(ids: list[int], eos_token_id: int | list[int] | None) -> tuple[list[int], bool]:
+    """A row of new tokens up to its end, padding left out, and whether it came to that."""
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    n = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
+    return ids[:n], n is not None
 
 
 def _peak_memory_bytes(device: str) -> int:

@@ -20,6 +20,7 @@ from int8convert.errors import CoverageError, NonFiniteWeightError, PatternError
 from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_path
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.outliers import StoredOutliers
+from int8convert.runtime.saving import describe_for_saving
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -34,7 +35,8 @@ def quantize_(
     """Replace the Linear layers of a model by int8 ones.
 
     Does not know how well the result works: compare its outputs with the model's own before. Hooks on the layers that
-    are replaced go with them.
+    are replaced go with them. A model of transformers can be saved by its save_pretrained, for `int8convert.load` and
+    for transformers with bitsandbytes.
 
     Args:
         model: any module that has such layers; changed in place. Weights in other dtypes than float16, bfloat16 and
@@ -64,12 +66,15 @@ def quantize_(
     places = defaultdict(list)  # a module may stand in several, and be one all the same
     for name, module in model.named_modules(remove_duplicate=False):
         places[id(module)].append(name)
+    replaced = {name: type(model.get_submodule(name)) for name in names}
     for name in names:
         module = model.get_submodule(name)
         new = _int8_form(name, module, mode, threshold, stored)
         for place in places[id(module)]:
             model.set_submodule(place, new)
     leave_fast_path(model)
+    if hasattr(model, "_keep_in_fp32_modules"):
+        describe_for_saving(model, replaced, threshold, stored)
     return model
 
 

@@ -44,17 +44,12 @@ def load(
         a transformers model of the class config.json names, in eval mode.
 
     Raises:
-        SourceError: it is no int8 checkpoint, or static outliers are asked for and it has none.
+        SourceError: there is none, it is not int8, or static outliers are asked for and it has none.
         CorruptFileError: tensors are missing, or some fit nothing in the model.
     """
     path = os.fspath(path_or_repo)
-    config = transformers.AutoConfig.from_pretrained(path, **_hub_options(options))
-    block = getattr(config, "quantization_config", None)
-    if block is None:
-        raise SourceError(
-            f"'{path}' is no int8 checkpoint: its config.json has no quantization_config",
-            "int8convert quantize makes one; Int8ConvertConfig for from_pretrained quantizes while it loads",
-        )
+    config = read_int8_config(path, **_hub_options(options))
+    block = config.quantization_config
     mode = OutlierMode(outliers) if outliers else None
     run_config = Int8ConvertConfig(outliers, threshold)
     run_config.for_checkpoint(block)  # what it cannot read is refused before anything is fetched
@@ -77,6 +72,29 @@ def load(
     if stored is not None:
         attach_outliers(model, read_outliers(stored), mode or OutlierMode.STATIC_GUARD)
     return model
+
+
+def read_int8_config(path: str, **hub_options: Any) -> Any:
+    """The transformers config of an int8 checkpoint.
+
+    Raises:
+        SourceError: there is no such checkpoint, its config cannot be read, or it is not int8.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **hub_options)
+    except (OSError, ValueError) as error:
+        is_there = os.path.isdir(path)
+        what = "cannot be read as a checkpoint" if is_there else "is no directory, and no repository within reach"
+        raise SourceError(
+            f"'{path}' {what}: {str(error).splitlines()[0]}",
+            "give the directory that int8convert quantize wrote, or the id of a repository",
+        ) from error
+    if getattr(config, "quantization_config", None) is None:
+        raise SourceError(
+            f"'{path}' is no int8 checkpoint: its config.json has no quantization_config",
+            "int8convert quantize makes one; Int8ConvertConfig for from_pretrained quantizes while it loads",
+        )
+    return config
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:

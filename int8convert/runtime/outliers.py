@@ -97,16 +97,19 @@ def write_outliers(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: OutlierMode) -> None:
-    """Give the int8 layers of a model their stored columns, and the mode to run in.
+    """Give the int8 layers of a model their stored columns, and the mode to run in; layers of other kinds need none.
 
     Layers whose codes are on the disk are not compared with their columns.
 
     Raises:
         CorruptFileError: they are of another model.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, Int8Linear)}
     names = live_names(model, outliers)
     for name, stored in outliers.items():
+        if name in modules and name not in layers:
+            continue
         layer = layers.get(names.get(name, ""))
         is_fit = layer is not None and stored.weight.shape[0] == layer.out_features
         if layer is None or not is_fit or (stored.columns.numel() and int(stored.columns[-1]) >= layer.in_features):
@@ -117,7 +120,7 @@ def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: Ou
         layer.set_outliers(stored.columns, stored.weight)
     for layer in layers.values():
         layer.mode = mode
-    model.save_pretrained = MethodType(_save_with_outliers, model)
+    model.save_pretrained = MethodType(save_with_outliers, model)
 
 
 def _check_belongs(name: str, layer: Int8Linear, stored: StoredOutliers) -> None:
@@ -138,7 +141,7 @@ def _check_belongs(name: str, layer: Int8Linear, stored: StoredOutliers) -> None
         )
 
 
-def _save_with_outliers(model: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
+def save_with_outliers(model: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
     """`save_pretrained` of a model with stored columns, which are no parameters of other loaders' layers."""
     type(model).save_pretrained(model, save_directory, **options)
     write_outliers(model, save_directory)

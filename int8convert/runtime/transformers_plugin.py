@@ -164,7 +164,11 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, Int8Linear):
                 module.requires_grad_(False)
                 order = getattr(module, "weight_format", None)
-                if order is not None and order.device.type != "meta" and int(order):
+                if order is None or order.device.type == "meta":
+                    continue
+                if not getattr(order, "_is_hf_initialized", False):
+                    order.zero_()  # not in the checkpoint: transformers leaves here what was in memory
+                if int(order):
                     raise FormatError(
                         f"{name}.weight_format is {int(order)}, expected 0: the codes are in an order of old GPUs",
                         "write the checkpoint again with a current bitsandbytes, or quantize its source",

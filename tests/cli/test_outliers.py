@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -142,7 +141,9 @@ def test_source_is_found_by_the_manifest_or_named(run: Run, source: Path, out: P
     assert code == 0 and (out / OUTLIERS_FILE).exists()
 
 
-def test_wrong_source_is_an_error_and_leaves_nothing(run: Run, source: Path, out: Path, text: Path, tmp_path: Path) -> None:
+def test_wrong_source_is_an_error_and_leaves_nothing(
+    run: Run, source: Path, out: Path, text: Path, tmp_path: Path
+) -> None:
     other = save_checkpoint("llama", tmp_path / "other")
     before = file_bytes(out)
     code, printed, err = run("outliers", source, "--text", text, *WINDOWS, "--write", out, "--source", other)
@@ -159,7 +160,9 @@ def test_wrong_source_is_an_error_and_leaves_nothing(run: Run, source: Path, out
         (("--length", "1"), "--length"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], message: str, run: Run, source: Path, text: Path) -> None:
+def test_wrong_usage_is_exit_code_2(
+    arguments: tuple[str, ...], message: str, run: Run, source: Path, text: Path
+) -> None:
     code, out, err = run("outliers", source, "--text", text, *arguments)
     assert (code, out) == (2, "") and message in err
 

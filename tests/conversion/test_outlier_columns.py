@@ -205,7 +205,9 @@ def test_source_of_another_shape_is_refused(opt: tuple[Path, Path], tmp_path: Pa
         store_outliers(other, out, {"model.decoder.layers.0.self_attn.q_proj": [1]})
 
 
-@pytest.mark.parametrize(("name", "columns"), [("model.decoder.layers.0.fc1", [64]), ("model.decoder.layers.7.fc1", [1])])
+@pytest.mark.parametrize(
+    ("name", "columns"), [("model.decoder.layers.0.fc1", [64]), ("model.decoder.layers.7.fc1", [1])]
+)
 def test_columns_the_checkpoint_has_not_are_refused(name: str, columns: list[int], opt: tuple[Path, Path]) -> None:
     source, out = opt
     with pytest.raises(SourceError, match="do not belong together"):

@@ -38,7 +38,9 @@ def inject(model: Any, shifted: dict[int, float], scaled: dict[int, float]) -> N
                     linear.bias -= shift * linear.weight[:, j]
 
 
-def outlier_model(tokenizer: Any, shifted: dict[int, float] | None = None, scaled: dict[int, float] | None = None) -> Any:
+def outlier_model(
+    tokenizer: Any, shifted: dict[int, float] | None = None, scaled: dict[int, float] | None = None
+) -> Any:
     """An OPT of two layers and 64 features in float32, whose next token depends on the ones before."""
     model = language_model("opt", tokenizer)
     torch.manual_seed(2)

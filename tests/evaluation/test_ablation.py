@@ -15,14 +15,21 @@ from tests.evaluation.outlier_models import SCALED, SHIFTED, outlier_model
 
 def states(model: Any) -> dict[str, nn.Module]:
     """The layers that read the hidden state."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.in_features == 64 and "head" not in n}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.in_features == 64 and "head" not in n
+    }
 
 
 def spoken(model: Any) -> torch.Tensor:
     """Text of the model's own, [4, 40], so that it predicts it well."""
     torch.manual_seed(0)
     ids: torch.Tensor = model.generate(
-        torch.randint(3, 300, (4, 2)), max_new_tokens=38, min_new_tokens=38, do_sample=True, temperature=0.7, pad_token_id=0
+        torch.randint(3, 300, (4, 2)),
+        max_new_tokens=38,
+        min_new_tokens=38,
+        do_sample=True,
+        temperature=0.7,
+        pad_token_id=0,
     )
     return ids
 
@@ -69,7 +76,9 @@ def test_columns_are_zero_for_these_layers_alone_and_only_as_long_as_it_lasts(mo
         model(torch.arange(3, 23)[None])
     is_zero = {name: bool((x[..., [7, 50]] == 0).all()) for name, x in seen.items()}
     assert {name for name, zero in is_zero.items() if zero} >= set(layers)
-    assert not is_zero["lm_head"] and all(bool((seen[name][..., 8] != 0).all()) for name in layers if "out_proj" not in name)
+    assert not is_zero["lm_head"] and all(
+        bool((seen[name][..., 8] != 0).all()) for name in layers if "out_proj" not in name
+    )
     assert all(len(module._forward_pre_hooks) == 1 for module in layers.values())
 
 

@@ -193,7 +193,9 @@ def test_comparison_runs_every_method_against_the_model_itself(tokenizer: Any) -
     assert rows["reference"].total == 0
     assert all(row.n == 57 and row.targets == windows[:, 1:].flatten().tolist() for row in rows.values())
     # The two ends of the table: without decomposition the outliers take the other features' steps.
-    assert rows["absmax"].total > rows["absmax vector-wise"].total > 20 * rows["LLM.int8(), stored 16-bit columns"].total
+    assert (
+        rows["absmax"].total > rows["absmax vector-wise"].total > 20 * rows["LLM.int8(), stored 16-bit columns"].total
+    )
     name = "absmax row-wise"
     expected = Difference()
     with torch.no_grad():
@@ -208,7 +210,9 @@ def test_threshold_decides_what_is_decomposed(tokenizer: Any) -> None:
     model = outlier_model(tokenizer)
     method = BY_NAME["LLM.int8(), stored 16-bit columns"]
     found = {
-        threshold: compare_methods(model, torch.arange(3, 43).view(2, 20), Difference, methods=[method], threshold=threshold)
+        threshold: compare_methods(
+            model, torch.arange(3, 43).view(2, 20), Difference, methods=[method], threshold=threshold
+        )
         for threshold in (0.0, 6.0, 1e9)
     }
     errors = [rows[method.name].total for rows in found.values()]

@@ -38,7 +38,9 @@ def largest_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     read: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda m, i, name=name: read.setdefault(name, []).append(i[0].flatten(0, -2)))
+            module.register_forward_pre_hook(
+                lambda m, i, name=name: read.setdefault(name, []).append(i[0].flatten(0, -2))
+            )
     with torch.no_grad():
         model(ids)
     return {name: torch.cat(parts) for name, parts in read.items()}
@@ -54,13 +56,19 @@ def test_injected_outliers_are_found_exactly(source: Path, text: Path, tokenizer
     for entry in report.inputs:
         x = inputs[entry.module_name]
         reached = (x.abs() >= 6).sum(0)
-        assert {c.column: c.share for c in entry.columns} == {k: int(reached[k]) / len(x) for k in reached.nonzero()[:, 0].tolist()}
+        assert {c.column: c.share for c in entry.columns} == {
+            k: int(reached[k]) / len(x) for k in reached.nonzero()[:, 0].tolist()
+        }
         assert entry.extreme == pytest.approx(float(x.abs().max()), rel=1e-4)
         assert entry.n_tokens == len(x) == 160
         if entry.projection in READ_NORMS:
             assert {c.column for c in entry.columns} == {*SHIFTED, *SCALED}
             assert [c.share for c in entry.columns if c.column in SHIFTED] == [1.0, 1.0]
-    norms = [inputs[f"model.decoder.layers.{i}.{name}"] for i in (0, 1) for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1")]
+    norms = [
+        inputs[f"model.decoder.layers.{i}.{name}"]
+        for i in (0, 1)
+        for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1")
+    ]
     share = torch.stack([(x.abs() >= 6).double().mean(0) for x in norms]).mean(0)
     for k, feature in by_column.items():
         assert feature.position_share == pytest.approx(float(share[k])) and feature.layer_share == 1.0
@@ -90,9 +98,13 @@ def test_int8_checkpoint_shows_what_its_source_shows(source: Path, text: Path, t
 def test_static_set_holds_the_features_of_every_layer_that_reads_them(source: Path, text: Path) -> None:
     report = find_outliers(source, text, budget=0, **SMALL)
     frequent = {
-        entry.module_name: {c.column for c in entry.columns if c.share >= 0.06} for entry in report.inputs if entry.columns
+        entry.module_name: {c.column for c in entry.columns if c.share >= 0.06}
+        for entry in report.inputs
+        if entry.columns
     }
-    assert {name: set(columns) for name, columns in report.static_set.items()} == {n: c for n, c in frequent.items() if c}
+    assert {name: set(columns) for name, columns in report.static_set.items()} == {
+        n: c for n, c in frequent.items() if c
+    }
     assert all({*SHIFTED} <= set(report.static_set[f"model.decoder.layers.{i}.fc1"]) for i in (0, 1))
     rows = {"q_proj": 64, "k_proj": 64, "v_proj": 64, "out_proj": 64, "fc1": 128, "fc2": 64}
     assert report.static_set_bytes == sum(2 * rows[n.rpartition(".")[2]] * len(c) for n, c in report.static_set.items())
@@ -165,7 +177,9 @@ def test_text_shorter_than_a_window_is_one_window(tmp_path: Path, tokenizer: Any
 def test_window_begins_as_the_tokenizer_begins_a_text(text: Path, tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     windows = read_windows(text, tokenizer, 3, 20)
     assert windows.ids.shape == (3, 20) and windows.ids[:, 0].tolist() == [tokenizer.bos_token_id] * 3
     assert (windows.ids[:, 1:] != tokenizer.bos_token_id).all()
@@ -173,7 +187,13 @@ def test_window_begins_as_the_tokenizer_begins_a_text(text: Path, tokenizer: Any
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), (b"", "holds no text"), (b" \n", "holds no text"), (b"ab\xff", "byte 2 is not UTF-8"), (b"a", "has 1 tokens, expected at least 2")],
+    [
+        (None, "No such file"),
+        (b"", "holds no text"),
+        (b" \n", "holds no text"),
+        (b"ab\xff", "byte 2 is not UTF-8"),
+        (b"a", "has 1 tokens, expected at least 2"),
+    ],
 )
 def test_what_is_no_text_is_refused(content: bytes | None, message: str, tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "text.txt"
@@ -200,7 +220,9 @@ def test_checkpoint_that_lacks_weights_is_refused(source: Path, text: Path) -> N
     tensors = read_tensors(source)
     del tensors["model.decoder.layers.1.fc1.weight"]
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CorruptFileError, match=r"has no weights, or none of the right shape, for 'model.decoder.layers.1.fc1"):
+    with pytest.raises(
+        CorruptFileError, match=r"has no weights, or none of the right shape, for 'model.decoder.layers.1.fc1"
+    ):
         find_outliers(source, text, **SMALL)
 
 
@@ -229,7 +251,15 @@ def test_device_that_is_not_there_is_an_error(source: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"threshold": 0.0}, {"threshold": float("nan")}, {"n_sequences": 0}, {"length": 1}, {"min_share": 1.1}, {"budget": -1}]
+    "wrong",
+    [
+        {"threshold": 0.0},
+        {"threshold": float("nan")},
+        {"n_sequences": 0},
+        {"length": 1},
+        {"min_share": 1.1},
+        {"budget": -1},
+    ],
 )
 def test_numbers_out_of_range_are_refused(wrong: dict[str, Any], source: Path, text: Path) -> None:
     with pytest.raises(ValueError, match="must be"):

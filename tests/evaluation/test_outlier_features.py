@@ -28,7 +28,9 @@ class Stack(nn.Module):
 
     def __init__(self, n_layers: int, wide: int = 2 * WIDTH) -> None:
         super().__init__()
-        modules = ({"q": nn.Linear(WIDTH, 4), "k": nn.Linear(WIDTH, 4), "fc2": nn.Linear(wide, 4)} for _ in range(n_layers))
+        modules = (
+            {"q": nn.Linear(WIDTH, 4), "k": nn.Linear(WIDTH, 4), "fc2": nn.Linear(wide, 4)} for _ in range(n_layers)
+        )
         self.layers = nn.ModuleList(nn.ModuleDict(names) for names in modules)
 
     def run(self, x: torch.Tensor, wide: torch.Tensor) -> None:

@@ -33,7 +33,25 @@ def report(width: int = 32, features: tuple[int, ...] = (4, 20)) -> OutlierRepor
             inputs.append(LayerInput(name, f"layers.{i}", kind, n, 100, float(values.max()), kind != "fc2", ()))
     found = tuple(OutlierFeature(k, 1.0, 1.0, 50.0, "positive", (9.0, 20.0, 40.0)) for k in features)
     return OutlierReport(
-        *("model", "text.txt", "0" * 64, 1, 100, 6.0, N_LAYERS, tuple(inputs), found, (), 0.06, 0.01, {}, 0, 1, "cpu", 1.0),
+        *(
+            "model",
+            "text.txt",
+            "0" * 64,
+            1,
+            100,
+            6.0,
+            N_LAYERS,
+            tuple(inputs),
+            found,
+            (),
+            0.06,
+            0.01,
+            {},
+            0,
+            1,
+            "cpu",
+            1.0,
+        ),
         largest=largest,
     )
 

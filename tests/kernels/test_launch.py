@@ -45,7 +45,9 @@ class Result(enum.IntEnum):
 class RecordingDriver:
     """As much of `cuda.bindings.driver` as loading and launching ask for; says yes and writes down what it was told."""
 
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="dynamic shared")
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="dynamic shared", CU_FUNC_ATTRIBUTE_NUM_REGS="registers"
+    )
 
     def __init__(self, fields: tuple[Any, ...] = ()) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -59,6 +61,10 @@ class RecordingDriver:
     def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[Result, str]:
         self.calls.append(("get", module, name))
         return Result.CUDA_SUCCESS, "function"
+
+    def cuFuncGetAttribute(self, *asked: str) -> tuple[Result, int]:
+        self.calls.append(("ask", *asked))
+        return Result.CUDA_SUCCESS, 32
 
     def cuFuncSetAttribute(self, *told: Any) -> tuple[Result]:
         self.calls.append(("attribute", *told))
@@ -124,7 +130,8 @@ def test_more_shared_memory_is_asked_for_once() -> None:
 def test_driver_gets_the_entry_of_the_ptx_and_a_terminated_string() -> None:
     recording = RecordingDriver()
     Function(recording, PTX, 32, Arguments("Q"))
-    assert recording.calls == [("load", PTX.encode() + b"\0"), ("get", "module", b"some_kernel")]
+    assert recording.calls[:2] == [("load", PTX.encode() + b"\0"), ("get", "module", b"some_kernel")]
+    assert recording.calls[2:] == [("ask", "registers", "function")]  # so that a lazy driver has it
 
 
 def test_refusal_of_the_driver_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +151,7 @@ def test_kernel_is_loaded_once_on_each_device_and_compiled_once_for_each_capabil
     devices: list[Any] = [SimpleNamespace(index=index, capability=cc, driver=recording) for index, cc in places]
     functions = [one.loaded(device) for device in (*devices, *devices)]
     assert functions[:3] == functions[3:] and len(set(functions)) == 3
-    assert [call[0] for call in recording.calls] == ["load", "get"] * 3
+    assert [call[0] for call in recording.calls] == ["load", "get", "ask"] * 3
     assert compiled == [(8, 0), (9, 0)]
 
 

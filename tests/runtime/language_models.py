@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,43 @@ def language_model(name: str, tokenizer: Any, dtype: torch.dtype = torch.float32
     model = build_model(name, dtype)
     torch.manual_seed(1)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if model.config.is_encoder_decoder:
+        model.generation_config.decoder_start_token_id = 0
     return model
 
 
 def save_int8(name: str, directory: Path, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Path:
-    """An int8 checkpoint with its tokenizer, as the converter leaves it; the source stays beside it."""
+    """An int8 checkpoint with its tokenizer; what it was made of stays beside it."""
     source = directory.with_name(f"{directory.name}-source")
-    language_model(name, tokenizer, dtype).save_pretrained(source)
-    tokenizer.save_pretrained(source)
-    int8convert.quantize(source, directory, on_event=lambda event: None)
+    model = language_model(name, tokenizer, dtype)
+    for path in (source, directory):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        int8convert.quantize_(model)
+    return directory
+
+
+def reciter(tokenizer: Any, text: str) -> Any:
+    """A model that recites a text and ends, from wherever in it a prompt ends; its layers add nothing.
+
+    Each token's embedding is a direction of its own, and the head's row for the next one the same direction. So no
+    rounding changes what it says.
+    """
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert len(set(ids)) == len(ids) <= 64, "a token that comes twice would be followed by the same one twice"
+    model = language_model("llama", tokenizer)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", "embed_tokens.weight")):
+            parameter.data.zero_()
+    for direction, (token, following) in enumerate(pairwise(ids)):
+        model.model.embed_tokens.weight.data[token, direction] = 1.0
+        model.lm_head.weight.data[following, direction] = 1.0
+    return model
+
+
+def save_reciter(text: str, directory: Path, tokenizer: Any) -> Path:
+    """An int8 checkpoint of it."""
+    model = int8convert.quantize_(reciter(tokenizer, text))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory

@@ -265,7 +265,9 @@ def test_dropout_is_of_the_attention_and_in_training_alone() -> None:
         return result
 
     for need_weights in (True, False):
+        model.dropout = 0.0
         expected = call(need_weights)
+        model.dropout = 0.5
         assert (call(need_weights) - model.train()(x, x, x, need_weights=need_weights)[0]).abs().max() > 0.1
         model.eval()
         assert torch.equal(call(need_weights), expected)

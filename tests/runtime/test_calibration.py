@@ -93,6 +93,24 @@ def test_calibration_runs_without_dropout_and_leaves_the_modules_as_they_were() 
     assert [module.training for module in model] == [True, True, False]
 
 
+class Routed(nn.Module):
+    """Even tokens go to the first expert, odd ones to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.experts = nn.Embedding(4, 4), nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        return [expert(self.embed(ids[ids % 2 == i])) for i, expert in enumerate(self.experts)]
+
+
+def test_expert_that_no_token_goes_to_has_no_outliers() -> None:
+    model = Routed()
+    model.embed.weight.data[:, 1] = 9.0
+    found = int8convert.calibrate(model, [torch.tensor([0, 2])])
+    assert [found[f"experts.{i}"].columns.tolist() for i in (0, 1)] == [[1], []]
+
+
 def test_hooks_are_removed_when_the_model_fails() -> None:
     model = TwoLayers()
     with pytest.raises(IndexError):

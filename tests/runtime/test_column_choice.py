@@ -163,7 +163,9 @@ def test_step_is_that_of_a_token_without_its_outlier_columns() -> None:
     x[:, 2] = 100.0
     rest = x[:, [k for k in range(N_IN) if k != 2]]
     seen = gather({"a": linear}, x)["a"]
-    assert float(seen.step_squares) == pytest.approx(float((rest.abs().amax(1) / 127).double().square().sum()), rel=1e-6)
+    assert float(seen.step_squares) == pytest.approx(
+        float((rest.abs().amax(1) / 127).double().square().sum()), rel=1e-6
+    )
 
 
 def test_hooks_go_even_after_an_error() -> None:

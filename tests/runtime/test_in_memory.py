@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 import int8convert
-from int8convert.errors import CoverageError, NonFiniteWeightError, PatternError
+from int8convert.errors import CoverageError, FormatError, NonFiniteWeightError, PatternError
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.outliers import StoredOutliers
 from tests.runtime.float_twin import int8_names
@@ -35,6 +35,11 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=TOKENS, **decoder).logits
     return result
+
+
+def loaded_model(name: str, directory: Path) -> Any:
+    """As users have it: in 16 bits, with what transformers keeps in 32."""
+    return type(build_model(name)).from_pretrained(save_checkpoint(name, directory))
 
 
 def same_bytes(layer: Any, weight: torch.Tensor) -> bool:
@@ -63,10 +68,9 @@ def test_linear_layers_become_their_codes_and_compute_in_the_dtype_of_their_inpu
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "t5"])
 def test_codes_are_those_the_converter_writes(name: str, tmp_path: Path, map_in_process: None) -> None:
-    source = save_checkpoint(name, tmp_path / "source")
-    int8convert.quantize(source, tmp_path / "int8", on_event=lambda event: None)
+    model = loaded_model(name, tmp_path / "source")
+    int8convert.quantize(tmp_path / "source", tmp_path / "int8", on_event=lambda event: None)
     written = read_tensors(tmp_path / "int8")
-    model = type(build_model(name)).from_pretrained(source)
     held = int8convert.quantize_(model).state_dict()
     codes = {key for key, tensor in written.items() if tensor.dtype == torch.int8}
     assert codes == {key for key, tensor in held.items() if tensor.dtype == torch.int8} != set()
@@ -275,3 +279,61 @@ def test_logits_stay_near_those_before(build: Callable[[], Any]) -> None:
     int8convert.quantize_(model)
     error = (logits(model).float() - expected).square().mean().sqrt()
     assert 0 < error < 0.02 * expected.square().mean().sqrt()
+
+
+# Saving.
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "t5", "gemma3"])
+def test_quantized_model_saves_an_int8_checkpoint(name: str, tmp_path: Path) -> None:
+    model = int8convert.quantize_(loaded_model(name, tmp_path / "source"), threshold=5.0)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "int8")
+    loaded = int8convert.load(tmp_path / "int8")
+    assert int8_names(loaded) == int8_names(model) and loaded.config.quantization_config.outlier_threshold == 5.0
+    assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_checkpoint_it_saves_loads_with_bitsandbytes(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = int8convert.quantize_(build_model("llama"), skip=["layers.0.*"])
+    model.save_pretrained(tmp_path)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    int8 = {name for name, module in theirs.named_modules() if type(module).__name__ == "Linear8bitLt"}
+    assert int8 == set(int8_names(model)) and len(int8) == 7
+    error = (logits(theirs) - logits(model)).abs().max()
+    assert error < 0.01 * logits(model).abs().max()
+
+
+def test_stored_columns_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = loaded_model("llama", tmp_path / "source")
+    outliers = int8convert.calibrate(model, [TOKENS], threshold=2.0)
+    assert sum(len(found.columns) for found in outliers.values()) > 10
+    int8convert.quantize_(model, outliers=outliers)
+    model.save_pretrained(tmp_path / "int8")
+    loaded = int8convert.load(tmp_path / "int8")
+    assert torch.equal(logits(loaded), logits(model))
+    for name in int8_names(model):
+        layer: Any = loaded.get_submodule(name)
+        assert torch.equal(layer.outlier_weight, outliers[name].weight) and layer.mode == "static+guard"
+
+
+def with_subclass(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.__class__ = Named
+
+
+def with_name_inside_another(model: Any) -> None:
+    model.up_proj, model.also = nn.Linear(8, 8), nn.Linear(8, 8)
+    model.also.weight = model.up_proj.weight
+
+
+@pytest.mark.parametrize("change", [with_subclass, with_name_inside_another])
+def test_model_that_no_loader_would_read_refuses_to_be_saved(change: Callable[[Any], None], tmp_path: Path) -> None:
+    """bitsandbytes replaces no subclasses, and takes the name of a module left out for the tail of others."""
+    model = build_model("llama")
+    change(model)
+    int8convert.quantize_(model)
+    with pytest.raises(FormatError, match=r"'model\.layers\.0\.mlp\.up_proj'"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -271,6 +271,20 @@ def test_codes_in_the_order_of_old_gpus_are_refused(tmp_path: Path) -> None:
         int8convert.load(out)
 
 
+def test_checkpoint_that_names_no_order_is_in_the_usual_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As early bitsandbytes wrote them; what lies in the memory that a missing buffer gets decides nothing."""
+    out = convert(save_checkpoint("llama", tmp_path / "source"), tmp_path / "out")
+    expected = logits(int8convert.load(out))
+    (path,) = out.glob("*.safetensors")
+    tensors = read_tensors(out)
+    save_file({k: v for k, v in tensors.items() if not k.endswith("weight_format")}, path, {"format": "pt"})
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **named: empty_like(*args, **named).fill_(7))
+    model = int8convert.load(out)
+    assert torch.equal(logits(model), expected)
+    assert all(int(layer.weight_format) == 0 for layer in int8_layers(model).values())
+
+
 def test_model_takes_little_more_memory_than_its_files(llama: Path) -> None:
     model = int8convert.load(llama)
     held = sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
