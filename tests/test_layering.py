@@ -16,7 +16,7 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "conversion": {"checkpoint", "cuda_kernels", "errors", "version"},
     "runtime": {"checkpoint", "cuda_kernels", "errors"},
-    "evaluation": {"runtime", "checkpoint", "cuda_kernels", "errors"},
+    "evaluation": {"conversion", "runtime", "checkpoint", "cuda_kernels", "errors", "version"},
     "cli": {"conversion", "evaluation", "runtime", "checkpoint", "errors", "version"},
     "cuda_kernels": set(),
 }

@@ -1,0 +1,149 @@
+"""How an int8 checkpoint came about, as far as its manifest tells: from which source, with which options.
+
+An export's manifest names the int8 checkpoint it was made of, whose manifest names the source: the chain is followed as
+long as its directories are there. Without a manifest - a checkpoint that transformers and bitsandbytes wrote - the
+source has to be named, and which modules were left out is read from config.json.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.adapter import open_adapter
+from int8convert.checkpoint.int8_config import Int8Format, read_format
+from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, Manifest
+from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.errors import AdapterError, SourceError
+
+_MAX_EXPORTS = 20
+"""Of exports of exports; a chain that is longer goes in circles."""
+
+_NOT_FINITE = "not finite in int8"
+"""The reason `quantize` gives for modules that `--on-nonfinite keep` left alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an int8 checkpoint comes from.
+
+    Attributes:
+        reference: the directory of the checkpoint it was converted from.
+        format: what `quantize` was asked to write, by which it was decided what becomes int8.
+        skip, only: its options.
+        threshold: the one it wrote; None if that is not known.
+        lora: the adapter that was merged, as the user names it now.
+        kept_for_values: modules that were left alone because their values are said to have no int8 form.
+        source_files: what the manifest says of the source, see `manifest.describe_source`; empty if it says nothing.
+        is_known: a manifest tells all this; if not, the codes may have been computed in some other way.
+        is_exported: between conversion and checkpoint lies at least one export.
+    """
+
+    reference: str
+    format: OutputFormat
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    threshold: float | None = None
+    lora: str | None = None
+    kept_for_values: tuple[str, ...] = ()
+    source_files: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    is_known: bool = False
+    is_exported: bool = False
+
+
+def find_provenance(
+    out: CheckpointSource, reference: str | os.PathLike[str] | None = None, lora: str | os.PathLike[str] | None = None
+) -> Provenance:
+    """Follow an int8 checkpoint's manifest to its source.
+
+    Args:
+        reference: the source; None takes the one the manifest names.
+        lora: the adapter that was merged, which the manifest knows by its hash alone.
+
+    Raises:
+        SourceError: it is no int8 checkpoint, or its source is neither named nor found.
+        AdapterError: an adapter was merged, and another or none is given.
+    """
+    manifest, request, is_exported = _find_conversion(out.directory)
+    named = os.fspath(reference) if reference is not None else manifest.read_source() if request else None
+    if named is None or (reference is None and not Path(named).is_dir()):
+        raise SourceError(
+            f"what {quoted(out.label, 200)} was made of is not known: "
+            + (
+                "no manifest names it"
+                if named is None
+                else f"its manifest names {quoted(named, 200)}, which is not there"
+            ),
+            "name the 16-bit checkpoint with --reference SRC; nothing was measured",
+        )
+    adapter = os.fspath(lora) if lora is not None else None
+    if request is None:
+        is_bitsandbytes = read_format(out.config) is Int8Format.BITSANDBYTES
+        own = OutputFormat.BITSANDBYTES if is_bitsandbytes else OutputFormat.COMPRESSED_TENSORS
+        return Provenance(named, own, lora=adapter)
+    options = request.get("options")
+    options = options if isinstance(options, dict) else {}
+    _check_adapter(options.get("lora"), adapter)
+    threshold = options.get("threshold")
+    files = request.get("source")
+    return Provenance(
+        reference=named,
+        format=OutputFormat(request["format"]),
+        skip=_strings(options.get("skip")),
+        only=_strings(options.get("only")),
+        threshold=float(threshold) if isinstance(threshold, int | float) else None,
+        lora=adapter,
+        kept_for_values=_kept_for_values(manifest) if options.get("on_nonfinite") == "keep" else (),
+        source_files=files if isinstance(files, dict) else {},
+        is_known=True,
+        is_exported=is_exported,
+    )
+
+
+def _find_conversion(directory: Path) -> tuple[Manifest, dict[str, Any] | None, bool]:
+    """The manifest at the beginning of the chain; what was asked of the conversion, if it is one of ours; exports?"""
+    manifest = Manifest(directory)
+    for n_exports in range(_MAX_EXPORTS):
+        request = manifest.read_request() if manifest.is_complete else None
+        if request is None:
+            return manifest, None, n_exports > 0
+        if "arithmetic" in request:
+            is_ours = request["arithmetic"] == ARITHMETIC_VERSION and request.get("format") in tuple(OutputFormat)
+            return manifest, request if is_ours else None, n_exports > 0
+        manifest = Manifest(Path(manifest.read_source() or "nowhere"))
+    return manifest, None, True
+
+
+def _kept_for_values(manifest: Manifest) -> tuple[str, ...]:
+    return tuple(
+        name.removesuffix(".weight")
+        for record in manifest.read_records().values()
+        for name, tensor in record.tensors.items()
+        if tensor.reason == _NOT_FINITE
+    )
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+
+
+def _check_adapter(merged: Any, given: str | None) -> None:
+    """The adapter given is the one that was merged."""
+    if merged is None and given is None:
+        return
+    if given is None:
+        raise AdapterError(
+            "a LoRA adapter was merged into the checkpoint, and its manifest knows it by its hash alone",
+            "name it with --lora ADAPTER; nothing was measured",
+        )
+    if merged is None or open_adapter(given).identity() != merged:
+        what = "none was merged" if merged is None else "another one was merged"
+        raise AdapterError(
+            f"the adapter {quoted(given, 200)} is not what the checkpoint was made with: {what}",
+            "name the adapter of the conversion, or leave --lora out; nothing was measured",
+        )
