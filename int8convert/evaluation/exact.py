@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from int8convert.checkpoint.int8_config import Int8Format, read_format
+from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import describe_source
 from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.quantize import plan
-from int8convert.errors import CorruptFileError
+from int8convert.errors import CorruptFileError, SourceError
 from int8convert.evaluation.checks import Check, Finding, make_check
 from int8convert.evaluation.exact_files import check_carried, check_config, check_files, check_sha256, read_records
 from int8convert.evaluation.exact_layout import Int8Pair, Layout, Pair, lay_out
@@ -103,6 +104,7 @@ def verify_exact(
     except CorruptFileError as error:
         finding = Finding(os.fspath(out), "a checkpoint whose files agree", error.message)
         return ExactReport(os.fspath(out), None, "", (make_check("files", 1, [finding]),))
+    found = _format(checkpoint)
     provenance = find_provenance(checkpoint, reference, lora)
     # A module that was left alone for its values is not planned as int8, and must then hold such values.
     planned = plan(
@@ -119,7 +121,7 @@ def verify_exact(
     return ExactReport(
         out=os.fspath(out),
         reference=provenance.reference,
-        format=str(read_format(checkpoint.config)),
+        format=str(found),
         checks=checks,
         n_int8_weights=len(comparison.layout.int8_modules),
         n_different_codes=comparison.totals.n_different_codes,
@@ -128,6 +130,16 @@ def verify_exact(
         elapsed_s=time.perf_counter() - began,
         notes=tuple(_notes(provenance, planned.source)),
     )
+
+
+def _format(out: CheckpointSource) -> Int8Format:
+    if "quantization_config" not in out.config:
+        what = "its config.json has no quantization_config" if out.config else "it has no config.json"
+        raise SourceError(
+            f"{quoted(out.label, 200)} is no int8 checkpoint: {what}",
+            "give an output of int8convert quantize, or finish the conversion first; nothing was measured",
+        )
+    return read_format(out.config)
 
 
 def _notes(provenance: Provenance, source: CheckpointSource) -> Iterator[str]:

@@ -85,11 +85,10 @@ def judge_rows(
         inv_scale = (np.float32(1) / absmax) * np.float32(_N_STEPS)
     # An all-zero row, and one so small that its inv_scale overflows, has the codes 0. NaN and infinity are found below.
     inv_scale[~np.isfinite(inv_scale)] = 0
-    in_steps = weight * inv_scale[:, None]
-    np.rint(in_steps, out=in_steps)
-    expected = absmax if rules.stores_absmax else absmax / np.float32(_N_STEPS)
     with np.errstate(invalid="ignore"):
-        reference = in_steps.astype(np.int8)
+        in_steps = weight * inv_scale[:, None]
+        reference = np.rint(in_steps, out=in_steps).astype(np.int8)
+    expected = absmax if rules.stores_absmax else absmax / np.float32(_N_STEPS)
     is_finite = bool(np.isfinite(absmax).all())
     if is_finite and np.array_equal(reference, codes) and np.array_equal(expected, stored):
         return _NOTHING
@@ -149,15 +148,12 @@ class _Rows:
             value = float(self.absmax[row])
             yield "weights", self._finding("finite weights in the source", f"{value}", ~is_finite, row)
             return
-        step = self.stored.astype(np.float64)
-        if self.rules.stores_absmax:
-            step /= _N_STEPS
-        rounded = self.codes * step[:, None]
-        away = np.abs(self.weight - rounded)
-        if self.rules.may_be_fp16:
-            with np.errstate(over="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):  # a stored scale may be anything
+            step = self.stored.astype(np.float64) / (_N_STEPS if self.rules.stores_absmax else 1)
+            rounded = self.codes * step[:, None]
+            away = np.abs(self.weight - rounded)
+            if self.rules.may_be_fp16:
                 away = np.minimum(away, np.abs(self.weight.astype(np.float16) - rounded))
-        with np.errstate(invalid="ignore"):
             limit = (0.5 + self.rules.slack_steps) * np.abs(step) + 2 * np.spacing(self.absmax).astype(np.float64)
             # Rows that have no int8 form lose all they have, which is too little to matter.
             limit[self.inv_scale == 0] = np.inf
