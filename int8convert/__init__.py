@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
     from int8convert.errors import Int8ConvertError
     from int8convert.evaluation.find_outliers import OutlierReport, find_outliers
+    from int8convert.evaluation.verify import verify
+    from int8convert.evaluation.verify_report import VerifyReport
     from int8convert.runtime.calibration import calibrate
     from int8convert.runtime.generate import GenerationReport, generate
     from int8convert.runtime.in_memory import quantize_
@@ -38,6 +40,7 @@ __all__ = [
     "Int8ConvertError",
     "Int8Linear",
     "OutlierReport",
+    "VerifyReport",
     "__version__",
     "calibrate",
     "export",
@@ -48,6 +51,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "store_outliers",
+    "verify",
 ]
 
 _HOMES = {
@@ -59,6 +63,7 @@ _HOMES = {
     "Int8ConvertError": "int8convert.errors",
     "Int8Linear": "int8convert.runtime.linear",
     "OutlierReport": "int8convert.evaluation.find_outliers",
+    "VerifyReport": "int8convert.evaluation.verify_report",
     "calibrate": "int8convert.runtime.calibration",
     "export": "int8convert.conversion.export",
     "find_outliers": "int8convert.evaluation.find_outliers",
@@ -68,6 +73,7 @@ _HOMES = {
     "quantize": "int8convert.conversion.quantize",
     "quantize_": "int8convert.runtime.in_memory",
     "store_outliers": "int8convert.conversion.outlier_columns",
+    "verify": "int8convert.evaluation.verify",
 }
 
 

@@ -75,7 +75,7 @@ def run_python(code: str) -> str:
     [
         ["--version"],
         ["--help"],
-        *([name, "--help"] for name in ("quantize", "inspect", "export", "outliers", "generate")),
+        *([name, "--help"] for name in ("quantize", "inspect", "export", "verify", "outliers", "generate")),
     ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:

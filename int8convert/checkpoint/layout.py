@@ -27,6 +27,9 @@ OWN_FOLDER = "int8convert"
 OUTLIERS_FILE = f"{OWN_FOLDER}/outliers.safetensors"
 """What `int8convert.runtime.outliers` reads."""
 
+VERIFY_FILE = f"{OWN_FOLDER}/verify.json"
+"""What `int8convert verify` found out."""
+
 TEMPLATES_FOLDER = "additional_chat_templates"
 _MODULE_FILES = "[0-9]_*/*"
 """What modules.json of sentence-transformers names."""

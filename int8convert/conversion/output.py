@@ -20,6 +20,7 @@ from int8convert.checkpoint.layout import (
     INDEX_NAME,
     OUTLIERS_FILE,
     OWN_FOLDER,
+    VERIFY_FILE,
     bitsandbytes_config,
     build_index,
     compressed_tensors_config,
@@ -194,8 +195,8 @@ class OutputDirectory:
             n_shards: of the whole; if all are done, a complete checkpoint stays complete.
         """
         if self.replaces:
-            # First what makes it look complete, so that no half of it ever does; and columns of the weights that go.
-            for name in (CONFIG_NAME, INDEX_NAME, OUTLIERS_FILE):
+            # First what makes it look complete, so that no half of it ever does; and what is of the weights that go.
+            for name in (CONFIG_NAME, INDEX_NAME, OUTLIERS_FILE, VERIFY_FILE):
                 (self.path / name).unlink(missing_ok=True)
             self.manifest.remove()
             for file in self._weight_files():

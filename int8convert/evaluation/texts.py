@@ -1,0 +1,102 @@
+"""The text a model is measured on: the user's, a dataset's as others measure on it, or a small one that comes along.
+
+    default     22 kB of the Declaration of Independence, the Constitution of the United States and the Gettysburg
+                Address, all in the public domain. A blunt instrument: models know it by heart, so that perplexity on
+                it is low and says nothing of a model; the difference between two models it does show.
+    wikitext2   wikitext-2-raw-v1, test split, its lines joined by blank lines (the convention of GPTQ's evaluation)
+    c4          en, first validation file, its first 1,100 documents joined by spaces (likewise)
+
+Datasets come from the Hugging Face Hub or its cache; nothing else here needs a network.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from int8convert.errors import SourceError
+
+DEFAULT_TEXT = Path(__file__).with_name("default_text.txt")
+DATASETS = ("wikitext2", "c4")
+
+_N_C4_DOCUMENTS = 1100
+_FILES = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+    "c4": ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz"),
+}
+"""Repository and file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A file to measure on.
+
+    Attributes:
+        description: what it is, for people.
+        is_default: nobody asked for it.
+    """
+
+    path: Path
+    description: str
+    is_default: bool
+
+
+@contextmanager
+def open_text(text: str | os.PathLike[str] | None, dataset: str | None) -> Iterator[Text]:
+    """The text asked for, as a file that is there as long as this lasts.
+
+    Raises:
+        SourceError: the dataset cannot be had here.
+        ValueError: both are given, or no such dataset.
+    """
+    if text is not None and dataset is not None:
+        raise ValueError("text and dataset exclude each other")
+    if dataset is None:
+        path = Path(text) if text is not None else DEFAULT_TEXT
+        what = path.name if text is not None else "the text that comes with int8convert: a blunt default"
+        yield Text(path, what, text is None)
+        return
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {dataset!r}")
+    content = _read_wikitext2() if dataset == "wikitext2" else _read_c4()
+    with tempfile.TemporaryDirectory(prefix="int8convert-") as folder:
+        path = Path(folder) / dataset
+        path.write_text(content, encoding="utf-8")
+        yield Text(path, f"{dataset}: {_FILES[dataset][1]} of {_FILES[dataset][0]}", False)
+
+
+def _read_c4() -> str:
+    with gzip.open(_fetch("c4"), "rt", encoding="utf-8") as lines:
+        return " ".join(json.loads(line)["text"] for line in islice(lines, _N_C4_DOCUMENTS))
+
+
+def _read_wikitext2() -> str:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise SourceError(
+            "wikitext2 is a Parquet file, which needs pyarrow to be read",
+            "pip install pyarrow, or give a text of your own with --text FILE",
+        ) from error
+    return "\n\n".join(parquet.read_table(_fetch("wikitext2"), columns=["text"])["text"].to_pylist())
+
+
+def _fetch(dataset: str) -> str:
+    """The file in the Hub's cache, downloaded if it is not there."""
+    from huggingface_hub import hf_hub_download
+
+    repository, file_name = _FILES[dataset]
+    try:
+        return hf_hub_download(repository, file_name, repo_type="dataset")
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{file_name} of the dataset {repository} cannot be had: {str(error).splitlines()[0][:160]}",
+            "fetch it once where there is a network, or give a text of your own with --text FILE",
+        ) from error

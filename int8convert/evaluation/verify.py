@@ -1,0 +1,174 @@
+"""`verify`: is an int8 checkpoint what it should be, and does it do what its source does? Levels, cheap to dear.
+
+    exact       files, tensors, codes, scales against the source's; no model is run (`exact`)
+    fidelity    both models on the same tokens, statistics of the paired differences, two gates (`fidelity`)
+
+A level that fails is the last: what a broken checkpoint computes is of no interest. What was found is written into the
+checkpoint, `int8convert/verify.json`, so that whoever gets it sees how it was measured.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from int8convert import __version__
+from int8convert.checkpoint.atomic import write_json
+from int8convert.checkpoint.hashing import file_sha256
+from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE
+from int8convert.checkpoint.source import open_source
+from int8convert.errors import CorruptFileError
+from int8convert.evaluation.exact import Progress, verify_exact
+from int8convert.evaluation.texts import Text, open_text
+from int8convert.evaluation.verify_report import Gates, TextUsed, VerifyReport
+
+if TYPE_CHECKING:
+    from int8convert.evaluation.fidelity import FidelityReport
+    from int8convert.evaluation.windows import TokenWindows
+
+DEFAULT_SEQUENCES = 16
+DEFAULT_LENGTH = 2048
+"""Tokens of a window, or what the model takes, if that is less."""
+
+_DEFAULT_TEXT_LENGTH = 256
+"""The text that comes along has some 4,500 tokens, and an interval needs more than two or three sequences."""
+
+_DESCRIBED_FILES = (CONFIG_NAME, f"{OWN_FOLDER}/manifest.json", OUTLIERS_FILE)
+
+
+class Level(StrEnum):
+    """How far to go."""
+
+    EXACT = "exact"
+    FIDELITY = "fidelity"
+
+
+def verify(
+    out: str | os.PathLike[str],
+    *,
+    reference: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    dataset: str | None = None,
+    level: str = Level.FIDELITY,
+    modes: Sequence[str] = (),
+    max_dnll: float = 0.01,
+    max_kl: float = 0.01,
+    n_sequences: int = DEFAULT_SEQUENCES,
+    length: int | None = None,
+    stream: bool | None = None,
+    lora: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    on_exact: Progress | None = None,
+    on_fidelity: Any = None,
+) -> VerifyReport:
+    """Compare an int8 checkpoint with what it was made of, and write `int8convert/verify.json` into it.
+
+    Args:
+        out: the int8 checkpoint's directory.
+        reference: the checkpoint it was converted from; None takes the one its manifest names.
+        text: a file in UTF-8 to run both models on; None takes a small one that comes along.
+        dataset: "wikitext2" or "c4" in its place, from the Hugging Face Hub or its cache.
+        level: "exact" or "fidelity".
+        modes: the arithmetic to run, see `int8convert.load`; none takes what `load` would run.
+        max_dnll, max_kl: the gates of the fidelity level, see `Gates`.
+        n_sequences, length: at most so many windows of so many tokens, from all over the text; None takes 2,048 or
+            what the model takes, 256 on the text that comes along.
+        stream: run both models layer by layer, for those larger than memory; None does so where needed.
+        lora: the adapter that was merged in the conversion.
+        trust_remote_code: as `quantize` has it.
+        on_exact: told of bytes done and bytes in all.
+        on_fidelity: see `measure_fidelity`.
+
+    Raises:
+        Int8ConvertError: it could not be measured. That the checkpoint is broken or too far from its source is no
+            error: the report says so.
+        ValueError: an argument is out of its range.
+    """
+    began = time.perf_counter()
+    level, gates = Level(level), Gates(max_dnll, max_kl)
+    if n_sequences < 1 or (length is not None and length < 2) or max_dnll != max_dnll or max_kl != max_kl:
+        raise ValueError("n_sequences must be at least 1, length at least 2, and the gates numbers")
+    with ExitStack() as stack:
+        windows, used = None, None
+        if level is not Level.EXACT:  # whatever is wrong with the text is said before anything is read
+            found = stack.enter_context(open_text(text, dataset))
+            windows, used = _windows(out, found, n_sequences, length)
+        exact = verify_exact(
+            out, reference=reference, lora=lora, trust_remote_code=trust_remote_code, on_progress=on_exact
+        )
+        fidelity: tuple[FidelityReport, ...] = ()
+        if windows is not None and exact.is_passed and exact.reference is not None:
+            from int8convert.evaluation.fidelity import measure_fidelity
+
+            fidelity = measure_fidelity(
+                exact.reference,
+                out,
+                windows,
+                modes=modes,
+                stream=stream,
+                trust_remote_code=trust_remote_code,
+                on_progress=on_fidelity,
+            )
+    return VerifyReport(
+        tool=f"int8convert {__version__}",
+        out=os.fspath(out),
+        level=str(level),
+        gates=gates,
+        files=_describe_files(Path(out)),
+        exact=exact,
+        text=used if fidelity else None,
+        fidelity=fidelity,
+        elapsed_s=time.perf_counter() - began,
+    )
+
+
+def write_report(report: VerifyReport) -> Path:
+    """Put a report beside what it is about, whole or not at all.
+
+    Raises:
+        OSError: the directory cannot be written to.
+    """
+    path = Path(report.out) / VERIFY_FILE
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, report.to_json())
+    return path
+
+
+def _windows(
+    out: str | os.PathLike[str], text: Text, n_sequences: int, length: int | None
+) -> tuple[TokenWindows, TextUsed]:
+    from int8convert.evaluation.models import load_tokenizer
+    from int8convert.evaluation.windows import read_windows
+
+    if length is None:
+        wanted = _DEFAULT_TEXT_LENGTH if text.is_default else DEFAULT_LENGTH
+        length = min(wanted, _n_positions(out) or wanted)
+    windows = read_windows(text.path, load_tokenizer(out), n_sequences, length)
+    n, length = windows.ids.shape
+    used = TextUsed(
+        windows.text, windows.text_sha256, text.description, text.is_default, windows.n_text_tokens, n, length
+    )
+    return windows, used
+
+
+def _n_positions(out: str | os.PathLike[str]) -> int | None:
+    """How many tokens the model takes at once, by its config.json; None if that does not say."""
+    try:
+        config = open_source(out).config
+    except CorruptFileError:
+        return None  # the exact level says what is wrong
+    for part in (config, config.get("text_config")):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = part.get(name) if isinstance(part, dict) else None
+            if type(value) is int and value > 1:
+                return value
+    return None
+
+
+def _describe_files(out: Path) -> dict[str, str]:
+    return {name: file_sha256(out / name) for name in _DESCRIBED_FILES if (out / name).is_file()}

@@ -1,0 +1,119 @@
+"""What `verify` found out, and whether that passes; docs/verify-json.md is its form as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from int8convert.evaluation.checks import Check
+from int8convert.evaluation.exact import ExactReport
+
+if TYPE_CHECKING:
+    from int8convert.evaluation.fidelity import FidelityReport
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """What the fidelity level must not exceed.
+
+    Attributes:
+        max_dnll: upper bound of the 95 % interval of the mean difference in negative log-likelihood, nats a token.
+        max_kl: mean Kullback-Leibler divergence from the source's predictions, nats a token.
+    """
+
+    max_dnll: float = 0.01
+    max_kl: float = 0.01
+
+    def failures(self, report: FidelityReport) -> Iterator[str]:
+        """What exceeds them; a number that is none does, too."""
+        upper = report.delta_nll_interval[1]
+        if not upper <= self.max_dnll:
+            yield (
+                f"fidelity ({report.mode}): delta-NLL is {report.delta_nll:.4g}, at 95 % confidence up to {upper:.4g}, "
+                f"expected at most {self.max_dnll:g}"
+            )
+        if not report.mean_kl <= self.max_kl:
+            yield f"fidelity ({report.mode}): mean KL is {report.mean_kl:.4g}, expected at most {self.max_kl:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class TextUsed:
+    """What was measured on.
+
+    Attributes:
+        name, sha256: of the file.
+        description: what it is, for people.
+        n_text_tokens: of the whole text, of which the windows are taken at equal distances.
+    """
+
+    name: str
+    sha256: str
+    description: str
+    is_default: bool
+    n_text_tokens: int
+    n_sequences: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The outcome of `verify`.
+
+    Attributes:
+        out: the int8 checkpoint, as the caller named it.
+        level: the one asked for; the levels below it come first, and one that fails is the last.
+        files: those of the checkpoint that decide what it is and how it runs -> sha256, to tell later whether the
+            report is of what is there.
+        fidelity: one for each arithmetic that was run; empty if that level was not reached.
+        sweep: the same with other outlier thresholds, which no gate looks at.
+    """
+
+    tool: str
+    out: str
+    level: str
+    gates: Gates
+    files: dict[str, str]
+    exact: ExactReport
+    text: TextUsed | None = None
+    fidelity: tuple[FidelityReport, ...] = ()
+    sweep: tuple[FidelityReport, ...] = ()
+    elapsed_s: float = 0.0
+    failures: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = [line for check in self.exact.checks if not check.is_passed for line in _describe(check)]
+        found += [line for report in self.fidelity for line in self.gates.failures(report)]
+        object.__setattr__(self, "failures", tuple(found))
+
+    @property
+    def is_passed(self) -> bool:
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; numbers JSON has not are strings: "inf", "nan"."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        first = {"schema": 1, "is_passed": self.is_passed, "failures": values.pop("failures")}
+        result: dict[str, Any] = _plain({**first, **values})
+        result["exact"]["is_passed"] = self.exact.is_passed
+        return result
+
+
+def _describe(check: Check) -> Iterator[str]:
+    """A line for each of the first few findings; the others counted."""
+    n_shown = 3
+    for finding in check.findings[:n_shown]:
+        yield f"{check.name}: {finding}"
+    if check.n_findings > n_shown:
+        yield f"{check.name}: and {check.n_findings - n_shown:,} more tensors or files"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
