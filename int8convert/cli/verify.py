@@ -26,7 +26,7 @@ from int8convert.cli.console import (
 
 if TYPE_CHECKING:
     from int8convert.evaluation.exact import ExactReport
-    from int8convert.evaluation.fidelity import FidelityReport
+    from int8convert.evaluation.fidelity import FidelityProgress, FidelityReport
     from int8convert.evaluation.verify_report import VerifyReport
 
 HELP = """Compare an int8 checkpoint with what it was made of, and say whether it passes.
@@ -47,11 +47,23 @@ FAILED = 3
 _INTERRUPTED = "nothing was written; a verify.json that was there is still there"
 _LEVELS = ("exact", "fidelity")
 _DATASETS = ("wikitext2", "c4")
+_CONVENTIONS = ("spread", "contiguous", "strided", "halves")
 
 
 def _choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
     if value is not None and value not in choices:
         raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}", param_hint=name)
+
+
+def _numbers(value: str | None) -> tuple[float, ...]:
+    """Thresholds between commas."""
+    try:
+        found = tuple(float(part) for part in value.split(",")) if value is not None else ()
+    except ValueError:
+        found = (-1.0,)
+    if not all(threshold >= 0 for threshold in found):
+        raise typer.BadParameter(f"{value!r} is no list of thresholds, such as 0,3,6,inf", param_hint="--thresholds")
+    return found
 
 
 def verify(
@@ -74,11 +86,25 @@ def verify(
     length: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Tokens of each; default: 2048, or what the model takes.")
     ] = None,
+    convention: Annotated[
+        str | None,
+        typer.Option(
+            help="How the text is cut: spread, contiguous, strided or halves; default: contiguous, as "
+            "published figures are, for a dataset, else spread."
+        ),
+    ] = None,
+    thresholds: Annotated[
+        str | None, typer.Option(metavar="T,T,..", help="Outlier thresholds to compare, too, such as 0,3,inf.")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Layer by layer, one of each model in memory; default: where needed.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(envvar="INT8CONVERT_DEVICE", help="Where the models run: auto, cpu or cuda[:n].")
+    ] = "auto",
     lora: Annotated[
-        str | None, typer.Option(metavar="ADAPTER", help="The adapter that was merged when OUT was made.")
+        str | None,
+        typer.Option(metavar="ADAPTER", help="The adapter that was merged when OUT was made; --level exact only."),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run SRC's own code to find its weights, as for quantize.")
@@ -88,6 +114,8 @@ def verify(
 ) -> None:
     _choice("--level", level, _LEVELS)
     _choice("--dataset", dataset, _DATASETS)
+    _choice("--convention", convention, _CONVENTIONS)
+    swept = _numbers(thresholds)
     if text is not None and dataset is not None:
         raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
     with reporting_errors(as_json, _INTERRUPTED):
@@ -101,14 +129,18 @@ def verify(
                 text=text,
                 dataset=dataset,
                 level=level,
+                thresholds=swept,
                 max_dnll=max_dnll,
                 max_kl=max_kl,
                 n_sequences=sequences,
                 length=length,
+                convention=convention,
                 stream=stream or None,
+                device=device,
                 lora=lora,
                 trust_remote_code=trust_remote_code,
                 on_exact=on_exact,
+                on_fidelity=None if quiet or as_json else _say_steps(),
             )
         written = None
         try:
@@ -144,6 +176,23 @@ def _showing_bytes(quiet: bool, as_json: bool) -> Iterator[Callable[[int, int], 
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+def _say_steps() -> Callable[[FidelityProgress], None]:
+    """What a measurement is going to take, before it takes it; then a line now and then."""
+    last = [0]
+
+    def on_progress(progress: FidelityProgress) -> None:
+        if progress.step == "start":
+            how = "layer by layer" if progress.streamed else "both models in memory"
+            note(f"running {how}, at most {format_bytes(progress.peak_memory_bytes)}")
+            return
+        tenth = 10 * progress.n_done // max(1, progress.n_steps)
+        if tenth > last[0]:
+            last[0] = tenth
+            stderr.print(f"fidelity: {progress.n_done:,} of {progress.n_steps:,} steps")
+
+    return on_progress
+
+
 def _print_report(report: VerifyReport) -> None:
     """What failed comes first."""
     verdict = "[bold green]passed[/]" if report.is_passed else "[bold red]failed[/]"
@@ -154,11 +203,9 @@ def _print_report(report: VerifyReport) -> None:
         note(text)
     _print_exact(report.exact)
     if report.text is not None:
-        print_line(
-            f"{report.text.n_sequences} x {report.text.length} tokens of {escape(report.text.description)}"
-            f" ({report.text.n_text_tokens:,} tokens in all)"
-        )
+        print_line(f"[bold]Fidelity[/]: {escape(report.text.description)}; {escape(report.text.convention)}")
         _print_fidelity(report.fidelity)
+        _print_sweep(report.sweep)
     elif report.level != "exact":
         note("the models were not run: the exact level failed")
 
@@ -185,7 +232,8 @@ def _print_exact(exact: ExactReport) -> None:
 
 def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:
     rows: list[tuple[str, Callable[[FidelityReport], str]]] = [
-        ("outlier threshold", lambda r: f"{r.threshold:g}"),
+        ("outlier threshold", lambda r: "none" if r.threshold is None else f"{r.threshold:g}"),
+        ("columns in 16 bits", lambda r: format_percent(r.outlier_share)),
         ("perplexity, source", lambda r: f"{r.reference_perplexity:.4f}"),
         ("perplexity, int8", lambda r: f"{r.perplexity:.4f}"),
         ("delta-NLL", lambda r: f"{r.delta_nll:+.6f}"),
@@ -201,12 +249,25 @@ def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:
         ("peak memory", lambda r: format_bytes(r.peak_memory_bytes)),
         ("time", lambda r: format_seconds(r.seconds)),
     ]
-    print_line(
-        f"[bold]Fidelity[/]: {reports[0].n_tokens:,} tokens predicted in {reports[0].n_sequences} sequences; "
-        f"{escape(reports[0].convention)}"
-    )
     print_table(
         "",
         ("", *(report.mode for report in reports)),
         [(name, *(value(report) for report in reports)) for name, value in rows],
+    )
+
+
+def _print_sweep(reports: tuple[FidelityReport, ...]) -> None:
+    """One line for each threshold."""
+    if not reports:
+        return
+    print_table(
+        "Outlier thresholds",
+        ("threshold", "mode", "columns in 16 bits", "perplexity", "delta-NLL", "KL, mean", "same top token"),
+        [
+            (
+                *("none" if r.threshold is None else f"{r.threshold:g}", r.mode, format_percent(r.outlier_share)),
+                *(f"{r.perplexity:.4f}", f"{r.delta_nll:+.6f}", f"{r.mean_kl:.6f}", format_percent(r.same_top1)),
+            )
+            for r in reports
+        ],
     )

@@ -76,12 +76,14 @@ class Layout:
         pairs: in the order of the checkpoint's files and their bytes.
         findings: tensors that are missing, too many, or not as promised.
         n_expected: tensors that should be there.
+        planned_modules: those that should be int8, paired or not.
     """
 
     format: Int8Format
     pairs: tuple[Pair, ...] = field(repr=False)
     findings: tuple[Finding, ...]
     n_expected: int
+    planned_modules: frozenset[str] = field(repr=False)
 
     @property
     def int8_modules(self) -> set[str]:
@@ -106,6 +108,7 @@ class _Pairing:
         self._pairs: list[Pair] = []
         self._findings: list[Finding] = []
         self._n_expected = 0
+        self._modules: set[str] = set()
 
     def result(self) -> Layout:
         order = {name: i for i, name in enumerate(self._left)}
@@ -117,7 +120,9 @@ class _Pairing:
         for name, tensor in self._left.items():
             self._findings.append(Finding(name, "no such tensor: the source gives none", _shown(tensor)))
         self._pairs.sort(key=lambda pair: order[pair.main.name])
-        return Layout(self._format, tuple(self._pairs), tuple(self._findings), self._n_expected)
+        return Layout(
+            self._format, tuple(self._pairs), tuple(self._findings), self._n_expected, frozenset(self._modules)
+        )
 
     def _place_int8(self, planned: PlannedTensor) -> None:
         module = planned.output_name.removesuffix(".weight")
@@ -125,6 +130,7 @@ class _Pairing:
         if there is not None and there.stored.dtype in _FLOATS and self._may_be_kept(module):
             self._place_kept(replace(planned, output_dtype=there.stored.dtype, reason="named in config.json"))
             return
+        self._modules.add(module)
         shape = planned.source.shape
         codes = self._take(module + self._names.codes, {"I8"}, [shape])
         dtypes: Set[str] = {"F32"} if self._provenance.is_known else _FLOATS

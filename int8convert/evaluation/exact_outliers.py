@@ -47,6 +47,8 @@ def pair_outliers(out: CheckpointSource, layout: Layout, is_known: bool) -> Pair
     pairs: dict[str, OutlierPair] = {}
     findings: list[Finding] = []
     for module in sorted({name.rpartition(".")[0] for name in tensors}):
+        if module in layout.planned_modules - weights.keys():
+            continue  # what is wrong with the module itself has been found
         columns, weight = tensors.get(module + _COLUMNS), tensors.get(module + _WEIGHT)
         if columns is None or weight is None or module not in weights:
             expected = "columns and their weights, of a module that is int8"

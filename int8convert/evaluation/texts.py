@@ -41,11 +41,13 @@ class Text:
     Attributes:
         description: what it is, for people.
         is_default: nobody asked for it.
+        is_dataset: one that others measure on, too.
     """
 
     path: Path
     description: str
-    is_default: bool
+    is_default: bool = False
+    is_dataset: bool = False
 
 
 @contextmanager
@@ -69,7 +71,7 @@ def open_text(text: str | os.PathLike[str] | None, dataset: str | None) -> Itera
     with tempfile.TemporaryDirectory(prefix="int8convert-") as folder:
         path = Path(folder) / dataset
         path.write_text(content, encoding="utf-8")
-        yield Text(path, f"{dataset}: {_FILES[dataset][1]} of {_FILES[dataset][0]}", False)
+        yield Text(path, f"{dataset}: {_FILES[dataset][1]} of {_FILES[dataset][0]}", is_dataset=True)
 
 
 def _read_c4() -> str:

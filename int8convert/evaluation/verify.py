@@ -14,21 +14,24 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from int8convert import __version__
 from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.hashing import file_sha256
+from int8convert.checkpoint.int8_config import read_threshold
 from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE
 from int8convert.checkpoint.source import open_source
-from int8convert.errors import CorruptFileError
-from int8convert.evaluation.exact import Progress, verify_exact
+from int8convert.conversion.quantize import DEFAULT_THRESHOLD
+from int8convert.errors import AdapterError, CorruptFileError
+from int8convert.evaluation.exact import ExactReport, Progress, verify_exact
 from int8convert.evaluation.texts import Text, open_text
 from int8convert.evaluation.verify_report import Gates, TextUsed, VerifyReport
 
 if TYPE_CHECKING:
-    from int8convert.evaluation.fidelity import FidelityReport
+    from int8convert.evaluation.fidelity import FidelityReport, ProgressHandler
     from int8convert.evaluation.windows import TokenWindows
 
 DEFAULT_SEQUENCES = 16
@@ -56,15 +59,18 @@ def verify(
     dataset: str | None = None,
     level: str = Level.FIDELITY,
     modes: Sequence[str] = (),
+    thresholds: Sequence[float] = (),
     max_dnll: float = 0.01,
     max_kl: float = 0.01,
     n_sequences: int = DEFAULT_SEQUENCES,
     length: int | None = None,
+    convention: str | None = None,
     stream: bool | None = None,
+    device: str = "auto",
     lora: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     on_exact: Progress | None = None,
-    on_fidelity: Any = None,
+    on_fidelity: ProgressHandler | None = None,
 ) -> VerifyReport:
     """Compare an int8 checkpoint with what it was made of, and write `int8convert/verify.json` into it.
 
@@ -74,11 +80,15 @@ def verify(
         text: a file in UTF-8 to run both models on; None takes a small one that comes along.
         dataset: "wikitext2" or "c4" in its place, from the Hugging Face Hub or its cache.
         level: "exact" or "fidelity".
-        modes: the arithmetic to run, see `int8convert.load`; none takes what `load` would run.
+        modes: the arithmetic to run, see `int8convert.evaluation.arithmetic`; none takes what `load` would run.
+        thresholds: run that at these outlier thresholds, too; the gates look at the checkpoint's own alone.
         max_dnll, max_kl: the gates of the fidelity level, see `Gates`.
         n_sequences, length: at most so many windows of so many tokens, from all over the text; None takes 2,048 or
             what the model takes, 256 on the text that comes along.
+        convention: how the text is cut, see `windows.Convention`; None is "contiguous" for a dataset, as published
+            figures are, and else "spread".
         stream: run both models layer by layer, for those larger than memory; None does so where needed.
+        device: where they run: "auto", "cpu" or "cuda[:n]".
         lora: the adapter that was merged in the conversion.
         trust_remote_code: as `quantize` has it.
         on_exact: told of bytes done and bytes in all.
@@ -93,27 +103,29 @@ def verify(
     level, gates = Level(level), Gates(max_dnll, max_kl)
     if n_sequences < 1 or (length is not None and length < 2) or max_dnll != max_dnll or max_kl != max_kl:
         raise ValueError("n_sequences must be at least 1, length at least 2, and the gates numbers")
+    if lora is not None and level is not Level.EXACT:
+        raise AdapterError(
+            "the source without the adapter is another model, so there is nothing to compare predictions with",
+            "--level exact compares the tensors, adapter included; nothing was measured",
+        )
     with ExitStack() as stack:
         windows, used = None, None
-        if level is not Level.EXACT:  # whatever is wrong with the text is said before anything is read
+        if level is not Level.EXACT:  # whatever is wrong with the text is said before anything is compared
             found = stack.enter_context(open_text(text, dataset))
-            windows, used = _windows(out, found, n_sequences, length)
+            windows, used = _windows(out, found, n_sequences, length, convention)
         exact = verify_exact(
             out, reference=reference, lora=lora, trust_remote_code=trust_remote_code, on_progress=on_exact
         )
-        fidelity: tuple[FidelityReport, ...] = ()
-        if windows is not None and exact.is_passed and exact.reference is not None:
-            from int8convert.evaluation.fidelity import measure_fidelity
-
-            fidelity = measure_fidelity(
-                exact.reference,
-                out,
-                windows,
-                modes=modes,
-                stream=stream,
-                trust_remote_code=trust_remote_code,
-                on_progress=on_fidelity,
-            )
+        run = partial(
+            _measure,
+            modes=modes,
+            stream=stream,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            on_progress=on_fidelity,
+        )
+        is_reached = windows is not None and exact.is_passed
+        fidelity, sweep = run(exact, windows, thresholds) if windows is not None and is_reached else ((), ())
     return VerifyReport(
         tool=f"int8convert {__version__}",
         out=os.fspath(out),
@@ -121,10 +133,26 @@ def verify(
         gates=gates,
         files=_describe_files(Path(out)),
         exact=exact,
-        text=used if fidelity else None,
+        text=used if is_reached else None,
         fidelity=fidelity,
+        sweep=sweep,
         elapsed_s=time.perf_counter() - began,
     )
+
+
+def _measure(
+    exact: ExactReport, windows: TokenWindows, thresholds: Sequence[float], **options: Any
+) -> tuple[tuple[FidelityReport, ...], tuple[FidelityReport, ...]]:
+    """What the gates look at, and what they do not: all of it again, with other thresholds between."""
+    from int8convert.evaluation.fidelity import measure_fidelity
+
+    assert exact.reference is not None, "an exact level that passes has one"
+    own = read_threshold(open_source(exact.out).config, DEFAULT_THRESHOLD)
+    chosen = sorted({own, *thresholds}) if thresholds else ()
+    measured = measure_fidelity(exact.reference, exact.out, windows, thresholds=chosen, **options)
+    if not thresholds:
+        return measured, ()
+    return tuple(report for report in measured if report.threshold in (own, None)), measured
 
 
 def write_report(report: VerifyReport) -> Path:
@@ -140,18 +168,27 @@ def write_report(report: VerifyReport) -> Path:
 
 
 def _windows(
-    out: str | os.PathLike[str], text: Text, n_sequences: int, length: int | None
+    out: str | os.PathLike[str], text: Text, n_sequences: int, length: int | None, convention: str | None
 ) -> tuple[TokenWindows, TextUsed]:
     from int8convert.evaluation.models import load_tokenizer
-    from int8convert.evaluation.windows import read_windows
+    from int8convert.evaluation.windows import Convention, read_windows_by
+
+    cut = Convention(convention) if convention else Convention.CONTIGUOUS if text.is_dataset else Convention.SPREAD
 
     if length is None:
         wanted = _DEFAULT_TEXT_LENGTH if text.is_default else DEFAULT_LENGTH
         length = min(wanted, _n_positions(out) or wanted)
-    windows = read_windows(text.path, load_tokenizer(out), n_sequences, length)
+    windows = read_windows_by(cut, text.path, load_tokenizer(out), n_sequences, length)
     n, length = windows.ids.shape
     used = TextUsed(
-        windows.text, windows.text_sha256, text.description, text.is_default, windows.n_text_tokens, n, length
+        windows.text,
+        windows.text_sha256,
+        text.description,
+        text.is_default,
+        windows.n_text_tokens,
+        n,
+        length,
+        windows.convention,
     )
     return windows, used
 

@@ -45,7 +45,9 @@ class TextUsed:
     Attributes:
         name, sha256: of the file.
         description: what it is, for people.
-        n_text_tokens: of the whole text, of which the windows are taken at equal distances.
+        n_text_tokens: of the whole text.
+        n_sequences, length: windows of so many tokens.
+        convention: how they were cut, and what perplexity means then.
     """
 
     name: str
@@ -55,6 +57,7 @@ class TextUsed:
     n_text_tokens: int
     n_sequences: int
     length: int
+    convention: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class VerifyReport:
         files: those of the checkpoint that decide what it is and how it runs -> sha256, to tell later whether the
             report is of what is there.
         fidelity: one for each arithmetic that was run; empty if that level was not reached.
-        sweep: the same with other outlier thresholds, which no gate looks at.
+        sweep: the same at several outlier thresholds, if asked for; no gate looks at it.
     """
 
     tool: str

@@ -288,7 +288,8 @@ DEFECTS = {
         swap_rows, {"weights": f"{Q}.weight row 2 ", "codes": f"{Q}.weight row 2 ", "scales": f"{Q}.weight row 2"}
     ),
     "floor instead of rint": Defect(
-        floor_instead_of_rint, {"weights": f"{FC2}.weight row 0", "codes": f"{FC2}.weight"}
+        floor_instead_of_rint,
+        {"rows": "expected largest |code| 127, found 128", "weights": f"{FC2}.weight row 0", "codes": f"{FC2}.weight"},
     ),
     "half up instead of half to even": Defect(
         half_up_instead_of_half_to_even, {"codes": f"{Q}.weight row 9 column 1: expected code 2, found code 3"}
@@ -311,10 +312,12 @@ DEFECTS = {
     "transposed weight": Defect(
         transpose(FC1), {"tensors": f"{FC1}.weight: expected I8 [128, 64], found I8 [64, 128]"}
     ),
-    "transposed square weight": Defect(transpose(Q), {"weights": f"{Q}.weight row 0", "codes": f"{Q}.weight row 0"}),
+    "transposed square weight": Defect(
+        transpose(Q), {"rows": f"{Q}.weight", "weights": f"{Q}.weight row 0", "codes": f"{Q}.weight row 0"}
+    ),
     "stale shard": Defect(
         stale_shard,
-        {"weights": LAYER, "codes": LAYER, "scales": LAYER, "kept": LAYER},
+        {"weights": "layers.0.fc2", "codes": "layers.0.fc2", "scales": "layers.0.fc2", "kept": "layers.0.fc"},
     ),
     "zeroed outlier columns": Defect(
         zero_outlier_columns, {"outlier columns": f"{FC1}.outlier_weight row 0 column 21: "}, is_in_shards=False
@@ -362,13 +365,7 @@ DEFECTS = {
     ),
     "bf16 read as fp16": Defect(
         read_bf16_as_fp16,
-        {
-            "tensors": ": expected BF16 ",
-            "weights": "self_attn",
-            "codes": ".weight",
-            "scales": ".weight",
-            "outlier columns": "",
-        },
+        {"weights": "fc1.weight", "codes": "fc1.weight", "scales": "fc1.weight", "kept": "expected 0.0136"},
     ),
     "bf16 bias read as fp16": Defect(read_bf16_bias_as_fp16, {"kept": f"{FC1}.bias row 0: expected "}),
     "missing bias": Defect(drop_a_bias, {"tensors": f"{FC1}.bias: expected BF16 [128], found no such tensor"}),
