@@ -8,26 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from int8convert.cli.console import (
     format_bytes,
-    format_percent,
-    format_seconds,
     note,
     print_json,
-    print_line,
-    print_table,
     reporting_errors,
     stderr,
     wants_live_display,
 )
+from int8convert.cli.verify_summary import print_report
 
 if TYPE_CHECKING:
-    from int8convert.evaluation.exact import ExactReport
-    from int8convert.evaluation.fidelity import FidelityProgress, FidelityReport
-    from int8convert.evaluation.verify_report import VerifyReport
+    from int8convert.evaluation.fidelity import FidelityProgress
 
 HELP = """Compare an int8 checkpoint with what it was made of, and say whether it passes.
 
@@ -150,7 +144,7 @@ def verify(
         if as_json:
             print_json({**report.to_json(), "written": written})
         else:
-            _print_report(report)
+            print_report(report)
             if written is not None and not quiet:
                 note(f"written: {written}")
         if not report.is_passed:
@@ -191,83 +185,3 @@ def _say_steps() -> Callable[[FidelityProgress], None]:
             stderr.print(f"fidelity: {progress.n_done:,} of {progress.n_steps:,} steps")
 
     return on_progress
-
-
-def _print_report(report: VerifyReport) -> None:
-    """What failed comes first."""
-    verdict = "[bold green]passed[/]" if report.is_passed else "[bold red]failed[/]"
-    print_line(f"[bold]{escape(report.out)}[/]: {verdict}")
-    for failure in report.failures:
-        print_line(f"  {escape(failure)}")
-    for text in report.exact.notes:
-        note(text)
-    _print_exact(report.exact)
-    if report.text is not None:
-        print_line(f"[bold]Fidelity[/]: {escape(report.text.description)}; {escape(report.text.convention)}")
-        _print_fidelity(report.fidelity)
-        _print_sweep(report.sweep)
-    elif report.level != "exact":
-        note("the models were not run: the exact level failed")
-
-
-def _print_exact(exact: ExactReport) -> None:
-    print_line(
-        f"[bold]Exact[/]: {exact.n_int8_weights:,} int8 weights, {format_bytes(exact.n_read_bytes)} in "
-        f"{format_seconds(exact.elapsed_s)}"
-    )
-    print_table(
-        "",
-        ("check", "looked at", "found", ""),
-        [
-            (check.name, f"{check.n_checked:,}", f"{check.n_findings:,}", "ok" if check.is_passed else "FAILED")
-            for check in exact.checks
-        ],
-    )
-    if exact.n_different_codes or exact.n_different_scales:
-        print_line(
-            f"{exact.n_different_codes:,} codes and {exact.n_different_scales:,} scales differ from the reference "
-            "rounding"
-        )
-
-
-def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:
-    rows: list[tuple[str, Callable[[FidelityReport], str]]] = [
-        ("outlier threshold", lambda r: "none" if r.threshold is None else f"{r.threshold:g}"),
-        ("columns in 16 bits", lambda r: format_percent(r.outlier_share)),
-        ("perplexity, source", lambda r: f"{r.reference_perplexity:.4f}"),
-        ("perplexity, int8", lambda r: f"{r.perplexity:.4f}"),
-        ("delta-NLL", lambda r: f"{r.delta_nll:+.6f}"),
-        ("  95 % interval", lambda r: f"{r.delta_nll_interval[0]:+.6f} to {r.delta_nll_interval[1]:+.6f}"),
-        ("KL, mean", lambda r: f"{r.mean_kl:.6f}"),
-        ("  95 % interval", lambda r: f"{r.mean_kl_interval[0]:.6f} to {r.mean_kl_interval[1]:.6f}"),
-        ("KL, median", lambda r: f"{r.median_kl:.6f}"),
-        ("KL, 99 %", lambda r: f"{r.p99_kl:.6f}"),
-        ("KL, 99.9 %", lambda r: f"{r.p999_kl:.6f}"),
-        ("same top token", lambda r: format_percent(r.same_top1)),
-        ("delta-p, rms", lambda r: format_percent(r.delta_p)),
-        ("streamed", lambda r: "yes" if r.streamed else "no"),
-        ("peak memory", lambda r: format_bytes(r.peak_memory_bytes)),
-        ("time", lambda r: format_seconds(r.seconds)),
-    ]
-    print_table(
-        "",
-        ("", *(report.mode for report in reports)),
-        [(name, *(value(report) for report in reports)) for name, value in rows],
-    )
-
-
-def _print_sweep(reports: tuple[FidelityReport, ...]) -> None:
-    """One line for each threshold."""
-    if not reports:
-        return
-    print_table(
-        "Outlier thresholds",
-        ("threshold", "mode", "columns in 16 bits", "perplexity", "delta-NLL", "KL, mean", "same top token"),
-        [
-            (
-                *("none" if r.threshold is None else f"{r.threshold:g}", r.mode, format_percent(r.outlier_share)),
-                *(f"{r.perplexity:.4f}", f"{r.delta_nll:+.6f}", f"{r.mean_kl:.6f}", format_percent(r.same_top1)),
-            )
-            for r in reports
-        ],
-    )
