@@ -14,13 +14,14 @@ from int8convert.checkpoint.manifest import Manifest, ShardRecord
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.evaluation.checks import Check, Finding, make_check
+from int8convert.evaluation.exact_layout import is_left_alone
 from int8convert.evaluation.provenance import Provenance
 
 _WRITTEN_KEYS = frozenset({"quantization_config", "dtype", "torch_dtype"})
 """What a conversion writes into config.json; all else is the source's."""
 
-_MODULE_LISTS = (Int8Format.BITSANDBYTES, Int8Format.TORCHAO)
-"""Formats whose loaders read a name in their list as a part of other names, too."""
+_BY_PARTS = (Int8Format.BITSANDBYTES, Int8Format.TORCHAO)
+"""Formats whose loaders read a name in their list as a beginning or an end of others, too."""
 
 
 def read_records(out: CheckpointSource) -> dict[str, ShardRecord]:
@@ -95,23 +96,15 @@ def _skip_list(
     """No int8 module is to be left alone by the loader, and each other one is: either way it would load garbage."""
     found = read_format(out.config)
     listed = set(read_skipped_names(out.config, found))
+    is_by_parts = found in _BY_PARTS
     for module in sorted(int8_modules):
-        named = module in listed or (
-            found in _MODULE_LISTS and any(f".{name}." in f".{module}." for name in _parts(module) & listed)
-        )
-        if named:
+        if module in listed or (is_by_parts and is_left_alone(module, listed)):
             yield _entry("quantization_config", f"{module} to be loaded as int8", "it is among those to leave alone")
             return
     lacking = sorted(set(skip_modules) - listed) if provenance.is_known else []
     if lacking:
         more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
         yield _entry("quantization_config", f"{lacking[0]} among the modules to leave alone", f"it is not{more}")
-
-
-def _parts(module: str) -> set[str]:
-    """Every run of the parts of a name."""
-    parts = module.split(".")
-    return {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
 
 
 def _other_entries(found: dict[str, Any], source: dict[str, Any]) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ What may differ without being one, where no manifest tells what was asked for: m
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from int8convert.checkpoint.int8_config import Int8Format, is_ignored, read_format, read_skipped_names
@@ -90,6 +90,14 @@ class Layout:
         return {pair.module_name for pair in self.pairs if isinstance(pair, Int8Pair)}
 
 
+def is_left_alone(module: str, names: Iterable[str]) -> bool:
+    """Whether loaders of bitsandbytes' and torchao's formats leave a module alone that such a list names.
+
+    Source: transformers/quantizers/quantizers_utils.py, `should_convert_module`.
+    """
+    return any(f"{module}.".startswith(f"{name}.") or module.endswith(name) for name in names)
+
+
 def lay_out(out: CheckpointSource, plan: ConversionPlan, provenance: Provenance) -> Layout:
     """Pair the tensors of an int8 checkpoint with those of the plan."""
     return _Pairing(out, plan, provenance).result()
@@ -149,8 +157,7 @@ class _Pairing:
             return False
         if self._format is Int8Format.COMPRESSED_TENSORS:
             return is_ignored(module, type("Linear", (), {}), self._out.config["quantization_config"])
-        skipped = read_skipped_names(self._out.config, self._format)
-        return any(f".{name}." in f".{module}." for name in skipped)
+        return is_left_alone(module, read_skipped_names(self._out.config, self._format))
 
     def _place_kept(self, planned: PlannedTensor) -> None:
         name = planned.output_name
