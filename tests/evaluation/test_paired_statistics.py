@@ -11,7 +11,6 @@ import torch
 from int8convert.evaluation import paired_statistics
 from int8convert.evaluation.paired_statistics import PairedStatistics, PairedSummary, interval, t_quantile
 
-
 STUDENT = {
     1: 12.70620474,
     2: 4.30265273,
