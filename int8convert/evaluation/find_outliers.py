@@ -23,7 +23,7 @@ from torch import nn
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.errors import SourceError
 from int8convert.evaluation.ablation import AblationRun, ablate
-from int8convert.evaluation.models import choose_device, load_model, load_tokenizer
+from int8convert.evaluation.models import check_length, choose_device, load_model, load_tokenizer
 from int8convert.evaluation.outlier_features import LayerInput, OutlierFeature, describe_inputs, find_features
 from int8convert.evaluation.outlier_values import watching_values
 from int8convert.evaluation.windows import TokenWindows, read_windows
@@ -139,7 +139,7 @@ def find_outliers(
     windows = read_windows(text, load_tokenizer(path), n_sequences, length)
     model = load_model(path, used)
     layers = _layers(model, module_names)
-    _check_length(model, windows)
+    check_length(model, windows)
     statistics, inputs, features = _observe(model, layers, windows, threshold)
     states = {entry.module_name: layers[entry.module_name] for entry in inputs if entry.is_hidden_state}
     columns = choose_columns(layers, statistics, min_share=min_share, budget=budget)
@@ -181,15 +181,6 @@ def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Modu
             "name the checkpoint that was converted, or the int8 checkpoint itself; nothing was written",
         )
     return layers
-
-
-def _check_length(model: Any, windows: TokenWindows) -> None:
-    n_positions = getattr(model.config, "max_position_embeddings", None)
-    if n_positions is not None and windows.ids.shape[1] > n_positions:
-        raise SourceError(
-            f"the model takes {n_positions:,} tokens, and the windows have {windows.ids.shape[1]:,}",
-            f"pass --length {n_positions} or less",
-        )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from int8convert.checkpoint.source import open_source
 from int8convert.errors import CorruptFileError, DeviceError, SourceError
+from int8convert.evaluation.windows import TokenWindows
 from int8convert.runtime.load import load, model_class
 
 
@@ -51,7 +52,20 @@ def is_int8(path: str | os.PathLike[str]) -> bool:
     return isinstance(block, dict) and "fp8" not in str(block.get("quant_method"))
 
 
-def load_model(path: str | os.PathLike[str], device: str) -> Any:
+def read_config(path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The transformers config of a checkpoint.
+
+    Raises:
+        SourceError: transformers cannot read it.
+    """
+    name = os.fspath(path)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise SourceError(*_not_loadable(name, error)) from error
+
+
+def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: bool = False) -> Any:
     """A checkpoint's model in eval mode: int8 as `int8convert.load` has it, others in float32 on the CPU, where 16 bits
     are slower and less exact, and in their own dtype elsewhere.
 
@@ -60,21 +74,19 @@ def load_model(path: str | os.PathLike[str], device: str) -> Any:
         CorruptFileError: weights are missing.
     """
     if is_int8(path):
-        return load(path, device_map={"": device})
+        return load(path, device_map={"": device}, trust_remote_code=trust_remote_code)
     name = os.fspath(path)
+    config = read_config(path, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(name)
         model, info = model_class(config).from_pretrained(
             name,
             dtype=torch.float32 if device == "cpu" else "auto",
             device_map={"": device},
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise SourceError(
-            f"transformers cannot load '{name}': {str(error).splitlines()[0]}",
-            "mend that, or give the int8 checkpoint made of it",
-        ) from error
+        raise SourceError(*_not_loadable(name, error)) from error
     lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if lacking:
         raise CorruptFileError(
@@ -83,3 +95,24 @@ def load_model(path: str | os.PathLike[str], device: str) -> Any:
             "its config.json and its weights do not belong together; fetch the checkpoint again",
         )
     return model.eval()
+
+
+def _not_loadable(name: str, error: Exception) -> tuple[str, str]:
+    return (
+        f"transformers cannot load '{name}': {str(error).splitlines()[0]}",
+        "mend that, or give the int8 checkpoint made of it",
+    )
+
+
+def check_length(model: Any, windows: TokenWindows) -> None:
+    """See that the model takes windows of this length.
+
+    Raises:
+        SourceError: it does not.
+    """
+    n_positions = getattr(model.config, "max_position_embeddings", None)
+    if n_positions is not None and windows.ids.shape[1] > n_positions:
+        raise SourceError(
+            f"the model takes {n_positions:,} tokens, and the windows have {windows.ids.shape[1]:,}",
+            f"pass --length {n_positions} or less",
+        )

@@ -1,10 +1,16 @@
-"""Text as windows of tokens, all of one length, from all over it."""
+"""Text as windows of tokens, all of one length, and which of their tokens are scored.
+
+A perplexity is comparable to another only if both cut the text alike, so how it was cut is kept with the tokens. A text
+is what its file holds: for the usual figure of WikiText-2, its test split joined by blank lines; for that of C4, the
+first 1,100 documents of the first validation shard joined by spaces, and 256 windows.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +19,59 @@ import torch
 from int8convert.errors import SourceError
 
 
+class Convention(StrEnum):
+    """How a text is cut.
+
+    - spread: windows at equal distances over it, no special tokens but one that the tokenizer puts before each text,
+      before each window. Every token but a window's first is scored.
+    - contiguous: windows one after the other from its start, special tokens as the tokenizer has them for one text.
+      Scored as above. This is GPTQ's way, and of most published figures.
+    - strided: the same, but each window begins half a window after the one before, and its later half is scored; of the
+      first, all. This is transformers' way, but for a shorter window at the end.
+    - halves: windows one after the other, in each the first token replaced by one that the tokenizer puts before each
+      text; the later half is scored, but for its first token. This is llama.cpp's way.
+    """
+
+    SPREAD = "spread"
+    CONTIGUOUS = "contiguous"
+    STRIDED = "strided"
+    HALVES = "halves"
+
+
 @dataclass(frozen=True, slots=True)
 class TokenWindows:
-    """Windows at equal distances over a text.
+    """Windows of a text.
 
     Attributes:
         ids: int64 [n, length].
         text: file name, without its folder.
         text_sha256: of the file.
         n_text_tokens: of the whole text.
+        cut: how.
+        first_scored: place of the first token in each window that counts; empty for 1 in all.
     """
 
     ids: torch.Tensor
     text: str
     text_sha256: str
     n_text_tokens: int
+    cut: Convention = Convention.SPREAD
+    first_scored: tuple[int, ...] = ()
+
+    @property
+    def n_scored(self) -> int:
+        """Tokens that count."""
+        n, length = self.ids.shape
+        return sum(length - first for first in self.first_scored or (1,) * n)
+
+    @property
+    def convention(self) -> str:
+        """What perplexity means here, in words."""
+        n, length = self.ids.shape
+        return (
+            f"{self.cut}: {n:,} windows of {length:,} tokens out of {self.n_text_tokens:,} of {self.text}, "
+            f"{self.n_scored:,} tokens scored; perplexity is exp of their mean negative log-likelihood"
+        )
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -67,6 +111,35 @@ def read_windows(path: str | os.PathLike[str], tokenizer: Any, n_windows: int, l
     chosen = torch.cat((torch.tensor([first] * n, dtype=torch.long).view(n, -1), chosen), 1)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return TokenWindows(chosen, Path(path).name, digest, len(ids))
+
+
+def read_windows_by(
+    convention: Convention | str, path: str | os.PathLike[str], tokenizer: Any, n_windows: int, length: int
+) -> TokenWindows:
+    """At most `n_windows` windows of `length` tokens by a convention; the last, shorter one is left out.
+
+    Raises:
+        SourceError: see `read_text`; or the text has not one window.
+    """
+    cut = Convention(convention)
+    if cut is Convention.SPREAD:
+        return read_windows(path, tokenizer, n_windows, length)
+    ids = torch.tensor(tokenizer(read_text(path), verbose=False)["input_ids"], dtype=torch.long)
+    if len(ids) < length:
+        raise SourceError(
+            f"'{os.fspath(path)}' has {len(ids):,} tokens, expected at least a window of {length:,}",
+            "give a longer text, or shorter windows",
+        )
+    step = length // 2 if cut is Convention.STRIDED else length
+    windows = ids.unfold(0, length, step)[:n_windows].clone()
+    first_scored = {
+        Convention.STRIDED: (1, *(length - step,) * (len(windows) - 1)),
+        Convention.HALVES: (length // 2 + 1,) * len(windows),
+    }
+    if cut is Convention.HALVES and _begins_with_bos(tokenizer):
+        windows[:, 0] = tokenizer.bos_token_id
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return TokenWindows(windows, Path(path).name, digest, len(ids), cut, first_scored.get(cut, ()))
 
 
 def _begins_with_bos(tokenizer: Any) -> bool:

@@ -48,7 +48,8 @@ def load(
         CorruptFileError: tensors are missing, or some fit nothing in the model.
     """
     path = os.fspath(path_or_repo)
-    config = read_int8_config(path, **_hub_options(options))
+    trusts = {name: options[name] for name in ("trust_remote_code",) if name in options}
+    config = read_int8_config(path, **_hub_options(options), **trusts)
     block = config.quantization_config
     mode = OutlierMode(outliers) if outliers else None
     run_config = Int8ConvertConfig(outliers, threshold)

@@ -1,0 +1,68 @@
+"""How much memory there is, and how much of it was used."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: str) -> int:
+    """What this process may still take on a device, by what the system, its container and its limits say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    candidates = [_available_of_the_machine(), _available_in_the_container()]
+    sizes = {resource.RLIMIT_AS: "VmSize", resource.RLIMIT_DATA: "VmData"}
+    for limit, used in sizes.items():
+        allowed = resource.getrlimit(limit)[0]
+        if allowed != resource.RLIM_INFINITY:
+            candidates.append(allowed - _read_kilobytes(Path("/proc/self/status")).get(used, 0))
+    return max(0, min(amount for amount in candidates if amount is not None))
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    return _read_kilobytes(Path("/proc/self/status")).get("VmRSS", 0)
+
+
+def start_peak() -> None:
+    """Let `peak_bytes` count from here; where the system cannot, it counts from the start of the process."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_bytes() -> int:
+    """The most that was resident since `start_peak`, files that were mapped included."""
+    since = _read_kilobytes(Path("/proc/self/status")).get("VmHWM")
+    return since if since is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _available_of_the_machine() -> int:
+    found = _read_kilobytes(Path("/proc/meminfo")).get("MemAvailable")
+    return found if found is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _available_in_the_container() -> int | None:
+    """By control groups of version 2; pages of files do not count as used, for they can be dropped."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit) - int(used.get("anon", 0))
+
+
+def _read_kilobytes(path: Path) -> dict[str, int]:
+    """The sizes in a file of /proc, in bytes; none where there is no such file."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.rstrip(":"): int(amount) * 1024 for name, amount, _ in fields}
