@@ -21,7 +21,7 @@ from int8convert.cli.console import (
 from int8convert.cli.verify_summary import print_report
 
 if TYPE_CHECKING:
-    from int8convert.evaluation.fidelity import FidelityProgress
+    from int8convert.evaluation.progress import FidelityProgress
 
 HELP = """Compare an int8 checkpoint with what it was made of, and say whether it passes.
 

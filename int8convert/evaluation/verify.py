@@ -31,7 +31,8 @@ from int8convert.evaluation.texts import Text, open_text
 from int8convert.evaluation.verify_report import Gates, TextUsed, VerifyReport
 
 if TYPE_CHECKING:
-    from int8convert.evaluation.fidelity import FidelityReport, ProgressHandler
+    from int8convert.evaluation.fidelity import FidelityReport
+    from int8convert.evaluation.progress import ProgressHandler
     from int8convert.evaluation.windows import TokenWindows
 
 DEFAULT_SEQUENCES = 16
