@@ -1,8 +1,9 @@
-"""One way to run the int8 model, against the reference: what is summed up while both run."""
+"""What is compared, and what is summed up while reference and int8 model run, side by side or in lockstep."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,12 @@ import torch
 from torch import nn
 
 from int8convert.errors import SourceError
-from int8convert.evaluation.arithmetic import Arithmetic, ColumnCount
+from int8convert.evaluation.arithmetic import Arithmetic, ColumnCount, choose_arithmetics
+from int8convert.evaluation.models import load_model
 from int8convert.evaluation.paired_statistics import PairedStatistics
+from int8convert.evaluation.progress import ProgressHandler
+from int8convert.evaluation.windows import TokenWindows
+from int8convert.runtime.load import load
 
 
 @dataclass(slots=True)
@@ -39,6 +44,37 @@ class Comparison:
     def layer_errors(self) -> tuple[tuple[str, float], ...]:
         """Layer -> |output - reference| / |reference|, over all tokens, in the order they ran."""
         return tuple((name, _ratio(*squares)) for name, squares in self._squares.items())
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityTask:
+    """What `int8convert.evaluation.fidelity.measure_fidelity` was asked for; see there."""
+
+    reference: str | os.PathLike[str]
+    out: str | os.PathLike[str]
+    windows: TokenWindows
+    modes: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    device: str
+    trusts_code: bool
+    on_progress: ProgressHandler | None
+
+    @property
+    def n_arithmetics(self) -> int:
+        """At most."""
+        return max(1, len(self.modes)) * max(1, len(self.thresholds))
+
+    def load_reference(self) -> Any:
+        """A whole model."""
+        return load_model(self.reference, self.device, trust_remote_code=self.trusts_code)
+
+    def load_int8(self) -> Any:
+        """A whole model."""
+        return load(self.out, device_map={"": self.device}, trust_remote_code=self.trusts_code)
+
+    def start_comparisons(self, int8: nn.Module) -> tuple[Comparison, ...]:
+        """One for each arithmetic; errors as `choose_arithmetics` has them."""
+        return tuple(Comparison(choice) for choice in choose_arithmetics(int8, self.modes, self.thresholds))
 
 
 @dataclass(frozen=True, slots=True)

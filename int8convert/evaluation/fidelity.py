@@ -24,20 +24,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from int8convert.errors import SourceError
-from int8convert.evaluation.arithmetic import choose_arithmetics
-from int8convert.evaluation.comparison import Comparison
-from int8convert.evaluation.in_memory_comparison import bytes_in_memory, compare_in_memory
+from int8convert.evaluation.comparison import Comparison, FidelityTask
+from int8convert.evaluation.in_memory_comparison import compare_in_memory
+from int8convert.evaluation.lockstep import compare_in_lockstep
 from int8convert.evaluation.memory import available_bytes, peak_bytes, start_peak
 from int8convert.evaluation.models import choose_device
 from int8convert.evaluation.paired_statistics import Interval
 from int8convert.evaluation.progress import ProgressHandler
+from int8convert.evaluation.stream_plan import USABLE, bytes_in_memory
 from int8convert.evaluation.windows import TokenWindows
-
-_USABLE = 0.9
-"""Share of the memory at hand that a measurement may plan for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +119,10 @@ def measure_fidelity(
     began = time.perf_counter()
     start_peak()
     used = choose_device(device)
+    task = FidelityTask(reference, out, windows, tuple(modes), tuple(thresholds), used, trust_remote_code, on_progress)
     if stream is None:
-        needed = bytes_in_memory(reference, out, windows, used, trust_remote_code)
-        stream = needed > _USABLE * available_bytes(used)
-
-    def start_comparisons(int8: nn.Module) -> list[Comparison]:
-        return [Comparison(arithmetic) for arithmetic in choose_arithmetics(int8, modes, thresholds)]
-
-    compare = compare_in_memory
-    measured = compare(reference, out, windows, start_comparisons, used, trust_remote_code, on_progress)
+        stream = bytes_in_memory(task) > USABLE * available_bytes(used)
+    measured = compare_in_lockstep(task) if stream else compare_in_memory(task)
     return tuple(
         FidelityReport(
             mode=comparison.arithmetic.mode,

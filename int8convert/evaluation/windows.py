@@ -62,7 +62,11 @@ class TokenWindows:
     def n_scored(self) -> int:
         """Tokens that count."""
         n, length = self.ids.shape
-        return sum(length - first for first in self.first_scored or (1,) * n)
+        return sum(length - self.scored_from(i) for i in range(n))
+
+    def scored_from(self, i: int) -> int:
+        """Place of the first token of window i that counts."""
+        return self.first_scored[i] if self.first_scored else 1
 
     @property
     def convention(self) -> str:
