@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +57,26 @@ def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE) -> Iterat
         stderr.print(f"[bold red]error:[/] {'terminated' if was_terminated else 'interrupted'}")
         stderr.print(f"[bold]hint:[/] {interrupted_hint}")
         raise typer.Exit(143 if was_terminated else 130) from None
+
+
+@contextmanager
+def quiet_libraries(is_live: bool) -> Iterator[None]:
+    """stderr is for our notes: no warnings of libraries, and their progress bars only where a person is watching."""
+    if os.environ.get("INT8CONVERT_DEBUG"):
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not is_live:
+                from transformers.utils.logging import disable_progress_bar
+
+                disable_progress_bar()
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 class TerminatedError(KeyboardInterrupt):

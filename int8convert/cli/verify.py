@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ from int8convert.cli.console import (
     format_bytes,
     note,
     print_json,
+    quiet_libraries,
     reporting_errors,
     stderr,
     wants_live_display,
@@ -116,7 +117,9 @@ def verify(
         from int8convert.evaluation.verify import verify as run
         from int8convert.evaluation.verify import write_report
 
-        with _showing_bytes(quiet, as_json) as on_exact:
+        is_live = wants_live_display(quiet, as_json)
+        libraries = nullcontext() if level == "exact" else quiet_libraries(is_live)  # which loads them
+        with _showing_bytes(is_live) as on_exact, libraries:
             report = run(
                 out,
                 reference=reference,
@@ -152,9 +155,9 @@ def verify(
 
 
 @contextmanager
-def _showing_bytes(quiet: bool, as_json: bool) -> Iterator[Callable[[int, int], None] | None]:
+def _showing_bytes(is_live: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar over the bytes compared, where a person watches."""
-    if not wants_live_display(quiet, as_json):
+    if not is_live:
         yield None
         return
     progress = Progress(

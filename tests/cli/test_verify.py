@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from int8convert.checkpoint.layout import VERIFY_FILE
+from int8convert.checkpoint.source import read_shard
 from tests.cli.conftest import Run
 from tests.evaluation.outlier_models import convert, outlier_model, save
 from tests.runtime.language_models import SENTENCES, build_tokenizer
@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 EXACT = ("--level", "exact")
+LOOSE = ("--device", "cpu", "--max-dnll", "0.5", "--max-kl", "0.5")
 FC1 = "model.decoder.layers.1.fc1"
 
 
@@ -44,10 +45,12 @@ def text(tmp_path: Path) -> Path:
 
 
 def break_code(out: Path) -> None:
+    """Change one byte of the file, in its place."""
     path = out / "model.safetensors"
-    tensors = load_file(path)
-    tensors[f"{FC1}.weight"][3, 5] ^= 64
-    save_file(tensors, path, {"format": "pt"})
+    (stored,) = (tensor for tensor in read_shard(path).tensors if tensor.name == f"{FC1}.weight")
+    data = bytearray(path.read_bytes())
+    data[stored.offset + 3 * stored.shape[1] + 5] ^= 64
+    path.write_bytes(data)
 
 
 def test_exact_level_passes_and_writes_what_it_found(run: Run, out: Path) -> None:
@@ -76,6 +79,38 @@ def test_failure_is_exit_code_3_and_comes_first(run: Run, out: Path) -> None:
     assert lines[3].startswith(f"  codes: {FC1}.weight row 3 column 5: expected code ")
     assert sum(line.endswith("FAILED") for line in lines) == 3
     assert "Fidelity" not in printed and "note: the models were not run: the exact level failed" in err
+
+
+def test_both_levels_are_printed_with_what_was_run_and_on_what(run: Run, out: Path) -> None:
+    code, printed, err = run("verify", out, *LOOSE, "--sequences", "2", "--thresholds", "inf,3")
+    assert code == 0
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    (said,) = (line for line in lines if line.startswith("Fidelity: "))
+    assert "a blunt default; spread: 2 windows of 64 tokens out of " in said
+    for text in ("dynamic", "outlier threshold 6", "streamed no"):
+        assert text in lines
+    assert sum(line.startswith(("KL, mean 0.", "perplexity, source ", "delta-NLL ")) for line in lines) == 3
+    at = lines.index("Outlier thresholds")
+    assert [line.split()[:2] for line in lines[at + 2 : at + 5]] == [[t, "dynamic"] for t in ("3", "6", "inf")]
+    notes = err.splitlines()
+    assert notes[0].startswith("note: running both models in memory, at most ")
+    assert "fidelity: 2 of 2 steps" in notes and notes[-1] == f"note: written: {out / VERIFY_FILE}"
+
+
+def test_streamed_measurement_says_so_and_finds_the_same(run: Run, out: Path, text: Path) -> None:
+    found = []
+    for options in ((), ("--stream",)):
+        code, printed, err = run("verify", out, *LOOSE, "--text", text, "--length", "32", "--json", *options)
+        assert (code, err) == (0, "")
+        found += json.loads(printed)["fidelity"]
+    assert [report["streamed"] for report in found] == [False, True]
+    assert found[0]["mean_kl"] == pytest.approx(found[1]["mean_kl"], rel=1e-3)
+
+
+def test_gate_that_fails_is_exit_code_3(run: Run, out: Path, text: Path) -> None:
+    code, printed, _ = run("verify", out, "--text", text, "--length", "32", "--max-kl", "0", "--max-dnll", "9")
+    assert code == 3
+    assert printed.splitlines()[1].startswith("  fidelity (dynamic): mean KL is ")
 
 
 def test_json_is_one_object_and_what_was_written(run: Run, out: Path) -> None:
