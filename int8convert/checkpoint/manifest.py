@@ -21,6 +21,7 @@ from typing import Any
 from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.layout import OWN_FOLDER, read_json_object
 from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError
 
 ARITHMETIC_VERSION = 1
@@ -121,8 +122,9 @@ class Manifest:
     def read_records(self) -> dict[str, ShardRecord]:
         """File name -> record of the finished shards. A record that cannot be read counts as none."""
         if self.is_complete and not (self.folder / _REQUEST_NAME).is_file():
-            entries: Any = read_json_object(self.folder / _MANIFEST_NAME).get("shards", [])
-            return {record.file_name: record for record in map(_parse_record, entries) if record}
+            entries = read_json_object(self.folder / _MANIFEST_NAME).get("shards")
+            found = map(_parse_record, entries if isinstance(entries, list) else [])
+            return {record.file_name: record for record in found if record}
         return {record.file_name: record for record in self._unfinished_records()}
 
     def _unfinished_records(self) -> Iterator[ShardRecord]:
@@ -155,9 +157,11 @@ class Manifest:
 def _parse_record(value: Any) -> ShardRecord | None:
     try:
         tensors = {name: TensorRecord(**tensor) for name, tensor in value["tensors"].items()}
-        return ShardRecord(**{**value, "tensors": tensors})
+        record = ShardRecord(**{**value, "tensors": tensors})
     except (TypeError, KeyError, AttributeError):
         return None
+    is_named = isinstance(record.file_name, str) and record.file_name.isprintable()
+    return record if is_named and is_size(record.n_bytes) and isinstance(record.sha256, str) else None
 
 
 def describe_source(source: CheckpointSource) -> dict[str, Any]:

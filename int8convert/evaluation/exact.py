@@ -196,7 +196,7 @@ class _Comparison:
 
     def run(self, n_workers: int, on_progress: Progress) -> tuple[Check, ...]:
         """All checks, those that tell the most first."""
-        self._findings["files"] += check_files(self._out, self._records)
+        self._findings["files"] += check_files(self._out, self._records, self._provenance.is_known)
         self._findings["tensors"] += self.layout.findings
         self._findings["outlier columns"] += self._outliers.findings
         with ThreadPoolExecutor(n_workers) as pool:
@@ -207,7 +207,7 @@ class _Comparison:
                 raise
         skip_modules = set(self._plan.model_map.skip_modules)
         return (
-            self._check("files", len(self._records)),
+            self._check("files", len(self._out.shards) if self._records else 0),
             self._check("tensors", self.layout.n_expected),
             *(self._check(name, self.totals.n_checked.get(name, 0)) for name in _VALUE_CHECKS),
             check_config(self._out, self._plan.source, self._provenance, self.layout.int8_modules, skip_modules),

@@ -20,6 +20,7 @@ from int8convert.evaluation.provenance import Provenance
 _WRITTEN_KEYS = frozenset({"quantization_config", "dtype", "torch_dtype"})
 """What a conversion writes into config.json; all else is the source's."""
 
+_LIST_KEYS = ("llm_int8_skip_modules", "ignore", "modules_to_not_convert")
 _BY_PARTS = (Int8Format.BITSANDBYTES, Int8Format.TORCHAO)
 """Formats whose loaders read a name in their list as a beginning or an end of others, too."""
 
@@ -30,8 +31,12 @@ def read_records(out: CheckpointSource) -> dict[str, ShardRecord]:
     return manifest.read_records() if manifest.is_complete else {}
 
 
-def check_files(out: CheckpointSource, records: dict[str, ShardRecord]) -> Iterator[Finding]:
-    """Weight files the manifest does not name, names and is not there, or that have another size."""
+def check_files(out: CheckpointSource, records: dict[str, ShardRecord], is_known: bool) -> Iterator[Finding]:
+    """Weight files the manifest does not name, names and is not there, or that have another size.
+
+    Args:
+        is_known: there is a manifest, and it should name them all.
+    """
     shards = {shard.path.name: shard for shard in out.shards}
     for name in records:
         if name not in shards:
@@ -39,7 +44,7 @@ def check_files(out: CheckpointSource, records: dict[str, ShardRecord]) -> Itera
             yield Finding(name, "a weight file", "not named by the index" if is_there else "no such file")
     for name, shard in shards.items():
         record = records.get(name)
-        if record is None and records:
+        if record is None and (records or is_known):
             yield Finding(name, "no such file: the manifest does not name it", f"{shard.n_bytes:,} bytes")
         elif record is not None and record.n_bytes != shard.n_bytes:
             yield Finding(name, f"{record.n_bytes:,} bytes", f"{shard.n_bytes:,} bytes")
@@ -53,7 +58,11 @@ def check_sha256(path: Path, record: ShardRecord) -> Finding | None:
     if path.stat().st_size != record.n_bytes:
         return None  # found by its size, and cheaper
     found = file_sha256(path)
-    return None if found == record.sha256 else Finding(path.name, f"sha256 {record.sha256}", f"sha256 {found}")
+    return (
+        None
+        if found == record.sha256
+        else Finding(path.name, f"sha256 {quoted(record.sha256)[1:-1]}", f"sha256 {found}")
+    )
 
 
 def check_config(
@@ -95,6 +104,11 @@ def _skip_list(
 ) -> Iterator[Finding]:
     """No int8 module is to be left alone by the loader, and each other one is: either way it would load garbage."""
     found = read_format(out.config)
+    if not any(isinstance(out.config["quantization_config"].get(key), list) for key in _LIST_KEYS):
+        # Loaders then go by the model's class, as whoever wrote the checkpoint did.
+        if provenance.is_known:
+            yield _entry("quantization_config", "a list of the modules to leave alone", "no such list")
+        return
     listed = set(read_skipped_names(out.config, found))
     is_by_parts = found in _BY_PARTS
     for module in sorted(int8_modules):

@@ -223,6 +223,46 @@ def test_fp32_source_that_bitsandbytes_rounded_to_fp16_first_passes_and_says_how
     assert report.n_int8_weights == 10 and report.n_different_codes > 0 and report.n_different_scales > 0
 
 
+def test_compressed_tensors_of_unknown_origin_pass_with_scales_of_their_own(tmp_path: Path) -> None:
+    """Half a step of whatever scale is stored: absmax / 127.5, as some tools have it, in bf16, with codes to match."""
+    source = save_checkpoint("llama", tmp_path / "source", torch.bfloat16)
+    out = convert(source, tmp_path / "out", format="compressed-tensors", skip=["layers.1.mlp.*"], min_coverage=0)
+    shutil.rmtree(out / "int8convert")
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    scale = (weights[name].float().abs().amax(1, keepdim=True) / 127.5).bfloat16()
+    tensors[f"{name}_scale"] = scale
+    tensors[name] = (weights[name].float() / scale.float()).round().clamp(-128, 127).to(torch.int8)
+    save_file(tensors, path, {"format": "pt"})
+    report = verify_exact(out, reference=source)
+    assert_passes(report)
+    assert report.n_int8_weights == 11 and report.n_different_scales == 128
+    tensors[name][4, 5] += 2 if tensors[name][4, 5] < 100 else -2
+    save_file(tensors, path, {"format": "pt"})
+    found = failures(verify_exact(out, reference=source))
+    assert found.keys() == {"weights"} and f"{name} row 4 column 5: " in found["weights"][0]
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        5,
+        [7, {"tensors": 3}],
+        [{"file_name": 1, "n_bytes": 1, "sha256": "", "plan_sha256": "", "sources": {}, "tensors": {}}],
+        [{"file_name": "a", "n_bytes": "1", "sha256": "", "plan_sha256": "", "sources": {}, "tensors": {}}],
+        [{"file_name": "\x1b[2J", "n_bytes": 1, "sha256": "", "plan_sha256": "", "sources": {}, "tensors": {}}],
+    ],
+)
+def test_nonsense_in_a_manifest_names_no_file(shards: Any, tmp_path: Path) -> None:
+    out = convert(save_checkpoint("opt", tmp_path / "source"), tmp_path / "out")
+    path = out / "int8convert" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shards": shards}))
+    found = failures(verify_exact(out))
+    assert found.keys() == {"files"} and "model.safetensors: expected no such file: the manifest" in found["files"][0]
+
+
 def test_model_quantized_in_memory_and_saved_passes(tmp_path: Path) -> None:
     source = save_checkpoint("llama", tmp_path / "source", torch.float32)
     int8convert.quantize_(build_model("llama", torch.float32)).save_pretrained(tmp_path / "out")

@@ -350,6 +350,11 @@ DEFECTS = {
         {"config": "expected lm_head among the modules to leave alone"},
         is_in_shards=False,
     ),
+    "no list of modules to leave alone": Defect(
+        lambda out: edit_block(out, llm_int8_skip_modules=None),
+        {"config": "expected a list of the modules to leave alone, found no such list"},
+        is_in_shards=False,
+    ),
     "another activation function": Defect(
         lambda out: edit_config(out, activation_function="gelu"),
         {"config": "activation_function: expected 'relu', found 'gelu'"},
