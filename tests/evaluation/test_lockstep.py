@@ -326,7 +326,8 @@ def test_layers_that_hand_on_more_than_a_hidden_state_are_refused(tmp_path: Path
         head_dim=16,
         global_head_dim=16,
         num_kv_shared_layers=1,
-        hidden_size_per_layer_input=0,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=128,
         layer_types=["full_attention"] * 3,
     )
     source = save_source(lambda: transformers.Gemma4ForCausalLM(config), tmp_path / "source")
