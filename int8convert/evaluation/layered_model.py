@@ -91,8 +91,11 @@ class LayeredModel:
             return
         modules = list(self.model.get_submodule(part).modules())
         before = [(dict(module._parameters), dict(module._buffers)) for module in modules]
+        expected = self._shapes(part)
         try:
             self._load_part(part)
+            self._check_part(part, expected)
+            self._attach_outliers(part)
             yield
         finally:
             for module, (parameters, buffers) in zip(modules, before, strict=True):
@@ -102,29 +105,30 @@ class LayeredModel:
     def _load_part(self, part: str) -> None:
         tensors = {key: self._tensors[key] for key in self._keys[part]}
         with _without_bars():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._load_config)
+            convert_and_load_state_dict_in_model(self.model, tensors, self._load_config)
         if self._load_config.hf_quantizer is not None:
             self._load_config.hf_quantizer._process_model_after_weight_loading(self.model)
-        self._check_part(part, info)
-        self._attach_outliers(part)
         self.n_loads += 1
 
-    def _check_part(self, part: str, info: Any) -> None:
-        if info.mismatched_keys or info.conversion_errors:
-            name = min([key[0] for key in info.mismatched_keys] or info.conversion_errors)
-            raise CorruptFileError(
-                f"'{self._path}' holds for '{name}' what does not fit the model",
-                "its config.json and its weights do not belong together; write or fetch the checkpoint again",
-            )
+    def _shapes(self, part: str) -> dict[str, torch.Size]:
+        state = self.model.get_submodule(part).state_dict(prefix=f"{part}.")
+        return {name: tensor.shape for name, tensor in state.items()}
+
+    def _check_part(self, part: str, expected: dict[str, torch.Size]) -> None:
+        hint = "its config.json and its weights do not belong together; write or fetch the checkpoint again"
         for name, tensor in self.model.get_submodule(part).state_dict(prefix=f"{part}.").items():
-            if tensor.is_meta and not name.endswith(_MAY_LACK):
-                is_shared = name in self.model.all_tied_weights_keys
-                raise (SourceError if is_shared else CorruptFileError)(
-                    f"'{self._path}' has no '{name}'" + (", which is the weight of another layer" if is_shared else ""),
-                    "such a model is measured with both models in memory"
-                    if is_shared
-                    else "its config.json and its weights do not belong together; write or fetch the checkpoint again",
+            if tensor.shape != expected[name]:
+                raise CorruptFileError(
+                    f"'{self._path}' holds '{name}' in the shape {list(tensor.shape)}, expected {list(expected[name])}",
+                    hint,
                 )
+            if tensor.is_meta and name in self.model.all_tied_weights_keys:
+                raise SourceError(
+                    f"'{name}' of '{self._path}' is a weight of another layer, too: it cannot be run layer by layer",
+                    "such a model is measured with both models in memory",
+                )
+            if tensor.is_meta and not name.endswith(_MAY_LACK):
+                raise CorruptFileError(f"'{self._path}' has no '{name}', or none of the right shape", hint)
 
     def _find_outliers(self) -> dict[str, str]:
         """Stored outlier columns: module -> what the file calls it."""
@@ -167,6 +171,9 @@ class LayeredModel:
             expected = [name for name in model.state_dict() if _part_of(name, names) is None]
             info, index = load_all(model, rest, None, load_config, expected)
             info.missing_keys &= set(expected)
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                if _part_of(name, names) is not None:
+                    tensor._is_hf_initialized = True  # else transformers would make weights up, and trip over int8
             return info, index
 
         PreTrainedModel._load_pretrained_model = staticmethod(load_rest)
