@@ -417,6 +417,38 @@ def test_defect_is_found_and_named(planted: Path, name: str) -> None:
         assert text in found[check][0], found
 
 
+def test_places_are_right_where_a_tensor_takes_many_blocks(
+    made: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models people have take a megabyte block after the other; here a block is a few rows."""
+    monkeypatch.setattr("int8convert.conversion.blocks.BLOCK_BYTES", 700)
+    assert failures(verify_exact(out)) == {}
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{FC1}.weight"][[70, 71, 120], 33] ^= 1
+        tensors[f"{FC1}.SCB"][[90, 91]] *= 1.5
+        tensors[f"{FC1}.bias"][[100, 127]] += 1
+
+    edit(out, change, f"{FC1}.weight", f"{FC1}.SCB", f"{FC1}.bias")
+    edit(out, lambda t: t[f"{EMBEDDING}.weight"][200:, 9:11].add_(1), f"{EMBEDDING}.weight")
+    path = out / OUTLIERS_FILE
+    tensors = load_file(path)
+    tensors[f"{FC1}.outlier_weight"][[50, 99], 2] += 1
+    save_file(tensors, path)
+    rewrite_manifest(out)
+    report = verify_exact(out)
+    places = {(c.name, f.tensor): (f.row, f.column, f.n_places) for c in report.checks for f in c.findings if f.tensor}
+    n_rows = len(load_file(shard_of(out, f"{EMBEDDING}.weight"))[f"{EMBEDDING}.weight"])
+    assert places.pop(("weights", f"{FC1}.weight"))[0] == 70
+    assert places == {
+        ("codes", f"{FC1}.weight"): (70, 33, 3),
+        ("scales", f"{FC1}.weight"): (90, None, 2),
+        ("kept", f"{FC1}.bias"): (100, None, 2),
+        ("kept", f"{EMBEDDING}.weight"): (200, 9, 2 * (n_rows - 200)),
+        ("outlier columns", f"{FC1}.outlier_weight"): (50, 50, 2),
+    }
+
+
 def test_bytes_that_no_tensor_shows_are_found_by_their_hash_alone(out: Path) -> None:
     """A header may be written in many ways: the same tensors, other bytes."""
     edit(out, lambda t: None, f"{FC1}.weight")
