@@ -83,7 +83,7 @@ def test_merged_weights_may_differ_in_their_last_bits_from_machine_to_machine() 
     assert found.findings == {} and found.n_codes > 0 and found.n_scales > 0
     assert judge(weight, there.codes, there.absmax).findings.keys() == {"codes", "scales", "weights"}
     wrong = there.absmax * np.float32(1.0001)
-    assert judge(weight, there.codes, wrong, rules).findings.keys() == {"scales"}
+    assert "scales" in judge(weight, there.codes, wrong, rules).findings
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 4), st.integers(0, 32), st.sampled_from([-1, 1]))
