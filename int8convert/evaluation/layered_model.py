@@ -188,7 +188,7 @@ def _open_lazily(files: list[str]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for file in files:
         if file.endswith(".safetensors"):
-            opened = safe_open(file, framework="pt", backend="pread")
+            opened: Any = safe_open(file, framework="pt", backend="pread")
             tensors |= {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118, not a mapping
         else:
             tensors |= load_state_dict(file)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_streamed_unasked(
 def test_scored_tokens_are_those_of_the_convention(
     llama: tuple[Path, Path], windows: TokenWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lockstep, "_LOGITS", 5 * 128)  # five positions at a time
+    monkeypatch.setattr(lockstep, "LOGITS_AT_A_TIME", 5 * 128)  # five positions at a time
     windows = replace(windows, cut=Convention.STRIDED, first_scored=(1, 12, 12))
     (streamed,) = measure_fidelity(*llama, windows, stream=True)
     (in_memory,) = measure_fidelity(*llama, windows, stream=False)
@@ -309,7 +309,7 @@ def test_weight_of_a_wrong_shape_is_named(
 
 def test_layers_that_share_weights_are_refused(tmp_path: Path, windows: TokenWindows) -> None:
     class Shared(transformers.LlamaForCausalLM):
-        _tied_weights_keys = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+        _tied_weights_keys: ClassVar = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
 
     source = save_source(lambda: Shared(transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True)), tmp_path / "s")
     layered = LayeredModel(source, lambda: Shared.from_pretrained(source))
