@@ -125,7 +125,7 @@ def compare_in_lockstep(task: FidelityTask) -> Measured:
     plan = plan_stream(task)
     steps = Steps(task.on_progress, True, plan.peak_bytes, plan.n_layers + 1)
     steps.start()
-    exact = LayeredModel(task.reference, task.load_reference)
+    exact = LayeredModel(task.reference, task.load_reference, task.settle_reference)
     check_length(exact.model, task.windows)
     int8 = LayeredModel(task.out, task.load_int8)
     comparisons = task.start_comparisons(int8.model)

@@ -20,6 +20,7 @@ from int8convert.evaluation.fidelity import FidelityReport, measure_fidelity
 from int8convert.evaluation.layered_model import LayeredModel
 from int8convert.evaluation.progress import FidelityProgress
 from int8convert.evaluation.windows import Convention, TokenWindows
+from tests.conversion.test_fp8 import save_fp8
 from tests.evaluation.outlier_models import convert
 from tests.tiny_models import MODELS, save_as_pickles
 
@@ -273,6 +274,30 @@ def test_pickled_shards_are_streamed_like_safetensors(
     (found,) = measure_fidelity(pickled, llama[1], windows, stream=True)
     (expected,) = measure_fidelity(*llama, windows, stream=True)
     assert values(found) == values(expected)
+
+
+def test_fp8_source_is_what_its_codes_stand_for(tmp_path: Path, windows: TokenWindows) -> None:
+    plain = save_source(FAMILIES["llama"], tmp_path / "plain", torch.bfloat16)
+    weights = save_fp8(plain, tmp_path / "fp8", "block")
+    out = convert(tmp_path / "fp8", tmp_path / "int8")
+    (streamed,) = measure_fidelity(tmp_path / "fp8", out, windows, stream=True)
+    (in_memory,) = measure_fidelity(tmp_path / "fp8", out, windows, stream=False)
+    assert_same(streamed, in_memory)
+    model = transformers.LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    with torch.no_grad():
+        log_probs = model(windows.ids).logits[:, :-1].double().log_softmax(-1)
+    nll = -log_probs.gather(2, windows.ids[:, 1:, None]).mean()
+    assert streamed.reference_perplexity == pytest.approx(float(nll.exp()), rel=1e-5)
+
+
+def test_fp8_that_transformers_does_not_decode_is_refused(tmp_path: Path, windows: TokenWindows) -> None:
+    plain = save_source(FAMILIES["llama"], tmp_path / "plain", torch.bfloat16)
+    save_fp8(plain, tmp_path / "fp8", "row")
+    out = convert(tmp_path / "fp8", tmp_path / "int8")
+    for stream in (False, True):
+        with pytest.raises(SourceError, match="fp8' is in an FP8 form that transformers loads and cannot run"):
+            measure_fidelity(tmp_path / "fp8", out, windows, stream=stream)
 
 
 @pytest.fixture
