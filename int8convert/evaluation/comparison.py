@@ -12,7 +12,7 @@ from torch import nn
 
 from int8convert.errors import SourceError
 from int8convert.evaluation.arithmetic import Arithmetic, ColumnCount, choose_arithmetics
-from int8convert.evaluation.models import load_model
+from int8convert.evaluation.models import load_model, settle_dtype
 from int8convert.evaluation.paired_statistics import PairedStatistics
 from int8convert.evaluation.progress import ProgressHandler
 from int8convert.evaluation.windows import TokenWindows
@@ -67,6 +67,10 @@ class FidelityTask:
     def load_reference(self) -> Any:
         """A whole model."""
         return load_model(self.reference, self.device, trust_remote_code=self.trusts_code)
+
+    def settle_reference(self, part: nn.Module) -> None:
+        """What loading it as a whole does to its parts."""
+        settle_dtype(part, self.reference, self.device)
 
     def load_int8(self) -> Any:
         """A whole model."""

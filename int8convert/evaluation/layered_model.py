@@ -52,13 +52,20 @@ class LayeredModel:
         n_loads: how often a part was loaded.
     """
 
-    def __init__(self, path: str | os.PathLike[str], load: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        load: Callable[[], Any],
+        settle: Callable[[nn.Module], None] = lambda module: None,
+    ) -> None:
         """Load a checkpoint's model, but for its parts.
 
         Args:
             path: the checkpoint's directory.
             load: as a whole, by `from_pretrained`; its errors pass through.
+            settle: what that does to a model when it is loaded; done to each part.
         """
+        self._settle = settle
         self._path = Path(path)
         self._tensors: dict[str, Any] = {}
         self._keys: dict[str, list[str]] = {}
@@ -96,6 +103,7 @@ class LayeredModel:
             self._load_part(part)
             self._check_part(part, expected)
             self._attach_outliers(part)
+            self._settle(self.model.get_submodule(part))
             yield
         finally:
             for module, (parameters, buffers) in zip(modules, before, strict=True):
@@ -188,7 +196,7 @@ def _open_lazily(files: list[str]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for file in files:
         if file.endswith(".safetensors"):
-            opened = safe_open(file, framework="pt", backend="pread")
+            opened: Any = safe_open(file, framework="pt", backend="pread")
             tensors |= {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118, not a mapping
         else:
             tensors |= load_state_dict(file)

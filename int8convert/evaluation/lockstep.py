@@ -37,11 +37,8 @@ from int8convert.evaluation.hidden_states import HiddenStates
 from int8convert.evaluation.layered_model import LayeredModel
 from int8convert.evaluation.models import check_length
 from int8convert.evaluation.progress import Steps
-from int8convert.evaluation.stream_plan import plan_stream
+from int8convert.evaluation.stream_plan import LOGITS_AT_A_TIME, plan_stream
 from int8convert.evaluation.windows import TokenWindows
-
-_LOGITS = 1 << 24
-"""Elements of a model's logits that are made at a time: 64 MiB in float32."""
 
 
 class _LayerDone(BaseException):
@@ -88,7 +85,7 @@ class LayerRunner:
         if "logits_to_keep" not in inspect.signature(self._model.forward).parameters:
             yield self._call(ids).logits[0]
             return
-        step = max(1, _LOGITS // self._model.config.get_text_config().vocab_size)
+        step = max(1, LOGITS_AT_A_TIME // self._model.config.get_text_config().vocab_size)
         for positions in torch.arange(len(ids)).split(step):
             yield self._call(ids, logits_to_keep=positions.to(self._model.device)).logits[0]
 
@@ -128,7 +125,7 @@ def compare_in_lockstep(task: FidelityTask) -> Measured:
     plan = plan_stream(task)
     steps = Steps(task.on_progress, True, plan.peak_bytes, plan.n_layers + 1)
     steps.start()
-    exact = LayeredModel(task.reference, task.load_reference)
+    exact = LayeredModel(task.reference, task.load_reference, task.settle_reference)
     check_length(exact.model, task.windows)
     int8 = LayeredModel(task.out, task.load_int8)
     comparisons = task.start_comparisons(int8.model)

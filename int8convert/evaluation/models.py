@@ -13,6 +13,8 @@ from int8convert.errors import CorruptFileError, DeviceError, SourceError
 from int8convert.evaluation.windows import TokenWindows
 from int8convert.runtime.load import load, model_class
 
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def choose_device(device: str) -> str:
     """ "cpu" or "cuda[:n]" for what was asked for.
@@ -94,7 +96,25 @@ def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: 
             + (f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""),
             "its config.json and its weights do not belong together; fetch the checkpoint again",
         )
+    settle_dtype(model, path, device)
     return model.eval()
+
+
+def settle_dtype(module: torch.nn.Module, path: str | os.PathLike[str], device: str) -> None:
+    """Hold a model that is not int8, or a part of it, in float32 on the CPU: of FP8 that transformers decodes while it
+    loads, it leaves what is around as it was.
+
+    Raises:
+        SourceError: weights are still in FP8.
+    """
+    if device != "cpu":
+        return
+    if any(parameter.dtype in _FP8 for parameter in module.parameters()):
+        raise SourceError(
+            f"'{os.fspath(path)}' is in an FP8 form that transformers loads and cannot run on the CPU",
+            "give the checkpoint in 16 bits that it was made of",
+        )
+    torch.nn.Module.float(module)
 
 
 def _not_loadable(name: str, error: Exception) -> tuple[str, str]:

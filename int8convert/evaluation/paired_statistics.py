@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-_BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 22
 """Of [tokens, vocabulary] in float64: 32 MiB, of which a handful are alive at a time."""
 
 Interval = tuple[float, float]
@@ -169,7 +169,7 @@ def t_quantile(n_free: int) -> float:
 
 
 def _blocks(n_positions: int, n_tokens: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // n_tokens)
+    step = max(1, BLOCK_ELEMENTS // n_tokens)
     return (slice(begin, begin + step) for begin in range(0, n_positions, step))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from int8convert.evaluation.fidelity import FidelityReport, measure_fidelity
 from int8convert.evaluation.layered_model import LayeredModel
 from int8convert.evaluation.progress import FidelityProgress
 from int8convert.evaluation.windows import Convention, TokenWindows
+from tests.conversion.test_fp8 import save_fp8
 from tests.evaluation.outlier_models import convert
 from tests.tiny_models import MODELS, save_as_pickles
 
@@ -257,7 +258,7 @@ def test_what_does_not_fit_is_streamed_unasked(
 def test_scored_tokens_are_those_of_the_convention(
     llama: tuple[Path, Path], windows: TokenWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lockstep, "_LOGITS", 5 * 128)  # five positions at a time
+    monkeypatch.setattr(lockstep, "LOGITS_AT_A_TIME", 5 * 128)  # five positions at a time
     windows = replace(windows, cut=Convention.STRIDED, first_scored=(1, 12, 12))
     (streamed,) = measure_fidelity(*llama, windows, stream=True)
     (in_memory,) = measure_fidelity(*llama, windows, stream=False)
@@ -273,6 +274,30 @@ def test_pickled_shards_are_streamed_like_safetensors(
     (found,) = measure_fidelity(pickled, llama[1], windows, stream=True)
     (expected,) = measure_fidelity(*llama, windows, stream=True)
     assert values(found) == values(expected)
+
+
+def test_fp8_source_is_what_its_codes_stand_for(tmp_path: Path, windows: TokenWindows) -> None:
+    plain = save_source(FAMILIES["llama"], tmp_path / "plain", torch.bfloat16)
+    weights = save_fp8(plain, tmp_path / "fp8", "block")
+    out = convert(tmp_path / "fp8", tmp_path / "int8")
+    (streamed,) = measure_fidelity(tmp_path / "fp8", out, windows, stream=True)
+    (in_memory,) = measure_fidelity(tmp_path / "fp8", out, windows, stream=False)
+    assert_same(streamed, in_memory)
+    model = transformers.LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    with torch.no_grad():
+        log_probs = model(windows.ids).logits[:, :-1].double().log_softmax(-1)
+    nll = -log_probs.gather(2, windows.ids[:, 1:, None]).mean()
+    assert streamed.reference_perplexity == pytest.approx(float(nll.exp()), rel=1e-5)
+
+
+def test_fp8_that_transformers_does_not_decode_is_refused(tmp_path: Path, windows: TokenWindows) -> None:
+    plain = save_source(FAMILIES["llama"], tmp_path / "plain", torch.bfloat16)
+    save_fp8(plain, tmp_path / "fp8", "row")
+    out = convert(tmp_path / "fp8", tmp_path / "int8")
+    for stream in (False, True):
+        with pytest.raises(SourceError, match="fp8' is in an FP8 form that transformers loads and cannot run"):
+            measure_fidelity(tmp_path / "fp8", out, windows, stream=stream)
 
 
 @pytest.fixture
@@ -309,7 +334,7 @@ def test_weight_of_a_wrong_shape_is_named(
 
 def test_layers_that_share_weights_are_refused(tmp_path: Path, windows: TokenWindows) -> None:
     class Shared(transformers.LlamaForCausalLM):
-        _tied_weights_keys = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+        _tied_weights_keys: ClassVar = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
 
     source = save_source(lambda: Shared(transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True)), tmp_path / "s")
     layered = LayeredModel(source, lambda: Shared.from_pretrained(source))

@@ -48,7 +48,7 @@ def predictions() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_values_are_those_of_the_plain_formulas(
     predictions: tuple[torch.Tensor, torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paired_statistics, "_BLOCK_ELEMENTS", 150)  # three positions at a time
+    monkeypatch.setattr(paired_statistics, "BLOCK_ELEMENTS", 150)  # three positions at a time
     reference, other, targets = predictions
     p, q = (torch.softmax(x.double(), -1).numpy() for x in (reference, other))
     at = targets.numpy()[..., None]
