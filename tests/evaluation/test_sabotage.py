@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 import int8convert
 from int8convert.checkpoint.layout import OUTLIERS_FILE
 from int8convert.evaluation.exact import ExactReport, verify_exact
+from tests.conftest import InProcessMap
 from tests.evaluation.outlier_models import convert, outlier_model
 from tests.runtime.language_models import build_tokenizer
 from tests.tiny_models import edit_config
 
 pytestmark = [
+    pytest.mark.usefixtures("map_in_process"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -51,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source in three shards and its int8 checkpoint, stored outlier columns included."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr("int8convert.conversion.job.ModelMapProcess", InProcessMap)
         source = save_source(folder / "source", torch.bfloat16)
         out = convert(source, folder / "out")
         int8convert.store_outliers(source, out, {FC1: [7, 21, 50], Q: [7]})
@@ -59,9 +61,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def out(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def out(made: Path, tmp_path: Path) -> Path:
     """A copy to plant a defect in."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(made))  # where the model map is known already
     return Path(shutil.copytree(made / "out", tmp_path / "out"))
 
 
@@ -394,7 +395,7 @@ def test_without_a_defect_it_passes(made: Path, out: Path) -> None:
 
 
 @pytest.fixture
-def planted(request: pytest.FixtureRequest, made: Path, out: Path, map_in_process: None) -> Path:
+def planted(request: pytest.FixtureRequest, made: Path, out: Path) -> Path:
     """An output with the defect, beside a source of its own that the defect may change."""
     source = out.parent / "source"
     shutil.copytree(made / "source", source)

@@ -20,6 +20,7 @@ from int8convert.evaluation.fidelity import FidelityReport
 from int8convert.evaluation.texts import DEFAULT_TEXT, open_text
 from int8convert.evaluation.verify import verify, write_report
 from int8convert.evaluation.verify_report import Gates
+from tests.conftest import InProcessMap
 from tests.evaluation.outlier_models import convert, outlier_model, save
 from tests.runtime.language_models import build_tokenizer
 from tests.tiny_models import edit_config
@@ -56,14 +57,13 @@ def save_source(directory: Path) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr("int8convert.conversion.job.ModelMapProcess", InProcessMap)
         convert(save_source(folder / "source"), folder / "out")
     return folder
 
 
 @pytest.fixture
-def out(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(made))
+def out(made: Path) -> Path:
     return made / "out"
 
 
