@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +41,7 @@ Exit codes: 0 passed; 1 could not be measured; 2 wrong usage; 3 measured, and fa
 FAILED = 3
 
 _INTERRUPTED = "nothing was written; a verify.json that was there is still there"
-_LEVELS = ("exact", "fidelity")
+_LEVELS = ("exact", "fidelity", "tasks")
 _DATASETS = ("wikitext2", "c4")
 _CONVENTIONS = ("spread", "contiguous", "strided", "halves")
 
@@ -66,7 +67,13 @@ def verify(
     reference: Annotated[
         str | None, typer.Option(metavar="SRC", help="What it was made of; default: what its manifest names.")
     ] = None,
-    level: Annotated[str, typer.Option(help="exact: tensors alone; fidelity: and then both models.")] = "fidelity",
+    level: Annotated[
+        str,
+        typer.Option(
+            help="exact: tensors alone; fidelity: and then both models on a text; tasks: and then on zero-shot tasks, "
+            "which needs int8convert[eval]."
+        ),
+    ] = "fidelity",
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text to run both models on, in UTF-8; default: a small one.")
     ] = None,
@@ -94,6 +101,17 @@ def verify(
     stream: Annotated[
         bool, typer.Option("--stream", help="Layer by layer, one of each model in memory; default: where needed.")
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,..", help="Of lm-eval; default: winogrande, hellaswag, piqa and lambada_openai."),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Tasks of your own, in lm-eval's YAML; may run code in them.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Questions of each task.")] = None,
+    min_task_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Gate: a task done worse fails below this p of McNemar's test.")
+    ] = 0.001,
     device: Annotated[
         str, typer.Option(envvar="INT8CONVERT_DEVICE", help="Where the models run: auto, cpu or cuda[:n].")
     ] = "auto",
@@ -116,10 +134,14 @@ def verify(
     with reporting_errors(as_json, _INTERRUPTED):
         from int8convert.evaluation.verify import verify as run
         from int8convert.evaluation.verify import write_report
+        from int8convert.evaluation.verify_report import Gates
 
         is_live = wants_live_display(quiet, as_json)
         libraries = nullcontext() if level == "exact" else quiet_libraries(is_live)  # which loads them
-        with _showing_bytes(is_live) as on_exact, libraries:
+        # The harness of the tasks has bars that nothing else turns off; errors are printed further out.
+        is_silent = level == "tasks" and (quiet or as_json)
+        bars = redirect_stderr(io.StringIO()) if is_silent else nullcontext()
+        with _showing_bytes(is_live) as on_exact, libraries, bars:
             report = run(
                 out,
                 reference=reference,
@@ -127,8 +149,10 @@ def verify(
                 dataset=dataset,
                 level=level,
                 thresholds=swept,
-                max_dnll=max_dnll,
-                max_kl=max_kl,
+                tasks=tuple(tasks.split(",")) if tasks else (),
+                tasks_path=tasks_path,
+                task_limit=task_limit,
+                gates=Gates(max_dnll, max_kl, min_task_p),
                 n_sequences=sequences,
                 length=length,
                 convention=convention,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from int8convert.evaluation.exact import ExactReport
     from int8convert.evaluation.fidelity import FidelityReport
     from int8convert.evaluation.verify_report import VerifyReport
+    from int8convert.evaluation.zero_shot import TaskReport
 
 
 def print_report(report: VerifyReport) -> None:
@@ -35,8 +36,11 @@ def print_report(report: VerifyReport) -> None:
         print_line(f"[bold]Fidelity[/]: {escape(report.text.description)}; {escape(report.text.convention)}")
         _print_fidelity(report.fidelity)
         _print_sweep(report.sweep)
+        _print_tasks(report.tasks)
     elif report.level != "exact":
         note("the models were not run: the exact level failed")
+    if report.level == "tasks" and report.fidelity and not report.tasks:
+        note("the tasks were not run: the fidelity level failed")
 
 
 def _print_exact(exact: ExactReport) -> None:
@@ -96,6 +100,24 @@ def _print_sweep(reports: tuple[FidelityReport, ...]) -> None:
             (
                 *("none" if r.threshold is None else f"{r.threshold:g}", r.mode, format_percent(r.outlier_share)),
                 *(f"{r.perplexity:.4f}", f"{r.delta_nll:+.6f}", f"{r.mean_kl:.6f}", format_percent(r.same_top1)),
+            )
+            for r in reports
+        ],
+    )
+
+
+def _print_tasks(reports: tuple[TaskReport, ...]) -> None:
+    """One line for each metric."""
+    if not reports:
+        return
+    print_table(
+        "Zero-shot tasks",
+        ("task", "metric", "questions", "source", "int8", "only source right", "only int8 right", "p"),
+        [
+            (
+                *(r.task, r.metric, f"{r.n_samples:,}", f"{r.reference:.4f}", f"{r.int8:.4f}"),
+                *("" if n is None else f"{n:,}" for n in (r.n_only_reference, r.n_only_int8)),
+                "" if r.p_value is None else f"{r.p_value:.2g}",
             )
             for r in reports
         ],

@@ -2,6 +2,7 @@
 
     exact       files, tensors, codes, scales against the source's; no model is run (`exact`)
     fidelity    both models on the same tokens, statistics of the paired differences, two gates (`fidelity`)
+    tasks       both models on the same questions of zero-shot tasks, McNemar's test (`zero_shot`)
 
 A level that fails is the last: what a broken checkpoint computes is of no interest. What was found is written into the
 checkpoint, `int8convert/verify.json`, so that whoever gets it sees how it was measured.
@@ -9,12 +10,13 @@ checkpoint, `int8convert/verify.json`, so that whoever gets it sees how it was m
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import astuple, replace
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,7 @@ class Level(StrEnum):
 
     EXACT = "exact"
     FIDELITY = "fidelity"
+    TASKS = "tasks"
 
 
 def verify(
@@ -61,8 +64,10 @@ def verify(
     level: str = Level.FIDELITY,
     modes: Sequence[str] = (),
     thresholds: Sequence[float] = (),
-    max_dnll: float = 0.01,
-    max_kl: float = 0.01,
+    tasks: Sequence[str] = (),
+    tasks_path: str | os.PathLike[str] | None = None,
+    task_limit: int | None = None,
+    gates: Gates = Gates(),  # noqa: B008, nothing of it changes
     n_sequences: int = DEFAULT_SEQUENCES,
     length: int | None = None,
     convention: str | None = None,
@@ -80,10 +85,11 @@ def verify(
         reference: the checkpoint it was converted from; None takes the one its manifest names.
         text: a file in UTF-8 to run both models on; None takes a small one that comes along.
         dataset: "wikitext2" or "c4" in its place, from the Hugging Face Hub or its cache.
-        level: "exact" or "fidelity".
+        level: "exact", "fidelity" or "tasks"; those before it come first.
         modes: the arithmetic to run, see `int8convert.evaluation.arithmetic`; none takes what `load` would run.
         thresholds: run that at these outlier thresholds, too; the gates look at the checkpoint's own alone.
-        max_dnll, max_kl: the gates of the fidelity level, see `Gates`.
+        tasks, tasks_path, task_limit: see `measure_tasks`.
+        gates: what passes.
         n_sequences, length: at most so many windows of so many tokens, from all over the text; None takes 2,048 or
             what the model takes, 256 on the text that comes along.
         convention: how the text is cut, see `windows.Convention`; None is "contiguous" for a dataset, as published
@@ -101,14 +107,18 @@ def verify(
         ValueError: an argument is out of its range.
     """
     began = time.perf_counter()
-    level, gates = Level(level), Gates(max_dnll, max_kl)
-    if n_sequences < 1 or (length is not None and length < 2) or max_dnll != max_dnll or max_kl != max_kl:
+    level = Level(level)
+    if n_sequences < 1 or (length is not None and length < 2) or any(map(math.isnan, astuple(gates))):
         raise ValueError("n_sequences must be at least 1, length at least 2, and the gates numbers")
     if lora is not None and level is not Level.EXACT:
         raise AdapterError(
             "the source without the adapter is another model, so there is nothing to compare predictions with",
             "--level exact compares the tensors, adapter included; nothing was measured",
         )
+    if level is Level.TASKS:
+        from int8convert.evaluation.zero_shot import load_harness
+
+        load_harness()
     with ExitStack() as stack:
         windows, used = None, None
         if level is not Level.EXACT:  # whatever is wrong with the text is said before anything is compared
@@ -117,28 +127,27 @@ def verify(
         exact = verify_exact(
             out, reference=reference, lora=lora, trust_remote_code=trust_remote_code, on_progress=on_exact
         )
-        run = partial(
-            _measure,
-            modes=modes,
-            stream=stream,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            on_progress=on_fidelity,
+        report = VerifyReport(f"int8convert {__version__}", os.fspath(out), str(level), gates, {}, exact)
+        if report.is_passed and windows is not None:
+            fidelity, sweep = _measure(
+                exact,
+                windows,
+                thresholds,
+                modes=modes,
+                stream=stream,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                on_progress=on_fidelity,
+            )
+            report = replace(report, text=used, fidelity=fidelity, sweep=sweep)
+    if report.is_passed and level is Level.TASKS:
+        from int8convert.evaluation.zero_shot import measure_tasks
+
+        found_tasks = measure_tasks(
+            str(exact.reference), out, tasks, tasks_path=tasks_path, limit=task_limit, device=device
         )
-        is_reached = windows is not None and exact.is_passed
-        fidelity, sweep = run(exact, windows, thresholds) if windows is not None and is_reached else ((), ())
-    return VerifyReport(
-        tool=f"int8convert {__version__}",
-        out=os.fspath(out),
-        level=str(level),
-        gates=gates,
-        files=_describe_files(Path(out)),
-        exact=exact,
-        text=used if is_reached else None,
-        fidelity=fidelity,
-        sweep=sweep,
-        elapsed_s=time.perf_counter() - began,
-    )
+        report = replace(report, tasks=found_tasks)
+    return replace(report, files=_describe_files(Path(out)), elapsed_s=time.perf_counter() - began)
 
 
 def _measure(

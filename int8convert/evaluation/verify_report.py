@@ -12,19 +12,31 @@ from int8convert.evaluation.exact import ExactReport
 
 if TYPE_CHECKING:
     from int8convert.evaluation.fidelity import FidelityReport
+    from int8convert.evaluation.zero_shot import TaskReport
 
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """What the fidelity level must not exceed.
+    """What the levels above the exact one must not exceed.
 
     Attributes:
         max_dnll: upper bound of the 95 % interval of the mean difference in negative log-likelihood, nats a token.
         max_kl: mean Kullback-Leibler divergence from the source's predictions, nats a token.
+        min_task_p: a task that fewer questions are answered right in fails if chance does that less often, 0 to 1.
     """
 
     max_dnll: float = 0.01
     max_kl: float = 0.01
+    min_task_p: float = 0.001
+
+    def task_failures(self, report: TaskReport) -> Iterator[str]:
+        """Whether a task is done worse, and not by chance."""
+        if report.is_worse and report.p_value is not None and report.p_value < self.min_task_p:
+            yield (
+                f"tasks: {report.task} {report.metric} is {report.int8:.4f}, expected {report.reference:.4f} as of the "
+                f"source; of {report.n_samples:,} questions {report.n_only_reference:,} are lost and "
+                f"{report.n_only_int8:,} won, by chance with p = {report.p_value:.2g}"
+            )
 
     def failures(self, report: FidelityReport) -> Iterator[str]:
         """What exceeds them; a number that is none does, too."""
@@ -71,6 +83,7 @@ class VerifyReport:
             report is of what is there.
         fidelity: one for each arithmetic that was run; empty if that level was not reached.
         sweep: the same at several outlier thresholds, if asked for; no gate looks at it.
+        tasks: one for each metric of each task; empty if that level was not reached.
     """
 
     tool: str
@@ -82,12 +95,14 @@ class VerifyReport:
     text: TextUsed | None = None
     fidelity: tuple[FidelityReport, ...] = ()
     sweep: tuple[FidelityReport, ...] = ()
+    tasks: tuple[TaskReport, ...] = ()
     elapsed_s: float = 0.0
     failures: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         found = [line for check in self.exact.checks if not check.is_passed for line in _describe(check)]
         found += [line for report in self.fidelity for line in self.gates.failures(report)]
+        found += [line for task in self.tasks for line in self.gates.task_failures(task)]
         object.__setattr__(self, "failures", tuple(found))
 
     @property

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 WINDOWS: dict[str, Any] = {"n_sequences": 4, "length": 32, "device": "cpu"}
-LOOSE = {"max_dnll": 0.5, "max_kl": 1e-3}
+LOOSE = {"gates": Gates(0.5, 1e-3)}
 """What the model below passes as it is, and without its outlier columns does not. It is not trained, so its
 likelihoods are of no text at all."""
 
@@ -93,7 +93,7 @@ def test_gate_looks_at_the_mean_kl_and_at_the_upper_end_of_the_interval(out: Pat
     assert line.startswith("fidelity (dynamic): delta-NLL is ") and f"up to {upper:.4g}" in line
     (line,) = Gates(max_dnll=upper, max_kl=found.mean_kl * 0.99).failures(found)
     assert line.startswith("fidelity (dynamic): mean KL is ")
-    report = verify(out, text=text, **WINDOWS, max_dnll=0.5, max_kl=found.mean_kl * 0.99)
+    report = verify(out, text=text, **WINDOWS, gates=Gates(0.5, found.mean_kl * 0.99))
     assert not report.is_passed and report.exact.is_passed and len(report.failures) == 1
 
 
@@ -156,7 +156,10 @@ def test_what_is_written_is_the_report_and_of_the_files_that_are_there(own_out: 
         ]
     )
     assert written["files"].keys() == {"config.json", "int8convert/manifest.json"}
-    assert written["gates"] == LOOSE and written["exact"]["is_passed"] is True
+    assert (
+        written["gates"] == {"max_dnll": 0.5, "max_kl": 1e-3, "min_task_p": 0.001}
+        and written["exact"]["is_passed"] is True
+    )
     documented = (Path(__file__).parents[2] / "docs" / "verify-json.md").read_text()
     names = {*written, *written["exact"], *written["text"], *written["fidelity"][0], *written["gates"]}
     names |= {check["name"] for check in written["exact"]["checks"]}
@@ -191,7 +194,13 @@ def test_bad_text_is_said_before_anything_is_compared(
 @pytest.mark.parametrize(
     "options",
     [
-        *({"level": "tasks"}, {"n_sequences": 0}, {"length": 1}, {"max_kl": math.nan}, {"convention": "mine"}),
+        *(
+            {"level": "all"},
+            {"n_sequences": 0},
+            {"length": 1},
+            {"gates": Gates(max_kl=math.nan)},
+            {"convention": "mine"},
+        ),
         *({"text": "a", "dataset": "c4"}, {"dataset": "imagenet"}),
     ],
 )
