@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from int8convert.checkpoint.source import open_source
-from int8convert.errors import CorruptFileError, DeviceError, SourceError
+from int8convert.errors import CorruptFileError, DeviceError, RemoteCodeError, SourceError
 from int8convert.evaluation.windows import TokenWindows
 from int8convert.runtime.load import load, model_class
 
@@ -59,8 +59,15 @@ def read_config(path: str | os.PathLike[str], trust_remote_code: bool = False) -
 
     Raises:
         SourceError: transformers cannot read it.
+        RemoteCodeError: its classes are code in the checkpoint, which may not run.
     """
     name = os.fspath(path)
+    stated = open_source(path).config
+    if stated.get("auto_map") and not trust_remote_code and stated.get("model_type") not in CONFIG_MAPPING:
+        raise RemoteCodeError(
+            f"the model of '{name}' is code in the checkpoint (auto_map in config.json)",
+            "read that code, then pass --trust-remote-code to have it run",
+        )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -152,6 +153,7 @@ def interval(sums: np.ndarray, n_tokens: np.ndarray) -> Interval:
     return mean - half, mean + half
 
 
+@cache
 def t_quantile(n_free: int) -> float:
     """The t that a Student-t of `n_free` degrees of freedom stays within, on both sides, 95 % of the time.
 

@@ -93,9 +93,10 @@ def _reference_bytes(tensor: StoredTensor, device: str) -> int:
 def _working_bytes(task: FidelityTask) -> int:
     """Of one window inside one layer: inputs, inner features, a mask; all scores where a model knows no other way. And
     of one block of logits, with what the statistics make of it."""
-    config = read_config(task.reference, task.trusts_code).get_text_config()
+    whole = read_config(task.reference, task.trusts_code)
+    config = whole.get_text_config()
     length = task.windows.ids.shape[1]
-    n_score_tables = 2 if getattr(model_class(config), "_supports_sdpa", False) else 3 * config.num_attention_heads
+    n_score_tables = 2 if getattr(model_class(whole), "_supports_sdpa", False) else 3 * config.num_attention_heads
     layer = 4 * length * (32 * int(config.hidden_size) + length * int(n_score_tables))
     n_logits = length * int(config.vocab_size)
     return layer + 6 * 8 * min(BLOCK_ELEMENTS, n_logits) + 4 * 4 * min(LOGITS_AT_A_TIME, n_logits) + _CODE_BYTES

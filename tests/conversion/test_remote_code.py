@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import transformers
 
 import int8convert
 from int8convert.errors import ModelMapError, RemoteCodeError
+from int8convert.evaluation.fidelity import measure_fidelity
+from int8convert.evaluation.windows import TokenWindows
 from tests.tiny_models import save_checkpoint
 
 CONFIGURATION = """
@@ -56,6 +59,10 @@ def novel(tmp_path: Path, trace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint whose class is in it."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "modules").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # an earlier test's
     directory = save_checkpoint("llama", tmp_path / "novel")
     edit_config(
         directory,
@@ -132,3 +139,19 @@ def test_auto_map_that_names_no_class(auto_map: Any, novel: Path) -> None:
         int8convert.plan(novel)
     with pytest.raises(ModelMapError, match=r"auto_map in config\.json names no class"):
         int8convert.plan(novel, trust_remote_code=True)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_fidelity_is_measured_with_trusted_code_only(novel: Path, trace: Path, tmp_path: Path) -> None:
+    int8convert.quantize(novel, tmp_path / "out", trust_remote_code=True)
+    trace.unlink()
+    windows = TokenWindows(torch.arange(3, 43).view(2, 20), "numbers", "", 40)
+    with pytest.raises(RemoteCodeError, match=r"novel' is code in the checkpoint \(auto_map"):
+        measure_fidelity(novel, tmp_path / "out", windows)
+    assert not trace.exists()
+    kls = []
+    for stream in (False, True):
+        (report,) = measure_fidelity(novel, tmp_path / "out", windows, stream=stream, trust_remote_code=True)
+        kls.append(report.mean_kl)
+    assert kls[0] == pytest.approx(kls[1], rel=1e-6)
+    assert 0 < kls[0] < 1e-3

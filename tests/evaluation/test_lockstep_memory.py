@@ -84,4 +84,3 @@ def test_model_four_times_the_memory_is_measured_within_what_was_said(tmp_path: 
     assert len(report["layer_errors"]) == 22
     assert report["peak_memory_bytes"] <= report["planned"]
     assert 0 < report["delta_nll_interval"][1] < 0.1
-    print(report["planned"] / 1e6, report["peak_memory_bytes"] / 1e6)

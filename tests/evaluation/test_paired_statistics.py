@@ -111,6 +111,12 @@ def test_one_sequence_says_nothing_about_others() -> None:
     assert interval(np.array([3.0]), np.array([10.0])) == (-math.inf, math.inf)
 
 
+def test_longer_sequences_count_for_more() -> None:
+    """(1 - 10 m) / 20 and (6 - 30 m) / 20 with m = 7 / 40 are -0.0375 and 0.0375."""
+    half = STUDENT[1] * 0.0375
+    assert interval(np.array([1.0, 6.0]), np.array([10.0, 30.0])) == pytest.approx((0.175 - half, 0.175 + half))
+
+
 @pytest.fixture(scope="module")
 def population() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums over 2,000 sequences of different lengths, tokens of which depend on each other; reference, other, n."""
