@@ -77,7 +77,7 @@ def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:
         ("KL, 99 %", lambda r: f"{r.p99_kl:.6f}"),
         ("KL, 99.9 %", lambda r: f"{r.p999_kl:.6f}"),
         ("same top token", lambda r: format_percent(r.same_top1)),
-        ("delta-p, rms", lambda r: format_percent(r.delta_p)),
+        ("delta-p, rms", lambda r: f"{r.delta_p:.6f}"),
         ("streamed", lambda r: "yes" if r.streamed else "no"),
         ("peak memory", lambda r: format_bytes(r.peak_memory_bytes)),
         ("time", lambda r: format_seconds(r.seconds)),
