@@ -27,21 +27,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numba import cuda
 from numba.cuda import types
-from numpy import float32, uint32, uint64
+from numpy import float32, uint32
 
 from cuda_kernels import group_intrinsics as group
-from cuda_kernels.int8_operands import POINTER, check, format_of
+from cuda_kernels.group_intrinsics import GROUP
+from cuda_kernels.int8_operands import POINTER, format_of
 from cuda_kernels.intrinsics import bits_as_float, multiply_rn, reciprocal_rn, store_8_bytes
 from cuda_kernels.launch import Kernel, Launch, run
-from cuda_kernels.outlier_columns import (
-    GROUP,
-    MARK_THREADS,
-    byte_of,
-    make_load,
-    make_take_found,
-    make_take_stored,
-    mark_kernel,
-)
+from cuda_kernels.outlier_columns import MARK_THREADS, make_take_found, make_take_stored, mark_kernel
 from cuda_kernels.reductions import block_max
 from cuda_kernels.reference import N_STEPS
 
@@ -94,33 +87,24 @@ def plan(n_tokens: int, n_columns: int) -> Plan:
     n_groups, multiprocessors = -(-n_columns // GROUP), 132
     is_few = n_tokens <= multiprocessors
     threads = next((t for t in (64, 256) if n_groups <= (t if is_few else 4 * t)), 1024 if is_few else 256)
-    tokens = -(-n_tokens // (multiprocessors * (THREADS_HELD // threads)))
+    tokens = max(1, -(-n_tokens // (multiprocessors * (THREADS_HELD // threads))))
     return Plan(threads, tokens, own_tokens=8, mark_tokens=max(16, -(-n_tokens // 64)))
 
 
 def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
-    load = make_load(is_aligned)
-
-    @_device
-    def kept(bits, g, values):  # type: ignore[no-untyped-def]
-        excluded = byte_of(bits, g)
-        if excluded:
-            values = group.clear(values, uint32(excluded))
-        return values
+    load = group.load(is_aligned)
 
     @_device
     def largest_magnitude(bits, x, start, K, n_groups):  # type: ignore[no-untyped-def]
-        largest, last = uint32(0), n_groups - uint64(1)
-        for i in range(cuda.threadIdx.x, n_groups, 4 * threads):
+        largest, last = uint32(0), n_groups - 1
+        for g in range(cuda.threadIdx.x, n_groups, 4 * threads):
             # Four loads before the first use; beyond the last group it is asked again, which changes nothing.
-            g = uint64(i)
-            g1, g2 = min(g + uint64(threads), last), min(g + uint64(2 * threads), last)
-            g3 = min(g + uint64(3 * threads), last)
+            g1, g2, g3 = min(g + threads, last), min(g + 2 * threads, last), min(g + 3 * threads, last)
             a, b, c, d = load(x, start, g, K), load(x, start, g1, K), load(x, start, g2, K), load(x, start, g3, K)
-            largest = group.largest_magnitude(kept(bits, g, a), largest)
-            largest = group.largest_magnitude(kept(bits, g1, b), largest)
-            largest = group.largest_magnitude(kept(bits, g2, c), largest)
-            largest = group.largest_magnitude(kept(bits, g3, d), largest)
+            largest = group.largest_magnitude(group.clear(a, group.byte_of(bits, g)), largest)
+            largest = group.largest_magnitude(group.clear(b, group.byte_of(bits, g1)), largest)
+            largest = group.largest_magnitude(group.clear(c, group.byte_of(bits, g2)), largest)
+            largest = group.largest_magnitude(group.clear(d, group.byte_of(bits, g3)), largest)
         return largest
 
     @_device
@@ -133,16 +117,15 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
             inv_scale = float32(0)
         if cuda.threadIdx.x == 0:
             absmax[token] = largest
-        for i in range(cuda.threadIdx.x, n_groups, threads):
-            g = uint64(i)
-            values = kept(bits, g, load(x, start, g, K))
+        for g in range(cuda.threadIdx.x, n_groups, threads):
+            values = group.clear(load(x, start, g, K), group.byte_of(bits, g))
             if inv_scale == float32(0):  # Infinity times 0 would make other codes than 0.
                 values = group.clear(values, uint32(0xFF))
-            words, at = group.quantize(values, inv_scale), token * K + g * uint64(GROUP)
+            words, at = group.quantize(values, inv_scale), token * K + g * GROUP
             if is_aligned:
                 store_8_bytes(codes, at, words[0], words[1])
             else:
-                group.store_codes_before(codes, at, (token + uint64(1)) * K, words)
+                group.store_codes_before(codes, at, (token + 1) * K, words)
         cuda.syncthreads()  # `scratch` is the next token's.
 
     return quantize_token
@@ -160,23 +143,23 @@ def _kernel(dtype: str, is_finding: bool, is_marked_before: bool, is_aligned: bo
         # x [M, K], rows `row_stride` apart; marks uint8 [pieces, K / 8]; the rest as in the reference.
         # Grid: `tokens` tokens a block. Dynamic shared memory: a bit for each column, in words.
         bits, scratch = cuda.shared.array(0, types.uint32), cuda.shared.array(warps, types.uint32)
-        shape = (M, K, row_stride, (K + uint64(GROUP - 1)) // uint64(GROUP))
-        first = uint64(cuda.blockIdx.x) * tokens
+        shape = (M, K, row_stride, (K + GROUP - 1) // GROUP)
+        first = cuda.blockIdx.x * tokens
         end = min(first + tokens, M)
         take_stored(bits, x, outlier_columns, outlier_x, first, end, n, shape)
-        total = uint64(0)
+        total = 0
         if is_finding:
             found = (found_columns, found_x)
             total = take_found(bits, scratch, x, marks, found, threshold, pieces, first, end, capacity, shape)
         if cuda.blockIdx.x == 0 and cuda.threadIdx.x == 0:
             n_found[0] = total
         for token in range(first, end):
-            quantize_token(bits, scratch, x, codes, absmax, uint64(token), shape)
+            quantize_token(bits, scratch, x, codes, absmax, token, shape)
 
     values, floats, columns = POINTER[dtype], types.CPointer(types.float32), types.CPointer(types.int32)
     marks, codes = types.CPointer(types.uint8), types.CPointer(types.int8)
     pointers = (values, columns, marks, codes, floats, values, columns, columns, values)
-    signature = (*pointers, types.uint32, *[types.uint64] * 7)
+    signature = (*pointers, types.uint32, *[types.int64] * 7)
     return Kernel(activation_quantize, signature, threads, THREADS_HELD // threads if is_aligned else 1)
 
 
@@ -187,7 +170,7 @@ def mark_bytes(n_tokens: int, n_columns: int, capacity: int, cut: Plan) -> int:
 
 
 def launches(operands: Operands, cut: Plan) -> list[Launch]:
-    """One launch, or two where columns of many tokens are to be found. At least one token."""
+    """One launch, or two where columns of many tokens are to be found."""
     o = operands
     item_bytes = 4 if o.dtype == "F32" else 2
     is_aligned = (o.x | o.row_stride * item_bytes) % 16 == 0 and (o.codes | o.n_columns) % GROUP == 0
@@ -204,7 +187,7 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
     # Loads of single values want more registers than 1024 threads have.
     threads = cut.threads if is_aligned else min(cut.threads, 256)
     kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, threads)
-    grid = (-(-o.n_tokens // cut.tokens), 1, 1)
+    grid = (max(1, -(-o.n_tokens // cut.tokens)), 1, 1)  # of no tokens, the list of no columns
     planned.append(Launch(kernel, grid, -(-n_groups // 4) * 4, (*pointers, threshold, *sizes)))
     return planned
 
@@ -212,28 +195,15 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
 def activation_quantize(
     x: torch.Tensor, outlier_columns: torch.Tensor, threshold: float, capacity: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize tokens, their outlier columns set aside; see `reference.activation_quantize`.
+    """Quantize tokens, their outlier columns set aside; `ops` says what the tensors are, and checks them.
 
     Queued on torch's current stream, without waiting for anything; can be captured in a CUDA graph once a first call
-    has loaded its kernels.
-
-    Args:
-        x: [M, K], float16, bfloat16 or float32; rows may lie apart.
-        outlier_columns: int32 [n], ascending, each once, less than K.
-        threshold: compared as float32.
-
-    Returns:
-        codes, absmax, outlier_x, found_columns, n_found and found_x, as `reference.QuantizedActivations`.
-
-    Raises:
-        ValueError: a tensor of another dtype, shape or layout.
+    has loaded its kernels. Rows of x may lie apart, the values of a row are side by side.
     """
     import torch
 
-    if x.dim() != 2 or x.shape[1] == 0 or x.stride(1) != 1:
-        raise ValueError(f"x is {list(x.shape)} of strides {x.stride()}: not rows of values side by side")
+    outlier_columns = outlier_columns.contiguous()
     (M, K), n, device = x.shape, outlier_columns.numel(), x.device
-    check("outlier_columns", outlier_columns, torch.int32, (n,), device)
     cut = plan(M, K)
     results = (
         torch.empty((M, K), dtype=torch.int8, device=device),
@@ -243,12 +213,8 @@ def activation_quantize(
         torch.empty(1, dtype=torch.int32, device=device),
         torch.empty((M, capacity), dtype=x.dtype, device=device),
     )
-    if M == 0:
-        results[3].fill_(-1)
-        results[4].zero_()
-        return results
     marks = torch.empty(mark_bytes(M, K, capacity, cut), dtype=torch.uint8, device=device)
-    pointers = [tensor.data_ptr() for tensor in (x, outlier_columns, marks, *results)]
-    operands = Operands._make((format_of(x), *pointers, threshold, M, K, x.stride(0), n, capacity))
+    addresses = [tensor.data_ptr() for tensor in (x, outlier_columns, marks, *results)]
+    operands = Operands._make((format_of(x), *addresses, threshold, M, K, x.stride(0), n, capacity))
     run(launches(operands, cut), device)
     return results

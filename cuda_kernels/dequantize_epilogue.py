@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from numba import cuda
 from numba.cuda import types
-from numpy import uint64
 
 from cuda_kernels import int8_operands
 from cuda_kernels import tile_intrinsics as tile
@@ -36,14 +35,14 @@ BLOCKS = 2
 
 @cuda.jit(device=True, inline="always")
 def _read_products(products, t, f, first_token, first_feature, M, N):  # type: ignore[no-untyped-def]
-    last, token, feature = M - uint64(1), first_token + t, first_feature + f
-    r0, r1 = token * N, min(token + uint64(1), last) * N
-    r2, r3 = min(token + uint64(2), last) * N, min(token + uint64(3), last) * N
-    if N % uint64(4) == uint64(0):
+    last, token, feature = M - 1, first_token + t, first_feature + f
+    r0, r1 = token * N, min(token + 1, last) * N
+    r2, r3 = min(token + 2, last) * N, min(token + 3, last) * N
+    if N % 4 == 0:
         p0, p1 = tile.load4(products, r0 + feature), tile.load4(products, r1 + feature)
         p2, p3 = tile.load4(products, r2 + feature), tile.load4(products, r3 + feature)
     else:
-        end = N - uint64(1)
+        end = N - 1
         p0 = tile.load4_clamped(products, r0 + feature, r0 + end)
         p1 = tile.load4_clamped(products, r1 + feature, r1 + end)
         p2 = tile.load4_clamped(products, r2 + feature, r2 + end)
@@ -60,8 +59,8 @@ def _kernel(dtype: str, tile_tokens: int, tile_features: int) -> Kernel:
         bias, y, has_bias, M, N, K, n, capacity,
     ):  # fmt: skip
         # products int32 [M, N]; y [M, N]; the rest as in `Operands`. Grid: tiles of features x tiles of tokens.
-        first_feature = uint64(cuda.blockIdx.x) * uint64(tile_features)
-        first_token = uint64(cuda.blockIdx.y) * uint64(tile_tokens)
+        first_feature = cuda.blockIdx.x * tile_features
+        first_token = cuda.blockIdx.y * tile_tokens
         terms = (outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
         sizes = (M, N, K, n, capacity)
         epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes)
@@ -90,19 +89,15 @@ def dequantize_epilogue(
     outlier_weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scales, outlier terms and bias of int32 products [M, N], in the dtype of `outlier_weight`; see `reference`.
+    """Integer products to outputs; `ops` says what the tensors are, and checks them.
 
     Queued on torch's current stream, without waiting for anything.
-
-    Raises:
-        ValueError: a tensor of another dtype, shape, layout or device than the others want.
     """
-    import torch
-
-    y = torch.empty(products.shape, dtype=outlier_weight.dtype, device=products.device)
-    int8_operands.check("products", products, torch.int32, (len(x_absmax), len(weight_codes)), y.device)
     terms = (x_absmax, outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
-    operands = int8_operands.of_tensors(None, *terms, bias, y)
+    products, *contiguous = (each.contiguous() for each in (products, *terms))
+    bias = bias if bias is None else bias.contiguous()
+    y = outlier_x.new_empty(products.shape)
     if y.numel():
+        operands = int8_operands.of_tensors(None, contiguous, bias, y)
         run(launches(operands, products.data_ptr()), y.device)
     return y

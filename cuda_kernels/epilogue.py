@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 from numba.cuda import types
-from numpy import float32, uint32, uint64
+from numpy import float32, uint32
 
 from cuda_kernels import tile_intrinsics as tile
 from cuda_kernels.intrinsics import load_float, multiply_rn
@@ -49,16 +49,16 @@ def _make_stage(tile_tokens: int, tile_features: int, threads: int) -> Any:
         outlier_x, found_columns, _, found_x, weight_codes, weight_absmax, outlier_weight = terms
         M, N, K, n, capacity = sizes
         for i in range(cuda.threadIdx.x, CHUNK * tile_features, threads):
-            j, feature = j0 + uint64(i % CHUNK), first_feature + uint64(i // CHUNK)
+            j, feature = j0 + i % CHUNK, first_feature + i // CHUNK
             value = float32(0)
             if j < n and feature < N:
                 value = load_float(outlier_weight, feature * n + j)
             elif j < n_terms and feature < N:
-                code = weight_codes[feature * K + uint64(found_columns[j - n])]
+                code = weight_codes[feature * K + found_columns[j - n]]
                 value = multiply_rn(multiply_rn(weight_absmax[feature], STEP_OF_ABSMAX), float32(code))
             w[(i % CHUNK) * w_stride + i // CHUNK] = value
         for i in range(cuda.threadIdx.x, CHUNK * tile_tokens, threads):
-            j, token = j0 + uint64(i % CHUNK), first_token + uint64(i // CHUNK)
+            j, token = j0 + i % CHUNK, first_token + i // CHUNK
             value = float32(0)
             if j < n and token < M:
                 value = load_float(outlier_x, token * n + j)
@@ -80,29 +80,20 @@ def _make_extra(tile_tokens: int, tile_features: int, threads: int) -> Any:
         w = cuda.shared.array(w_size, types.float32, alignment=16)
         x = cuda.shared.array(x_size, types.float32, alignment=16)
         n_found, n, capacity = terms[2], sizes[3], sizes[4]
-        n_terms = n + min(uint64(n_found[0]), capacity)
-        sums, j0 = _SIXTEEN_ZEROS, uint64(0)
+        n_terms = n + min(n_found[0], capacity)
+        sums, j0 = _SIXTEEN_ZEROS, 0
         while j0 < n_terms:
             cuda.syncthreads()  # The columns before have been used.
             stage(w, x, j0, n_terms, first_token, first_feature, terms, sizes)
             cuda.syncthreads()
-            for j in range(min(uint64(CHUNK), n_terms - j0)):
-                tokens = tile.load4_shared(x, uint64(j) * uint64(x_stride) + t)
-                features = tile.load4_shared(w, uint64(j) * uint64(w_stride) + f)
+            for j in range(min(CHUNK, n_terms - j0)):
+                tokens = tile.load4_shared(x, j * x_stride + t)
+                features = tile.load4_shared(w, j * w_stride + f)
                 sums = tile.fma_tile(sums, tokens, features)
-            j0 += uint64(CHUNK)
+            j0 += CHUNK
         return sums
 
     return extra_of
-
-
-@_device
-def _store_token(y, token, feature, values, M, N):  # type: ignore[no-untyped-def]
-    if token < M:
-        if N % uint64(4) == uint64(0):
-            tile.store4(y, token * N + feature, values)
-        else:
-            tile.store4_before(y, token * N + feature, (token + uint64(1)) * N, values)
 
 
 def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_products: Any) -> Any:
@@ -123,25 +114,22 @@ def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_produ
     @_device
     def epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes):  # type: ignore[no-untyped-def]
         M, N = sizes[0], sizes[1]
-        t, f = uint64(cuda.threadIdx.x // across) * uint64(4), uint64(cuda.threadIdx.x % across) * uint64(4)
-        is_idle = t >= uint64(tile_tokens)
+        t, f = cuda.threadIdx.x // across * 4, cuda.threadIdx.x % across * 4
+        is_idle = t >= tile_tokens
         if is_idle:
-            t = uint64(0)
+            t = 0
         extra = extra_of(t, f, first_token, first_feature, terms, sizes)
         token, feature = first_token + t, first_feature + f
         if is_idle or token >= M or feature >= N:
             return
-        x_scales = tile.multiply_tile(tile.load4_clamped(x_absmax, token, M - uint64(1)), STEP_OF_ABSMAX)
-        weight_scales = tile.multiply_tile(tile.load4_clamped(terms[5], feature, N - uint64(1)), STEP_OF_ABSMAX)
+        x_scales = tile.multiply_tile(tile.load4_clamped(x_absmax, token, M - 1), STEP_OF_ABSMAX)
+        weight_scales = tile.multiply_tile(tile.load4_clamped(terms[5], feature, N - 1), STEP_OF_ABSMAX)
         biases = _FOUR_ZEROS
         if has_bias != uint32(0):
-            biases = tile.widen_tile(tile.load4_clamped(bias, feature, N - uint64(1)))
+            biases = tile.widen_tile(tile.load4_clamped(bias, feature, N - 1))
         sixteen = read_products(products, t, f, first_token, first_feature, M, N)
-        values = tile.narrow_tile(y, tile.scale_tile(sixteen, x_scales, weight_scales, extra, biases))
-        _store_token(y, token, feature, values[0:4], M, N)
-        _store_token(y, token + uint64(1), feature, values[4:8], M, N)
-        _store_token(y, token + uint64(2), feature, values[8:12], M, N)
-        _store_token(y, token + uint64(3), feature, values[12:16], M, N)
+        values = tile.scale_tile(sixteen, x_scales, weight_scales, extra, biases)
+        tile.store_tile(y, token, feature, M, N, tile.narrow_tile(y, values))
 
     return epilogue
 
@@ -151,9 +139,9 @@ def shared_products(stride: int) -> Any:
 
     @_device
     def read(products, t, f, _first_token, _first_feature, _M, _N):  # type: ignore[no-untyped-def]
-        at, row = t * uint64(stride) + f, uint64(stride)
-        p0, p1 = tile.load4_shared(products, at), tile.load4_shared(products, at + row)
-        p2, p3 = tile.load4_shared(products, at + row + row), tile.load4_shared(products, at + row + row + row)
+        at = t * stride + f
+        p0, p1 = tile.load4_shared(products, at), tile.load4_shared(products, at + stride)
+        p2, p3 = tile.load4_shared(products, at + 2 * stride), tile.load4_shared(products, at + 3 * stride)
         return p0 + p1 + p2 + p3
 
     return read

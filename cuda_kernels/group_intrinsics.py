@@ -16,38 +16,57 @@ from cuda_kernels.intrinsics import _F32, _I32, _I64, _call, _widen
 from cuda_kernels.product_intrinsics import _load_before
 from cuda_kernels.tile_intrinsics import _multiply, _tile, _values
 
-_GROUP = types.UniTuple(types.float32, 8)
+GROUP = 8
+"""Values a thread takes at a time: 16 bytes of a 16-bit format."""
+
+_GROUP = types.UniTuple(types.float32, GROUP)
 _MAGNITUDE = _I32(0x7FFFFFFF)
 _ROUNDER = ir.Constant(_F32, 1.5 * 2**23)
 """Added to a float32 of magnitude up to 2^22 it leaves no room for a fraction: the sum is rounded to an integer, ties
 to even, and has its lowest byte."""
 
 
+def _load_aligned(builder: Any, pointer: Any, index: Any, width: int) -> list[Any]:
+    base = builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(_I32, 4).as_pointer())
+    loads = [builder.load(builder.gep(base, [_I32(i)]), align=16) for i in range(width // 16)]
+    words = [builder.extract_element(four, _I32(i)) for four in loads for i in range(4)]
+    return words if width == 32 else [half for word in words for half in (word, builder.lshr(word, _I32(16)))]
+
+
+def load(is_aligned: bool) -> Any:
+    """(x, start, g, K) -> group g of the row that starts at index `start`, 0 from column K on.
+
+    By vectors of 16 bytes where rows are whole aligned groups, elsewhere value by value.
+    """
+
+    @intrinsic
+    def load_group(_context: Any, x: Any, start: Any, g: Any, K: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x_pointer, start, g, n_columns = args
+            index = builder.add(start, builder.mul(g, _I64(GROUP)))
+            if is_aligned:
+                bits = _load_aligned(builder, x_pointer, index, x.dtype.bitwidth)
+            else:
+                end = builder.add(start, n_columns)
+                bits = [_load_before(builder, x_pointer, builder.add(index, _I64(i)), end) for i in range(GROUP)]
+            return _tile(context, builder, signature, [_widen(builder, x.dtype, each) for each in bits])
+
+        return _GROUP(x, *[types.int64] * 3), codegen
+
+    return load_group
+
+
 @intrinsic
-def load8(_context: Any, pointer: Any, index: Any) -> Any:
-    """Values index ... index + 7, by loads of 16 bytes from an address that 16 divides."""
+def byte_of(_context: Any, bits: Any, g: Any) -> Any:
+    """Group g's byte of a shared array of words."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = ir.VectorType(_I32, 4).as_pointer()
-        base = builder.bitcast(builder.gep(args[0], [args[1]]), vector)
-        loads = [builder.load(builder.gep(base, [_I32(i)]), align=16) for i in range(pointer.dtype.bitwidth // 16)]
-        words = [builder.extract_element(four, _I32(i)) for four in loads for i in range(4)]
-        if pointer.dtype.bitwidth == 16:
-            words = [half for word in words for half in (word, builder.lshr(word, _I32(16)))]
-        return _tile(context, builder, signature, [_widen(builder, pointer.dtype, word) for word in words])
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        word = builder.load(builder.gep(data, [builder.lshr(args[1], _I64(2))]))
+        shift = builder.mul(builder.trunc(builder.and_(args[1], _I64(3)), _I32), _I32(8))
+        return builder.and_(builder.lshr(word, shift), _I32(0xFF))
 
-    return _GROUP(pointer, types.uint64), codegen
-
-
-@intrinsic
-def load8_before(_context: Any, pointer: Any, index: Any, end: Any) -> Any:
-    """Values index ... index + 7, one by one; 0 from index `end` on."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = [_load_before(builder, args[0], builder.add(args[1], _I64(i)), args[2]) for i in range(8)]
-        return _tile(context, builder, signature, [_widen(builder, pointer.dtype, word) for word in bits])
-
-    return _GROUP(pointer, types.uint64, types.uint64), codegen
+    return types.uint32(bits, types.int64), codegen
 
 
 def _magnitudes(builder: Any, group: Any) -> list[Any]:
@@ -56,14 +75,20 @@ def _magnitudes(builder: Any, group: Any) -> list[Any]:
 
 @intrinsic
 def clear(_context: Any, group: Any, byte: Any) -> Any:
-    """The group with 0 for the values whose bit is set."""
+    """The group with 0 for the values whose bit is set; nearly free where none is."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = []
-        for i, value in enumerate(_values(builder, args[0])):
-            is_set = builder.icmp_unsigned("!=", builder.and_(args[1], _I32(1 << i)), _I32(0))
-            values.append(builder.select(is_set, ir.Constant(_F32, 0.0), value))
-        return _tile(context, builder, signature, values)
+        values, before = _values(builder, args[0]), builder.block
+        with builder.if_then(builder.icmp_unsigned("!=", args[1], _I32(0))):
+            inside, cleared = builder.block, []
+            for i, value in enumerate(values):
+                is_set = builder.icmp_unsigned("!=", builder.and_(args[1], _I32(1 << i)), _I32(0))
+                cleared.append(builder.select(is_set, ir.Constant(_F32, 0.0), value))
+        either = [builder.phi(_F32) for _ in values]
+        for phi, value, other in zip(either, values, cleared, strict=True):
+            phi.add_incoming(value, before)
+            phi.add_incoming(other, inside)
+        return _tile(context, builder, signature, either)
 
     return _GROUP(_GROUP, types.uint32), codegen
 
@@ -126,4 +151,4 @@ def store_codes_before(_context: Any, codes: Any, index: Any, end: Any, words: A
                 builder.store(code, builder.gep(args[0], [at]))
         return context.get_dummy_value()
 
-    return types.void(codes, types.uint64, types.uint64, types.UniTuple(types.uint32, 2)), codegen
+    return types.void(codes, types.int64, types.int64, types.UniTuple(types.uint32, 2)), codegen

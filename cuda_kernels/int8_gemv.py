@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 from numba.cuda import types
-from numpy import uint64
 
 from cuda_kernels.epilogue import make_epilogue, shared_products
 from cuda_kernels.int8_operands import Operands, epilogue_arguments, epilogue_types
 from cuda_kernels.launch import Kernel, Launch
-from cuda_kernels.product_intrinsics import VECTOR, dp4a_tile, load_rows, warp_sums
+from cuda_kernels.product_intrinsics import VECTOR, Turn, dp4a_tile, load_rows, warp_sums
 
 WARPS = 8
 THREADS = 32 * WARPS
@@ -38,16 +37,6 @@ STEP = 32 * VECTOR
 """Columns of a row that a warp reads at once."""
 
 _device = cuda.jit(device=True, inline="always")
-
-
-class Sweep(NamedTuple):
-    """How a warp goes along the columns: `in_flight` steps of `step` columns asked for before the first is used,
-    `split` warps taking turns; `is_aligned` if rows are aligned vectors."""
-
-    in_flight: int
-    step: int
-    split: int
-    is_aligned: bool
 
 
 class Plan(NamedTuple):
@@ -68,62 +57,46 @@ class Plan(NamedTuple):
 def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
     """As many loads in flight as registers allow, and warps enough to fill the device: a guess, not yet measured."""
     tokens = next((t for t in (1, 2, 4) if n_tokens <= t), 8)
-    rows, in_flight, blocks = {1: (2, 4, 3), 2: (2, 4, 2), 4: (4, 2, 2), 8: (4, 1, 2)}[tokens]
+    rows, most_in_flight, blocks = {1: (2, 4, 3), 2: (2, 4, 2), 4: (4, 2, 2), 8: (4, 1, 2)}[tokens]
     # Four blocks on each of 132 multiprocessors, unless that leaves a warp less than a step.
-    splits = [s for s in (1, 2, 4) if s == 1 or n_columns >= s * STEP]
+    splits = [s for s in (1, 2, 4) if s == 1 or n_columns > (s - 1) * STEP]
     split = next((s for s in splits if n_features * s >= 4 * 132 * WARPS * rows), splits[-1])
-    return Plan(tokens, rows, in_flight, split, blocks)
+    return Plan(tokens, rows, fitting(most_in_flight, split * STEP, n_columns), split, blocks)
 
 
-def _make_steps(load_weights: Any, load_tokens: Any, multiply: Any, in_flight: int, step: int) -> Any:
-    """`in_flight` steps along the columns: each asks for its weights before the next does, and multiplies after it."""
-    if in_flight == 0:
-
-        @_device
-        def no_step(sums, weight_codes, codes, row, token, k, M, N, K):  # type: ignore[no-untyped-def]
-            return sums
-
-        return no_step
-    next_steps = _make_steps(load_weights, load_tokens, multiply, in_flight - 1, step)
-
-    @_device
-    def steps(sums, weight_codes, codes, row, token, k, M, N, K):  # type: ignore[no-untyped-def]
-        weights = load_weights(weight_codes, row, k, N, K)
-        sums = next_steps(sums, weight_codes, codes, row, token, k + uint64(step), M, N, K)
-        return multiply(sums, weights, load_tokens(codes, token, k, M, K))
-
-    return steps
+def fitting(most_in_flight: int, columns: int, n_columns: int) -> int:
+    """How many steps in flight leave two turns of all warps at least, so that they end at about the same time."""
+    return next((f for f in (4, 2) if f <= most_in_flight and n_columns >= 2 * f * columns), 1)
 
 
-def make_sweep(rows: tuple[int, int], tokens: tuple[int, int], multiply: Any, cut: Sweep) -> Any:
-    """(sums, weight_codes, codes, row, token, turn, column, M, N, K) -> a warp's sums over its share of the columns.
+def make_sweep(rows: tuple[int, int], tokens: tuple[int, int], multiply: Any, turn: Turn, split: int) -> Any:
+    """(sums, weight_codes, codes, row, token, first, column, M, N, K) -> a warp's sums over its share of the columns.
 
-    A turn is `in_flight` steps; the warp takes every `split`-th from number `turn` on. `column` is the lane's place in
-    a step. Only a last turn, which may reach beyond K, asks where K is.
+    The warp takes every `split`-th turn from number `first` on. `column` is the lane's place in a step. Only a last
+    turn, which may reach beyond K, asks where K is.
 
     Args:
         rows, tokens: how many of the weight's rows and of the tokens a lane reads, and how far they are apart.
         multiply: (sums, words of the weight, words of the tokens) -> sums.
     """
-    columns, split, is_aligned = cut.in_flight * cut.step, cut.split, cut.is_aligned
-
-    def make(is_inside: bool) -> Any:
-        load_weights = load_rows(*rows, is_aligned, is_read_once=True, is_inside=is_inside)
-        load_tokens = load_rows(*tokens, is_aligned, is_read_once=False, is_inside=is_inside)
-        return _make_steps(load_weights, load_tokens, multiply, cut.in_flight, cut.step)
-
-    steps, last_steps = make(is_inside=is_aligned), make(is_inside=False)
+    columns = turn.in_flight * turn.step
     # Where every code is a load of its own, each asks where K is, and all turns are alike.
-    reach = columns if is_aligned else 1
+    reach = columns if turn.is_aligned else 1
+    load_weights = load_rows(*rows, turn, is_read_once=True, is_inside=turn.is_aligned)
+    load_tokens = load_rows(*tokens, turn, is_read_once=False, is_inside=turn.is_aligned)
+    load_last_weights = load_rows(*rows, turn, is_read_once=True, is_inside=False)
+    load_last_tokens = load_rows(*tokens, turn, is_read_once=False, is_inside=False)
 
     @_device
-    def sweep(sums, weight_codes, codes, row, token, turn, column, M, N, K):  # type: ignore[no-untyped-def]
-        k = turn * uint64(columns)
-        while k + uint64(reach) <= K:
-            sums = steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
-            k += uint64(split * columns)
+    def sweep(sums, weight_codes, codes, row, token, first, column, M, N, K):  # type: ignore[no-untyped-def]
+        k = first * columns
+        while k + reach <= K:
+            weights = load_weights(weight_codes, row, k + column, N, K)
+            sums = multiply(sums, weights, load_tokens(codes, token, k + column, M, K))
+            k += split * columns
         if k < K:
-            sums = last_steps(sums, weight_codes, codes, row, token, k + column, M, N, K)
+            weights = load_last_weights(weight_codes, row, k + column, N, K)
+            sums = multiply(sums, weights, load_last_tokens(codes, token, k + column, M, K))
         return sums
 
     return sweep
@@ -136,7 +109,7 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
     tile_tokens, tile_features = -(-tokens // 4) * 4, groups * rows
     stride = tile_features + 4
     n_products, lanes = tile_tokens * stride, 32 // (tokens * rows)
-    sweep = make_sweep((rows, 1), (tokens, 1), dp4a_tile, Sweep(in_flight, STEP, split, is_aligned))
+    sweep = make_sweep((rows, 1), (tokens, 1), dp4a_tile(in_flight), Turn(in_flight, STEP, is_aligned), split)
     epilogue = make_epilogue(tile_tokens, tile_features, THREADS, shared_products(stride))
     zeros = (np.int32(0),) * (tokens * rows)
 
@@ -150,18 +123,18 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
         for i in range(cuda.threadIdx.x, n_products, THREADS):
             products[i] = 0
         cuda.syncthreads()
-        first_feature = uint64(cuda.blockIdx.x) * uint64(tile_features)
-        first_token = uint64(cuda.blockIdx.y) * uint64(tokens)
+        first_feature = cuda.blockIdx.x * tile_features
+        first_token = cuda.blockIdx.y * tokens
         lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
         group = warp % groups
-        row, turn, column = first_feature + uint64(group * rows), uint64(warp // groups), uint64(lane * VECTOR)
-        sums = sweep(zeros, weight_codes, codes, row, first_token, turn, column, M, N, K)
+        row = first_feature + group * rows
+        sums = sweep(zeros, weight_codes, codes, row, first_token, warp // groups, lane * VECTOR, M, N, K)
         total, i = warp_sums(sums), lane // lanes
         if lane % lanes == 0:
             cuda.atomic.add(products, i // rows * stride + group * rows + i % rows, total)
         cuda.syncthreads()
         terms = (outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
-        sizes = (min(M, first_token + uint64(tokens)), N, K, n, capacity)
+        sizes = (min(M, first_token + tokens), N, K, n, capacity)
         epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes)
 
     return Kernel(int8_gemv, (types.CPointer(types.int8), *epilogue_types(dtype)), THREADS, cut.blocks)

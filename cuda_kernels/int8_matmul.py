@@ -43,7 +43,7 @@ def choose(operands: Operands, capability: tuple[int, int]) -> Engine:
     o = operands
     if o.n_tokens <= MOST_GEMV_TOKENS:
         return Engine.GEMV
-    fits_library = (o.n_columns | o.n_features) % 8 == 0 and (o.codes | o.weight_codes) % 16 == 0
+    fits_library = o.n_columns > 0 and (o.n_columns | o.n_features) % 8 == 0 and (o.codes | o.weight_codes) % 16 == 0
     if o.n_tokens > MOST_SKINNY_TOKENS and fits_library:
         return Engine.LIBRARY
     return Engine.SKINNY if capability >= int8_skinny.LEAST_CAPABILITY else Engine.GEMV
@@ -61,26 +61,20 @@ def int8_matmul(
     outlier_weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x @ weight.T + bias, [M, N], in the dtype of `outlier_weight`, of activations that were quantized.
+    """Quantized activations times a quantized weight; `ops` says what the tensors are, and checks them.
 
     Queued on torch's current stream, without waiting for anything; can be captured in a CUDA graph once a first call
-    has loaded its kernels.
-
-    Args:
-        codes, x_absmax, outlier_x, found_columns, n_found, found_x: what `activation_quantize` returns.
-        weight_codes: int8 [N, K]. weight_absmax: float32 [N]. outlier_weight: [N, n], the stored outlier columns of
-            the unquantized weight, in the dtype of x. bias: [N], or None.
-
-    Raises:
-        ValueError: a tensor of another dtype, shape, layout or device than the others want, or K over 133,144.
+    has loaded its kernels. Weights are not copied, nor is anything else that is contiguous.
     """
     import torch
 
-    y = torch.empty((len(codes), len(weight_codes)), dtype=outlier_weight.dtype, device=codes.device)
     terms = (x_absmax, outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
-    operands = int8_operands.of_tensors(codes, *terms, bias, y)
+    codes, *contiguous = (each.contiguous() for each in (codes, *terms))
+    bias = bias if bias is None else bias.contiguous()
+    y = outlier_x.new_empty((len(codes), len(weight_codes)))
     if not y.numel():
         return y
+    operands = int8_operands.of_tensors(codes, contiguous, bias, y)
     engine = choose(operands, torch.cuda.get_device_capability(y.device))
     if engine is Engine.LIBRARY:
         products = torch._int_mm(codes, weight_codes.t())

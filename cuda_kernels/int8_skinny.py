@@ -24,13 +24,12 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 from numba.cuda import types
-from numpy import uint64
 
 from cuda_kernels.epilogue import make_epilogue, shared_products
-from cuda_kernels.int8_gemv import Sweep, make_sweep
+from cuda_kernels.int8_gemv import fitting, make_sweep
 from cuda_kernels.int8_operands import Operands, epilogue_arguments, epilogue_types
 from cuda_kernels.launch import Kernel, Launch
-from cuda_kernels.product_intrinsics import VECTOR, add_mma_tile, mma_tile
+from cuda_kernels.product_intrinsics import VECTOR, Turn, add_mma_tile, mma_tile
 
 LEAST_CAPABILITY = (8, 0)
 """The first compute capability with this mma."""
@@ -57,12 +56,12 @@ class Plan(NamedTuple):
 
 
 def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
-    """Eight vectors of weights in flight a lane, and blocks enough for every multiprocessor: a guess, not measured."""
+    """As many loads in flight as registers allow, and blocks enough for every multiprocessor: a guess, not measured."""
     token_tiles = next((t for t in (1, 2, 4) if n_tokens <= 8 * t), 8)
-    row_tiles, in_flight, blocks = {1: (1, 4, 3), 2: (1, 4, 2), 4: (2, 2, 2), 8: (2, 2, 1)}[token_tiles]
+    row_tiles, most_in_flight, blocks = {1: (1, 4, 2), 2: (1, 4, 2), 4: (2, 1, 2), 8: (2, 2, 1)}[token_tiles]
     splits = [s for s in (1, 2, 4, 8) if WARPS // s * 16 * row_tiles * 8 * token_tiles <= 16 * THREADS]
     split = next((s for s in splits if n_features * s >= 2 * 132 * WARPS * 16 * row_tiles), splits[-1])
-    return Plan(token_tiles, row_tiles, in_flight, split, blocks)
+    return Plan(token_tiles, row_tiles, fitting(most_in_flight, split * STEP, n_columns), split, blocks)
 
 
 @cache
@@ -73,7 +72,8 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
     # A lane adds at row g, token 2 q. With 4 more than a multiple of 16 features, a warp's 32 places are in 32 banks.
     stride = tile_features + 4
     n_products, add_products = tile_tokens * stride, add_mma_tile(token_tiles, stride)
-    sweep = make_sweep((2 * row_tiles, 8), (token_tiles, 8), mma_tile, Sweep(in_flight, STEP, split, is_aligned))
+    turn = Turn(in_flight, STEP, is_aligned)
+    sweep = make_sweep((2 * row_tiles, 8), (token_tiles, 8), mma_tile(in_flight), turn, split)
     epilogue = make_epilogue(tile_tokens, tile_features, THREADS, shared_products(stride))
     zeros = (np.int32(0),) * (4 * row_tiles * token_tiles)
 
@@ -87,13 +87,13 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
         for i in range(cuda.threadIdx.x, n_products, THREADS):
             products[i] = 0
         cuda.syncthreads()
-        first_feature = uint64(cuda.blockIdx.x) * uint64(tile_features)
-        first_token = uint64(cuda.blockIdx.y) * uint64(tile_tokens)
+        first_feature = cuda.blockIdx.x * tile_features
+        first_token = cuda.blockIdx.y * tile_tokens
         g, q, warp = cuda.threadIdx.x % 32 // 4, cuda.threadIdx.x % 4, cuda.threadIdx.x // 32
         row_of_tile = warp % groups * rows + g
-        row, token = first_feature + uint64(row_of_tile), first_token + uint64(g)
-        sums = sweep(zeros, weight_codes, codes, row, token, uint64(warp // groups), uint64(q * VECTOR), M, N, K)
-        add_products(products, uint64(2 * q * stride + row_of_tile), sums)
+        row, token = first_feature + row_of_tile, first_token + g
+        sums = sweep(zeros, weight_codes, codes, row, token, warp // groups, q * VECTOR, M, N, K)
+        add_products(products, 2 * q * stride + row_of_tile, sums)
         cuda.syncthreads()
         terms = (outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
         epilogue(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, (M, N, K, n, capacity))

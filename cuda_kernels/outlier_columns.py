@@ -1,6 +1,6 @@
 """Which columns of x are outlier columns, a bit for each in shared memory: a part of `activation_quantize`.
 
-1. A thread looks at a group of 8 adjacent columns; `byte_of` is what the bits say of a group, nearly always 0.
+1. A thread looks at a group of 8 adjacent columns: a byte, which is nearly always 0.
 2. The bits of stored columns come from their list.
 3. Columns to be found: for few tokens every block asks all of them itself; for many, a launch before (`mark_kernel`)
    gave each piece of the tokens a row of bytes, and every block joins those rows.
@@ -17,89 +17,68 @@ from typing import Any
 
 from numba import cuda
 from numba.cuda import types
-from numpy import uint32, uint64
+from numpy import uint32
 
 from cuda_kernels import group_intrinsics as group
+from cuda_kernels.group_intrinsics import GROUP
 from cuda_kernels.int8_operands import POINTER
 from cuda_kernels.intrinsics import population_count, shuffle_up
 from cuda_kernels.launch import Kernel
 
-GROUP = 8
-"""Columns of a thread: 16 bytes of a 16-bit format."""
 MARK_THREADS = 256
 
 _device = cuda.jit(device=True, inline="always")
 
 
-def make_load(is_aligned: bool) -> Any:
-    """(x, start, g, K) -> group g of the row that starts at index `start`; 0 from column K on."""
-
-    @_device
-    def load_aligned(x, start, g, K):  # type: ignore[no-untyped-def]
-        return group.load8(x, start + g * uint64(GROUP))
-
-    @_device
-    def load_any(x, start, g, K):  # type: ignore[no-untyped-def]
-        return group.load8_before(x, start + g * uint64(GROUP), start + K)
-
-    return load_aligned if is_aligned else load_any
-
-
 @cache
 def mark_kernel(dtype: str, is_aligned: bool) -> Kernel:
     """For each piece of the tokens, and each group: a byte that says which columns some token makes outliers."""
-    load = make_load(is_aligned)
+    load = group.load(is_aligned)
 
     def mark_columns(x, marks, threshold, M, K, row_stride, n_groups, tokens):  # type: ignore[no-untyped-def]
         # x [M, K]; marks uint8 [pieces, n_groups]. Grid: groups, a thread each, x pieces of `tokens` tokens.
-        g = uint64(cuda.blockIdx.x) * uint64(MARK_THREADS) + uint64(cuda.threadIdx.x)
+        g = cuda.blockIdx.x * MARK_THREADS + cuda.threadIdx.x
         if g >= n_groups:
             return
-        piece = uint64(cuda.blockIdx.y)
+        piece = cuda.blockIdx.y
         token = piece * tokens
-        last = min(token + tokens, M) - uint64(1)
+        last = min(token + tokens, M) - 1
         marked = uint32(0)
         while token <= last:
             # Four loads before the first use; beyond the last token it is asked again, which changes nothing.
             a = load(x, token * row_stride, g, K)
-            b = load(x, min(token + uint64(1), last) * row_stride, g, K)
-            c = load(x, min(token + uint64(2), last) * row_stride, g, K)
-            d = load(x, min(token + uint64(3), last) * row_stride, g, K)
+            b = load(x, min(token + 1, last) * row_stride, g, K)
+            c = load(x, min(token + 2, last) * row_stride, g, K)
+            d = load(x, min(token + 3, last) * row_stride, g, K)
             marked |= group.at_least(a, threshold) | group.at_least(b, threshold)
             marked |= group.at_least(c, threshold) | group.at_least(d, threshold)
-            token += uint64(4)
+            token += 4
         marks[piece * n_groups + g] = marked
 
-    sizes = [types.uint64] * 5
+    sizes = [types.int64] * 5
     return Kernel(mark_columns, (POINTER[dtype], types.CPointer(types.uint8), types.uint32, *sizes), MARK_THREADS)
 
 
 def make_marks(is_marked_before: bool, is_aligned: bool) -> Any:
     """(x, marks, g, threshold, pieces, shape) -> the byte of all tokens: from x itself, or from the marks."""
-    load = make_load(is_aligned)
+    load = group.load(is_aligned)
 
     @_device
     def of_tokens(x, marks, g, threshold, pieces, shape):  # type: ignore[no-untyped-def]
         M, K, row_stride, _ = shape
         marked = uint32(0)
         for token in range(M):
-            marked |= group.at_least(load(x, uint64(token) * row_stride, g, K), threshold)
+            marked |= group.at_least(load(x, token * row_stride, g, K), threshold)
         return marked
 
     @_device
     def of_pieces(x, marks, g, threshold, pieces, shape):  # type: ignore[no-untyped-def]
         marked = uint32(0)
         for piece in range(pieces):
-            marked |= uint32(marks[uint64(piece) * shape[3] + g])
+            marked |= uint32(marks[piece * shape[3] + g])
         return marked
 
     return of_pieces if is_marked_before else of_tokens
-
-
-@_device
-def byte_of(bits, g):  # type: ignore[no-untyped-def]
-    """Which columns of group g are outlier columns."""
-    return uint32(bits[g // uint64(4)] >> (uint32(g % uint64(4)) * uint32(8))) & uint32(0xFF)
 
 
 def make_take_stored(threads: int) -> Any:
@@ -107,14 +86,14 @@ def make_take_stored(threads: int) -> Any:
 
     @_device
     def take_stored(bits, x, outlier_columns, outlier_x, first, end, n, shape):  # type: ignore[no-untyped-def]
-        for i in range(cuda.threadIdx.x, (shape[3] + uint64(3)) // uint64(4), threads):
+        for i in range(cuda.threadIdx.x, (shape[3] + 3) // 4, threads):
             bits[i] = uint32(0)
         cuda.syncthreads()
         for j in range(cuda.threadIdx.x, n, threads):
-            column = uint64(outlier_columns[j])
-            cuda.atomic.or_(bits, column // uint64(32), uint32(uint64(1) << column % uint64(32)))
+            column = outlier_columns[j]
+            cuda.atomic.or_(bits, column // 32, uint32(1 << column % 32))
             for token in range(first, end):
-                outlier_x[uint64(token) * n + uint64(j)] = x[uint64(token) * shape[2] + column]
+                outlier_x[token * n + j] = x[token * shape[2] + column]
         cuda.syncthreads()
 
     return take_stored
@@ -135,11 +114,11 @@ def _make_running_sum(threads: int) -> Any:
         if lane == uint32(31):
             scratch[warp] = up_to_here
         cuda.syncthreads()
-        place = total + uint64(up_to_here - count)
+        place = total + up_to_here - count
         for w in range(warps):
             if w < warp:
-                place += uint64(scratch[w])
-            total += uint64(scratch[w])
+                place += scratch[w]
+            total += scratch[w]
         return place, total
 
     return running_sum
@@ -156,32 +135,32 @@ def make_take_found(is_marked_before: bool, is_aligned: bool, threads: int) -> A
     def take_found(bits, scratch, x, marks, found, threshold, pieces, first, end, capacity, shape):  # type: ignore[no-untyped-def]
         found_columns, found_x = found
         is_first_block = cuda.blockIdx.x == 0
-        total, g0 = uint64(0), uint64(0)
+        total, g0 = 0, 0
         while g0 < shape[3]:
-            g, new, taken = g0 + uint64(cuda.threadIdx.x), uint32(0), uint32(0)
+            g, new, taken = g0 + cuda.threadIdx.x, uint32(0), uint32(0)
             if g < shape[3]:
-                new = uint32(marks_of(x, marks, g, threshold, pieces, shape) & ~byte_of(bits, g))
+                new = uint32(marks_of(x, marks, g, threshold, pieces, shape) & ~group.byte_of(bits, g))
             place, total = running_sum(population_count(new), scratch, total)
             while new != uint32(0):
                 lowest = uint32(new & (~new + uint32(1)))
                 if place < capacity:
                     taken |= lowest
-                    column = g * uint64(GROUP) + uint64(population_count(uint32(lowest - uint32(1))))
+                    column = g * GROUP + population_count(uint32(lowest - uint32(1)))
                     if is_first_block:
                         found_columns[place] = column
                     for token in range(first, end):
-                        found_x[uint64(token) * capacity + place] = x[uint64(token) * shape[2] + column]
-                place += uint64(1)
+                        found_x[token * capacity + place] = x[token * shape[2] + column]
+                place += 1
                 new = uint32(new ^ lowest)
             if taken:
-                cuda.atomic.or_(bits, g // uint64(4), uint32(taken << (uint32(g % uint64(4)) * uint32(8))))
+                cuda.atomic.or_(bits, g // 4, uint32(taken << (uint32(g % 4) * uint32(8))))
             cuda.syncthreads()
-            g0 += uint64(threads)
-        for j in range(min(total, capacity) + uint64(cuda.threadIdx.x), capacity, threads):
+            g0 += threads
+        for j in range(min(total, capacity) + cuda.threadIdx.x, capacity, threads):
             if is_first_block:
                 found_columns[j] = -1
             for token in range(first, end):
-                found_x[uint64(token) * capacity + uint64(j)] = 0
+                found_x[token * capacity + j] = 0
         return total
 
     return take_found

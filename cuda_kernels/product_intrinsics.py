@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.cuda import types
@@ -13,6 +14,17 @@ from cuda_kernels.tile_intrinsics import _tile, _values
 
 VECTOR = 16
 """Codes a lane reads at once."""
+
+
+class Turn(NamedTuple):
+    """What a lane reads before it multiplies: 16 codes of each of `in_flight` steps, `step` columns apart.
+
+    is_aligned: rows are whole aligned vectors; where not, each code is a load of its own.
+    """
+
+    in_flight: int
+    step: int
+    is_aligned: bool
 
 
 def _load_before(builder: Any, pointer: Any, index: Any, end: Any) -> Any:
@@ -51,23 +63,25 @@ def _load_aligned_before(builder: Any, codes: Any, index: Any, end: Any, is_read
     return [builder.select(is_inside, word, _I32(0)) for word in _load_aligned(builder, codes, index, is_read_once)]
 
 
-def load_rows(count: int, apart: int, is_aligned: bool, is_read_once: bool, is_inside: bool) -> Any:
-    """(codes, row, k, n_rows, K) -> codes k ... k + 15 of `count` rows that are `apart` rows apart, 4 words each.
+def load_rows(count: int, apart: int, turn: Turn, is_read_once: bool, is_inside: bool) -> Any:
+    """(codes, row, k, n_rows, K) -> a turn from column k on of `count` rows that are `apart` rows apart: 4 words for 16
+    codes, by steps and then rows.
 
     Beyond column K there are zeros, unless `is_inside` promises that nothing is there; beyond the last row, the last
-    row. What is read once passes by the L1 cache, which holds what is read again. Where rows are not aligned vectors,
-    each code is a load of its own.
+    row. What is read once passes by the L1 cache, which holds what is read again.
     """
+    n_steps, step, is_aligned = turn
 
     @intrinsic
     def load(_context: Any, codes: Any, row: Any, k: Any, n_rows: Any, K: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             codes, row, k, n_rows, n_columns = args
             last, words = builder.sub(n_rows, _I64(1)), []
-            for i in range(count):
-                at = builder.add(row, _I64(i * apart))
+            for i in range(n_steps * count):
+                at = builder.add(row, _I64(i % count * apart))
                 start = builder.mul(builder.select(builder.icmp_unsigned("<", at, last), at, last), n_columns)
-                index, end = builder.add(start, k), builder.add(start, n_columns)
+                index = builder.add(builder.add(start, k), _I64(i // count * step))
+                end = builder.add(start, n_columns)
                 if not is_aligned:
                     words += _load_any(builder, codes, index, end)
                 elif is_inside:
@@ -76,26 +90,29 @@ def load_rows(count: int, apart: int, is_aligned: bool, is_read_once: bool, is_i
                     words += _load_aligned_before(builder, codes, index, end, is_read_once)
             return _tile(context, builder, signature, words)
 
-        return types.UniTuple(types.uint32, 4 * count)(codes, *[types.uint64] * 4), codegen
+        return types.UniTuple(types.uint32, 4 * n_steps * count)(codes, *[types.int64] * 4), codegen
 
     return load
 
 
-@intrinsic
-def dp4a_tile(_context: Any, products: Any, rows: Any, tokens: Any) -> Any:
-    """products[t, r] + the dot product of token t's and row r's 16 int8 codes; 4 words a row, 4 a token."""
-    n_rows = rows.count // 4
+def dp4a_tile(n_steps: int) -> Any:
+    """(products, rows, tokens) -> products[t, r] + the dot products of token t's and row r's codes, 16 a step."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sums, row_words, token_words = (_values(builder, arg) for arg in args)
-        for i in range(len(sums)):
-            t, r = divmod(i, n_rows)
-            for word in range(4):
-                operands = [row_words[4 * r + word], token_words[4 * t + word], sums[i]]
-                sums[i] = _call(builder, "dp4a.s32.s32 $0, $1, $2, $3;", "r", _I32, "rrr", operands)
-        return _tile(context, builder, signature, sums)
+    @intrinsic
+    def multiply(_context: Any, products: Any, rows: Any, tokens: Any) -> Any:
+        n_rows, n_tokens = rows.count // n_steps // 4, tokens.count // n_steps // 4
 
-    return products(products, rows, tokens), codegen
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            sums, row_words, token_words = (_values(builder, arg) for arg in args)
+            for s, t, r, word in itertools.product(range(n_steps), range(n_tokens), range(n_rows), range(4)):
+                operands = [row_words[4 * (s * n_rows + r) + word], token_words[4 * (s * n_tokens + t) + word]]
+                i = t * n_rows + r
+                sums[i] = _call(builder, "dp4a.s32.s32 $0, $1, $2, $3;", "r", _I32, "rrr", [*operands, sums[i]])
+            return _tile(context, builder, signature, sums)
+
+        return products(products, rows, tokens), codegen
+
+    return multiply
 
 
 @intrinsic
@@ -127,9 +144,8 @@ def warp_sums(_context: Any, values: Any) -> Any:
 # Tensor cores, sm_80 and newer.
 
 
-@intrinsic
-def mma_tile(_context: Any, products: Any, rows: Any, tokens: Any) -> Any:
-    """A warp's products of 16 R rows with 8 T tokens over 64 columns, on the tensor cores.
+def mma_tile(n_steps: int) -> Any:
+    """(products, rows, tokens) -> products + those of 16 R rows with 8 T tokens over 64 columns a step, by a warp.
 
     Lane 4 g + q holds 16 codes from column 16 q on: of rows 16 r + g and 16 r + 8 + g (8 words for each r), and of
     tokens 8 t + g (4 words for each t). An mma wants other columns in a lane, but a sum does not care about the order
@@ -137,25 +153,24 @@ def mma_tile(_context: Any, products: Any, rows: Any, tokens: Any) -> Any:
 
     products[r, t, c] is row 16 r + g + 8 (c // 2), token 8 t + 2 q + c % 2.
     """
-    n_tokens = tokens.count // 4
-    text = (
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
+    ptx = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sums, a, b = (_values(builder, arg) for arg in args)
-        four = ir.LiteralStructType([_I32] * 4)
-        for i in range(0, len(sums), 4):
-            r, t = divmod(i // 4, n_tokens)
-            for word in (0, 2):
-                upper, lower, x = 8 * r + word, 8 * r + 4 + word, 4 * t + word
-                operands = [a[upper], a[lower], a[upper + 1], a[lower + 1], b[x], b[x + 1], *sums[i : i + 4]]
-                result = _call(builder, text, "rrrr", four, "r" * 10, operands)
-                sums[i : i + 4] = _values(builder, result)
-        return _tile(context, builder, signature, sums)
+    @intrinsic
+    def multiply(_context: Any, products: Any, rows: Any, tokens: Any) -> Any:
+        n_rows, n_tokens = rows.count // n_steps // 8, tokens.count // n_steps // 4
 
-    return products(products, rows, tokens), codegen
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            sums, a, b = (_values(builder, arg) for arg in args)
+            four = ir.LiteralStructType([_I32] * 4)
+            for s, r, t, word in itertools.product(range(n_steps), range(n_rows), range(n_tokens), (0, 2)):
+                upper, x, i = 8 * (s * n_rows + r) + word, 4 * (s * n_tokens + t) + word, 4 * (r * n_tokens + t)
+                operands = [a[upper], a[upper + 4], a[upper + 1], a[upper + 5], b[x], b[x + 1], *sums[i : i + 4]]
+                sums[i : i + 4] = _values(builder, _call(builder, ptx, "rrrr", four, "r" * 10, operands))
+            return _tile(context, builder, signature, sums)
+
+        return products(products, rows, tokens), codegen
+
+    return multiply
 
 
 def add_mma_tile(n_token_tiles: int, stride: int) -> Any:
@@ -173,6 +188,6 @@ def add_mma_tile(n_token_tiles: int, stride: int) -> Any:
                 builder.atomic_rmw("add", at, value, "monotonic")
             return context.get_dummy_value()
 
-        return types.void(array, types.uint64, products), codegen
+        return types.void(array, types.int64, products), codegen
 
     return add

@@ -35,7 +35,7 @@ def load4(_context: Any, pointer: Any, index: Any) -> Any:
         four = builder.load(at, align=4 * pointer.dtype.bitwidth // 8)
         return _tile(context, builder, signature, [builder.extract_element(four, _I32(i)) for i in range(4)])
 
-    return types.UniTuple(pointer.dtype, 4)(pointer, types.uint64), codegen
+    return types.UniTuple(pointer.dtype, 4)(pointer, types.int64), codegen
 
 
 @intrinsic
@@ -50,7 +50,7 @@ def load4_clamped(_context: Any, pointer: Any, index: Any, last: Any) -> Any:
             values.append(builder.load(builder.gep(args[0], [at])))
         return _tile(context, builder, signature, values)
 
-    return types.UniTuple(pointer.dtype, 4)(pointer, types.uint64, types.uint64), codegen
+    return types.UniTuple(pointer.dtype, 4)(pointer, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -64,37 +64,46 @@ def load4_shared(_context: Any, array: Any, index: Any) -> Any:
         four = builder.load(at, align=16)
         return _tile(context, builder, signature, [builder.extract_element(four, _I32(i)) for i in range(4)])
 
-    return types.UniTuple(array.dtype, 4)(array, types.uint64), codegen
+    return types.UniTuple(array.dtype, 4)(array, types.int64), codegen
+
+
+def _store4(builder: Any, pointer: Any, index: Any, values: list[Any]) -> None:
+    four = ir.Constant(ir.VectorType(values[0].type, 4), ir.Undefined)
+    for i, value in enumerate(values):
+        four = builder.insert_element(four, value, _I32(i))
+    at = builder.bitcast(builder.gep(pointer, [index]), ir.PointerType(four.type))
+    builder.store(four, at, align=4 * values[0].type.width // 8)
+
+
+def _store_each(builder: Any, pointer: Any, index: Any, end: Any, values: list[Any]) -> None:
+    for i, value in enumerate(values):
+        at = builder.add(index, _I64(i))
+        with builder.if_then(builder.icmp_unsigned("<", at, end)):
+            builder.store(value, builder.gep(pointer, [at]))
 
 
 @intrinsic
-def store4(_context: Any, pointer: Any, index: Any, values: Any) -> Any:
-    """Elements index ... index + 3 by one store; aligned to the four."""
+def store_tile(_context: Any, y: Any, token: Any, feature: Any, M: Any, N: Any, values: Any) -> Any:
+    """The tile's part that is in y, [M, N]: a token by one store where 4 divides N, so that rows are aligned."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        values = _values(builder, args[2])
-        four = ir.Constant(ir.VectorType(values[0].type, 4), ir.Undefined)
-        for i, value in enumerate(values):
-            four = builder.insert_element(four, value, _I32(i))
-        at = builder.bitcast(builder.gep(args[0], [args[1]]), ir.PointerType(four.type))
-        builder.store(four, at, align=4 * pointer.dtype.bitwidth // 8)
+        y, token, feature, n_tokens, n_features = args[:5]
+        is_whole = builder.icmp_unsigned("==", builder.and_(n_features, _I64(3)), _I64(0))
+        values = _values(builder, args[5])
+        for t in range(4):
+            row = builder.add(token, _I64(t))
+            index = builder.add(builder.mul(row, n_features), feature)
+            end = builder.mul(builder.add(row, _I64(1)), n_features)
+            is_token = builder.icmp_unsigned("<", row, n_tokens)
+            four = values[4 * t : 4 * t + 4]
+            with builder.if_then(is_token), builder.if_else(is_whole) as (whole, partial):
+                with whole:
+                    _store4(builder, y, index, four)
+                with partial:
+                    _store_each(builder, y, index, end, four)
         return context.get_dummy_value()
 
-    return types.void(pointer, types.uint64, types.UniTuple(pointer.dtype, 4)), codegen
-
-
-@intrinsic
-def store4_before(_context: Any, pointer: Any, index: Any, end: Any, values: Any) -> Any:
-    """Those of the elements index ... index + 3 that come before `end`, one by one."""
-
-    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        for i, value in enumerate(_values(builder, args[3])):
-            at = builder.add(args[1], _I64(i))
-            with builder.if_then(builder.icmp_unsigned("<", at, args[2])):
-                builder.store(value, builder.gep(args[0], [at]))
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.uint64, types.uint64, types.UniTuple(pointer.dtype, 4)), codegen
+    return types.void(y, *[types.int64] * 4, types.UniTuple(y.dtype, 16)), codegen
 
 
 # Formats.

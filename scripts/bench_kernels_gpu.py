@@ -200,14 +200,13 @@ def bench_variants(ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
 
 def best_cut(module: Any, layer: Layer) -> dict[str, Any]:
     """Seconds of the default plan, and of the fastest of its neighbours."""
-    from cuda_kernels.launch import run
-
     from cuda_kernels import int8_operands
+    from cuda_kernels.launch import run
 
     codes, *x = ops.activation_quantize(layer.x, layer.columns, 6.0, 0)
     y = torch.empty(layer.n_tokens, layer.n_out, device="cuda", dtype=torch.float16)
     planned = [
-        int8_operands.of_tensors(codes, *x, *weight, side, layer.bias, y)
+        int8_operands.of_tensors(codes, [*x, *weight, side], layer.bias, y)
         for weight, side in zip(layer.int8, layer.sides, strict=True)
     ]
     default = module.plan(layer.n_tokens, layer.n_out, layer.n_in)

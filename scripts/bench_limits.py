@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from cuda_kernels.cpu.dequantize_epilogue import N_ROWS
 from cuda_kernels.cpu.int8_products import N_TOKENS, multiply_block
 from cuda_kernels.cpu.threads import run_split
 
 N_BYTES = 1 << 27
 N_CALLS = 5
-TILE_COLUMNS = 512
+TILE_COLUMNS = 2048
+N_TILE_ROWS = 8
 N_TILES = 2000
 
 
@@ -35,10 +35,10 @@ def time_best(function: Callable[[], object]) -> float:
 
 
 @njit(nogil=True)
-def read_words(words, begin, end):  # type: ignore[no-untyped-def]
+def read_words(words):  # type: ignore[no-untyped-def]
     seen = np.int64(0)
-    for i in range(begin, end):
-        seen |= words[i]
+    for word in words:
+        seen |= word
     return seen
 
 
@@ -46,7 +46,7 @@ def read_words(words, begin, end):  # type: ignore[no-untyped-def]
 def multiply_tiles(codes, weight_codes, products, n_tiles):  # type: ignore[no-untyped-def]
     offsets = np.zeros(N_TOKENS, np.int32)
     for _ in range(n_tiles):
-        multiply_block(codes, offsets, 0, N_TOKENS, weight_codes, 0, N_ROWS, products)
+        multiply_block(codes, offsets, 0, N_TOKENS, weight_codes, 0, N_TILE_ROWS, products)
 
 
 class Limits:
@@ -56,12 +56,12 @@ class Limits:
         self._words: npt.NDArray[np.int64] = np.ones(N_BYTES // 8, np.int64)
         self._copy = np.ones_like(self._words)
         self._codes = np.ones((N_TOKENS, TILE_COLUMNS), np.int8)
-        self._weight_codes = np.ones((N_ROWS, TILE_COLUMNS), np.int8)
+        self._weight_codes = np.ones((N_TILE_ROWS, TILE_COLUMNS), np.int8)
         self.read_gb_s(1), self.multiply_per_s(1)
 
     def read_gb_s(self, n_threads: int) -> float:
         def read(begin: int, end: int) -> None:
-            read_words(self._words, begin, end)
+            read_words(self._words[begin:end])
 
         return N_BYTES / 1e9 / time_best(lambda: run_split(read, self._words.size, n_threads))
 
@@ -76,9 +76,9 @@ class Limits:
 
     def multiply_per_s(self, n_threads: int) -> float:
         def multiply(begin: int, end: int) -> None:
-            products = np.empty((N_TOKENS, N_ROWS), np.int32)
+            products = np.empty((N_TOKENS, N_TILE_ROWS), np.int32)
             multiply_tiles(self._codes, self._weight_codes, products, end - begin)
 
         n_tiles = N_TILES * n_threads
-        n_products = n_tiles * N_TOKENS * N_ROWS * TILE_COLUMNS
+        n_products = n_tiles * N_TOKENS * N_TILE_ROWS * TILE_COLUMNS
         return n_products / time_best(lambda: run_split(multiply, n_tiles, n_threads))

@@ -13,11 +13,16 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 from cuda_kernels.launch import unavailable
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import parse_worker_answer, worker_request
+
+# Tests never time: a machine with other work is slow, and not wrong.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
@@ -42,8 +47,14 @@ class InProcessMap:
         pass
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `gpu` run where kernels do; elsewhere they are skipped, and say why."""
+    """Tests marked `gpu` run where kernels do, and `slow` ones when asked for; else they are skipped, aloud."""
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes minutes; --slow runs it")
     if item.get_closest_marker("gpu") and (reason := unavailable()):
         pytest.skip(f"no CUDA kernels here: {reason}")
 

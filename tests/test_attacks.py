@@ -29,14 +29,7 @@ from tests.attacks.registry import ATTACKS, CANARY, SECRET, Attack, prepare, wri
 
 ROOT = Path(__file__).parents[1]
 LIGHT = [attack for attack in ATTACKS.values() if not attack.is_heavy]
-SLOW = {"pickle_of_millions_of_memo_entries", "pickle_of_millions_of_entries", "pickle_of_millions_of_strings"}
-"""Those of 30 MB in two-byte steps, at half a million steps a second."""
-
-HEAVY = [
-    pytest.param(attack, marks=pytest.mark.slow if attack.name in SLOW else (), id=attack.name)
-    for attack in ATTACKS.values()
-    if attack.is_heavy
-]
+HEAVY = [pytest.param(attack, id=attack.name) for attack in ATTACKS.values() if attack.is_heavy]
 
 MAX_PEAK_BYTES = 300_000_000
 """What may be taken beside twenty times what the files hold on the disk; `import torch` alone takes most of it."""

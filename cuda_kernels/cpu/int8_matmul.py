@@ -1,9 +1,10 @@
 """Codes times codes, and the epilogue while the sums are in the cache; `reference.int8_matmul` says what it means.
 
 For each block of 32 weight rows: its side weights are widened once; then for every four tokens the block's products,
-in int32 and exact, and their epilogue. The weights cross main memory once, the products never do.
+in int32 and exact, and their epilogue. Products never reach main memory; weights cross it once for every 128 tokens,
+whose codes stay in the core's cache from block to block.
 
-Cost: N * K bytes of weight codes read once, the floor for few tokens; for many, M * N * K / 64 vector products.
+Cost: N * K bytes of weight codes read, the floor for few tokens; for many, M * N * K / 64 vector products.
 Threads share the weight rows.
 """
 
@@ -19,6 +20,9 @@ from cuda_kernels.cpu.dequantize_epilogue import N_ROWS, finish_token, load_rows
 from cuda_kernels.cpu.int8_products import N_TOKENS, multiply_block, sum_codes
 from cuda_kernels.cpu.threads import run_split
 
+_N_ROUND = 128
+"""Tokens per round: at 4,096 columns 512 KiB, beside a block of weight rows of 128 KiB."""
+
 _MIN_WORK = 1 << 23
 """Work that is worth a thread, about 40 us: a weight costs 8 units to read and one for every token."""
 
@@ -28,15 +32,16 @@ def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, beg
     weight_codes, weight_absmax, outlier_weight = weight
     block = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
     products, spare = np.zeros((N_TOKENS, N_ROWS), np.int32), np.empty(N_ROWS, y.dtype)
-    n_tokens = codes.shape[0]
-    for n in range(begin, end, N_ROWS):
-        stop = min(n + N_ROWS, end)
-        load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, block)
-        for t in range(0, n_tokens, N_TOKENS):
-            n_here = min(N_TOKENS, n_tokens - t)
-            multiply_block(codes, offsets, t, n_here, weight_codes, n, stop - n, products)
-            for i in range(n_here):
-                finish_token(products[i], x_absmax[t + i], side_x[t + i], block, spare, y[t + i, n:stop])
+    for first in range(0, codes.shape[0], _N_ROUND):
+        last = min(first + _N_ROUND, codes.shape[0])
+        for n in range(begin, end, N_ROWS):
+            stop = min(n + N_ROWS, end)
+            load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, block)
+            for t in range(first, last, N_TOKENS):
+                n_tokens = min(N_TOKENS, last - t)
+                multiply_block(codes, offsets, t, n_tokens, weight_codes, n, stop - n, products)
+                for i in range(n_tokens):
+                    finish_token(products[i], x_absmax[t + i], side_x[t + i], block, spare, y[t + i, n:stop])
 
 
 def int8_matmul(

@@ -87,7 +87,7 @@ def int8_matmul(
     bias: Tensor | None,
 ) -> Tensor:
     """See `ops.int8_matmul`."""
-    x = _side_arrays(x_absmax, outlier_x, found_columns, n_found, found_x)
+    x = _side_arrays(x_absmax, outlier_x, found_columns, n_found, found_x, weight_codes.shape[1])
     weight = _weight_arrays(weight_codes, weight_absmax, outlier_weight, bias)
     y = outlier_x.new_empty((codes.shape[0], weight_codes.shape[0]))
     cpu.int8_matmul(_array(codes.contiguous()), *x, *weight, _bits(y), n_threads=torch.get_num_threads())
@@ -107,7 +107,7 @@ def dequantize_epilogue(
     bias: Tensor | None,
 ) -> Tensor:
     """See `ops.dequantize_epilogue`."""
-    x = _side_arrays(x_absmax, outlier_x, found_columns, n_found, found_x)
+    x = _side_arrays(x_absmax, outlier_x, found_columns, n_found, found_x, weight_codes.shape[1])
     weight = _weight_arrays(weight_codes, weight_absmax, outlier_weight, bias)
     y = outlier_x.new_empty(products.shape)
     cpu.dequantize_epilogue(_array(products.contiguous()), *x, *weight, _bits(y), n_threads=torch.get_num_threads())
@@ -115,10 +115,13 @@ def dequantize_epilogue(
 
 
 def _side_arrays(
-    x_absmax: Tensor, outlier_x: Tensor, found_columns: Tensor, n_found: Tensor, found_x: Tensor
+    x_absmax: Tensor, outlier_x: Tensor, found_columns: Tensor, n_found: Tensor, found_x: Tensor, n_columns: int
 ) -> tuple[_Array, _Array, _Array, _Array, _Array]:
-    side_x, more_x = _bits(outlier_x.contiguous()), _bits(found_x.contiguous())
-    return _array(x_absmax.contiguous()), side_x, _array(found_columns.contiguous()), _array(n_found), more_x
+    columns, count = _array(found_columns.contiguous()), _array(n_found)
+    taken = columns[: max(int(count[0]), 0)]
+    if count[0] < 0 or ((taken < 0) | (taken >= n_columns)).any():
+        raise ValueError(f"expected found columns below {n_columns}, found {taken.tolist()}, n_found {int(count[0])}")
+    return _array(x_absmax.contiguous()), _bits(outlier_x.contiguous()), columns, count, _bits(found_x.contiguous())
 
 
 def _weight_arrays(

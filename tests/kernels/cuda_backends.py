@@ -10,11 +10,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cuda_kernels import row_quantize
+from cuda_kernels import (
+    activation_quantize,
+    dequantize_epilogue,
+    int8_gemv,
+    int8_matmul,
+    int8_skinny,
+    row_quantize,
+)
+from cuda_kernels.int8_matmul import Engine
+from cuda_kernels.int8_operands import Operands
 from cuda_kernels.launch import Launch
-from cuda_kernels.reference import QuantizedRows
+from cuda_kernels.reference import QuantizedActivations, QuantizedRows
 from tests.kernels.outputs import Bits, Outputs
 from tests.ptx import Memory, execute
+
+# Few plans on many shapes, for every plan is compiled: a second or two each.
+QUANTIZE = activation_quantize.Plan(threads=64, tokens=2, own_tokens=8, mark_tokens=16)
+GEMV = int8_gemv.plan(4, 2304, 9216)
+SKINNY = int8_skinny.plan(16, 2304, 9216)
 
 TORCH_DTYPE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -34,12 +48,44 @@ def place_rows(memory: Memory, rows: npt.NDArray[Any]) -> int:
     return memory.place(np.lib.stride_tricks.as_strided(rows[0], (n,), (rows.itemsize,)).copy())
 
 
+def place(memory: Memory, array: npt.NDArray[Any], shift: int = 0) -> int:
+    """The address of a read-only copy, `shift` elements after an aligned one."""
+    held = np.concatenate([np.zeros(shift, array.dtype), array.reshape(-1)])
+    held.flags.writeable = False
+    return memory.place(held) + shift * array.itemsize
+
+
+def place_product(
+    memory: Memory,
+    codes: npt.NDArray[np.int8],
+    x: QuantizedActivations,
+    dtype: str,
+    weight_codes: npt.NDArray[np.int8],
+    weight_absmax: npt.NDArray[np.float32],
+    outlier_weight: Bits,
+    bias: Bits | None,
+    y: Bits,
+    shift: int = 0,
+) -> Operands:
+    """A product's operands, the two of codes `shift` bytes after an aligned address."""
+    addresses = [place(memory, codes, shift)]
+    addresses += [place(memory, each) for each in (x.absmax, x.outlier_x, x.found_columns, x.n_found, x.found_x)]
+    addresses += [place(memory, weight_codes, shift), place(memory, weight_absmax), place(memory, outlier_weight)]
+    addresses += [0 if bias is None else place(memory, bias), memory.place(y)]
+    sizes = (*y.shape, weight_codes.shape[1], outlier_weight.shape[1], x.found_columns.size)
+    return Operands._make((dtype, *addresses, *sizes))
+
+
 class Interpreted:
     """The PTX of the kernels, for one compute capability."""
 
-    def __init__(self, cc: tuple[int, int] = (9, 0), kept_bytes: int = 4096) -> None:
-        """Args: kept_bytes: little, so that short rows are long ones, too."""
-        self._cc, self._kept_bytes = cc, kept_bytes
+    def __init__(self, cc: tuple[int, int] = (9, 0), kept_bytes: int = 4096, shift: int = 0) -> None:
+        """
+        Args:
+            kept_bytes: little, so that short rows are long ones, too.
+            shift: by how many elements x, and codes to multiply, miss an aligned address.
+        """
+        self._cc, self._kept_bytes, self._shift = cc, kept_bytes, shift
 
     def row_quantize(self, weight: Bits, dtype: str) -> QuantizedRows:
         outputs, memory, n_rows = Outputs(), Memory(), weight.shape[0]
@@ -59,6 +105,80 @@ class Interpreted:
         absmax, signal, noise = sums
         return QuantizedRows(codes, absmax, signal.astype(np.float64), noise.astype(np.float64))
 
+    def activation_quantize(
+        self,
+        x: Bits,
+        dtype: str,
+        outlier_columns: npt.NDArray[np.int32],
+        threshold: float,
+        capacity: int,
+        cut: activation_quantize.Plan = QUANTIZE,
+    ) -> QuantizedActivations:
+        (n_tokens, n_columns), n, memory, outputs = x.shape, outlier_columns.size, Memory(), Outputs()
+        result = QuantizedActivations(
+            outputs.empty(x.shape, np.int8),
+            outputs.empty((n_tokens,), np.float32),
+            outputs.empty((n_tokens, n), x.dtype),
+            outputs.empty((capacity,), np.int32),
+            outputs.empty((1,), np.int32),
+            outputs.empty((n_tokens, capacity), x.dtype),
+        )
+        marks = outputs.empty((activation_quantize.mark_bytes(n_tokens, n_columns, capacity, cut),), np.uint8)
+        row_stride = x.strides[0] // x.itemsize
+        apart = np.full(self._shift + max(n_tokens - 1, 0) * row_stride + n_columns, np.iinfo(x.dtype).max, x.dtype)
+        for t in range(n_tokens):
+            apart[self._shift + t * row_stride :][:n_columns] = x[t]
+        inputs = (place(memory, apart) + self._shift * x.itemsize, place(memory, outlier_columns), memory.place(marks))
+        sizes = (threshold, n_tokens, n_columns, row_stride, n, capacity)
+        placed = (dtype, *inputs, *(memory.place(each) for each in result), *sizes)
+        interpret(activation_quantize.launches(activation_quantize.Operands._make(placed), cut), memory, self._cc)
+        outputs.check()
+        return result
+
+    def int8_matmul(
+        self,
+        x: QuantizedActivations,
+        dtype: str,
+        weight_codes: npt.NDArray[np.int8],
+        weight_absmax: npt.NDArray[np.float32],
+        outlier_weight: Bits,
+        bias: Bits | None,
+        engine: Engine | None = None,
+        cut: Any = None,
+    ) -> Bits:
+        """By the engine that a GPU would choose, unless one is named; the library's products are NumPy's."""
+        memory, outputs, weight = Memory(), Outputs(), (weight_codes, weight_absmax, outlier_weight, bias)
+        y = outputs.empty((len(x.codes), len(weight_codes)), outlier_weight.dtype)
+        placed = place_product(memory, x.codes, x, dtype, *weight, y, self._shift)
+        engine = engine or int8_matmul.choose(placed, self._cc)
+        if engine is Engine.LIBRARY:
+            products = x.codes.astype(np.float64) @ weight_codes.T.astype(np.float64)
+            return self.dequantize_epilogue(products.astype(np.int32), x, dtype, *weight)
+        if y.size and engine is Engine.GEMV:
+            interpret(int8_gemv.launches(placed, cut or GEMV), memory, self._cc)
+        elif y.size:
+            interpret(int8_skinny.launches(placed, cut or SKINNY), memory, self._cc)
+        outputs.check()
+        return y
+
+    def dequantize_epilogue(
+        self,
+        products: npt.NDArray[np.int32],
+        x: QuantizedActivations,
+        dtype: str,
+        weight_codes: npt.NDArray[np.int8],
+        weight_absmax: npt.NDArray[np.float32],
+        outlier_weight: Bits,
+        bias: Bits | None,
+    ) -> Bits:
+        memory, outputs, weight = Memory(), Outputs(), (weight_codes, weight_absmax, outlier_weight, bias)
+        y = outputs.empty(products.shape, outlier_weight.dtype)
+        placed = place_product(memory, np.empty(0, np.int8), x, dtype, *weight, y)
+        if y.size:
+            interpret(dequantize_epilogue.launches(placed, place(memory, products)), memory, self._cc)
+        outputs.check()
+        return y
+
 
 class Gpu:
     """The kernels on torch's current CUDA device."""
@@ -69,3 +189,69 @@ class Gpu:
         found = row_quantize.row_quantize(strided.view(TORCH_DTYPE[dtype]))
         codes, absmax, signal, noise = (each.cpu().numpy() for each in found)
         return QuantizedRows(codes, absmax, signal.astype(np.float64), noise.astype(np.float64))
+
+    def activation_quantize(
+        self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
+    ) -> QuantizedActivations:
+        bits = torch.from_numpy(x.view(np.int16 if x.itemsize == 2 else np.int32))
+        strided = torch.empty_strided(bits.shape, bits.stride(), dtype=bits.dtype, device="cuda").copy_(bits)
+        columns = torch.from_numpy(outlier_columns).cuda()
+        found = activation_quantize.activation_quantize(strided.view(TORCH_DTYPE[dtype]), columns, threshold, capacity)
+        codes, absmax, outlier_x, found_columns, n_found, found_x = found
+        plain = [each.cpu().numpy() for each in (codes, absmax, found_columns, n_found)]
+        outlier_bits, found_bits = from_device(outlier_x), from_device(found_x)
+        return QuantizedActivations(plain[0], plain[1], outlier_bits, plain[2], plain[3], found_bits)
+
+    def int8_matmul(
+        self,
+        x: QuantizedActivations,
+        dtype: str,
+        weight_codes: npt.NDArray[np.int8],
+        weight_absmax: npt.NDArray[np.float32],
+        outlier_weight: Bits,
+        bias: Bits | None,
+    ) -> Bits:
+        weight = (weight_codes, weight_absmax, outlier_weight, bias)
+        return from_device(int8_matmul.int8_matmul(*product_on_device(x.codes, x, dtype, *weight)))
+
+    def dequantize_epilogue(
+        self,
+        products: npt.NDArray[np.int32],
+        x: QuantizedActivations,
+        dtype: str,
+        weight_codes: npt.NDArray[np.int8],
+        weight_absmax: npt.NDArray[np.float32],
+        outlier_weight: Bits,
+        bias: Bits | None,
+    ) -> Bits:
+        weight = (weight_codes, weight_absmax, outlier_weight, bias)
+        return from_device(dequantize_epilogue.dequantize_epilogue(*product_on_device(products, x, dtype, *weight)))
+
+
+def on_device(bits: Bits, dtype: str) -> torch.Tensor:
+    """Floats on torch's current CUDA device."""
+    signed = np.ascontiguousarray(bits).view(np.int16 if bits.itemsize == 2 else np.int32)
+    return torch.from_numpy(signed).cuda().view(TORCH_DTYPE[dtype])
+
+
+def from_device(values: torch.Tensor) -> Bits:
+    """Their bits."""
+    signed, unsigned = (torch.int16, np.uint16) if values.element_size() == 2 else (torch.int32, np.uint32)
+    return values.view(signed).cpu().numpy().view(unsigned)
+
+
+def product_on_device(
+    matrix: npt.NDArray[Any],
+    x: QuantizedActivations,
+    dtype: str,
+    weight_codes: npt.NDArray[np.int8],
+    weight_absmax: npt.NDArray[np.float32],
+    outlier_weight: Bits,
+    bias: Bits | None,
+) -> tuple[Any, ...]:
+    """The arguments of `int8_matmul`, or of `dequantize_epilogue`, on torch's current CUDA device."""
+    plain = (matrix, x.absmax, x.found_columns, x.n_found, weight_codes, weight_absmax)
+    codes, absmax, columns, n_found, weight, scales = (torch.from_numpy(np.array(each)).cuda() for each in plain)
+    outlier_x, found_x = on_device(x.outlier_x, dtype), on_device(x.found_x, dtype)
+    side = (on_device(outlier_weight, dtype), None if bias is None else on_device(bias, dtype))
+    return codes, absmax, outlier_x, columns, n_found, found_x, weight, scales, *side

@@ -35,7 +35,10 @@ def test_parts_run_at_the_same_time() -> None:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_any_part_reaches_the_caller(failing: int) -> None:
+    meeting = threading.Barrier(2, timeout=30)
+
     def fail(begin: int, end: int) -> None:
+        meeting.wait()  # so that the caller cannot take over a part nobody has begun
         if begin == failing:
             raise ValueError("part")
 

@@ -7,8 +7,9 @@ import pytest
 
 from cuda_kernels.activation_quantize import Plan
 from cuda_kernels.reference import QuantizedActivations
-from tests.kernels.backends import Bits, Reference, narrow, widen
-from tests.kernels.interpreted import Interpreted
+from tests.kernels.backends import Reference, narrow, widen
+from tests.kernels.cuda_backends import Interpreted
+from tests.kernels.outputs import Bits
 
 # Few plans on many shapes, for every plan is compiled: one to two seconds each.
 OWN = Plan(threads=64, tokens=2, own_tokens=1000, mark_tokens=16)

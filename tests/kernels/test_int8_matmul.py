@@ -21,14 +21,14 @@ every_epilogue = pytest.mark.parametrize("backend", backends("dequantize_epilogu
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-def count_in_steps(codes: np.ndarray, weight_codes: np.ndarray) -> Product:
-    """A product of these codes whose scales are all 1, in float32: y is the integer sum itself."""
+def count_in_steps(codes: np.ndarray, weight_codes: np.ndarray, dtype: str = "F32") -> Product:
+    """A product of these codes whose scales are all 1: y is the integer sum itself, rounded to the dtype."""
     (n_tokens, _), n_rows = codes.shape, weight_codes.shape[0]
-    none, n_found = np.empty((n_tokens, 0), np.uint32), np.zeros(1, np.int32)
+    none, n_found = narrow(np.empty((n_tokens, 0)), dtype), np.zeros(1, np.int32)
     absmax = np.full(n_tokens, N_STEPS, np.float32)
     x = QuantizedActivations(codes, absmax, none, np.empty(0, np.int32), n_found, none)
     weight_absmax = np.full(n_rows, N_STEPS, np.float32)
-    return Product("F32", x, weight_codes, weight_absmax, np.empty((n_rows, 0), np.uint32), None)
+    return Product(dtype, x, weight_codes, weight_absmax, narrow(np.empty((n_rows, 0)), dtype), None)
 
 
 @every_product
@@ -159,7 +159,7 @@ def test_a_token_of_zeros_gives_the_bias(backend: Backend, multiply: BackendMult
 
 @both
 @every_dtype
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.uint32(0x7FFF_FFFF).view(np.float32)], ids=str)
 def test_a_token_that_is_not_finite_spoils_its_row_alone(
     backend: Backend, multiply: BackendMultiply, dtype: str, bad: float
 ) -> None:
@@ -177,6 +177,20 @@ def test_too_large_becomes_infinite(backend: Backend, multiply: BackendMultiply)
     y = widen(multiply(backend, product), "F16")
     assert np.isinf(y).any() and not np.isnan(y).any()
     assert_close(multiply(backend, product), product)
+
+
+@both
+@pytest.mark.parametrize(
+    ("dtype", "step", "sums"),
+    [("F16", 16, {17: 2048, 18: 2050, 19: 2052, 21: 2052}), ("BF16", 2, {3: 256, 4: 258, 5: 260, 7: 260})],
+)
+def test_ties_go_to_even(
+    backend: Backend, multiply: BackendMultiply, dtype: str, step: int, sums: dict[int, float]
+) -> None:
+    """127 * 16 + 17 = 2049 lies between the fp16 values 2048 and 2050, 127 * 2 + 3 = 257 between 256 and 258."""
+    codes = np.array([[127, last] for last in sums], np.int8)
+    y = multiply(backend, count_in_steps(codes, np.array([[step, 1], [-step, -1]], np.int8), dtype))
+    np.testing.assert_array_equal(widen(y, dtype), [[rounded, -rounded] for rounded in sums.values()])
 
 
 @both

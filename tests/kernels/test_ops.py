@@ -272,6 +272,10 @@ def test_what_the_kernels_would_misread_is_refused(argument: str, change: Any, e
         (3, lambda t: t.long(), "expected found_columns to be torch.int32"),
         (4, lambda t: t.repeat(2), r"expected n_found to be torch.int32 \[1\]"),
         (5, lambda t: t[:, 1:], r"expected found_x to be torch.float32 \[5, 4\]"),
+        (3, lambda t: t + 60, r"expected found columns below 130, found \[137\], n_found 1"),
+        (3, lambda t: t - 80, r"expected found columns below 130, found \[-3\], n_found 1"),
+        (4, lambda t: t - 2, r"expected found columns below 130, found \[\], n_found -1"),
+        (4, lambda t: t + 1, r"expected found columns below 130, found \[77, -1\], n_found 2"),
     ],
 )
 def test_product_refuses_what_is_not_quantized_activations(position: int, change: Any, message: str) -> None:
