@@ -23,6 +23,8 @@ from tests.tiny_models import build_model, save_checkpoint
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
+
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -209,7 +211,7 @@ def test_gradient_checkpointing_changes_no_gradient(llama: Path, tmp_path: Path)
         n_forwards += 1
 
     model.base_model.model.model.layers[0].mlp.down_proj.base_layer.register_forward_hook(count)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     found = gradients(model)
     assert n_forwards == 2, "the layer was not run again for the backward"
     assert len(found) == len(expected) == 12
@@ -296,9 +298,9 @@ def test_copy_of_a_model_refuses_too_and_unloading_gives_the_base_back() -> None
 
 def test_adapter_around_another_refuses_too() -> None:
     model = int8convert.quantize_(build_model("llama", torch.float32))
-    mixed = peft.get_peft_model(model, lora(), "a", mixed=True)
-    mixed.add_adapter("b", peft.LoHaConfig(target_modules=TARGETS))
-    mixed.set_adapter(["a", "b"])
+    mixed = peft.get_peft_model(model, lora(), "first", mixed=True)
+    mixed.add_adapter("second", peft.LoHaConfig(target_modules=TARGETS))
+    mixed.set_adapter(["first", "second"])
     randomize(mixed)
     with pytest.raises(AdapterError, match="cannot be merged"):
         mixed.merge_and_unload(safe_merge=True)
