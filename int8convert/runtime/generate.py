@@ -158,7 +158,7 @@ def generate(
         n_new_tokens=n_later + len(new),
         load_s=load_s,
         first_token_s=clock.first_token_at - began,
-        decode_tokens_per_s=n_later / (ended - clock.first_token_at) if n_later else 0.0,
+        decode_tokens_per_s=n_later / (ended - clock.first_token_at),
         peak_memory_bytes=_peak_memory_bytes(used),
         device=used,
     )
