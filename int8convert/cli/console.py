@@ -83,11 +83,12 @@ def print_line(text: str) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of the result: the first column to the left, the others to the right."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if i else "left", header_style="dim", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
+    stdout.print(f"[bold]{escape(title)}[/]")  # a title of the table's own would wrap at the table's width
     stdout.print(table, soft_wrap=False)
 
 

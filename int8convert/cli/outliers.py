@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 HELP = """Find a model's outlier feature dimensions by running a text through it, and store their columns in 16 bits.
 
-CHECKPOINT is a directory, converted or not; it has to fit into memory. With --write OUT the columns that matter most are
-taken from the source and stored beside the int8 weights in OUT, where int8convert.load finds them.
+CHECKPOINT is a directory, converted or not; it has to fit into memory. With --write OUT the columns that matter most
+are taken from the source and stored beside the int8 weights in OUT, where int8convert.load finds them.
 
 \b
 Examples:
@@ -57,7 +57,10 @@ def outliers(
         float, typer.Option(min=0.0, envvar="INT8CONVERT_THRESHOLD", help="Magnitude from which a value is an outlier.")
     ] = 6.0,
     sequences: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text to run.")] = 16,
-    length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of each.")] = 256,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens of each; default: 256, or what the model takes if that is less."),
+    ] = None,
     budget: Annotated[
         float,
         typer.Option(min=0.0, metavar="PERCENT", help="Bytes for columns beside the features, of the int8 bytes."),

@@ -6,11 +6,12 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from int8convert.checkpoint.source import open_source
 from int8convert.errors import CorruptFileError, DeviceError, SourceError
 from int8convert.runtime.load import load, model_class
+from int8convert.runtime.prompts import read_tokenizer
 
 
 def choose_device(device: str) -> str:
@@ -32,13 +33,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     Raises:
         SourceError: it has none that transformers can read.
     """
-    try:
-        return AutoTokenizer.from_pretrained(os.fspath(path))
-    except (OSError, ValueError) as error:
+    tokenizer = read_tokenizer(path)
+    if tokenizer.vocab_size == 0:  # what transformers makes of no files for some models
         raise SourceError(
-            f"'{os.fspath(path)}' has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
-            "copy the tokenizer's files into it",
-        ) from error
+            f"'{os.fspath(path)}' has no tokenizer that transformers can read: its vocabulary is empty",
+            "copy the files of the source's tokenizer into it",
+        )
+    return tokenizer
 
 
 def is_int8(path: str | os.PathLike[str]) -> bool:
