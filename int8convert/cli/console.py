@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +29,26 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 def wants_live_display(quiet: bool, as_json: bool) -> bool:
     """Whether a person is watching. Not rich's own guess: FORCE_COLOR would make that true for a log file."""
     return sys.stderr.isatty() and not quiet and not as_json
+
+
+@contextmanager
+def quieting_libraries(is_live: bool) -> Iterator[None]:
+    """stderr is for our notes: no warnings of libraries, and their progress bars only where a person is watching."""
+    if os.environ.get("INT8CONVERT_DEBUG"):
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not is_live:
+                from transformers.utils.logging import disable_progress_bar
+
+                disable_progress_bar()
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 RESUMABLE = "finished shards are kept, the one in work was removed; the same command resumes"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +15,7 @@ from int8convert.cli.console import (
     format_seconds,
     note,
     print_json,
+    quieting_libraries,
     reporting_errors,
     wants_live_display,
 )
@@ -90,7 +88,7 @@ def generate(
     output = _Output()
     with reporting_errors(as_json, _INTERRUPTED), output.ending_its_line():
         prompts = [prompt] if prompt is not None else _read_prompts(file or Path())
-        with _quiet_libraries(wants_live_display(quiet, as_json)):
+        with quieting_libraries(wants_live_display(quiet, as_json)):
             from int8convert.runtime.generate import generate as run
 
             report = run(
@@ -151,26 +149,6 @@ class _Output:
         finally:
             if self._last != "\n":
                 self.write("\n")
-
-
-@contextmanager
-def _quiet_libraries(is_live: bool) -> Iterator[None]:
-    """stderr is for our notes: no warnings of libraries, and their progress bars only where a person is watching."""
-    if os.environ.get("INT8CONVERT_DEBUG"):
-        yield
-        return
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not is_live:
-                from transformers.utils.logging import disable_progress_bar
-
-                disable_progress_bar()
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _read_prompts(file: Path) -> list[str]:

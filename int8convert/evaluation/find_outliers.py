@@ -23,12 +23,13 @@ from torch import nn
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.errors import SourceError
 from int8convert.evaluation.ablation import AblationRun, ablate
-from int8convert.evaluation.models import choose_device, load_model, load_tokenizer
+from int8convert.evaluation.models import load_model, load_tokenizer
 from int8convert.evaluation.outlier_features import LayerInput, OutlierFeature, describe_inputs, find_features
 from int8convert.evaluation.outlier_values import watching_values
 from int8convert.evaluation.windows import TokenWindows, read_windows
 from int8convert.runtime.calibration import run_tokens
 from int8convert.runtime.column_choice import BUDGET, MIN_SHARE, choose_columns
+from int8convert.runtime.device import choose_device
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.input_statistics import InputStatistics, features_of, watching
 from int8convert.runtime.linear import Int8Linear
@@ -174,7 +175,8 @@ def find_outliers(
 def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Module]:
     """The layers to look at, by the names the caller uses for them."""
     if module_names is not None:
-        found = {name: model.get_submodule(live) for name, live in live_names(model, module_names).items()}
+        live = {live: name for name, live in live_names(model, module_names).items()}
+        found = {live[name]: module for name, module in model.named_modules() if name in live}
     else:
         int8 = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
         found = {name: model.get_submodule(name) for name in int8 or modules_to_replace(model)}

@@ -9,22 +9,9 @@ import torch
 from transformers import AutoConfig
 
 from int8convert.checkpoint.source import open_source
-from int8convert.errors import CorruptFileError, DeviceError, SourceError
+from int8convert.errors import CorruptFileError, SourceError
 from int8convert.runtime.load import load, model_class
 from int8convert.runtime.prompts import read_tokenizer
-
-
-def choose_device(device: str) -> str:
-    """ "cpu" or "cuda[:n]" for what was asked for.
-
-    Raises:
-        DeviceError: torch has no such device here.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise DeviceError(f"--device {device}: torch finds no usable GPU here", "pass --device cpu, or leave it out")
-    return device
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -154,6 +154,7 @@ def test_wrong_source_is_an_error_and_leaves_nothing(
     ("arguments", "message"),
     [
         (("--threshold", "0"), "must be above 0"),
+        (("--device", "tpu"), "--device"),
         (("--source", "x"), "is for --write OUT"),
         (("--lora", "x"), "is for --write OUT"),
         (("--sequences", "0"), "--sequences"),
@@ -202,6 +203,18 @@ def test_quantize_calibrates_in_one_go(run: Run, source: Path, text: Path, tmp_p
     assert {*SHIFTED, *SCALED} <= set(int8convert.load(tmp_path / "new").get_submodule(FC1).outlier_columns.tolist())
     code, printed, _ = run("quantize", source, tmp_path / "new", "--calibrate", text)
     assert code == 0 and "outlier columns of" in printed and "Weight error" in printed
+
+
+def test_calibration_that_fails_leaves_the_converted_checkpoint_and_says_so(
+    run: Run, source: Path, text: Path, tmp_path: Path
+) -> None:
+    bare, new = save_checkpoint("opt", tmp_path / "bare"), tmp_path / "new"
+    build_tokenizer().save_pretrained(bare)
+    code, _, err = run("quantize", bare, new, "--calibrate", text)
+    hint = err.splitlines()[-1]
+    assert code == 1 and "the model knows only" in err
+    assert f"'{new}' is complete but for stored columns" in hint and "nothing was written" not in hint
+    int8convert.load(new)
 
 
 def test_quantize_without_calibration_has_no_outliers(run: Run, source: Path, tmp_path: Path) -> None:
