@@ -96,9 +96,9 @@ def outliers(
     with reporting_errors(as_json, _INTERRUPTED), quieting_libraries(is_live):
         taken_from = _find_source(checkpoint, write, source) if write is not None else ""
         if figures is not None:
-            from int8convert.evaluation.outlier_figures import check_matplotlib
+            from int8convert.evaluation.outlier_figures import prepare_folder
 
-            check_matplotlib()
+            prepare_folder(figures)
         from int8convert.conversion.outlier_columns import int8_modules
         from int8convert.evaluation.find_outliers import find_outliers
 
@@ -131,10 +131,11 @@ def outliers(
 def _find_source(checkpoint: str, out: str, source: str | None) -> str:
     """Where the 16-bit weights are."""
     from int8convert.checkpoint.manifest import Manifest
+    from int8convert.checkpoint.source import open_source
     from int8convert.evaluation.models import is_int8
 
     if source is not None or not is_int8(checkpoint):
-        return source or checkpoint
+        return open_source(source or checkpoint).label
     named = Manifest(Path(out)).read_source()
     if named is None or not Path(named).is_dir():
         raise SourceError(

@@ -18,8 +18,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer of a checkpoint.
 
     Raises:
-        SourceError: it has none that transformers can read.
+        SourceError: it has none that transformers can read, or is no checkpoint itself.
     """
+    open_source(path)  # transformers would look for a path that is not there on the hub
     tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size == 0:  # what transformers makes of no files for some models
         raise SourceError(

@@ -30,11 +30,12 @@ _MAX_LABELS = 12
 _FORMATS = ("png", "svg")
 
 
-def check_matplotlib() -> None:
-    """Refuse before the work is done.
+def prepare_folder(folder: Path) -> None:
+    """Make the folder for pictures, or refuse to before any work is done.
 
     Raises:
         SourceError: matplotlib is not installed.
+        OutputError: the folder cannot be made.
     """
     try:
         import matplotlib  # noqa: F401
@@ -43,26 +44,31 @@ def check_matplotlib() -> None:
             "figures need matplotlib, which is not installed",
             "pip install 'int8convert[report]', or leave out --figures; nothing was written",
         ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _as_output_error(error, folder) from error
 
 
 def draw_figures(report: OutlierReport, folder: Path) -> list[Path]:
-    """Write each picture as PNG and SVG; the paths.
+    """Write each picture as PNG and SVG into a folder that `prepare_folder` made; the paths.
 
     Raises:
         OutputError: the folder cannot be written to.
     """
     paths = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in outlier_figures(report):
             for suffix in _FORMATS:
                 paths.append(folder / f"{name}.{suffix}")
                 figure.savefig(paths[-1], dpi=150)
     except OSError as error:
-        raise OutputError(
-            f"figures cannot be written to '{folder}': {error.strerror}", "name another directory"
-        ) from error
+        raise _as_output_error(error, folder) from error
     return paths
+
+
+def _as_output_error(error: OSError, folder: Path) -> OutputError:
+    return OutputError(f"figures cannot be written to '{folder}': {error.strerror}", "name another directory")
 
 
 def outlier_figures(report: OutlierReport) -> Iterator[tuple[str, Figure]]:

@@ -176,7 +176,14 @@ def test_missing_text_is_two_lines(run: Run, source: Path, tmp_path: Path) -> No
 
 def test_missing_checkpoint_is_an_error_as_json_too(run: Run, tmp_path: Path, text: Path) -> None:
     code, out, _ = run("outliers", tmp_path / "nowhere", "--text", text, "--json")
-    assert code == 1 and json.loads(out)["error"]["code"] == "source"
+    error = json.loads(out)["error"]
+    assert (code, error["code"]) == (1, "source") and "not a checkpoint directory: nothing there" in error["message"]
+
+
+def test_columns_are_written_into_int8_checkpoints_only(run: Run, source: Path, text: Path) -> None:
+    before = file_bytes(source)
+    code, _, err = run("outliers", source, "--text", text, "--write", source)
+    assert code == 1 and f"'{source}' is no int8 checkpoint" in err and file_bytes(source) == before
 
 
 def test_figures_without_matplotlib_are_refused_before_the_work(
