@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from int8convert.cli.console import (
     format_bytes,
@@ -158,8 +159,8 @@ def _share(report: OutlierReport) -> str:
 
 def _print_report(report: OutlierReport) -> None:
     print_line(
-        f"[bold]{report.path}[/]: {len(report.inputs)} inputs, {report.n_sequences} x {report.length} tokens of "
-        f"{report.text}, {format_seconds(report.elapsed_s)} on {report.device}"
+        f"[bold]{escape(report.path)}[/]: {len(report.inputs)} inputs, {report.n_sequences} x {report.length} tokens "
+        f"of {escape(report.text)}, {format_seconds(report.elapsed_s)} on {report.device}"
     )
     _print_features(report)
     _print_projections(report)

@@ -29,7 +29,7 @@ FC1 = "model.decoder.layers.1.fc1"
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
+    path = tmp_path / "[b]text.txt"  # which is no markup
     path.write_text(" ".join(SENTENCES * 8), encoding="utf-8")
     return path
 
@@ -48,6 +48,7 @@ def out(source: Path, tmp_path: Path) -> Path:
 def test_outliers_are_printed_on_stdout_and_what_could_be_stored_noted(run: Run, source: Path, text: Path) -> None:
     code, out, err = run("outliers", source, "--text", text, *WINDOWS)
     assert code == 0
+    assert out.startswith(f"{source}: 12 inputs, 4 x 40 tokens of [b]text.txt, ")
     assert "Outlier features: |x| >= 6 in 25 % of 2 layers, at 6 % of the positions" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line[:1].isdigit()}
     assert rows.keys() == {"7", "21", "50"}
@@ -117,7 +118,7 @@ def test_how_the_columns_were_chosen_is_in_the_file(run: Run, source: Path, out:
 
     run("outliers", source, "--text", text, *WINDOWS, "--threshold", "5", "--write", out)
     calibration = json.loads(read_safetensors_metadata(out / OUTLIERS_FILE)["calibration"])
-    assert calibration["text"] == "text.txt" and len(calibration["text_sha256"]) == 64
+    assert calibration["text"] == "[b]text.txt" and len(calibration["text_sha256"]) == 64
     assert (calibration["threshold"], calibration["n_sequences"], calibration["length"]) == (5.0, 4, 40)
     assert (calibration["min_share"], calibration["budget"]) == (0.06, 0.01)
 
