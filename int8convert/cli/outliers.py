@@ -138,13 +138,18 @@ def _find_source(checkpoint: str, out: str, source: str | None) -> str:
     if source is not None or not is_int8(checkpoint):
         return open_source(source or checkpoint).label
     named = Manifest(Path(out)).read_source()
-    if named is None or not Path(named).is_dir():
-        raise SourceError(
-            f"the 16-bit columns come from what '{out}' was made of, and its manifest names "
-            + ("none" if named is None else f"'{named}', which is not there"),
-            "name that checkpoint with --source SRC; nothing was written",
-        )
-    return named
+    if named is None:
+        found = "none"
+    elif not Path(named).is_dir():
+        found = f"'{named}', which is not there"
+    elif is_int8(named):
+        found = f"'{named}', which is int8 itself"
+    else:
+        return named
+    raise SourceError(
+        f"the 16-bit columns come from what '{out}' was made of, and its manifest names {found}",
+        "name that checkpoint with --source SRC; nothing was written",
+    )
 
 
 def _draw(report: OutlierReport, folder: Path) -> list[str]:

@@ -142,6 +142,19 @@ def test_source_is_found_by_the_manifest_or_named(run: Run, source: Path, out: P
     assert code == 0 and (out / OUTLIERS_FILE).exists()
 
 
+def test_export_names_an_int8_source_and_needs_the_one_in_16_bits(
+    run: Run, source: Path, out: Path, text: Path, tmp_path: Path
+) -> None:
+    exported = tmp_path / "exported"
+    int8convert.export(out, exported, format="compressed-tensors")
+    code, _, err = run("outliers", exported, "--text", text, *WINDOWS, "--write", exported)
+    assert code == 1 and f"its manifest names '{out}', which is int8 itself" in err and "--source SRC" in err
+    code, _, _ = run("outliers", exported, "--text", text, *WINDOWS, "--write", exported, "--source", source)
+    assert code == 0 and {*SHIFTED, *SCALED} <= set(
+        int8convert.load(exported).get_submodule(FC1).outlier_columns.tolist()
+    )
+
+
 def test_wrong_source_is_an_error_and_leaves_nothing(
     run: Run, source: Path, out: Path, text: Path, tmp_path: Path
 ) -> None:
