@@ -213,8 +213,8 @@ def draw_conclusion(results: list[CaseResult]) -> tuple[bool, str]:
     size = f"{harsh.converted_bytes / harsh.source_bytes:.0%} of the source's size"
     return True, (
         f"{loss[0].upper()}{loss[1:]}, while the converted checkpoint, {size}, stays within "
-        f"{abs(changes[furthest]):.2%} of the source in every case; stored columns leave 1/{ratios[smallest]:.0f} of the KL "
-        "divergence that remains, or less."
+        f"{abs(changes[furthest]):.2%} of the source in every case; stored columns leave "
+        f"1/{ratios[smallest]:.0f} of the KL divergence that remains, or less."
     )
 
 
