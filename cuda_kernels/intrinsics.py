@@ -10,7 +10,6 @@ no device.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from llvmlite import ir
@@ -19,48 +18,28 @@ from numba.cuda.core.errors import TypingError
 from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
-_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_IR = {types.int32: _I32, types.uint32: _I32, types.uint64: _I64, types.float32: _F32}
-_LETTER = {types.int32: "r", types.uint32: "r", types.uint64: "l", types.float32: "f"}
-
-
-def _device_function(name: str, n_arguments: int, typed: Any) -> Any:
-    """`intrinsic` for functions made in a loop: Numba asks a function for its name and how many arguments it takes."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    typed.__name__ = typed.__qualname__ = name
-    typed.__signature__ = inspect.Signature([inspect.Parameter(f"a{k}", kind) for k in range(n_arguments + 1)])
-    return intrinsic(typed)
-
-
-def _call(builder: Any, ptx: str, results: str, result: Any, operands: str, args: Any, volatile: bool = False) -> Any:
-    """One instruction; `results` and `operands` are constraint letters: r and l are 32 and 64 bits, h 16, f float32."""
-    constraints = ",".join([*("=" + letter for letter in results), *operands])
-    function = ir.FunctionType(result, [arg.type for arg in args])
-    return builder.call(ir.InlineAsm(function, ptx, constraints, side_effect=volatile), args)
-
-
-def _instruction(name: str, ptx: str, result: Any, *operands: Any) -> Any:
-    """The device function `name(*operands) -> result` that is the one instruction `ptx`."""
-    letters = "".join(_LETTER[operand] for operand in operands)
-
-    def typed(_context: Any, *_args: Any) -> Any:
-        def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            return _call(builder, ptx, _LETTER[result], _IR[result], letters, args)
-
-        return result(*operands), codegen
-
-    return _device_function(name, len(operands), typed)
-
+from cuda_kernels.code_generation import (
+    CONSTRAINT,
+    F32,
+    I32,
+    I64,
+    IR_TYPE,
+    call_ptx,
+    device_function,
+    instruction,
+    narrow,
+    widen,
+)
 
 # Arithmetic. The `_rn` forms are never contracted into an fma, which would round once where the method rounds twice.
 
-multiply_rn = _instruction("multiply_rn", "mul.rn.f32 $0, $1, $2;", types.float32, types.float32, types.float32)
-add_rn = _instruction("add_rn", "add.rn.f32 $0, $1, $2;", types.float32, types.float32, types.float32)
-reciprocal_rn = _instruction("reciprocal_rn", "rcp.rn.f32 $0, $1;", types.float32, types.float32)
+multiply_rn = instruction("multiply_rn", "mul.rn.f32 $0, $1, $2;", types.float32, types.float32, types.float32)
+add_rn = instruction("add_rn", "add.rn.f32 $0, $1, $2;", types.float32, types.float32, types.float32)
+reciprocal_rn = instruction("reciprocal_rn", "rcp.rn.f32 $0, $1;", types.float32, types.float32)
 """1 / x, correctly rounded: equal to a division, subnormal x included."""
 
-population_count = _instruction("population_count", "popc.b32 $0, $1;", types.uint32, types.uint32)
-permute_bytes = _instruction(
+population_count = instruction("population_count", "popc.b32 $0, $1;", types.uint32, types.uint32)
+permute_bytes = instruction(
     "permute_bytes", "prmt.b32 $0, $1, $2, $3;", types.uint32, types.uint32, types.uint32, types.uint32
 )
 """permute_bytes(a, b, selector): four of the eight bytes b:a, one hexadecimal digit each, the lowest byte's first."""
@@ -69,37 +48,15 @@ permute_bytes = _instruction(
 # Bits and numbers.
 
 
-def _widen(builder: Any, format: Any, bits: Any) -> Any:
-    """IR for the value of 16 bits in the lower half of a uint32, whose upper half is ignored, or of 32 bits."""
-    if format == types.uint16:
-        return _call(builder, "cvt.f32.f16 $0, $1;", "f", _F32, "h", [builder.trunc(bits, _I16)])
-    if format == types.int16:
-        bits = builder.shl(bits, ir.Constant(_I32, 16))
-    return builder.bitcast(bits, _F32)
-
-
-def _narrow(builder: Any, format: Any, x: Any) -> Any:
-    """IR for the nearest value in a format, ties to even, as bits in the lower part of a uint32."""
-    if format == types.uint16:
-        return builder.zext(_call(builder, "cvt.rn.f16.f32 $0, $1;", "h", _I16, "f", [x]), _I32)
-    bits = builder.bitcast(x, _I32)
-    if format == types.int16:  # in integers, for the instruction came with sm_80 only
-        half = ir.Constant(_I32, 16)
-        even = builder.and_(builder.lshr(bits, half), ir.Constant(_I32, 1))
-        rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), even), half)
-        return builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(_I32, 0x7FC0), rounded)
-    return bits
-
-
 def _conversion(name: str, result: Any, operand: Any, convert: Any, format: Any) -> Any:
     def typed(_context: Any, _value: Any) -> Any:
         return result(operand), lambda _cg, builder, _signature, args: convert(builder, format, args[0])
 
-    return _device_function(name, 1, typed)
+    return device_function(name, 1, typed)
 
 
-bits_as_float = _conversion("bits_as_float", types.float32, types.uint32, _widen, types.uint32)
-float_as_bits = _conversion("float_as_bits", types.uint32, types.float32, _narrow, types.uint32)
+bits_as_float = _conversion("bits_as_float", types.float32, types.uint32, widen, types.uint32)
+float_as_bits = _conversion("float_as_bits", types.uint32, types.float32, narrow, types.uint32)
 
 
 @intrinsic
@@ -107,17 +64,17 @@ def element_bytes(_context: Any, pointer: Any) -> Any:
     """element_bytes(pointer) -> uint32, a constant: branches on it cost nothing."""
 
     def codegen(_cg: Any, _builder: Any, _signature: Any, _args: Any) -> Any:
-        return ir.Constant(_I32, pointer.dtype.bitwidth // 8)
+        return ir.Constant(I32, pointer.dtype.bitwidth // 8)
 
     return types.uint32(pointer), codegen
 
 
 def _max_u16x2(builder: Any, a: Any, b: Any) -> Any:
     if ConfigStack.top_or_none().compute_capability >= (9, 0):
-        return _call(builder, "max.u16x2 $0, $1, $2;", "r", _I32, "rr", [a, b])
+        return call_ptx(builder, "max.u16x2 $0, $1, $2;", "r", I32, "rr", [a, b])
     halves = []
     for mask in (0xFFFF, 0xFFFF0000):
-        x, y = (builder.and_(word, ir.Constant(_I32, mask)) for word in (a, b))
+        x, y = (builder.and_(word, ir.Constant(I32, mask)) for word in (a, b))
         halves.append(builder.select(builder.icmp_unsigned(">", x, y), x, y))
     return builder.or_(*halves)
 
@@ -132,7 +89,7 @@ def larger_magnitudes(_context: Any, pointer: Any, largest: Any, word: Any) -> A
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         is_wide = pointer.dtype.bitwidth == 32
-        magnitudes = builder.and_(args[2], ir.Constant(_I32, 0x7FFFFFFF if is_wide else 0x7FFF7FFF))
+        magnitudes = builder.and_(args[2], ir.Constant(I32, 0x7FFFFFFF if is_wide else 0x7FFF7FFF))
         if not is_wide:
             return _max_u16x2(builder, args[1], magnitudes)
         return builder.select(builder.icmp_unsigned(">", args[1], magnitudes), args[1], magnitudes)
@@ -145,7 +102,7 @@ def low_as_float(_context: Any, pointer: Any, word: Any) -> Any:
     """low_as_float(pointer, word) -> float32: the lower half of a word, in the 16-bit format of the pointer."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return _widen(builder, pointer.dtype, args[1])
+        return widen(builder, pointer.dtype, args[1])
 
     return types.float32(pointer, types.uint32), codegen
 
@@ -156,8 +113,8 @@ def high_as_float(_context: Any, pointer: Any, word: Any) -> Any:
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         if pointer.dtype == types.int16:  # bf16 is already where float32 wants it
-            return builder.bitcast(builder.and_(args[1], ir.Constant(_I32, 0xFFFF0000)), _F32)
-        return _widen(builder, pointer.dtype, builder.lshr(args[1], ir.Constant(_I32, 16)))
+            return builder.bitcast(builder.and_(args[1], ir.Constant(I32, 0xFFFF0000)), F32)
+        return widen(builder, pointer.dtype, builder.lshr(args[1], ir.Constant(I32, 16)))
 
     return types.float32(pointer, types.uint32), codegen
 
@@ -170,7 +127,7 @@ def _address(context: Any, builder: Any, signature: Any, args: Any, target: Any)
     owner, index = args[0], args[1]
     # A narrow index would be sign-extended by the address computation, unsigned or not.
     if index.type.width < 64:
-        index = (builder.sext if signature.args[1].signed else builder.zext)(index, _I64)
+        index = (builder.sext if signature.args[1].signed else builder.zext)(index, I64)
     if isinstance(signature.args[0], types.Array):
         owner = context.make_array(signature.args[0])(context, builder, owner).data
     return builder.bitcast(builder.gep(owner, [index]), ir.PointerType(target))
@@ -185,8 +142,8 @@ def load_16_bytes(_context: Any, pointer: Any, index: Any) -> Any:
     """load_16_bytes(pointer, index) -> 4 words; the pointer may be a shared array."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = builder.load(_address(context, builder, signature, args, ir.VectorType(_I32, 4)), align=16)
-        words = [builder.extract_element(vector, ir.Constant(_I32, k)) for k in range(4)]
+        vector = builder.load(_address(context, builder, signature, args, ir.VectorType(I32, 4)), align=16)
+        words = [builder.extract_element(vector, ir.Constant(I32, k)) for k in range(4)]
         return context.make_tuple(builder, signature.return_type, words)
 
     return types.UniTuple(types.uint32, 4)(pointer, index), codegen
@@ -198,8 +155,8 @@ def stream_16_bytes(_context: Any, pointer: Any, index: Any) -> Any:
     ptx = "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];"
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = builder.ptrtoint(_address(context, builder, signature, args, _I32), _I64)
-        words = _call(builder, ptx, "rrrr", ir.LiteralStructType([_I32] * 4), "l", [address])
+        address = builder.ptrtoint(_address(context, builder, signature, args, I32), I64)
+        words = call_ptx(builder, ptx, "rrrr", ir.LiteralStructType([I32] * 4), "l", [address])
         return _tuple(context, builder, signature, words, 4)
 
     return types.UniTuple(types.uint32, 4)(pointer, index), codegen
@@ -207,22 +164,22 @@ def stream_16_bytes(_context: Any, pointer: Any, index: Any) -> Any:
 
 def _store(name: str, n_words: int, ptx: str) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = ir.VectorType(_I32, n_words)
+        vector = ir.VectorType(I32, n_words)
         address = _address(context, builder, signature, args, vector)
         if ptx:
-            operands = [builder.ptrtoint(address, _I64), *args[2:]]
-            _call(builder, ptx, "", ir.VoidType(), "l" + "r" * n_words, operands, True)
+            operands = [builder.ptrtoint(address, I64), *args[2:]]
+            call_ptx(builder, ptx, "", ir.VoidType(), "l" + "r" * n_words, operands, True)
         else:
             value = ir.Constant(vector, ir.Undefined)
             for k, word in enumerate(args[2:]):
-                value = builder.insert_element(value, word, ir.Constant(_I32, k))
+                value = builder.insert_element(value, word, ir.Constant(I32, k))
             builder.store(value, address, align=4 * n_words)
         return context.get_dummy_value()
 
     def typed(_context: Any, pointer: Any, index: Any, *words: Any) -> Any:
         return types.void(pointer, index, *[types.uint32] * n_words), codegen
 
-    return _device_function(name, 2 + n_words, typed)
+    return device_function(name, 2 + n_words, typed)
 
 
 store_8_bytes = _store("store_8_bytes", 2, "")
@@ -244,7 +201,7 @@ def load_float(_context: Any, pointer: Any, index: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         stored = ir.IntType(pointer.dtype.bitwidth)
         bits = builder.load(_address(context, builder, signature, args, stored))
-        return _widen(builder, pointer.dtype, bits if stored.width == 32 else builder.zext(bits, _I32))
+        return widen(builder, pointer.dtype, bits if stored.width == 32 else builder.zext(bits, I32))
 
     return types.float32(pointer, index), codegen
 
@@ -254,17 +211,17 @@ def load_float(_context: Any, pointer: Any, index: Any) -> Any:
 
 def _shuffle(name: str, mode: str, clamp: str) -> Any:
     def typed(_context: Any, value: Any, _lane: Any) -> Any:
-        if value not in _LETTER or _IR[value] == _I64:
+        if value not in CONSTRAINT or IR_TYPE[value] == I64:
             raise TypingError(f"{name} moves 32 bits, not {value}; uint32 + uint32 is uint64 in Numba")
         ptx = f"shfl.sync.{mode}.b32 $0, $1, $2, {clamp}, 0xffffffff;"
 
         def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            letter = _LETTER[value]
-            return _call(builder, ptx, letter, _IR[value], letter + "r", args, True)
+            letter = CONSTRAINT[value]
+            return call_ptx(builder, ptx, letter, IR_TYPE[value], letter + "r", args, True)
 
         return value(value, types.uint32), codegen
 
-    return _device_function(name, 2, typed)
+    return device_function(name, 2, typed)
 
 
 shuffle_xor = _shuffle("shuffle_xor", "bfly", "0x1f")

@@ -9,8 +9,8 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from cuda_kernels.intrinsics import _I32, _I64, _call
-from cuda_kernels.tile_intrinsics import _tile, _values
+from cuda_kernels.code_generation import I32, I64, call_ptx
+from cuda_kernels.tile_intrinsics import make_tile, values_of
 
 VECTOR = 16
 """Codes a lane reads at once."""
@@ -27,40 +27,40 @@ class Turn(NamedTuple):
     is_aligned: bool
 
 
-def _load_before(builder: Any, pointer: Any, index: Any, end: Any) -> Any:
+def load_before(builder: Any, pointer: Any, index: Any, end: Any) -> Any:
     """IR for the element at an index, in 32 bits; 0 from index `end` on."""
     before = builder.block
     with builder.if_then(builder.icmp_unsigned("<", index, end)):
         value = builder.load(builder.gep(pointer, [index]))
-        value = value if value.type == _I32 else builder.zext(value, _I32)
+        value = value if value.type == I32 else builder.zext(value, I32)
         inside = builder.block
-    either = builder.phi(_I32)
-    either.add_incoming(_I32(0), before)
+    either = builder.phi(I32)
+    either.add_incoming(I32(0), before)
     either.add_incoming(value, inside)
     return either
 
 
 def _load_any(builder: Any, codes: Any, index: Any, end: Any) -> list[Any]:
-    words = [_I32(0)] * 4
+    words = [I32(0)] * 4
     for i in range(VECTOR):
-        code = _load_before(builder, codes, builder.add(index, _I64(i)), end)
-        words[i // 4] = builder.or_(words[i // 4], builder.shl(code, _I32(8 * (i % 4))))
+        code = load_before(builder, codes, builder.add(index, I64(i)), end)
+        words[i // 4] = builder.or_(words[i // 4], builder.shl(code, I32(8 * (i % 4))))
     return words
 
 
 def _load_aligned(builder: Any, codes: Any, index: Any, is_read_once: bool) -> list[Any]:
     at = builder.gep(codes, [index])
     if is_read_once:
-        four, ptx = ir.LiteralStructType([_I32] * 4), "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];"
-        return _values(builder, _call(builder, ptx, "rrrr", four, "l", [builder.ptrtoint(at, _I64)], True))
-    vector = builder.load(builder.bitcast(at, ir.VectorType(_I32, 4).as_pointer()), align=VECTOR)
-    return [builder.extract_element(vector, _I32(i)) for i in range(4)]
+        four, ptx = ir.LiteralStructType([I32] * 4), "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];"
+        return values_of(builder, call_ptx(builder, ptx, "rrrr", four, "l", [builder.ptrtoint(at, I64)], True))
+    vector = builder.load(builder.bitcast(at, ir.VectorType(I32, 4).as_pointer()), align=VECTOR)
+    return [builder.extract_element(vector, I32(i)) for i in range(4)]
 
 
 def _load_aligned_before(builder: Any, codes: Any, index: Any, end: Any, is_read_once: bool) -> list[Any]:
     is_inside = builder.icmp_unsigned("<", index, end)
-    index = builder.select(is_inside, index, builder.sub(end, _I64(VECTOR)))
-    return [builder.select(is_inside, word, _I32(0)) for word in _load_aligned(builder, codes, index, is_read_once)]
+    index = builder.select(is_inside, index, builder.sub(end, I64(VECTOR)))
+    return [builder.select(is_inside, word, I32(0)) for word in _load_aligned(builder, codes, index, is_read_once)]
 
 
 def load_rows(count: int, apart: int, turn: Turn, is_read_once: bool, is_inside: bool) -> Any:
@@ -76,11 +76,11 @@ def load_rows(count: int, apart: int, turn: Turn, is_read_once: bool, is_inside:
     def load(_context: Any, codes: Any, row: Any, k: Any, n_rows: Any, K: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             codes, row, k, n_rows, n_columns = args
-            last, words = builder.sub(n_rows, _I64(1)), []
+            last, words = builder.sub(n_rows, I64(1)), []
             for i in range(n_steps * count):
-                at = builder.add(row, _I64(i % count * apart))
+                at = builder.add(row, I64(i % count * apart))
                 start = builder.mul(builder.select(builder.icmp_unsigned("<", at, last), at, last), n_columns)
-                index = builder.add(builder.add(start, k), _I64(i // count * step))
+                index = builder.add(builder.add(start, k), I64(i // count * step))
                 end = builder.add(start, n_columns)
                 if not is_aligned:
                     words += _load_any(builder, codes, index, end)
@@ -88,7 +88,7 @@ def load_rows(count: int, apart: int, turn: Turn, is_read_once: bool, is_inside:
                     words += _load_aligned(builder, codes, index, is_read_once)
                 else:
                     words += _load_aligned_before(builder, codes, index, end, is_read_once)
-            return _tile(context, builder, signature, words)
+            return make_tile(context, builder, signature, words)
 
         return types.UniTuple(types.uint32, 4 * n_steps * count)(codes, *[types.int64] * 4), codegen
 
@@ -103,12 +103,12 @@ def dp4a_tile(n_steps: int) -> Any:
         n_rows, n_tokens = rows.count // n_steps // 4, tokens.count // n_steps // 4
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            sums, row_words, token_words = (_values(builder, arg) for arg in args)
+            sums, row_words, token_words = (values_of(builder, arg) for arg in args)
             for s, t, r, word in itertools.product(range(n_steps), range(n_tokens), range(n_rows), range(4)):
                 operands = [row_words[4 * (s * n_rows + r) + word], token_words[4 * (s * n_tokens + t) + word]]
                 i = t * n_rows + r
-                sums[i] = _call(builder, "dp4a.s32.s32 $0, $1, $2, $3;", "r", _I32, "rrr", [*operands, sums[i]])
-            return _tile(context, builder, signature, sums)
+                sums[i] = call_ptx(builder, "dp4a.s32.s32 $0, $1, $2, $3;", "r", I32, "rrr", [*operands, sums[i]])
+            return make_tile(context, builder, signature, sums)
 
         return products(products, rows, tokens), codegen
 
@@ -124,17 +124,17 @@ def warp_sums(_context: Any, values: Any) -> Any:
     """
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        sums = _values(builder, args[0])
-        lane = _call(builder, "mov.u32 $0, %laneid;", "r", _I32, "", [])
+        sums = values_of(builder, args[0])
+        lane = call_ptx(builder, "mov.u32 $0, %laneid;", "r", I32, "", [])
         for distance in (16, 8, 4, 2, 1):
             sent = sums
             if len(sums) > 1:
                 pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
-                is_upper = builder.icmp_unsigned("!=", builder.and_(lane, _I32(distance)), _I32(0))
+                is_upper = builder.icmp_unsigned("!=", builder.and_(lane, I32(distance)), I32(0))
                 sums = [builder.select(is_upper, upper, lower) for lower, upper in pairs]
                 sent = [builder.select(is_upper, lower, upper) for lower, upper in pairs]
             text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
-            received = [_call(builder, text, "r", _I32, "r", [value], True) for value in sent]
+            received = [call_ptx(builder, text, "r", I32, "r", [value], True) for value in sent]
             sums = [builder.add(*pair) for pair in zip(sums, received, strict=True)]
         return sums[0]
 
@@ -160,13 +160,13 @@ def mma_tile(n_steps: int) -> Any:
         n_rows, n_tokens = rows.count // n_steps // 8, tokens.count // n_steps // 4
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            sums, a, b = (_values(builder, arg) for arg in args)
-            four = ir.LiteralStructType([_I32] * 4)
+            sums, a, b = (values_of(builder, arg) for arg in args)
+            four = ir.LiteralStructType([I32] * 4)
             for s, r, t, word in itertools.product(range(n_steps), range(n_rows), range(n_tokens), (0, 2)):
                 upper, x, i = 8 * (s * n_rows + r) + word, 4 * (s * n_tokens + t) + word, 4 * (r * n_tokens + t)
                 operands = [a[upper], a[upper + 4], a[upper + 1], a[upper + 5], b[x], b[x + 1], *sums[i : i + 4]]
-                sums[i : i + 4] = _values(builder, _call(builder, ptx, "rrrr", four, "r" * 10, operands))
-            return _tile(context, builder, signature, sums)
+                sums[i : i + 4] = values_of(builder, call_ptx(builder, ptx, "rrrr", four, "r" * 10, operands))
+            return make_tile(context, builder, signature, sums)
 
         return products(products, rows, tokens), codegen
 
@@ -182,9 +182,9 @@ def add_mma_tile(n_token_tiles: int, stride: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             data = context.make_array(signature.args[0])(context, builder, args[0]).data
             base = builder.gep(data, [args[1]])
-            for i, value in enumerate(_values(builder, args[2])):
+            for i, value in enumerate(values_of(builder, args[2])):
                 (r, t), c = divmod(i // 4, n_token_tiles), i % 4
-                at = builder.gep(base, [_I64((8 * t + c % 2) * stride + 16 * r + 8 * (c // 2))])
+                at = builder.gep(base, [I64((8 * t + c % 2) * stride + 16 * r + 8 * (c // 2))])
                 builder.atomic_rmw("add", at, value, "monotonic")
             return context.get_dummy_value()
 

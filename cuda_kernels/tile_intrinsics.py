@@ -13,14 +13,14 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from cuda_kernels.intrinsics import _F32, _I32, _I64, _call, _narrow, _widen
+from cuda_kernels.code_generation import F32, I32, I64, call_ptx, narrow, widen
 
 
-def _values(builder: Any, tile: Any) -> list[Any]:
+def values_of(builder: Any, tile: Any) -> list[Any]:
     return [builder.extract_value(tile, i) for i in range(len(tile.type))]
 
 
-def _tile(context: Any, builder: Any, signature: Any, values: list[Any]) -> Any:
+def make_tile(context: Any, builder: Any, signature: Any, values: list[Any]) -> Any:
     return context.make_tuple(builder, signature.return_type, values)
 
 
@@ -33,7 +33,7 @@ def load4(_context: Any, pointer: Any, index: Any) -> Any:
         element = context.get_value_type(pointer.dtype)
         at = builder.bitcast(base, ir.PointerType(ir.VectorType(element, 4)))
         four = builder.load(at, align=4 * pointer.dtype.bitwidth // 8)
-        return _tile(context, builder, signature, [builder.extract_element(four, _I32(i)) for i in range(4)])
+        return make_tile(context, builder, signature, [builder.extract_element(four, I32(i)) for i in range(4)])
 
     return types.UniTuple(pointer.dtype, 4)(pointer, types.int64), codegen
 
@@ -45,10 +45,10 @@ def load4_clamped(_context: Any, pointer: Any, index: Any, last: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values = []
         for i in range(4):
-            at = builder.add(args[1], _I64(i))
+            at = builder.add(args[1], I64(i))
             at = builder.select(builder.icmp_unsigned("<", at, args[2]), at, args[2])
             values.append(builder.load(builder.gep(args[0], [at])))
-        return _tile(context, builder, signature, values)
+        return make_tile(context, builder, signature, values)
 
     return types.UniTuple(pointer.dtype, 4)(pointer, types.int64, types.int64), codegen
 
@@ -62,7 +62,7 @@ def load4_shared(_context: Any, array: Any, index: Any) -> Any:
         element = context.get_value_type(array.dtype)
         at = builder.bitcast(builder.gep(data, [args[1]]), ir.PointerType(ir.VectorType(element, 4)))
         four = builder.load(at, align=16)
-        return _tile(context, builder, signature, [builder.extract_element(four, _I32(i)) for i in range(4)])
+        return make_tile(context, builder, signature, [builder.extract_element(four, I32(i)) for i in range(4)])
 
     return types.UniTuple(array.dtype, 4)(array, types.int64), codegen
 
@@ -70,14 +70,14 @@ def load4_shared(_context: Any, array: Any, index: Any) -> Any:
 def _store4(builder: Any, pointer: Any, index: Any, values: list[Any]) -> None:
     four = ir.Constant(ir.VectorType(values[0].type, 4), ir.Undefined)
     for i, value in enumerate(values):
-        four = builder.insert_element(four, value, _I32(i))
+        four = builder.insert_element(four, value, I32(i))
     at = builder.bitcast(builder.gep(pointer, [index]), ir.PointerType(four.type))
     builder.store(four, at, align=4 * values[0].type.width // 8)
 
 
 def _store_each(builder: Any, pointer: Any, index: Any, end: Any, values: list[Any]) -> None:
     for i, value in enumerate(values):
-        at = builder.add(index, _I64(i))
+        at = builder.add(index, I64(i))
         with builder.if_then(builder.icmp_unsigned("<", at, end)):
             builder.store(value, builder.gep(pointer, [at]))
 
@@ -88,12 +88,12 @@ def store_tile(_context: Any, y: Any, token: Any, feature: Any, M: Any, N: Any, 
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         y, token, feature, n_tokens, n_features = args[:5]
-        is_whole = builder.icmp_unsigned("==", builder.and_(n_features, _I64(3)), _I64(0))
-        values = _values(builder, args[5])
+        is_whole = builder.icmp_unsigned("==", builder.and_(n_features, I64(3)), I64(0))
+        values = values_of(builder, args[5])
         for t in range(4):
-            row = builder.add(token, _I64(t))
+            row = builder.add(token, I64(t))
             index = builder.add(builder.mul(row, n_features), feature)
-            end = builder.mul(builder.add(row, _I64(1)), n_features)
+            end = builder.mul(builder.add(row, I64(1)), n_features)
             is_token = builder.icmp_unsigned("<", row, n_tokens)
             four = values[4 * t : 4 * t + 4]
             with builder.if_then(is_token), builder.if_else(is_whole) as (whole, partial):
@@ -114,8 +114,8 @@ def widen_tile(_context: Any, bits: Any) -> Any:
     """Bits of fp16 (uint16), bf16 (int16) or fp32 (uint32) values -> float32, exactly."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        words = [v if v.type == _I32 else builder.zext(v, _I32) for v in _values(builder, args[0])]
-        return _tile(context, builder, signature, [_widen(builder, bits.dtype, word) for word in words])
+        words = [v if v.type == I32 else builder.zext(v, I32) for v in values_of(builder, args[0])]
+        return make_tile(context, builder, signature, [widen(builder, bits.dtype, word) for word in words])
 
     return types.UniTuple(types.float32, bits.count)(bits), codegen
 
@@ -125,9 +125,11 @@ def narrow_tile(_context: Any, pointer: Any, values: Any) -> Any:
     """Each float32 -> bits of the format that `pointer` names, to the nearest, ties to even."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = [_narrow(builder, pointer.dtype, value) for value in _values(builder, args[1])]
+        bits = [narrow(builder, pointer.dtype, value) for value in values_of(builder, args[1])]
         stored = ir.IntType(pointer.dtype.bitwidth)
-        return _tile(context, builder, signature, bits if stored == _I32 else [builder.trunc(b, stored) for b in bits])
+        return make_tile(
+            context, builder, signature, bits if stored == I32 else [builder.trunc(b, stored) for b in bits]
+        )
 
     return types.UniTuple(pointer.dtype, values.count)(pointer, values), codegen
 
@@ -136,11 +138,11 @@ def narrow_tile(_context: Any, pointer: Any, values: Any) -> Any:
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, "fma.rn.f32 $0, $1, $2, $3;", "f", _F32, "fff", [a, b, c])
+    return call_ptx(builder, "fma.rn.f32 $0, $1, $2, $3;", "f", F32, "fff", [a, b, c])
 
 
-def _multiply(builder: Any, a: Any, b: Any) -> Any:
-    return _call(builder, "mul.rn.f32 $0, $1, $2;", "f", _F32, "ff", [a, b])
+def multiply(builder: Any, a: Any, b: Any) -> Any:
+    return call_ptx(builder, "mul.rn.f32 $0, $1, $2;", "f", F32, "ff", [a, b])
 
 
 @intrinsic
@@ -148,9 +150,9 @@ def fma_tile(_context: Any, sums: Any, tokens: Any, features: Any) -> Any:
     """sums[t, f] + tokens[t] * features[f], with one rounding."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sums, x, w = (_values(builder, arg) for arg in args)
+        sums, x, w = (values_of(builder, arg) for arg in args)
         sums = [_fma(builder, x[i // len(w)], w[i % len(w)], value) for i, value in enumerate(sums)]
-        return _tile(context, builder, signature, sums)
+        return make_tile(context, builder, signature, sums)
 
     return sums(sums, tokens, features), codegen
 
@@ -160,14 +162,14 @@ def scale_tile(_context: Any, products: Any, x_scales: Any, weight_scales: Any, 
     """add(fma(multiply(products[t, f], x_scales[t]), weight_scales[f], extra[t, f]), bias[f]), each rounded."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        products, x_scales, weight_scales, extra, bias = (_values(builder, arg) for arg in args)
+        products, x_scales, weight_scales, extra, bias = (values_of(builder, arg) for arg in args)
         values = []
         for i, product in enumerate(products):
             t, f = divmod(i, len(bias))
-            scaled = _multiply(builder, builder.sitofp(product, _F32), x_scales[t])
+            scaled = multiply(builder, builder.sitofp(product, F32), x_scales[t])
             scaled = _fma(builder, scaled, weight_scales[f], extra[i])
-            values.append(_call(builder, "add.rn.f32 $0, $1, $2;", "f", _F32, "ff", [scaled, bias[f]]))
-        return _tile(context, builder, signature, values)
+            values.append(call_ptx(builder, "add.rn.f32 $0, $1, $2;", "f", F32, "ff", [scaled, bias[f]]))
+        return make_tile(context, builder, signature, values)
 
     return extra(products, x_scales, weight_scales, extra, bias), codegen
 
@@ -177,6 +179,8 @@ def multiply_tile(_context: Any, values: Any, factor: Any) -> Any:
     """multiply(value, factor), of each, rounded."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _tile(context, builder, signature, [_multiply(builder, v, args[1]) for v in _values(builder, args[0])])
+        return make_tile(
+            context, builder, signature, [multiply(builder, v, args[1]) for v in values_of(builder, args[0])]
+        )
 
     return values(values, types.float32), codegen

@@ -43,7 +43,7 @@ def run_generation(form: str, folder: Path, device: str, n_threads: int) -> Gene
     torch.set_num_threads(n_threads)
     began = time.perf_counter()
     if form == "int8convert":
-        model = load(folder, device_map={"": device}, dtype=torch.float16 if device == "cuda" else torch.float32)
+        model = load(folder, device_map={"": device})
     elif form == "bitsandbytes":
         model = transformers.OPTForCausalLM.from_pretrained(folder, device_map={"": device})
     else:

@@ -2,7 +2,8 @@
 
 How it goes:
 1. `bench_limits` measures what memory and the multipliers give at most, in every round anew.
-2. Rows: `row_quantize` on one and on two threads, beside copying the same bytes.
+2. Rows: `row_quantize` on one and on two threads, of a matrix in memory and of blocks in the cache, beside copying the
+   same bytes.
 3. Layers: one Linear of 4,096 x 4,096 with 6 outlier columns, by torch in float32 and bfloat16, by bitsandbytes and by
    `ops.int8_linear`, for each number of tokens and threads.
 
@@ -21,12 +22,13 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import statistics
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +48,8 @@ N_TOKENS = (1, 16, 256)
 N_THREADS = (1, 2)
 OUTLIER_COLUMNS = [5, 100, 700, 1500, 3000, 4000]
 N_LAYERS = 4
+N_BLOCK_ROWS = 128
+"""1 MiB of fp16: what a conversion reads at a time, and quantizes while it is in the caches."""
 CALL_SECONDS = 0.3
 OURS = ("int8, stored columns", "int8, stored and found")
 
@@ -95,12 +99,11 @@ def make_x(n_tokens: int) -> torch.Tensor:
     return x.half()
 
 
-def time_layers(layers: list[Layer], x: torch.Tensor) -> float:
-    """Median seconds of a call, over as many as fit the time, at least one per layer."""
+def time_turns(calls: Sequence[Callable[[], object]]) -> float:
+    """Median seconds of calls in turn, of as many as fit the time, at least one of each."""
     times: list[float] = []
-    while len(times) < len(layers) or sum(times) < CALL_SECONDS:
-        layer = layers[len(times) % len(layers)]
-        times.append(time_call(partial(layer, x)))
+    while len(times) < len(calls) or sum(times) < CALL_SECONDS:
+        times.append(time_call(calls[len(times) % len(calls)]))
     return statistics.median(times)
 
 
@@ -112,13 +115,13 @@ def measure_layers(layers: dict[str, list[Layer]], xs: list[torch.Tensor], limit
         results[f"multiply /s, {n_threads}"].append(multiply_per_s)
         for x in xs:
             for name, copies in layers.items():
-                results[f"{name}, {len(x)}, {n_threads}"].append(time_layers(copies, x))
+                results[f"{name}, {len(x)}, {n_threads}"].append(time_turns([partial(layer, x) for layer in copies]))
             floor = max(SIZE * SIZE / 1e9 / read_gb_s, len(x) * SIZE * SIZE / multiply_per_s)
             results[f"floor, {len(x)}, {n_threads}"].append(floor)
 
 
 def measure_rows(limits: Limits, results: Results) -> None:
-    """GB/s in, of a matrix of 4,096 x 4,096."""
+    """GB/s in, of a matrix of 4,096 x 4,096 in memory; and of as many rows in blocks that stay in each core's cache."""
     values = np.random.default_rng(0).standard_normal((SIZE, SIZE)).astype(np.float32)
     sources = {"F16": values.astype(np.float16), "BF16": (values.view(np.uint32) >> 16).astype(np.int16), "F32": values}
     codes, absmax = np.ones((SIZE, SIZE), np.int8), np.empty(SIZE, np.float32)
@@ -130,20 +133,27 @@ def measure_rows(limits: Limits, results: Results) -> None:
             rows = slice(begin, end)
             cpu.row_quantize(bits[rows], codes[rows], absmax[rows], signal[rows], noise[rows])
 
+        def quantize_blocks(begin: int, end: int, quantize: Callable[[int, int], None] = quantize) -> None:
+            for _ in range(begin, end, N_BLOCK_ROWS):
+                quantize(begin, begin + N_BLOCK_ROWS)
+
         quantize(0, 1)
         for n_threads in N_THREADS:
-            seconds = time_call(partial(run_split, quantize, SIZE, n_threads))
-            results[f"rows {dtype}, {n_threads}"].append(bits.nbytes / 1e9 / seconds)
-            results[f"copy {dtype}, {n_threads}"].append(limits.copy_gb_s(bits.nbytes, n_threads))
+            for name, work in (("rows", quantize), ("blocks", quantize_blocks)):
+                seconds = time_turns([partial(run_split, work, SIZE, n_threads)])
+                results[f"{name} {dtype}, {n_threads}"].append(bits.nbytes / 1e9 / seconds)
+            copy = partial(limits.copy_gb_s, bits.nbytes, n_threads)
+            results[f"copy {dtype}, {n_threads}"].append(statistics.median(copy() for _ in range(9)))
 
 
 def build_rows_table(results: Results) -> Table:
     table = Table("dtype", title="row_quantize of 4096 x 4096, GB/s in: median (range)")
-    for heading in ("1 thread", "2 threads", "2 / 1", "memcpy, 1", "memcpy, 2", "2 / 1"):
-        table.add_column(heading, justify="right")
+    for heading in ("in memory", "in cache", "memcpy"):
+        for column in (f"{heading}, 1", "2 threads", "2 / 1"):
+            table.add_column(column, justify="right")
     for dtype in ("F16", "BF16", "F32"):
         row = [dtype]
-        for what in ("rows", "copy"):
+        for what in ("rows", "blocks", "copy"):
             one, two = (results[f"{what} {dtype}, {n}"] for n in N_THREADS)
             row += [
                 format_range(one, 1),
@@ -186,6 +196,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every raw number and the machine here")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # bitsandbytes' about its own casts
+    logging.disable(logging.WARNING)
     torch.manual_seed(0)
     limits, layers, xs = Limits(), make_layers(), [make_x(n) for n in N_TOKENS]
     results: Results = defaultdict(list)

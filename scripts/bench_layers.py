@@ -1,9 +1,13 @@
 """Layers: one Linear in each form that runs here, on the same input, in turns.
 
 All forms of a shape are alive at once and timed in rounds A B C A B C ..., of which the median counts: a slow drift of
-the machine meets all. Weights are random; the time of a layer depends on its outlier columns alone, which are made.
+the machine meets all. Each form has several copies of its layer and goes through them in turn, so that weights come
+from memory, as in a model, and not from a cache. They are random; the time of a layer depends on its outlier columns
+alone, which are made.
 """
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +20,7 @@ from torch import nn
 
 N_ROUNDS = 7
 MIN_SECONDS = 0.05  # of each timing: short calls are repeated until it is filled
+MIN_CALLS = 4
 CPU_SHAPES = [(4096, 4096)]
 PAPER_SIZES = (768, 1024, 1536, 2048, 2560, 4096, 5140, 12288)  # Table 5: the first product of the FFN
 OPT_66B = [(9216, 9216), (9216, 36864), (36864, 9216)]
@@ -23,6 +28,7 @@ GPU_SHAPES = [*((size, 4 * size) for size in PAPER_SIZES), *OPT_66B]
 CPU_TOKENS = (1, 16, 256)
 GPU_TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
 OUTLIERS = (0, 6, 40)
+CACHE_BYTES = 64 << 20  # more than the caches of the machines at hand hold
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,20 @@ def bitsandbytes_layer(weight: torch.Tensor) -> nn.Module | None:
     return layer.to(weight.device).eval()  # in training it multiplies by the dequantized weight
 
 
+def in_turn(layers: list[nn.Module], x: torch.Tensor) -> Callable[[], object]:
+    """A call of the next of the layers."""
+    turns = itertools.cycle(layers)
+    return lambda: next(turns)(x)
+
+
 def time_calls(calls: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
     """Median seconds of each call over the rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     repeats = {}
     for name, call in calls.items():
-        call()
-        repeats[name] = max(1, round(MIN_SECONDS / max(1e-7, time_once(call, 1, device))))
+        for _ in range(MIN_CALLS):
+            call()
+        repeats[name] = max(MIN_CALLS, round(MIN_SECONDS / max(1e-7, time_once(call, 1, device))))
     for _ in range(N_ROUNDS):
         for name, call in calls.items():
             seconds[name].append(time_once(call, repeats[name], device))
@@ -112,10 +125,14 @@ def bench_layers(device: str, threads: list[int], notes: Console) -> list[LayerT
     for n_in, n_out in shapes:
         for n_outliers in OUTLIERS:
             columns = torch.randperm(n_in)[:n_outliers].sort().values
-            forms = list(layer_forms(n_in, n_out, columns, device))
+            n_copies = math.ceil(CACHE_BYTES / (n_in * n_out))
+            copies = [list(layer_forms(n_in, n_out, columns, device)) for _ in range(n_copies)]
+            forms = {form[0][0]: (form[0][1], [layer for _, _, layer in form]) for form in zip(*copies, strict=True)}
             for n_tokens in tokens:
-                inputs = {d: make_input(n_tokens, n_in, columns, d, device) for d in {dtype for _, dtype, _ in forms}}
-                calls = {name: (lambda layer=layer, x=inputs[dtype]: layer(x)) for name, dtype, layer in forms}
+                inputs = {
+                    d: make_input(n_tokens, n_in, columns, d, device) for d in {dtype for dtype, _ in forms.values()}
+                }
+                calls = {name: in_turn(layers, inputs[dtype]) for name, (dtype, layers) in forms.items()}
                 for n_threads in threads:
                     torch.set_num_threads(n_threads)
                     for name, seconds in time_calls(calls, device).items():

@@ -7,6 +7,9 @@ process loads for everyone. How it goes:
    are missing, unexpected or of the wrong shape, and Linears that did not come out as int8 layers, end the run.
 3. All three read the same held-out tokens; perplexity, KL divergence and top-1 agreement come out as JSON on stdout.
 
+With `--runtime int8convert` the converted checkpoint is loaded by int8convert instead, and compared with the source
+alone.
+
 Costs three small models and their logits for one batch.
 
 Left out on purpose: confidence intervals; the differences shown are many times the noise of paired measurements.
@@ -158,6 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("source", type=Path, help="directory of the 16-bit checkpoint")
     parser.add_argument("converted", type=Path, help="directory of the int8 checkpoint")
     parser.add_argument("heldout", type=Path, help="safetensors file with the token ids under 'ids'")
+    parser.add_argument("--runtime", choices=("bitsandbytes", "int8convert"), default="bitsandbytes")
     parser.add_argument("--sequences", type=int, default=48)
     parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
     return parser.parse_args()
@@ -171,17 +175,20 @@ def main() -> None:
     sequences = load_sequences(options.heldout, options.sequences, options.length)
     source = AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.float32).eval()
     expected_int8 = set(list_decoder_linears(source))
-    models = {
-        "source": source,
-        "naive": build_naive(source),
-        "converted": load_converted(options.converted, expected_int8),
-    }
+    models = {"source": source}
+    if options.runtime == "int8convert":
+        import int8convert
+
+        models["converted"] = int8convert.load(options.converted, dtype=torch.float32)
+    else:
+        models["naive"] = build_naive(source)
+        models["converted"] = load_converted(options.converted, expected_int8)
     result: dict[str, object] = dict(compare(models, "source", sequences))
     result["n_predicted_tokens"] = sequences[:, 1:].numel()
     result["n_int8_layers"] = len(expected_int8)
     result["largest_activation"] = find_largest_input(source, sequences[:BATCH])
     ours = OUR_MODULES & {name.partition(".")[0] for name in sys.modules}
-    if ours:
+    if ours and options.runtime != "int8convert":
         raise SystemExit(f"error: this process must know nothing of int8convert, yet it imported {sorted(ours)}")
     print(json.dumps(result))
 

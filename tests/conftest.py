@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from int8convert.conversion.model_map_process import parse_worker_answer, worker
 # Tests never time: a machine with other work is slow, and not wrong.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# A shell starts background jobs with SIGINT ignored, which the commands under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()

@@ -19,7 +19,8 @@ from numba import njit
 from numpy.lib.stride_tricks import as_strided
 
 from cuda_kernels.cpu.bits import magnitude, widen
-from cuda_kernels.cpu.threads import run_split
+from cuda_kernels.cpu.team import run_on_team
+from cuda_kernels.cpu.threads import part_of, run_parts
 from cuda_kernels.reference import N_STEPS
 
 _MIN_ELEMENTS = 1 << 17
@@ -27,11 +28,19 @@ _MIN_ELEMENTS = 1 << 17
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _column_maxima(x, row_stride, begin, end, largest):  # type: ignore[no-untyped-def]
+def _column_maxima(x, row_stride, n_tokens, maxima, part, n_parts):  # type: ignore[no-untyped-def]
+    """maxima[part]: each column's largest magnitude over the part's tokens, as bits."""
+    largest = maxima[part]
+    begin, end = part_of(n_tokens, 1, part, n_parts)
     for t in range(begin, end):
         row = x[t * row_stride : t * row_stride + largest.size]
         for k in range(largest.size):
             largest[k] = max(largest[k], magnitude(row[k]))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _column_maxima_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
+    run_on_team(_column_maxima, args, n_parts, n_threads, team)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -85,14 +94,20 @@ def _gather(row, columns, out):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _quantize_tokens(x, row_stride, begin, end, keep, columns, codes, absmax, side_x):  # type: ignore[no-untyped-def]
+def _quantize_tokens(x, row_stride, keep, columns, codes, absmax, side_x, part, n_parts):  # type: ignore[no-untyped-def]
     outlier_columns, found_columns = columns
     outlier_x, found_x = side_x
+    begin, end = part_of(codes.shape[0], 1, part, n_parts)
     for t in range(begin, end):
         row = x[t * row_stride : t * row_stride + keep.size]
         absmax[t] = _quantize_one_token(row, keep, codes[t])
         _gather(row, outlier_columns, outlier_x[t])
         _gather(row, found_columns, found_x[t])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _quantize_tokens_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
+    run_on_team(_quantize_tokens, args, n_parts, n_threads, team)
 
 
 def activation_quantize(
@@ -123,21 +138,19 @@ def activation_quantize(
     """
     n_tokens, n_columns = x.shape
     flat, row_stride = _flatten(x)
-    n_threads = min(n_threads, x.size // _MIN_ELEMENTS + 1)
+    n_worth = x.size // _MIN_ELEMENTS + 1
     keep = np.empty(n_columns, x.dtype)
     if not _keep_all_but(outlier_columns, keep):
         raise ValueError(f"expected ascending outlier columns below {n_columns}, found {outlier_columns.tolist()}")
     found_columns.fill(-1)
     n_found[0] = 0
     if found_columns.size:
-        largest = _find_maxima(flat, row_stride, n_tokens, np.zeros(n_columns, x.dtype), n_threads)
-        n_found[0] = _take_found(largest, np.float32(threshold), keep, found_columns)
-    columns, side_x = (outlier_columns, found_columns), (outlier_x, found_x)
-
-    def quantize(begin: int, end: int) -> None:
-        _quantize_tokens(flat, row_stride, begin, end, keep, columns, codes, absmax, side_x)
-
-    run_split(quantize, n_tokens, n_threads)
+        maxima = np.zeros((min(n_worth, n_threads), n_columns), x.dtype)
+        args = (flat, row_stride, n_tokens, maxima)
+        run_parts(_column_maxima, _column_maxima_on_team, args, n_worth, n_threads)
+        n_found[0] = _take_found(maxima.max(0), np.float32(threshold), keep, found_columns)
+    rest = (flat, row_stride, keep, (outlier_columns, found_columns), codes, absmax, (outlier_x, found_x))
+    run_parts(_quantize_tokens, _quantize_tokens_on_team, rest, n_worth, n_threads)
 
 
 def _flatten(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int]:
@@ -147,19 +160,3 @@ def _flatten(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int]:
         return x.reshape(-1), n_columns
     row_stride = x.strides[0] // x.itemsize
     return as_strided(x, ((n_tokens - 1) * row_stride + n_columns,), (x.itemsize,)), row_stride
-
-
-def _find_maxima(
-    flat: npt.NDArray[Any], row_stride: int, n_tokens: int, zeros: npt.NDArray[Any], n_threads: int
-) -> npt.NDArray[Any]:
-    """Each column's largest magnitude over all tokens, as bits."""
-    parts: list[npt.NDArray[Any]] = [zeros]
-
-    def find(begin: int, end: int) -> None:
-        largest = np.zeros_like(zeros)
-        _column_maxima(flat, row_stride, begin, end, largest)
-        parts.append(largest)
-
-    run_split(find, n_tokens, n_threads)
-    maxima: npt.NDArray[Any] = np.maximum.reduce(parts)
-    return maxima

@@ -21,7 +21,8 @@ from numba import njit
 
 from cuda_kernels.cpu.bits import widen
 from cuda_kernels.cpu.float_vectors import N_FLOATS, add, fill, load_floats, load_integers, multiply, store_narrow
-from cuda_kernels.cpu.threads import run_split
+from cuda_kernels.cpu.team import run_on_team
+from cuda_kernels.cpu.threads import part_of, run_parts
 from cuda_kernels.reference import N_STEPS
 
 N_ROWS = N_FLOATS
@@ -73,8 +74,9 @@ def finish_token(products, x_absmax, side_x, block, spare, y):  # type: ignore[n
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, begin, end, y):  # type: ignore[no-untyped-def]
+def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, y, part, n_parts):  # type: ignore[no-untyped-def]
     weight_codes, weight_absmax, outlier_weight = weight
+    begin, end = part_of(weight_absmax.size, N_ROWS, part, n_parts)
     block = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
     rows, spare = np.zeros(N_ROWS, np.int32), np.empty(N_ROWS, y.dtype)
     for n in range(begin, end, N_ROWS):
@@ -83,6 +85,11 @@ def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, begin, 
         for t in range(products.shape[0]):
             rows[: stop - n] = products[t, n:stop]
             finish_token(rows, x_absmax[t], side_x[t], block, spare, y[t, n:stop])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _dequantize_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
+    run_on_team(_dequantize, args, n_parts, n_threads, team)
 
 
 def dequantize_epilogue(
@@ -111,8 +118,5 @@ def dequantize_epilogue(
     if bias is None:
         bias = np.empty(0, outlier_weight.dtype)
     weight = (weight_codes, weight_absmax, outlier_weight)
-
-    def dequantize(begin: int, end: int) -> None:
-        _dequantize(products, x_absmax, side_x, found_columns, weight, bias, begin, end, y)
-
-    run_split(dequantize, weight_absmax.size, min(n_threads, products.size // _MIN_ELEMENTS + 1), N_ROWS)
+    args = (products, x_absmax, side_x, found_columns, weight, bias, y)
+    run_parts(_dequantize, _dequantize_on_team, args, products.size // _MIN_ELEMENTS + 1, n_threads)

@@ -18,7 +18,8 @@ from numba import njit
 
 from cuda_kernels.cpu.dequantize_epilogue import N_ROWS, finish_token, load_rows, widen_side_x
 from cuda_kernels.cpu.int8_products import N_TOKENS, multiply_block, sum_codes
-from cuda_kernels.cpu.threads import run_split
+from cuda_kernels.cpu.team import run_on_team
+from cuda_kernels.cpu.threads import part_of, run_parts
 
 _N_ROUND = 128
 """Tokens per round: at 4,096 columns 512 KiB, beside a block of weight rows of 128 KiB."""
@@ -28,8 +29,9 @@ _MIN_WORK = 1 << 23
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, begin, end, y):  # type: ignore[no-untyped-def]
+def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, y, part, n_parts):  # type: ignore[no-untyped-def]
     weight_codes, weight_absmax, outlier_weight = weight
+    begin, end = part_of(weight_absmax.size, N_ROWS, part, n_parts)
     block = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
     products, spare = np.zeros((N_TOKENS, N_ROWS), np.int32), np.empty(N_ROWS, y.dtype)
     for first in range(0, codes.shape[0], _N_ROUND):
@@ -42,6 +44,11 @@ def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, beg
                 multiply_block(codes, offsets, t, n_tokens, weight_codes, n, stop - n, products)
                 for i in range(n_tokens):
                     finish_token(products[i], x_absmax[t + i], side_x[t + i], block, spare, y[t + i, n:stop])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _multiply_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
+    run_on_team(_multiply, args, n_parts, n_threads, team)
 
 
 def int8_matmul(
@@ -75,9 +82,6 @@ def int8_matmul(
     if bias is None:
         bias = np.empty(0, outlier_weight.dtype)
     weight = (weight_codes, weight_absmax, outlier_weight)
-
-    def multiply(begin: int, end: int) -> None:
-        _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, begin, end, y)
-
+    args = (codes, offsets, x_absmax, side_x, found_columns, weight, bias, y)
     n_worth = weight_codes.size * (8 + n_tokens) // _MIN_WORK + 1
-    run_split(multiply, weight_absmax.size, min(n_threads, n_worth), N_ROWS)
+    run_parts(_multiply, _multiply_on_team, args, n_worth, n_threads)

@@ -1,8 +1,9 @@
 """One operation on several cores: its rows in equal parts, one per thread, none of which holds Python's lock.
 
-Every row's result is computed alone and in one order, so the number of threads changes no bit of it. Handing a part to
-another thread takes about 20 us, so callers say how much work is worth it. Left out on purpose: Numba's own threads,
-whose default layer may not be entered by two threads at once, which is what a server does.
+Every row's result is computed alone and in one order, so the number of threads changes no bit of it. Parts are handed
+to torch's own threads where `team` can, else to a pool, which takes 20 to 60 us, so callers say how much work is worth
+it. Left out on purpose: Numba's own threads, whose default layer may not be entered by two threads at once, which is
+what a server does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
+
+from numba import njit
+
+from cuda_kernels.cpu.team import team
 
 
 @cache
@@ -20,6 +26,32 @@ def _pool() -> ThreadPoolExecutor:
 
 # A forked child has the pool object and none of its threads: it would wait for them forever.
 os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def part_of(n_rows, multiple, part, n_parts):  # type: ignore[no-untyped-def]
+    """The rows (begin, end) of one of `n_parts` equal parts; all but the last hold a multiple of `multiple` rows."""
+    blocks = -(-n_rows // multiple)
+    size = -(-blocks // n_parts) * multiple
+    return min(part * size, n_rows), min((part + 1) * size, n_rows)
+
+
+def run_parts(kernel: Any, on_team: Any, args: tuple[Any, ...], n_worth: int, n_threads: int) -> None:
+    """Call `kernel(*args, part, n_parts)` for all parts.
+
+    Args:
+        kernel: compiled, and raises nothing.
+        on_team: the compiled `run_on_team(kernel, args, n_parts, n_threads, team)`.
+        n_worth: how many parts the work is worth.
+        n_threads: of torch's team.
+    """
+    n_parts = min(n_worth, n_threads)
+    if n_parts == 1:
+        kernel(*args, 0, 1)
+    elif (found := team()) is not None:
+        on_team(args, n_parts, n_threads, found)
+    else:
+        run_split(lambda part, _: kernel(*args, part, n_parts), n_parts, n_parts)
 
 
 def run_split(function: Callable[[int, int], None], n_rows: int, n_threads: int, multiple: int = 1) -> None:

@@ -36,8 +36,11 @@ CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_fc", "c_proj"})
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
-def read_format(config: Mapping[str, Any]) -> Int8Format:
+def read_format(config: Mapping[str, Any], label: str = "the source") -> Int8Format:
     """The format a config.json names.
+
+    Args:
+        label: what it is the config of, for errors.
 
     Raises:
         SourceError: it names none, another one, or a variant in which int8 codes mean something else.
@@ -46,13 +49,13 @@ def read_format(config: Mapping[str, Any]) -> Int8Format:
     if block is None:
         missing = "has no quantization_config" if config else "is missing"
         raise SourceError(
-            f"the source is no int8 checkpoint: its config.json {missing}",
+            f"{label} is no int8 checkpoint: its config.json {missing}",
             "give an output of int8convert quantize, or finish the conversion first; nothing was written",
         )
     method = block.get("quant_method") if isinstance(block, dict) else None
     if method not in tuple(Int8Format):
         raise SourceError(
-            f"the source is quantized by {quoted(method) if isinstance(method, str) else 'an unnamed method'}, "
+            f"{label} is quantized by {quoted(method) if isinstance(method, str) else 'an unnamed method'}, "
             f"expected {', '.join(Int8Format)}",
             "convert the 16-bit checkpoint it was made from; nothing was written",
         )

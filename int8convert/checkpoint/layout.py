@@ -30,6 +30,11 @@ OUTLIERS_FILE = f"{OWN_FOLDER}/outliers.safetensors"
 VERIFY_FILE = f"{OWN_FOLDER}/verify.json"
 """What `int8convert verify` found out."""
 
+MAX_STEPS_AWAY = 0.6
+"""By which a stored outlier column may differ from what its codes stand for, in steps of its row. A code is the nearest
+to its weight, so half a step; bitsandbytes rounds float32 weights to float16 first, which can move them by another
+sixteenth."""
+
 TEMPLATES_FOLDER = "additional_chat_templates"
 _MODULE_FILES = "[0-9]_*/*"
 """What modules.json of sentence-transformers names."""

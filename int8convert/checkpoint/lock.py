@@ -47,7 +47,7 @@ class DirectoryLock:
         try:
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
-        except OSError:
+        except BaseException:  # Ctrl-C, too
             self.__exit__(None, None, None)
             raise
         return self

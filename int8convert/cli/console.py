@@ -31,6 +31,26 @@ def wants_live_display(quiet: bool, as_json: bool) -> bool:
     return sys.stderr.isatty() and not quiet and not as_json
 
 
+@contextmanager
+def quieting_libraries(is_live: bool) -> Iterator[None]:
+    """stderr is for our notes: no warnings of libraries, and their progress bars only where a person is watching."""
+    if os.environ.get("INT8CONVERT_DEBUG"):
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not is_live:
+                from transformers.utils.logging import disable_progress_bar
+
+                disable_progress_bar()
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 RESUMABLE = "finished shards are kept, the one in work was removed; the same command resumes"
 """The hint of a command that was interrupted and resumes."""
 
@@ -59,26 +79,6 @@ def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE) -> Iterat
         raise typer.Exit(143 if was_terminated else 130) from None
 
 
-@contextmanager
-def quiet_libraries(is_live: bool) -> Iterator[None]:
-    """stderr is for our notes: no warnings of libraries, and their progress bars only where a person is watching."""
-    if os.environ.get("INT8CONVERT_DEBUG"):
-        yield
-        return
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not is_live:
-                from transformers.utils.logging import disable_progress_bar
-
-                disable_progress_bar()
-            yield
-    finally:
-        logging.disable(disabled)
-
-
 class TerminatedError(KeyboardInterrupt):
     """SIGTERM came: to be treated as Ctrl-C is, but for the exit code."""
 
@@ -105,11 +105,12 @@ def print_line(text: str) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of the result: the first column to the left, the others to the right."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if i else "left", header_style="dim", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
+    stdout.print(f"[bold]{escape(title)}[/]")  # a title of the table's own would wrap at the table's width
     stdout.print(table, soft_wrap=False)
 
 

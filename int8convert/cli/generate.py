@@ -15,7 +15,7 @@ from int8convert.cli.console import (
     format_seconds,
     note,
     print_json,
-    quiet_libraries,
+    quieting_libraries,
     reporting_errors,
     wants_live_display,
 )
@@ -88,7 +88,7 @@ def generate(
     output = _Output()
     with reporting_errors(as_json, _INTERRUPTED), output.ending_its_line():
         prompts = [prompt] if prompt is not None else _read_prompts(file or Path())
-        with quiet_libraries(wants_live_display(quiet, as_json)):
+        with quieting_libraries(wants_live_display(quiet, as_json)):
             from int8convert.runtime.generate import generate as run
 
             report = run(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from int8convert.cli.console import (
     format_bytes,
@@ -16,23 +17,27 @@ from int8convert.cli.console import (
     print_json,
     print_line,
     print_table,
+    quieting_libraries,
     reporting_errors,
+    wants_live_display,
 )
+from int8convert.cli.quantize import check_device
+from int8convert.cli.static_set import print_stored, store
 from int8convert.errors import SourceError
 
 if TYPE_CHECKING:
-    from int8convert.conversion.outlier_columns import StaticSet
     from int8convert.evaluation.find_outliers import OutlierReport
 
 HELP = """Find a model's outlier feature dimensions by running a text through it, and store their columns in 16 bits.
 
-CHECKPOINT is a directory, converted or not; it has to fit into memory. With --write OUT the columns that matter most are
-taken from the source and stored beside the int8 weights in OUT, where int8convert.load finds them.
+CHECKPOINT is a directory, converted or not; it has to fit into memory. With --write OUT the columns that matter most
+are taken from the source and stored beside the int8 weights in OUT, where int8convert.load finds them.
 
 \b
 Examples:
-  int8convert outliers ./opt-6.7b --text sample.txt --ablate --figures ./figures
-  int8convert outliers ./opt-6.7b-int8 --text sample.txt --write ./opt-6.7b-int8
+  int8convert outliers opt-6.7b --text sample.txt --ablate --figures figures
+  int8convert outliers opt-6.7b-int8 --text sample.txt --write opt-6.7b-int8
+  int8convert outliers opt-6.7b-int8 --text sample.txt --json > outliers.json
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 """
@@ -54,19 +59,30 @@ def outliers(
         str | None, typer.Option(metavar="ADAPTER", help="The adapter that was merged when OUT was made.")
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0.0, envvar="INT8CONVERT_THRESHOLD", help="Magnitude from which a value is an outlier.")
+        float,
+        typer.Option(
+            min=0.0, metavar="X", envvar="INT8CONVERT_THRESHOLD", help="Magnitude from which a value is an outlier."
+        ),
     ] = 6.0,
     sequences: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text to run.")] = 16,
-    length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of each.")] = 256,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens of each; default: 256, or what the model takes if that is less."),
+    ] = None,
     budget: Annotated[
         float,
-        typer.Option(min=0.0, metavar="PERCENT", help="Bytes for columns beside the features, of the int8 bytes."),
+        typer.Option(min=0.0, metavar="PERCENT", help="Room for more than the frequent outliers, of the int8 bytes."),
     ] = 1.0,
     ablate: Annotated[bool, typer.Option("--ablate", help="Measure what taking the features away does.")] = False,
     figures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Draw PNGs there; needs int8convert[report].")
+        Path | None, typer.Option(metavar="DIR", help="Draw PNG and SVG files there; needs int8convert[report].")
     ] = None,
-    device: Annotated[str, typer.Option(envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            callback=check_device, metavar="DEVICE", envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n]."
+        ),
+    ] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run SRC's own code to find its weights, as for quantize.")
     ] = False,
@@ -77,12 +93,13 @@ def outliers(
         raise typer.BadParameter("it must be above 0", param_hint="--threshold")
     if write is None and (source is not None or lora is not None):
         raise typer.BadParameter("it is for --write OUT", param_hint="--source" if source else "--lora")
-    with reporting_errors(as_json, _INTERRUPTED):
+    is_live = wants_live_display(quiet, as_json)
+    with reporting_errors(as_json, _INTERRUPTED), quieting_libraries(is_live):
         taken_from = _find_source(checkpoint, write, source) if write is not None else ""
         if figures is not None:
-            from int8convert.evaluation.outlier_figures import check_matplotlib
+            from int8convert.evaluation.outlier_figures import prepare_folder
 
-            check_matplotlib()
+            prepare_folder(figures)
         from int8convert.conversion.outlier_columns import int8_modules
         from int8convert.evaluation.find_outliers import find_outliers
 
@@ -99,7 +116,7 @@ def outliers(
         )
         stored = None
         if write is not None:
-            stored = _store(report, taken_from, write, lora, trust_remote_code)
+            stored = store(report, taken_from, write, lora, trust_remote_code)
         drawn = _draw(report, figures) if figures is not None else []
         if as_json:
             print_json({**report.to_json(), "written": stored and asdict(stored), "figures": drawn})
@@ -112,47 +129,27 @@ def outliers(
             note(f"--write OUT would store {n:,} columns: {format_bytes(report.static_set_bytes)}, {_share(report)}")
 
 
-def check_calibration(src: str, text: Path) -> None:
-    """Refuse a text, or a source without a tokenizer, before hours of conversion."""
-    from int8convert.evaluation.models import load_tokenizer
-    from int8convert.evaluation.windows import read_text
-
-    read_text(text)
-    load_tokenizer(src)
-
-
-def calibrate_output(src: str, out: str, text: Path, lora: str | None, trust_remote_code: bool) -> StaticSet:
-    """Run a text through a checkpoint that has just been converted, and store the columns that matter most in it."""
-    from int8convert.conversion.outlier_columns import int8_modules
-    from int8convert.evaluation.find_outliers import find_outliers
-
-    report = find_outliers(out, text, module_names=int8_modules(out))
-    return _store(report, src, out, lora, trust_remote_code)
-
-
-def _store(report: OutlierReport, src: str, out: str, lora: str | None, trust_remote_code: bool) -> StaticSet:
-    from int8convert.conversion.outlier_columns import store_outliers
-
-    return store_outliers(
-        src, out, report.static_set, report.calibration(), lora=lora, trust_remote_code=trust_remote_code
-    )
-
-
 def _find_source(checkpoint: str, out: str, source: str | None) -> str:
     """Where the 16-bit weights are."""
     from int8convert.checkpoint.manifest import Manifest
+    from int8convert.checkpoint.source import open_source
     from int8convert.evaluation.models import is_int8
 
     if source is not None or not is_int8(checkpoint):
-        return source or checkpoint
+        return open_source(source or checkpoint).label
     named = Manifest(Path(out)).read_source()
-    if named is None or not Path(named).is_dir():
-        raise SourceError(
-            f"the 16-bit columns come from what '{out}' was made of, and its manifest names "
-            + ("none" if named is None else f"'{named}', which is not there"),
-            "name that checkpoint with --source SRC; nothing was written",
-        )
-    return named
+    if named is None:
+        found = "none"
+    elif not Path(named).is_dir():
+        found = f"'{named}', which is not there"
+    elif is_int8(named):
+        found = f"'{named}', which is int8 itself"
+    else:
+        return named
+    raise SourceError(
+        f"the 16-bit columns come from what '{out}' was made of, and its manifest names {found}",
+        "name that checkpoint with --source SRC; nothing was written",
+    )
 
 
 def _draw(report: OutlierReport, folder: Path) -> list[str]:
@@ -165,18 +162,10 @@ def _share(report: OutlierReport) -> str:
     return f"{format_percent(report.static_set_bytes / max(1, report.int8_bytes))} of the int8 weights"
 
 
-def print_stored(stored: StaticSet) -> None:
-    """Say what was written."""
-    print_line(
-        f"[bold]{stored.path}[/]: {stored.n_columns:,} outlier columns of {stored.n_modules:,} layers in 16 bits, "
-        f"{format_bytes(stored.n_bytes)}"
-    )
-
-
 def _print_report(report: OutlierReport) -> None:
     print_line(
-        f"[bold]{report.path}[/]: {len(report.inputs)} inputs, {report.n_sequences} x {report.length} tokens of "
-        f"{report.text}, {format_seconds(report.elapsed_s)} on {report.device}"
+        f"[bold]{escape(report.path)}[/]: {len(report.inputs)} inputs, {report.n_sequences} x {report.length} tokens "
+        f"of {escape(report.text)}, {format_seconds(report.elapsed_s)} on {report.device}"
     )
     _print_features(report)
     _print_projections(report)
@@ -217,8 +206,8 @@ def _print_projections(report: OutlierReport) -> None:
     for entry in report.inputs:
         kinds.setdefault(entry.projection, []).append(entry)
     print_table(
-        f"Inputs: columns that reach {report.threshold:g} at any token",
-        ("projection", "layers", "columns", "mean", "most", "largest |x|", "stored"),
+        f"Columns of the inputs that reach {report.threshold:g} at any token, and those worth storing",
+        ("projection", "layers", "width", "mean", "most", "largest |x|", "stored"),
         [
             (
                 *(kind, f"{len(entries)}", f"{entries[0].n_features:,}"),

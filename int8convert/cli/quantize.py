@@ -20,9 +20,11 @@ from int8convert.cli.console import (
     print_json,
     print_line,
     print_table,
+    quieting_libraries,
     reporting_errors,
+    wants_live_display,
 )
-from int8convert.cli.outliers import calibrate_output, check_calibration, print_stored
+from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
 
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
@@ -154,7 +156,8 @@ def quantize(
         from int8convert.conversion.quantize import quantize as run
 
         if calibrate is not None:
-            check_calibration(src, calibrate)
+            with quieting_libraries(False):
+                check_calibration(src, calibrate)
         with showing_progress(quiet, as_json) as on_event:
             report = run(
                 src,
@@ -171,7 +174,8 @@ def quantize(
             )
         stored = None
         if calibrate is not None:
-            stored = calibrate_output(src, out or "", calibrate, lora, trust_remote_code)
+            with quieting_libraries(wants_live_display(quiet, as_json)):
+                stored = calibrate_output(src, out or "", calibrate, lora, trust_remote_code, device)
         if as_json:
             print_json({**report.to_json(), "outliers": stored and asdict(stored)})
             return

@@ -15,11 +15,12 @@ from int8convert.cli.console import (
     format_bytes,
     note,
     print_json,
-    quiet_libraries,
+    quieting_libraries,
     reporting_errors,
     stderr,
     wants_live_display,
 )
+from int8convert.cli.quantize import check_device
 from int8convert.cli.verify_summary import print_report
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ def verify(
         float, typer.Option(min=0.0, max=1.0, help="Gate: a task done worse fails below this p of McNemar's test.")
     ] = 0.001,
     device: Annotated[
-        str, typer.Option(envvar="INT8CONVERT_DEVICE", help="Where the models run: auto, cpu or cuda[:n].")
+        str,
+        typer.Option(
+            callback=check_device, envvar="INT8CONVERT_DEVICE", help="Where the models run: auto, cpu or cuda[:n]."
+        ),
     ] = "auto",
     lora: Annotated[
         str | None,
@@ -137,7 +141,7 @@ def verify(
         from int8convert.evaluation.verify_report import Gates
 
         is_live = wants_live_display(quiet, as_json)
-        libraries = nullcontext() if level == "exact" else quiet_libraries(is_live)  # which loads them
+        libraries = nullcontext() if level == "exact" else quieting_libraries(is_live)  # which loads them
         # The harness of the tasks has bars that nothing else turns off; errors are printed further out.
         is_silent = level == "tasks" and (quiet or as_json)
         bars = redirect_stderr(io.StringIO()) if is_silent else nullcontext()

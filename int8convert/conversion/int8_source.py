@@ -169,7 +169,7 @@ def open_int8_checkpoint(source: CheckpointSource) -> Int8Checkpoint:
         SourceError: it is no int8 checkpoint, or of a kind that cannot be read.
         CorruptFileError: a weight is not whole: a part is missing, has a wrong shape, or is no number.
     """
-    found = read_format(source.config)
+    found = read_format(source.config, quoted(source.label, 300))
     names = NAMES[found]
     tensors = {t.name: PlacedTensor(t, shard) for shard in source.shards for t in shard.tensors}
     weights = {}

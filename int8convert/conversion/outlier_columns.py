@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from int8convert.checkpoint.int8_config import Int8Format
-from int8convert.checkpoint.layout import OUTLIERS_FILE, quoted
+from int8convert.checkpoint.layout import MAX_STEPS_AWAY, OUTLIERS_FILE, quoted
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.output_format import OutputFormat, TensorSpecs
 from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
@@ -37,10 +37,6 @@ from int8convert.conversion.quantize import plan
 from int8convert.conversion.scales import absmax_to_scale
 from int8convert.conversion.tensors import SourceRows, values_dtype
 from int8convert.errors import SourceError
-
-_MAX_STEPS_AWAY = 0.6
-"""A code is the nearest to its weight, so half a step; bitsandbytes rounds float32 weights to float16 first, which can
-move them by another sixteenth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +115,7 @@ def store_outliers(
     Raises:
         SourceError: one of the two is no such checkpoint, or they do not belong together.
         OutputError: `out` cannot be written to, or another process is at it.
+        ValueError: columns are not ascending, or negative.
     """
     checkpoint = open_int8_checkpoint(open_source(out))
     chosen = _find(src, checkpoint, columns, lora, trust_remote_code)
@@ -156,6 +153,8 @@ def _find(
     weights = {weight.module_name: weight for weight in checkpoint.weights}
     chosen = {name: np.asarray(found, np.int32) for name, found in columns.items() if len(found)}
     for name, found in chosen.items():
+        if found[0] < 0 or not (np.diff(found) > 0).all():
+            raise ValueError(f"columns of {name!r} must be ascending and not negative, found {found.tolist()}")
         shape = weights[name].codes.stored.shape if name in weights else None
         if shape is None or name not in sources or sources[name].source.shape != shape or found[-1] >= shape[1]:
             raise SourceError(
@@ -206,7 +205,7 @@ def _check(
 ) -> None:
     """Weights and codes that do not belong together differ by many steps somewhere."""
     rounded = codes * step[:, None]
-    is_near = np.abs(values - rounded) <= _MAX_STEPS_AWAY * step[:, None]
+    is_near = np.abs(values - rounded) <= MAX_STEPS_AWAY * step[:, None]
     if not is_near.all():
         row, i = np.unravel_index(int(np.argmin(is_near)), is_near.shape)
         raise SourceError(

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from int8convert.runtime.calibration import run_tokens
+from int8convert.runtime.input_statistics import features_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def ablate(
         columns: dimensions of the hidden state, fewer than half of them.
         seed: of the random ones.
     """
-    width = min(module.in_features if isinstance(module, nn.Linear) else int(module.nx) for module in layers.values())  # type: ignore[arg-type]
+    width, _ = features_of(next(iter(layers.values()))) or (0, 0)
     generator = torch.Generator().manual_seed(seed)
     others = [k for k in torch.randperm(width, generator=generator).tolist() if k not in set(columns)]
     drawn = {"none": (), "outliers": tuple(columns), "random": tuple(sorted(others[: len(columns)]))}

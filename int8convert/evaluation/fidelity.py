@@ -30,11 +30,11 @@ from int8convert.evaluation.comparison import Comparison, FidelityTask
 from int8convert.evaluation.in_memory_comparison import compare_in_memory
 from int8convert.evaluation.lockstep import compare_in_lockstep
 from int8convert.evaluation.memory import available_bytes, peak_bytes, start_peak
-from int8convert.evaluation.models import choose_device
 from int8convert.evaluation.paired_statistics import Interval
 from int8convert.evaluation.progress import ProgressHandler
 from int8convert.evaluation.stream_plan import USABLE, bytes_in_memory
 from int8convert.evaluation.windows import TokenWindows
+from int8convert.runtime.device import choose_device
 
 
 @dataclass(frozen=True, slots=True)

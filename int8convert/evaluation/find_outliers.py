@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ from torch import nn
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.errors import SourceError
 from int8convert.evaluation.ablation import AblationRun, ablate
-from int8convert.evaluation.models import check_length, choose_device, load_model, load_tokenizer
+from int8convert.evaluation.models import load_model, load_tokenizer
 from int8convert.evaluation.outlier_features import LayerInput, OutlierFeature, describe_inputs, find_features
 from int8convert.evaluation.outlier_values import watching_values
 from int8convert.evaluation.windows import TokenWindows, read_windows
 from int8convert.runtime.calibration import run_tokens
 from int8convert.runtime.column_choice import BUDGET, MIN_SHARE, choose_columns
+from int8convert.runtime.device import choose_device
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.input_statistics import InputStatistics, features_of, watching
 from int8convert.runtime.linear import Int8Linear
@@ -105,7 +106,7 @@ def find_outliers(
     *,
     threshold: float = OUTLIER_THRESHOLD,
     n_sequences: int = N_WINDOWS,
-    length: int = LENGTH,
+    length: int | None = None,
     with_ablation: bool = False,
     min_share: float = MIN_SHARE,
     budget: float = BUDGET,
@@ -121,7 +122,8 @@ def find_outliers(
         path: a checkpoint's directory, int8 or not.
         text: a file in UTF-8.
         threshold: magnitude from which a value is an outlier.
-        n_sequences, length: windows of so many tokens, from all over the text.
+        n_sequences, length: windows of so many tokens, from all over the text; None for LENGTH, or less where the
+            model takes less.
         with_ablation: also measure what taking the features away does.
         min_share, budget: which columns are worth storing, see `int8convert.runtime.column_choice`.
         module_names: the modules to look at, as an int8 checkpoint's tensors name them; None takes those that are int8
@@ -133,13 +135,16 @@ def find_outliers(
         ValueError: a number is out of its range.
     """
     began = time.perf_counter()
-    if not threshold > 0 or n_sequences < 1 or length < 2 or not 0 <= min_share <= 1 or not budget >= 0:
+    asked = LENGTH if length is None else length
+    if not threshold > 0 or n_sequences < 1 or asked < 2 or not 0 <= min_share <= 1 or not budget >= 0:
         raise ValueError("threshold must be positive, n_sequences at least 1, length at least 2, shares from 0 on")
     used = choose_device(device)
-    windows = read_windows(text, load_tokenizer(path), n_sequences, length)
+    windows = read_windows(text, load_tokenizer(path), n_sequences, asked)
     model = load_model(path, used)
+    if with_ablation:
+        _check_predicts(model)
     layers = _layers(model, module_names)
-    check_length(model, windows)
+    windows = _fit(model, windows, may_cut=length is None)
     statistics, inputs, features = _observe(model, layers, windows, threshold)
     states = {entry.module_name: layers[entry.module_name] for entry in inputs if entry.is_hidden_state}
     columns = choose_columns(layers, statistics, min_share=min_share, budget=budget)
@@ -155,7 +160,7 @@ def find_outliers(
         n_layers=len({entry.layer for entry in inputs if entry.is_hidden_state}),
         inputs=inputs,
         features=features,
-        ablation=_ablate(model, states, windows, features) if with_ablation else (),
+        ablation=ablate(model, states, windows.ids, [f.column for f in features]) if with_ablation and features else (),
         min_share=min_share,
         budget=budget,
         static_set=static_set,
@@ -170,7 +175,8 @@ def find_outliers(
 def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Module]:
     """The layers to look at, by the names the caller uses for them."""
     if module_names is not None:
-        found = {name: model.get_submodule(live) for name, live in live_names(model, module_names).items()}
+        live = {live: name for name, live in live_names(model, module_names).items()}
+        found = {live[name]: module for name, module in model.named_modules() if name in live}
     else:
         int8 = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
         found = {name: model.get_submodule(name) for name in int8 or modules_to_replace(model)}
@@ -183,6 +189,34 @@ def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Modu
     return layers
 
 
+def _fit(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
+    """The windows, no longer than the model takes; of a tokenizer of another model there are none."""
+    n_tokens = model.get_input_embeddings().num_embeddings
+    if int(windows.ids.max()) >= n_tokens:
+        raise SourceError(
+            f"the text has token {int(windows.ids.max())}, and the model knows only {n_tokens}",
+            "its tokenizer is another model's; copy the files of its own",
+        )
+    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if n_positions is None or windows.ids.shape[1] <= n_positions:
+        return windows
+    if may_cut:
+        return replace(windows, ids=windows.ids[:, :n_positions])
+    raise SourceError(
+        f"the model takes {n_positions:,} tokens, and the windows have {windows.ids.shape[1]:,}",
+        f"pass --length {n_positions} or less",
+    )
+
+
+def _check_predicts(model: Any) -> None:
+    """Before anything is run."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise SourceError(
+            f"{type(model).__name__} does not predict the next token, by which ablation measures",
+            "leave out --ablate",
+        )
+
+
 @torch.no_grad()
 def _observe(
     model: Any, layers: Mapping[str, nn.Module], windows: TokenWindows, threshold: float
@@ -192,14 +226,3 @@ def _observe(
             run_tokens(model, ids)
     inputs = describe_inputs(statistics, values, model.config.get_text_config().hidden_size)
     return statistics, inputs, find_features(inputs, statistics, values)
-
-
-def _ablate(
-    model: Any, states: Mapping[str, nn.Module], windows: TokenWindows, features: tuple[OutlierFeature, ...]
-) -> tuple[AblationRun, ...]:
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise SourceError(
-            f"{type(model).__name__} does not predict the next token, by which ablation measures",
-            "leave out --ablate",
-        )
-    return ablate(model, states, windows.ids, [feature.column for feature in features]) if features else ()

@@ -6,42 +6,31 @@ import os
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from int8convert.checkpoint.source import open_source
-from int8convert.errors import CorruptFileError, DeviceError, RemoteCodeError, SourceError
+from int8convert.errors import CorruptFileError, RemoteCodeError, SourceError
 from int8convert.evaluation.windows import TokenWindows
 from int8convert.runtime.load import load, model_class
+from int8convert.runtime.prompts import read_tokenizer
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def choose_device(device: str) -> str:
-    """ "cpu" or "cuda[:n]" for what was asked for.
-
-    Raises:
-        DeviceError: torch has no such device here.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise DeviceError(f"--device {device}: torch finds no usable GPU here", "pass --device cpu, or leave it out")
-    return device
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer of a checkpoint.
 
     Raises:
-        SourceError: it has none that transformers can read.
+        SourceError: it has none that transformers can read, or is no checkpoint itself.
     """
-    try:
-        return AutoTokenizer.from_pretrained(os.fspath(path))
-    except (OSError, ValueError) as error:
+    open_source(path)  # transformers would look for a path that is not there on the hub
+    tokenizer = read_tokenizer(path)
+    if tokenizer.vocab_size == 0:  # what transformers makes of no files for some models
         raise SourceError(
-            f"'{os.fspath(path)}' has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
-            "copy the tokenizer's files into it",
-        ) from error
+            f"'{os.fspath(path)}' has no tokenizer that transformers can read: its vocabulary is empty",
+            "copy the files of the source's tokenizer into it",
+        )
+    return tokenizer
 
 
 def is_int8(path: str | os.PathLike[str]) -> bool:

@@ -30,11 +30,12 @@ _MAX_LABELS = 12
 _FORMATS = ("png", "svg")
 
 
-def check_matplotlib() -> None:
-    """Refuse before the work is done.
+def prepare_folder(folder: Path) -> None:
+    """Make the folder for pictures, or refuse to before any work is done.
 
     Raises:
         SourceError: matplotlib is not installed.
+        OutputError: the folder cannot be made.
     """
     try:
         import matplotlib  # noqa: F401
@@ -43,26 +44,31 @@ def check_matplotlib() -> None:
             "figures need matplotlib, which is not installed",
             "pip install 'int8convert[report]', or leave out --figures; nothing was written",
         ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _as_output_error(error, folder) from error
 
 
 def draw_figures(report: OutlierReport, folder: Path) -> list[Path]:
-    """Write each picture as PNG and SVG; the paths.
+    """Write each picture as PNG and SVG into a folder that `prepare_folder` made; the paths.
 
     Raises:
         OutputError: the folder cannot be written to.
     """
     paths = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in outlier_figures(report):
             for suffix in _FORMATS:
                 paths.append(folder / f"{name}.{suffix}")
                 figure.savefig(paths[-1], dpi=150)
     except OSError as error:
-        raise OutputError(
-            f"figures cannot be written to '{folder}': {error.strerror}", "name another directory"
-        ) from error
+        raise _as_output_error(error, folder) from error
     return paths
+
+
+def _as_output_error(error: OSError, folder: Path) -> OutputError:
+    return OutputError(f"figures cannot be written to '{folder}': {error.strerror}", "name another directory")
 
 
 def outlier_figures(report: OutlierReport) -> Iterator[tuple[str, Figure]]:
@@ -117,7 +123,8 @@ def draw_map(report: OutlierReport, states: dict[str, torch.Tensor]) -> Figure:
     axes.set_xlabel("dimension of the hidden state" + (f" (largest of each {group})" if group > 1 else ""))
     axes.set_ylabel("layer")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axes, label="largest |x|", pad=0.01)
+    bar = figure.colorbar(image, ax=axes, label="largest |x|", pad=0.01)
+    _label_plainly(bar.ax.yaxis)
     figure.suptitle("Where the outliers are: largest magnitude by layer and dimension", x=0.01, ha="left", fontsize=11)
     _label_features(axes, report, width)
     return figure
@@ -131,7 +138,7 @@ def _label_features(axes: Any, report: OutlierReport, width: int) -> None:
     top = axes.secondary_xaxis("top")
     shown: list[int] = []
     for feature in largest:
-        if all(abs(feature.column - other) > width / 26 for other in shown):
+        if all(abs(feature.column - other) > width * len(str(width)) / 100 for other in shown):
             shown.append(feature.column)
     columns = sorted(feature.column for feature in largest)
     top.set_xticks(columns, [f"{k}" if k in shown else "" for k in columns], fontsize=8)
@@ -171,6 +178,15 @@ def draw_growth(report: OutlierReport, states: dict[str, torch.Tensor]) -> Figur
     return figure
 
 
+def _label_plainly(axis: Any) -> None:
+    """20 and 50 in place of powers of ten, which no reader wants to multiply."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _style(i: int, n_points: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[i % len(_COLOURS)],
@@ -184,6 +200,7 @@ def _style(i: int, n_points: int) -> dict[str, Any]:
 def _finish(axes: Any, report: OutlierReport, n_layers: int) -> None:
     axes.axhline(report.threshold, color=_GREY, linestyle="--", linewidth=1, label=f"threshold {report.threshold:g}")
     axes.set_yscale("log")
+    _label_plainly(axes.yaxis)
     axes.set_xlabel("layer")
     axes.set_ylabel("largest |x|")
     axes.set_xlim(-0.3, n_layers - 0.7)

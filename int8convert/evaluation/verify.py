@@ -121,7 +121,8 @@ def verify(
         load_harness()
     with ExitStack() as stack:
         windows, used = None, None
-        if level is not Level.EXACT:  # whatever is wrong with the text is said before anything is compared
+        # Whatever is wrong with the text is said before anything is compared; of a broken checkpoint, what is broken.
+        if level is not Level.EXACT and _is_whole(out):
             found = stack.enter_context(open_text(text, dataset))
             windows, used = _windows(out, found, n_sequences, length, convention)
         exact = verify_exact(
@@ -203,12 +204,18 @@ def _windows(
     return windows, used
 
 
+def _is_whole(out: str | os.PathLike[str]) -> bool:
+    """Whether its files agree with each other; if not, the exact level says in what."""
+    try:
+        open_source(out)
+    except CorruptFileError:
+        return False
+    return True
+
+
 def _n_positions(out: str | os.PathLike[str]) -> int | None:
     """How many tokens the model takes at once, by its config.json; None if that does not say."""
-    try:
-        config = open_source(out).config
-    except CorruptFileError:
-        return None  # the exact level says what is wrong
+    config = open_source(out).config
     for part in (config, config.get("text_config")):
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             value = part.get(name) if isinstance(part, dict) else None

@@ -123,7 +123,8 @@ def load_harness() -> Any:
 def _answer(
     harness: Any, manager: Any, path: str | os.PathLike[str], names: list[str], limit: int | None, device: str
 ) -> dict[str, Any]:
-    from int8convert.evaluation.models import choose_device, load_model, load_tokenizer
+    from int8convert.evaluation.models import load_model, load_tokenizer
+    from int8convert.runtime.device import choose_device
 
     model = load_model(path, choose_device(device))
     runner = harness.models.huggingface.HFLM(pretrained=model, tokenizer=load_tokenizer(path), batch_size=1)

@@ -17,9 +17,9 @@ So the memory is bounded, however long the text: more text makes more columns re
 in point 2 is none of magnitude, so that models whose activations are all small are served as well.
 
 Measured on a trained model with injected outlier features (scripts/outlier_injection.py), 48 x 256 tokens, mean KL to
-float32, calibrated on 16 other sequences: storing every column that ever reaches 6.0 takes 4.2 % of the int8 bytes and
-leaves 3.95e-5; this rule takes 3.7 % and leaves 3.32e-5, and 4 or 48 sequences change that by 1 %. A threshold of 3.0
-comes to 1.8e-5, with 81 % of the int8 bytes.
+float32, calibrated on 16 other sequences: storing every column that ever reaches 6.0 takes 4.1 % of the int8 bytes and
+leaves 3.9e-5; this rule takes 3.7 % and leaves 3.3e-5, and 4 or 48 sequences change that by 2 %. A threshold of 3.0
+comes to 1.8e-5, with 82 % of the int8 bytes. docs/results/static-set.md has the table.
 
 Does not know how an error travels on through the model: that of the first layer counts as that of the last.
 Source: LLM.int8(), arXiv:2208.07339.

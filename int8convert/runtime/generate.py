@@ -7,7 +7,6 @@ large model is hundreds of layers, and launching them one by one from Python tak
 from __future__ import annotations
 
 import os
-import re
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from int8convert.errors import DeviceError, PromptError, SourceError
+from int8convert.errors import PromptError, SourceError
+from int8convert.runtime.device import choose_device
 from int8convert.runtime.load import load, read_int8_config
 from int8convert.runtime.prompts import encode, read_tokenizer
 
@@ -131,7 +131,7 @@ def generate(
     if isinstance(prompts, str) or not prompts or (on_text is not None and len(prompts) > 1):
         raise ValueError("a list of prompts, one at least, and only one where its text is to be passed on as it comes")
     began = time.perf_counter()
-    used = _device(device)
+    used = choose_device(device)
     read_int8_config(os.fspath(path_or_repo))
     tokenizer = read_tokenizer(path_or_repo)
     inputs = encode(tokenizer, prompts, chat, system).to(used)
@@ -158,7 +158,7 @@ def generate(
         n_new_tokens=n_later + len(new),
         load_s=load_s,
         first_token_s=clock.first_token_at - began,
-        decode_tokens_per_s=n_later / (ended - clock.first_token_at) if n_later else 0.0,
+        decode_tokens_per_s=n_later / (ended - clock.first_token_at),
         peak_memory_bytes=_peak_memory_bytes(used),
         device=used,
     )
@@ -173,19 +173,6 @@ def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
     is_drawn = temperature > 0
     values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     return {"do_sample": is_drawn, **{name: value if is_drawn else None for name, value in values.items()}}
-
-
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(:(\d+))?", device)
-    if match is None:
-        raise ValueError(f"device must be auto, cpu or cuda[:n], not {device!r}")
-    n_gpus = torch.cuda.device_count()
-    if device != "cpu" and int(match[2] or 0) >= n_gpus:
-        found = f"torch finds {n_gpus} here" if n_gpus else "torch finds no usable GPU here"
-        raise DeviceError(f"--device {device}: {found}", "pass --device cpu, or leave it out")
-    return device
 
 
 def _room(model: Any, n_prompt_tokens: int, max_new_tokens: int, path_or_repo: str | os.PathLike[str]) -> int:

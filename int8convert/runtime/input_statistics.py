@@ -85,7 +85,7 @@ class InputStatistics:
     @property
     def share(self) -> torch.Tensor:
         """float64 [in], the share of tokens that reached the threshold, 0 to 1."""
-        return (self.n_above + self.n_below) / max(1, self.n_tokens)
+        return (self.n_above + self.n_below).double() / max(1, self.n_tokens)
 
     @property
     def output_variance(self) -> float:

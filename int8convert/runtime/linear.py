@@ -25,6 +25,7 @@ from torch import nn
 
 from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD
 from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.runtime.peft_guard import guard_adapters
 
 MAX_FOUND_COLUMNS = 256
 """Outlier columns that a batch may add to the stored ones; those past it are rounded with the others. The largest model
@@ -130,6 +131,11 @@ class Int8Linear(nn.Linear):
             return self.SCB
         return self.weight_scale.view(-1) * N_STEPS
 
+    @property
+    def W_q(self) -> torch.Tensor:
+        """The name by which PEFT knows a layer that has a `dequantize`, without which DoRA takes codes for weights."""
+        return self.weight
+
     def set_outliers(self, columns: torch.Tensor, weight: torch.Tensor) -> None:
         """Store the columns that stay 16-bit, [n], and their weights before quantization, [out_features, n]."""
         self.outlier_columns = columns.to(self.weight.device, torch.int32)
@@ -183,3 +189,6 @@ class Int8Linear(nn.Linear):
 
 def _float32(*shape: int, device: torch.device | str | None) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=device), requires_grad=False)
+
+
+guard_adapters(Int8Linear)

@@ -21,15 +21,11 @@ from torch import nn
 
 from cuda_kernels.reference import N_STEPS
 from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX
-from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.layout import MAX_STEPS_AWAY, OUTLIERS_FILE, quoted
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.errors import CorruptFileError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.tensor_names import live_names
-
-MAX_STEPS_AWAY = 0.6
-"""A code is the nearest to its weight, so half a step; bitsandbytes rounds float32 weights to float16 first, which can
-move them by another sixteenth."""
 
 _WRITE_AGAIN = "write it again with int8convert outliers --write, or remove it"
 
@@ -61,13 +57,14 @@ def read_outliers(path: str | os.PathLike[str]) -> dict[str, StoredOutliers]:
         columns, weight = (tensors.pop(f"{module_name}.{leaf}", None) for leaf in ("outlier_columns", "outlier_weight"))
         if columns is None or weight is None or not _is_set(columns, weight):
             raise CorruptFileError(
-                f"'{os.fspath(path)}' holds for '{module_name}' no ascending columns with a weight for each",
+                f"'{os.fspath(path)}' holds for {quoted(module_name)} no ascending columns with a weight for each",
                 _WRITE_AGAIN,
             )
         found[module_name] = StoredOutliers(columns.to(torch.int32), weight)
     if tensors:
         raise CorruptFileError(
-            f"'{os.fspath(path)}' holds '{min(tensors)}', expected outlier columns and their weights", _WRITE_AGAIN
+            f"'{os.fspath(path)}' holds {quoted(min(tensors))}, expected outlier columns and their weights",
+            _WRITE_AGAIN,
         )
     return found
 
@@ -114,7 +111,8 @@ def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: Ou
         is_fit = layer is not None and stored.weight.shape[0] == layer.out_features
         if layer is None or not is_fit or (stored.columns.numel() and int(stored.columns[-1]) >= layer.in_features):
             raise CorruptFileError(
-                f"{OUTLIERS_FILE} has outlier columns for '{name}', which fit no int8 layer of the model", _WRITE_AGAIN
+                f"{OUTLIERS_FILE} has outlier columns for {quoted(name)}, which fit no int8 layer of the model",
+                _WRITE_AGAIN,
             )
         _check_belongs(name, layer, stored)
         layer.set_outliers(stored.columns, stored.weight)
@@ -134,7 +132,7 @@ def _check_belongs(name: str, layer: Int8Linear, stored: StoredOutliers) -> None
     if bool(away.any()):
         row, i = (int(index) for index in away.nonzero()[0])
         raise CorruptFileError(
-            f"{OUTLIERS_FILE} holds for '{name}' at row {row:,}, column {int(columns[i]):,} the weight "
+            f"{OUTLIERS_FILE} holds for {quoted(name)} at row {row:,}, column {int(columns[i]):,} the weight "
             f"{float(stored.weight[row, i]):.4g}, the checkpoint's int8 weight is "
             f"{float(layer.weight[row, columns[i]] * step[row, 0]):.4g}",
             _WRITE_AGAIN,

@@ -178,9 +178,11 @@ def test_signal_while_transformers_starts_leaves_nothing(
     out = tmp_path / "new" / "out"
     command = [sys.executable, "-m", "int8convert", "quantize", str(source), str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (out / "int8convert" / "lock").exists():
+    lock = out / "int8convert" / "lock"
+    while not lock.exists() or not lock.read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
+    time.sleep(0.1)  # between the lock and the promise to remove it lie a few instructions
     process.send_signal(signal_number)
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (code, "")

@@ -29,7 +29,7 @@ FC1 = "model.decoder.layers.1.fc1"
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
+    path = tmp_path / "[b]text.txt"  # which is no markup
     path.write_text(" ".join(SENTENCES * 8), encoding="utf-8")
     return path
 
@@ -48,6 +48,7 @@ def out(source: Path, tmp_path: Path) -> Path:
 def test_outliers_are_printed_on_stdout_and_what_could_be_stored_noted(run: Run, source: Path, text: Path) -> None:
     code, out, err = run("outliers", source, "--text", text, *WINDOWS)
     assert code == 0
+    assert out.startswith(f"{source}: 12 inputs, 4 x 40 tokens of [b]text.txt, ")
     assert "Outlier features: |x| >= 6 in 25 % of 2 layers, at 6 % of the positions" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line[:1].isdigit()}
     assert rows.keys() == {"7", "21", "50"}
@@ -117,7 +118,7 @@ def test_how_the_columns_were_chosen_is_in_the_file(run: Run, source: Path, out:
 
     run("outliers", source, "--text", text, *WINDOWS, "--threshold", "5", "--write", out)
     calibration = json.loads(read_safetensors_metadata(out / OUTLIERS_FILE)["calibration"])
-    assert calibration["text"] == "text.txt" and len(calibration["text_sha256"]) == 64
+    assert calibration["text"] == "[b]text.txt" and len(calibration["text_sha256"]) == 64
     assert (calibration["threshold"], calibration["n_sequences"], calibration["length"]) == (5.0, 4, 40)
     assert (calibration["min_share"], calibration["budget"]) == (0.06, 0.01)
 
@@ -141,6 +142,19 @@ def test_source_is_found_by_the_manifest_or_named(run: Run, source: Path, out: P
     assert code == 0 and (out / OUTLIERS_FILE).exists()
 
 
+def test_export_names_an_int8_source_and_needs_the_one_in_16_bits(
+    run: Run, source: Path, out: Path, text: Path, tmp_path: Path
+) -> None:
+    exported = tmp_path / "exported"
+    int8convert.export(out, exported, format="compressed-tensors")
+    code, _, err = run("outliers", exported, "--text", text, *WINDOWS, "--write", exported)
+    assert code == 1 and f"its manifest names '{out}', which is int8 itself" in err and "--source SRC" in err
+    code, _, _ = run("outliers", exported, "--text", text, *WINDOWS, "--write", exported, "--source", source)
+    assert code == 0 and {*SHIFTED, *SCALED} <= set(
+        int8convert.load(exported).get_submodule(FC1).outlier_columns.tolist()
+    )
+
+
 def test_wrong_source_is_an_error_and_leaves_nothing(
     run: Run, source: Path, out: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +168,7 @@ def test_wrong_source_is_an_error_and_leaves_nothing(
     ("arguments", "message"),
     [
         (("--threshold", "0"), "must be above 0"),
+        (("--device", "tpu"), "--device"),
         (("--source", "x"), "is for --write OUT"),
         (("--lora", "x"), "is for --write OUT"),
         (("--sequences", "0"), "--sequences"),
@@ -175,7 +190,14 @@ def test_missing_text_is_two_lines(run: Run, source: Path, tmp_path: Path) -> No
 
 def test_missing_checkpoint_is_an_error_as_json_too(run: Run, tmp_path: Path, text: Path) -> None:
     code, out, _ = run("outliers", tmp_path / "nowhere", "--text", text, "--json")
-    assert code == 1 and json.loads(out)["error"]["code"] == "source"
+    error = json.loads(out)["error"]
+    assert (code, error["code"]) == (1, "source") and "not a checkpoint directory: nothing there" in error["message"]
+
+
+def test_columns_are_written_into_int8_checkpoints_only(run: Run, source: Path, text: Path) -> None:
+    before = file_bytes(source)
+    code, _, err = run("outliers", source, "--text", text, "--write", source)
+    assert code == 1 and f"'{source}' is no int8 checkpoint" in err and file_bytes(source) == before
 
 
 def test_figures_without_matplotlib_are_refused_before_the_work(
@@ -202,6 +224,18 @@ def test_quantize_calibrates_in_one_go(run: Run, source: Path, text: Path, tmp_p
     assert {*SHIFTED, *SCALED} <= set(int8convert.load(tmp_path / "new").get_submodule(FC1).outlier_columns.tolist())
     code, printed, _ = run("quantize", source, tmp_path / "new", "--calibrate", text)
     assert code == 0 and "outlier columns of" in printed and "Weight error" in printed
+
+
+def test_calibration_that_fails_leaves_the_converted_checkpoint_and_says_so(
+    run: Run, source: Path, text: Path, tmp_path: Path
+) -> None:
+    bare, new = save_checkpoint("opt", tmp_path / "bare"), tmp_path / "new"
+    build_tokenizer().save_pretrained(bare)
+    code, _, err = run("quantize", bare, new, "--calibrate", text)
+    hint = err.splitlines()[-1]
+    assert code == 1 and "the model knows only" in err
+    assert f"'{new}' is complete but for stored columns" in hint and "nothing was written" not in hint
+    int8convert.load(new)
 
 
 def test_quantize_without_calibration_has_no_outliers(run: Run, source: Path, tmp_path: Path) -> None:

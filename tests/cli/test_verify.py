@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 EXACT = ("--level", "exact")
-LOOSE = ("--device", "cpu", "--max-dnll", "0.5", "--max-kl", "0.5")
+LOOSE = ("--device", "cpu", "--max-dnll", "9", "--max-kl", "9")
 FC1 = "model.decoder.layers.1.fc1"
 
 
@@ -113,6 +113,14 @@ def test_gate_that_fails_is_exit_code_3(run: Run, out: Path, text: Path) -> None
     assert printed.splitlines()[1].startswith("  fidelity (dynamic): mean KL is ")
 
 
+def test_truncated_shard_is_a_failure_and_no_error(run: Run, out: Path) -> None:
+    path = out / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    code, printed, err = run("verify", out)
+    assert code == 3 and "the models were not run" in err
+    assert printed.splitlines()[1].startswith("  files: ") and "model.safetensors" in printed.splitlines()[1]
+
+
 def test_json_is_one_object_and_what_was_written(run: Run, out: Path) -> None:
     break_code(out)
     code, printed, err = run("verify", out, *EXACT, "--json")
@@ -147,6 +155,7 @@ def test_what_cannot_be_measured_is_exit_code_1_and_writes_nothing(run: Run, out
         ("--thresholds", "-1"),
         ("--convention", "mine"),
         ("--max-kl", "-1"),
+        ("--device", "gpu"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], run: Run, out: Path) -> None:

@@ -116,11 +116,20 @@ def test_columns_of_fp8_weights_are_stored_decoded(tmp_path: Path) -> None:
     assert torch.equal(found[f"{name}.outlier_weight"], weights[f"{name}.weight"][:, COLUMNS].float())
 
 
+@pytest.mark.parametrize("columns", [[5, 3], [3, 3], [-1, 3]])
+def test_columns_that_are_not_ascending_are_refused(columns: list[int], opt: tuple[Path, Path]) -> None:
+    """A negative one would be counted from the end."""
+    source, out = opt
+    with pytest.raises(ValueError, match="must be ascending and not negative"):
+        store_outliers(source, out, {"model.decoder.layers.0.fc1": columns})
+    assert not (out / OUTLIERS_FILE).exists()
+
+
 def test_columns_are_those_of_the_merged_weights_and_the_bare_source_is_refused(tmp_path: Path) -> None:
     source = save_checkpoint("llama", tmp_path / "source")
     adapter = save_adapter("llama", tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
     out = convert(source, tmp_path / "out", lora=adapter)
-    with pytest.raises(SourceError, match="is not what the int8 checkpoint was made of: .*q_proj") as error:
+    with pytest.raises(SourceError, match=r"is not what the int8 checkpoint was made of: .*q_proj") as error:
         store_all(source, out)
     assert "--lora" in error.value.hint and not (out / OUTLIERS_FILE).exists()
     weight = store_all(source, out, lora=adapter)["model.layers.0.self_attn.q_proj.outlier_weight"]

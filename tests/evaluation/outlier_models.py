@@ -38,6 +38,7 @@ def inject(model: Any, shifted: dict[int, float], scaled: dict[int, float]) -> N
                     linear.bias -= shift * linear.weight[:, j]
 
 
+@torch.no_grad()
 def outlier_model(
     tokenizer: Any, shifted: dict[int, float] | None = None, scaled: dict[int, float] | None = None
 ) -> Any:
@@ -47,6 +48,7 @@ def outlier_model(
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "embed" not in name:
             torch.nn.init.normal_(parameter, std=0.12)
+    model.model.decoder.final_layer_norm.weight.mul_(20)  # sharp predictions, which can be spoilt
     inject(model, SHIFTED if shifted is None else shifted, SCALED if scaled is None else scaled)
     return model.eval()
 

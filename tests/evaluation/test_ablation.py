@@ -59,7 +59,7 @@ def test_untouched_run_is_the_model_itself(model: Any) -> None:
 
 
 def test_features_that_are_only_scaled_matter_no_more_than_others(tokenizer: Any) -> None:
-    """Scaling is undone in the weights, so the dimension carries what it carried before: magnitude is not importance."""
+    """Scaling is undone in the weights, so a dimension carries what it carried before: magnitude is not importance."""
     plain, scaled = outlier_model(tokenizer, {}, {}), outlier_model(tokenizer, {}, SCALED)
     ids = spoken(plain)
     before, after = (ablate(m, states(m), ids, sorted(SCALED))[1] for m in (plain, scaled))

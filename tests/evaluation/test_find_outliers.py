@@ -14,6 +14,7 @@ from int8convert.errors import CorruptFileError, DeviceError, SourceError
 from int8convert.evaluation.find_outliers import find_outliers
 from int8convert.evaluation.windows import read_windows
 from tests.evaluation.outlier_models import SCALED, SHIFTED, convert, outlier_model, save
+from tests.runtime.language_models import language_model
 from tests.tiny_models import edit_config, read_tensors, save_checkpoint
 
 pytestmark = [
@@ -116,6 +117,7 @@ def test_calibrate_finds_the_same_set(source: Path, text: Path, tokenizer: Any) 
     model = outlier_model(tokenizer)
     ids = read_windows(text, tokenizer, 4, 40).ids
     found = int8convert.calibrate(model, [ids])
+    del found["lm_head"]  # which calibrate looks at, and which is never int8
     assert {n: s.columns.tolist() for n, s in found.items() if s.columns.numel()} == {
         name: list(columns) for name, columns in report.static_set.items()
     }
@@ -145,16 +147,11 @@ def test_numbers_that_json_has_not_become_null(tmp_path: Path, text: Path, token
 
 
 def test_encoder_decoder_is_looked_at_on_both_sides_but_not_ablated(tmp_path: Path, text: Path, tokenizer: Any) -> None:
-    source = save_checkpoint("t5", tmp_path / "source", torch.float32)
-    tokenizer.save_pretrained(source)
-    short = tmp_path / "short.txt"
-    short.write_text("aaaa bbbb " * 10)
-    ids = torch.tensor(tokenizer(short.read_text())["input_ids"])
-    assert ids.max() < 128, "the tiny model's vocabulary"
-    report = find_outliers(source, short, **SMALL)
+    source = save(language_model("t5", tokenizer), tmp_path / "source", tokenizer, torch.float32)
+    report = find_outliers(source, text, **SMALL)
     assert {entry.layer for entry in report.inputs} >= {"encoder.block.0", "decoder.block.1"}
     with pytest.raises(SourceError, match="does not predict the next token"):
-        find_outliers(source, short, with_ablation=True, **SMALL)
+        find_outliers(source, text, with_ablation=True, **SMALL)
 
 
 def test_windows_are_taken_from_all_over_the_text_and_never_twice(text: Path, tokenizer: Any) -> None:
@@ -207,11 +204,21 @@ def test_window_longer_than_the_model_takes_is_refused(source: Path, text: Path)
     with pytest.raises(SourceError, match="the model takes 64 tokens, and the windows have 65") as error:
         find_outliers(source, text, n_sequences=1, length=65, device="cpu")
     assert "--length 64" in error.value.hint
+    assert find_outliers(source, text, n_sequences=1, device="cpu").length == 64
 
 
-def test_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_checkpoint_without_a_tokenizer_is_refused(name: str, tmp_path: Path, text: Path) -> None:
+    """transformers makes an empty one for OPT, and says so for Llama."""
     with pytest.raises(SourceError, match="has no tokenizer that transformers can read"):
-        find_outliers(save_checkpoint("opt", tmp_path / "source"), text, **SMALL)
+        find_outliers(save_checkpoint(name, tmp_path / "source"), text, **SMALL)
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path: Path, text: Path, tokenizer: Any) -> None:
+    source = save_checkpoint("opt", tmp_path / "source")
+    tokenizer.save_pretrained(source)
+    with pytest.raises(SourceError, match=r"the text has token \d+, and the model knows only \d+"):
+        find_outliers(source, text, **SMALL)
 
 
 def test_checkpoint_that_lacks_weights_is_refused(source: Path, text: Path) -> None:

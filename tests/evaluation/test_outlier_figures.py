@@ -13,7 +13,7 @@ import torch
 from int8convert.errors import OutputError, SourceError
 from int8convert.evaluation.find_outliers import OutlierReport
 from int8convert.evaluation.outlier_features import LayerInput, OutlierFeature
-from int8convert.evaluation.outlier_figures import check_matplotlib, draw_figures, outlier_figures
+from int8convert.evaluation.outlier_figures import draw_figures, outlier_figures, prepare_folder
 
 pytest.importorskip("matplotlib")
 
@@ -57,7 +57,9 @@ def report(width: int = 32, features: tuple[int, ...] = (4, 20)) -> OutlierRepor
 
 
 def test_each_picture_is_written_as_png_and_svg(tmp_path: Path) -> None:
-    paths = draw_figures(report(), tmp_path / "new" / "figures")
+    folder = tmp_path / "new" / "figures"
+    prepare_folder(folder)
+    paths = draw_figures(report(), folder)
     names = ("outlier-map", "magnitude-by-layer", "growth-with-depth")
     assert [path.name for path in paths] == [f"{name}.{suffix}" for name in names for suffix in ("png", "svg")]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths if path.suffix == ".png")
@@ -120,15 +122,26 @@ def test_nothing_is_drawn_of_a_model_without_hidden_states(tmp_path: Path) -> No
     assert draw_figures(flat, tmp_path) == []
 
 
-def test_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+def test_folder_that_is_a_file_or_gone_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="figures cannot be written to"):
-        draw_figures(report(), tmp_path / "file")
+        prepare_folder(tmp_path / "file")
+    with pytest.raises(OutputError, match="figures cannot be written to"):
+        draw_figures(report(), tmp_path / "gone")
 
 
-def test_missing_matplotlib_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_matplotlib()
+def test_magnitudes_are_labelled_by_plain_numbers() -> None:
+    for name, figure in outlier_figures(report()):
+        figure.draw_without_rendering()
+        axis = figure.axes[-1].yaxis if name == "outlier-map" else figure.axes[0].yaxis
+        labels = {label.get_text() for label in axis.get_majorticklabels()}
+        assert {"5", "10", "20"} <= labels and not any(label.get_text() for label in axis.get_minorticklabels())
+
+
+def test_missing_matplotlib_is_an_error_that_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SourceError, match="need matplotlib") as error:
-        check_matplotlib()
-    assert "int8convert[report]" in error.value.hint
+        prepare_folder(tmp_path / "figures")
+    assert "int8convert[report]" in error.value.hint and not (tmp_path / "figures").exists()

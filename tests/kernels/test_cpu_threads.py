@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numba import njit
 
-from cuda_kernels.cpu.threads import run_split
+from cuda_kernels.cpu import threads
+from cuda_kernels.cpu.team import run_on_team, team
+from cuda_kernels.cpu.threads import part_of, run_parts, run_split
 from tests.kernels.backends import DTYPES, Cpu, narrow
 from tests.kernels.layers import make_product, make_tokens
 
@@ -46,8 +49,46 @@ def test_an_error_in_any_part_reaches_the_caller(failing: int) -> None:
         run_split(fail, 2, 2)
 
 
+@njit(nogil=True)
+def count_part(seen, part, n_parts):  # type: ignore[no-untyped-def]
+    seen[part, n_parts] += 1
+
+
+@njit(nogil=True)
+def count_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
+    run_on_team(count_part, args, n_parts, n_threads, team)
+
+
+@pytest.fixture(params=["torch's threads", "a pool"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "a pool":
+        monkeypatch.setattr(threads, "team", lambda: None)
+    elif team() is None:
+        pytest.skip("torch's threads are not GNU OpenMP's here")
+
+
+@pytest.mark.parametrize(("n_worth", "n_threads"), [(1, 4), (2, 4), (4, 4), (9, 4), (3, 64)])
+def test_every_part_runs_once(n_worth: int, n_threads: int, engine: None) -> None:
+    seen = np.zeros((70, 70), np.int64)
+    for _ in range(50):
+        run_parts(count_part, count_on_team, (seen,), n_worth, n_threads)
+    n_parts = min(n_worth, n_threads)
+    expected = np.zeros_like(seen)
+    expected[:n_parts, n_parts] = 50
+    np.testing.assert_array_equal(seen, expected)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 31, 32, 33, 97, 1000])
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 64])
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_parts_of_a_kernel_make_up_its_rows(n_rows: int, n_parts: int, multiple: int) -> None:
+    parts = [part_of(n_rows, multiple, part, n_parts) for part in range(n_parts)]
+    assert [row for begin, end in parts for row in range(begin, end)] == list(range(n_rows))
+    assert all(begin % multiple == 0 for begin, end in parts if begin < end)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_number_of_threads_changes_no_bit(dtype: str) -> None:
+def test_number_of_threads_changes_no_bit(dtype: str, engine: None) -> None:
     """Sizes at which the kernels do take more than one thread; columns to find in tokens of every part."""
     x = make_tokens(301, 1024, dtype, [3, 700])
     for t in (0, 150, 300):
@@ -81,7 +122,7 @@ def test_epilogue_alone_gives_the_same_bits(dtype: str) -> None:
     np.testing.assert_array_equal(product.multiply(Cpu(n_threads=1)), product.finish(Cpu(n_threads=1)))
 
 
-def test_several_threads_may_call_at_once() -> None:
+def test_several_threads_may_call_at_once(engine: None) -> None:
     product = make_product(5, 2100, 1024, "F16", n_outliers=3)
     expected, found = product.multiply(Cpu(n_threads=1)), []
     callers = [threading.Thread(target=lambda: found.append(product.multiply(Cpu(n_threads=2)))) for _ in range(8)]
@@ -105,4 +146,19 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
             run_split(lambda begin, end: parts.append(begin + 0 * meeting.wait()), 2, 2)
         finally:
             os._exit(0 if sorted(parts) == [0, 1] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_multiplies_after_its_parent_did() -> None:
+    """The library that has torch's threads waits forever for those a child has not."""
+    product = make_product(5, 2100, 1024, "F16", n_outliers=3)
+    expected = product.multiply(Cpu(n_threads=2))
+    child = os.fork()
+    if child == 0:
+        is_equal = False
+        try:
+            is_equal = bool((product.multiply(Cpu(n_threads=2)) == expected).all())
+        finally:
+            os._exit(0 if is_equal else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from int8convert.runtime.attention import Int8MultiheadAttention
 from int8convert.runtime.linear import Int8Linear
@@ -28,7 +29,8 @@ def float_twin(model: Any, int8_model: nn.Module) -> Any:
             parts = [p.dequantize() for p in (module.q_proj, module.k_proj, module.v_proj)]
             target.in_proj_weight.data = torch.cat(parts).to(target.in_proj_weight.dtype)
         elif isinstance(module, Int8Linear) and target is not None:
-            target.weight.data = module.dequantize().to(target.weight.dtype)
+            weight = module.dequantize().to(target.weight.dtype)
+            target.weight.data = weight.T.contiguous() if isinstance(target, Conv1D) else weight
     return twin
 
 

@@ -21,7 +21,10 @@ SENTENCES = [
     "the quick brown fox jumps over the lazy dog",
 ]
 
-CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant:"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
 
 
 def build_tokenizer(chat_template: str | None = None) -> Any:

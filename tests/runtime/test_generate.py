@@ -157,6 +157,17 @@ def test_system_message_comes_first(chat: Path) -> None:
     assert found.texts[0] == expected
 
 
+def test_tokenizer_that_gives_token_types_gives_the_same_text(chat: Path, tmp_path: Path) -> None:
+    """As BERT's do; a model that knows none refuses them."""
+    checkpoint = copy_of(chat, tmp_path / "copy")
+    path = checkpoint / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_input_names": names}))
+    for choice in (True, False):
+        expected = int8convert.generate(chat, ["The cat"], max_new_tokens=12, chat=choice)
+        assert int8convert.generate(checkpoint, ["The cat"], max_new_tokens=12, chat=choice).texts == expected.texts
+
+
 def test_text_stops_where_the_model_has_no_more_positions(tmp_path: Path) -> None:
     checkpoint = save_int8("opt", tmp_path / "int8", build_tokenizer())
     report = int8convert.generate(checkpoint, ["The cat sat on the mat"], max_new_tokens=1000)

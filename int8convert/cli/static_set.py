@@ -1,0 +1,59 @@
+"""What `outliers --write` and `quantize --calibrate` share: a static set is chosen, stored and told of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from int8convert.cli.console import format_bytes, print_line
+from int8convert.errors import Int8ConvertError
+
+if TYPE_CHECKING:
+    from int8convert.conversion.outlier_columns import StaticSet
+    from int8convert.evaluation.find_outliers import OutlierReport
+
+
+def check_calibration(src: str, text: Path) -> None:
+    """Refuse a text, or a source without a tokenizer, before hours of conversion."""
+    from int8convert.evaluation.models import load_tokenizer
+    from int8convert.evaluation.windows import read_text
+
+    read_text(text)
+    load_tokenizer(src)
+
+
+def calibrate_output(
+    src: str, out: str, text: Path, lora: str | None, trust_remote_code: bool, device: str
+) -> StaticSet:
+    """Run a text through a checkpoint that has just been converted, and store the columns that matter most in it."""
+    from int8convert.conversion.outlier_columns import int8_modules
+    from int8convert.evaluation.find_outliers import find_outliers
+
+    try:
+        report = find_outliers(out, text, module_names=int8_modules(out), device=device)
+        return store(report, src, out, lora, trust_remote_code)
+    except Int8ConvertError as error:
+        error.hint = (
+            f"{error.hint.removesuffix('; nothing was written')}; '{out}' is complete but for stored columns, which "
+            f"int8convert outliers {out} --text {text} --write {out} adds"
+        )
+        raise
+
+
+def store(report: OutlierReport, src: str, out: str, lora: str | None, trust_remote_code: bool) -> StaticSet:
+    """Take the columns a report found worth storing from the source, and store them in `out`."""
+    from int8convert.conversion.outlier_columns import store_outliers
+
+    return store_outliers(
+        src, out, report.static_set, report.calibration(), lora=lora, trust_remote_code=trust_remote_code
+    )
+
+
+def print_stored(stored: StaticSet) -> None:
+    """Say what was written."""
+    print_line(
+        f"[bold]{escape(stored.path)}[/]: {stored.n_columns:,} outlier columns of {stored.n_modules:,} layers in "
+        f"16 bits, {format_bytes(stored.n_bytes)}"
+    )
