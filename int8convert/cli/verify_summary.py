@@ -67,8 +67,8 @@ def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:
     rows: list[tuple[str, Callable[[FidelityReport], str]]] = [
         ("outlier threshold", lambda r: "none" if r.threshold is None else f"{r.threshold:g}"),
         ("columns in 16 bits", lambda r: format_percent(r.outlier_share)),
-        ("perplexity, source", lambda r: f"{r.reference_perplexity:.4f}"),
-        ("perplexity, int8", lambda r: f"{r.perplexity:.4f}"),
+        ("perplexity, source", lambda r: f"{r.reference_perplexity:,.6g}"),
+        ("perplexity, int8", lambda r: f"{r.perplexity:,.6g}"),
         ("delta-NLL", lambda r: f"{r.delta_nll:+.6f}"),
         ("  95 % interval", lambda r: f"{r.delta_nll_interval[0]:+.6f} to {r.delta_nll_interval[1]:+.6f}"),
         ("KL, mean", lambda r: f"{r.mean_kl:.6f}"),
@@ -99,7 +99,7 @@ def _print_sweep(reports: tuple[FidelityReport, ...]) -> None:
         [
             (
                 *("none" if r.threshold is None else f"{r.threshold:g}", r.mode, format_percent(r.outlier_share)),
-                *(f"{r.perplexity:.4f}", f"{r.delta_nll:+.6f}", f"{r.mean_kl:.6f}", format_percent(r.same_top1)),
+                *(f"{r.perplexity:,.6g}", f"{r.delta_nll:+.6f}", f"{r.mean_kl:.6f}", format_percent(r.same_top1)),
             )
             for r in reports
         ],
@@ -115,7 +115,7 @@ def _print_tasks(reports: tuple[TaskReport, ...]) -> None:
         ("task", "metric", "questions", "source", "int8", "only source right", "only int8 right", "p"),
         [
             (
-                *(r.task, r.metric, f"{r.n_samples:,}", f"{r.reference:.4f}", f"{r.int8:.4f}"),
+                *(r.task, r.metric, f"{r.n_samples:,}", f"{r.reference:.6g}", f"{r.int8:.6g}"),
                 *("" if n is None else f"{n:,}" for n in (r.n_only_reference, r.n_only_int8)),
                 "" if r.p_value is None else f"{r.p_value:.2g}",
             )
