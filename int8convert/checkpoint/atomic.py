@@ -14,10 +14,14 @@ INCOMPLETE_SUFFIX = ".incomplete"
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file so that it is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8 so that it is there whole or not at all."""
     temporary = path.with_name(path.name + INCOMPLETE_SUFFIX)
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from int8convert.checkpoint.layout import quoted
@@ -37,6 +38,15 @@ class TensorGroup:
     n_tensors: int
     n_bytes: int
     reason: str = ""
+
+    @property
+    def n_elements(self) -> int:
+        return self.n_tensors * prod(self.shape)
+
+    @property
+    def is_scale(self) -> bool:
+        """Part of the int8 form of another tensor, and no parameter of the model."""
+        return self.pattern.endswith(_SCALE_SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)

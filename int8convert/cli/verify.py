@@ -25,6 +25,7 @@ from int8convert.cli.verify_summary import print_report
 
 if TYPE_CHECKING:
     from int8convert.evaluation.progress import FidelityProgress
+    from int8convert.evaluation.verify_report import VerifyReport
 
 HELP = """Compare an int8 checkpoint with what it was made of, and say whether it passes.
 
@@ -126,6 +127,12 @@ def verify(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run SRC's own code to find its weights, as for quantize.")
     ] = False,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Also write a page with pictures, in HTML.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the pictures, as PNG and SVG.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress.")] = False,
 ) -> None:
@@ -141,11 +148,16 @@ def verify(
         from int8convert.evaluation.verify_report import Gates
 
         is_live = wants_live_display(quiet, as_json)
-        libraries = nullcontext() if level == "exact" else quieting_libraries(is_live)  # which loads them
+        is_drawn = report_file is not None or figures is not None
+        libraries = quieting_libraries(is_live) if is_drawn or level != "exact" else nullcontext()  # it loads them
         # The harness of the tasks has bars that nothing else turns off; errors are printed further out.
         is_silent = level == "tasks" and (quiet or as_json)
         bars = redirect_stderr(io.StringIO()) if is_silent else nullcontext()
         with _showing_bytes(is_live) as on_exact, libraries, bars:
+            if is_drawn:
+                from int8convert.evaluation.report import check_installed
+
+                check_installed()
             report = run(
                 out,
                 reference=reference,
@@ -172,14 +184,38 @@ def verify(
             written = str(write_report(report))
         except OSError as error:
             note(f"the report could not be written into '{out}': {error.strerror}")
+        if is_drawn:
+            with quieting_libraries(False):
+                _write_pages(report, report_file, figures, text, dataset, device)
         if as_json:
             print_json({**report.to_json(), "written": written})
         else:
             print_report(report)
-            if written is not None and not quiet:
-                note(f"written: {written}")
+            for path in (written, report_file, figures):
+                if path is not None and not quiet:
+                    note(f"written: {path}")
         if not report.is_passed:
             raise typer.Exit(FAILED)
+
+
+def _write_pages(
+    report: VerifyReport, page: Path | None, folder: Path | None, text: Path | None, dataset: str | None, device: str
+) -> None:
+    """The page and its pictures; with the outliers on the same text, where the models fit in memory."""
+    from int8convert.evaluation.report import draw_pictures, write_page, write_pictures
+
+    outliers = None
+    if report.fidelity and not report.fidelity[0].streamed:
+        from int8convert.evaluation.find_outliers import find_outliers
+        from int8convert.evaluation.texts import open_text
+
+        with open_text(text, dataset) as found:
+            outliers = find_outliers(report.out, found.path, device=device)
+    pictures = draw_pictures(report, outliers)
+    if page is not None:
+        write_page(report, pictures, page)
+    if folder is not None:
+        write_pictures(pictures, folder)
 
 
 @contextmanager

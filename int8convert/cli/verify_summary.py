@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -15,6 +14,7 @@ from int8convert.cli.console import (
     print_line,
     print_table,
 )
+from int8convert.evaluation.verify_report import fidelity_rows
 
 if TYPE_CHECKING:
     from int8convert.evaluation.exact import ExactReport
@@ -64,28 +64,10 @@ def _print_exact(exact: ExactReport) -> None:
 
 
 def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:
-    rows: list[tuple[str, Callable[[FidelityReport], str]]] = [
-        ("outlier threshold", lambda r: "none" if r.threshold is None else f"{r.threshold:g}"),
-        ("columns in 16 bits", lambda r: format_percent(r.outlier_share)),
-        ("perplexity, source", lambda r: f"{r.reference_perplexity:,.6g}"),
-        ("perplexity, int8", lambda r: f"{r.perplexity:,.6g}"),
-        ("delta-NLL", lambda r: f"{r.delta_nll:+.6f}"),
-        ("  95 % interval", lambda r: f"{r.delta_nll_interval[0]:+.6f} to {r.delta_nll_interval[1]:+.6f}"),
-        ("KL, mean", lambda r: f"{r.mean_kl:.6f}"),
-        ("  95 % interval", lambda r: f"{r.mean_kl_interval[0]:.6f} to {r.mean_kl_interval[1]:.6f}"),
-        ("KL, median", lambda r: f"{r.median_kl:.6f}"),
-        ("KL, 99 %", lambda r: f"{r.p99_kl:.6f}"),
-        ("KL, 99.9 %", lambda r: f"{r.p999_kl:.6f}"),
-        ("same top token", lambda r: format_percent(r.same_top1)),
-        ("delta-p, rms", lambda r: f"{r.delta_p:.6f}"),
-        ("streamed", lambda r: "yes" if r.streamed else "no"),
-        ("peak memory", lambda r: format_bytes(r.peak_memory_bytes)),
-        ("time", lambda r: format_seconds(r.seconds)),
-    ]
     print_table(
         "",
         ("", *(report.mode for report in reports)),
-        [(name, *(value(report) for report in reports)) for name, value in rows],
+        [(label, *values) for label, values in fidelity_rows(reports)],
     )
 
 

@@ -20,13 +20,14 @@ from int8convert.evaluation.outlier_features import layer_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "os^Dv<>"
-_GREY = "#8C8C8C"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv<>"
+GREY = "#8C8C8C"
 _MAX_MAP_COLUMNS = 1024
 """A picture has no room for more; of neighbouring dimensions the largest is shown."""
 
 _MAX_LABELS = 12
+_WIDTH = 9.0
 _FORMATS = ("png", "svg")
 
 
@@ -73,14 +74,14 @@ def _as_output_error(error: OSError, folder: Path) -> OutputError:
 
 def outlier_figures(report: OutlierReport) -> Iterator[tuple[str, Figure]]:
     """Name and picture: the map; magnitude by layer; growth with depth. None for a model without hidden states."""
-    states = _by_layer(report)
+    states = largest_by_layer(report)
     if states:
         yield "outlier-map", draw_map(report, states)
         yield "magnitude-by-layer", draw_magnitudes(report)
         yield "growth-with-depth", draw_growth(report, states)
 
 
-def _by_layer(report: OutlierReport) -> dict[str, torch.Tensor]:
+def largest_by_layer(report: OutlierReport) -> dict[str, torch.Tensor]:
     """Layer -> the largest magnitude of each dimension of its hidden states, float32 [hidden size]."""
     found: dict[str, torch.Tensor] = {}
     for entry in report.inputs:
@@ -90,18 +91,23 @@ def _by_layer(report: OutlierReport) -> dict[str, torch.Tensor]:
     return found
 
 
-def _new_figure(title: str, height: float) -> tuple[Figure, Any]:
+def _new_figure(title: str, height: float, width: float = _WIDTH) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def draw_map(report: OutlierReport, states: dict[str, torch.Tensor]) -> Figure:
-    """Layers x dimensions: the largest magnitude, on a logarithmic scale, features labelled on top."""
+def draw_map(report: OutlierReport, states: dict[str, torch.Tensor], inches: float = _WIDTH) -> Figure:
+    """Layers x dimensions: the largest magnitude, on a logarithmic scale, features labelled on top.
+
+    Args:
+        states: of `largest_by_layer`.
+        inches: how wide the picture is to be.
+    """
     from matplotlib.colors import LogNorm
 
     values = torch.stack(list(states.values())).nan_to_num(posinf=3e38)
@@ -109,7 +115,7 @@ def draw_map(report: OutlierReport, states: dict[str, torch.Tensor]) -> Figure:
     group = -(-width // _MAX_MAP_COLUMNS)
     padded = torch.nn.functional.pad(values, (0, -width % group))
     pooled = padded.view(len(values), -1, group).amax(2)
-    figure, axes = _new_figure("", min(9.0, 3.0 + 0.14 * len(values)))
+    figure, axes = _new_figure("", min(9.0, 3.0 + 0.14 * len(values)), inches)
     lowest = max(float(pooled.median()) / 2, 1e-3)
     image = axes.imshow(
         pooled.numpy(),
@@ -126,11 +132,11 @@ def draw_map(report: OutlierReport, states: dict[str, torch.Tensor]) -> Figure:
     bar = figure.colorbar(image, ax=axes, label="largest |x|", pad=0.01)
     _label_plainly(bar.ax.yaxis)
     figure.suptitle("Where the outliers are: largest magnitude by layer and dimension", x=0.01, ha="left", fontsize=11)
-    _label_features(axes, report, width)
+    _label_features(axes, report, width, _WIDTH / inches)
     return figure
 
 
-def _label_features(axes: Any, report: OutlierReport, width: int) -> None:
+def _label_features(axes: Any, report: OutlierReport, width: int, crowding: float) -> None:
     """Ticks on top, for the largest features; labels that would overlap are left out, their ticks stay."""
     largest = sorted(report.features, key=lambda feature: -abs(feature.extreme))[:_MAX_LABELS]
     if not largest:
@@ -138,7 +144,7 @@ def _label_features(axes: Any, report: OutlierReport, width: int) -> None:
     top = axes.secondary_xaxis("top")
     shown: list[int] = []
     for feature in largest:
-        if all(abs(feature.column - other) > width * len(str(width)) / 100 for other in shown):
+        if all(abs(feature.column - other) > crowding * width * len(str(width)) / 100 for other in shown):
             shown.append(feature.column)
     columns = sorted(feature.column for feature in largest)
     top.set_xticks(columns, [f"{k}" if k in shown else "" for k in columns], fontsize=8)
@@ -170,8 +176,8 @@ def draw_growth(report: OutlierReport, states: dict[str, torch.Tensor]) -> Figur
     x = range(len(values))
     if others.any():
         median, high = values[:, others].quantile(torch.tensor([0.5, 1.0]), dim=1)
-        axes.fill_between(x, median, high, color=_GREY, alpha=0.3, linewidth=0, label="other dimensions, upper half")
-    largest = sorted(report.features, key=lambda feature: -abs(feature.extreme))[: len(_COLOURS)]
+        axes.fill_between(x, median, high, color=GREY, alpha=0.3, linewidth=0, label="other dimensions, upper half")
+    largest = sorted(report.features, key=lambda feature: -abs(feature.extreme))[: len(COLOURS)]
     for i, feature in enumerate(largest):
         axes.plot(x, values[:, feature.column], label=f"dimension {feature.column}", **_style(i, len(values)))
     _finish(axes, report, len(values))
@@ -189,8 +195,8 @@ def _label_plainly(axis: Any) -> None:
 
 def _style(i: int, n_points: int) -> dict[str, Any]:
     return {
-        "color": _COLOURS[i % len(_COLOURS)],
-        "marker": _MARKERS[i % len(_MARKERS)],
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[i % len(MARKERS)],
         "markersize": 5,
         "markevery": max(1, n_points // 16),
         "linewidth": 1.6,
@@ -198,7 +204,7 @@ def _style(i: int, n_points: int) -> dict[str, Any]:
 
 
 def _finish(axes: Any, report: OutlierReport, n_layers: int) -> None:
-    axes.axhline(report.threshold, color=_GREY, linestyle="--", linewidth=1, label=f"threshold {report.threshold:g}")
+    axes.axhline(report.threshold, color=GREY, linestyle="--", linewidth=1, label=f"threshold {report.threshold:g}")
     axes.set_yscale("log")
     _label_plainly(axes.yaxis)
     axes.set_xlabel("layer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,29 @@ class VerifyReport:
         result: dict[str, Any] = _plain({**first, **values})
         result["exact"]["is_passed"] = self.exact.is_passed
         return result
+
+
+def fidelity_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[str]]]:
+    """What to show of the fidelity level: label -> the number of each arithmetic, for people."""
+    rows: list[tuple[str, Callable[[FidelityReport], str]]] = [
+        ("outlier threshold", lambda r: "none" if r.threshold is None else f"{r.threshold:g}"),
+        ("columns in 16 bits", lambda r: f"{100 * r.outlier_share:.1f} %"),
+        ("perplexity, source", lambda r: f"{r.reference_perplexity:,.6g}"),
+        ("perplexity, int8", lambda r: f"{r.perplexity:,.6g}"),
+        ("delta-NLL", lambda r: f"{r.delta_nll:+.6f}"),
+        ("  95 % interval", lambda r: f"{r.delta_nll_interval[0]:+.6f} to {r.delta_nll_interval[1]:+.6f}"),
+        ("KL, mean", lambda r: f"{r.mean_kl:.6f}"),
+        ("  95 % interval", lambda r: f"{r.mean_kl_interval[0]:.6f} to {r.mean_kl_interval[1]:.6f}"),
+        ("KL, median", lambda r: f"{r.median_kl:.6f}"),
+        ("KL, 99 %", lambda r: f"{r.p99_kl:.6f}"),
+        ("KL, 99.9 %", lambda r: f"{r.p999_kl:.6f}"),
+        ("same top token", lambda r: f"{100 * r.same_top1:.1f} %"),
+        ("delta-p, rms", lambda r: f"{r.delta_p:.6f}"),
+        ("streamed", lambda r: "yes" if r.streamed else "no"),
+        ("peak memory", lambda r: f"{r.peak_memory_bytes / 1e6:,.0f} MB"),
+        ("time", lambda r: f"{r.seconds:,.1f} s"),
+    ]
+    return [(label, [shown(report) for report in reports]) for label, shown in rows]
 
 
 def _describe(check: Check) -> Iterator[str]:

@@ -97,6 +97,25 @@ def test_both_levels_are_printed_with_what_was_run_and_on_what(run: Run, out: Pa
     assert "fidelity: 2 of 2 steps" in notes and notes[-1] == f"note: written: {out / VERIFY_FILE}"
 
 
+def test_page_and_pictures_are_written_where_they_are_asked_for(run: Run, out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page, figures = tmp_path / "new" / "report.html", tmp_path / "figures"
+    code, _, err = run("verify", out, *LOOSE, "--sequences", "2", "--report", page, "--figures", figures)
+    assert code == 0 and err.splitlines()[-2:] == [f"note: written: {page}", f"note: written: {figures}"]
+    text = page.read_text()
+    assert "Passed. " in text and text.count("<img ") == 4 and str(out) in text
+    names = ("coverage", "fidelity", "layer-errors", "outlier-map")
+    assert sorted(p.name for p in figures.iterdir()) == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+
+
+def test_page_of_a_broken_checkpoint_says_what_is_broken(run: Run, out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    break_code(out)
+    code, _, _ = run("verify", out, "--report", tmp_path / "report.html", "--quiet")
+    text = (tmp_path / "report.html").read_text()
+    assert code == 3 and "Failed. files: " in text and f"{FC1}.weight row 3 column 5" in text
+
+
 def test_streamed_measurement_says_so_and_finds_the_same(run: Run, out: Path, text: Path) -> None:
     found = []
     for options in ((), ("--stream",)):
