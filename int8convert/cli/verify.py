@@ -100,6 +100,9 @@ def verify(
     thresholds: Annotated[
         str | None, typer.Option(metavar="T,T,..", help="Outlier thresholds to compare, too, such as 0,3,inf.")
     ] = None,
+    compare_methods: Annotated[
+        bool, typer.Option("--compare-methods", help="Also simulate the int8 methods of the paper's Table 1.")
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Layer by layer, one of each model in memory; default: where needed.")
     ] = False,
@@ -142,6 +145,8 @@ def verify(
     swept = _numbers(thresholds)
     if text is not None and dataset is not None:
         raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
+    if compare_methods and (stream or level == "exact"):
+        raise typer.BadParameter("needs the source in memory, and a model that is run", param_hint="--compare-methods")
     with reporting_errors(as_json, _INTERRUPTED):
         from int8convert.evaluation.verify import verify as run
         from int8convert.evaluation.verify import write_report
@@ -165,6 +170,7 @@ def verify(
                 dataset=dataset,
                 level=level,
                 thresholds=swept,
+                compare_methods=compare_methods,
                 tasks=tuple(tasks.split(",")) if tasks else (),
                 tasks_path=tasks_path,
                 task_limit=task_limit,
@@ -191,6 +197,8 @@ def verify(
             print_json({**report.to_json(), "written": written})
         else:
             print_report(report)
+            if compare_methods and report.fidelity and not report.methods:
+                note("the methods were not compared: the source does not fit in memory")
             for path in (written, report_file, figures):
                 if path is not None and not quiet:
                     note(f"written: {path}")

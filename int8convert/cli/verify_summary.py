@@ -14,7 +14,7 @@ from int8convert.cli.console import (
     print_line,
     print_table,
 )
-from int8convert.evaluation.verify_report import fidelity_rows
+from int8convert.evaluation.verify_report import METHOD_COLUMNS, METHODS_TITLE, fidelity_rows, method_rows
 
 if TYPE_CHECKING:
     from int8convert.evaluation.exact import ExactReport
@@ -36,6 +36,8 @@ def print_report(report: VerifyReport) -> None:
         print_line(f"[bold]Fidelity[/]: {escape(report.text.description)}; {escape(report.text.convention)}")
         _print_fidelity(report.fidelity)
         _print_sweep(report.sweep)
+        if report.methods:
+            print_table(METHODS_TITLE, METHOD_COLUMNS, method_rows(report.methods))
         _print_tasks(report.tasks)
     elif report.level != "exact":
         note("the models were not run: the exact level failed")

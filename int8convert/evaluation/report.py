@@ -19,7 +19,13 @@ from int8convert.checkpoint.inspection import inspect
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.errors import OutputError, SourceError
 from int8convert.evaluation.report_figures import coverage_shares, report_figures
-from int8convert.evaluation.verify_report import VerifyReport, fidelity_rows
+from int8convert.evaluation.verify_report import (
+    METHOD_COLUMNS,
+    METHODS_TITLE,
+    VerifyReport,
+    fidelity_rows,
+    method_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,6 +130,9 @@ def render(report: VerifyReport, pictures: Sequence[Picture]) -> str:
         coverage=coverage_shares(inspect(report.out)),
         provenance=_provenance(report),
         fidelity_rows=fidelity_rows,
+        methods_title=METHODS_TITLE,
+        method_columns=METHOD_COLUMNS,
+        method_rows=method_rows(report.methods),
         layer_rows=_layer_rows(report.fidelity),
     )
 

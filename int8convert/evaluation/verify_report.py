@@ -12,7 +12,12 @@ from int8convert.evaluation.exact import ExactReport
 
 if TYPE_CHECKING:
     from int8convert.evaluation.fidelity import FidelityReport
+    from int8convert.evaluation.method_table import MethodRow
     from int8convert.evaluation.zero_shot import TaskReport
+
+
+METHOD_COLUMNS = ("method", "perplexity", "delta-NLL", "95 % interval", "KL, mean", "same top token")
+METHODS_TITLE = "Methods of the paper's Table 1, simulated on the source; no gate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class VerifyReport:
             report is of what is there.
         fidelity: one for each arithmetic that was run; empty if that level was not reached.
         sweep: the same at several outlier thresholds, if asked for; no gate looks at it.
+        methods: the int8 methods of the paper's Table 1, simulated on the source, if asked for; no gate looks at them.
         tasks: one for each metric of each task; empty if that level was not reached.
     """
 
@@ -95,6 +101,7 @@ class VerifyReport:
     text: TextUsed | None = None
     fidelity: tuple[FidelityReport, ...] = ()
     sweep: tuple[FidelityReport, ...] = ()
+    methods: tuple[MethodRow, ...] = ()
     tasks: tuple[TaskReport, ...] = ()
     elapsed_s: float = 0.0
     failures: tuple[str, ...] = field(init=False)
@@ -139,6 +146,18 @@ def fidelity_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[str
         ("time", lambda r: f"{r.seconds:,.1f} s"),
     ]
     return [(label, [shown(report) for report in reports]) for label, shown in rows]
+
+
+def method_rows(rows: Sequence[MethodRow]) -> list[tuple[str, ...]]:
+    """What to show of the methods, under `METHOD_COLUMNS`."""
+    return [
+        (
+            *(row.method, f"{row.perplexity:,.6g}", f"{row.delta_nll:+.5f}"),
+            f"{row.delta_nll_interval[0]:+.5f} to {row.delta_nll_interval[1]:+.5f}",
+            *(f"{row.mean_kl:.6f}", f"{100 * row.same_top1:.1f} %"),
+        )
+        for row in rows
+    ]
 
 
 def _describe(check: Check) -> Iterator[str]:
