@@ -126,7 +126,7 @@ class TensorChoice:
     def _loader_finds(self, key: str, module_name: str) -> bool:
         """Whether the int8 form of a weight gets where the loader wants it, and is only used there."""
         if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
-            return True
+            return key.endswith(".weight")  # the scale's name is made of it
         found = self._keys.int8_output_name(key, f"{module_name}.weight") is not None
         return found and module_name not in self._read_by_code
 
@@ -295,7 +295,7 @@ class TensorChoice:
             return f"{tensor.dtype} {list(tensor.shape)} does not fit the model"
         if module_name in self._read_by_code:
             return "read by the model's own code"
-        if self._keys.int8_output_name(tensor.name, into.parameter) is None:
+        if not self._loader_finds(tensor.name, module_name):
             return "renamed on loading, its scale is not"
         return "last module of the model"
 

@@ -12,6 +12,8 @@ import transformers
 
 import int8convert
 from int8convert.errors import CoverageError
+from int8convert.evaluation.verify import verify
+from tests.family_models import build_family, families
 from tests.tiny_models import build_model, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -106,3 +108,16 @@ def test_conv1d_has_no_form_in_it(tmp_path: Path) -> None:
         convert(source, tmp_path / "out", min_coverage=0)
     assert "Conv1D: compressed-tensors has no form for it" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weight_whose_name_has_no_place_for_a_scale_stays_16_bit(tmp_path: Path) -> None:
+    """`...k_sconv.weight_proj` in the file, `...k_sconv.weight_proj.weight` in the model."""
+    family = next(family for family in families() if family.name == "causal/inkling2_text")
+    build_family(family).half().save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out", min_coverage=0)
+    assert "renamed on loading, its scale is not" in {group.reason for group in report.kept}
+    written = read_tensors(tmp_path / "out")
+    kept = [name for name in written if name.endswith(".weight_proj")]
+    assert kept and all(written[name].dtype == torch.float16 for name in kept)
+    assert verify(tmp_path / "out", level="exact").is_passed
