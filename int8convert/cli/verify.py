@@ -160,9 +160,9 @@ def verify(
         bars = redirect_stderr(io.StringIO()) if is_silent else nullcontext()
         with _showing_bytes(is_live) as on_exact, libraries, bars:
             if is_drawn:
-                from int8convert.evaluation.report import check_installed
+                from int8convert.evaluation.report import prepare
 
-                check_installed()
+                prepare(report_file, figures)
             report = run(
                 out,
                 reference=reference,

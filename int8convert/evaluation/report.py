@@ -58,21 +58,27 @@ class Picture:
         return "data:image/svg+xml;base64," + base64.b64encode(self.svg()).decode("ascii")
 
 
-def check_installed() -> None:
-    """Before anything is measured.
+def prepare(page: Path | None, folder: Path | None) -> None:
+    """Make the folders for a page and for pictures, before minutes are spent on measuring.
 
     Raises:
         SourceError: what draws and fills the page is not installed.
+        OutputError: a folder cannot be made.
     """
     try:
-        import jinja2
+        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise SourceError(
             f"a report needs {error.name}, which is not installed",
             "pip install 'int8convert[report]', or leave out --report and --figures; nothing was measured",
         ) from None
-    del jinja2
+    for path in (page.parent if page else None, folder):
+        if path is not None:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _as_output_error(error, path) from error
 
 
 def draw_pictures(report: VerifyReport, outliers: OutlierReport | None = None) -> list[Picture]:

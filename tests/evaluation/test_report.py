@@ -16,8 +16,8 @@ from int8convert.evaluation.checks import Finding, make_check
 from int8convert.evaluation.exact import ExactReport
 from int8convert.evaluation.fidelity import FidelityReport
 from int8convert.evaluation.report import (
-    check_installed,
     draw_pictures,
+    prepare,
     render,
     say_verdict,
     write_page,
@@ -140,6 +140,9 @@ def test_pictures_are_written_as_png_and_svg(out: Path, tmp_path: Path) -> None:
 
 def test_place_that_cannot_be_written_to_is_an_error(out: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    for places in ((tmp_path / "file" / "page.html", None), (None, tmp_path / "file" / "figures")):
+        with pytest.raises(OutputError, match="cannot be written"):
+            prepare(*places)
     report = make_report(out)
     with pytest.raises(OutputError, match="cannot be written"):
         write_page(report, [], tmp_path / "file" / "page.html")
@@ -151,5 +154,5 @@ def test_place_that_cannot_be_written_to_is_an_error(out: Path, tmp_path: Path) 
 def test_missing_extra_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SourceError, match=f"needs {name}") as error:
-        check_installed()
+        prepare(None, None)
     assert "int8convert[report]" in error.value.hint
