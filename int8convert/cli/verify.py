@@ -21,7 +21,6 @@ from int8convert.cli.console import (
     wants_live_display,
 )
 from int8convert.cli.quantize import check_device
-from int8convert.cli.verify_summary import print_report
 
 if TYPE_CHECKING:
     from int8convert.evaluation.progress import FidelityProgress
@@ -196,6 +195,8 @@ def verify(
         if as_json:
             print_json({**report.to_json(), "written": written})
         else:
+            from int8convert.cli.verify_summary import print_report
+
             print_report(report)
             if compare_methods and report.fidelity and not report.methods:
                 note("the methods were not compared: the source does not fit in memory")
