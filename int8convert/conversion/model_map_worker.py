@@ -124,9 +124,12 @@ class TensorChoice:
         return modules_with_read_weights(self.model)
 
     def _loader_finds(self, key: str, module_name: str) -> bool:
-        """Whether the int8 form of a weight gets where the loader wants it, and is only used there."""
+        """Whether the int8 form of a weight gets where the loader wants it, and is only used there.
+
+        compressed-tensors has a module's weight and scale side by side, so the weight's key must name its module.
+        """
         if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
-            return key.endswith(".weight")  # the scale's name is made of it
+            return self._keys.output_name(key, f"{module_name}.weight").endswith(".weight")
         found = self._keys.int8_output_name(key, f"{module_name}.weight") is not None
         return found and module_name not in self._read_by_code
 
