@@ -41,8 +41,6 @@ class FaultKind(StrEnum):
 
 FLOW_KINDS = frozenset({FaultKind.CUT, FaultKind.RESET, FaultKind.STALL, FaultKind.RESTART})
 """Faults of the connection, at a byte of a body; a request without a body either way is broken before its answer."""
-BODY_KINDS = frozenset({FaultKind.WRONG_BYTES, FaultKind.TRUNCATED, FaultKind.RANGE_IGNORED})
-"""Faults of what a GET brings; other methods do not count for them, nor GETs without a Range for the last."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,21 @@ class _Order:
 
     def is_due(self, method: str, path: str, origin: Origin, has_range: bool) -> bool:
         """Count the request if it is of those meant; whether it is one to break."""
-        kind = self.fault.kind
-        if (kind in BODY_KINDS and method != "GET") or (kind is FaultKind.RANGE_IGNORED and not has_range):
-            return False
         if self.method not in (None, method) or self.origin not in (None, origin) or not self.path.search(path):
+            return False
+        if not _can_happen(self.fault.kind, method, origin, has_range):
             return False
         self.n_seen += 1
         return self.first <= self.n_seen < self.first + self.times
+
+
+def _can_happen(kind: FaultKind, method: str, origin: Origin, has_range: bool) -> bool:
+    """Whether a request is of those that can meet the fault; others do not count."""
+    if kind in (FaultKind.WRONG_BYTES, FaultKind.TRUNCATED):
+        return method == "GET"
+    if kind is FaultKind.RANGE_IGNORED:
+        return method == "GET" and has_range
+    return kind is not FaultKind.URL_EXPIRED or origin is Origin.STORAGE
 
 
 class Faults:

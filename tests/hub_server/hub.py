@@ -37,7 +37,7 @@ class Hub:
         self.state = ServerState(folder, xet=xet)
         self._folder = folder
         self._bugs: list[str] = []
-        self._restarts: list[threading.Thread] = []
+        self._starting: threading.Thread | None = None
         self._server: HubServer | None = None
 
     def __enter__(self) -> Hub:
@@ -47,8 +47,8 @@ class Hub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for restart in self._restarts:
-            restart.join()
+        if self._starting is not None:
+            self._starting.join()
         self.stop()
         if error is None and self._bugs:
             raise AssertionError("the test server itself failed:\n" + "\n".join(self._bugs))
@@ -117,13 +117,12 @@ class Hub:
             self._server = None
 
     def restart(self, down_s: float) -> None:
-        """Stop now, and start again after `down_s`; returns at once."""
+        """Stop, and start again `down_s` later; returns as soon as nobody listens."""
+        self.stop()
 
-        def run() -> None:
-            self.stop()
+        def start_later() -> None:
             time.sleep(down_s)
             self.start()
 
-        restart = threading.Thread(target=run)
-        self._restarts.append(restart)
-        restart.start()
+        self._starting = threading.Thread(target=start_later)
+        self._starting.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 import threading
@@ -154,10 +155,11 @@ class HubHandler(BaseHTTPRequestHandler):
         for chunk in self._raw_chunks():
             self.server.around.bandwidth.wait(len(chunk))
             if fault and received <= place < received + len(chunk):
-                self.server.around.log.update(self._number, received_bytes=place - received)
+                self._log(received_bytes=place - received)
                 self._break_flow(fault)
+                self._log(received_bytes=received - place)
             received += len(chunk)
-            self.server.around.log.update(self._number, received_bytes=len(chunk))
+            self._log(received_bytes=len(chunk))
             yield chunk
 
     def _raw_chunks(self) -> Iterator[bytes]:
@@ -182,7 +184,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def _break_flow(self, fault: Fault) -> None:
         """Raises: Dropped, except after a stall."""
         if fault.kind is FaultKind.STALL:
-            if self.server.stopping.wait(fault.seconds):
+            if self.server.stopping.wait(fault.seconds) or self._client_has_hung_up():
                 raise Dropped
             return
         if fault.kind is FaultKind.RESET:
@@ -191,6 +193,15 @@ class HubHandler(BaseHTTPRequestHandler):
             self.server.around.restart(fault.seconds)
         raise Dropped
 
+    def _client_has_hung_up(self) -> bool:
+        readable, _, _ = select.select([self.request], [], [], 0)
+        with contextlib.suppress(ConnectionError):
+            return bool(readable) and not self.request.recv(1, socket.MSG_PEEK)
+        return True
+
+    def _log(self, **changes: Any) -> None:
+        self.server.around.log.update(self._number, **changes)
+
     def _send(self, response: Response, fault: Fault | None) -> None:
         n_bytes = 0 if self.command == "HEAD" else response.body_bytes
         place = fault.after_bytes(n_bytes) if fault and fault.kind in FLOW_KINDS | {FaultKind.WRONG_BYTES} else -1
@@ -198,7 +209,7 @@ class HubHandler(BaseHTTPRequestHandler):
         if fault and is_broken and place == 0:
             self._break_flow(fault)
             is_broken = False
-        self.server.around.log.update(self._number, status=response.status)
+        self._log(status=response.status)
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
@@ -229,5 +240,5 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def _write(self, data: bytes) -> None:
         self.server.around.bandwidth.wait(len(data))
-        self.server.around.log.update(self._number, sent_bytes=len(data))
+        self._log(sent_bytes=len(data))
         self.wfile.write(data)
