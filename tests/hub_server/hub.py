@@ -47,8 +47,7 @@ class Hub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._starting is not None:
-            self._starting.join()
+        self.await_restart()
         self.stop()
         if error is None and self._bugs:
             raise AssertionError("the test server itself failed:\n" + "\n".join(self._bugs))
@@ -108,21 +107,31 @@ class Hub:
         self.state.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
-    def stop(self) -> None:
-        """Listen no more and end all connections; repositories, log and orders of faults stay."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server.drop_connections()
-            self._server = None
+    def stop(self) -> bool:
+        """Listen no more and end all connections; repositories, log and orders of faults stay.
+
+        Returns: whether it did listen.
+        """
+        server, self._server = self._server, None
+        if server is None:
+            return False
+        server.shutdown()
+        server.server_close()
+        server.drop_connections()
+        return True
 
     def restart(self, down_s: float) -> None:
         """Stop, and start again `down_s` later; returns as soon as nobody listens."""
-        self.stop()
 
         def start_later() -> None:
             time.sleep(down_s)
             self.start()
 
-        self._starting = threading.Thread(target=start_later)
-        self._starting.start()
+        if self.stop():
+            self._starting = threading.Thread(target=start_later)
+            self._starting.start()
+
+    def await_restart(self) -> None:
+        """Return when a restart, if there is one, is over."""
+        if self._starting is not None:
+            self._starting.join()

@@ -64,9 +64,9 @@ def test_reset_is_an_error_the_client_does_not_mend(model: Hub, connect: Connect
 
 
 def test_stall_longer_than_the_timeout_ends_the_attempt(model: Hub, connect: Connect) -> None:
-    model.faults.add(FaultKind.STALL, origin=Origin.STORAGE, after_bytes=200_000, seconds=0.8)
+    model.faults.add(FaultKind.STALL, origin=Origin.STORAGE, after_bytes=200_000, seconds=2)
 
-    assert download(connect, model, timeout_s=0.3) == WEIGHTS
+    assert download(connect, model, timeout_s=1) == WEIGHTS
 
     stalled, whole = model.log.requests("GET", origin=Origin.STORAGE)
     assert (stalled.sent_bytes, whole.sent_bytes) == (200_000, len(WEIGHTS))
@@ -162,11 +162,11 @@ def test_restarted_server_goes_on_where_it_was(model: Hub, connect: Connect) -> 
 
 def test_nobody_listens_while_the_server_is_down(model: Hub, connect: Connect) -> None:
     api = connect(model)
-    model.restart(down_s=0.4)
+    model.restart(down_s=1)
 
     with pytest.raises(httpx2.ConnectError):
         api.model_info("org/model")
-    time.sleep(0.6)
+    model.await_restart()
     assert api.model_info("org/model").id == "org/model"
 
 
