@@ -12,6 +12,9 @@
     │   └── DiskFullError         it can, with more room
     ├── FormatError               the format asked for cannot hold this model
     ├── CoverageError             too little would become int8
+    ├── HubError                  the Hub has not, or does not take, what was asked for: a name, a revision, a file
+    │   ├── HubAccessError        it wants a token, one with more rights, or consent to a licence first
+    │   └── HubConnectionError    it was not reached, or broke off again and again: the same command, later
     ├── PatternError              a --skip or --only pattern matches nothing
     ├── PromptError               a prompt cannot be put to the model: too long, empty, or no chat for it
     └── DeviceError               the device asked for is not usable here
@@ -94,6 +97,18 @@ class FormatError(Int8ConvertError):
 
 class CoverageError(Int8ConvertError):
     """Too little would become int8."""
+
+
+class HubError(Int8ConvertError):
+    """The Hub has not, or does not take, what was asked for."""
+
+
+class HubAccessError(HubError):
+    """The Hub wants a token, one with more rights, or consent to a licence first."""
+
+
+class HubConnectionError(HubError):
+    """The Hub was not reached, or broke off again and again."""
 
 
 class PatternError(Int8ConvertError):

@@ -1,0 +1,1 @@
+"""Repositories on the Hugging Face Hub: found, listed, read by range, streamed or downloaded."""
