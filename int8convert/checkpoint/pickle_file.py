@@ -42,24 +42,36 @@ Places = Callable[[Storage], tuple[int, int]]
 
 
 def read_pickle_header(path: Path) -> tuple[StoredTensor, ...]:
+    """As `find_pickle_tensors`, of a local file."""
+    with path.open("rb") as file:
+        return find_pickle_tensors(file, os.fstat(file.fileno()).st_size, path.name)
+
+
+def find_pickle_tensors(
+    file: BinaryIO, file_bytes: int, file_name: str, is_remote: bool = False
+) -> tuple[StoredTensor, ...]:
     """The tensors of a `.bin` shard, in the order of their bytes, from its directory and pickle alone.
+
+    Args:
+        file: the file, to be read here and there.
+        file_bytes: its size.
+        file_name: for errors.
+        is_remote: each place read costs a request, so what can be told without is.
 
     Raises:
         CorruptFileError: not a pickle of plain tensors, or one that asks to run code.
     """
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            is_zip = file.read(4) == b"PK\x03\x04"  # as torch tells them apart
-            entries, data = (_read_zip if is_zip else _read_legacy)(file, file_bytes)
+        is_zip = file.read(4) == b"PK\x03\x04"  # as torch tells them apart
+        entries, data = _read_zip(file, file_bytes, is_remote) if is_zip else _read_legacy(file, file_bytes)
         tensors = [_describe(name, tensor, data, file_bytes) for name, tensor in entries.items()]
     except RefusedError as refused:
         raise CorruptFileError(
-            f"{quoted(path.name)} cannot be read as a weights-only pickle: {refused}",
+            f"{quoted(file_name)} cannot be read as a weights-only pickle: {refused}",
             "nothing of it was run or written; fetch the file again, or use a safetensors version of the checkpoint",
         ) from None
     for tensor in tensors:
-        check_tensor_name(tensor.name, path.name)
+        check_tensor_name(tensor.name, file_name)
     return tuple(sorted(tensors, key=lambda tensor: (tensor.offset, tensor.name)))
 
 
@@ -150,16 +162,17 @@ def _read_legacy(file: BinaryIO, file_bytes: int) -> tuple[dict[str, Tensor], Pl
     return state_dict, data
 
 
-def _read_zip(file: BinaryIO, file_bytes: int) -> tuple[dict[str, Tensor], Places]:
+def _read_zip(file: BinaryIO, file_bytes: int, is_remote: bool) -> tuple[dict[str, Tensor], Places]:
     """The format since torch 1.6: an uncompressed zip archive of a pickle and a record for each storage."""
     archive = ZipArchive(file, file_bytes)
+    find = archive.find_unread if is_remote else archive.find
     if archive.has("constants.pkl"):
         raise RefusedError("it is a TorchScript program, not a state dict")
     if archive.has("byteorder") and archive.read("byteorder", 16) != b"little":
         raise RefusedError("its numbers are not in little-endian byte order")
     unpickler = Unpickler(archive.read("data.pkl", MAX_PICKLE_BYTES))
     state_dict = _state_dict(unpickler.load())
-    places = {key: archive.find(f"data/{key}") for key in {tensor.storage.key for tensor in state_dict.values()}}
+    places = {key: find(f"data/{key}") for key in {tensor.storage.key for tensor in state_dict.values()}}
     ends = 0
     for begin, n_bytes in sorted(places.values()):
         if begin < ends:

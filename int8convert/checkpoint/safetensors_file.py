@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from int8convert.checkpoint.layout import parse_json_object, quoted
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, check_tensor_name, is_shape, is_size
@@ -32,15 +32,25 @@ _REFETCH = "fetch this file again and rerun the same command; nothing was writte
 
 
 def read_safetensors_header(path: Path) -> tuple[StoredTensor, ...]:
+    """As `find_safetensors_tensors`, of a local file."""
+    with path.open("rb") as file:
+        return find_safetensors_tensors(file, os.fstat(file.fileno()).st_size, path.name)
+
+
+def find_safetensors_tensors(file: BinaryIO, file_bytes: int, file_name: str) -> tuple[StoredTensor, ...]:
     """The tensors of a file, in the order of their bytes.
 
     Reads the header alone. Does not know whether the data is what somebody meant to store.
 
+    Args:
+        file: the file, to be read from its beginning.
+        file_bytes: its size.
+        file_name: for errors.
+
     Raises:
         CorruptFileError: the header contradicts itself or the file's size.
     """
-    header_json, file_bytes = _read_header_json(path)
-    return parse_safetensors_header(header_json, file_bytes, path.name)
+    return parse_safetensors_header(_read_header_json(file, file_bytes, file_name), file_bytes, file_name)
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, str]:
@@ -49,29 +59,28 @@ def read_safetensors_metadata(path: Path) -> dict[str, str]:
     Raises:
         CorruptFileError: the header is good no longer.
     """
-    header_json, file_bytes = _read_header_json(path)
+    with path.open("rb") as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        header_json = _read_header_json(file, file_bytes, path.name)
     parse_safetensors_header(header_json, file_bytes, path.name)
     metadata: dict[str, str] = json.loads(header_json).get(METADATA_NAME) or {}
     return metadata
 
 
-def _read_header_json(path: Path) -> tuple[bytes, int]:
-    """The JSON of a header, and the bytes of the whole file."""
-    with path.open("rb") as file:
-        file_bytes = os.fstat(file.fileno()).st_size
-        n_header = int.from_bytes(file.read(8), "little") if file_bytes >= 8 else 0
-        if not 2 <= n_header <= file_bytes - 8:
-            raise CorruptFileError(
-                f"{quoted(path.name)} is no safetensors file, or truncated: its header would take {n_header:,} bytes, "
-                f"the file has {file_bytes:,}",
-                _REFETCH,
-            )
-        if n_header > MAX_HEADER_BYTES:
-            raise CorruptFileError(
-                f"the header of {quoted(path.name)} takes {n_header:,} bytes, expected at most {MAX_HEADER_BYTES:,}",
-                "no model has that many tensors in one file; nothing was written from it",
-            )
-        return file.read(n_header), file_bytes
+def _read_header_json(file: BinaryIO, file_bytes: int, file_name: str) -> bytes:
+    n_header = int.from_bytes(file.read(8), "little") if file_bytes >= 8 else 0
+    if not 2 <= n_header <= file_bytes - 8:
+        raise CorruptFileError(
+            f"{quoted(file_name)} is no safetensors file, or truncated: its header would take {n_header:,} bytes, "
+            f"the file has {file_bytes:,}",
+            _REFETCH,
+        )
+    if n_header > MAX_HEADER_BYTES:
+        raise CorruptFileError(
+            f"the header of {quoted(file_name)} takes {n_header:,} bytes, expected at most {MAX_HEADER_BYTES:,}",
+            "no model has that many tensors in one file; nothing was written from it",
+        )
+    return file.read(n_header)
 
 
 def parse_safetensors_header(header_json: bytes, file_bytes: int, file_name: str) -> tuple[StoredTensor, ...]:

@@ -1,7 +1,8 @@
 """Where a checkpoint comes from: its config, its shards and the files that go along.
 
-A source lists its shards with the tensors in them, from headers alone, and opens one shard at a time for reading. Today
-it is a directory; what the rest of int8convert sees of it is written so that a Hub repository fits the same shape.
+A source lists its shards with the tensors in them, from headers alone, and opens one shard at a time for reading. It is
+a directory, or a repository on the Hub, see `int8convert.checkpoint.hub`: of that, the small files lie in the Hub's
+cache, and the shards stay where they are until somebody reads them.
 
 A checkpoint is a stranger's: whatever is in the directory, opening it ends in a source that can be read or in a
 SourceError, within memory in proportion to its headers. Not defended against: somebody who changes the directory while
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
@@ -26,16 +27,31 @@ from int8convert.checkpoint.layout import (
     read_config,
     read_json_object,
 )
-from int8convert.checkpoint.pickle_file import read_pickle_header
-from int8convert.checkpoint.safetensors_file import read_exactly, read_safetensors_header
+from int8convert.checkpoint.pickle_file import find_pickle_tensors
+from int8convert.checkpoint.safetensors_file import find_safetensors_tensors, read_exactly
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import CorruptFileError, SourceError
 
 _LFS_POINTER = b"version https://git-lfs"
 
 
-class ShardReader:
-    """One open shard. `read_into` may be called by several threads at once.
+class ShardReader(Protocol):
+    """One open shard. `read_into` may be called by several threads at once."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer with the shard's bytes from `offset` on.
+
+        Raises:
+            CorruptFileError: the file has become shorter since its header was read.
+            HubError: it is on the Hub and does not come from there.
+        """
+
+    def close(self) -> None:
+        """Harmless if done before."""
+
+
+class FileReader:
+    """A `ShardReader` of a file.
 
     By `pread`, not by a memory map: a file that shrinks under a map kills the process without a word, and copying from
     the page cache into a buffer that stays in the core's cache costs less than the page faults do.
@@ -47,11 +63,7 @@ class ShardReader:
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill the buffer with the shard's bytes from `offset` on.
-
-        Raises:
-            CorruptFileError: the file has become shorter since its header was read.
-        """
+        """See `ShardReader`."""
         read_exactly(self._fd, buffer, offset, self._name)
 
     def close(self) -> None:
@@ -60,16 +72,35 @@ class ShardReader:
             self._fd = -1
 
 
+class RemoteFile(Protocol):
+    """A file on the Hub, at one commit.
+
+    sha256: of its content, in hex; None if the Hub does not know it, as of small files outside of LFS.
+    """
+
+    @property
+    def sha256(self) -> str | None: ...
+
+    def open(self) -> ShardReader: ...
+
+
 @dataclass(frozen=True, slots=True)
 class SourceShard:
-    """One weight file and the tensors in it, in the order of their bytes."""
+    """One weight file and the tensors in it, in the order of their bytes.
+
+    Attributes:
+        path: the file; of one on the Hub, where it would lie beside the config.
+        remote: where its bytes are, if not in `path`.
+    """
 
     path: Path
     n_bytes: int
     tensors: tuple[StoredTensor, ...] = field(repr=False)
+    remote: RemoteFile | None = field(default=None, repr=False)
 
     def open(self) -> ShardReader:
-        return ShardReader(self.path)
+        """For reading here and there; whoever reads a whole shard from the Hub goes by `shard_access`."""
+        return self.remote.open() if self.remote is not None else FileReader(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +109,11 @@ class CheckpointSource:
 
     Attributes:
         label: the source as the user named it.
+        directory: where its small files are.
         config: the parsed config.json; {} where there is none.
         shards: its weight files.
         carried: small files that go along unchanged.
+        commit: of the repository on the Hub that `label` names; None of a directory.
     """
 
     label: str
@@ -88,6 +121,7 @@ class CheckpointSource:
     config: dict[str, Any] = field(repr=False)
     shards: tuple[SourceShard, ...] = field(repr=False)
     carried: tuple[Path, ...] = field(repr=False)
+    commit: str | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -156,14 +190,16 @@ def read_shard(path: Path) -> SourceShard:
         CorruptFileError: it is none, or contradicts itself.
     """
     with path.open("rb") as file:
+        n_bytes = os.fstat(file.fileno()).st_size
         is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
-    if is_pointer:
-        raise CorruptFileError(
-            f"{quoted(path.name)} is a Git LFS pointer, a note of where the weights are, not the weights",
-            "run `git lfs pull` in the checkpoint, or fetch the file again; nothing was written",
-        )
-    tensors = (read_safetensors_header if path.suffix == ".safetensors" else read_pickle_header)(path)
-    return SourceShard(path, path.stat().st_size, tensors)
+        if is_pointer:
+            raise CorruptFileError(
+                f"{quoted(path.name)} is a Git LFS pointer, a note of where the weights are, not the weights",
+                "run `git lfs pull` in the checkpoint, or fetch the file again; nothing was written",
+            )
+        file.seek(0)
+        find_tensors = find_safetensors_tensors if path.suffix == ".safetensors" else find_pickle_tensors
+        return SourceShard(path, n_bytes, find_tensors(file, n_bytes, path.name))
 
 
 def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[SourceShard, ...]:

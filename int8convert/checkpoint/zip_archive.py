@@ -8,6 +8,12 @@ from typing import BinaryIO
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.torch_values import MAX_PICKLE_BYTES, RefusedError
 
+_ALIGNMENT = 64
+"""Of a record's data, as torch has written it since 1.6."""
+
+_DESCRIPTOR_BYTES = (0, 16, 24)
+"""What may stand behind a record's data: nothing, or its checksum and sizes once more, in 32 or 64 bits."""
+
 
 class ZipArchive:
     """A zip archive as torch writes it: nothing compressed or encrypted, no comment at the end, no name twice.
@@ -30,6 +36,8 @@ class ZipArchive:
             at = self._add_record(directory, at)
         if at != n_bytes or len(self._records) != n_records:
             raise RefusedError("its zip directory is damaged")
+        starts = sorted({header_at for header_at, _ in self._records.values()})
+        self._behind = dict(zip(starts, [*starts[1:], begin], strict=True))
         # torch, too, takes the folder of the first record for that of all.
         self._folder = next(iter(self._records), b"").partition(b"/")[0] + b"/"
 
@@ -95,6 +103,22 @@ class ZipArchive:
         if begin + n_bytes > self._directory_begin:
             raise RefusedError(f"the record {quoted(name)} is truncated")
         return begin, n_bytes
+
+    def find_unread(self, name: str) -> tuple[int, int]:
+        """As `find`, without reading what stands before the data where the directory leaves no doubt.
+
+        torch pads that so that the data begins at a multiple of 64 bytes: the first one at which this is possible. If
+        the data then ends where the next record begins, it begins there; otherwise `find` reads.
+        """
+        full_name = self._folder + name.encode(errors="replace")
+        if full_name not in self._records:
+            return self.find(name)
+        header_at, n_bytes = self._records[full_name]
+        is_wide = [n_bytes >= 0xFFFFFFFF] * 2 + [header_at >= 0xFFFFFFFF]
+        # An extra field of kind 1 for numbers that need 64 bits, and one of padding, each with 4 bytes before it.
+        least = header_at + 30 + len(full_name) + 4 + (4 + 8 * sum(is_wide) if any(is_wide) else 0)
+        begin = -(-least // _ALIGNMENT) * _ALIGNMENT
+        return (begin, n_bytes) if self._behind[header_at] - begin - n_bytes in _DESCRIPTOR_BYTES else self.find(name)
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """The bytes of a small record."""

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from int8convert.checkpoint.adapter import Adapter, LowRankUpdate, open_adapter
 from int8convert.checkpoint.layout import quoted
-from int8convert.checkpoint.source import ShardReader
+from int8convert.checkpoint.source import FileReader, ShardReader
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.blocks import read_whole
 from int8convert.conversion.floats import widen
@@ -85,7 +85,7 @@ class LoraDelta:
             CorruptFileError: the file has become shorter since its header was read.
         """
         update = self.update
-        reader = ShardReader(self.path)
+        reader = FileReader(self.path)
         try:
             a = read_float32(update.a, reader)
             b = read_float32(update.b, reader)

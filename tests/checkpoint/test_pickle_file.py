@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from int8convert.checkpoint.pickle_file import read_pickle_header
-from int8convert.checkpoint.source import ShardReader
+from int8convert.checkpoint.source import FileReader
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.blocks import Scratch, as_array, read_rows
 from int8convert.errors import CorruptFileError
@@ -40,7 +40,7 @@ def odd_state_dict() -> dict[str, torch.Tensor]:
 
 
 def read(path: Path, stored: StoredTensor) -> np.ndarray:
-    reader = ShardReader(path)
+    reader = FileReader(path)
     try:
         n_rows = stored.shape[0] if stored.shape else 1
         block = read_rows(stored, reader, 0, n_rows, Scratch())
