@@ -15,6 +15,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +222,22 @@ def carried_files(directory: Path) -> tuple[Path, ...]:
     Raises:
         SourceError: an entry that would be carried is no regular file of this checkpoint, or its name does not print.
     """
-    root = [*directory.iterdir(), *directory.glob(f"{TEMPLATES_FOLDER}/*")]
-    entries = [entry for entry in root if entry.name not in _NOT_CARRIED and not is_weight_file(entry.name)]
-    found = (
-        find_file(directory, str(entry.relative_to(directory)))
-        for entry in (*entries, *directory.glob(_MODULE_FILES))
-        if not entry.is_dir()
-    )
+    entries = (*directory.iterdir(), *directory.glob(f"{TEMPLATES_FOLDER}/*"), *directory.glob(_MODULE_FILES))
+    names = (entry.relative_to(directory).as_posix() for entry in entries if not entry.is_dir())
+    return carried_paths(directory, filter(is_carried, names))
+
+
+def is_carried(name: str) -> bool:
+    """Whether a source's file, by its path with `/`, belongs beside the converted weights; see `carried_files`."""
+    folder, _, file_name = name.rpartition("/")
+    if folder and folder != TEMPLATES_FOLDER:
+        return fnmatchcase(name, _MODULE_FILES) and "/" not in folder
+    return file_name not in _NOT_CARRIED and not is_weight_file(file_name)
+
+
+def carried_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    """The paths of files to be carried over, each seen to be a file of this checkpoint; raises as `carried_files`."""
+    found = (find_file(directory, name) for name in names)
     carried = tuple(sorted(path for path in found if path is not None))
     for path in carried:
         if not path.name.isprintable():  # whoever lists the output would have it act on the terminal

@@ -20,7 +20,7 @@ from typing import Any
 
 from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.layout import OWN_FOLDER, read_json_object
-from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError
 
@@ -165,18 +165,19 @@ def _parse_record(value: Any) -> ShardRecord | None:
 
 
 def describe_source(source: CheckpointSource) -> dict[str, Any]:
-    """What identifies the bytes of a source short of reading them: sizes, times of change, headers, config."""
-    return {
+    """What identifies the bytes of a source short of reading them: sizes, times of change, headers, config; of a
+    repository on the Hub its commit, and nothing of how it is read."""
+    described = {
         "config_sha256": _json_sha256(source.config),
-        "files": {
-            shard.path.name: {
-                "n_bytes": shard.n_bytes,
-                "mtime_ns": shard.path.stat().st_mtime_ns,
-                "header_sha256": _json_sha256([[t.name, t.dtype, t.shape, t.offset, t.strides] for t in shard.tensors]),
-            }
-            for shard in source.shards
-        },
+        "files": {shard.path.name: _describe_shard(shard, source.commit is None) for shard in source.shards},
     }
+    return {"repository": source.label, "commit": source.commit, **described} if source.commit else described
+
+
+def _describe_shard(shard: SourceShard, has_time: bool) -> dict[str, Any]:
+    header = [[t.name, t.dtype, t.shape, t.offset, t.strides] for t in shard.tensors]
+    described = {"n_bytes": shard.n_bytes, "header_sha256": _json_sha256(header)}
+    return described | ({"mtime_ns": shard.path.stat().st_mtime_ns} if has_time else {})
 
 
 def _json_sha256(value: Any) -> str:

@@ -12,6 +12,7 @@ it is read.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +33,10 @@ from int8convert.checkpoint.safetensors_file import find_safetensors_tensors, re
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import CorruptFileError, SourceError
 
+CARD_NAME = "README.md"
 _LFS_POINTER = b"version https://git-lfs"
+_REPOSITORY_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+"""Names without an organization, which a few old repositories have, are taken for directories."""
 
 
 class ShardReader(Protocol):
@@ -129,22 +133,47 @@ class CheckpointSource:
         return sum(shard.n_bytes for shard in self.shards)
 
 
-def open_source(src: str | os.PathLike[str]) -> CheckpointSource:
-    """Read a local checkpoint directory's config, index and shard headers; no weights.
+def open_source(
+    src: str | os.PathLike[str], revision: str | None = None, cache_dir: Path | None = None
+) -> CheckpointSource:
+    """Read a checkpoint's config, index and shard headers; no weights.
+
+    Args:
+        src: a directory; or, if there is none of that name, the name of a repository on the Hub, ORGANIZATION/NAME.
+        revision: of the repository: a branch, a tag or a commit.
+        cache_dir: where the small files of a repository go; None is the Hub's cache.
+
+    Raises:
+        SourceError: there is no such directory, no weights are in it, or files that are none or lie elsewhere.
+        CorruptFileError: a file contradicts what it, or the index, promises.
+        HubError: the repository cannot be had.
+    """
+    if not is_repository_name(src):
+        return open_directory(Path(src), str(src))
+    from int8convert.checkpoint.hub.source import open_repository
+
+    return open_repository(str(src), revision, cache_dir)
+
+
+def is_repository_name(src: str | os.PathLike[str]) -> bool:
+    """Whether this names a repository on the Hub: it looks like one, and no file or directory has that name."""
+    return isinstance(src, str) and _REPOSITORY_NAME.fullmatch(src) is not None and not Path(src).exists()
+
+
+def open_directory(directory: Path, label: str) -> CheckpointSource:
+    """As `open_source`, of a directory.
 
     safetensors is preferred over `.bin` where both are present.
 
-    Raises:
-        SourceError: no such directory, no weights in it, or files that are none or lie elsewhere.
-        CorruptFileError: a file contradicts what it, or the index, promises.
+    Args:
+        label: what the user calls it.
     """
-    directory = Path(src)
     try:
-        return _open_directory(directory, str(src))
+        return _open_directory(directory, label)
     except OSError as error:
         where = f"{quoted(os.path.basename(error.filename))} in " if isinstance(error.filename, str) else ""
         raise SourceError(
-            f"{where}{quoted(str(src), 300)} cannot be read: {error.strerror}",
+            f"{where}{quoted(label, 300)} cannot be read: {error.strerror}",
             "see that you may read the directory and its disk is well; nothing was written",
         ) from error
 
@@ -154,7 +183,8 @@ def _open_directory(directory: Path, label: str) -> CheckpointSource:
         found = "a file" if directory.exists() else "nothing there"
         raise SourceError(
             f"{quoted(label, 300)} is not a checkpoint directory: {found}",
-            "give a directory with config.json and model*.safetensors or pytorch_model*.bin; nothing was written",
+            "give a directory with config.json and model*.safetensors or pytorch_model*.bin, or ORGANIZATION/NAME of a "
+            "repository on the Hub; nothing was written",
         )
     config_path = find_file(directory, CONFIG_NAME)
     return CheckpointSource(
@@ -202,8 +232,12 @@ def read_shard(path: Path) -> SourceShard:
         return SourceShard(path, n_bytes, find_tensors(file, n_bytes, path.name))
 
 
-def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[SourceShard, ...]:
-    """The shards an index names: files beside it, of its own format."""
+def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
+    """Tensor name -> file name of an index: plain names of files in `suffix`, which lie beside it.
+
+    Raises:
+        CorruptFileError: it has none, or it points elsewhere.
+    """
     weight_map = read_json_object(index, MAX_INDEX_BYTES, allow_nan=False).get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -214,14 +248,21 @@ def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[Sou
             f"'{index.name}' has no weight_map from tensor names to file names",
             "fetch the index again; nothing was written",
         )
-    shards = []
-    seen: dict[tuple[int, int], str] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name or not file_name.endswith(suffix) or not file_name.isprintable():
             raise CorruptFileError(
                 f"'{index.name}' points to {quoted(file_name)}, which is not a plain file name ending in {suffix}",
                 "shards lie beside their index; nothing outside the checkpoint was read",
             )
+    return weight_map
+
+
+def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[SourceShard, ...]:
+    """The shards an index names: files beside it, of its own format."""
+    weight_map = read_weight_map(index, suffix)
+    shards = []
+    seen: dict[tuple[int, int], str] = {}
+    for file_name in sorted(set(weight_map.values())):
         path = find_file(directory, file_name)
         if path is None:
             raise CorruptFileError(
@@ -237,11 +278,11 @@ def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[Sou
                 "fetch the checkpoint again; nothing was written",
             )
         shards.append(read_shard(path))
-    _check_index(weight_map, shards, index.name)
+    check_index(weight_map, shards, index.name)
     return tuple(shards)
 
 
-def _check_index(weight_map: dict[str, str], shards: list[SourceShard], index_name: str) -> None:
+def check_index(weight_map: dict[str, str], shards: list[SourceShard], index_name: str) -> None:
     """Every tensor of the index is in its shard, and no tensor in two.
 
     A tensor that is in a shard and not in the index is taken along, as loaders do: they load whole shards.

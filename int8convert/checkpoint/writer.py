@@ -59,6 +59,7 @@ class ShardWriter:
             self._begin[name] = at
             at += _n_bytes(spec)
         self.n_bytes = at
+        self._sha256 = ""
         self._file = DirectFile(self._temporary, at)
         try:
             self._file.write(0, memoryview(header))
@@ -70,13 +71,19 @@ class ShardWriter:
         """Write a tensor's bytes from byte `at` of it on. Threads may write at the same time."""
         self._file.write(self._begin[name] + at, data)
 
+    def finish(self) -> None:
+        """Put the data on the disk, under the temporary name as yet; no thread may be writing any more."""
+        if not self._sha256:
+            self._sha256 = self._file.finish()
+
     def commit(self) -> str:
         """Put the data on the disk, then give the file its name; the file's sha256 in hex."""
-        sha256 = self._file.finish()
+        self.finish()
         self._temporary.replace(self._path)
         fsync_directory(self._path.parent)
-        return sha256
+        return self._sha256
 
     def discard(self) -> None:
         """Remove what was written. Harmless after `commit`."""
         self._file.discard()
+        self._temporary.unlink(missing_ok=True)

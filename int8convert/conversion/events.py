@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from int8convert.checkpoint.source import SourceShard
 from int8convert.conversion.device import CPU, Device
 from int8convert.conversion.plan import ConversionPlan, PlannedShard, PlannedTensor
+from int8convert.conversion.reader_choice import ReaderChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +19,20 @@ class PlanMade:
     """Everything is decided and checked; the first byte is about to be written.
 
     device: where rows are quantized, and why, if no one asked for it.
+    reader: how the source comes from the Hub; None of a local one.
     """
 
     plan: ConversionPlan
     device: Device = CPU
+    reader: ReaderChoice | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFetched:
+    """So many bytes of a shard of the source have come from the Hub."""
+
+    shard: SourceShard
+    n_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,5 +87,27 @@ class ShardSkipped:
     shard: PlannedShard
 
 
-Event = PlanMade | ShardSkipped | ShardStarted | TensorQuantized | TensorKept | ShardFinished
+@dataclass(frozen=True, slots=True)
+class ShardRepeated:
+    """Shard i of n, and those behind it that are begun, are converted again: their tensors' events come once more.
+
+    reason: why, in a phrase.
+    """
+
+    i: int
+    n: int
+    shard: PlannedShard
+    reason: str
+
+
+Event = (
+    PlanMade
+    | SourceFetched
+    | ShardRepeated
+    | ShardSkipped
+    | ShardStarted
+    | TensorQuantized
+    | TensorKept
+    | ShardFinished
+)
 EventSink = Callable[[Event], None]

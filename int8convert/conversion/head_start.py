@@ -12,12 +12,14 @@ from dataclasses import replace
 from functools import partial
 
 from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.committer import ConvertedShard
 from int8convert.conversion.events import Event, ShardStarted, TensorKept, TensorQuantized
 from int8convert.conversion.fp8 import as_loaded
 from int8convert.conversion.model_map import ModuleFilter
 from int8convert.conversion.name_rules import map_by_name
-from int8convert.conversion.pipeline import ConvertedShard, Pipeline, ShardAbandonedError
+from int8convert.conversion.pipeline import Pipeline, ShardAbandonedError
 from int8convert.conversion.plan import ConversionPlan, PlannedShard, make_plan
+from int8convert.conversion.reading_order import ReadingOrder
 from int8convert.errors import Int8ConvertError
 
 
@@ -55,6 +57,7 @@ class HeadStart:
 
     def run(self) -> None:
         """Convert shards until the true plan is known; the one in work then is finished if it is right."""
+        order = ReadingOrder(self._guess)
         for i, shard in enumerate(self._guess.shards):
             if self._true_plan() is not None:
                 return
@@ -63,7 +66,7 @@ class HeadStart:
             events: list[Event] = []
             still_wanted = partial(self._is_wanted, i)
             try:
-                self._converted[i] = (self._pipeline.convert(shard, events.append, still_wanted), events)
+                self._converted[i] = (self._pipeline.convert(shard, events.append, order, still_wanted), events)
             except (ShardAbandonedError, Int8ConvertError):
                 return  # an error that is real comes again by the true plan
 

@@ -6,23 +6,28 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
 from int8convert.checkpoint.adapter import Adapter
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, describe_source
+from int8convert.checkpoint.model_card import read_source_card
 from int8convert.checkpoint.output_format import OutputFormat
-from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.conversion.committer import ConvertedShard
 from int8convert.conversion.device import Device
-from int8convert.conversion.events import EventSink, PlanMade
+from int8convert.conversion.events import EventSink, PlanMade, SourceFetched
 from int8convert.conversion.head_start import HeadStart, guess_plan
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import ModelMapProcess
 from int8convert.conversion.output import OutputDirectory, as_output_error
-from int8convert.conversion.pipeline import ConvertedShard, Pipeline
+from int8convert.conversion.pipeline import Pipeline
 from int8convert.conversion.plan import ConversionPlan, PlannedShard, make_plan
+from int8convert.conversion.reader_choice import Reader, access_maker, choose_reader, is_remote
+from int8convert.conversion.reading_order import MakeAccess, ReadingOrder
 from int8convert.errors import CoverageError, Int8ConvertError
 
 
@@ -88,6 +93,17 @@ def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap
     return replace(model_map, tensors=tensors, notes=model_map.notes + notes)
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the shards of a repository on the Hub are had; of no concern to a local source.
+
+    cache_dir: where what is downloaded stays; None removes it after use.
+    """
+
+    reader: Reader = Reader.AUTO
+    cache_dir: Path | None = None
+
+
 class Conversion:
     """What is converted into where, and how far it may go.
 
@@ -104,7 +120,9 @@ class Conversion:
         min_coverage: float,
         check: bool,
         adapter: Adapter | None,
+        reading: Reading = Reading(),
     ) -> None:
+        self._reading = reading
         self._adapter = adapter
         self._source = source
         self._output = output
@@ -123,45 +141,58 @@ class Conversion:
             self._telling_what_is_on_disk(),
             Pipeline(self._output.manifest, self._output.path, n_workers, emit, device) as pipeline,
         ):
-            plan, done, converted = self._start(coming, pipeline)
-            records = pipeline.run(plan, done, converted)
+            plan, done, converted, make_access = self._start(coming, pipeline)
+            records = pipeline.run(plan, done, converted, make_access)
             self._output.complete(plan, threshold, _summary(plan), records)
             return plan
 
     def _start(
         self, coming: PlanInTheMaking, pipeline: Pipeline
-    ) -> tuple[ConversionPlan, dict[str, ShardRecord], dict[int, ConvertedShard]]:
+    ) -> tuple[ConversionPlan, dict[str, ShardRecord], dict[int, ConvertedShard], MakeAccess | None]:
         """Wait for the plan, converting by a guess meanwhile, and check it.
 
         Returns:
-            the plan, the records of shards finished earlier, and the shards converted by the guess.
+            the plan, the records of shards finished earlier, the shards converted by the guess, and how to get at the
+            shards of the source, if not as files.
         """
         records = {} if self._output.replaces else self._output.manifest.read_records()
         # Where an old checkpoint is to be replaced, it stays until all is checked, and both need room: no head start.
-        # Nor with an adapter, whose names only the model's class can tell.
-        may_guess = not self._output.replaces and self._adapter is None
+        # Nor with an adapter, whose names only the model's class can tell, nor where a wrong guess costs a download.
+        may_guess = not self._output.replaces and self._adapter is None and not is_remote(self._source)
         guess = guess_plan(self._source, self._modules, self._max_shard_bytes) if may_guess else None
-        if guess is None or not self._output.has_room(guess):
+        if guess is None or self._output.spare_bytes(guess) < 0:
             plan = coming.result()
-            return plan, self._check_and_begin(plan, records, pipeline), {}
+            done, make_access = self._check_and_begin(plan, records, pipeline)
+            return plan, done, {}, make_access
         head_start = HeadStart(pipeline, guess, coming.peek, lambda shard: self._is_done(shard, records))
         try:
             head_start.run()
             plan = coming.result()
-            done = self._check_and_begin(plan, records, pipeline)
-            return plan, done, head_start.confirm(plan)
+            done, make_access = self._check_and_begin(plan, records, pipeline)
+            return plan, done, head_start.confirm(plan), make_access
         finally:
             head_start.discard()
 
     def _check_and_begin(
         self, plan: ConversionPlan, records: dict[str, ShardRecord], pipeline: Pipeline
-    ) -> dict[str, ShardRecord]:
+    ) -> tuple[dict[str, ShardRecord], MakeAccess | None]:
         check_coverage(plan, self._min_coverage)
-        self._output.check_room(plan)
         done = {s.file_name: records[s.file_name] for s in plan.shards if self._is_done(s, records)}
+        if not is_remote(self._source):
+            self._output.check_room(plan)
+            self._output.begin(done, len(plan.shards))
+            pipeline.emit(PlanMade(plan, pipeline.device))
+            return done, None
+        order, cache_dir, n_workers = ReadingOrder(plan, done), self._reading.cache_dir, pipeline.n_workers
+        choice = choose_reader(self._reading.reader, order, n_workers, cache_dir, self._output.spare_bytes(plan))
+        self._output.check_room(plan, choice.costs.disk_bytes if cache_dir is None else 0)
         self._output.begin(done, len(plan.shards))
-        pipeline.emit(PlanMade(plan, pipeline.device))
-        return done
+        pipeline.emit(PlanMade(plan, pipeline.device, choice))
+
+        def on_progress(shard: SourceShard, n_bytes: int) -> None:
+            pipeline.emit(SourceFetched(shard, n_bytes))
+
+        return done, access_maker(choice, self._output.incoming, cache_dir, n_workers, on_progress)
 
     def _is_done(self, shard: PlannedShard, records: Mapping[str, ShardRecord]) -> bool:
         """Whether an earlier run finished a shard by the same plan, and its file is as it was left."""
@@ -196,6 +227,8 @@ def _summary(plan: ConversionPlan) -> dict[str, Any]:
     return {
         "tool": f"int8convert {__version__}",
         "source": plan.source.label,
+        "source_revision": plan.source.commit,
+        "source_card": read_source_card(plan.source.directory),
         "model_class": plan.model_map.model_class,
         "notes": list(plan.model_map.notes),
         "n_parameters": plan.n_parameters,

@@ -34,6 +34,7 @@ from int8convert.conversion.plan import ConversionPlan, output_weight_map
 from int8convert.errors import DiskFullError, OutputError
 
 _LOCK_NAME = "lock"
+_INCOMING_NAME = "incoming"
 
 
 class SizedPlan(Protocol):
@@ -113,6 +114,7 @@ class OutputDirectory:
         if entry.name == OWN_FOLDER and entry.is_dir():
             return {path.name.removesuffix(INCOMPLETE_SUFFIX) for path in entry.iterdir()} <= {
                 _LOCK_NAME,
+                _INCOMING_NAME,
                 "shards",
                 "conversion.json",
             } and not self.manifest.read_request()
@@ -123,23 +125,33 @@ class OutputDirectory:
         """Whether a finished conversion of ours is in it."""
         return self.manifest.is_complete and (self.path / CONFIG_NAME).is_file()
 
-    def check_room(self, plan: SizedPlan) -> None:
+    def check_room(self, plan: SizedPlan, more_bytes: int = 0) -> None:
         """Compare what is still to be written with the free disk space.
+
+        Args:
+            more_bytes: that are needed beside the output.
 
         Raises:
             DiskFullError: it does not fit.
         """
         needed, free = self._needed_and_free(plan)
-        if needed > free:
+        if needed + more_bytes > free:
+            beside = f", and {more_bytes:,} beside it for what is downloaded" if more_bytes else ""
+            other = "--reader stream needs nothing beside it; " if more_bytes and needed <= free else ""
             raise DiskFullError(
-                f"OUT '{self.path}' needs {needed:,} bytes, its disk has {free:,} free",
-                "make room, or name a directory on another disk, and rerun the same command",
+                f"OUT '{self.path}' needs {needed:,} bytes{beside}, its disk has {free:,} free",
+                f"{other}make room, or name a directory on another disk, and rerun the same command",
             )
 
-    def has_room(self, plan: SizedPlan) -> bool:
-        """Whether the plan's output fits on the disk."""
+    def spare_bytes(self, plan: SizedPlan) -> int:
+        """What the disk has free beside the plan's output; negative if that does not fit."""
         needed, free = self._needed_and_free(plan)
-        return needed <= free
+        return free - needed
+
+    @property
+    def incoming(self) -> Path:
+        """The folder for shards of the source that are downloaded, and removed after use."""
+        return self.manifest.folder / _INCOMING_NAME
 
     def _needed_and_free(self, plan: SizedPlan) -> tuple[int, int]:
         """Weight files that are there, to be replaced or written already, count as free."""
@@ -186,6 +198,7 @@ class OutputDirectory:
         for folder in (self.path, self.manifest.folder, self.manifest.folder / "shards"):
             for leftover in folder.glob(f"*{INCOMPLETE_SUFFIX}"):
                 leftover.unlink()
+        shutil.rmtree(self.incoming, ignore_errors=True)
 
     def begin(self, done: Mapping[str, ShardRecord], n_shards: int) -> None:
         """All is checked: remove what is to be replaced, and write down what is being done.

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.adapter import open_adapter
@@ -15,10 +16,11 @@ from int8convert.checkpoint.source import open_source
 from int8convert.conversion.device import choose_device
 from int8convert.conversion.events import Event, EventSink, PlanMade, ShardFinished, TensorKept, TensorQuantized
 from int8convert.conversion.fp8 import is_fp8
-from int8convert.conversion.job import Conversion, PlanInTheMaking, conversion_request
+from int8convert.conversion.job import Conversion, PlanInTheMaking, Reading, conversion_request
 from int8convert.conversion.model_map import ModuleFilter, check_config
 from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.plan import ConversionPlan
+from int8convert.conversion.reader_choice import Reader
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NonFiniteWeightError
 
@@ -39,6 +41,8 @@ def plan(
     max_shard_size: int | str | None = None,
     lora: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> ConversionPlan:
     """What `quantize` would do with a checkpoint, from headers alone; writes nothing.
 
@@ -48,7 +52,7 @@ def plan(
         Int8ConvertError: the source cannot be read, or a pattern matches nothing.
     """
     max_shard_bytes = parse_size(max_shard_size)
-    source = open_source(src)
+    source = open_source(src, revision, Path(cache_dir) if cache_dir is not None else None)
     check_config(source.config, is_fp8(source))
     modules = ModuleFilter(tuple(skip), tuple(only), OutputFormat(format), trust_remote_code)
     adapter = open_adapter(lora) if lora is not None else None
@@ -73,6 +77,9 @@ def quantize(
     device: str = "auto",
     overwrite: bool = False,
     check: bool = False,
+    revision: str | None = None,
+    reader: str = Reader.AUTO,
+    cache_dir: str | os.PathLike[str] | None = None,
     on_event: EventSink | None = None,
 ) -> ConversionReport:
     """Turn a checkpoint directory into an LLM.int8() checkpoint that others load with nothing of ours installed.
@@ -82,7 +89,8 @@ def quantize(
     call resumes behind them; the bytes are the same as if nothing had happened.
 
     Args:
-        src: a directory with config.json and safetensors or `.bin` weights.
+        src: a directory with config.json and safetensors or `.bin` weights; or, if there is none of that name, the name
+            of a repository on the Hub, ORGANIZATION/NAME.
         out: the directory to write; must not exist, be empty, or hold an unfinished conversion of the same source with
             the same options, unless `overwrite`.
         skip: modules that stay 16-bit; full names or dotted tails, with shell wildcards.
@@ -101,6 +109,10 @@ def quantize(
             is the CPU. The output does not depend on it.
         overwrite: replace a checkpoint in `out`.
         check: when resuming, trust finished shards by their sha256 and not only by their size.
+        revision: of the repository: a branch, a tag or a commit; None is its main branch.
+        reader: "stream", which takes no disk beside the output; "download", which takes two of the source's shards; or
+            "auto", the latter where there is room. The output does not depend on it.
+        cache_dir: a Hub cache in which what is downloaded stays.
         on_event: told what happens; None shows a tqdm bar.
 
     Raises:
@@ -116,7 +128,9 @@ def quantize(
             "workers must be at least 1, threshold at least 0, min_coverage between 0 and 1, on_nonfinite error or keep"
         )
     device_used = choose_device(device)
-    source = open_source(src)
+    cache = Path(cache_dir) if cache_dir is not None else None
+    reading = Reading(Reader(reader), cache)
+    source = open_source(src, revision, cache)
     check_config(source.config, is_fp8(source))
     options: dict[str, Any] = {
         "skip": list(skip),
@@ -137,7 +151,7 @@ def quantize(
         sink(event)
 
     modules = ModuleFilter(tuple(skip), tuple(only), output_format, trust_remote_code)
-    job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter)
+    job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter, reading)
     with output.in_use():
         while True:
             try:
@@ -174,12 +188,14 @@ class _TqdmProgress:
         from tqdm.auto import tqdm
 
         self._bar = tqdm(unit="B", unit_scale=True, desc="quantize")
+        self._seen: set[str] = set()  # tensors of a shard that is repeated come again
 
     def __call__(self, event: Event) -> None:
         match event:
             case PlanMade(conversion_plan):
                 self._bar.reset(total=conversion_plan.n_read_bytes)
-            case TensorQuantized(tensor=tensor) | TensorKept(tensor=tensor):
+            case TensorQuantized(tensor=tensor) | TensorKept(tensor=tensor) if tensor.output_name not in self._seen:
+                self._seen.add(tensor.output_name)
                 self._bar.update(tensor.source.n_bytes)
             case ShardFinished(i=i, n=n) if i == n - 1:
                 self._bar.close()

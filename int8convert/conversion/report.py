@@ -81,14 +81,16 @@ class ConversionReport:
 class ReportBuilder:
     """Listens to a conversion's events and makes its report."""
 
-    quantized: list[TensorQuantized] = field(default_factory=list)
+    quantized: dict[str, TensorQuantized] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, TensorQuantized):
-            self.quantized.append(event)
-        elif isinstance(event, TensorKept) and event.n_non_finite:
-            self.non_finite[event.tensor.output_name] = event.n_non_finite
+            self.quantized[event.tensor.output_name] = event  # of a shard that is repeated, the last
+        elif isinstance(event, TensorKept):
+            self.non_finite.pop(event.tensor.output_name, None)
+            if event.n_non_finite:
+                self.non_finite[event.tensor.output_name] = event.n_non_finite
 
     def restart(self) -> None:
         """Forget what was seen: the conversion begins again."""
@@ -119,7 +121,7 @@ class ReportBuilder:
 
     def _errors(self) -> tuple[LayerKindError, ...]:
         by_kind: dict[str, list[TensorQuantized]] = {}
-        for event in sorted(self.quantized, key=lambda event: event.tensor.output_name):
+        for event in (self.quantized[name] for name in sorted(self.quantized)):
             by_kind.setdefault(event.tensor.layer_kind, []).append(event)
         errors = []
         for kind, events in by_kind.items():

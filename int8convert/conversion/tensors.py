@@ -141,20 +141,23 @@ class TensorQuantization:
         module_name = self._tensor.output_name.removesuffix(".weight")
         raise NonFiniteWeightError(
             f"{self._tensor.source.name!r} in '{self.file_name}' holds {values[outside][0]} at row {begin + row:,}, "
-            f"column {int(np.argmax(outside)):,} (one of {self._count_outside():,} such): "
+            f"column {int(np.argmax(outside)):,}{self._count_outside()}: "
             f"no int8 form, or none that computes in fp16, whose largest number is {FP16_MAX:,.0f}",
             f"mend the checkpoint, or keep such modules 16-bit with --on-nonfinite keep or --skip '{module_name}'",
             module_name,
         )
 
-    def _count_outside(self) -> int:
-        """How many values of the whole tensor no row of codes can hold; reads it again, since this is the end."""
+    def _count_outside(self) -> str:
+        """How many values of the whole tensor no row of codes can hold, for the error; "" of what would be fetched
+        again for it."""
+        if self._tensor.shard.remote is not None:
+            return ""
         count = 0
         scratch = Scratch()
         for begin, end in self.blocks():
             values = widen(self._rows.values(self.read(begin, end, scratch), begin, end), self._rows.dtype)
             count += int(np.count_nonzero(~(np.abs(values) <= FP16_MAX)))
-        return count
+        return f" (one of {count:,} such)"
 
     @property
     def file_name(self) -> str:

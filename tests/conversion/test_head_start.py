@@ -19,6 +19,7 @@ from int8convert.conversion.head_start import guess_plan
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.conversion.plan import PlannedShard
+from int8convert.conversion.reading_order import ReadingOrder
 from int8convert.errors import CoverageError
 from tests.conftest import InProcessMap
 from tests.tiny_models import file_bytes, save_as_pickles, save_checkpoint
@@ -136,7 +137,7 @@ def test_shard_on_its_way_to_the_disk_gets_there_when_the_next_one_fails(
         raise OSError(errno.EIO, "Input/output error")
 
     with Pipeline(manifest, out, 1, lambda event: None) as pipeline:
-        first = pipeline.convert(plan.shards[0], lambda event: None)
+        first = pipeline.convert(plan.shards[0], lambda event: None, ReadingOrder(plan))
         monkeypatch.setattr(os, "fsync", late_fsync)
         monkeypatch.setattr(pipeline, "convert", failing)
         with pytest.raises(OSError, match="Input/output error"):

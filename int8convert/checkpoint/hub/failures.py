@@ -20,6 +20,7 @@ from int8convert.checkpoint.layout import quoted
 from int8convert.errors import HubAccessError, HubConnectionError, HubError
 
 if TYPE_CHECKING:
+    import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
 CALL_PATIENCE_S = 20.0
@@ -238,15 +239,15 @@ def _short(error: BaseException) -> str:
     return quoted(str(error).split("\n", 1)[0], _MAX_REASON)
 
 
-def _host_of(error: BaseException) -> str:
+def _host_of(error: httpx2.RequestError) -> str:
     try:
-        return str(error.request.url.host)  # type: ignore[attr-defined]
+        return str(error.request.url.host)
     except RuntimeError:  # the error came to be without a request
         return urlsplit(endpoint()).hostname or endpoint()
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import parse_ratelimit_headers
 
     value = headers.get("Retry-After")
     if value is not None and value.isdigit():

@@ -1,0 +1,157 @@
+"""One repository at one commit: its files with sizes and hashes, and its small files in the Hub's cache.
+
+The commit is found first, and everything afterwards names it, so that a push in the meantime changes nothing. What the
+Hub lists - size, and sha256 or git blob id - is what every byte that comes from it is measured against.
+
+The small files are had through the client's own cache, like those of every other program that uses the Hub: what is
+there already is not fetched again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from int8convert.checkpoint.hub.failures import call_hub
+from int8convert.checkpoint.layout import quoted
+from int8convert.errors import CorruptFileError, HubError
+
+_FETCHES_AT_ONCE = 4
+_TRIES = 3
+"""For a small file that comes with wrong bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryFile:
+    """A file as the Hub lists it.
+
+    Attributes:
+        name: its path in the repository.
+        sha256: of its content; None outside of LFS.
+        blob_id: what git calls it; of LFS files, it is the pointer's.
+    """
+
+    name: str
+    n_bytes: int
+    sha256: str | None
+    blob_id: str
+
+    def is_content(self, content: bytes) -> bool:
+        """Whether these are its bytes."""
+        check = ContentCheck(self.n_bytes, self.sha256, self.blob_id)
+        check.feed(content)
+        return check.is_right
+
+
+class ContentCheck:
+    """Whether a file's bytes, fed in order, are what the Hub lists.
+
+    Args:
+        n_bytes, sha256, blob_id: as `RepositoryFile` has them.
+    """
+
+    def __init__(self, n_bytes: int, sha256: str | None, blob_id: str) -> None:
+        self._expected = sha256, blob_id
+        self._sha256 = hashlib.sha256()
+        self._blob = None if sha256 else hashlib.sha1(b"blob %d\0" % n_bytes, usedforsecurity=False)
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """The next bytes."""
+        self._sha256.update(data)
+        if self._blob is not None:
+            self._blob.update(data)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was fed, in hex."""
+        return self._sha256.hexdigest()
+
+    @property
+    def is_right(self) -> bool:
+        """Whether all that was fed is the file."""
+        if self._blob is not None:
+            return self._blob.hexdigest() == self._expected[1]
+        return self.sha256 == self._expected[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository at a commit.
+
+    Attributes:
+        name: as the Hub knows it, which of old names is not what was asked for.
+        commit: 40 hex digits.
+        files: by name, folders left out.
+    """
+
+    name: str
+    commit: str
+    files: Mapping[str, RepositoryFile] = field(repr=False)
+
+
+def find_repository(name: str, revision: str | None = None) -> Repository:
+    """Look a repository up.
+
+    Args:
+        revision: a branch, a tag or a commit; None is the main branch.
+
+    Raises:
+        HubError: it is not there, or not for this token, or the Hub is not reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api = HfApi()
+    found = call_hub(lambda: api.model_info(name, revision=revision), f"looking for {quoted(name)}", name)
+    if found.sha is None:
+        raise HubError(f"{quoted(name)} has no commit", "it is empty; name one that holds a checkpoint")
+    commit = found.sha
+    entries = call_hub(
+        lambda: list(api.list_repo_tree(found.id, revision=commit, recursive=True)), f"listing {quoted(name)}", name
+    )
+    files = {
+        entry.path: RepositoryFile(
+            entry.path, entry.size, entry.lfs.sha256 if entry.lfs is not None else None, entry.blob_id
+        )
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
+    return Repository(found.id, commit, files)
+
+
+def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: Path | None = None) -> Path:
+    """The folder in the Hub's cache in which these files of the repository are, each checked against its hash.
+
+    Args:
+        cache_dir: another cache than the client's own.
+
+    Raises:
+        HubError: one cannot be had.
+        CorruptFileError: one comes with wrong bytes again and again.
+    """
+    with ThreadPoolExecutor(_FETCHES_AT_ONCE) as pool:
+        paths = dict(zip(names, pool.map(lambda name: _fetch(repository, name, cache_dir), names), strict=True))
+    if not paths:
+        raise HubError(f"{quoted(repository.name)} holds nothing to convert", "name a repository with a checkpoint")
+    name, path = next(iter(paths.items()))
+    return path.parents[len(Path(name).parts) - 1]
+
+
+def _fetch(repository: Repository, name: str, cache_dir: Path | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    subject = f"fetching {quoted(name)} of {quoted(repository.name)}"
+    download = partial(hf_hub_download, repository.name, name, revision=repository.commit, cache_dir=cache_dir)
+    for n_tries in range(_TRIES):
+        path = Path(call_hub(partial(download, force_download=n_tries > 0), subject, repository.name))
+        if repository.files[name].is_content(path.read_bytes()):
+            return path
+    path.unlink()
+    raise CorruptFileError(
+        f"{quoted(name)} of {quoted(repository.name)} came {_TRIES} times with other bytes than the Hub lists",
+        "a proxy or a disk on the way is broken; nothing was written",
+    )

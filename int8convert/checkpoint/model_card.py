@@ -1,0 +1,40 @@
+"""What a source's model card says that a checkpoint made of it has to say, too: above all its licence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.layout import find_file
+from int8convert.checkpoint.source import CARD_NAME
+
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
+_MAX_LENGTH = 100_000
+_MAX_TEXT = 200
+
+
+def read_source_card(directory: Path) -> dict[str, Any]:
+    """The inherited entries of the card's YAML; none of a card that is missing or cannot be read.
+
+    Values are strings, or lists of strings, and print.
+    """
+    import yaml
+
+    path = find_file(directory, CARD_NAME)
+    if path is None:
+        return {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        block = _FRONT_MATTER.match(file.read(_MAX_LENGTH))
+    try:
+        entries = yaml.safe_load(block[1]) if block else {}
+    except (yaml.YAMLError, ValueError, RecursionError):  # a stranger's text
+        return {}
+    found = entries if isinstance(entries, dict) else {}
+    return {name: found[name] for name in _INHERITED if name in found and _is_plain(found[name])}
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, list) and len(value) <= _MAX_TEXT else [value]
+    return all(isinstance(one, str) and one.isprintable() and len(one) <= _MAX_TEXT for one in values)

@@ -1,0 +1,127 @@
+"""How a conversion gets at whole source shards: one after the other, each hashed on the way, each let go of at its end.
+
+Whoever converts opens a shard, reads its blocks in the order of its bytes, says which it is through with, and finishes
+it: then its sha256 is known, and compared with the one expected. `LocalShards` is that for files that are there;
+`int8convert.checkpoint.hub` has it for files that are not: `shard_stream`, `shard_download`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from int8convert.checkpoint.hashing import OrderedSha256, expected_sha256
+from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.source import FileReader, ShardReader, SourceShard
+from int8convert.errors import CorruptFileError
+
+
+class DamagedShardError(Exception):
+    """A shard came with other bytes than its source lists; fetched again, it may be right. Reaches no user.
+
+    Attributes:
+        shard: which.
+    """
+
+    def __init__(self, shard: SourceShard, message: str) -> None:
+        super().__init__(message)
+        self.shard = shard
+
+
+class OrderedReader(ShardReader, Protocol):
+    """A `ShardReader` of a shard that is read from its beginning to its end."""
+
+    def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
+        """Told once a block, in the order of the blocks, after it was read.
+
+        Args:
+            data: the block, if it lies in the file in one piece; else None.
+            offset: where it begins in the file.
+            needed_from: no byte before this one will be read again.
+        """
+
+
+class ShardAccess(Protocol):
+    """Access to the shards of one source."""
+
+    def open(self, shard: SourceShard) -> OrderedReader:
+        """Begin to read a shard, or go on with one whose reader was closed and which is not finished.
+
+        Raises:
+            OSError: a local file cannot be read.
+            HubError: the shard cannot be had.
+        """
+
+    def is_checked(self, shard: SourceShard) -> bool:
+        """Whether nothing made of the shard may count before `finish` has told its bytes to be right."""
+
+    def finish(self, shard: SourceShard) -> str:
+        """The sha256 of a shard that is not needed any longer, in hex. Reads what was not read.
+
+        Raises:
+            CorruptFileError: it is not the one expected.
+            DamagedShardError: the same, and fetching it again may help.
+            OSError, HubError: as `open`.
+        """
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class LocalShards:
+    """`ShardAccess` to files."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[Path, OrderedSha256] = {}
+
+    def open(self, shard: SourceShard) -> OrderedReader:
+        """See `ShardAccess`."""
+        return HashingReader(FileReader(shard.path), self.hash_of(shard))
+
+    def hash_of(self, shard: SourceShard) -> OrderedSha256:
+        """The hash of a shard, as far as it has got."""
+        if shard.path not in self._hashes:
+            self._hashes[shard.path] = OrderedSha256(shard.path)
+        return self._hashes[shard.path]
+
+    def is_checked(self, shard: SourceShard) -> bool:
+        """See `ShardAccess`: a local file that is wrong stays wrong, so nothing has to wait."""
+        return False
+
+    def finish(self, shard: SourceShard) -> str:
+        """See `ShardAccess`. The hash expected is the one the Hub's client wrote down, if it fetched the file."""
+        found = self.hash_of(shard).finish()
+        expected = expected_sha256(shard.path)
+        if expected is not None and found != expected:
+            raise CorruptFileError(
+                f"{quoted(shard.path.name)} has sha256 {found}, expected {expected}, as the client that fetched it "
+                "wrote down",
+                "fetch this file again and rerun the same command",
+            )
+        return found
+
+    def close(self) -> None:
+        """See `ShardAccess`."""
+        for hashing in self._hashes.values():
+            hashing.close()
+
+
+class HashingReader:
+    """An `OrderedReader` of a local file; what is read is hashed, too."""
+
+    def __init__(self, reader: FileReader, hashing: OrderedSha256) -> None:
+        self._reader = reader
+        self._hashing = hashing
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """See `ShardReader`."""
+        self._reader.read_into(buffer, offset)
+
+    def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
+        """See `OrderedReader`. A block of several pieces is read again for the hash, when its time comes."""
+        if data is not None:
+            self._hashing.feed(data, offset)
+
+    def close(self) -> None:
+        """See `ShardReader`."""
+        self._reader.close()

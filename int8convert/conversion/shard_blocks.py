@@ -1,0 +1,110 @@
+"""The blocks of one shard, handed to several threads in reading order, and their turns at what has to be in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from int8convert.checkpoint.shard_access import OrderedReader, ShardAccess
+from int8convert.conversion.blocks import Scratch
+from int8convert.conversion.committer import ConvertedShard, reading
+from int8convert.conversion.events import EventSink
+from int8convert.conversion.plan import PlannedShard, PlannedTensor
+from int8convert.conversion.reading_order import ReadingOrder
+from int8convert.conversion.tensors import BlockCounter, tensor_task
+
+
+class Turns:
+    """Lets threads through one at a time, in the order of their numbers."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._changed = threading.Condition()
+        self.is_closed = False
+
+    @contextmanager
+    def turn(self, number: int) -> Iterator[None]:
+        """Waits for the turn of `number`; once closed, all go at once."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_closed or self._next == number)
+        yield
+        with self._changed:
+            self._next = number + 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits any longer."""
+        with self._changed:
+            self.is_closed = True
+            self._changed.notify_all()
+
+
+class ShardBlocks:
+    """The blocks of one shard, in reading order, for several threads to take."""
+
+    def __init__(
+        self,
+        shard: PlannedShard,
+        one: ConvertedShard,
+        open_readers: ExitStack,
+        access: ShardAccess,
+        order: ReadingOrder,
+        emit: EventSink,
+        keep_going: Callable[[], bool],
+    ) -> None:
+        self.turns = Turns()
+        self._shard = shard
+        self._one = one
+        self._access = access
+        self._order = order
+        self._emit = emit
+        self._keep_going = keep_going
+        self._lock = threading.Lock()
+        self._blocks = enumerate(self._cut(open_readers))
+
+    def _cut(
+        self, open_readers: ExitStack
+    ) -> Iterator[tuple[PlannedTensor, BlockCounter, OrderedReader, int, int, bool]]:
+        """Source shards are opened as they come up."""
+        opened: dict[str, OrderedReader] = {}
+        for tensor in self._shard.tensors:
+            name = tensor.shard.path.name
+            if name not in opened:
+                with reading(name):
+                    opened[name] = self._access.open(tensor.shard)
+                    open_readers.callback(opened[name].close)
+            task = tensor_task(tensor, opened[name], self._one.writer)
+            ranges = list(task.blocks())
+            counter = BlockCounter(task, len(ranges))
+            for i, (begin, end) in enumerate(ranges):
+                yield tensor, counter, opened[name], begin, end, i == len(ranges) - 1
+
+    def work(self, scratch: Scratch) -> None:
+        """Take and finish blocks until there are none; one call a thread."""
+        try:
+            while not self.turns.is_closed and self._keep_going():
+                if not self._work_on_one(scratch):
+                    return
+        except BaseException:
+            self.turns.close()
+            raise
+
+    def _work_on_one(self, scratch: Scratch) -> bool:
+        with self._lock:
+            number, block = next(self._blocks, (0, None))
+        if block is None:
+            return False
+        tensor, counter, reader, begin, end, is_last = block
+        with reading(counter.task.file_name):
+            raw = counter.task.read(begin, end, scratch)
+        with self.turns.turn(number), reading(counter.task.file_name):
+            if not self.turns.is_closed:
+                data = raw.data.data if raw.offset is not None else None
+                reader.read_on(data, raw.offset or 0, self._order.needed_from(tensor, raw, is_last))
+        counter.task.convert(raw, begin, end, scratch)  # last: nobody has to wait for it
+        if counter.count_down():
+            event = counter.task.finish()
+            self._one.write_down(event)
+            self._emit(event)
+        return True
