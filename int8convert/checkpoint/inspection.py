@@ -84,13 +84,16 @@ class Inspection:
         return {"schema": 1, **asdict(self), "coverage": self.coverage}
 
 
-def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Look at a source or an output directory; reads headers and config only.
+def inspect(path: str | os.PathLike[str], revision: str | None = None) -> Inspection:
+    """Look at a source or an output, in a directory or on the Hub; reads headers and config only.
+
+    Args:
+        revision: of a repository on the Hub.
 
     Raises:
         Int8ConvertError: there is no checkpoint, or it is broken.
     """
-    source = open_source(path)
+    source = open_source(path, revision)
     tensors = [tensor for shard in source.shards for tensor in shard.tensors]
     parameters = [tensor for tensor in tensors if not tensor.name.endswith(_SCALE_SUFFIXES)]
     block = source.config.get("quantization_config")

@@ -103,6 +103,12 @@ class Manifest:
         named = read_json_object(self.folder / _MANIFEST_NAME).get("source")
         return named if isinstance(named, str) else None
 
+    def read_commit(self) -> str | None:
+        """The commit of the repository on the Hub that was converted; None if it was a directory, or is not known."""
+        source = (self.read_request() or {}).get("source")
+        commit = source.get("commit") if isinstance(source, dict) else None
+        return commit if isinstance(commit, str) else None
+
     def begin(self, request: Mapping[str, Any]) -> None:
         """Write down what is asked for, before the first shard."""
         self._records_folder.mkdir(parents=True, exist_ok=True)

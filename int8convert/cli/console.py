@@ -51,6 +51,19 @@ def quieting_libraries(is_live: bool) -> Iterator[None]:
         logging.disable(disabled)
 
 
+@contextmanager
+def quieting_hub() -> Iterator[None]:
+    """No lines of the Hub's client between ours: what it retries, we tell of, and what it warns of holds addresses."""
+    client = logging.getLogger("huggingface_hub")
+    before = client.level
+    if not os.environ.get("INT8CONVERT_DEBUG"):
+        client.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        client.setLevel(before)
+
+
 RESUMABLE = "finished shards are kept, the one in work was removed; the same command resumes"
 """The hint of a command that was interrupted and resumes."""
 

@@ -15,30 +15,36 @@ from int8convert.cli.console import (
     print_json,
     print_line,
     print_table,
+    quieting_hub,
     reporting_errors,
 )
 
 HELP = """Show what is in a checkpoint, source or output: tensors, dtypes, how much of it is int8.
 
-Reads headers and config alone, so it takes a moment for any size.
+Reads headers and config alone, so it takes a moment for any size; of a repository on the Hub, too.
 
 \b
 Examples:
   int8convert inspect ./opt-66b
-  int8convert inspect ./opt-66b-int8 --json
+  int8convert inspect facebook/opt-66b --json
 
 Exit codes: 0 done; 1 there is no checkpoint or it is broken; 2 wrong usage.
 """
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint directory.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A checkpoint directory, or ORGANIZATION/NAME on the Hub.")
+    ],
+    revision: Annotated[
+        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit on the Hub; default: main.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    with reporting_errors(as_json):
+    with reporting_errors(as_json), quieting_hub():
         from int8convert.checkpoint.inspection import inspect as run
 
-        found = run(path)
+        found = run(path, revision)
         if as_json:
             print_json(found.to_json())
             return

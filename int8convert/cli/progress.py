@@ -23,12 +23,15 @@ from int8convert.conversion.events import (
     EventSink,
     PlanMade,
     ShardFinished,
+    ShardRepeated,
     ShardSkipped,
     ShardStarted,
+    SourceFetched,
     TensorKept,
     TensorQuantized,
 )
 from int8convert.conversion.plan import ConversionPlan
+from int8convert.conversion.reader_choice import ReaderChoice
 
 
 class _Counter:
@@ -37,12 +40,25 @@ class _Counter:
     def __init__(self) -> None:
         self.read_bytes = 0
         self.written_bytes = 0
+        self._seen: set[str] = set()
+        self._fetched: dict[str, int] = {}
         self._began = time.perf_counter()
 
     def add(self, event: Event) -> None:
-        if isinstance(event, TensorQuantized | TensorKept):
+        # Tensors of a shard that is made again come again.
+        if isinstance(event, TensorQuantized | TensorKept) and event.tensor.output_name not in self._seen:
+            self._seen.add(event.tensor.output_name)
             self.read_bytes += event.tensor.source.n_bytes
             self.written_bytes += event.tensor.output_bytes
+
+    def fetch(self, file_name: str, n_bytes: int) -> None:
+        """So many bytes of a file have come."""
+        self._fetched[file_name] = n_bytes
+
+    @property
+    def detail(self) -> str:
+        fetched = f"{format_bytes(sum(self._fetched.values()))} fetched, " if self._fetched else ""
+        return f"{fetched}{self.rate} in, {format_bytes(self.written_bytes)} written"
 
     @property
     def rate(self) -> str:
@@ -61,9 +77,12 @@ def showing_progress(quiet: bool, as_json: bool) -> Iterator[EventSink]:
         yield _plain_progress()
 
 
-def _announce(plan: ConversionPlan, device: Device) -> None:
+def _announce(plan: ConversionPlan, device: Device, reader: ReaderChoice | None) -> None:
     if device.reason:
         note(f"quantizing on {device.name}: {device.reason}; --device chooses otherwise")
+    if reader is not None:
+        reason = f": {reader.reason}; --reader chooses otherwise" if reader.reason else ""
+        note(f"reading {plan.source.label} at {(plan.source.commit or '')[:12]} by {reader.reader}{reason}")
     for text in plan.model_map.notes:
         note(text)
     stderr.print(
@@ -79,8 +98,10 @@ def _plain_progress() -> EventSink:
     def on_event(event: Event) -> None:
         counter.add(event)
         match event:
-            case PlanMade(plan, device):
-                _announce(plan, device)
+            case PlanMade(plan, device, reader):
+                _announce(plan, device, reader)
+            case ShardRepeated(i=i, n=n, shard=shard, reason=reason):
+                note(f"shard {i + 1} of {n}: {shard.file_name} is made again: {reason}")
             case ShardSkipped(i=i, n=n, shard=shard):
                 stderr.print(f"shard {i + 1} of {n}: {shard.file_name} is done from an earlier run")
             case ShardFinished(i=i, n=n, shard=shard):
@@ -106,16 +127,20 @@ def _live_progress() -> Iterator[EventSink]:
     def on_event(event: Event) -> None:
         counter.add(event)
         match event:
-            case PlanMade(plan, device):
-                _announce(plan, device)
+            case PlanMade(plan, device, reader):
+                _announce(plan, device, reader)
                 progress.reset(task, total=plan.n_read_bytes)
             case ShardSkipped(i=i, n=n, shard=shard):
                 note(f"shard {i + 1} of {n}, {shard.file_name}, is done from an earlier run")
+            case ShardRepeated(i=i, n=n, shard=shard, reason=reason):
+                note(f"shard {i + 1} of {n}, {shard.file_name}, is made again: {reason}")
+            case SourceFetched(shard=source, n_bytes=n_bytes):
+                counter.fetch(source.path.name, n_bytes)
+                progress.update(task, detail=counter.detail)
             case ShardStarted(i=i, n=n):
                 progress.update(task, description=f"shard {i + 1} of {n}")
             case TensorQuantized() | TensorKept():
-                detail = f"{counter.rate} in, {format_bytes(counter.written_bytes)} written"
-                progress.update(task, completed=counter.read_bytes, detail=detail)
+                progress.update(task, completed=counter.read_bytes, detail=counter.detail)
 
     with progress:
         yield on_event

@@ -11,8 +11,6 @@ import typer
 
 from int8convert.cli.console import (
     format_bytes,
-    format_count,
-    format_gpus,
     format_percent,
     format_seconds,
     format_shards,
@@ -20,10 +18,12 @@ from int8convert.cli.console import (
     print_json,
     print_line,
     print_table,
+    quieting_hub,
     quieting_libraries,
     reporting_errors,
     wants_live_display,
 )
+from int8convert.cli.dry_run import print_kept, print_plan
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
 
 if TYPE_CHECKING:
@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 
 HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
 
-SRC is a directory with config.json and weights as safetensors or pytorch_model*.bin; it is only read. OUT gets int8
-weights with their scales, everything else unchanged, and the small files that belong to a checkpoint. Interrupted,
-killed or out of disk: the same command resumes behind the finished shards.
+SRC is a directory with config.json and weights as safetensors or pytorch_model*.bin, which is only read; or the name
+of a repository on the Hub, whose weights are read shard by shard without keeping them. OUT gets int8 weights with their
+scales, everything else unchanged, and the small files that belong to a checkpoint. Interrupted, killed or out of disk:
+the same command resumes behind the finished shards.
 
 \b
 Examples:
   int8convert quantize ./opt-66b ./opt-66b-int8
-  int8convert quantize ./opt-66b --dry-run --skip 'layers.0.*'
+  int8convert quantize facebook/opt-66b ./opt-66b-int8
+  int8convert quantize facebook/opt-66b --dry-run --bandwidth 50MB
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 """
@@ -78,8 +80,16 @@ def _check_policy(policy: str) -> str:
     return policy
 
 
+def _check_reader(name: str) -> str:
+    from int8convert.conversion.reader_choice import Reader
+
+    if name not in list(Reader):
+        raise typer.BadParameter(f"it is {', '.join(Reader)}, not {name!r}")
+    return name
+
+
 def quantize(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint directory to read.")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint directory, or ORGANIZATION/NAME on the Hub.")],
     out: Annotated[
         str | None, typer.Argument(metavar="OUT", help="The directory to write; not needed with --dry-run.")
     ] = None,
@@ -132,6 +142,25 @@ def quantize(
             help="Where rows are quantized: cpu, cuda[:n], or auto, which is the CPU.",
         ),
     ] = "auto",
+    revision: Annotated[
+        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of SRC on the Hub; default: main.")
+    ] = None,
+    reader: Annotated[
+        str,
+        typer.Option(
+            callback=_check_reader,
+            envvar="INT8CONVERT_READER",
+            help="Of weights on the Hub: stream, which takes no disk beside OUT; download, which takes two of SRC's "
+            "shards; or auto, by the room there is.",
+        ),
+    ] = "auto",
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep what is downloaded from the Hub in this cache.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", callback=check_size, help="With --dry-run: bytes a second from the Hub, as 50MB."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")] = False,
     check: Annotated[bool, typer.Option("--check", help="When resuming, check finished shards by sha256.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone.")] = False,
@@ -147,17 +176,19 @@ def quantize(
         "max_shard_size": max_shard_size,
         "lora": lora,
         "trust_remote_code": trust_remote_code,
+        "revision": revision,
+        "cache_dir": cache_dir,
     }
-    with reporting_errors(as_json):
+    with reporting_errors(as_json), quieting_hub():
         if dry_run:
-            _dry_run(src, shared, min_coverage / 100, workers, device, as_json)
+            print_plan(src, shared, min_coverage / 100, workers, device, bandwidth, as_json)
             return
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
 
         if calibrate is not None:
             with quieting_libraries(False):
-                check_calibration(src, calibrate)
+                check_calibration(src, calibrate, revision, cache_dir)
         with showing_progress(quiet, as_json) as on_event:
             report = run(
                 src,
@@ -170,6 +201,7 @@ def quantize(
                 device=device,
                 overwrite=overwrite,
                 check=check,
+                reader=reader,
                 on_event=on_event,
             )
         stored = None
@@ -203,73 +235,10 @@ def _print_report(report: ConversionReport) -> None:
             for e in report.errors
         ],
     )
-    _print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
+    print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
     for name, n in report.non_finite.items():
         note(f"'{name}' was kept and holds {n:,} values that are NaN or infinite")
 
 
 def _decibels(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "exact"
-
-
-def _print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
-    print_table(
-        "Not int8",
-        ("reason", "tensors", "parameters", "share"),
-        [
-            (reason, f"{tensors}", format_count(n), format_percent(n / max(1, n_parameters)))
-            for reason, tensors, n in kept
-        ],
-    )
-
-
-def _dry_run(
-    src: str, options: dict[str, Any], min_coverage: float, workers: int | None, device: str, as_json: bool
-) -> None:
-    from int8convert.checkpoint.placement import place
-    from int8convert.conversion.device import choose_device
-    from int8convert.conversion.estimate import estimate
-    from int8convert.conversion.job import check_coverage
-    from int8convert.conversion.quantize import plan
-
-    chosen = choose_device(device)
-    conversion_plan = plan(src, **options)
-    check_coverage(conversion_plan, min_coverage)
-    costs = estimate(conversion_plan, workers, chosen)
-    if as_json:
-        print_json({"schema": 1, **conversion_plan.to_json(), **costs.to_json()})
-        return
-    for text in conversion_plan.model_map.notes:
-        note(text)
-    print_table(
-        f"Plan for {src} ({conversion_plan.model_map.model_class or 'unknown class'}); nothing was written",
-        ("shard", "int8", "kept", "read", "written"),
-        [
-            (
-                shard.file_name,
-                f"{sum(tensor.is_quantized for tensor in shard.tensors)}",
-                f"{sum(not tensor.is_quantized for tensor in shard.tensors)}",
-                format_bytes(shard.n_read_bytes),
-                format_bytes(shard.n_bytes),
-            )
-            for shard in conversion_plan.shards
-        ],
-    )
-    _print_kept([(r, *n) for r, n in conversion_plan.kept_by_reason().items()], conversion_plan.n_parameters)
-    print_line(
-        f"int8: {format_percent(conversion_plan.coverage)} of {format_count(conversion_plan.n_parameters)} parameters, "
-        f"{format_percent(conversion_plan.byte_coverage)} of the bytes"
-    )
-    print_line(
-        f"disk: {format_bytes(conversion_plan.n_read_bytes)} read, "
-        f"{format_bytes(conversion_plan.n_written_bytes)} written"
-    )
-    as_source = place((tensor.source.name, tensor.source.n_bytes) for tensor in conversion_plan.tensors)
-    as_int8 = place((tensor.output_name, tensor.output_bytes) for tensor in conversion_plan.tensors)
-    print_line(f"GPUs that hold it: {format_gpus(as_int8)}; as it is now, {format_gpus(as_source)}")
-    print_line(f"memory: at most about {format_bytes(costs.peak_memory_bytes)}")
-    print_line(
-        f"time: at least {format_seconds(costs.kernel_s)} of arithmetic on {costs.n_workers} threads"
-        f"{'' if costs.device == 'cpu' else f' and {costs.device}, copies included'}, "
-        "measured now on this machine; the disk decides the rest"
-    )

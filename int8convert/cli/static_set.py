@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from int8convert.checkpoint.manifest import Manifest
 from int8convert.cli.console import format_bytes, print_line
 from int8convert.errors import Int8ConvertError
 
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
     from int8convert.evaluation.find_outliers import OutlierReport
 
 
-def check_calibration(src: str, text: Path) -> None:
+def check_calibration(src: str, text: Path, revision: str | None, cache_dir: Path | None) -> None:
     """Refuse a text, or a source without a tokenizer, before hours of conversion."""
-    from int8convert.evaluation.models import load_tokenizer
+    from int8convert.checkpoint.source import open_source
+    from int8convert.evaluation.models import read_usable_tokenizer
     from int8convert.evaluation.windows import read_text
 
     read_text(text)
-    load_tokenizer(src)
+    read_usable_tokenizer(open_source(src, revision, cache_dir).directory, src)
 
 
 def calibrate_output(
@@ -47,7 +49,13 @@ def store(report: OutlierReport, src: str, out: str, lora: str | None, trust_rem
     from int8convert.conversion.outlier_columns import store_outliers
 
     return store_outliers(
-        src, out, report.static_set, report.calibration(), lora=lora, trust_remote_code=trust_remote_code
+        src,
+        out,
+        report.static_set,
+        report.calibration(),
+        lora=lora,
+        trust_remote_code=trust_remote_code,
+        revision=Manifest(Path(out)).read_commit(),
     )
 
 

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from cuda_kernels import cpu
+from int8convert.checkpoint.hub.shard_download import is_cached
 from int8convert.conversion.blocks import BLOCK_BYTES, Scratch, largest_block_bytes
 from int8convert.conversion.device import CPU, Device, make_scratch
 from int8convert.conversion.plan import ConversionPlan, PlannedTensor
+from int8convert.conversion.reader_choice import ReaderCosts, download_costs, is_remote, stream_costs
+from int8convert.conversion.reading_order import ReadingOrder
 
 BASE_BYTES = 255_000_000
 """Resident set of this process with NumPy, Numba and a compiled kernel and the chunks on their way to the
@@ -54,6 +57,40 @@ def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) ->
     memory = base_bytes + max(MODEL_MAP_BYTES, n_workers * 3 * largest_block)
     int8_bytes = sum(tensor.source.n_bytes for tensor in plan.tensors if tensor.is_quantized)
     return ConversionCosts(n_workers, memory, int8_bytes / bytes_per_s / n_workers, device.name)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchCosts:
+    """What it takes to get the weights from the Hub.
+
+    n_bytes: to be fetched.
+    stream, download: of the two readers, see `ReaderCosts`.
+    bytes_per_s: of the network, as the user says; None if that is not known.
+    seconds: at that rate.
+    """
+
+    n_bytes: int
+    stream: ReaderCosts
+    download: ReaderCosts
+    bytes_per_s: int | None
+
+    @property
+    def seconds(self) -> float | None:
+        return self.n_bytes / self.bytes_per_s if self.bytes_per_s else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": self.seconds}
+
+
+def estimate_fetch(
+    plan: ConversionPlan, n_workers: int, cache_dir: Path | None, bytes_per_s: int | None
+) -> FetchCosts | None:
+    """Of a plan whose source is on the Hub; None of a local one."""
+    if not is_remote(plan.source):
+        return None
+    order = ReadingOrder(plan)
+    n_bytes = sum(shard.n_bytes for shard in order.shards if not is_cached(shard, cache_dir))
+    return FetchCosts(n_bytes, stream_costs(order, n_workers), download_costs(order, cache_dir), bytes_per_s)
 
 
 def _resident_bytes() -> int:

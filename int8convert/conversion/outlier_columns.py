@@ -101,16 +101,18 @@ def store_outliers(
     *,
     lora: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> StaticSet:
     """Store columns of a source's weights beside the int8 checkpoint made of it; `int8convert.load` then uses them.
 
     Args:
-        src: the source's directory.
+        src: the source.
         out: the int8 checkpoint; a set that it has is replaced.
         columns: module name as in `out` -> its columns, ascending; those without any are left out.
         calibration: how they were chosen, kept in the file as JSON.
         lora: the adapter that was merged when `out` was made.
         trust_remote_code: as `quantize` has it.
+        revision: of a source on the Hub, the one that was converted.
 
     Raises:
         SourceError: one of the two is no such checkpoint, or they do not belong together.
@@ -118,7 +120,7 @@ def store_outliers(
         ValueError: columns are not ascending, or negative.
     """
     checkpoint = open_int8_checkpoint(open_source(out))
-    chosen = _find(src, checkpoint, columns, lora, trust_remote_code)
+    chosen = _find(src, checkpoint, columns, lora, trust_remote_code, revision)
     specs = order_for_alignment({name: spec for place in chosen for name, spec in place.specs.items()})
     if calibration is not None:
         specs = {METADATA_NAME: FileMetadata({"calibration": json.dumps(calibration)}), **specs}
@@ -144,11 +146,12 @@ def _find(
     columns: Mapping[str, Sequence[int]],
     lora: str | os.PathLike[str] | None,
     trust_remote_code: bool,
+    revision: str | None,
 ) -> list[_ChosenColumns]:
     """Where the weights are, in the order of the source's files."""
     is_bitsandbytes = checkpoint.format is Int8Format.BITSANDBYTES
     output_format = OutputFormat.BITSANDBYTES if is_bitsandbytes else OutputFormat.COMPRESSED_TENSORS
-    planned = plan(src, format=output_format, lora=lora, trust_remote_code=trust_remote_code)
+    planned = plan(src, format=output_format, lora=lora, trust_remote_code=trust_remote_code, revision=revision)
     sources = {t.output_name.removesuffix(".weight"): t for t in planned.tensors if t.output_name.endswith(".weight")}
     weights = {weight.module_name: weight for weight in checkpoint.weights}
     chosen = {name: np.asarray(found, np.int32) for name, found in columns.items() if len(found)}

@@ -24,10 +24,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         SourceError: it has none that transformers can read, or is no checkpoint itself.
     """
     open_source(path)  # transformers would look for a path that is not there on the hub
-    tokenizer = read_tokenizer(path)
+    return read_usable_tokenizer(path, os.fspath(path))
+
+
+def read_usable_tokenizer(directory: str | os.PathLike[str], label: str) -> Any:
+    """The tokenizer among a checkpoint's small files; `label` is what the user calls it. Errors as `load_tokenizer`."""
+    tokenizer = read_tokenizer(directory)
     if tokenizer.vocab_size == 0:  # what transformers makes of no files for some models
         raise SourceError(
-            f"'{os.fspath(path)}' has no tokenizer that transformers can read: its vocabulary is empty",
+            f"'{label}' has no tokenizer that transformers can read: its vocabulary is empty",
             "copy the files of the source's tokenizer into it",
         )
     return tokenizer
