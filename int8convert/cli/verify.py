@@ -15,6 +15,7 @@ from int8convert.cli.console import (
     format_bytes,
     note,
     print_json,
+    quieting_hub,
     quieting_libraries,
     reporting_errors,
     stderr,
@@ -146,7 +147,7 @@ def verify(
         raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
     if compare_methods and (stream or level == "exact"):
         raise typer.BadParameter("needs the source in memory, and a model that is run", param_hint="--compare-methods")
-    with reporting_errors(as_json, _INTERRUPTED):
+    with reporting_errors(as_json, _INTERRUPTED), quieting_hub():
         from int8convert.evaluation.verify import verify as run
         from int8convert.evaluation.verify import write_report
         from int8convert.evaluation.verify_report import Gates
@@ -181,6 +182,7 @@ def verify(
                 device=device,
                 lora=lora,
                 trust_remote_code=trust_remote_code,
+                on_fetch=lambda name, n: None if quiet or as_json else note(f"fetching {name}, {format_bytes(n)}"),
                 on_exact=on_exact,
                 on_fidelity=None if quiet or as_json else _say_steps(),
             )

@@ -89,7 +89,7 @@ def verify_exact(
 
     Args:
         out: the int8 checkpoint's directory.
-        reference: the source's; None takes the one the manifest names.
+        reference: the source, which on the Hub is read from there; None takes the one the manifest names.
         lora: the adapter that was merged in the conversion.
         trust_remote_code: as `quantize` has it.
         workers: threads; None takes the cores this process may use.
@@ -114,6 +114,7 @@ def verify_exact(
         format=provenance.format,
         lora=provenance.lora,
         trust_remote_code=trust_remote_code,
+        revision=provenance.revision,
     )
     comparison = _Comparison(checkpoint, planned, provenance)
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))

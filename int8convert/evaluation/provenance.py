@@ -18,7 +18,7 @@ from int8convert.checkpoint.int8_config import Int8Format, read_format
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, Manifest
 from int8convert.checkpoint.output_format import OutputFormat
-from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.source import CheckpointSource, is_repository_name
 from int8convert.errors import AdapterError, SourceError
 
 _MAX_EXPORTS = 20
@@ -33,7 +33,8 @@ class Provenance:
     """Where an int8 checkpoint comes from.
 
     Attributes:
-        reference: the directory of the checkpoint it was converted from.
+        reference: the checkpoint it was converted from: a directory, or a repository on the Hub.
+        revision: the commit of that repository, if the manifest tells it.
         format: what `quantize` was asked to write, by which it was decided what becomes int8.
         skip, only: its options.
         threshold: the one it wrote; None if that is not known.
@@ -54,6 +55,7 @@ class Provenance:
     source_files: Mapping[str, Any] = field(default_factory=dict, repr=False)
     is_known: bool = False
     is_exported: bool = False
+    revision: str | None = None
 
 
 def find_provenance(
@@ -71,7 +73,8 @@ def find_provenance(
     """
     manifest, request, is_exported = _find_conversion(out.directory)
     named = os.fspath(reference) if reference is not None else manifest.read_source() if request else None
-    if named is None or (reference is None and not Path(named).is_dir()):
+    is_there = named is not None and (Path(named).is_dir() or is_repository_name(named))
+    if named is None or (reference is None and not is_there):
         raise SourceError(
             f"what {quoted(out.label, 200)} was made of is not known: "
             + (
@@ -102,6 +105,7 @@ def find_provenance(
         source_files=files if isinstance(files, dict) else {},
         is_known=True,
         is_exported=is_exported,
+        revision=manifest.read_commit() if named == manifest.read_source() else None,
     )
 
 

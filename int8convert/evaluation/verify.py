@@ -25,14 +25,16 @@ from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.int8_config import read_threshold
 from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE
-from int8convert.checkpoint.source import open_source
+from int8convert.checkpoint.source import is_repository_name, open_source
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.evaluation.exact import ExactReport, Progress, verify_exact
+from int8convert.evaluation.provenance import find_provenance
 from int8convert.evaluation.texts import Text, open_text
 from int8convert.evaluation.verify_report import Gates, TextUsed, VerifyReport
 
 if TYPE_CHECKING:
+    from int8convert.checkpoint.hub.cached_copy import CopyProgress
     from int8convert.evaluation.fidelity import FidelityReport
     from int8convert.evaluation.progress import ProgressHandler
     from int8convert.evaluation.windows import TokenWindows
@@ -76,6 +78,7 @@ def verify(
     device: str = "auto",
     lora: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
+    on_fetch: CopyProgress | None = None,
     on_exact: Progress | None = None,
     on_fidelity: ProgressHandler | None = None,
 ) -> VerifyReport:
@@ -83,7 +86,8 @@ def verify(
 
     Args:
         out: the int8 checkpoint's directory.
-        reference: the checkpoint it was converted from; None takes the one its manifest names.
+        reference: the checkpoint it was converted from; None takes the one its manifest names. One on the Hub is read
+            from there at the level "exact", and fetched into the Hub's cache for the others.
         text: a file in UTF-8 to run both models on; None takes a small one that comes along.
         dataset: "wikitext2" or "c4" in its place, from the Hugging Face Hub or its cache.
         level: "exact", "fidelity" or "tasks"; those before it come first.
@@ -101,6 +105,7 @@ def verify(
         device: where they run: "auto", "cpu" or "cuda[:n]".
         lora: the adapter that was merged in the conversion.
         trust_remote_code: as `quantize` has it.
+        on_fetch: told of each file of a reference on the Hub that is fetched, with its bytes.
         on_exact: told of bytes done and bytes in all.
         on_fidelity: see `measure_fidelity`.
 
@@ -128,6 +133,8 @@ def verify(
         if level is not Level.EXACT and _is_whole(out):
             found = stack.enter_context(open_text(text, dataset))
             windows, used = _windows(out, found, n_sequences, length, convention)
+        if level is not Level.EXACT and _is_whole(out):
+            reference = _at_hand(out, reference, on_fetch)
         exact = verify_exact(
             out, reference=reference, lora=lora, trust_remote_code=trust_remote_code, on_progress=on_exact
         )
@@ -216,6 +223,18 @@ def _windows(
         windows.convention,
     )
     return windows, used
+
+
+def _at_hand(
+    out: str | os.PathLike[str], reference: str | os.PathLike[str] | None, on_fetch: CopyProgress | None
+) -> str | os.PathLike[str] | None:
+    """The reference as a directory: one that is on the Hub is brought into its cache."""
+    found = find_provenance(open_source(out), reference)
+    if not is_repository_name(found.reference):
+        return reference
+    from int8convert.checkpoint.hub.cached_copy import fetch_checkpoint
+
+    return fetch_checkpoint(found.reference, found.revision, on_fetch or (lambda name, n_bytes: None))
 
 
 def _is_whole(out: str | os.PathLike[str]) -> bool:

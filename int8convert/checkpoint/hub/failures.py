@@ -216,7 +216,7 @@ def _of_answer(error: HfHubHTTPError, name: str) -> PassingError | HubError:
 def _not_found(response: object, name: str) -> HubError:
     from huggingface_hub import get_token
 
-    if "invalid" in _reason(response).lower():
+    if "invalid credentials" in _reason(response).lower():
         return HubAccessError(
             "the Hub does not accept the token: it is invalid or has run out",
             "log in by `hf auth login`, or set HF_TOKEN to a valid one",

@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 
 from int8convert.checkpoint.hub.failures import call_hub
-from int8convert.checkpoint.layout import quoted
-from int8convert.errors import CorruptFileError, HubError
+from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted
+from int8convert.errors import CorruptFileError, HubConnectionError, HubError
 
 _FETCHES_AT_ONCE = 4
+_MAIN = "main"
 _TRIES = 3
 """For a small file that comes with wrong bytes."""
 
@@ -85,11 +86,13 @@ class Repository:
     Attributes:
         name: as the Hub knows it, which of old names is not what was asked for.
         commit: 40 hex digits.
+        revision: what was asked for: a branch, a tag, or a commit.
         files: by name, folders left out.
     """
 
     name: str
     commit: str
+    revision: str
     files: Mapping[str, RepositoryFile] = field(repr=False)
 
 
@@ -120,7 +123,7 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
         for entry in entries
         if isinstance(entry, RepoFile)
     }
-    return Repository(found.id, commit, files)
+    return Repository(found.id, commit, revision or _MAIN, files)
 
 
 def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: Path | None = None) -> Path:
@@ -138,7 +141,38 @@ def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: P
     if not paths:
         raise HubError(f"{quoted(repository.name)} holds nothing to convert", "name a repository with a checkpoint")
     name, path = next(iter(paths.items()))
+    _remember_revision(repository, name, cache_dir)
     return path.parents[len(Path(name).parts) - 1]
+
+
+def _remember_revision(repository: Repository, name: str, cache_dir: Path | None) -> None:
+    """Have the cache know which commit the revision is, by which it is found without the network."""
+    from huggingface_hub import hf_hub_download
+
+    if repository.revision != repository.commit:
+        call_hub(
+            lambda: hf_hub_download(repository.name, name, revision=repository.revision, cache_dir=cache_dir),
+            f"fetching {quoted(name)} of {quoted(repository.name)}",
+            repository.name,
+        )
+
+
+def find_cached(name: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
+    """The folder in the Hub's cache for a revision as it was when it was last looked up; its files may lack.
+
+    Raises:
+        HubConnectionError: the cache knows nothing of it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    for file_name in (CONFIG_NAME, INDEX_NAME, "model.safetensors"):
+        found = try_to_load_from_cache(name, file_name, cache_dir, revision or _MAIN)
+        if isinstance(found, str):
+            return Path(found).parent
+    raise HubConnectionError(
+        f"HF_HUB_OFFLINE is set, and {quoted(name)} is not in the cache",
+        "unset it, or name the --cache-dir, or the directory, that holds the checkpoint",
+    )
 
 
 def _fetch(repository: Repository, name: str, cache_dir: Path | None) -> Path:

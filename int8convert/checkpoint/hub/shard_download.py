@@ -92,7 +92,7 @@ class ShardDownload:
         there = self._there(shard)
         sha256 = self._local.hash_of(there).finish()
         file = shard.remote.file
-        is_right = sha256 == file.sha256 if file.sha256 else _is_content(there.path, file)
+        is_right = sha256 == file.sha256 if file.sha256 else is_content(there.path, file)
         is_kept = _is_header(there.path, shard.remote)
         self._remove(there.path)
         if not is_right:
@@ -169,7 +169,7 @@ class ShardDownload:
         from huggingface_hub import hf_hub_download
 
         was_wrong = file.name in self._distrusted
-        cached = _cached(file, self._cache_dir)
+        cached = cached_path(file, self._cache_dir)
         if cached is not None and not was_wrong:
             return cached
         return Path(
@@ -187,10 +187,11 @@ class ShardDownload:
 
 def is_cached(shard: SourceShard, cache_dir: Path | None = None) -> bool:
     """Whether a shard need not be downloaded: it is local, or in the Hub's cache with the right size."""
-    return not isinstance(shard.remote, RemoteShard) or _cached(shard.remote.file, cache_dir) is not None
+    return not isinstance(shard.remote, RemoteShard) or cached_path(shard.remote.file, cache_dir) is not None
 
 
-def _cached(file: HubFile, cache_dir: Path | None) -> Path | None:
+def cached_path(file: HubFile, cache_dir: Path | None = None) -> Path | None:
+    """Where a file is in the Hub's cache, with the right size; None if it is not."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(file.repository, file.name, cache_dir, file.commit)
@@ -213,7 +214,8 @@ def _counter_of(on_bytes: Any) -> Any:
     return Counter
 
 
-def _is_content(path: Path, file: HubFile) -> bool:
+def is_content(path: Path, file: HubFile) -> bool:
+    """Whether a local file has the bytes the Hub lists."""
     check = ContentCheck(file.n_bytes, file.sha256, file.blob_id)
     with path.open("rb") as opened:
         while piece := opened.read(_PIECE_BYTES):

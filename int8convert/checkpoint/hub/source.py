@@ -13,10 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from int8convert.checkpoint.hub.failures import translating_errors
 from int8convert.checkpoint.hub.header_file import Evidence, HeaderFile, as_binary_file
 from int8convert.checkpoint.hub.hub_file import HubFile, RangeReader
-from int8convert.checkpoint.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
+from int8convert.checkpoint.hub.repository import (
+    Repository,
+    RepositoryFile,
+    fetch_small_files,
+    find_cached,
+    find_repository,
+)
 from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, PICKLE_INDEX_NAME, carried_paths, is_carried, quoted
 from int8convert.checkpoint.layout import read_config as read_config_file
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
@@ -97,11 +102,8 @@ def open_repository(name: str, revision: str | None = None, cache_dir: Path | No
 
 
 def _open_cached(name: str, revision: str | None, cache_dir: Path | None) -> CheckpointSource:
-    from huggingface_hub import snapshot_download
-
-    with translating_errors(name):
-        found = snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True)
-    return replace(open_directory(Path(found), name), commit=Path(found).name)
+    found = find_cached(name, revision, cache_dir)
+    return replace(open_directory(found, name), commit=found.name)
 
 
 def _weights(repository: Repository) -> tuple[str, list[str]]:

@@ -1,0 +1,69 @@
+"""A repository's checkpoint as a directory of the Hub's cache, for what needs all of it at hand: running the model.
+
+What is in the cache already is not fetched again; what comes is compared with the hash the Hub lists.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from int8convert.checkpoint.hub.failures import PassingError, Patience, transfer_patience_s, translating_errors
+from int8convert.checkpoint.hub.hub_file import HubFile
+from int8convert.checkpoint.hub.shard_download import cached_path, is_content
+from int8convert.checkpoint.hub.source import RemoteShard, open_repository
+from int8convert.checkpoint.layout import quoted
+from int8convert.errors import CorruptFileError, DiskFullError
+
+CopyProgress = Callable[[str, int], None]
+"""Told of each weight file that is about to be fetched, and its bytes."""
+
+
+def fetch_checkpoint(name: str, revision: str | None, on_file: CopyProgress = lambda name, n: None) -> Path:
+    """The directory of the Hub's cache that holds a repository's config, weights and small files.
+
+    Raises:
+        HubError: it cannot be had.
+        DiskFullError: the cache's disk has no room for it.
+        CorruptFileError: a file comes with other bytes than the Hub lists.
+    """
+    from huggingface_hub import constants
+
+    source = open_repository(name, revision)
+    files = [shard.remote.file for shard in source.shards if isinstance(shard.remote, RemoteShard)]
+    missing = [file for file in files if cached_path(file) is None]
+    needed = sum(file.n_bytes for file in missing)
+    free = shutil.disk_usage(source.directory).free
+    if needed > free:
+        raise DiskFullError(
+            f"the Hub's cache '{constants.HF_HUB_CACHE}' needs {needed:,} bytes for {quoted(name)}, "
+            f"its disk has {free:,} free",
+            "set HF_HOME to a larger disk, or make room; --level exact needs none",
+        )
+    for file in missing:
+        on_file(file.name, file.n_bytes)
+        _fetch(file)
+    return source.directory
+
+
+def _fetch(file: HubFile) -> None:
+    from huggingface_hub import hf_hub_download
+
+    patience = Patience(file.subject, transfer_patience_s())
+    download = partial(hf_hub_download, file.repository, file.name, revision=file.commit)
+    while True:
+        try:
+            with translating_errors(file.repository):
+                path = Path(download())
+            break
+        except PassingError as trouble:
+            patience.wait(trouble)
+    if not is_content(path, file):
+        path.resolve().unlink()
+        path.unlink()
+        raise CorruptFileError(
+            f"{quoted(file.name)} of {quoted(file.repository)} came with other bytes than the Hub lists",
+            "it was removed; the same command fetches it again",
+        )
