@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from int8convert.evaluation.find_outliers import OutlierReport, find_outliers
     from int8convert.evaluation.verify import verify
     from int8convert.evaluation.verify_report import VerifyReport
+    from int8convert.publish.upload import UploadReport, upload
     from int8convert.runtime.calibration import calibrate
     from int8convert.runtime.generate import GenerationReport, generate
     from int8convert.runtime.in_memory import quantize_
@@ -40,6 +41,7 @@ __all__ = [
     "Int8ConvertError",
     "Int8Linear",
     "OutlierReport",
+    "UploadReport",
     "VerifyReport",
     "__version__",
     "calibrate",
@@ -51,6 +53,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "store_outliers",
+    "upload",
     "verify",
 ]
 
@@ -63,6 +66,7 @@ _HOMES = {
     "Int8ConvertError": "int8convert.errors",
     "Int8Linear": "int8convert.runtime.linear",
     "OutlierReport": "int8convert.evaluation.find_outliers",
+    "UploadReport": "int8convert.publish.upload",
     "VerifyReport": "int8convert.evaluation.verify_report",
     "calibrate": "int8convert.runtime.calibration",
     "export": "int8convert.conversion.export",
@@ -73,6 +77,7 @@ _HOMES = {
     "quantize": "int8convert.conversion.quantize",
     "quantize_": "int8convert.runtime.in_memory",
     "store_outliers": "int8convert.conversion.outlier_columns",
+    "upload": "int8convert.publish.upload",
     "verify": "int8convert.evaluation.verify",
 }
 

@@ -8,11 +8,13 @@
     ├── AdapterError              the LoRA adapter cannot be merged: of another kind, or made for another model
     ├── ModelMapError             transformers cannot build the model the config describes
     │   └── RemoteCodeError       its class is code in the checkpoint, which runs only if the user says so
+    ├── UnverifiedError           an output is to be published that nothing has shown to be good
     ├── OutputError               the place to write to cannot be used: taken, same as the source, not writable
     │   └── DiskFullError         it can, with more room
     ├── FormatError               the format asked for cannot hold this model
     ├── CoverageError             too little would become int8
     ├── HubError                  the Hub has not, or does not take, what was asked for: a name, a revision, a file
+    │   ├── HubMissingError       there is no repository, or no revision, of that name
     │   ├── HubAccessError        it wants a token, one with more rights, or consent to a licence first
     │   └── HubConnectionError    it was not reached, or broke off again and again: the same command, later
     ├── PatternError              a --skip or --only pattern matches nothing
@@ -83,6 +85,10 @@ class RemoteCodeError(ModelMapError):
     """The model's class is code in the checkpoint, and the user has not said that it may be run."""
 
 
+class UnverifiedError(Int8ConvertError):
+    """An output is to be published that nothing has shown to be good."""
+
+
 class OutputError(Int8ConvertError):
     """The place to write to cannot be used."""
 
@@ -101,6 +107,10 @@ class CoverageError(Int8ConvertError):
 
 class HubError(Int8ConvertError):
     """The Hub has not, or does not take, what was asked for."""
+
+
+class HubMissingError(HubError):
+    """The Hub has no repository, or no revision, of that name, or none for this token."""
 
 
 class HubAccessError(HubError):

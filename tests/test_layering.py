@@ -17,7 +17,8 @@ ALLOWED = {
     "conversion": {"checkpoint", "cuda_kernels", "errors", "version"},
     "runtime": {"checkpoint", "cuda_kernels", "errors"},
     "evaluation": {"conversion", "runtime", "checkpoint", "cuda_kernels", "errors", "version"},
-    "cli": {"conversion", "evaluation", "runtime", "checkpoint", "errors", "version"},
+    "publish": {"checkpoint", "errors", "version"},
+    "cli": {"publish", "conversion", "evaluation", "runtime", "checkpoint", "errors", "version"},
     "cuda_kernels": set(),
 }
 """Package -> what it may import of ours, beside itself."""
@@ -75,7 +76,7 @@ def run_python(code: str) -> str:
     [
         ["--version"],
         ["--help"],
-        *([name, "--help"] for name in ("quantize", "inspect", "export", "verify", "outliers", "generate")),
+        *([name, "--help"] for name in ("quantize", "inspect", "export", "verify", "outliers", "upload", "generate")),
     ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:

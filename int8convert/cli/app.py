@@ -7,7 +7,7 @@ import signal
 import typer
 
 from int8convert import __version__
-from int8convert.cli import export, generate, inspect, outliers, quantize, verify
+from int8convert.cli import export, generate, inspect, outliers, quantize, upload, verify
 from int8convert.cli.console import terminate
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("inspect", help=inspect.HELP)(inspect.inspect)
 app.command("export", help=export.HELP)(export.export)
 app.command("verify", help=verify.HELP)(verify.verify)
 app.command("outliers", help=outliers.HELP)(outliers.outliers)
+app.command("upload", help=upload.HELP)(upload.upload)
 app.command("generate", help=generate.HELP)(generate.generate)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from int8convert.checkpoint.layout import quoted
-from int8convert.errors import HubAccessError, HubConnectionError, HubError
+from int8convert.errors import HubAccessError, HubConnectionError, HubError, HubMissingError
 
 if TYPE_CHECKING:
     import httpx2
@@ -198,7 +198,9 @@ def _of_answer(error: HfHubHTTPError, name: str) -> PassingError | HubError:
             f"accept them at {endpoint()}/{name}, then log in by `hf auth login` or set HF_TOKEN",
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(f"{quoted(name)} has no such revision", f"its branches and tags: {endpoint()}/{name}/tree/main")
+        return HubMissingError(
+            f"{quoted(name)} has no such revision", f"its branches and tags: {endpoint()}/{name}/tree/main"
+        )
     if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{quoted(name)} has no longer a file it listed", "run the same command again")
     if isinstance(error, errors.DisabledRepoError):
@@ -222,7 +224,7 @@ def _not_found(response: object, name: str) -> HubError:
             "log in by `hf auth login`, or set HF_TOKEN to a valid one",
         )
     who = "that this token may see" if get_token() else "that is public, and no token is set"
-    return HubError(
+    return HubMissingError(
         f"{endpoint()} has no repository {quoted(name)} {who}",
         "mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN",
     )

@@ -1,0 +1,109 @@
+"""`int8convert upload`: a finished output becomes a repository on the Hub."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from int8convert.cli.console import (
+    format_bytes,
+    note,
+    print_json,
+    print_line,
+    quieting_hub,
+    reporting_errors,
+    stderr,
+)
+
+if TYPE_CHECKING:
+    from int8convert.publish.upload import UploadReport
+
+HELP = """Publish a converted checkpoint on the Hub, with a model card, and see that it arrived.
+
+OUT must be finished and verified. Files that REPO has already are not sent again, so after an interruption the same
+command goes on. The token is the one of `hf auth login`, or HF_TOKEN.
+
+\b
+Examples:
+  int8convert upload ./opt-66b-int8 me/opt-66b-int8 --private
+  int8convert upload ./opt-66b-int8 me/opt-66b-int8 --dry-run
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
+"""
+
+INTERRUPTED = "REPO is as it was; files that were sent stay with the server, and the same command goes on behind them"
+
+
+def upload(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="An output of quantize or export.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="ORGANIZATION/NAME; made if it is not there.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a repository that is made; default: the account's.")
+    ] = None,
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Made if it is not there.")] = "main",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    no_xet: Annotated[
+        bool, typer.Option("--no-xet", help="Send by HTTP, for servers without xet.")
+    ] = False,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Publish what verify has not passed; the card tells.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be sent; change nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    if no_xet:
+        os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which it is not yet
+    with reporting_errors(as_json, INTERRUPTED), quieting_hub():
+        from int8convert.publish.upload import upload as run
+
+        done = 0
+
+        def on_file(name: str, n_bytes: int, is_sent: bool) -> None:
+            nonlocal done
+            done += n_bytes
+            if not quiet and not as_json:
+                state = "sent" if is_sent else "there already"
+                stderr.print(f"{escape(name)}: {format_bytes(n_bytes)}, {state}; {format_bytes(done)} in all")
+
+        report = run(
+            out,
+            repository,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+            dry_run=dry_run,
+            allow_unverified=allow_unverified,
+            on_file=on_file,
+        )
+        if as_json:
+            print_json(report.to_json())
+        else:
+            _print_report(report)
+
+
+def _print_report(report: UploadReport) -> None:
+    if report.keeps_card:
+        note(f"'{report.out}/README.md' is not ours, so it is taken as it is")
+    if not report.is_verified:
+        note("not verified, as the model card says")
+    for name in report.deleted:
+        note(f"{name} {'would be' if report.is_dry_run else 'was'} removed: it is no part of this checkpoint")
+    if report.is_dry_run:
+        print_line(
+            f"[bold]{escape(report.repository)}[/]: {len(report.sent)} of {report.n_files} files would be sent, "
+            f"{format_bytes(report.n_sent_bytes)} of {format_bytes(report.n_bytes)}; nothing was changed"
+        )
+        for name in report.sent:
+            print_line(f"  {escape(name)}")
+        return
+    print_line(
+        f"[bold]{escape(report.url)}[/]: {report.n_files} files, {format_bytes(report.n_bytes)}, "
+        f"{format_bytes(report.n_sent_bytes)} of them sent now; all compared by hash"
+    )
+    print_line(f"commit: {report.commit}" if report.commit else "commit: none, everything was there")

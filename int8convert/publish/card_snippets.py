@@ -1,0 +1,76 @@
+"""How a published checkpoint is loaded: a few lines for each loader, which a test runs as they stand in the card."""
+
+from __future__ import annotations
+
+from int8convert.publish.card_metadata import pipeline_of
+from int8convert.publish.finished import FinishedOutput
+
+_AUTO_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
+_GENERATING = ("text-generation", "text2text-generation")
+
+
+def snippets(output: FinishedOutput, repository: str) -> str:
+    """The section on loading."""
+    method = str((output.config.get("quantization_config") or {}).get("quant_method") or "")
+    pipeline = pipeline_of(output)
+    auto_class = _AUTO_CLASSES.get(pipeline or "", "AutoModel")
+    generates = pipeline in _GENERATING and (output.path / "tokenizer_config.json").is_file()
+    needs = "bitsandbytes" if method == "bitsandbytes" else "compressed-tensors"
+    parts = [
+        "## Use",
+        f"transformers (`pip install transformers accelerate {needs}`):",
+        _block(_transformers(repository, auto_class, generates)),
+        "int8convert, whose own runtime also uses stored outlier columns:",
+        _block(_int8convert(repository, generates)),
+    ]
+    if pipeline == "text-generation":
+        parts += ["vLLM:", _block(_vllm(repository, method))]
+    return "\n\n".join(parts)
+
+
+def _block(lines: list[str]) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _generate(repository: str) -> list[str]:
+    return [
+        f'tokenizer = AutoTokenizer.from_pretrained("{repository}")',
+        'inputs = tokenizer("The answer is", return_tensors="pt").to(model.device)',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+    ]
+
+
+def _transformers(repository: str, auto_class: str, generates: bool) -> list[str]:
+    names = f"{auto_class}, AutoTokenizer" if generates else auto_class
+    return [
+        f"from transformers import {names}",
+        "",
+        f'model = {auto_class}.from_pretrained("{repository}", device_map="auto")',
+        *(_generate(repository) if generates else []),
+    ]
+
+
+def _int8convert(repository: str, generates: bool) -> list[str]:
+    return [
+        "import int8convert",
+        *(["from transformers import AutoTokenizer"] if generates else []),
+        "",
+        f'model = int8convert.load("{repository}")',
+        *(_generate(repository) if generates else []),
+    ]
+
+
+def _vllm(repository: str, method: str) -> list[str]:
+    how = ', quantization="bitsandbytes"' if method == "bitsandbytes" else ""
+    return [
+        "from vllm import LLM",
+        "",
+        f'print(LLM("{repository}"{how}).generate("The answer is")[0].outputs[0].text)',
+    ]
