@@ -12,7 +12,7 @@ from typing import Any
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.placement import Placement, place
-from int8convert.checkpoint.source import CheckpointSource, open_source
+from int8convert.checkpoint.source import open_source
 from int8convert.checkpoint.stored_tensor import StoredTensor
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -84,11 +84,12 @@ class Inspection:
         return {"schema": 1, **asdict(self), "coverage": self.coverage}
 
 
-def inspect(path: str | os.PathLike[str], revision: str | None = None) -> Inspection:
+def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest: Manifest | None = None) -> Inspection:
     """Look at a source or an output, in a directory or on the Hub; reads headers and config only.
 
     Args:
         revision: of a repository on the Hub.
+        manifest: what tells why tensors stayed 16-bit; None takes the one beside the checkpoint, if it has one.
 
     Raises:
         Int8ConvertError: there is no checkpoint, or it is broken.
@@ -112,7 +113,7 @@ def inspect(path: str | os.PathLike[str], revision: str | None = None) -> Inspec
         n_int8_parameters=sum(tensor.n_elements for tensor in parameters if tensor.dtype == "I8"),
         n_tensors_by_dtype=dict(Counter(tensor.dtype for tensor in tensors).most_common()),
         placements=place((tensor.name, tensor.n_bytes) for tensor in tensors),
-        groups=_group(tensors, _reasons(source)),
+        groups=_group(tensors, _reasons(manifest or Manifest(source.directory))),
     )
 
 
@@ -130,9 +131,8 @@ def _clean(text: str) -> str:
     return text if text.isprintable() and len(text) <= _MAX_TEXT else quoted(text, _MAX_TEXT)
 
 
-def _reasons(source: CheckpointSource) -> dict[str, str]:
+def _reasons(manifest: Manifest) -> dict[str, str]:
     """Tensor name -> why it is not int8, from the manifest of a conversion of ours; empty where there is none."""
-    manifest = Manifest(source.directory)
     if not manifest.is_complete:
         return {}
     return {

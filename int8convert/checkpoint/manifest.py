@@ -129,14 +129,14 @@ class Manifest:
         """File name -> record of the finished shards. A record that cannot be read counts as none."""
         if self.is_complete and not (self.folder / _REQUEST_NAME).is_file():
             entries = read_json_object(self.folder / _MANIFEST_NAME).get("shards")
-            found = map(_parse_record, entries if isinstance(entries, list) else [])
+            found = map(parse_record, entries if isinstance(entries, list) else [])
             return {record.file_name: record for record in found if record}
         return {record.file_name: record for record in self._unfinished_records()}
 
     def _unfinished_records(self) -> Iterator[ShardRecord]:
         for path in sorted(self._records_folder.glob("*.json")):
             try:
-                record = _parse_record(read_json_object(path))
+                record = parse_record(read_json_object(path))
             except CorruptFileError:
                 continue
             if record is not None:
@@ -160,7 +160,8 @@ class Manifest:
         self.tidy()
 
 
-def _parse_record(value: Any) -> ShardRecord | None:
+def parse_record(value: Any) -> ShardRecord | None:
+    """A record from its JSON; None if it is none."""
     try:
         tensors = {name: TensorRecord(**tensor) for name, tensor in value["tensors"].items()}
         record = ShardRecord(**{**value, "tensors": tensors})

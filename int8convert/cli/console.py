@@ -52,12 +52,23 @@ def quieting_libraries(is_live: bool) -> Iterator[None]:
 
 
 @contextmanager
-def quieting_hub() -> Iterator[None]:
-    """No lines of the Hub's client between ours: what it retries, we tell of, and what it warns of holds addresses."""
+def quieting_hub(with_bars: bool = False) -> Iterator[None]:
+    """No lines of the Hub's client between ours: what it retries, we tell of, and what it warns of holds addresses.
+
+    Args:
+        with_bars: its progress bars may be seen, within a file; ours only know of whole ones.
+    """
+    if os.environ.get("INT8CONVERT_DEBUG"):
+        yield
+        return
+    if "huggingface_hub" not in sys.modules:  # it reads these when it is imported
+        os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if with_bars else "1")
+        yield
+        return
     client = logging.getLogger("huggingface_hub")
     before = client.level
-    if not os.environ.get("INT8CONVERT_DEBUG"):
-        client.setLevel(logging.CRITICAL)
+    client.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

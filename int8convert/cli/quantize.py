@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from int8convert.cli.console import (
     format_bytes,
@@ -27,6 +29,7 @@ from int8convert.cli.dry_run import print_kept, print_plan
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
 
 if TYPE_CHECKING:
+    from int8convert.conversion.publishing import Publishing
     from int8convert.conversion.report import ConversionReport
 
 HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
@@ -41,6 +44,7 @@ Examples:
   int8convert quantize ./opt-66b ./opt-66b-int8
   int8convert quantize facebook/opt-66b ./opt-66b-int8
   int8convert quantize facebook/opt-66b --dry-run --bandwidth 50MB
+  int8convert quantize facebook/opt-66b --upload me/opt-66b-int8 --max-disk 20GB
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 """
@@ -161,14 +165,38 @@ def quantize(
         str | None,
         typer.Option(metavar="SIZE", callback=check_size, help="With --dry-run: bytes a second from the Hub, as 50MB."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")] = False,
+    upload: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Send each finished shard to this repository, and keep none here."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="With --upload: keep OUT, too.")] = False,
+    max_disk: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", callback=check_size, help="With --upload: take no more of the disk, as 20GB."),
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="With --upload, of a repository that is made; default: the account's."),
+    ] = None,
+    no_xet: Annotated[bool, typer.Option("--no-xet", help="Do not use the Hub's xet protocol.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT, or REPO.")] = False,
     check: Annotated[bool, typer.Option("--check", help="When resuming, check finished shards by sha256.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
+    if no_xet:
+        os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which it is not yet
+    if out is None and upload is not None:
+        out = f"int8convert-{upload.rpartition('/')[2]}"
     if out is None and not dry_run:
-        raise typer.BadParameter("OUT is missing: name the directory to write, or pass --dry-run", param_hint="OUT")
+        raise typer.BadParameter(
+            "OUT is missing: name the directory to write, or pass --dry-run, or --upload", param_hint="OUT"
+        )
+    if upload is None and (keep or max_disk or private is not None):
+        raise typer.BadParameter("--keep, --max-disk and --private go with --upload", param_hint="--upload")
+    if upload is not None and calibrate is not None and not keep:
+        raise typer.BadParameter("--calibrate runs OUT, so with --upload it needs --keep", param_hint="--calibrate")
     shared: dict[str, Any] = {
         "skip": skip or (),
         "only": only or (),
@@ -189,6 +217,7 @@ def quantize(
         if calibrate is not None:
             with quieting_libraries(False):
                 check_calibration(src, calibrate, revision, cache_dir)
+        publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
         with showing_progress(quiet, as_json) as on_event:
             report = run(
                 src,
@@ -202,23 +231,42 @@ def quantize(
                 overwrite=overwrite,
                 check=check,
                 reader=reader,
+                publishing=publishing,
                 on_event=on_event,
             )
         stored = None
         if calibrate is not None:
             with quieting_libraries(wants_live_display(quiet, as_json)):
                 stored = calibrate_output(src, out or "", calibrate, lora, trust_remote_code, device)
+        published = {"url": publishing.publisher.url, "commit": publishing.publisher.commit} if publishing else None
         if as_json:
-            print_json({**report.to_json(), "outliers": stored and asdict(stored)})
+            print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": published})
             return
-        _print_report(report)
+        _print_report(report, published["url"] if published else report.out)
+        if published:
+            print_line(f"commit: {published['commit']}; all shards compared by hash")
         if stored is not None:
             print_stored(stored)
 
 
-def _print_report(report: ConversionReport) -> None:
+def make_publishing(
+    repository: str, private: bool | None, keep: bool, max_disk: str | None, is_quiet: bool
+) -> Publishing:
+    """Where finished shards go, by the options."""
+    from int8convert.conversion.publishing import Publishing
+    from int8convert.conversion.quantize import parse_size
+    from int8convert.publish.shard_publisher import HubPublisher
+
+    def on_file(name: str, n_bytes: int, is_sent: bool) -> None:
+        if not is_quiet:
+            note(f"{name}, {format_bytes(n_bytes)}, is on the Hub")
+
+    return Publishing(HubPublisher(repository, private, on_file=on_file), keep, parse_size(max_disk))
+
+
+def _print_report(report: ConversionReport, place: str | None) -> None:
     print_line(
-        f"[bold]{report.out}[/]: {format_percent(report.coverage)} of the parameters and "
+        f"[bold]{escape(place or '')}[/]: {format_percent(report.coverage)} of the parameters and "
         f"{format_percent(report.byte_coverage)} of the bytes are int8"
     )
     print_line(

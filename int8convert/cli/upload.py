@@ -16,6 +16,7 @@ from int8convert.cli.console import (
     quieting_hub,
     reporting_errors,
     stderr,
+    wants_live_display,
 )
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ def upload(
     revision: Annotated[str, typer.Option(metavar="BRANCH", help="Made if it is not there.")] = "main",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
-    no_xet: Annotated[
-        bool, typer.Option("--no-xet", help="Send by HTTP, for servers without xet.")
-    ] = False,
+    no_xet: Annotated[bool, typer.Option("--no-xet", help="Send by HTTP, for servers without xet.")] = False,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Publish what verify has not passed; the card tells.")
     ] = False,
@@ -58,7 +57,7 @@ def upload(
 ) -> None:
     if no_xet:
         os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which it is not yet
-    with reporting_errors(as_json, INTERRUPTED), quieting_hub():
+    with reporting_errors(as_json, INTERRUPTED), quieting_hub(wants_live_display(quiet, as_json)):
         from int8convert.publish.upload import upload as run
 
         done = 0

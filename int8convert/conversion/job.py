@@ -17,7 +17,7 @@ from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, des
 from int8convert.checkpoint.model_card import read_source_card
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
-from int8convert.conversion.committer import ConvertedShard
+from int8convert.conversion.committer import AfterCommit, ConvertedShard
 from int8convert.conversion.device import Device
 from int8convert.conversion.events import EventSink, PlanMade, SourceFetched
 from int8convert.conversion.head_start import HeadStart, guess_plan
@@ -26,9 +26,10 @@ from int8convert.conversion.model_map_process import ModelMapProcess
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.conversion.plan import ConversionPlan, PlannedShard, make_plan
+from int8convert.conversion.publishing import Publishing, plan_disk
 from int8convert.conversion.reader_choice import Reader, access_maker, choose_reader, is_remote
 from int8convert.conversion.reading_order import MakeAccess, ReadingOrder
-from int8convert.errors import CoverageError, Int8ConvertError
+from int8convert.errors import CoverageError, DiskFullError, Int8ConvertError
 
 
 def conversion_request(
@@ -120,9 +121,13 @@ class Conversion:
         min_coverage: float,
         check: bool,
         adapter: Adapter | None,
-        reading: Reading = Reading(),
+        reading: Reading,
+        publishing: Publishing | None,
     ) -> None:
         self._reading = reading
+        self._publishing = publishing
+        self._published: dict[str, ShardRecord] = {}
+        self._one_at_a_time = False
         self._adapter = adapter
         self._source = source
         self._output = output
@@ -142,8 +147,12 @@ class Conversion:
             Pipeline(self._output.manifest, self._output.path, n_workers, emit, device) as pipeline,
         ):
             plan, done, converted, make_access = self._start(coming, pipeline)
-            records = pipeline.run(plan, done, converted, make_access)
+            records = pipeline.run(plan, done, converted, make_access, self._after_commit(), self._one_at_a_time)
             self._output.complete(plan, threshold, _summary(plan), records)
+            if self._publishing is not None:
+                self._publishing.publisher.complete(self._output.path)
+                if not self._publishing.keeps:
+                    self._output.discard()
             return plan
 
     def _start(
@@ -158,7 +167,8 @@ class Conversion:
         records = {} if self._output.replaces else self._output.manifest.read_records()
         # Where an old checkpoint is to be replaced, it stays until all is checked, and both need room: no head start.
         # Nor with an adapter, whose names only the model's class can tell, nor where a wrong guess costs a download.
-        may_guess = not self._output.replaces and self._adapter is None and not is_remote(self._source)
+        is_plain = self._adapter is None and self._publishing is None and not is_remote(self._source)
+        may_guess = not self._output.replaces and is_plain
         guess = guess_plan(self._source, self._modules, self._max_shard_bytes) if may_guess else None
         if guess is None or self._output.spare_bytes(guess) < 0:
             plan = coming.result()
@@ -178,21 +188,70 @@ class Conversion:
     ) -> tuple[dict[str, ShardRecord], MakeAccess | None]:
         check_coverage(plan, self._min_coverage)
         done = {s.file_name: records[s.file_name] for s in plan.shards if self._is_done(s, records)}
+        if self._publishing is not None:
+            done = self._add_published(plan, done)
+        spare_bytes = self._check_disk(plan, done)
         if not is_remote(self._source):
-            self._output.check_room(plan)
-            self._output.begin(done, len(plan.shards))
+            self._begin(plan, done)
             pipeline.emit(PlanMade(plan, pipeline.device))
             return done, None
         order, cache_dir, n_workers = ReadingOrder(plan, done), self._reading.cache_dir, pipeline.n_workers
-        choice = choose_reader(self._reading.reader, order, n_workers, cache_dir, self._output.spare_bytes(plan))
-        self._output.check_room(plan, choice.costs.disk_bytes if cache_dir is None else 0)
-        self._output.begin(done, len(plan.shards))
+        choice = choose_reader(self._reading.reader, order, n_workers, cache_dir, spare_bytes)
+        if cache_dir is None and choice.costs.disk_bytes > spare_bytes:
+            raise DiskFullError(
+                f"a download needs {choice.costs.disk_bytes:,} bytes beside the output, free are {spare_bytes:,}",
+                "--reader stream needs none; or make room, and rerun the same command",
+            )
+        self._begin(plan, done)
         pipeline.emit(PlanMade(plan, pipeline.device, choice))
 
         def on_progress(shard: SourceShard, n_bytes: int) -> None:
             pipeline.emit(SourceFetched(shard, n_bytes))
 
         return done, access_maker(choice, self._output.incoming, cache_dir, n_workers, on_progress)
+
+    def _begin(self, plan: ConversionPlan, done: Mapping[str, ShardRecord]) -> None:
+        """All is checked: the first write."""
+        self._output.begin(done, len(plan.shards))
+        after_commit = self._after_commit()
+        for name, record in done.items():
+            if after_commit is not None and name not in self._published:
+                after_commit(record, self._output.path / name)  # finished, and killed on its way
+
+    def _check_disk(self, plan: ConversionPlan, done: Mapping[str, ShardRecord]) -> int:
+        """See that what lies on the disk at a time fits; what is left beside it."""
+        if self._publishing is None or self._publishing.keeps:
+            self._output.check_room(plan)
+            return self._output.spare_bytes(plan)
+        free_bytes = self._output.free_bytes()
+        budget = plan_disk(plan, done, is_remote(self._source), free_bytes, self._publishing)
+        self._one_at_a_time = budget.one_at_a_time
+        return min(free_bytes, self._publishing.max_disk_bytes or free_bytes) - budget.n_bytes
+
+    def _add_published(self, plan: ConversionPlan, done: dict[str, ShardRecord]) -> dict[str, ShardRecord]:
+        """With the shards that are where they go already."""
+        assert self._publishing is not None
+        there = self._publishing.publisher.begin(self._output.request, self._output.overwrites)
+        for shard in plan.shards:
+            record = there.get(shard.file_name)
+            if record is None or record.plan_sha256 != shard.digest():
+                continue
+            if shard.file_name in done or not self._publishing.keeps:
+                self._published[shard.file_name] = done[shard.file_name] = record
+        return done
+
+    def _after_commit(self) -> AfterCommit | None:
+        if self._publishing is None:
+            return None
+        publishing = self._publishing
+
+        def publish(record: ShardRecord, path: Path) -> None:
+            publishing.publisher.publish(record, path)
+            self._published[record.file_name] = record
+            if not publishing.keeps:
+                path.unlink()
+
+        return publish
 
     def _is_done(self, shard: PlannedShard, records: Mapping[str, ShardRecord]) -> bool:
         """Whether an earlier run finished a shard by the same plan, and its file is as it was left."""
@@ -216,8 +275,9 @@ class Conversion:
 
     def _located(self, error: Int8ConvertError) -> Int8ConvertError:
         if self._output.has_begun:
-            n_done = len(self._output.manifest.read_records())
-            kept = f"{n_done} finished shards are kept: the same command resumes behind them"
+            n_done = len(self._published if self._publishing else self._output.manifest.read_records())
+            where = "on the Hub" if self._publishing else "kept"
+            kept = f"{n_done} finished shards are {where}: the same command resumes behind them"
             error.hint += f"; {kept if n_done else 'what this run had written was removed'}"
         return error
 

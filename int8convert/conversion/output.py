@@ -121,27 +121,37 @@ class OutputDirectory:
         return entry.name.endswith(INCOMPLETE_SUFFIX)
 
     @property
+    def request(self) -> Mapping[str, Any]:
+        """What identifies the conversion."""
+        return self._request
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether what is there may be replaced."""
+        return self._overwrite
+
+    @property
     def is_complete(self) -> bool:
         """Whether a finished conversion of ours is in it."""
         return self.manifest.is_complete and (self.path / CONFIG_NAME).is_file()
 
-    def check_room(self, plan: SizedPlan, more_bytes: int = 0) -> None:
+    def check_room(self, plan: SizedPlan) -> None:
         """Compare what is still to be written with the free disk space.
-
-        Args:
-            more_bytes: that are needed beside the output.
 
         Raises:
             DiskFullError: it does not fit.
         """
         needed, free = self._needed_and_free(plan)
-        if needed + more_bytes > free:
-            beside = f", and {more_bytes:,} beside it for what is downloaded" if more_bytes else ""
-            other = "--reader stream needs nothing beside it; " if more_bytes and needed <= free else ""
+        if needed > free:
             raise DiskFullError(
-                f"OUT '{self.path}' needs {needed:,} bytes{beside}, its disk has {free:,} free",
-                f"{other}make room, or name a directory on another disk, and rerun the same command",
+                f"OUT '{self.path}' needs {needed:,} bytes, its disk has {free:,} free",
+                "make room, or name a directory on another disk, and rerun the same command",
             )
+
+    def free_bytes(self) -> int:
+        """What the disk has free, weight files that are there counted as free."""
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
+        return shutil.disk_usage(existing).free + sum(path.stat().st_size for path in self._weight_files())
 
     def spare_bytes(self, plan: SizedPlan) -> int:
         """What the disk has free beside the plan's output; negative if that does not fit."""
@@ -156,9 +166,7 @@ class OutputDirectory:
     def _needed_and_free(self, plan: SizedPlan) -> tuple[int, int]:
         """Weight files that are there, to be replaced or written already, count as free."""
         needed = plan.n_written_bytes + sum(path.stat().st_size for path in plan.source.carried)
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
-        there = sum(path.stat().st_size for path in self._weight_files())
-        return needed, shutil.disk_usage(existing).free + there
+        return needed, self.free_bytes()
 
     def _weight_files(self) -> list[Path]:
         if not self.path.is_dir():
@@ -261,7 +269,7 @@ class OutputDirectory:
         self.manifest.tidy()
 
     def discard(self) -> None:
-        """Remove all that was written since `begin`, of an output that nobody would resume."""
+        """Remove all that was written since `begin`, of an output that nobody would resume, or that is elsewhere."""
         for name in (CONFIG_NAME, INDEX_NAME):
             (self.path / name).unlink(missing_ok=True)
         self.manifest.remove()

@@ -20,6 +20,7 @@ from int8convert.conversion.job import Conversion, PlanInTheMaking, Reading, con
 from int8convert.conversion.model_map import ModuleFilter, check_config
 from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.plan import ConversionPlan
+from int8convert.conversion.publishing import Publishing
 from int8convert.conversion.reader_choice import Reader
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NonFiniteWeightError
@@ -80,6 +81,7 @@ def quantize(
     revision: str | None = None,
     reader: str = Reader.AUTO,
     cache_dir: str | os.PathLike[str] | None = None,
+    publishing: Publishing | None = None,
     on_event: EventSink | None = None,
 ) -> ConversionReport:
     """Turn a checkpoint directory into an LLM.int8() checkpoint that others load with nothing of ours installed.
@@ -113,6 +115,8 @@ def quantize(
         reader: "stream", which takes no disk beside the output; "download", which takes two of the source's shards; or
             "auto", the latter where there is room. The output does not depend on it.
         cache_dir: a Hub cache in which what is downloaded stays.
+        publishing: send each finished shard elsewhere and, unless it keeps them, remove it here; `out` is then where
+            they lie meanwhile, and is left empty.
         on_event: told what happens; None shows a tqdm bar.
 
     Raises:
@@ -151,7 +155,7 @@ def quantize(
         sink(event)
 
     modules = ModuleFilter(tuple(skip), tuple(only), output_format, trust_remote_code)
-    job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter, reading)
+    job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter, reading, publishing)
     with output.in_use():
         while True:
             try:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from typing import Any
 
 from int8convert import __version__
-from int8convert.checkpoint.inspection import Inspection, inspect
+from int8convert.checkpoint.inspection import Inspection
 from int8convert.checkpoint.layout import OUTLIERS_FILE
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.publish.card_metadata import card_metadata, source_repository
@@ -29,13 +29,13 @@ _RUN_HEADS = (
 _PAPER = "[LLM.int8(), arXiv:2208.07339](https://arxiv.org/abs/2208.07339)"
 
 
-def make_card(output: FinishedOutput, repository: str) -> str:
+def make_card(output: FinishedOutput, repository: str, found: Inspection) -> str:
     """The text of README.md.
 
     Args:
         repository: under which name it will be found.
+        found: what `inspect` says of the checkpoint.
     """
-    found = inspect(output.path)
     parts = [
         f"---\n{card_metadata(output, repository)}---",
         CARD_MARK,
@@ -66,7 +66,7 @@ def _what_it_is(output: FinishedOutput, found: Inspection) -> str:
         f"The weights of {source} in 8-bit integers, by the vector-wise quantization of {_PAPER}: each row of a weight "
         "matrix has a scale of its own, and when the model runs, input features with outliers are multiplied in 16 "
         "bits. "
-        f"Converted by {tool}, row by row from the weights alone; nothing was trained or calibrated.\n\n"
+        f"Converted by {tool}, row by row from the weights alone; nothing was trained.\n\n"
         f"{size(found.n_bytes)} in {found.n_shards} {'file' if found.n_shards == 1 else 'files'}, layout "
         f"{code(found.quant_method or '')}, model class {code(str(output.manifest.get('model_class') or 'unknown'))}."
     )
@@ -131,10 +131,8 @@ def _fidelity(output: FinishedOutput) -> str:
     if not runs:
         return f"## Fidelity\n\n{said} The model was not run."
     read = (
-        f"Source and int8 model read the same {int(text.get('n_sequences') or 0):,} windows of "
-        f"{int(text.get('length') or 0):,} tokens of {plain(str(text.get('description') or text.get('name')))} "
-        f"(sha256 {code(str(text.get('sha256'))[:16])}, windows {code(str(text.get('convention')))}). Intervals are of "
-        "95 %."
+        f"Source and int8 model read the same text, {plain(str(text.get('description') or text.get('name')))} (sha256 "
+        f"{code(str(text.get('sha256'))[:16])}); {plain(str(text.get('convention')))}. Intervals are of 95 %."
     )
     rows = [_run_row(run) for run in runs]
     return "\n\n".join(["## Fidelity", said, read, table(_RUN_HEADS, rows), _tasks(output.verify)]).rstrip()

@@ -85,6 +85,14 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
     return FinishedOutput(path, read_config(path / CONFIG_NAME), whole, records, verify, unverified)
 
 
+def read_published(out: Path) -> FinishedOutput:
+    """As `read_finished`, of an output whose shards are not here any longer, and which was not verified."""
+    manifest = Manifest(out)
+    records = tuple(manifest.read_records().values())
+    whole = read_json_object(out / OWN_FOLDER / "manifest.json")
+    return FinishedOutput(out, read_config(out / CONFIG_NAME), whole, records, None, "it was not verified")
+
+
 def _read_verify(path: Path) -> tuple[dict[str, Any] | None, str]:
     file = path / VERIFY_FILE
     if not file.is_file():

@@ -18,6 +18,7 @@ from int8convert import __version__
 from int8convert.checkpoint.atomic import write_text
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.hub.repository import RepositoryFile
+from int8convert.checkpoint.inspection import inspect
 from int8convert.checkpoint.layout import is_weight_file, quoted
 from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import HubError
@@ -98,22 +99,23 @@ def upload(
         check_verified(output)
     check_shards(output)
     target = Target(repository, revision, private, create_pr)
-    keeps_card = _has_own_card(output.path)
+    own_card = output.path / CARD_NAME
+    keeps_card = _has_own_card(own_card)
+    card = own_card.read_bytes() if keeps_card else make_card(output, repository, inspect(output.path)).encode()
     files = output.files()
-    card = (output.path / CARD_NAME).read_text(encoding="utf-8") if keeps_card else make_card(output, repository)
     if not dry_run:
-        write_text(output.path / CARD_NAME, card)
-        files[CARD_NAME] = output.path / CARD_NAME
+        write_text(own_card, card.decode())
+        files[CARD_NAME] = own_card
+        target.make()
     there = target.files() or {}
-    sizes = {name: path.stat().st_size for name, path in files.items()} | {CARD_NAME: len(card.encode())}
-    changed = [name for name in files if not _is_same(files[name], there.get(name))]
-    if dry_run and CARD_NAME not in changed and not keeps_card:
+    sizes = {name: path.stat().st_size for name, path in files.items()} | {CARD_NAME: len(card)}
+    changed = [name for name in files if name != CARD_NAME and not _is_same(files[name], there.get(name))]
+    if CARD_NAME not in there or not there[CARD_NAME].is_content(card):
         changed.append(CARD_NAME)
     stale = sorted(name for name in there if is_weight_file(name) and name not in files)
     commit, url = None, target.url
     if not dry_run:
         if changed or stale:
-            target.make()
             commit, url = _send(target, files, sizes, changed, stale, message, on_file)
         for name in sorted(set(files) - set(changed)):
             on_file(name, sizes[name], False)
@@ -135,8 +137,8 @@ def upload(
     )
 
 
-def _has_own_card(path: Path) -> bool:
-    card = path / CARD_NAME
+def _has_own_card(card: Path) -> bool:
+    """Whether somebody wrote a model card, who was not us."""
     return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
 
 
