@@ -8,6 +8,7 @@ hold the token; the client's own errors hold the former, so they are not chained
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -55,12 +56,12 @@ class Patience:
 
     Args:
         subject: what is being done, for the error: "reading 'model.safetensors' of 'a/b'".
-        seconds: from the last progress to giving up.
+        seconds: from the last progress to giving up; None is `CALL_PATIENCE_S`.
     """
 
-    def __init__(self, subject: str, seconds: float = CALL_PATIENCE_S) -> None:
+    def __init__(self, subject: str, seconds: float | None = None) -> None:
         self._subject = subject
-        self._seconds = seconds
+        self._seconds = CALL_PATIENCE_S if seconds is None else seconds
         self._wait_s = FIRST_WAIT_S
         self._since = time.monotonic()
         self.n_waits = 0
@@ -136,11 +137,17 @@ def translating_errors(name: str) -> Iterator[None]:
         errors.HFValidationError,
         httpx2.TransportError,
         httpx2.StreamError,
+        json.JSONDecodeError,  # an answer that came damaged
+        UnicodeDecodeError,
     )
     try:
         yield
     except known as error:
         raise _translated(error, name) from None
+    except OSError as error:
+        if "Consistency check failed" in str(error):  # all that tells the client's finding from trouble with the disk
+            raise PassingError("the answer was too short") from None
+        raise
 
 
 def _translated(error: BaseException, name: str) -> PassingError | HubError:
@@ -157,6 +164,8 @@ def _translated(error: BaseException, name: str) -> PassingError | HubError:
         return _translated(error.__cause__, name) if error.__cause__ else PassingError("the connection broke off")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"no repository can be named {quoted(name)}: {_short(error)}", "names are ORGANIZATION/NAME")
+    if isinstance(error, ValueError):
+        return PassingError("the answer makes no sense")
     return PassingError(_connection_reason(error))
 
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from int8convert.checkpoint.hashing import OrderedSha256
 from int8convert.checkpoint.hub.failures import PassingError, Patience, transfer_patience_s, translating_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
 from int8convert.checkpoint.hub.repository import ContentCheck
@@ -65,6 +66,7 @@ class ShardDownload:
         self._local = LocalShards()
         self._changed = threading.Condition()
         self._files: dict[str, Future[SourceShard]] = {shard.path.name: Future() for shard in shards}
+        self._ended: dict[str, tuple[str, Exception | None]] = {}
         self._n_on_disk = 0
         self._distrusted = frozenset(distrusted)
         self._is_closed = False
@@ -74,12 +76,14 @@ class ShardDownload:
 
     def open(self, shard: SourceShard) -> OrderedReader:
         """See `ShardAccess`."""
+        if shard.remote is None:
+            return self._local.open(shard)
         there = self._there(shard)
-        return HashingReader(FileReader(there.path), self._local.hash_of(there))
+        return _Reader(FileReader(there.path), self._local.hash_of(there), shard, self._end)
 
     def _there(self, shard: SourceShard) -> SourceShard:
         """The shard as a local file, once it is one."""
-        return self._files[shard.path.name].result() if shard.remote is not None else shard
+        return self._files[shard.path.name].result()
 
     def is_checked(self, shard: SourceShard) -> bool:
         """See `ShardAccess`."""
@@ -87,22 +91,30 @@ class ShardDownload:
 
     def finish(self, shard: SourceShard) -> str:
         """See `ShardAccess`."""
-        if not isinstance(shard.remote, RemoteShard):
+        if shard.remote is None:
             return self._local.finish(shard)
-        there = self._there(shard)
+        if shard.path.name not in self._ended:
+            self._end(shard)
+        sha256, trouble = self._ended[shard.path.name]
+        if trouble is not None:
+            raise trouble
+        return sha256
+
+    def _end(self, shard: SourceShard) -> None:
+        """Check a shard that was read, and remove it, which lets the next one come."""
+        assert isinstance(shard.remote, RemoteShard)
+        there, file = self._there(shard), shard.remote.file
         sha256 = self._local.hash_of(there).finish()
-        file = shard.remote.file
-        is_right = sha256 == file.sha256 if file.sha256 else is_content(there.path, file)
-        is_kept = _is_header(there.path, shard.remote)
-        self._remove(there.path)
-        if not is_right:
-            raise DamagedShardError(shard, f"sha256 {sha256}, expected {file.sha256}")
-        if not is_kept:
-            raise CorruptFileError(
+        trouble: Exception | None = None
+        if not (sha256 == file.sha256 if file.sha256 else is_content(there.path, file)):
+            trouble = DamagedShardError(shard, f"sha256 {sha256}, expected {file.sha256}")
+        elif not _is_header(there.path, shard.remote):
+            trouble = CorruptFileError(
                 f"the header of {quoted(file.name)} was other when the conversion was planned than in the file itself",
                 "it came with wrong bytes then; the same command plans anew",
             )
-        return sha256
+        self._ended[shard.path.name] = sha256, trouble
+        self._remove(there.path)
 
     def _remove(self, path: Path) -> None:
         if path.is_relative_to(self._folder):
@@ -183,6 +195,24 @@ class ShardDownload:
                 tqdm_class=_counter_of(on_bytes),
             )
         )
+
+
+class _Reader(HashingReader):
+    """Ends its shard as soon as the last byte that is needed was read, so that it need not wait for the output."""
+
+    def __init__(
+        self, reader: FileReader, hashing: OrderedSha256, shard: SourceShard, on_end: Callable[[SourceShard], None]
+    ) -> None:
+        super().__init__(reader, hashing)
+        self._shard = shard
+        self._on_end = on_end
+
+    def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
+        """See `OrderedReader`."""
+        super().read_on(data, offset, needed_from)
+        if needed_from >= self._shard.n_bytes:
+            self.close()  # or its disk would not be free
+            self._on_end(self._shard)
 
 
 def is_cached(shard: SourceShard, cache_dir: Path | None = None) -> bool:

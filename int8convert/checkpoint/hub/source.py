@@ -37,6 +37,7 @@ from int8convert.checkpoint.source import (
 from int8convert.errors import CorruptFileError, SourceError
 
 _HEADERS_AT_ONCE = 8
+_TRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,16 @@ def _hub_file(repository: Repository, file: RepositoryFile) -> HubFile:
 
 
 def _read_shard(file: HubFile, directory: Path) -> SourceShard:
+    """A shard by its header; one that makes no sense is fetched again, for it may have come with wrong bytes."""
+    for _ in range(_TRIES - 1):
+        try:
+            return _try_shard(file, directory)
+        except CorruptFileError:
+            pass
+    return _try_shard(file, directory)
+
+
+def _try_shard(file: HubFile, directory: Path) -> SourceShard:
     header = HeaderFile(file)
     opened = as_binary_file(header)
     if file.name.endswith(".safetensors"):
