@@ -138,6 +138,13 @@ def _hub_file(repository: Repository, file: RepositoryFile) -> HubFile:
 
 
 def _read_shard(file: HubFile, directory: Path) -> SourceShard:
+    try:
+        return _read_header(file, directory)
+    except CorruptFileError:
+        return _read_header(file, directory)  # it may have come with wrong bytes
+
+
+def _read_header(file: HubFile, directory: Path) -> SourceShard:
     header = HeaderFile(file)
     opened = as_binary_file(header)
     if file.name.endswith(".safetensors"):
