@@ -12,14 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.hub.failures import (
-    PassingError,
-    Patience,
-    call_hub,
-    endpoint,
-    transfer_patience_s,
-    translating_errors,
-)
+from int8convert.checkpoint.hub.failures import call_hub, endpoint, translating_errors
+from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.repository import RepositoryFile, find_repository
 from int8convert.checkpoint.layout import quoted
 from int8convert.errors import HubError, HubMissingError
