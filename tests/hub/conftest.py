@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from int8convert.checkpoint.hub import failures, header_file, shard_stream
+from int8convert.checkpoint.hub import header_file, shard_stream
 from int8convert.conversion import blocks, reading_order
 from tests.hub_server.fixtures import connect, hub, xet_hub
 
@@ -14,8 +14,8 @@ __all__ = ["connect", "hub", "impatient", "small_pieces", "xet_hub"]
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits of milliseconds, and few of them: what would be minutes of patience is over in two seconds."""
-    monkeypatch.setattr(failures, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(failures, "CALL_PATIENCE_S", 2.0)
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from int8convert.checkpoint.hub.failures import PassingError, Patience, transfer_patience_s, translating_errors
+from int8convert.checkpoint.hub.failures import translating_client_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
-from int8convert.checkpoint.hub.shard_download import cached_path, is_content
+from int8convert.checkpoint.hub.local_copy import cached_path, is_content
+from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.source import RemoteShard, open_repository
 from int8convert.checkpoint.layout import quoted
 from int8convert.errors import CorruptFileError, DiskFullError
@@ -55,7 +56,7 @@ def _fetch(file: HubFile) -> None:
     download = partial(hf_hub_download, file.repository, file.name, revision=file.commit)
     while True:
         try:
-            with translating_errors(file.repository):
+            with translating_client_errors(file.repository):
                 path = Path(download())
             break
         except PassingError as trouble:

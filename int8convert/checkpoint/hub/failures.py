@@ -8,15 +8,12 @@ hold the token; the client's own errors hold the former, so they are not chained
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
+from int8convert.checkpoint.hub.patience import PassingError, Patience
 from int8convert.checkpoint.layout import quoted
 from int8convert.errors import HubAccessError, HubConnectionError, HubError, HubMissingError
 
@@ -24,80 +21,11 @@ if TYPE_CHECKING:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
-CALL_PATIENCE_S = 20.0
-"""For a small request, behind which a user waits."""
-
-TRANSFER_PATIENCE_S = 300.0
-"""For weights, behind which nobody waits: without a byte for so long. INT8CONVERT_HUB_PATIENCE changes it."""
-
-FIRST_WAIT_S = 0.5
-_LONGEST_WAIT_S = 30.0
-_LONGEST_RETRY_AFTER_S = 600.0
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_REASON = 160
+_NOT_AS_LISTED = "the answer was not whole, or not one of the Hub's"
 
 T = TypeVar("T")
-
-
-class PassingError(Exception):
-    """Trouble that may be over at the next try. Never reaches the user.
-
-    Attributes:
-        retry_after_s: what the server asked for; None if it did not.
-    """
-
-    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after_s = retry_after_s
-
-
-class Patience:
-    """How long to go on trying without getting anywhere, and how long to wait in between.
-
-    Args:
-        subject: what is being done, for the error: "reading 'model.safetensors' of 'a/b'".
-        seconds: from the last progress to giving up; None is `CALL_PATIENCE_S`.
-    """
-
-    def __init__(self, subject: str, seconds: float | None = None) -> None:
-        self._subject = subject
-        self._seconds = CALL_PATIENCE_S if seconds is None else seconds
-        self._wait_s = FIRST_WAIT_S
-        self._since = time.monotonic()
-        self.n_waits = 0
-
-    def progressed(self) -> None:
-        """Bytes have come: begin anew."""
-        self._wait_s = FIRST_WAIT_S
-        self._since = time.monotonic()
-
-    def wait(self, trouble: PassingError, sleep: Callable[[float], object] = time.sleep) -> None:
-        """Sleep before the next try.
-
-        Raises:
-            HubConnectionError: patience has run out.
-        """
-        if trouble.retry_after_s is not None:  # as long as it is asked for: to come earlier would prolong it
-            wait_s = min(trouble.retry_after_s, _LONGEST_RETRY_AFTER_S)
-        else:
-            wait_s = self._wait_s * random.uniform(0.7, 1.3)  # many clients must not come back at one moment
-        passed_s = time.monotonic() - self._since
-        if passed_s + wait_s > self._seconds:
-            raise HubConnectionError(
-                f"{self._subject} got no further in {passed_s:.0f} s: {trouble}",
-                "see that the network and the Hub are well, and run the same command again",
-            )
-        self.n_waits += 1
-        sleep(wait_s)
-        self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
-
-
-def transfer_patience_s() -> float:
-    """Seconds without a byte of the weights before giving up."""
-    try:
-        return float(os.environ.get("INT8CONVERT_HUB_PATIENCE", ""))
-    except ValueError:
-        return TRANSFER_PATIENCE_S
 
 
 def call_hub(call: Callable[[], T], subject: str, name: str) -> T:
@@ -114,7 +42,7 @@ def call_hub(call: Callable[[], T], subject: str, name: str) -> T:
     patience = Patience(subject)
     while True:
         try:
-            with translating_errors(name):
+            with translating_client_errors(name):
                 return call()
         except PassingError as trouble:
             patience.wait(trouble)
@@ -135,22 +63,37 @@ def translating_errors(name: str) -> Iterator[None]:
         errors.HfHubHTTPError,
         errors.LocalEntryNotFoundError,
         errors.HFValidationError,
-        httpx2.TransportError,
+        httpx2.RequestError,
         httpx2.StreamError,
-        json.JSONDecodeError,  # an answer that came damaged
-        UnicodeDecodeError,
     )
     try:
         yield
     except known as error:
         raise _translated(error, name) from None
+
+
+@contextmanager
+def translating_client_errors(name: str) -> Iterator[None]:
+    """The same around one call of huggingface_hub and nothing of ours: what it does not expect has no type of its own.
+
+    It is an OSError without a number where an answer is shorter than the Hub says or lacks its headers, a ValueError
+    where it is no JSON, a RuntimeError or an OSError of hf_xet's where the faster protocol breaks off.
+    """
+    try:
+        with translating_errors(name):
+            yield
     except OSError as error:
-        if "Consistency check failed" in str(error):  # all that tells the client's finding from trouble with the disk
-            raise PassingError("the answer was too short") from None
-        raise
+        if error.errno is not None:  # this machine's: its disk is full, or not writable
+            raise
+        raise PassingError(_NOT_AS_LISTED) from None
+    except ValueError as error:
+        raise (_translated(error.__cause__, name) if error.__cause__ else PassingError(_NOT_AS_LISTED)) from None
+    except RuntimeError:
+        raise PassingError("the connection broke off") from None
 
 
 def _translated(error: BaseException, name: str) -> PassingError | HubError:
+    import httpx2
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -164,9 +107,9 @@ def _translated(error: BaseException, name: str) -> PassingError | HubError:
         return _translated(error.__cause__, name) if error.__cause__ else PassingError("the connection broke off")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"no repository can be named {quoted(name)}: {_short(error)}", "names are ORGANIZATION/NAME")
-    if isinstance(error, ValueError):
-        return PassingError("the answer makes no sense")
-    return PassingError(_connection_reason(error))
+    if isinstance(error, httpx2.TransportError | httpx2.StreamError):
+        return PassingError(_connection_reason(error))
+    return PassingError(_NOT_AS_LISTED)
 
 
 def _offline(name: str) -> HubError:

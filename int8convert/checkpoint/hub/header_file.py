@@ -40,6 +40,7 @@ class HeaderFile(io.RawIOBase):
         self._file = file
         self._at = 0
         self._blocks: dict[int, bytes] = {}
+        self._ranges: list[tuple[int, int]] = []
 
     def readable(self) -> bool:
         return True
@@ -58,6 +59,7 @@ class HeaderFile(io.RawIOBase):
         n = max(0, min(len(buffer), self._file.n_bytes - self._at))
         first, last = self._at // _BLOCK_BYTES, (self._at + n - 1) // _BLOCK_BYTES
         self._fetch(first, last)
+        self._ranges.append((self._at, self._at + n))
         done = 0
         for index in range(first, last + 1) if n else ():
             begin = self._at + done - index * _BLOCK_BYTES
@@ -78,11 +80,27 @@ class HeaderFile(io.RawIOBase):
                 self._blocks[index] = content[at : at + _BLOCK_BYTES]
 
     def evidence(self) -> tuple[Evidence, ...]:
-        """Of everything that was read, in order."""
+        """Of everything that was read, in order; not of what came along, which nothing was made of."""
         return tuple(
-            Evidence(index * _BLOCK_BYTES, index * _BLOCK_BYTES + len(block), hashlib.sha256(block).digest())
-            for index, block in sorted(self._blocks.items())
+            Evidence(begin, end, hashlib.sha256(self._content(begin, end)).digest())
+            for begin, end in _united(self._ranges)
         )
+
+    def _content(self, begin: int, end: int) -> bytes:
+        first, last = begin // _BLOCK_BYTES, (end - 1) // _BLOCK_BYTES
+        blocks = b"".join(self._blocks[index] for index in range(first, last + 1))
+        return blocks[begin - first * _BLOCK_BYTES : end - first * _BLOCK_BYTES]
+
+
+def _united(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes in ranges that lie apart, in order."""
+    united: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if united and begin <= united[-1][1]:
+            united[-1] = united[-1][0], max(end, united[-1][1])
+        elif begin < end:
+            united.append((begin, end))
+    return united
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.hub.failures import PassingError, Patience, transfer_patience_s, translating_errors
+from int8convert.checkpoint.hub.failures import translating_errors
+from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.layout import quoted
 from int8convert.errors import HubError
 

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from int8convert.checkpoint.hub.failures import call_hub
+from int8convert.checkpoint.hub.failures import call_hub, endpoint
 from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted
 from int8convert.errors import CorruptFileError, HubConnectionError, HubError
 
@@ -106,24 +107,42 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
         HubError: it is not there, or not for this token, or the Hub is not reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
 
-    api = HfApi()
-    found = call_hub(lambda: api.model_info(name, revision=revision), f"looking for {quoted(name)}", name)
+    found = call_hub(
+        lambda: HfApi().model_info(name, revision=revision, timeout=_answer_s()), f"looking for {quoted(name)}", name
+    )
     if found.sha is None:
         raise HubError(f"{quoted(name)} has no commit", "it is empty; name one that holds a checkpoint")
     commit = found.sha
-    entries = call_hub(
-        lambda: list(api.list_repo_tree(found.id, revision=commit, recursive=True)), f"listing {quoted(name)}", name
-    )
-    files = {
-        entry.path: RepositoryFile(
-            entry.path, entry.size, entry.lfs.sha256 if entry.lfs is not None else None, entry.blob_id
-        )
-        for entry in entries
-        if isinstance(entry, RepoFile)
-    }
-    return Repository(found.id, commit, revision or _MAIN, files)
+    return Repository(found.id, commit, revision or _MAIN, _list_files(found.id, commit))
+
+
+def _answer_s() -> float:
+    """How long to wait for an answer; of its own accord the client waits for ever."""
+    from huggingface_hub import constants
+
+    return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+
+def _list_files(name: str, commit: str) -> dict[str, RepositoryFile]:
+    """As the client's `list_repo_tree`, which takes no time limit, and tries for minutes on its own."""
+    url: str | None = f"{endpoint()}/api/models/{name}/tree/{commit}?recursive=true"
+    files = {}
+    while url is not None:
+        entries, url = call_hub(partial(_list_page, url), f"listing {quoted(name)}", name)
+        for entry in entries:
+            if entry["type"] == "file":
+                sha256 = entry["lfs"]["oid"] if entry.get("lfs") else None
+                files[entry["path"]] = RepositoryFile(entry["path"], entry["size"], sha256, entry["oid"])
+    return files
+
+
+def _list_page(url: str) -> tuple[list[dict[str, Any]], str | None]:
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    answer = get_session().get(url, headers=build_hf_headers(), timeout=_answer_s())
+    hf_raise_for_status(answer)
+    return answer.json(), answer.links.get("next", {}).get("url")
 
 
 def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: Path | None = None) -> Path:

@@ -2,9 +2,10 @@
 
 1. A thread has the Hub's own client download the shards in order, by xet where there is xet, into a folder of ours. It
    stays one ahead, so that at most two are on the disk.
-2. A shard is read as any local file is, and hashed on the way; at its end the hash must be the Hub's.
-3. Then it is removed. What lies in the Hub's cache already is read there, and stays there; with a `cache_dir` all of it
-   goes into that cache and stays.
+2. A shard is read as any local file is, and hashed on the way.
+3. When its last byte that is needed was read, the rest is hashed and the shard removed, though whoever reads it may
+   ask much later whether the hash was the Hub's: an output shard may be made of many. What lies in the Hub's cache
+   already is read there, and stays there; with a `cache_dir` all of it goes into that cache and stays.
 
 The client continues a download that breaks off, but begins one anew that was killed, and leaves what it had: the folder
 is emptied first.
@@ -12,32 +13,51 @@ is emptied first.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import errno
+import itertools
 import shutil
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from int8convert.checkpoint.hashing import OrderedSha256
-from int8convert.checkpoint.hub.failures import PassingError, Patience, transfer_patience_s, translating_errors
+from int8convert.checkpoint.hub.failures import translating_client_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
-from int8convert.checkpoint.hub.repository import ContentCheck
+from int8convert.checkpoint.hub.local_copy import cached_path, download_file, has_header, is_content
+from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.shard_stream import FetchProgress
 from int8convert.checkpoint.hub.source import RemoteShard
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.shard_access import DamagedShardError, HashingReader, LocalShards, OrderedReader
 from int8convert.checkpoint.source import FileReader, SourceShard
-from int8convert.errors import CorruptFileError, HubConnectionError, Int8ConvertError
+from int8convert.errors import CorruptFileError, DiskFullError, HubConnectionError, OutputError
 
 MAX_ON_DISK = 2
-_PIECE_BYTES = 1 << 20
 _CLOSE_S = 0.5
+
+
+_folder_numbers = itertools.count()
 
 
 class _Stopped(Exception):
     """Nobody wants the downloads any longer. Stays in its thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """What became of a shard that was read to its end.
+
+    Attributes:
+        sha256: of what came.
+        is_right: whether that is what the Hub lists.
+        is_kept: whether its header is the one the plan was made from.
+    """
+
+    sha256: str
+    is_right: bool
+    is_kept: bool
 
 
 class ShardDownload:
@@ -60,30 +80,31 @@ class ShardDownload:
         on_progress: FetchProgress = lambda shard, n: None,
     ) -> None:
         self._shards = list(shards)
-        self._folder = folder
+        # The client gives paths without links. A thread of an access that was closed may still be at work in its own.
+        self._incoming = folder.resolve()
+        self._folder = self._incoming / str(next(_folder_numbers))
         self._cache_dir = cache_dir
         self._on_progress = on_progress
         self._local = LocalShards()
         self._changed = threading.Condition()
         self._files: dict[str, Future[SourceShard]] = {shard.path.name: Future() for shard in shards}
-        self._ended: dict[str, tuple[str, Exception | None]] = {}
+        self._checks: dict[str, _Check] = {}
         self._n_on_disk = 0
         self._distrusted = frozenset(distrusted)
         self._is_closed = False
-        self._remove_folder()
+        shutil.rmtree(self._incoming, ignore_errors=True)
         self._thread = threading.Thread(target=self._fetch_all, daemon=True)
         self._thread.start()
 
     def open(self, shard: SourceShard) -> OrderedReader:
         """See `ShardAccess`."""
-        if shard.remote is None:
-            return self._local.open(shard)
         there = self._there(shard)
-        return _Reader(FileReader(there.path), self._local.hash_of(there), shard, self._end)
+        reader = HashingReader(FileReader(there.path), self._local.hash_of(there))
+        return reader if shard.remote is None else _DownloadReader(self, shard, reader)
 
     def _there(self, shard: SourceShard) -> SourceShard:
         """The shard as a local file, once it is one."""
-        return self._files[shard.path.name].result()
+        return self._files[shard.path.name].result() if shard.remote is not None else shard
 
     def is_checked(self, shard: SourceShard) -> bool:
         """See `ShardAccess`."""
@@ -91,34 +112,30 @@ class ShardDownload:
 
     def finish(self, shard: SourceShard) -> str:
         """See `ShardAccess`."""
-        if shard.remote is None:
+        if not isinstance(shard.remote, RemoteShard):
             return self._local.finish(shard)
-        if shard.path.name not in self._ended:
-            self._end(shard)
-        sha256, trouble = self._ended[shard.path.name]
-        if trouble is not None:
-            raise trouble
-        return sha256
+        name = shard.path.name
+        if name not in self._checks:
+            self.check(shard)
+        check = self._checks.pop(name)
+        if not check.is_right:
+            raise DamagedShardError(shard, f"sha256 {check.sha256}, expected {shard.remote.sha256}")
+        if not check.is_kept:
+            raise CorruptFileError(
+                f"the header of {quoted(name)} was other when the conversion was planned than in the file itself",
+                "it came with wrong bytes then; the same command plans anew",
+            )
+        return check.sha256
 
-    def _end(self, shard: SourceShard) -> None:
-        """Check a shard that was read, and remove it, which lets the next one come."""
+    def check(self, shard: SourceShard) -> None:
+        """Hash what is left of a shard on the Hub that nobody will read any more, and remove it."""
         assert isinstance(shard.remote, RemoteShard)
         there, file = self._there(shard), shard.remote.file
         sha256 = self._local.hash_of(there).finish()
-        trouble: Exception | None = None
-        if not (sha256 == file.sha256 if file.sha256 else is_content(there.path, file)):
-            trouble = DamagedShardError(shard, f"sha256 {sha256}, expected {file.sha256}")
-        elif not _is_header(there.path, shard.remote):
-            trouble = CorruptFileError(
-                f"the header of {quoted(file.name)} was other when the conversion was planned than in the file itself",
-                "it came with wrong bytes then; the same command plans anew",
-            )
-        self._ended[shard.path.name] = sha256, trouble
-        self._remove(there.path)
-
-    def _remove(self, path: Path) -> None:
-        if path.is_relative_to(self._folder):
-            path.unlink(missing_ok=True)
+        is_right = sha256 == file.sha256 if file.sha256 else is_content(there.path, file)
+        self._checks[shard.path.name] = _Check(sha256, is_right, has_header(there.path, shard.remote.evidence))
+        if there.path.is_relative_to(self._folder):
+            there.path.unlink(missing_ok=True)
         with self._changed:
             self._n_on_disk -= 1
             self._changed.notify_all()
@@ -130,10 +147,7 @@ class ShardDownload:
             self._changed.notify_all()
         self._thread.join(_CLOSE_S)
         self._local.close()
-        self._remove_folder()
-
-    def _remove_folder(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._incoming, ignore_errors=True)
 
     def _fetch_all(self) -> None:
         for shard in self._shards:
@@ -150,26 +164,53 @@ class ShardDownload:
                 future.set_result(SourceShard(path, shard.n_bytes, shard.tensors))
             except _Stopped:
                 future.set_exception(HubConnectionError("the download was stopped", "run the same command again"))
-            except (Int8ConvertError, OSError) as error:
+            except BaseException as error:  # whoever waits for the shard raises it; without one it would wait for ever
                 future.set_exception(error)
+        if self._is_closed:  # and what was under way then has come since
+            shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._incoming.rmdir()
 
     def _fetch(self, shard: SourceShard) -> Path:
         assert isinstance(shard.remote, RemoteShard)
         file = shard.remote.file
         patience = Patience(file.subject, transfer_patience_s())
 
+        failures: list[BaseException] = []
+
         def on_bytes(n_bytes: int) -> None:
             if self._is_closed:
                 raise _Stopped
             patience.progressed()
-            self._on_progress(shard, n_bytes)
+            try:
+                self._on_progress(shard, n_bytes)
+            except BaseException as error:  # no trouble of the client's, within which it is raised
+                failures.append(error)
+                raise _Stopped from error
 
         while True:
             try:
-                with translating_errors(file.repository):
+                with translating_client_errors(file.repository):
                     return self._download(file, on_bytes)
             except PassingError as trouble:
+                if failures:
+                    raise failures[0] from None
                 patience.wait(trouble, self._pause)
+            except _Stopped:
+                raise (failures or [_Stopped()])[0] from None
+            except OSError as error:
+                raise self._local_error(error, file) from error
+
+    def _local_error(self, error: OSError, file: HubFile) -> OutputError:
+        folder = self._cache_dir or self._folder
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return DiskFullError(
+                f"no room left in '{folder}' while downloading {quoted(file.name)}, {file.n_bytes:,} bytes",
+                "--reader stream needs none; or make room, and rerun the same command",
+            )
+        return OutputError(
+            f"'{error.filename or folder}' cannot be written: {error.strerror}", "mend that and rerun the same command"
+        )
 
     def _pause(self, seconds: float) -> None:
         with self._changed:
@@ -177,87 +218,39 @@ class ShardDownload:
             if self._is_closed:
                 raise _Stopped
 
-    def _download(self, file: HubFile, on_bytes: Any) -> Path:
-        from huggingface_hub import hf_hub_download
-
+    def _download(self, file: HubFile, on_bytes: Callable[[int], None]) -> Path:
         was_wrong = file.name in self._distrusted
         cached = cached_path(file, self._cache_dir)
         if cached is not None and not was_wrong:
             return cached
-        return Path(
-            hf_hub_download(
-                file.repository,
-                file.name,
-                revision=file.commit,
-                cache_dir=self._cache_dir,
-                local_dir=None if self._cache_dir else self._folder,
-                force_download=was_wrong,
-                tqdm_class=_counter_of(on_bytes),
-            )
-        )
+        local_dir = None if self._cache_dir else self._folder
+        return download_file(file, self._cache_dir, local_dir, is_forced=was_wrong, on_bytes=on_bytes)
 
 
-class _Reader(HashingReader):
-    """Ends its shard as soon as the last byte that is needed was read, so that it need not wait for the output."""
+class _DownloadReader:
+    """An `OrderedReader` of a downloaded shard, which is removed when it is read to its end."""
 
-    def __init__(
-        self, reader: FileReader, hashing: OrderedSha256, shard: SourceShard, on_end: Callable[[SourceShard], None]
-    ) -> None:
-        super().__init__(reader, hashing)
+    def __init__(self, download: ShardDownload, shard: SourceShard, reader: HashingReader) -> None:
+        self._download = download
         self._shard = shard
-        self._on_end = on_end
+        self._reader = reader
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """See `ShardReader`."""
+        self._reader.read_into(buffer, offset)
 
     def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
         """See `OrderedReader`."""
-        super().read_on(data, offset, needed_from)
+        self._reader.read_on(data, offset, needed_from)
         if needed_from >= self._shard.n_bytes:
-            self.close()  # or its disk would not be free
-            self._on_end(self._shard)
+            self._reader.close()  # a file that is open keeps its room on the disk
+            self._download.check(self._shard)
+
+    def close(self) -> None:
+        """See `ShardReader`."""
+        self._reader.close()
 
 
 def is_cached(shard: SourceShard, cache_dir: Path | None = None) -> bool:
     """Whether a shard need not be downloaded: it is local, or in the Hub's cache with the right size."""
     return not isinstance(shard.remote, RemoteShard) or cached_path(shard.remote.file, cache_dir) is not None
-
-
-def cached_path(file: HubFile, cache_dir: Path | None = None) -> Path | None:
-    """Where a file is in the Hub's cache, with the right size; None if it is not."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(file.repository, file.name, cache_dir, file.commit)
-    return Path(found) if isinstance(found, str) and Path(found).stat().st_size == file.n_bytes else None
-
-
-def _counter_of(on_bytes: Any) -> Any:
-    """A progress bar for the Hub's client that shows nothing, and tells how many bytes have come."""
-    from tqdm.auto import tqdm
-
-    class Counter(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **{**options, "disable": True})
-            self._n_come = options.get("initial", 0) or 0
-
-        def update(self, n: float | None = 1) -> None:
-            self._n_come += n or 0
-            on_bytes(int(self._n_come))
-
-    return Counter
-
-
-def is_content(path: Path, file: HubFile) -> bool:
-    """Whether a local file has the bytes the Hub lists."""
-    check = ContentCheck(file.n_bytes, file.sha256, file.blob_id)
-    with path.open("rb") as opened:
-        while piece := opened.read(_PIECE_BYTES):
-            check.feed(piece)
-    return check.is_right
-
-
-def _is_header(path: Path, remote: RemoteShard) -> bool:
-    """Whether a file has the header that the plan was made from."""
-    with path.open("rb") as file:
-        for one in remote.evidence:
-            file.seek(one.begin)
-            if hashlib.sha256(file.read(one.end - one.begin)).digest() != one.sha256:
-                return False
-    return True

@@ -17,14 +17,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from int8convert.checkpoint.hub.failures import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.header_file import EvidenceCheck
+from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.repository import ContentCheck
 from int8convert.checkpoint.hub.source import RemoteShard
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.shard_access import DamagedShardError, LocalShards, OrderedReader
 from int8convert.checkpoint.source import SourceShard
-from int8convert.errors import CorruptFileError, HubError, Int8ConvertError
+from int8convert.errors import CorruptFileError, HubError
 
 CHUNK_BYTES = 4 << 20
 _CLOSE_S = 0.5
@@ -80,7 +80,7 @@ class ShardStream:
         self._passing: dict[str, _Passing] = {}
         self._free: list[bytearray] = []
         self._n_used = 0
-        self._error: Int8ConvertError | None = None
+        self._error: BaseException | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._fetch_all, daemon=True)
         self._thread.start()
@@ -170,7 +170,7 @@ class ShardStream:
                 self._fetch(passing)
         except _Stopped:
             pass
-        except Int8ConvertError as error:
+        except BaseException as error:  # whoever waits for bytes raises it; without one it would wait for ever
             with self._changed:
                 self._error = error
                 self._changed.notify_all()

@@ -37,7 +37,6 @@ from int8convert.checkpoint.source import (
 from int8convert.errors import CorruptFileError, SourceError
 
 _HEADERS_AT_ONCE = 8
-_TRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +138,13 @@ def _hub_file(repository: Repository, file: RepositoryFile) -> HubFile:
 
 
 def _read_shard(file: HubFile, directory: Path) -> SourceShard:
-    """A shard by its header; one that makes no sense is fetched again, for it may have come with wrong bytes."""
-    for _ in range(_TRIES - 1):
-        try:
-            return _try_shard(file, directory)
-        except CorruptFileError:
-            pass
-    return _try_shard(file, directory)
+    try:
+        return _read_header(file, directory)
+    except CorruptFileError:
+        return _read_header(file, directory)  # it may have come with wrong bytes
 
 
-def _try_shard(file: HubFile, directory: Path) -> SourceShard:
+def _read_header(file: HubFile, directory: Path) -> SourceShard:
     header = HeaderFile(file)
     opened = as_binary_file(header)
     if file.name.endswith(".safetensors"):
