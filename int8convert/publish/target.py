@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.hub.failures import call_hub, endpoint, translating_errors
+from int8convert.checkpoint.hub.failures import call_hub, endpoint, translating_client_errors, translating_errors
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.repository import RepositoryFile, find_repository
 from int8convert.checkpoint.layout import quoted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from int8convert.checkpoint.hub import header_file, shard_stream
+from int8convert.checkpoint.hub import header_file, patience, shard_stream
 from int8convert.conversion import blocks, reading_order
 from tests.hub_server.fixtures import connect, hub, xet_hub
 
