@@ -1,4 +1,4 @@
-"""A conversion whose shards go to the Hub ends in the same repository, however often killed, in the disk it may take."""
+"""A conversion whose shards go to the Hub ends in the same repository, however often killed, in the disk allowed."""
 
 from __future__ import annotations
 
