@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -182,12 +184,11 @@ class sampling:
     def _sample(self) -> None:
         while not self._is_over:
             n_bytes = 0
-            for path in list(self._folder.rglob("*")):
-                try:
-                    status = path.stat()
-                    n_bytes += max(status.st_size, 512 * status.st_blocks) if path.is_file() else 0
-                except FileNotFoundError:
-                    continue
+            for parent, _, names in os.walk(self._folder):  # which bears that folders go meanwhile
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        status = os.lstat(os.path.join(parent, name))
+                        n_bytes += max(status.st_size, 512 * status.st_blocks)
             self._peak[0] = max(self._peak[0], n_bytes)
             time.sleep(0.001)
 
