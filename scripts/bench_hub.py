@@ -2,9 +2,10 @@
 
 How it goes:
 1. A checkpoint of random weights is served by the tests' Hub, on loopback, over a line of so many MB/s.
-2. In turns, each in a process of its own: its shards are streamed and thrown away (`fetch`); it is converted from the
-   disk (`convert`); it is converted from the Hub, by stream and by download. Model map and page cache are warm.
-3. Wall time of the last two over the larger of the first two alone is what overlapping leaves: 1 would be perfect.
+2. In turns, each in a process of its own: its shards are fetched and thrown away, by each reader; it is converted from
+   the disk; it is converted from the Hub, by each reader. Model map and page cache are warm.
+3. Wall time of a conversion from the Hub over the larger of fetching and converting alone is what overlapping leaves: 1
+   would be perfect.
 
 The server computes on the same cores as what is measured. Peak anonymous memory is that of all processes of a command.
 
@@ -13,7 +14,6 @@ Left out on purpose: the latency and the errors of a real network.
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,15 +27,22 @@ from measure_command import Measurement, measure_command, warm_page_cache
 from tests.hub_server.hub import Hub
 
 NAME = "bench/model"
+READERS = ("stream", "download")
 FETCH = """
 import sys
+from pathlib import Path
+from int8convert.checkpoint.hub.shard_download import ShardDownload
 from int8convert.checkpoint.hub.shard_stream import ShardStream
 from int8convert.checkpoint.source import open_source
-source = open_source(sys.argv[1])
-stream = ShardStream(source.shards, [shard.n_bytes for shard in source.shards], 48 << 20)
-for shard in source.shards:
-    stream.finish(shard)
-stream.close()
+name, reader, folder = sys.argv[1:]
+shards = open_source(name).shards
+if reader == "stream":
+    access = ShardStream(shards, [shard.n_bytes for shard in shards], 48 << 20)
+else:
+    access = ShardDownload(shards, Path(folder))
+for shard in shards:
+    access.finish(shard)
+access.close()
 """
 
 
@@ -50,13 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 def run(command: list[str], environment: dict[str, str]) -> Measurement:
     """A command with this environment; the program ends if it fails."""
     with tempfile.TemporaryFile() as log:
-        before = dict(os.environ)
-        os.environ.update(environment)
-        try:
-            measured = measure_command(command, log)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        measured = measure_command(command, log, environment=environment)
         if measured.exit_code:
             log.seek(0)
             sys.exit(log.read().decode())
@@ -69,12 +70,10 @@ def measure_rate(rate: float, source: Path, work: Path, hub: Hub) -> dict[str, d
     python = sys.executable
     out = work / "out"
     quantize = [python, "-m", "int8convert", "quantize", "--quiet"]
-    commands = {
-        "fetch": [python, "-c", FETCH, NAME],
-        "convert": [*quantize, str(source), str(out)],
-        "stream": [*quantize, NAME, str(out), "--reader", "stream"],
-        "download": [*quantize, NAME, str(out), "--reader", "download"],
-    }
+    commands = {"convert": [*quantize, str(source), str(out)]}
+    for reader in READERS:
+        commands[f"fetch by {reader}"] = [python, "-c", FETCH, NAME, reader, str(out)]
+        commands[reader] = [*quantize, NAME, str(out), "--reader", reader]
     found: dict[str, dict[str, object]] = {}
     for name, command in commands.items():
         warm_page_cache(source)
@@ -96,8 +95,8 @@ def main() -> None:
             command = [sys.executable, "-m", "int8convert", "quantize", NAME, "--dry-run"]
             run(command, hub.client_environment())  # the model map, and the small files
             rates = {}
-            print(f"{arguments.shape}, {n_bytes / 1e9:.2f} GB; seconds, and over the larger of the first two alone")
-            print("| line MB/s | fetch | convert | stream | download | memory of stream | of download |")
+            print(f"{arguments.shape}, {n_bytes / 1e9:.2f} GB; seconds, and over the larger of the two alone")
+            print("| line MB/s | convert | fetch by stream | both | fetch by download | both | memory |")
             print("|---|---|---|---|---|---|---|")
             for rate in (float(text) for text in arguments.rates.split(",")):
                 found = rates[f"{rate:g}"] = measure_rate(rate, source, work, hub)
@@ -109,14 +108,12 @@ def main() -> None:
 
 def print_row(rate: float, found: dict[str, dict[str, object]]) -> None:
     seconds = {name: float(str(measured["wall_s"])) for name, measured in found.items()}
-    alone = max(seconds["fetch"], seconds["convert"])
-    memory = {name: float(str(measured["peak_anonymous_bytes"])) / 1e6 for name, measured in found.items()}
-    print(
-        f"| {rate:g} | {seconds['fetch']:.1f} | {seconds['convert']:.1f} "
-        + "".join(f"| {seconds[name]:.1f} ({seconds[name] / alone:.2f}x) " for name in ("stream", "download"))
-        + f"| {memory['stream']:.0f} MB | {memory['download']:.0f} MB |",
-        flush=True,
-    )
+    memory = [float(str(found[reader]["peak_anonymous_bytes"])) / 1e6 for reader in READERS]
+    cells = [f"{rate:g}", f"{seconds['convert']:.1f}"]
+    for reader in READERS:
+        fetch = seconds[f"fetch by {reader}"]
+        cells += [f"{fetch:.1f}", f"{seconds[reader]:.1f} ({seconds[reader] / max(fetch, seconds['convert']):.2f}x)"]
+    print(f"| {' | '.join(cells)} | {memory[0]:.0f} and {memory[1]:.0f} MB |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 SAMPLE_PERIOD_S = 0.02
 MEMORY_FIELDS = {"VmRSS:", "RssAnon:", "VmHWM:"}  # of /proc/PID/status
+
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+"""No tool may look for newer files or versions on the network while the clock runs."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,28 @@ class Measurement:
         return self.other_cpu_s / (self.wall_s * len(os.sched_getaffinity(0)))
 
 
-def measure_command(command: list[str], stdout: BinaryIO, stderr: int | None = subprocess.STDOUT) -> Measurement:
+def measure_command(
+    command: list[str],
+    stdout: BinaryIO,
+    stderr: int | None = subprocess.STDOUT,
+    environment: Mapping[str, str] = OFFLINE,
+) -> Measurement:
     """Run `command` to its end, whatever its exit code, and return what it took; an interrupt here kills it.
 
     Args:
         stdout: an open file that takes what it prints.
         stderr: as in `subprocess`: with stdout, or, where None, to this process's own.
+        environment: laid over this process's own.
     """
-    # No tool may look for newer files or versions on the network while the clock runs.
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     busy_s, start = read_busy_s(), time.perf_counter()
     # A session of its own, so that an interrupt can end it with all its children.
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+        command,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
     )
     try:
         with MemorySampler(process.pid) as sampler:
