@@ -72,5 +72,6 @@ def _vllm(repository: str, method: str) -> list[str]:
     return [
         "from vllm import LLM",
         "",
-        f'print(LLM("{repository}"{how}).generate("The answer is")[0].outputs[0].text)',
+        f'model = LLM("{repository}"{how})',
+        'print(model.generate("The answer is")[0].outputs[0].text)',
     ]

@@ -123,7 +123,7 @@ def test_other_layout_has_its_own_tag_and_loader(tmp_path: Path, map_in_process:
     card = card_of(tmp_path / "o")
 
     assert "compressed-tensors" in (ModelCard(card).data.tags or [])
-    assert f'print(LLM("{REPO}").generate(' in card
+    assert f'model = LLM("{REPO}")\n' in card
     assert "--format compressed-tensors" in card
 
 
