@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import int8convert
-from int8convert.checkpoint.manifest import Manifest
 from int8convert.conversion.events import EventSink
 from tests.hub_server.http_messages import Origin
 from tests.hub_server.hub import Hub
@@ -25,8 +24,8 @@ def convert(
 
 
 def looks_complete(out: Path) -> bool:
-    """Whether a loader would take it for a checkpoint, or we for a finished one."""
-    return (out / "config.json").exists() or Manifest(out).is_complete
+    """Whether a loader would take it for a checkpoint."""
+    return (out / "config.json").exists()
 
 
 def begin_anew(hub: Hub, client_cache: Path) -> None:
@@ -35,12 +34,3 @@ def begin_anew(hub: Hub, client_cache: Path) -> None:
     hub.faults.clear()
     hub.log.clear()
     shutil.rmtree(client_cache, ignore_errors=True)
-
-
-def whole_file_bytes(hub: Hub, sha256: str) -> int:
-    """Bytes of a file that were sent by its object store, its header's ranges left out."""
-    return sum(
-        request.sent_bytes
-        for request in hub.log.requests("GET", f"/objects/{sha256}$", Origin.STORAGE)
-        if request.range is None or request.range.endswith("-") or request.fault is not None
-    )
