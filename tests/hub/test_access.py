@@ -128,10 +128,13 @@ def test_no_network(hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch,
     )
 
 
-def test_repository_that_is_closed_while_it_is_read(hub: Hub, connect: Connect, tmp_path: Path) -> None:
+def test_address_that_always_has_run_out_is_in_no_error(
+    hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """No error holds what the client's own errors hold: the address, which may be signed."""
     hub.add_repo(NAME, opt_66b(tmp_path / "model"))
     connect(hub)
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "1")
     hub.state.urls.lifetime_s = -1  # every signed address has run out before it is used
     with pytest.raises(HubConnectionError) as caught:
         convert(NAME, tmp_path / "out")
