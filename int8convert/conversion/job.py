@@ -31,6 +31,9 @@ from int8convert.conversion.reader_choice import Reader, access_maker, choose_re
 from int8convert.conversion.reading_order import MakeAccess, ReadingOrder
 from int8convert.errors import CoverageError, DiskFullError, Int8ConvertError
 
+_TOLD_EVERY_BYTES = 4 << 20
+"""Of what is fetched: pieces come by the ten thousand a second."""
+
 
 def conversion_request(
     source: CheckpointSource, output_format: OutputFormat, options: Mapping[str, Any]
@@ -205,8 +208,13 @@ class Conversion:
         self._begin(plan, done)
         pipeline.emit(PlanMade(plan, pipeline.device, choice))
 
+        told = -_TOLD_EVERY_BYTES
+
         def on_progress(shard: SourceShard, n_bytes: int) -> None:
-            pipeline.emit(SourceFetched(shard, n_bytes))
+            nonlocal told
+            if not 0 <= n_bytes - told < _TOLD_EVERY_BYTES or n_bytes == shard.n_bytes:
+                told = n_bytes
+                pipeline.emit(SourceFetched(shard, n_bytes))
 
         return done, access_maker(choice, self._output.incoming, cache_dir, n_workers, on_progress)
 

@@ -268,6 +268,11 @@ class OutputDirectory:
         write_json(self.path / CONFIG_NAME, config)
         self.manifest.tidy()
 
+    def remove_empty(self) -> None:
+        """Remove what is left of an output that is elsewhere: empty folders; not in use."""
+        for folder in (self.manifest.folder, self.path):
+            _remove_if_empty(folder)
+
     def discard(self) -> None:
         """Remove all that was written since `begin`, of an output that nobody would resume, or that is elsewhere."""
         for name in (CONFIG_NAME, INDEX_NAME):

@@ -116,7 +116,7 @@ def quantize(
             "auto", the latter where there is room. The output does not depend on it.
         cache_dir: a Hub cache in which what is downloaded stays.
         publishing: send each finished shard elsewhere and, unless it keeps them, remove it here; `out` is then where
-            they lie meanwhile, and is left empty.
+            they lie meanwhile, and is removed.
         on_event: told what happens; None shows a tqdm bar.
 
     Raises:
@@ -166,6 +166,8 @@ def quantize(
                     raise
                 job.kept_modules += (error.module_name,)
                 report.restart()
+    if publishing is not None and not publishing.keeps:
+        output.remove_empty()
     return report.build(done_plan, str(out), device_used.name, time.perf_counter() - began)
 
 

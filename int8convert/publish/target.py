@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.hub.failures import call_hub, endpoint, translating_errors
+from int8convert.checkpoint.hub.failures import call_hub, endpoint, translating_client_errors, translating_errors
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.repository import RepositoryFile, find_repository
 from int8convert.checkpoint.layout import quoted
@@ -90,7 +90,7 @@ class Target:
         while True:
             addition = CommitOperationAdd(name, str(path))
             try:
-                with translating_errors(self.name), _translating_transfer(self.name):
+                with translating_client_errors(self.name), _translating_transfer(self.name):
                     HfApi().preupload_lfs_files(
                         self.name, [addition], revision=self.branch, create_pr=self._as_pull_request
                     )
@@ -113,7 +113,7 @@ class Target:
         patience = Patience(f"the commit to {quoted(self.name)}")
         while True:
             try:
-                with translating_errors(self.name), _translating_transfer(self.name):
+                with translating_client_errors(self.name), _translating_transfer(self.name):
                     return HfApi().create_commit(
                         self.name,
                         [*additions, *deletions],

@@ -19,9 +19,10 @@ from int8convert.checkpoint.atomic import write_text
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.hub.repository import RepositoryFile
 from int8convert.checkpoint.inspection import inspect
-from int8convert.checkpoint.layout import is_weight_file, quoted
+from int8convert.checkpoint.layout import OWN_FOLDER, is_weight_file, quoted
+from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.source import CARD_NAME
-from int8convert.errors import HubError
+from int8convert.errors import HubError, OutputError
 from int8convert.publish.card import CARD_MARK, make_card
 from int8convert.publish.finished import check_shards, check_verified, read_finished
 from int8convert.publish.target import MAIN, SentSink, Target
@@ -94,16 +95,40 @@ def upload(
         UnverifiedError: it is not verified.
         HubError: the Hub does not take it, or has other bytes afterwards.
     """
+    target = Target(repository, revision, private, create_pr)
+    if dry_run:
+        return _upload(out, target, message, allow_unverified, on_file, is_dry_run=True)
+    try:
+        with DirectoryLock(Path(out) / OWN_FOLDER / "lock"):
+            return _upload(out, target, message, allow_unverified, on_file, is_dry_run=False)
+    except FileNotFoundError:
+        read_finished(out)  # says what is not there
+        raise
+    except PermissionError as error:
+        raise OutputError(
+            f"{quoted(os.fspath(out), 200)} cannot be written to, and its model card and a lock belong into it",
+            "copy it where you may write; nothing was sent",
+        ) from error
+
+
+def _upload(
+    out: str | os.PathLike[str],
+    target: Target,
+    message: str | None,
+    allow_unverified: bool,
+    on_file: SentSink,
+    *,
+    is_dry_run: bool,
+) -> UploadReport:
     output = read_finished(out)
     if not allow_unverified:
         check_verified(output)
     check_shards(output)
-    target = Target(repository, revision, private, create_pr)
     own_card = output.path / CARD_NAME
     keeps_card = _has_own_card(own_card)
-    card = own_card.read_bytes() if keeps_card else make_card(output, repository, inspect(output.path)).encode()
+    card = own_card.read_bytes() if keeps_card else make_card(output, target.name, inspect(output.path)).encode()
     files = output.files()
-    if not dry_run:
+    if not is_dry_run:
         write_text(own_card, card.decode())
         files[CARD_NAME] = own_card
         target.make()
@@ -114,7 +139,7 @@ def upload(
         changed.append(CARD_NAME)
     stale = sorted(name for name in there if is_weight_file(name) and name not in files)
     commit, url = None, target.url
-    if not dry_run:
+    if not is_dry_run:
         if changed or stale:
             commit, url = _send(target, files, sizes, changed, stale, message, on_file)
         for name in sorted(set(files) - set(changed)):
@@ -122,8 +147,8 @@ def upload(
         _check_arrived(target, commit, files)
     return UploadReport(
         out=os.fspath(out),
-        repository=repository,
-        branch=revision,
+        repository=target.name,
+        branch=target.branch,
         url=url,
         commit=commit,
         is_verified=not output.unverified,
@@ -133,7 +158,7 @@ def upload(
         sent=tuple(sorted(changed)),
         deleted=tuple(stale),
         keeps_card=keeps_card,
-        is_dry_run=dry_run,
+        is_dry_run=is_dry_run,
     )
 
 

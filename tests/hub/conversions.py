@@ -8,7 +8,6 @@ from typing import Any
 
 import int8convert
 from int8convert.conversion.events import EventSink
-from tests.hub_server.http_messages import Origin
 from tests.hub_server.hub import Hub
 from tests.tiny_models import file_bytes
 

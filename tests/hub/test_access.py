@@ -157,7 +157,7 @@ def run_command(hub: Hub, folder: Path, maps: Path, *arguments: str) -> subproce
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", [pytest.param("stream", marks=pytest.mark.slow), "download"])
 def test_neither_token_nor_signature_is_written_anywhere(hub: Hub, tmp_path: Path, maps: Path, reader: str) -> None:
     """Not by the command in debug mode either, with a fault that is retried and one that ends it in a traceback."""
     hub.add_repo(NAME, opt_66b(tmp_path / "model"), Visibility.PRIVATE)

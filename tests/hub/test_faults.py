@@ -1,6 +1,6 @@
 """Whatever goes wrong once on the way, at whatever place: the output is the undisturbed run's, byte by byte.
 
-Each test breaks one conversion after the other at places drawn from seeds; `--slow` draws more of them. One kind at one
+Each test breaks one conversion after the other at places drawn from seeds; `--slow` draws 25 of them. One kind at one
 place is not mended but reported: wrong bytes in what was read as a shard's header, which the Hub has no hash for, show
 only when the whole shard has come by; its test is in `test_wrong_bytes`.
 """
@@ -28,7 +28,7 @@ TIMEOUT_S = 0.3
 SECONDS = {FaultKind.STALL: 2.5 * TIMEOUT_S, FaultKind.RESTART: 0.15}
 """A stall is longer than the client listens. Retry-After is 0: `test_retry_after` has another one."""
 
-SEEDS = [pytest.param(range(6), id="few"), pytest.param(range(6, 31), id="many", marks=pytest.mark.slow)]
+SEEDS = [pytest.param(range(2), id="few"), pytest.param(range(2, 27), id="many", marks=pytest.mark.slow)]
 
 N_SHARDS = 3
 N_HEADER_REQUESTS = 2 * N_SHARDS

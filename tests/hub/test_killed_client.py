@@ -20,7 +20,7 @@ from tests.tiny_models import file_bytes
 
 N_SHARDS = 5
 BYTES_PER_S = 6e6
-SEEDS = [pytest.param(range(20), id="few"), pytest.param(range(20, 100), id="many", marks=pytest.mark.slow)]
+SEEDS = [pytest.param(range(10), id="few"), pytest.param(range(10, 40), id="many", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ ROUTES = (
     _hub("GET", r"/api/whoami-v2", read_routes.whoami),
     _hub("GET", r"{model}", read_routes.model_info),
     _hub("GET", r"{model}/revision/([^/]+)", read_routes.model_info),
-    _hub("GET", r"{model}/tree/([^/]+)(?:/(.+))?", read_routes.tree),
+    _hub("GET", r"{model}/tree/([^/]+)/?(.+)?", read_routes.tree),
     _hub("GET", r"{model}/refs", read_routes.refs),
     _hub("GET", r"{model}/commits/([^/]+)", read_routes.commits),
     _hub("GET", r"{model}/xet-(read|write)-token/?([^/]*)", read_routes.xet_token),

@@ -73,7 +73,7 @@ class ShardStream:
     ) -> None:
         self._shards = list(shards)
         self._first_needed = list(first_needed)
-        self._most_chunks = max(2, -(-window_bytes // CHUNK_BYTES))
+        self._most_chunks = -(-window_bytes // CHUNK_BYTES) + 1  # the window may begin within a chunk
         self._on_progress = on_progress
         self._local = LocalShards()
         self._changed = threading.Condition()
@@ -212,9 +212,9 @@ class ShardStream:
                 chunk[begin : begin + len(part)] = part
             at += len(part)
             piece = piece[len(part) :]
-        with self._changed:
-            passing.n_come = at
-            self._changed.notify_all()
+            with self._changed:
+                passing.n_come = at
+                self._changed.notify_all()
         self._on_progress(passing.shard, at)
 
     def _chunk(self, passing: _Passing, i: int) -> bytearray | None:

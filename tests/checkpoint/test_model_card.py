@@ -1,0 +1,55 @@
+"""What is inherited of a source's card, and that a stranger's YAML can do nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from int8convert.checkpoint.model_card import read_source_card
+
+
+def card(tmp_path: Path, text: str) -> dict[str, Any]:
+    (tmp_path / "README.md").write_text(text)
+    return read_source_card(tmp_path)
+
+
+def test_licence_language_and_task_are_inherited_and_nothing_else(tmp_path: Path) -> None:
+    text = "---\nlicense: other\nlicense_name: opt\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [a]\n---\n# OPT\n"
+    expected = {"license": "other", "license_name": "opt", "license_link": "LICENSE", "language": ["en", "de"]}
+
+    assert card(tmp_path, text) == expected
+    assert card(tmp_path, text.replace("\n", "\r\n")) == expected
+    assert card(tmp_path, "\n" + text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# No metadata\n\n---\nlicense: mit\n---\n",
+        "---\nlicense: mit\n",
+        "---\n[1, 2]\n---\n",
+        "---\nlicense: [\n---\n",
+        "---\nlicense: !!python/object/apply:os.system ['touch x']\n---\n",
+        "---\nlicense: {a: b}\n---\n",
+        "---\nlicense: 3\n---\n",
+        '---\nlicense: "a\\e[2Jb"\n---\n',
+        f"---\nlicense: {'x' * 300}\n---\n",
+        f"---\nlicense: {'[' * 50_000}\n---\n",
+        f"---\na: {'x' * 200_000}\nlicense: mit\n---\n",
+        "---\na: &a [x]\nb: &b [*a, *a]\nlicense: *b\n---\n",
+    ],
+)
+def test_what_is_no_plain_text_counts_as_none(text: str, tmp_path: Path) -> None:
+    assert card(tmp_path, text) == {}
+
+
+def test_missing_card_is_no_card(tmp_path: Path) -> None:
+    assert read_source_card(tmp_path) == {}
+
+
+def test_card_that_is_no_text_is_no_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\xfe\n---\n" + bytes(range(256)))
+    assert read_source_card(tmp_path) in ({}, {"license": "\ufffd\ufffd"})

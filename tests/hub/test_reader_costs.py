@@ -1,0 +1,104 @@
+"""What a conversion from the Hub takes of disk and memory, sampled while it runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.hub.repositories import NAME, add
+from tests.hub_server.fixtures import Connect
+from tests.hub_server.hub import Hub
+
+MIB = 1 << 20
+
+
+@dataclass
+class Peaks:
+    """The largest samples, in bytes: of the disk under OUT and the client's cache, and of all processes' own memory."""
+
+    disk_bytes: int = 0
+    anonymous_bytes: int = 0
+
+
+@pytest.fixture
+def weights(hub: Hub, connect: Connect, tmp_path: Path) -> dict[str, Path]:
+    """200 MB in shards of at most 40 MB."""
+    config = transformers.OPTConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        ffn_dim=4096,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        max_position_embeddings=64,
+        word_embed_proj_dim=1024,
+    )
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(config).to(torch.float16)
+    model.save_pretrained(tmp_path / "source", max_shard_size="40MB")
+    return add(hub, tmp_path / "source")
+
+
+def convert_sampled(hub: Hub, out: Path, reader: str, cache: Path) -> Peaks:
+    """Convert by the command, looking at it every few milliseconds."""
+    environment = os.environ | hub.client_environment() | {"HF_HOME": str(cache)}
+    command = [sys.executable, "-m", "int8convert", "quantize", NAME, str(out), "--reader", reader, "--quiet"]
+    peaks = Peaks()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            peaks.disk_bytes = max(peaks.disk_bytes, used_bytes(out) + used_bytes(cache))
+            peaks.anonymous_bytes = max(peaks.anonymous_bytes, anonymous_bytes(process.pid))
+            time.sleep(0.005)
+    assert process.returncode == 0
+    return peaks
+
+
+def used_bytes(folder: Path) -> int:
+    """Of the disk, by the files in a folder."""
+    total = 0
+    for parent, _, names in os.walk(folder):  # which bears that folders go meanwhile
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += 512 * os.lstat(os.path.join(parent, name)).st_blocks
+    return total
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Of a process and its children."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    own = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
+    return 1024 * sum(map(int, own)) + sum(map(anonymous_bytes, children))
+
+
+def test_stream_takes_no_disk_and_download_that_of_two_shards(
+    weights: dict[str, Path], hub: Hub, tmp_path: Path
+) -> None:
+    sizes = sorted(path.stat().st_size for path in weights.values())
+    assert sum(sizes) > 180 * MIB and len(sizes) >= 5
+    hub.bandwidth.bytes_per_s = 150e6
+
+    stream = convert_sampled(hub, tmp_path / "stream", "stream", tmp_path / "cache")
+    output = used_bytes(tmp_path / "stream")
+    download = convert_sampled(hub, tmp_path / "download", "download", tmp_path / "cache")
+
+    assert output > 90 * MIB
+    assert stream.disk_bytes <= output + MIB, "100 MB are allowed, and none is needed"
+    assert output < download.disk_bytes <= output + sum(sizes[-2:]) + MIB
+    for peaks in (stream, download):
+        assert peaks.anonymous_bytes <= 600_000_000

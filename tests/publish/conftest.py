@@ -1,0 +1,46 @@
+"""A converted language model, verified, and a Hub to put it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import int8convert
+from int8convert.evaluation.verify import write_report
+from int8convert.evaluation.verify_report import Gates
+from tests.evaluation.outlier_models import outlier_model, save
+from tests.hub_server.fixtures import connect, hub, xet_hub
+from tests.runtime.language_models import build_tokenizer
+
+__all__ = ["connect", "hub", "out", "source", "verified", "xet_hub"]
+
+LOOSE = Gates(max_dnll=9.0, max_kl=9.0)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model with outlier features and a tokenizer, a card with a licence, and the licence."""
+    tokenizer = build_tokenizer()
+    source = save(outlier_model(tokenizer), tmp_path / "source", tokenizer)
+    (source / "README.md").write_text(
+        "---\nlicense: mit\nlanguage:\n- en\n- de\npipeline_tag: text-generation\n---\nHi"
+    )
+    (source / "LICENSE").write_text("MIT")
+    return source
+
+
+@pytest.fixture
+def out(source: Path, tmp_path: Path, map_in_process: None) -> Path:
+    """Converted, into several shards."""
+    int8convert.quantize(source, tmp_path / "out", max_shard_size="100KB", on_event=lambda event: None)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def verified(out: Path) -> Path:
+    """And verified."""
+    report = int8convert.verify(out, gates=LOOSE, n_sequences=4, length=16, device="cpu")
+    assert report.is_passed
+    write_report(report)
+    return out

@@ -1,0 +1,93 @@
+"""From a repository like facebook/opt-66b to an int8 repository that a fresh machine downloads and runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import int8convert
+from int8convert.evaluation.verify import write_report
+from tests.evaluation.outlier_models import outlier_model, save
+from tests.hub_server.fixtures import Connect
+from tests.hub_server.hub import Hub
+from tests.hub_server.repositories import Visibility
+from tests.publish.conftest import LOOSE
+from tests.runtime.language_models import build_tokenizer
+from tests.tiny_models import file_bytes, save_as_pickles
+
+pytestmark = [
+    pytest.mark.usefixtures("map_in_process"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+SOURCE, REPO = "facebook/opt-66b", "me/opt-66b-int8"
+
+
+@pytest.fixture
+def published(hub: Hub, connect: Connect, tmp_path: Path) -> Path:
+    """Converted by each reader, verified and uploaded, private; the output."""
+    tokenizer = build_tokenizer()
+    safe = save(outlier_model(tokenizer), tmp_path / "safe", tokenizer)
+    pickles = save_as_pickles(safe, tmp_path / "pickles", 3, lambda name: name.removeprefix("model."))
+    files = {path.name: path for path in pickles.iterdir()} | {path.name: path for path in safe.glob("*token*")}
+    assert not any(name.endswith(".safetensors") for name in files)
+    hub.add_repo(SOURCE, files | {"flax_model.msgpack": b"flax" * 100, "README.md": b"---\nlicense: other\n---\n"})
+    connect(hub, hub.token)
+    for reader in ("stream", "download"):
+        int8convert.quantize(SOURCE, tmp_path / reader, reader=reader, on_event=lambda event: None)
+    assert file_bytes(tmp_path / "stream") == file_bytes(tmp_path / "download")
+
+    out = tmp_path / "stream"
+    report = int8convert.verify(out, gates=LOOSE, n_sequences=4, length=16, device="cpu")
+    assert report.is_passed, report.failures
+    write_report(report)
+    int8convert.upload(out, REPO, private=True)
+    hub.repo(SOURCE).visibility = Visibility.PRIVATE  # nothing of what follows may need it
+    return out
+
+
+def run_fresh(code: str, hub: Hub, tmp_path: Path) -> str:
+    """Python in a process of its own, with an empty cache and a token."""
+    environment = os.environ | hub.client_environment(hub.token) | {"HF_HOME": str(tmp_path / "fresh")}
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert hub.token not in found.stdout + found.stderr
+    return found.stdout
+
+
+def test_card_s_snippets_run_as_they_stand(published: Path, hub: Hub, tmp_path: Path) -> None:
+    """By transformers with bitsandbytes, by int8convert, and by vLLM where that is installed."""
+    card = hub.repo(REPO).files["README.md"].decode()
+    assert "base_model: facebook/opt-66b" in card and "license: other" in card
+    transformers, own, vllm = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    prompt = "The answer is"
+
+    assert prompt in run_fresh(transformers.replace('device_map="auto"', 'device_map="cpu"'), hub, tmp_path)
+    assert prompt in run_fresh(own, hub, tmp_path)
+    if find_spec("vllm"):
+        run_fresh(vllm, hub, tmp_path)
+
+
+def test_download_has_the_logits_of_the_output(published: Path, hub: Hub, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "ids = torch.arange(1, 17)[None]\n"
+        "models = [AutoModelForCausalLM.from_pretrained(name, device_map='cpu') for name in sys.argv[1:]]\n"
+        "logits = [model(ids).logits for model in models]\n"
+        "assert torch.equal(*logits), (logits[0] - logits[1]).abs().max()\n"
+        "print(type(models[0].model.decoder.layers[0].fc1).__name__)\n"
+    )
+    code = code.replace("sys.argv[1:]", repr([REPO, str(published)]))
+
+    assert run_fresh(code, hub, tmp_path).strip() == "Linear8bitLt"

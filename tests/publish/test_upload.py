@@ -1,0 +1,344 @@
+"""A finished, verified output arrives on the Hub whole, once, and as it was; anything else does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import pytest
+from huggingface_hub import HfApi
+
+import int8convert
+from int8convert import errors
+from int8convert.checkpoint.hub import patience
+from int8convert.checkpoint.lock import DirectoryLock
+from tests.hub_server.faults import FaultKind
+from tests.hub_server.fixtures import Connect
+from tests.hub_server.http_messages import Origin
+from tests.hub_server.hub import Hub
+from tests.tiny_models import file_bytes
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+REPO = "me/model-int8"
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
+
+
+def second_shard(out: Path) -> Path:
+    return sorted(out.glob("model-*.safetensors"))[1]
+
+
+def published(out: Path) -> dict[str, bytes]:
+    """What should be on the Hub."""
+    return {name: content for name, content in file_bytes(out).items() if not name.endswith("lock")}
+
+
+def test_everything_arrives_as_it_was(verified: Path, hub: Hub, connect: Connect) -> None:
+    api = connect(hub, hub.token)
+
+    report = int8convert.upload(verified, REPO)
+
+    assert hub.repo(REPO).files == published(verified)
+    assert report.commit == hub.repo(REPO).refs["main"]
+    assert report.url == f"{hub.endpoint}/{REPO}"
+    assert report.is_verified
+    assert report.n_sent_bytes == report.n_bytes == sum(map(len, published(verified).values()))
+    checked = api.verify_repo_checksums(REPO, local_dir=verified)
+    assert not checked.mismatches and not checked.missing_paths
+
+
+def test_what_is_there_is_not_sent_again(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+    first = int8convert.upload(verified, REPO)
+    hub.log.clear()
+
+    again = int8convert.upload(verified, REPO)
+
+    assert again.commit is None
+    assert again.n_sent_bytes == 0
+    assert first.n_bytes == again.n_bytes
+    assert not hub.log.requests("PUT") and not hub.log.requests("POST", "/commit/")
+
+
+def test_changed_shard_is_the_only_one_sent(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+    int8convert.upload(verified, REPO)
+    name = second_shard(verified).name
+    hub.repo(REPO).add_files({name: b"something else" * 1000})
+
+    report = int8convert.upload(verified, REPO)
+
+    assert report.sent == (name,)
+    assert hub.repo(REPO).files == published(verified)
+
+
+def test_weights_of_something_else_are_removed_and_other_files_are_not(
+    verified: Path, hub: Hub, connect: Connect
+) -> None:
+    stale = {"pytorch_model.bin": b"old", "model-00001-of-00009.safetensors": b"old", "notes.txt": b"mine"}
+    hub.add_repo(REPO, stale)
+    connect(hub, hub.token)
+
+    report = int8convert.upload(verified, REPO)
+
+    assert report.deleted == ("model-00001-of-00009.safetensors", "pytorch_model.bin")
+    assert hub.repo(REPO).files == published(verified) | {"notes.txt": b"mine"}
+
+
+def test_branch_is_made_and_main_left_alone(verified: Path, hub: Hub, connect: Connect) -> None:
+    hub.add_repo(REPO, {"notes.txt": b"mine"})
+    connect(hub, hub.token)
+
+    report = int8convert.upload(verified, REPO, revision="int8")
+
+    assert report.url.endswith("/tree/int8")
+    assert hub.repo(REPO).files == {"notes.txt": b"mine"}
+    assert hub.repo(REPO).files_at("int8") == published(verified) | {"notes.txt": b"mine"}
+
+
+def test_pull_request_changes_nothing_and_is_told(verified: Path, hub: Hub, connect: Connect) -> None:
+    hub.add_repo(REPO, {"notes.txt": b"mine"})
+    connect(hub, hub.token)
+
+    report = int8convert.upload(verified, REPO, create_pr=True, message="Int8  weights")
+
+    assert hub.repo(REPO).files == {"notes.txt": b"mine"}
+    assert "/discussions/1" in report.url
+    assert hub.repo(REPO).files_at("refs/pr/1") == published(verified) | {"notes.txt": b"mine"}
+
+
+def test_private_is_asked_for_when_the_repository_is_made(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+
+    int8convert.upload(verified, REPO, private=True)
+
+    connect(hub)
+    with pytest.raises(errors.HubMissingError, match="has no repository 'me/model-int8' that is public"):
+        int8convert.plan(REPO)
+
+
+def test_dry_run_changes_nothing_anywhere(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+    before = file_bytes(verified)
+
+    report = int8convert.upload(verified, REPO, dry_run=True)
+
+    assert file_bytes(verified) == before
+    assert not hub.log.requests("POST") and not hub.log.requests("PUT")
+    assert set(report.sent) == {*published(verified), "README.md"}
+    int8convert.upload(verified, REPO)
+    assert int8convert.upload(verified, REPO, dry_run=True).sent == ()
+
+
+def test_card_of_somebody_s_own_is_kept(verified: Path, hub: Hub, connect: Connect) -> None:
+    (verified / "README.md").write_text("# Mine")
+    connect(hub, hub.token)
+
+    report = int8convert.upload(verified, REPO)
+
+    assert report.keeps_card
+    assert hub.repo(REPO).files["README.md"] == b"# Mine"
+
+
+def test_xet_brings_the_same(verified: Path, xet_hub: Hub, connect: Connect) -> None:
+    connect(xet_hub, xet_hub.token, xet=True)
+
+    int8convert.upload(verified, REPO)
+
+    assert {name: xet_hub.repo(REPO).files[name] for name in published(verified)} == published(verified)
+    assert xet_hub.log.requests("GET", "xet-write-token")
+
+
+def test_server_without_xet_is_told_with_the_way_out(verified: Path, hub: Hub, connect: Connect) -> None:
+    pytest.importorskip("hf_xet")
+    connect(hub, hub.token, xet=True)
+
+    with pytest.raises(errors.HubError) as caught:
+        int8convert.upload(verified, REPO)
+
+    assert caught.value.hint == "pass --no-xet to send them by HTTP"
+
+
+def unfinished(out: Path) -> str:
+    (out / "config.json").unlink()
+    return "is an unfinished conversion"
+
+
+def foreign(out: Path) -> str:
+    shutil.rmtree(out / "int8convert")
+    return "is no output of int8convert quantize"
+
+
+def lacking_a_shard(out: Path) -> str:
+    second_shard(out).unlink()
+    return "'model-00002-of-0000.\\.safetensors' in .*: expected [0-9,]+ bytes, found no such file"
+
+
+def flipped_bit(out: Path) -> str:
+    path = second_shard(out)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return "has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}, as the manifest says"
+
+
+def not_verified(out: Path) -> str:
+    (out / "int8convert" / "verify.json").unlink()
+    return "is not to be published: it was not verified"
+
+
+def failed(out: Path) -> str:
+    path = out / "int8convert" / "verify.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "is_passed": False}))
+    return "is not to be published: it did not pass when it was verified"
+
+
+def changed_since(out: Path) -> str:
+    config = out / "config.json"
+    config.write_text(config.read_text().replace("6.0", "5.0"))
+    return "is not to be published: 'config.json' is not the one that was verified"
+
+
+def verified_before_columns_were_stored(out: Path) -> str:
+    (out / "int8convert" / "outliers.safetensors").write_bytes(b"new")
+    return "'int8convert/outliers.safetensors' is not the one that was verified"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *(unfinished, foreign, lacking_a_shard, flipped_bit, not_verified, failed, changed_since),
+        verified_before_columns_were_stored,
+    ],
+)
+def test_refused_before_anything_is_sent(
+    spoil: Callable[[Path], str], verified: Path, hub: Hub, connect: Connect
+) -> None:
+    connect(hub, hub.token)
+    expected = spoil(verified)
+
+    with pytest.raises(errors.Int8ConvertError, match=expected) as caught:
+        int8convert.upload(verified, REPO)
+
+    assert caught.value.hint.endswith("nothing was sent")
+    assert not hub.log.requests()
+
+
+def test_unverified_passes_on_demand_and_the_card_says_so(out: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+
+    report = int8convert.upload(out, REPO, allow_unverified=True)
+
+    assert not report.is_verified
+    assert "**Not verified**" in hub.repo(REPO).files["README.md"].decode()
+
+
+@pytest.mark.parametrize("token", [None, "stranger", "hf_bad"])
+def test_without_the_right_nothing_is_sent_and_the_next_step_is_named(
+    token: str | None, verified: Path, hub: Hub, connect: Connect
+) -> None:
+    hub.add_repo(REPO, {})
+    connect(hub, hub.stranger_token if token == "stranger" else token)
+
+    with pytest.raises(errors.HubError) as caught:
+        int8convert.upload(verified, REPO)
+
+    assert "HF_TOKEN" in caught.value.hint
+    assert hub.repo(REPO).files == {}
+
+
+@pytest.mark.parametrize("kind", [FaultKind.CUT, FaultKind.RESET, FaultKind.TOO_MANY_REQUESTS, FaultKind.UNAVAILABLE])
+@pytest.mark.parametrize("where", ["PUT", "POST"])
+def test_trouble_on_the_way_up_is_mended(
+    kind: FaultKind, where: str, verified: Path, hub: Hub, connect: Connect
+) -> None:
+    """At every request in turn: objects, batches, the commit, whether the server had taken it or not."""
+    connect(hub, hub.token)
+    for nth in range(1, 6):
+        hub.faults.clear()
+        hub.faults.add(kind, method=where, nth=nth, seed=nth, seconds=0.0)
+
+        int8convert.upload(verified, f"me/{kind.name.lower()}-{where.lower()}-{nth}")
+
+        repository = hub.repo(f"me/{kind.name.lower()}-{where.lower()}-{nth}")
+        assert repository.files == published(verified)
+
+
+def test_commit_whose_answer_got_lost_is_not_made_twice(verified: Path, hub: Hub, connect: Connect) -> None:
+    api: HfApi = connect(hub, hub.token)
+    create_commit = HfApi.create_commit
+    calls: list[str] = []
+
+    def losing(self: HfApi, *arguments: object, **options: object) -> object:
+        calls.append("commit")
+        create_commit(self, *arguments, **options)  # type: ignore[arg-type]
+        raise httpx2.ReadError("cut")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", losing)
+        report = int8convert.upload(verified, REPO)
+
+    assert calls == ["commit"]
+    assert report.commit == hub.repo(REPO).refs["main"]
+    assert len(api.list_repo_commits(REPO)) <= 2
+    assert hub.repo(REPO).files == published(verified)
+
+
+def test_interrupted_upload_goes_on_behind_what_was_sent(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(name: str, n_bytes: int, is_sent: bool) -> None:
+        if name == second_shard(verified).name:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        int8convert.upload(verified, REPO, on_file=stop)
+    assert hub.repo(REPO).files == {} or "config.json" not in hub.repo(REPO).files, "half of it shows"
+    sent = {request.path for request in hub.log.requests("PUT", origin=Origin.STORAGE)}
+    hub.log.clear()
+
+    int8convert.upload(verified, REPO)
+
+    assert sent
+    assert not sent & {request.path for request in hub.log.requests("PUT", origin=Origin.STORAGE)}
+    assert hub.repo(REPO).files == published(verified)
+
+
+def test_conversion_in_progress_is_not_uploaded(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+    with DirectoryLock(verified / "int8convert" / "lock"), pytest.raises(errors.OutputError, match="is being written"):
+        int8convert.upload(verified, REPO)
+
+
+def test_other_bytes_on_the_hub_are_noticed(
+    verified: Path, hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody pushes between our commit and the comparison."""
+    connect(hub, hub.token)
+    create_commit = HfApi.create_commit
+
+    def racing(self: HfApi, *arguments: object, **options: object) -> object:
+        create_commit(self, *arguments, **options)  # type: ignore[arg-type]
+        hub.repo(REPO).add_files({"config.json": b"{}"})
+        options = {**options, "commit_message": "again"}
+        return create_commit(self, REPO, [], **{**options})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HfApi, "create_commit", racing)
+    with pytest.raises(errors.HubError, match=r"has other bytes than were sent for 'config\.json'"):
+        int8convert.upload(verified, REPO)
