@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from huggingface_hub import file_download
+from huggingface_hub.utils import _http
 
 from int8convert.checkpoint.hub import header_file, patience, shard_stream
 from int8convert.conversion import blocks, reading_order
 from tests.hub_server.fixtures import connect, hub, xet_hub
 
 __all__ = ["connect", "hub", "impatient", "small_pieces", "xet_hub"]
+
+_LONGEST_WAIT_S = 0.02
 
 
 @pytest.fixture
@@ -20,6 +28,17 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience of seconds, and waits of milliseconds, ours and those of the client, which are seconds."""
+    quick = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, _LONGEST_WAIT_S)))
+    monkeypatch.setattr(file_download, "time", quick)
+    monkeypatch.setattr(_http, "time", quick)
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", _LONGEST_WAIT_S)
+    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 8.0)
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "8")
+
+
+@pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers, blocks and the window of the stream so small that a tiny shard is many of them."""
     monkeypatch.setattr(header_file, "_BLOCK_BYTES", 16384)
@@ -27,3 +46,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_order, "_AHEAD_BYTES", 0)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1024)
     monkeypatch.setattr(blocks, "GATHERED_BYTES", 4096)
+
+
+@pytest.fixture
+def client_cache(tmp_path: Path) -> Path:
+    """Where the client that `connect` makes has its cache."""
+    return tmp_path / "client"

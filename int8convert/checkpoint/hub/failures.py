@@ -3,11 +3,13 @@
 What passes - connections cut or silent, statuses 408, 429 and 5xx, signed addresses that have run out - is tried
 again, after waits that double, for as long as `Patience` lasts. Everything else, and what did not pass, becomes a
 HubError of two lines. These never hold an address with its query, which may be signed, nor a request's headers, which
-hold the token; the client's own errors hold the former, so they are not chained to ours.
+hold the token; the client's own errors hold the former, so they are not chained to ours, and taken out of what it logs.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -23,9 +25,22 @@ if TYPE_CHECKING:
 
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_REASON = 160
+_LOGS = ("huggingface_hub.file_download", "huggingface_hub.utils._http")
+_QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")
 _NOT_AS_LISTED = "the answer was not whole, or not one of the Hub's"
 
 T = TypeVar("T")
+
+
+class _WithoutQueries(logging.Filter):
+    """Takes from the addresses in a line of the log what may be a signature."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = _QUERY.sub(r"\1?...", record.getMessage()), ()
+        return True
+
+
+_without_queries = _WithoutQueries()
 
 
 def call_hub(call: Callable[[], T], subject: str, name: str) -> T:
@@ -58,6 +73,8 @@ def translating_errors(name: str) -> Iterator[None]:
     import httpx2
     from huggingface_hub import errors
 
+    for name_of_log in _LOGS:
+        logging.getLogger(name_of_log).addFilter(_without_queries)
     known = (
         errors.OfflineModeIsEnabled,
         errors.HfHubHTTPError,

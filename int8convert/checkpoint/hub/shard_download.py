@@ -168,8 +168,9 @@ class ShardDownload:
                 future.set_exception(error)
         if self._is_closed:  # and what was under way then has come since
             shutil.rmtree(self._folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # unless another access is at work there
                 self._incoming.rmdir()
+                self._incoming.parent.rmdir()
 
     def _fetch(self, shard: SourceShard) -> Path:
         assert isinstance(shard.remote, RemoteShard)

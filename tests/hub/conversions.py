@@ -1,0 +1,35 @@
+"""Conversions of repositories in this process, and what they may leave behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import int8convert
+from int8convert.conversion.events import EventSink
+from tests.hub_server.hub import Hub
+from tests.tiny_models import file_bytes
+
+READERS = ("stream", "download")
+
+
+def convert(
+    source: str | Path, out: Path, reader: str = "auto", on_event: EventSink = lambda event: None, **options: Any
+) -> dict[str, bytes]:
+    """The files of the output, by name."""
+    int8convert.quantize(source, out, reader=reader, workers=2, on_event=on_event, **options)
+    return file_bytes(out)
+
+
+def looks_complete(out: Path) -> bool:
+    """Whether a loader would take it for a checkpoint."""
+    return (out / "config.json").exists()
+
+
+def begin_anew(hub: Hub, client_cache: Path) -> None:
+    """As before the first conversion: no faults, an empty log, nothing in the client's cache."""
+    hub.await_restart()
+    hub.faults.clear()
+    hub.log.clear()
+    shutil.rmtree(client_cache, ignore_errors=True)

@@ -1,0 +1,156 @@
+"""What does not pass ends in two lines that say what, and what to do; soon, as patience is short here."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from int8convert.conversion.events import SourceFetched
+from int8convert.errors import HubConnectionError
+from tests.hub.conversions import READERS, convert, looks_complete
+from tests.hub.models import NAME, opt_66b
+from tests.hub_server.faults import FaultKind
+from tests.hub_server.fixtures import Connect
+from tests.hub_server.http_messages import Origin
+from tests.hub_server.hub import Hub
+
+pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
+
+TIMEOUT_S = 0.3
+PATIENCE_S = 1.0
+AGAIN = "see that the network and the Hub are well, and run the same command again"
+
+REASONS = {
+    FaultKind.CUT: "the connection broke off",
+    FaultKind.RESET: "the connection broke off",
+    FaultKind.STALL: "nothing came within the time limit",
+    FaultKind.TRUNCATED: "the answer (ended early|was too short|was not whole, or not one of the Hub's)",
+    FaultKind.TOO_MANY_REQUESTS: "status 429 of (localhost|127.0.0.1)",
+    FaultKind.UNAVAILABLE: "status 503 of (localhost|127.0.0.1)",
+    FaultKind.URL_EXPIRED: "status 403 of localhost, as of an address that has run out",
+}
+
+
+@pytest.fixture
+def model(hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    monkeypatch.setattr("int8convert.checkpoint.hub.patience.CALL_PATIENCE_S", PATIENCE_S)
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", str(PATIENCE_S))
+    hub.add_repo(NAME, opt_66b(tmp_path / "model"))
+    connect(hub, timeout_s=TIMEOUT_S)
+    return hub
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", REASONS)
+def test_store_that_never_gives_a_shard(model: Hub, tmp_path: Path, kind: FaultKind, reader: str) -> None:
+    model.faults.add(kind, origin=Origin.STORAGE, nth=8, times=math.inf, seconds=3, after_bytes=0)
+    out = tmp_path / "out"
+
+    with pytest.raises(HubConnectionError) as caught:
+        convert(NAME, out, reader)
+
+    what = r"reading 'pytorch_model-00002-of-00003\.bin' of 'facebook/opt-66b' got no further in \d+ s: "
+    assert re.fullmatch(what + REASONS[kind], caught.value.message), caught.value.message
+    assert caught.value.hint == f"{AGAIN}; 1 finished shards are kept: the same command resumes behind them"
+    assert not looks_complete(out)
+    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REASONS if kind is not FaultKind.URL_EXPIRED])
+def test_hub_that_never_answers(model: Hub, tmp_path: Path, kind: FaultKind) -> None:
+    model.faults.add(kind, path="/api/models/", times=math.inf, seconds=3, after_bytes=0)
+    began = time.monotonic()
+
+    with pytest.raises(HubConnectionError) as caught:
+        convert(NAME, tmp_path / "out")
+
+    what = r"looking for 'facebook/opt-66b' got no further in \d+ s: "
+    assert re.fullmatch(what + REASONS[kind], caught.value.message), caught.value.message
+    assert caught.value.hint == AGAIN
+    assert time.monotonic() - began < 8 * PATIENCE_S
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("page", [1, 2])
+def test_list_of_files_that_never_comes(model: Hub, tmp_path: Path, page: int) -> None:
+    model.state.page_entries = 4
+    model.faults.add(FaultKind.STALL, path="/tree/", nth=page, times=math.inf, seconds=3, after_bytes=10)
+
+    with pytest.raises(HubConnectionError) as caught:
+        convert(NAME, tmp_path / "out")
+    assert re.fullmatch(
+        r"listing 'facebook/opt-66b' got no further in \d+ s: nothing came within the time limit", caught.value.message
+    )
+
+
+def test_list_of_many_pages_is_read_to_its_end(model: Hub, tmp_path: Path) -> None:
+    model.state.page_entries = 3
+    assert convert(NAME, tmp_path / "out")
+    assert len(model.log.requests(path="/tree/")) == 4
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin.index.json"])
+def test_small_file_that_never_comes(model: Hub, tmp_path: Path, name: str) -> None:
+    model.faults.add(FaultKind.TRUNCATED, method="GET", path=f"/{name}$", times=math.inf, after_bytes=10)
+
+    with pytest.raises(HubConnectionError) as caught:
+        convert(NAME, tmp_path / "out")
+    assert re.fullmatch(
+        rf"fetching '{name}' of 'facebook/opt-66b' got no further in \d+ s: the answer was not whole, or not one of "
+        "the Hub's",
+        caught.value.message,
+    )
+
+
+def test_server_that_ignores_ranges_for_good_still_gives_small_shards(model: Hub, tmp_path: Path) -> None:
+    expected = convert(NAME, tmp_path / "undisturbed", "stream")
+    model.faults.add(FaultKind.RANGE_IGNORED, times=math.inf)
+    assert convert(NAME, tmp_path / "out", "stream") == expected
+
+
+def test_longer_than_patience_asked_by_retry_after_is_not_waited(model: Hub, tmp_path: Path) -> None:
+    model.faults.add(FaultKind.TOO_MANY_REQUESTS, origin=Origin.STORAGE, nth=7, times=math.inf, seconds=500)
+    began = time.monotonic()
+
+    with pytest.raises(HubConnectionError, match="status 429 of localhost"):
+        convert(NAME, tmp_path / "out", "stream")
+    assert time.monotonic() - began < 5
+
+
+def test_retry_after_is_waited(model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "10")
+    model.faults.add(FaultKind.TOO_MANY_REQUESTS, origin=Origin.STORAGE, nth=7, seconds=1)
+    began = time.monotonic()
+
+    convert(NAME, tmp_path / "out", "stream")
+
+    assert time.monotonic() - began >= 1
+    assert len(model.log.requests(origin=Origin.STORAGE)) == 6 + 3 + 1
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_error_of_whoever_is_told_of_the_progress_ends_the_conversion(model: Hub, tmp_path: Path, reader: str) -> None:
+    """It is raised in a thread that others wait for."""
+
+    def break_down(event: object) -> None:
+        if isinstance(event, SourceFetched):
+            raise ValueError("no more events")
+
+    with pytest.raises(ValueError, match="no more events"):
+        convert(NAME, tmp_path / "out", reader, break_down)
+    assert not (tmp_path / "out").exists()
+
+
+def test_access_that_is_closed_within_a_download_leaves_nothing(model: Hub, tmp_path: Path) -> None:
+    """The client may hang in a request for longer than we wait for it."""
+    model.faults.add(FaultKind.STALL, method="HEAD", path="00002-of", seconds=1.5, after_bytes=0)
+    model.faults.add(FaultKind.CUT, origin=Origin.STORAGE, path="", nth=7, times=math.inf, after_bytes=0)
+    out = tmp_path / "out"
+    with pytest.raises(HubConnectionError):
+        convert(NAME, out, "download")
+    time.sleep(1.5)
+    assert not list(out.rglob("*"))
