@@ -66,7 +66,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Conversions in this test make their model map in this process."""
-    monkeypatch.setattr("int8convert.conversion.job.ModelMapProcess", InProcessMap)
+    monkeypatch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", InProcessMap)
     yield
 
 

@@ -25,7 +25,7 @@ import torch
 import transformers
 
 import int8convert
-from int8convert.conversion import job
+from int8convert.conversion import coming_plan
 from int8convert.conversion.model_map import ModelMap
 from int8convert.conversion.model_map_process import ModelMapProcess
 from int8convert.errors import Int8ConvertError
@@ -90,7 +90,7 @@ class MapInProcess(InProcessMap):
 
 def map_in_this_process() -> None:
     """Let all conversions of this process make their maps here, and save the seconds a child takes to start."""
-    job.ModelMapProcess = MapInProcess  # type: ignore[misc,assignment]
+    coming_plan.ModelMapProcess = MapInProcess  # type: ignore[misc,assignment]
 
 
 class Mismatch(Exception):

@@ -43,9 +43,9 @@ def print_plan(
     as_json: bool,
 ) -> None:
     """Print what `quantize` would do with these options, and what that would cost."""
+    from int8convert.conversion.coming_plan import check_coverage
     from int8convert.conversion.device import choose_device
     from int8convert.conversion.estimate import estimate, estimate_fetch
-    from int8convert.conversion.job import check_coverage
     from int8convert.conversion.quantize import parse_size, plan
 
     chosen = choose_device(device)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,19 @@ from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, des
 from int8convert.checkpoint.model_card import read_source_card
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.conversion.coming_plan import PlanInTheMaking, check_coverage
 from int8convert.conversion.committer import AfterCommit, ConvertedShard
 from int8convert.conversion.device import Device
 from int8convert.conversion.events import EventSink, PlanMade, SourceFetched
 from int8convert.conversion.head_start import HeadStart, guess_plan
-from int8convert.conversion.model_map import ModelMap, ModuleFilter
-from int8convert.conversion.model_map_process import ModelMapProcess
+from int8convert.conversion.model_map import ModuleFilter
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.pipeline import Pipeline
-from int8convert.conversion.plan import ConversionPlan, PlannedShard, make_plan
+from int8convert.conversion.plan import ConversionPlan, PlannedShard
 from int8convert.conversion.publishing import Publishing, plan_disk
 from int8convert.conversion.reader_choice import Reader, access_maker, choose_reader, is_remote
 from int8convert.conversion.reading_order import MakeAccess, ReadingOrder
-from int8convert.errors import CoverageError, DiskFullError, Int8ConvertError
+from int8convert.errors import DiskFullError, Int8ConvertError
 
 _TOLD_EVERY_BYTES = 4 << 20
 """Of what is fetched: pieces come by the ten thousand a second."""
@@ -45,56 +43,6 @@ def conversion_request(
         "source": describe_source(source),
         "options": dict(options),
     }
-
-
-class PlanInTheMaking:
-    """The true plan, once the child that maps the model has answered; a thread waits for it. A context manager.
-
-    Args:
-        source, modules, max_shard_bytes: what is planned.
-        kept_modules: modules that turned out to have no int8 form.
-        adapter: merged into the weights.
-    """
-
-    def __init__(
-        self,
-        source: CheckpointSource,
-        modules: ModuleFilter,
-        max_shard_bytes: int | None,
-        kept_modules: tuple[str, ...],
-        adapter: Adapter | None,
-    ) -> None:
-        self._process = ModelMapProcess(source, replace(modules, skip=(*modules.skip, *kept_modules)))
-        self._waiter = ThreadPoolExecutor(1)
-        self._plan = self._waiter.submit(
-            lambda: make_plan(source, _with_reason(self._process.result(), kept_modules), max_shard_bytes, adapter)
-        )
-
-    def __enter__(self) -> PlanInTheMaking:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.stop()
-        self._waiter.shutdown()
-
-    def peek(self) -> ConversionPlan | None:
-        """The plan if it is there already; raises if an error came instead."""
-        return self._plan.result() if self._plan.done() else None
-
-    def result(self) -> ConversionPlan:
-        """Wait for the plan."""
-        return self._plan.result()
-
-
-def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap:
-    tensors = {
-        name: replace(mapped, reason="not finite in int8")
-        if mapped.output_name.removesuffix(".weight") in kept_modules
-        else mapped
-        for name, mapped in model_map.tensors.items()
-    }
-    notes = tuple(f"'{name}' stays 16-bit: its weights are not finite in int8" for name in kept_modules)
-    return replace(model_map, tensors=tensors, notes=model_map.notes + notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,33 +252,3 @@ def _summary(plan: ConversionPlan) -> dict[str, Any]:
         "dropped": plan.dropped,
         "skip_modules": list(plan.model_map.skip_modules),
     }
-
-
-def check_coverage(plan: ConversionPlan, min_coverage: float) -> None:
-    """Refuse a conversion that would leave nearly everything as it is.
-
-    Raises:
-        CoverageError: with what stays and why.
-    """
-    if plan.n_int8_parameters and plan.coverage >= min_coverage:
-        return
-    reasons = "; ".join(
-        f"{reason}: {100 * n / max(1, plan.n_parameters):.0f} %"
-        for reason, (_, n) in list(plan.kept_by_reason().items())[:3]
-    )
-    other = (
-        "; --format compressed-tensors holds such modules as int8"
-        if any("bitsandbytes loader" in reason for reason in plan.kept_by_reason())
-        else ""
-    )
-    if not plan.n_int8_parameters:
-        raise CoverageError(
-            "none of the parameters would become int8",
-            f"what stays 16-bit: {reasons}; --dry-run lists it{other}; nothing was written",
-        )
-    raise CoverageError(
-        f"only {100 * plan.coverage:.1f} % of the parameters would become int8, "
-        f"at least {100 * min_coverage:g} % are asked for",
-        f"what stays 16-bit: {reasons}; --dry-run lists it, "
-        f"--min-coverage {math.floor(100 * plan.coverage)} lets it pass{other}; nothing was written",
-    )

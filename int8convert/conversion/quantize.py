@@ -13,10 +13,11 @@ from typing import Any
 from int8convert.checkpoint.adapter import open_adapter
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import open_source
+from int8convert.conversion.coming_plan import PlanInTheMaking
 from int8convert.conversion.device import choose_device
 from int8convert.conversion.events import Event, EventSink, PlanMade, ShardFinished, TensorKept, TensorQuantized
 from int8convert.conversion.fp8 import is_fp8
-from int8convert.conversion.job import Conversion, PlanInTheMaking, Reading, conversion_request
+from int8convert.conversion.job import Conversion, Reading, conversion_request
 from int8convert.conversion.model_map import ModuleFilter, check_config
 from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.plan import ConversionPlan

@@ -49,14 +49,14 @@ def n_conversions(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
             return super().result()
 
     monkeypatch.setattr(Pipeline, "convert", convert)
-    monkeypatch.setattr("int8convert.conversion.job.ModelMapProcess", LateMap)
+    monkeypatch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", LateMap)
     return lambda: converted
 
 
 def convert_without_head_start(source: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("int8convert.conversion.job.guess_plan", lambda *arguments: None)
-        monkeypatch.setattr("int8convert.conversion.job.ModelMapProcess", InProcessMap)
+        monkeypatch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", InProcessMap)
         int8convert.quantize(source, out, on_event=lambda event: None)
 
 

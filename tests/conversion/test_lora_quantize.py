@@ -115,7 +115,7 @@ def test_adapter_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         from int8convert.conversion.model_map_process import ModelMapProcess
 
-        patch.setattr("int8convert.conversion.job.ModelMapProcess", ModelMapProcess)
+        patch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", ModelMapProcess)
         with pytest.raises(AdapterError, match="class is unknown"):
             convert(source, tmp_path / "out", lora=adapter)
     assert not (tmp_path / "out").exists()

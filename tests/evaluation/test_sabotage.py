@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source in three shards and its int8 checkpoint, stored outlier columns included."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("int8convert.conversion.job.ModelMapProcess", InProcessMap)
+        patch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", InProcessMap)
         source = save_source(folder / "source", torch.bfloat16)
         out = convert(source, folder / "out")
         int8convert.store_outliers(source, out, {FC1: [7, 21, 50], Q: [7]})

@@ -57,7 +57,7 @@ def save_source(directory: Path) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("int8convert.conversion.job.ModelMapProcess", InProcessMap)
+        patch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", InProcessMap)
         convert(save_source(folder / "source"), folder / "out")
     return folder
 
