@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,6 +87,15 @@ class RemoteFile(Protocol):
     def sha256(self) -> str | None: ...
 
     def open(self) -> ShardReader: ...
+
+    def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Get parts of it, first byte and one behind the last, for whoever will open it and read just these.
+
+        They are compared when the whole file comes, see `int8convert.checkpoint.shard_access`.
+        """
+
+    def comes_again(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Whether such parts are the same when they are fetched once more; if not, all of them are forgotten."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
-from int8convert.checkpoint.shard_access import ShardAccess
+from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
 from int8convert.checkpoint.source import SourceShard
 from int8convert.checkpoint.writer import ShardWriter
 from int8convert.conversion.events import EventSink, ShardFinished, TensorKept, TensorQuantized
@@ -93,12 +93,23 @@ class Committer:
         self._last_use: dict[str, int] = {}
         self._last_need: dict[str, int] = {}
         self._sources: list[dict[str, SourceShard]] = []
+        self._source_of: dict[str, SourceShard] = {}
         for i, shard in enumerate(plan.shards):
-            sources = {tensor.shard.path.name: tensor.shard for tensor in shard.tensors}
+            sources = {source.path.name: source for tensor in shard.tensors for source in tensor.shards}
             self._sources.append(sources)
+            self._source_of |= sources
             self._last_use.update((name, i) for name in sources)
             if shard.file_name not in records:
                 self._last_need.update((name, i) for name in sources)
+        self._wait_for_scales()
+
+    def _wait_for_scales(self) -> None:
+        """What comes from the Hub for its scales alone comes behind all that is converted."""
+        todo = [i for i, shard in enumerate(self._plan.shards) if shard.file_name not in self.records]
+        converted = {tensor.shard.path.name for i in todo for tensor in self._plan.shards[i].tensors}
+        for name in self._last_need.keys() - converted:
+            if self._access.is_checked(self._source_of[name]):
+                self._last_need[name] = todo[-1]
 
     def __enter__(self) -> Committer:
         return self
@@ -122,13 +133,15 @@ class Committer:
             is_open = tensor.shard.path.name not in self._sha256 and self._access.is_checked(tensor.shard)
             if tensor.output_name == output_name and is_open:
                 self._finish(tensor.shard)
+            if tensor.output_name == output_name and tensor.fp8 is not None and not tensor.fp8.is_as_fetched():
+                raise DamagedShardError(tensor.fp8.shard, "its scales were others when they were read again")
 
     def _work(self, i: int, one: ConvertedShard) -> None:
         self._waiting.append((i, one))
         try:
-            for name, source in sorted(self._sources[i].items()):
-                is_local_and_open = not self._access.is_checked(source) and self._last_use[name] != i
-                if self._last_need[name] == i and not is_local_and_open:
+            for name in sorted(name for name, last in self._last_need.items() if last == i):
+                source = self._source_of[name]
+                if self._access.is_checked(source) or self._last_use[name] == i:
                     self._finish(source)
         except BaseException:
             one.discard()

@@ -50,6 +50,11 @@ class PlannedTensor:
     lora: LoraDelta | None = field(default=None, repr=False)
 
     @property
+    def shards(self) -> tuple[SourceShard, ...]:
+        """The files it is made of: its own, and the one its scale is in."""
+        return (self.shard,) if self.fp8 is None else (self.shard, self.fp8.shard)
+
+    @property
     def is_quantized(self) -> bool:
         return self.output_dtype == "I8" and self.source.dtype != "I8"
 

@@ -15,6 +15,7 @@ from int8convert.checkpoint.hub.shard_download import MAX_ON_DISK, ShardDownload
 from int8convert.checkpoint.hub.shard_stream import FetchProgress, ShardStream
 from int8convert.checkpoint.shard_access import ShardAccess
 from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.fp8 import fetch_scales
 from int8convert.conversion.reading_order import MakeAccess, ReadingOrder
 
 _RESERVED_BYTES = 1_000_000_000
@@ -98,6 +99,7 @@ def access_maker(
     """
 
     def make(order: ReadingOrder, distrusted: Collection[str]) -> ShardAccess:
+        fetch_scales(order.scales)
         if choice.reader is Reader.DOWNLOAD:
             return ShardDownload(order.shards, folder, cache_dir, frozenset(distrusted), on_progress)
         first = [order.first_needed(shard) for shard in order.shards]

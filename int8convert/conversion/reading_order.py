@@ -29,7 +29,8 @@ class ReadingOrder:
         done: names of output shards that are finished.
 
     Attributes:
-        shards: source shards, in the order of their first tensor.
+        shards: source shards, in the order of their first tensor; behind them those of which only scales are needed.
+        scales: of FP8 codes; they are read before everything else.
     """
 
     def __init__(self, plan: ConversionPlan, done: Container[str] = ()) -> None:
@@ -37,6 +38,9 @@ class ReadingOrder:
         shards: dict[str, SourceShard] = {}
         for tensor in tensors:
             shards.setdefault(tensor.shard.path.name, tensor.shard)
+        self.scales = [tensor.fp8 for tensor in tensors if tensor.fp8 is not None]
+        for scale in sorted(self.scales, key=lambda scale: scale.shard.path.name):
+            shards.setdefault(scale.shard.path.name, scale.shard)
         self.shards = tuple(shards.values())
         self._next: dict[str, int] = {}
         self._first = {name: shard.n_bytes for name, shard in shards.items()}

@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from int8convert.conversion.events import Event, PlanMade, ShardFinished, ShardRepeated
 from int8convert.errors import CorruptFileError
+from tests.conversion.test_fp8 import save_fp8
 from tests.hub.conversions import READERS, begin_anew, convert, looks_complete
 from tests.hub.models import NAME, files_of, opt_66b, save_opt
 from tests.hub_server.blobs import KnownFile
@@ -17,6 +19,7 @@ from tests.hub_server.faults import FaultKind
 from tests.hub_server.fixtures import Connect
 from tests.hub_server.http_messages import Origin
 from tests.hub_server.hub import Hub
+from tests.tiny_models import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 
@@ -163,3 +166,29 @@ def test_wrong_bytes_in_the_cache_of_the_client_are_not_believed(hub: Hub, conne
 
     assert convert(NAME, tmp_path / "out", "download") == expected
     assert cached.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_scale_of_fp8_codes_that_came_wrong_is_not_believed(
+    hub: Hub, connect: Connect, tmp_path: Path, client_cache: Path, reader: str
+) -> None:
+    """Scales are read by range, from another shard than the codes they belong to."""
+    save_fp8(save_checkpoint("llama", tmp_path / "plain", torch.bfloat16), tmp_path / "fp8", "block")
+    hub.add_repo(NAME, files_of(tmp_path / "fp8"))
+    connect(hub)
+    expected = convert(NAME, tmp_path / "undisturbed", reader)
+    requests = hub.log.requests("GET", "/objects/", Origin.STORAGE)
+    outcomes = set()
+    for nth in range(1, len(requests) + 1):
+        begin_anew(hub, client_cache)
+        hub.faults.add(FaultKind.WRONG_BYTES, origin=Origin.STORAGE, nth=nth, after_bytes=0)
+        out = tmp_path / str(nth)
+        try:
+            assert convert(NAME, out, reader) == expected, f"request {nth} of {len(requests)}"
+            outcomes.add("mended")
+        except CorruptFileError as error:
+            assert not looks_complete(out)
+            outcomes.add(error.message)
+            hub.faults.clear()
+            assert convert(NAME, out, reader) == expected
+    assert outcomes == {"mended"}, "each of them shows before a header does"

@@ -81,8 +81,8 @@ def is_content(path: Path, file: HubFile) -> bool:
     return check.is_right
 
 
-def has_header(path: Path, evidence: Iterable[Evidence]) -> bool:
-    """Whether a file's header is what was read of it before."""
+def holds_evidence(path: Path, evidence: Iterable[Evidence]) -> bool:
+    """Whether the parts of a file that were read of it before are in it."""
     with path.open("rb") as file:
         for one in evidence:
             file.seek(one.begin)

@@ -20,19 +20,19 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 from int8convert.checkpoint.hub.failures import translating_client_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
-from int8convert.checkpoint.hub.local_copy import cached_path, download_file, has_header, is_content
+from int8convert.checkpoint.hub.local_copy import cached_path, download_file, holds_evidence, is_content
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
+from int8convert.checkpoint.hub.shard_check import ShardCheck
 from int8convert.checkpoint.hub.shard_stream import FetchProgress
 from int8convert.checkpoint.hub.source import RemoteShard
 from int8convert.checkpoint.layout import quoted
-from int8convert.checkpoint.shard_access import DamagedShardError, HashingReader, LocalShards, OrderedReader
+from int8convert.checkpoint.shard_access import HashingReader, LocalShards, OrderedReader
 from int8convert.checkpoint.source import FileReader, SourceShard
-from int8convert.errors import CorruptFileError, DiskFullError, HubConnectionError, OutputError
+from int8convert.errors import DiskFullError, HubConnectionError, OutputError
 
 MAX_ON_DISK = 2
 _CLOSE_S = 0.5
@@ -43,21 +43,6 @@ _folder_numbers = itertools.count()
 
 class _Stopped(Exception):
     """Nobody wants the downloads any longer. Stays in its thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """What became of a shard that was read to its end.
-
-    Attributes:
-        sha256: of what came.
-        is_right: whether that is what the Hub lists.
-        is_kept: whether its header is the one the plan was made from.
-    """
-
-    sha256: str
-    is_right: bool
-    is_kept: bool
 
 
 class ShardDownload:
@@ -88,7 +73,7 @@ class ShardDownload:
         self._local = LocalShards()
         self._changed = threading.Condition()
         self._files: dict[str, Future[SourceShard]] = {shard.path.name: Future() for shard in shards}
-        self._checks: dict[str, _Check] = {}
+        self._checks: dict[str, ShardCheck] = {}
         self._n_on_disk = 0
         self._distrusted = frozenset(distrusted)
         self._is_closed = False
@@ -117,15 +102,7 @@ class ShardDownload:
         name = shard.path.name
         if name not in self._checks:
             self.check(shard)
-        check = self._checks.pop(name)
-        if not check.is_right:
-            raise DamagedShardError(shard, f"sha256 {check.sha256}, expected {shard.remote.sha256}")
-        if not check.is_kept:
-            raise CorruptFileError(
-                f"the header of {quoted(name)} was other when the conversion was planned than in the file itself",
-                "it came with wrong bytes then; the same command plans anew",
-            )
-        return check.sha256
+        return self._checks.pop(name).sha256_of(shard)
 
     def check(self, shard: SourceShard) -> None:
         """Hash what is left of a shard on the Hub that nobody will read any more, and remove it."""
@@ -133,7 +110,9 @@ class ShardDownload:
         there, file = self._there(shard), shard.remote.file
         sha256 = self._local.hash_of(there).finish()
         is_right = sha256 == file.sha256 if file.sha256 else is_content(there.path, file)
-        self._checks[shard.path.name] = _Check(sha256, is_right, has_header(there.path, shard.remote.evidence))
+        is_kept = holds_evidence(there.path, shard.remote.evidence)
+        is_known = holds_evidence(there.path, shard.remote.known.evidence())
+        self._checks[shard.path.name] = ShardCheck(sha256, is_right, is_kept, is_known)
         if there.path.is_relative_to(self._folder):
             there.path.unlink(missing_ok=True)
         with self._changed:

@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from int8convert.checkpoint.hub.header_file import EvidenceCheck
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.repository import ContentCheck
+from int8convert.checkpoint.hub.shard_check import ShardCheck
 from int8convert.checkpoint.hub.source import RemoteShard
-from int8convert.checkpoint.layout import quoted
-from int8convert.checkpoint.shard_access import DamagedShardError, LocalShards, OrderedReader
+from int8convert.checkpoint.shard_access import LocalShards, OrderedReader
 from int8convert.checkpoint.source import SourceShard
-from int8convert.errors import CorruptFileError, HubError
+from int8convert.errors import HubError
 
 CHUNK_BYTES = 4 << 20
 _CLOSE_S = 0.5
@@ -51,6 +51,7 @@ class _Passing:
         file = shard.remote.file
         self.content = ContentCheck(file.n_bytes, file.sha256, file.blob_id)
         self.header = EvidenceCheck(shard.remote.evidence)
+        self.known = EvidenceCheck(shard.remote.known.evidence())
 
 
 class ShardStream:
@@ -106,14 +107,8 @@ class ShardStream:
             self._release(passing, shard.n_bytes)
             self._wait_for(lambda: passing.is_whole)
             del self._passing[name]
-        if not passing.content.is_right:
-            raise DamagedShardError(shard, f"sha256 {passing.content.sha256}, expected {shard.remote.sha256}")
-        if not passing.header.is_kept:
-            raise CorruptFileError(
-                f"the header of {quoted(name)} was other when the conversion was planned than in the file itself",
-                "it came with wrong bytes then; the same command plans anew",
-            )
-        return passing.content.sha256
+        content, header, known = passing.content, passing.header, passing.known
+        return ShardCheck(content.sha256, content.is_right, header.is_kept, known.is_kept).sha256_of(shard)
 
     def close(self) -> None:
         """See `ShardAccess`. The thread may wait for the network; it ends by itself, and harms nobody meanwhile."""
@@ -203,6 +198,7 @@ class ShardStream:
         """Put the next bytes where readers find them."""
         passing.content.feed(piece)
         passing.header.feed(piece)
+        passing.known.feed(piece)
         at = passing.n_come
         while len(piece):
             i, begin = divmod(at, CHUNK_BYTES)

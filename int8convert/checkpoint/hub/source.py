@@ -9,12 +9,14 @@ Without the network (HF_HUB_OFFLINE) a repository is what the Hub's cache has of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from int8convert.checkpoint.hub.header_file import Evidence, HeaderFile, as_binary_file
 from int8convert.checkpoint.hub.hub_file import HubFile, RangeReader
+from int8convert.checkpoint.hub.known_ranges import KnownRanges
 from int8convert.checkpoint.hub.repository import (
     Repository,
     RepositoryFile,
@@ -29,6 +31,7 @@ from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
 from int8convert.checkpoint.source import (
     CARD_NAME,
     CheckpointSource,
+    ShardReader,
     SourceShard,
     check_index,
     open_directory,
@@ -46,17 +49,42 @@ class RemoteShard:
     Attributes:
         file: where it is.
         evidence: what its header was read from.
+        known: parts that were fetched beforehand.
     """
 
     file: HubFile
     evidence: tuple[Evidence, ...]
+    known: KnownRanges = field(default_factory=KnownRanges, repr=False, compare=False)
 
     @property
     def sha256(self) -> str | None:
         return self.file.sha256
 
-    def open(self) -> RangeReader:
-        return self.file.open()
+    def open(self) -> ShardReader:
+        return _PartReader(self.known, self.file.open())
+
+    def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self.known.fetch(self.file, ranges)
+
+    def comes_again(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        return self.known.comes_again(self.file, ranges)
+
+
+class _PartReader:
+    """A `ShardReader` that has some of it in memory."""
+
+    def __init__(self, known: KnownRanges, reader: RangeReader) -> None:
+        self._known = known
+        self._reader = reader
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """See `ShardReader`."""
+        if not self._known.read_into(buffer, offset):
+            self._reader.read_into(buffer, offset)
+
+    def close(self) -> None:
+        """See `ShardReader`."""
+        self._reader.close()
 
 
 def open_repository(name: str, revision: str | None = None, cache_dir: Path | None = None) -> CheckpointSource:
