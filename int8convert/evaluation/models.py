@@ -9,6 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from int8convert.checkpoint.source import open_source
+from int8convert.conversion.fp8 import FP8_DTYPES
 from int8convert.errors import CorruptFileError, RemoteCodeError, SourceError
 from int8convert.evaluation.windows import TokenWindows
 from int8convert.runtime.load import load, model_class
@@ -79,6 +80,7 @@ def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: 
     if is_int8(path):
         return load(path, device_map={"": device}, trust_remote_code=trust_remote_code)
     name = os.fspath(path)
+    _check_fp8_form(path)
     config = read_config(path, trust_remote_code)
     try:
         model, info = model_class(config).from_pretrained(
@@ -111,11 +113,27 @@ def settle_dtype(module: torch.nn.Module, path: str | os.PathLike[str], device: 
     if device != "cpu":
         return
     if any(parameter.dtype in _FP8 for parameter in module.parameters()):
-        raise SourceError(
-            f"'{os.fspath(path)}' is in an FP8 form that transformers loads and cannot run on the CPU",
-            "give the checkpoint in 16 bits that it was made of",
-        )
+        raise _foreign_fp8(path)
     torch.nn.Module.float(module)
+
+
+def _check_fp8_form(path: str | os.PathLike[str]) -> None:
+    """Refuse FP8 whose scales have a name that transformers does not look for: it would take the codes for weights."""
+    source = open_source(path)
+    block = source.config.get("quantization_config")
+    if not isinstance(block, dict) or block.get("quant_method") != "fp8":
+        return
+    tensors = [tensor for shard in source.shards for tensor in shard.tensors]
+    names = {tensor.name for tensor in tensors}
+    if any(tensor.dtype in FP8_DTYPES and f"{tensor.name}_scale_inv" not in names for tensor in tensors):
+        raise _foreign_fp8(path)
+
+
+def _foreign_fp8(path: str | os.PathLike[str]) -> SourceError:
+    return SourceError(
+        f"'{os.fspath(path)}' is in an FP8 form that transformers loads and cannot run",
+        "give the checkpoint in 16 bits that it was made of",
+    )
 
 
 def _not_loadable(name: str, error: Exception) -> tuple[str, str]:
