@@ -30,9 +30,9 @@ from tests.tiny_models import MODELS, build_model
 # PEFT and transformers warn of much that is meant here: tied embeddings, saved embedding layers.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TOLERANCE = 2e-6
-"""Largest difference of a merged weight in float32. Weights and updates are about 1 in size, 8 at most, where float32
-has steps of 5e-7 to 1e-6; 2e-7 was measured."""
+TOLERANCE = 2**-21
+"""Largest difference of a merged weight in float32, over the largest weight: four units in the last place. Up to two
+were measured, as processors add the products of an update in other orders."""
 
 
 def base_tensors(model: Any) -> dict[str, BaseTensor]:
@@ -95,7 +95,7 @@ def check_merge(model_name: str, directory: Path, n_changed: int) -> None:
     changed = 0
     for name, expected in theirs.items():
         difference = np.abs(ours[name] - expected.detach().numpy()).max()
-        assert difference <= TOLERANCE, (name, difference)
+        assert difference <= TOLERANCE * max(1.0, float(expected.abs().max())), (name, difference)
         changed += float((expected - base[name]).abs().max()) > 0.1
     assert changed == n_changed
 
