@@ -1,5 +1,7 @@
 """Whatever goes wrong once on the way, at whatever place: the output is the undisturbed run's, byte by byte.
 
+And only the shard that was on its way is fetched again.
+
 Each test breaks one conversion after the other at places drawn from seeds; `--slow` draws 25 of them. One kind at one
 place is not mended but reported: wrong bytes in what was read as a shard's header, which the Hub has no hash for, show
 only when the whole shard has come by; its test is in `test_wrong_bytes`.
@@ -8,6 +10,7 @@ only when the whole shard has come by; its test is in `test_wrong_bytes`.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +50,10 @@ class Undisturbed:
     outs: Path
     files: dict[str, bytes]
     n_hub_requests: int
+    shards: dict[str, int]
+    """Path in the store -> bytes, in order."""
+    sent: Counter[str]
+    """Path in the store -> bytes that came from there, of header and shard."""
 
 
 @pytest.fixture
@@ -54,7 +61,30 @@ def undisturbed(hub: Hub, connect: Connect, client_cache: Path, tmp_path: Path) 
     hub.add_repo(NAME, opt_66b(tmp_path / "model", N_SHARDS))
     connect(hub, timeout_s=TIMEOUT_S)
     files = convert(NAME, tmp_path / "undisturbed", "stream")
-    return Undisturbed(hub, client_cache, tmp_path / "outs", files, len(hub.log.requests(origin=Origin.HUB)))
+    n_hub_requests = len(hub.log.requests(origin=Origin.HUB))
+    whole = [request for request in hub.log.requests("GET", origin=Origin.STORAGE) if request.range is None]
+    shards = {request.path: request.sent_bytes for request in whole}
+    assert len(shards) == len(whole) == N_SHARDS
+    return Undisturbed(hub, client_cache, tmp_path / "outs", files, n_hub_requests, shards, sent_by_path(hub))
+
+
+def sent_by_path(hub: Hub) -> Counter[str]:
+    """Bytes that the store sent."""
+    sent: Counter[str] = Counter()
+    for request in hub.log.requests(origin=Origin.STORAGE):
+        sent[request.path] += request.sent_bytes
+    return sent
+
+
+def assert_only_the_shard_in_flight_came_twice(run: Undisturbed, kind: FaultKind) -> None:
+    """The one that was broken, once more at most; where that shows at its end alone, those that are behind it by then."""
+    broken = run.hub.faults.fired[-1].path
+    paths = list(run.shards)
+    behind = paths[paths.index(broken) + 1 :] if kind is FaultKind.WRONG_BYTES else []
+    for path, n_bytes in sent_by_path(run.hub).items():
+        again = n_bytes - run.sent[path]
+        most = run.shards[path] if path in (broken, *behind) else 0
+        assert again <= most, f"{again} bytes of shard {paths.index(path) + 1} came twice"
 
 
 def disturbed(run: Undisturbed, seeds: range) -> Iterator[tuple[int, random.Random, Path]]:
@@ -74,6 +104,7 @@ def test_fault_in_a_shard_changes_nothing(undisturbed: Undisturbed, kind: FaultK
         nth = N_HEADER_REQUESTS + draw.randint(1, N_SHARDS)
         undisturbed.hub.faults.add(kind, origin=Origin.STORAGE, nth=nth, seconds=SECONDS.get(kind, 0), seed=seed)
         assert convert(NAME, out, reader) == undisturbed.files, f"seed {seed}"
+        assert_only_the_shard_in_flight_came_twice(undisturbed, kind)
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
