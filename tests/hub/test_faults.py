@@ -77,7 +77,7 @@ def sent_by_path(hub: Hub) -> Counter[str]:
 
 
 def assert_only_the_shard_in_flight_came_twice(run: Undisturbed, kind: FaultKind) -> None:
-    """The one that was broken, once more at most; where that shows at its end alone, those that are behind it by then."""
+    """The one that was broken, once more at most; those behind it, too, where it shows at its end alone."""
     broken = run.hub.faults.fired[-1].path
     paths = list(run.shards)
     behind = paths[paths.index(broken) + 1 :] if kind is FaultKind.WRONG_BYTES else []

@@ -124,6 +124,8 @@ def _translated(error: BaseException, name: str) -> PassingError | HubError:
         return _translated(error.__cause__, name) if error.__cause__ else PassingError("the connection broke off")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"no repository can be named {quoted(name)}: {_short(error)}", "names are ORGANIZATION/NAME")
+    if isinstance(error, httpx2.ProxyError) and str(error).startswith("407"):  # its answer to CONNECT
+        return _proxy_login()
     if isinstance(error, httpx2.TransportError | httpx2.StreamError):
         return PassingError(_connection_reason(error))
     return PassingError(_NOT_AS_LISTED)
@@ -133,6 +135,13 @@ def _offline(name: str) -> HubError:
     return HubConnectionError(
         f"HF_HUB_OFFLINE is set, and {quoted(name)} is not complete in the cache",
         "unset it, or name the --cache-dir or the directory that holds the checkpoint",
+    )
+
+
+def _proxy_login() -> HubError:
+    return HubConnectionError(
+        "the proxy before the Hub wants a login it was not given: status 407",
+        "set HTTPS_PROXY to one with name and password that it accepts, as http://NAME:PASSWORD@HOST:PORT",
     )
 
 
@@ -158,6 +167,8 @@ def _of_answer(error: HfHubHTTPError, name: str) -> PassingError | HubError:
     status = int(response.status_code)
     if status in _PASSING_STATUS:
         return PassingError(f"status {status} of {response.url.host}", _retry_after_s(response.headers))
+    if status == 407:
+        return _proxy_login()
     if response.url.host != urlsplit(endpoint()).hostname and status in (400, 401, 403, 404, 410):
         # Of the store behind the Hub, which knows signed addresses only: a new one is had by asking the Hub again.
         return PassingError(f"status {status} of {response.url.host}, as of an address that has run out")
