@@ -93,6 +93,17 @@ def test_list_of_many_pages_is_read_to_its_end(model: Hub, tmp_path: Path) -> No
     assert len(model.log.requests(path="/tree/")) == 4
 
 
+def test_token_does_not_follow_a_list_to_another_origin(model: Hub, connect: Connect, tmp_path: Path) -> None:
+    """Mirrors hand on the addresses of next pages as they got them."""
+    connect(model, model.token)
+    model.state.page_entries, model.state.page_origin = 3, Origin.STORAGE
+
+    assert convert(NAME, tmp_path / "out")
+
+    assert {request.origin for request in model.log.requests(path="/tree/")} == {Origin.HUB}
+    assert not [request for request in model.log.requests(origin=Origin.STORAGE) if request.carries_token]
+
+
 @pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin.index.json"])
 def test_small_file_that_never_comes(model: Hub, tmp_path: Path, name: str) -> None:
     model.faults.add(FaultKind.TRUNCATED, method="GET", path=f"/{name}$", times=math.inf, after_bytes=10)

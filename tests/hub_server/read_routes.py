@@ -44,7 +44,7 @@ def tree(state: ServerState, request: Request, repo_id: str, revision: str, fold
     headers = {}
     if start + page < len(listed):
         query = urlencode({**request.query, "cursor": start + page})
-        headers["Link"] = f'<{state.endpoint(Origin.HUB)}{request.path}?{query}>; rel="next"'
+        headers["Link"] = f'<{state.endpoint(state.page_origin)}{request.path}?{query}>; rel="next"'
     return json_response(listed[start : start + page], headers=headers)
 
 

@@ -23,6 +23,8 @@ class ServerState:
         """Uploads larger than this are asked for in parts of this size; None: never."""
         self.page_entries = 1000
         """Entries in one page of a tree."""
+        self.page_origin = Origin.HUB
+        """Where the address of the next page leads."""
         self.xet = XetStorage(folder / "xet") if xet else None
         self.blobs = Blobs(folder / "blobs", self.xet)
         self.urls = SignedUrls()

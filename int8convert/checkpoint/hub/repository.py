@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from int8convert.checkpoint.hub.failures import call_hub, endpoint
 from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted
@@ -126,10 +127,11 @@ def _answer_s() -> float:
 
 def _list_files(name: str, commit: str) -> dict[str, RepositoryFile]:
     """As the client's `list_repo_tree`, which takes no time limit, and tries for minutes on its own."""
-    url: str | None = f"{endpoint()}/api/models/{name}/tree/{commit}?recursive=true"
+    route = f"{endpoint()}/api/models/{name}/tree/{commit}"
+    query: str | None = "recursive=true"
     files = {}
-    while url is not None:
-        entries, url = call_hub(partial(_list_page, url), f"listing {quoted(name)}", name)
+    while query is not None:
+        entries, query = call_hub(partial(_list_page, f"{route}?{query}"), f"listing {quoted(name)}", name)
         for entry in entries:
             if entry["type"] == "file":
                 sha256 = entry["lfs"]["oid"] if entry.get("lfs") else None
@@ -138,11 +140,14 @@ def _list_files(name: str, commit: str) -> dict[str, RepositoryFile]:
 
 
 def _list_page(url: str) -> tuple[list[dict[str, Any]], str | None]:
+    """The entries of a page, and the query of the next one. Of its address no more: a mirror hands on the Hub's own,
+    and the token must not follow it there."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     answer = get_session().get(url, headers=build_hf_headers(), timeout=_answer_s())
     hf_raise_for_status(answer)
-    return answer.json(), answer.links.get("next", {}).get("url")
+    following = answer.links.get("next", {}).get("url")
+    return answer.json(), urlsplit(following).query if following else None
 
 
 def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: Path | None = None) -> Path:
