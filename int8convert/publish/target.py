@@ -110,7 +110,7 @@ class Target:
         """
         from huggingface_hub import HfApi
 
-        patience = Patience(f"the commit to {quoted(self.name)}")
+        patience = Patience(f"the commit to {quoted(self.name)}", transfer_patience_s())
         while True:
             try:
                 with translating_client_errors(self.name), _translating_transfer(self.name):
