@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,32 @@ def test_cut_stream_goes_on_at_the_byte_it_had_reached(hub: Hub, connect: Connec
         cut, resumed = hub.log.requests("GET", origin=Origin.STORAGE)[n_headers + 1 : n_headers + 3]
         assert (cut.range, cut.sent_bytes) == (None, after_bytes)
         assert (resumed.range, resumed.status) == (f"bytes={after_bytes}-{n_bytes - 1}", 206)
+
+
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+def test_very_large_shard_comes_by_several_requests(
+    ignores_ranges: bool, hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is larger than 50 GB the store behind the Hub gives in parts only."""
+    weights = add(hub, opt_pickles(tmp_path))
+    connect(hub)
+    convert(NAME, tmp_path / "expected", reader="stream")
+    n_headers = len(hub.log.requests("GET", origin=Origin.STORAGE)) - len(weights)
+    monkeypatch.setattr("int8convert.checkpoint.hub.shard_stream._MOST_AT_ONCE", 40_000)
+    if ignores_ranges:
+        hub.faults.add(FaultKind.RANGE_IGNORED, origin=Origin.STORAGE, nth=n_headers + 1, times=math.inf)
+    hub.log.clear()
+
+    convert(NAME, tmp_path / "out", reader="stream")
+
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "expected")
+    if not ignores_ranges:
+        requests = hub.log.requests("GET", origin=Origin.STORAGE)[n_headers:]
+        sizes = [path.stat().st_size for _, path in sorted(weights.items())]
+        begins = [begin for size in sizes for begin in range(0, size, 40_000)]
+        assert [int(str(request.range).removeprefix("bytes=").partition("-")[0]) for request in requests] == begins
+        assert sum(request.sent_bytes for request in requests) == sum(sizes)
+        assert max(request.sent_bytes for request in requests) == 40_000
 
 
 def test_wrong_bytes_that_are_no_numbers_are_not_blamed_on_the_checkpoint(

@@ -73,14 +73,15 @@ class HubFile:
                 patience.wait(trouble)
 
     @contextmanager
-    def stream(self, begin: int) -> Iterator[Iterator[bytes]]:
-        """The bytes from `begin` to the end of the file, as they come over one connection.
+    def stream(self, begin: int, end: int) -> Iterator[Iterator[bytes]]:
+        """The bytes from `begin` on, as they come over one connection; more than those before `end` from a server that
+        ignores Range.
 
         Raises:
             PassingError: the connection broke off, or was refused for now.
             HubError: the file cannot be had.
         """
-        with self._answer(begin, self.n_bytes, self.n_bytes) as pieces:
+        with self._answer(begin, end, self.n_bytes) as pieces:
             yield pieces
 
     @contextmanager

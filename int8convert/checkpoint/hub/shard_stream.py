@@ -27,6 +27,10 @@ from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import HubError
 
 CHUNK_BYTES = 4 << 20
+_MOST_AT_ONCE = 40_000_000_000
+"""Of a file by one request: beyond 50 GB the store behind the Hub gives parts only (`MAX_HTTP_DOWNLOAD_SIZE` of the
+client)."""
+
 _CLOSE_S = 0.5
 
 FetchProgress = Callable[[SourceShard, int], None]
@@ -177,12 +181,15 @@ class ShardStream:
         while passing.n_come < file.n_bytes:
             if self._is_closed:
                 raise _Stopped
+            end = min(passing.n_come + _MOST_AT_ONCE, file.n_bytes)
             try:
-                with file.stream(passing.n_come) as pieces:
+                with file.stream(passing.n_come, end) as pieces:
                     for piece in pieces:
-                        self._take(passing, memoryview(piece)[: file.n_bytes - passing.n_come])
+                        if passing.n_come == end:
+                            break
+                        self._take(passing, memoryview(piece)[: end - passing.n_come])
                         patience.progressed()
-                if passing.n_come < file.n_bytes:
+                if passing.n_come < end:
                     raise PassingError("the answer ended early")
             except PassingError as trouble:
                 patience.wait(trouble, self._pause)
