@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from int8convert.checkpoint.hub.shard_download import MAX_ON_DISK, ShardDownload, is_cached
+from int8convert.checkpoint.hub.shard_download import MAX_ON_DISK, ShardDownload, is_cached, is_downloadable
 from int8convert.checkpoint.hub.shard_stream import FetchProgress, ShardStream
 from int8convert.checkpoint.shard_access import ShardAccess
 from int8convert.checkpoint.source import CheckpointSource
@@ -82,6 +82,8 @@ def choose_reader(
         return ReaderChoice(asked, download)
     if order.shards and download.disk_bytes == 0:
         return ReaderChoice(Reader.DOWNLOAD, download, "all of it is in the cache")
+    if not all(is_downloadable(shard.n_bytes) for shard in order.shards):
+        return ReaderChoice(Reader.STREAM, stream, "a shard is larger than the Hub's client downloads without xet")
     if cache_dir is not None:
         return ReaderChoice(Reader.DOWNLOAD, download, "--cache-dir is to keep what is fetched")
     if free_bytes >= download.disk_bytes + _RESERVED_BYTES:

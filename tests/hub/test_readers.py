@@ -22,7 +22,7 @@ from int8convert.conversion.model_map import ModuleFilter
 from int8convert.conversion.name_rules import map_by_name
 from int8convert.conversion.plan import make_plan
 from int8convert.conversion.reading_order import ReadingOrder
-from int8convert.errors import HubConnectionError
+from int8convert.errors import HubConnectionError, HubError
 from tests.hub.repositories import NAME, add, convert, fetched_bytes, opt_pickles, payload
 from tests.hub_server.fixtures import Connect
 from tests.hub_server.http_messages import Origin
@@ -246,6 +246,27 @@ def test_auto_downloads_where_the_disk_has_room_and_streams_where_not(
         assert made[0].reader is not None
         assert made[0].reader.reader == expected
         assert "room" in made[0].reader.reason
+
+
+def test_shard_that_the_client_cannot_download_is_streamed_or_refused_at_once(
+    hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By HTTP it downloads nothing larger than 50 GB."""
+    weights = add(hub, one_file(tmp_path))
+    connect(hub)
+    monkeypatch.setattr("huggingface_hub.constants.MAX_HTTP_DOWNLOAD_SIZE", 1000)
+    monkeypatch.setattr("int8convert.conversion.reader_choice._RESERVED_BYTES", 0)
+    (name,) = weights
+
+    with pytest.raises(HubError) as caught:
+        convert(NAME, tmp_path / "download", reader="download")
+    assert caught.value.message == (
+        f"'{name}' of '{NAME}' has {weights[name].stat().st_size:,} bytes, and the Hub's client downloads that much by "
+        "xet alone, which is off or not installed"
+    )
+    made = [e for e in convert(NAME, tmp_path / "auto") if isinstance(e, PlanMade)]
+    assert made[0].reader is not None
+    assert made[0].reader.reader == "stream"
 
 
 def test_downloads_leave_nothing_behind(hub: Hub, connect: Connect, tmp_path: Path) -> None:

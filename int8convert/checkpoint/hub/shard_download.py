@@ -20,6 +20,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from importlib.util import find_spec
 from pathlib import Path
 
 from int8convert.checkpoint.hub.failures import translating_client_errors
@@ -32,7 +33,7 @@ from int8convert.checkpoint.hub.source import RemoteShard
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.shard_access import HashingReader, LocalShards, OrderedReader
 from int8convert.checkpoint.source import FileReader, SourceShard
-from int8convert.errors import DiskFullError, HubConnectionError, OutputError
+from int8convert.errors import DiskFullError, HubConnectionError, HubError, OutputError
 
 MAX_ON_DISK = 2
 _CLOSE_S = 0.5
@@ -203,6 +204,12 @@ class ShardDownload:
         cached = cached_path(file, self._cache_dir)
         if cached is not None and not was_wrong:
             return cached
+        if not is_downloadable(file.n_bytes):
+            raise HubError(
+                f"{quoted(file.name)} of {quoted(file.repository)} has {file.n_bytes:,} bytes, and the Hub's client "
+                "downloads that much by xet alone, which is off or not installed",
+                "pass --reader stream; or leave out --no-xet, and install hf_xet",
+            )
         local_dir = None if self._cache_dir else self._folder
         return download_file(file, self._cache_dir, local_dir, is_forced=was_wrong, on_bytes=on_bytes)
 
@@ -229,6 +236,14 @@ class _DownloadReader:
     def close(self) -> None:
         """See `ShardReader`."""
         self._reader.close()
+
+
+def is_downloadable(n_bytes: int) -> bool:
+    """Whether the client can download a file of that size: very large ones it has by xet only."""
+    from huggingface_hub import constants
+
+    has_xet = not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+    return has_xet or n_bytes <= constants.MAX_HTTP_DOWNLOAD_SIZE
 
 
 def is_cached(shard: SourceShard, cache_dir: Path | None = None) -> bool:
