@@ -93,8 +93,9 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def file_bytes(directory: Path) -> dict[str, bytes]:
-    """Name -> content of every file under a directory."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    """Name -> content of every file under a directory, but for the one that tells where the source is."""
+    files = {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != "int8convert/local.json"}
 
 
 def edit_config(directory: Path, **changes: object) -> None:

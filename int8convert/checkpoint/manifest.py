@@ -3,9 +3,11 @@
     conversion.json     while it runs: what was asked for, by which a rerun knows that it continues the same job
     shards/NAME.json    while it runs: one record for each finished shard, written after the shard has its name
     manifest.json       at the end: all of it in one file; the other two go
+    local.json          at the end: where the source is on this machine, if it is here; never published
 
 Every file appears whole or not at all, and each shard has a record of its own, so that several processes could work on
-one OUT. No file holds the time of the conversion or where it ran: the same conversion writes the same bytes.
+one OUT. No other file holds the time of the conversion or where it ran: the same conversion writes the same bytes, and
+who publishes them tells nothing of the machine.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ ARITHMETIC_VERSION = 1
 _REQUEST_NAME = "conversion.json"
 _MANIFEST_NAME = "manifest.json"
 _RECORDS_FOLDER = "shards"
+_LOCAL_NAME = "local.json"
+
+NOT_PUBLISHED = (_REQUEST_NAME, _RECORDS_FOLDER, _LOCAL_NAME)
+"""Of the folder: what is of no use elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +103,16 @@ class Manifest:
         return None
 
     def read_source(self) -> str | None:
-        """The source of a finished conversion, as whoever converted it named it; None if that is not known."""
+        """The source of a finished conversion: a repository's name, or a directory's path as long as the conversion
+        lies where it was made, and its name elsewhere; None if that is not known."""
         if not self.is_complete:
             return None
-        named = read_json_object(self.folder / _MANIFEST_NAME).get("source")
-        return named if isinstance(named, str) else None
+        for name in (_LOCAL_NAME, _MANIFEST_NAME):
+            if (self.folder / name).is_file():
+                named = read_json_object(self.folder / name).get("source")
+                if isinstance(named, str):
+                    return named
+        return None
 
     def read_commit(self) -> str | None:
         """The commit of the repository on the Hub that was converted; None if it was a directory, or is not known."""
@@ -142,10 +153,22 @@ class Manifest:
             if record is not None:
                 yield record
 
-    def complete(self, request: Mapping[str, Any], summary: Mapping[str, Any], records: list[ShardRecord]) -> None:
-        """Write the one file that stays."""
+    def complete(
+        self,
+        request: Mapping[str, Any],
+        source: CheckpointSource,
+        summary: Mapping[str, Any],
+        records: list[ShardRecord],
+    ) -> None:
+        """Write the files that stay."""
+        name = source.label
+        if source.commit is None:
+            place = source.directory.resolve()
+            name = place.name
+            write_json(self.folder / _LOCAL_NAME, {"source": str(place)})
         shards = [asdict(record) for record in records]
-        write_json(self.folder / _MANIFEST_NAME, {"schema": 1, "conversion": request, **summary, "shards": shards})
+        whole = {"schema": 1, "conversion": request, "source": name, "source_revision": source.commit, **summary}
+        write_json(self.folder / _MANIFEST_NAME, {**whole, "shards": shards})
 
     def tidy(self) -> None:
         """Remove what only an unfinished conversion needs; after everything else is on the disk."""
@@ -154,7 +177,8 @@ class Manifest:
 
     def remove(self) -> None:
         """Remove all that is written down."""
-        (self.folder / _MANIFEST_NAME).unlink(missing_ok=True)
+        for name in (_MANIFEST_NAME, _LOCAL_NAME):
+            (self.folder / name).unlink(missing_ok=True)
         for leftover in self.folder.glob("*.incomplete"):
             leftover.unlink()
         self.tidy()

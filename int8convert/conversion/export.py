@@ -183,7 +183,6 @@ def _write(plan: ExportPlan, output: OutputDirectory, emit: Callable[[ShardExpor
         emit(ShardExported(i, len(plan.shards), shard.file_name, shard.n_bytes))
     summary = {
         "tool": f"int8convert {__version__}",
-        "source": plan.source.label,
         "source_format": str(plan.target.source_format),
         "n_changed_scales": n_changed,
     }

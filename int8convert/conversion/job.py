@@ -242,8 +242,6 @@ def _summary(plan: ConversionPlan) -> dict[str, Any]:
     """What the manifest says of the whole."""
     return {
         "tool": f"int8convert {__version__}",
-        "source": plan.source.label,
-        "source_revision": plan.source.commit,
         "source_card": read_source_card(plan.source.directory),
         "model_class": plan.model_map.model_class,
         "notes": list(plan.model_map.notes),

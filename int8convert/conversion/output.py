@@ -262,7 +262,7 @@ class OutputDirectory:
             if not target.exists():
                 self._carried.append(target)
             copy_file(file, target)
-        self.manifest.complete(self._request, summary, records)
+        self.manifest.complete(self._request, source, summary, records)
         if index is not None:
             write_json(self.path / INDEX_NAME, index)
         write_json(self.path / CONFIG_NAME, config)

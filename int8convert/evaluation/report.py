@@ -167,7 +167,7 @@ def _layer_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[float
 
 def _provenance(report: VerifyReport) -> list[tuple[str, str]]:
     """(what, value): where the checkpoint comes from, by its manifest, and what was measured with."""
-    found = [("int8 checkpoint", report.out), ("source", report.exact.reference or "not known")]
+    found = [("int8 checkpoint", report.out), ("source", report.reference or "not known")]
     manifest = Manifest(Path(report.out))
     conversion: dict[str, Any] = manifest.read_request() or {}
     for name, value in sorted(dict(conversion.get("options") or {}).items()):

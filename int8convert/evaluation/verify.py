@@ -128,17 +128,20 @@ def verify(
 
         load_harness()
     with ExitStack() as stack:
-        windows, used = None, None
+        windows, used, named = None, None, None
         # Whatever is wrong with the text is said before anything is compared; of a broken checkpoint, what is broken.
         if level is not Level.EXACT and _is_whole(out):
             found = stack.enter_context(open_text(text, dataset))
             windows, used = _windows(out, found, n_sequences, length, convention)
         if level is not Level.EXACT and _is_whole(out):
-            reference = _at_hand(out, reference, on_fetch)
+            named, reference = _at_hand(out, reference, on_fetch)
         exact = verify_exact(
             out, reference=reference, lora=lora, trust_remote_code=trust_remote_code, on_progress=on_exact
         )
-        report = VerifyReport(f"int8convert {__version__}", os.fspath(out), str(level), gates, {}, exact)
+        named = named or exact.reference
+        report = VerifyReport(
+            f"int8convert {__version__}", os.fspath(out), str(level), gates, {}, exact, reference=named
+        )
         if report.is_passed and windows is not None:
             fidelity, sweep = _measure(
                 exact,
@@ -195,7 +198,7 @@ def write_report(report: VerifyReport) -> Path:
     """
     path = Path(report.out) / VERIFY_FILE
     path.parent.mkdir(exist_ok=True)
-    write_json(path, report.to_json())
+    write_json(path, report.to_published_json())
     return path
 
 
@@ -227,14 +230,15 @@ def _windows(
 
 def _at_hand(
     out: str | os.PathLike[str], reference: str | os.PathLike[str] | None, on_fetch: CopyProgress | None
-) -> str | os.PathLike[str] | None:
-    """The reference as a directory: one that is on the Hub is brought into its cache."""
+) -> tuple[str, str | os.PathLike[str] | None]:
+    """The reference's name, and where it is: one that is on the Hub is brought into its cache."""
     found = find_provenance(open_source(out), reference)
     if not is_repository_name(found.reference):
-        return reference
+        return found.reference, reference
     from int8convert.checkpoint.hub.cached_copy import fetch_checkpoint
 
-    return fetch_checkpoint(found.reference, found.revision, on_fetch or (lambda name, n_bytes: None))
+    on_file = on_fetch or (lambda name, n_bytes: None)
+    return found.reference, fetch_checkpoint(found.reference, found.revision, on_file)
 
 
 def _is_whole(out: str | os.PathLike[str]) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from int8convert.checkpoint.source import is_repository_name
 from int8convert.evaluation.checks import Check
 from int8convert.evaluation.exact import ExactReport
 
@@ -83,6 +85,7 @@ class VerifyReport:
 
     Attributes:
         out: the int8 checkpoint, as the caller named it.
+        reference: the source: a repository on the Hub, or a directory; None if `out` cannot even be opened.
         level: the one asked for; the levels below it come first, and one that fails is the last.
         files: those of the checkpoint that decide what it is and how it runs -> sha256, to tell later whether the
             report is of what is there.
@@ -103,6 +106,7 @@ class VerifyReport:
     sweep: tuple[FidelityReport, ...] = ()
     methods: tuple[MethodRow, ...] = ()
     tasks: tuple[TaskReport, ...] = ()
+    reference: str | None = None
     elapsed_s: float = 0.0
     failures: tuple[str, ...] = field(init=False)
 
@@ -122,6 +126,16 @@ class VerifyReport:
         first = {"schema": 1, "is_passed": self.is_passed, "failures": values.pop("failures")}
         result: dict[str, Any] = _plain({**first, **values})
         result["exact"]["is_passed"] = self.exact.is_passed
+        return result
+
+    def to_published_json(self) -> dict[str, Any]:
+        """The same without the places of this machine: of directories the last name alone."""
+        result = self.to_json()
+        result["out"] = result["exact"]["out"] = Path(self.out).resolve().name
+        if self.reference is not None:
+            is_repository = is_repository_name(self.reference)
+            result["reference"] = self.reference if is_repository else Path(self.reference).resolve().name
+        result["exact"]["reference"] = result["reference"]
         return result
 
 

@@ -59,7 +59,7 @@ def _what_it_is(output: FinishedOutput, found: Inspection) -> str:
         at = f" at commit {code(str(commit)[:40])}" if isinstance(commit, str) else ""
         source = f"[{plain(name)}](https://huggingface.co/{name}){at}"
     else:
-        last = str(output.manifest.get("source") or "").rstrip("/").rpartition("/")[2]
+        last = str(output.manifest.get("source") or "").rstrip("/").rpartition("/")[2]  # once it was a path
         source = f"a local checkpoint, {code(last)}" if last else "a local checkpoint"
     tool = plain(str(output.manifest.get("tool") or "int8convert"))
     return (

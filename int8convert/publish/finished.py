@@ -9,11 +9,11 @@ from typing import Any
 
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.layout import CONFIG_NAME, OWN_FOLDER, VERIFY_FILE, quoted, read_config, read_json_object
-from int8convert.checkpoint.manifest import Manifest, ShardRecord
+from int8convert.checkpoint.manifest import NOT_PUBLISHED, Manifest, ShardRecord
 from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
 
-_UNFINISHED = ("conversion.json", "shards", "incoming", "lock")
-"""Of our own folder: what only a conversion that goes on needs."""
+_NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
+"""Of our own folder: what only this machine, or a conversion that goes on, needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def _is_published(name: str) -> bool:
     parts = name.split("/")
     if any(part.startswith(".") for part in parts) or name.endswith(".incomplete"):
         return False
-    return not (parts[0] == OWN_FOLDER and parts[1] in _UNFINISHED)
+    return not (parts[0] == OWN_FOLDER and parts[1] in _NOT_PUBLISHED)
 
 
 def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:

@@ -393,7 +393,7 @@ def test_other_files_go_along_and_the_manifest_holds_hashes(tmp_path: Path) -> N
     assert {e.file_name: e.n_bytes for e in events} == files
     assert report.n_written_bytes == sum(files.values())
     own = sorted(p.name for p in (tmp_path / "new" / "int8convert").iterdir())
-    assert own == ["manifest.json"]
+    assert own == ["local.json", "manifest.json"]
     manifest = json.loads((tmp_path / "new" / "int8convert" / "manifest.json").read_text())
     assert manifest["conversion"]["format"] == "compressed-tensors"
     for record in manifest["shards"]:

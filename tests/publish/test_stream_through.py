@@ -246,6 +246,7 @@ def test_local_source_goes_the_same_way(hub: Hub, connect: Connect, tmp_path: Pa
     convert(source, tmp_path / "work", publishing=Publishing(HubPublisher(REPO)))
 
     assert on_the_hub(hub) == file_bytes(tmp_path / "expected")
+    assert not [name for name, content in hub.repo(REPO).files.items() if str(tmp_path).encode() in content]
     assert not (tmp_path / "work").exists()
 
 

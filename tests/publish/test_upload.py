@@ -60,6 +60,18 @@ def test_everything_arrives_as_it_was(verified: Path, hub: Hub, connect: Connect
     assert not checked.mismatches and not checked.missing_paths
 
 
+def test_no_place_of_this_machine_is_published(verified: Path, hub: Hub, connect: Connect, tmp_path: Path) -> None:
+    connect(hub, hub.token)
+    int8convert.upload(verified, REPO)
+
+    assert (verified / "int8convert" / "local.json").is_file()
+    files = hub.repo(REPO).files
+    assert "int8convert/local.json" not in files and "int8convert/verify.json" in files
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    verify = json.loads(files["int8convert/verify.json"])
+    assert (verify["out"], verify["reference"], verify["exact"]["reference"]) == ("out", "source", "source")
+
+
 def test_what_is_there_is_not_sent_again(verified: Path, hub: Hub, connect: Connect) -> None:
     connect(hub, hub.token)
     first = int8convert.upload(verified, REPO)
