@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
-from int8convert.checkpoint.inspection import inspect
-from int8convert.checkpoint.layout import OWN_FOLDER, is_weight_file, quoted, read_json_object
+from int8convert.checkpoint.hub.source import open_repository
+from int8convert.checkpoint.inspection import inspect_source
+from int8convert.checkpoint.layout import CONFIG_NAME, OWN_FOLDER, VERIFY_FILE, is_weight_file, quoted, read_json_object
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference, parse_record
 from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import HubError, OutputError
@@ -53,6 +54,7 @@ class HubPublisher:
         self._on_file = on_file
         self._request: Mapping[str, Any] = {}
         self._has_begun = False
+        self._stale: list[str] = []
         self.commit: str | None = None
 
     @property
@@ -61,7 +63,7 @@ class HubPublisher:
 
     def begin(self, request: Mapping[str, Any], overwrite: bool) -> dict[str, ShardRecord]:
         """See `ShardPublisher`."""
-        self._request = request
+        self._request, self._stale = request, []
         self._target.make()
         found = find_repository(self._target.name, self._target.branch)
         names = [name for name in found.files if name in (_REQUEST_NAME, _MANIFEST_NAME) or _is_record(name)]
@@ -76,6 +78,11 @@ class HubPublisher:
                 f"{quoted(self._target.name)} holds {what}",
                 "name another repository, or pass --overwrite to replace what is in it; nothing was written",
             )
+        self._stale = [
+            name
+            for name in found.files
+            if name in (CONFIG_NAME, _MANIFEST_NAME, VERIFY_FILE) or _is_record(name) or is_weight_file(name)
+        ]
         return {}
 
     def _read_state(self, found: Repository, names: list[str]) -> tuple[dict[str, Any] | None, dict[str, ShardRecord]]:
@@ -92,7 +99,7 @@ class HubPublisher:
 
     def publish(self, record: ShardRecord, path: Path) -> None:
         """See `ShardPublisher`."""
-        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         additions = [
             self._target.send(record.file_name, path),
@@ -100,8 +107,10 @@ class HubPublisher:
         ]
         if not self._has_begun:
             additions.append(CommitOperationAdd(_REQUEST_NAME, _encode(self._request)))
-        self._target.commit(additions, [], f"Add {record.file_name}")
-        self._has_begun = True
+        added = {addition.path_in_repo for addition in additions}
+        deletions = [CommitOperationDelete(name) for name in self._stale if name not in added]
+        self._target.commit(additions, deletions, f"Add {record.file_name}")
+        self._has_begun, self._stale = True, []
         self._on_file(record.file_name, record.n_bytes, True)
 
     def complete(self, out: Path) -> None:
@@ -109,7 +118,8 @@ class HubPublisher:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         output = read_published(out)
-        there = self._target.files() or {}
+        state = find_repository(self._target.name, self._target.branch)
+        there = state.files
         shards = {record.file_name: record for record in output.records}
         files = {name: path for name, path in output.files().items() if name not in shards and name != CARD_NAME}
         additions = [self._target.send(name, path) for name, path in files.items()]
@@ -118,17 +128,17 @@ class HubPublisher:
             for name in there
             if name == _REQUEST_NAME or _is_record(name) or (is_weight_file(name) and name not in {*shards, *files})
         ]
-        self._target.commit(additions, [CommitOperationDelete(name) for name in stale], "Complete the checkpoint")
+        self._check(shards, there)
+        deletions = [CommitOperationDelete(name) for name in stale]
+        self._target.commit(additions, deletions, "Complete the checkpoint", state.commit)
         for name, path in files.items():
             self._on_file(name, path.stat().st_size, True)
-        self._check(shards)
-        found = inspect(self._target.name, self._target.head(), Manifest(out))
+        found = inspect_source(open_repository(self._target.name, self._target.head()), Manifest(out))
         card = make_card(output, self._target.name, found).encode()
         self._target.commit([CommitOperationAdd(CARD_NAME, card)], [], "Write the model card")
         self.commit = self._target.head()
 
-    def _check(self, shards: Mapping[str, ShardRecord]) -> None:
-        there = self._target.files() or {}
+    def _check(self, shards: Mapping[str, ShardRecord], there: Mapping[str, RepositoryFile]) -> None:
         for name, record in shards.items():
             if not _is_whole(there.get(name), record):
                 raise HubError(

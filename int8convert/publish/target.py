@@ -99,7 +99,8 @@ class Target:
                 patience.wait(trouble)
 
     def commit(
-        self, additions: Sequence[CommitOperationAdd], deletions: Sequence[CommitOperationDelete], message: str
+        self, additions: Sequence[CommitOperationAdd], deletions: Sequence[CommitOperationDelete], message: str,
+        parent: str | None = None,
     ) -> CommitInfo | None:
         """Make all of it the branch's new state, at once.
 
@@ -120,6 +121,7 @@ class Target:
                         commit_message=message,
                         revision=self.branch,
                         create_pr=self._as_pull_request,
+                        parent_commit=parent,
                     )
             except PassingError as trouble:
                 patience.wait(trouble)

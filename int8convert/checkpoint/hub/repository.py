@@ -89,12 +89,14 @@ class Repository:
         name: as the Hub knows it, which of old names is not what was asked for.
         commit: 40 hex digits.
         revision: what was asked for: a branch, a tag, or a commit.
+        is_private: whether only its owners see it.
         files: by name, folders left out.
     """
 
     name: str
     commit: str
     revision: str
+    is_private: bool
     files: Mapping[str, RepositoryFile] = field(repr=False)
 
 
@@ -115,7 +117,7 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
     if found.sha is None:
         raise HubError(f"{quoted(name)} has no commit", "it is empty; name one that holds a checkpoint")
     commit = found.sha
-    return Repository(found.id, commit, revision or _MAIN, _list_files(found.id, commit))
+    return Repository(found.id, commit, revision or _MAIN, bool(found.private), _list_files(found.id, commit))
 
 
 def _answer_s() -> float:
@@ -208,6 +210,7 @@ def _fetch(repository: Repository, name: str, cache_dir: Path | None) -> Path:
         path = Path(call_hub(partial(download, force_download=n_tries > 0), subject, repository.name))
         if repository.files[name].is_content(path.read_bytes()):
             return path
+    path.resolve().unlink()  # for the next program would take it from the cache
     path.unlink()
     raise CorruptFileError(
         f"{quoted(name)} of {quoted(repository.name)} came {_TRIES} times with other bytes than the Hub lists",
