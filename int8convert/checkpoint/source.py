@@ -167,7 +167,12 @@ def open_source(
 
 def is_repository_name(src: str | os.PathLike[str]) -> bool:
     """Whether this names a repository on the Hub: it looks like one, and no file or directory has that name."""
-    return isinstance(src, str) and _REPOSITORY_NAME.fullmatch(src) is not None and not Path(src).exists()
+    return isinstance(src, str) and looks_like_repository(src) and not Path(src).exists()
+
+
+def looks_like_repository(name: str) -> bool:
+    """Whether a repository could have this name."""
+    return _REPOSITORY_NAME.fullmatch(name) is not None
 
 
 def open_directory(directory: Path, label: str) -> CheckpointSource:

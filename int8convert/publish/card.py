@@ -18,9 +18,7 @@ from int8convert.publish.card_metadata import card_metadata, source_repository
 from int8convert.publish.card_snippets import snippets
 from int8convert.publish.card_text import code, count, percent, plain, size, table
 from int8convert.publish.finished import FinishedOutput
-
-CARD_MARK = "<!-- written by int8convert upload -->"
-"""Of a card that may be written anew."""
+from int8convert.publish.target import CARD_MARK
 
 _RUN_HEADS = (
     *("arithmetic", "perplexity, source", "perplexity, int8", "change of NLL", "interval", "mean KL"),
