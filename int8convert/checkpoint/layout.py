@@ -58,8 +58,11 @@ MAX_JSON_CONTAINERS = 1_000_000
 
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".npz"),
-    *(".index.json", ".incomplete", ".tflite", ".mlmodel", ".pkl"),
+    *(".index.json", ".incomplete", ".tflite", ".mlmodel", ".pkl", ".onnx_data", ".nemo", ".tar", ".gz", ".zip"),
 )
+
+MAX_CARRIED_BYTES = 200_000_000
+"""Of a file that goes along. Tokenizers take up to 35 MB; what is larger is weights in some form."""
 _NOT_CARRIED = frozenset({CONFIG_NAME, "README.md", ".gitattributes", ".gitignore", OWN_FOLDER})
 """The model card of the source describes the source; `upload` writes the converted checkpoint's own. A file named like
 our own folder would be in its way."""

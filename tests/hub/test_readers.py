@@ -184,6 +184,18 @@ def test_only_the_files_needed_are_fetched(hub: Hub, connect: Connect, tmp_path:
     assert not [r.path for r in asked if r.path.endswith((".bin", ".msgpack", ".h5", ".pth", "bin.index.json"))]
 
 
+def test_large_file_of_no_known_kind_is_not_fetched(
+    hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8convert.checkpoint.hub.source.MAX_CARRIED_BYTES", 100_000)
+    add(hub, opt_pickles(tmp_path), video=b"x" * 100_001)
+    connect(hub)
+
+    convert(NAME, tmp_path / "out")
+
+    assert not hub.log.requests(path="video") and not (tmp_path / "out" / "video").exists()
+
+
 def test_revision_is_pinned_when_it_is_looked_up(hub: Hub, connect: Connect, tmp_path: Path) -> None:
     """Somebody pushes other weights in the middle; all that is read is still of the first commit."""
     source = safetensors(tmp_path)
