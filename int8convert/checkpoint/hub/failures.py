@@ -141,6 +141,11 @@ def _translated(error: BaseException, name: str) -> PassingError | HubError:
         return _translated(error.__cause__, name) if error.__cause__ else PassingError("the connection broke off")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"no repository can be named {quoted(name)}: {_short(error)}", "names are ORGANIZATION/NAME")
+    if isinstance(error, httpx2.UnsupportedProtocol):
+        return HubConnectionError(
+            f"HF_ENDPOINT is {quoted(endpoint())}, expected an address that begins with https:// or http://",
+            "set it to one, or unset it for huggingface.co",
+        )
     if isinstance(error, httpx2.ProxyError) and str(error).startswith("407"):  # its answer to CONNECT
         return _proxy_login()
     if isinstance(error, httpx2.TransportError | httpx2.StreamError):
@@ -199,7 +204,8 @@ def _of_answer(error: HfHubHTTPError, name: str) -> PassingError | HubError:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return HubMissingError(
-            f"{quoted(name)} has no such revision", f"its branches and tags: {endpoint()}/{name}/tree/main"
+            f"{quoted(name)} has no branch, tag or commit of the name asked for",
+            f"its branches and tags: {endpoint()}/{name}/tree/main",
         )
     if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{quoted(name)} has no longer a file it listed", "run the same command again")

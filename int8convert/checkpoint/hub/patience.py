@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from int8convert.errors import HubConnectionError
+from int8convert.checkpoint.layout import quoted
+from int8convert.errors import HubConnectionError, HubError
 
 tells = logging.getLogger(__name__)
 interrupted = threading.Event()
@@ -113,8 +114,17 @@ class Patience:
 
 
 def transfer_patience_s() -> float:
-    """Seconds without a byte of the weights before giving up."""
-    try:
-        return float(os.environ.get("INT8CONVERT_HUB_PATIENCE", ""))
-    except ValueError:
+    """Seconds without a byte of the weights before giving up.
+
+    Raises:
+        HubError: the environment says something that is no number of seconds.
+    """
+    asked = os.environ.get("INT8CONVERT_HUB_PATIENCE")
+    if not asked:
         return TRANSFER_PATIENCE_S
+    try:
+        return float(asked)
+    except ValueError:
+        raise HubError(
+            f"INT8CONVERT_HUB_PATIENCE is {quoted(asked)}, expected a number of seconds", "set it to one, or unset it"
+        ) from None

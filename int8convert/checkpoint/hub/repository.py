@@ -9,6 +9,7 @@ there already is not fetched again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from int8convert.checkpoint.hub.failures import call_hub, endpoint
 from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted
-from int8convert.errors import CorruptFileError, HubConnectionError, HubError
+from int8convert.errors import CorruptFileError, DiskFullError, HubConnectionError, HubError, OutputError
 
 _FETCHES_AT_ONCE = 4
 _MAIN = "main"
@@ -201,13 +202,26 @@ def find_cached(name: str, revision: str | None = None, cache_dir: Path | None =
     )
 
 
+def _cache_error(error: OSError, cache_dir: Path | None) -> OutputError:
+    from huggingface_hub import constants
+
+    kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else OutputError
+    return kind(
+        f"the cache '{cache_dir or constants.HF_HUB_CACHE}' cannot be written: {error.strerror}",
+        "HF_HOME names another, of a source --cache-dir, too; nothing was written",
+    )
+
+
 def _fetch(repository: Repository, name: str, cache_dir: Path | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     subject = f"fetching {quoted(name)} of {quoted(repository.name)}"
     download = partial(hf_hub_download, repository.name, name, revision=repository.commit, cache_dir=cache_dir)
     for n_tries in range(_TRIES):
-        path = Path(call_hub(partial(download, force_download=n_tries > 0), subject, repository.name))
+        try:
+            path = Path(call_hub(partial(download, force_download=n_tries > 0), subject, repository.name))
+        except OSError as error:
+            raise _cache_error(error, cache_dir) from error
         if repository.files[name].is_content(path.read_bytes()):
             return path
     path.resolve().unlink()  # for the next program would take it from the cache
