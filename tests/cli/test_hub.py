@@ -181,7 +181,8 @@ def test_revision_that_is_not_there_is_told(source: Path, run: Run, tmp_path: Pa
     code, _, err = run("quantize", NAME, tmp_path / "out", "--revision", "v9")
     assert (code, err) == (
         1,
-        f"error: '{NAME}' has no branch, tag or commit of the name asked for\nhint: its branches and tags: {hub.endpoint}/{NAME}/tree/main\n",
+        f"error: '{NAME}' has no branch, tag or commit of the name asked for\n"
+        f"hint: its branches and tags: {hub.endpoint}/{NAME}/tree/main\n",
     )
 
 
