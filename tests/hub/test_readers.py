@@ -196,24 +196,6 @@ def test_large_file_of_no_known_kind_is_not_fetched(
     assert not hub.log.requests(path="video") and not (tmp_path / "out" / "video").exists()
 
 
-def test_revision_is_pinned_when_it_is_looked_up(hub: Hub, connect: Connect, tmp_path: Path) -> None:
-    """Somebody pushes other weights in the middle; all that is read is still of the first commit."""
-    source = safetensors(tmp_path)
-    add(hub, source)
-    connect(hub)
-    (source / "LICENSE.md").write_bytes(b"OPT")
-    convert(source, tmp_path / "local")
-    repository = hub.repo(NAME)
-
-    def push(event: object) -> None:
-        if isinstance(event, PlanMade):
-            repository.add_files({name.name: b"other" for name in source.glob("*.safetensors")})
-
-    convert(NAME, tmp_path / "out", reader="stream", on_event=push)
-
-    assert payload(tmp_path / "out") == payload(tmp_path / "local")
-
-
 def test_older_revision_is_converted_on_demand(hub: Hub, connect: Connect, tmp_path: Path) -> None:
     source = one_file(tmp_path)
     add(hub, source)

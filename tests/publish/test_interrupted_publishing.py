@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from int8convert import errors
-from int8convert.checkpoint.hub import patience
-from int8convert.conversion.events import ShardStarted
 from int8convert.conversion.publishing import Publishing
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, add, convert
 from tests.hub_server.faults import FaultKind
 from tests.hub_server.fixtures import Connect
 from tests.hub_server.hub import Hub
+from tests.publish.stream_through import REPO, Stopped, at_shard, on_the_hub, stop_at, through
 from tests.tiny_models import file_bytes, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
-REPO = "me/opt-66b-int8"
 MINE = b"# My words\n"
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
 
 
 @pytest.fixture
@@ -41,33 +30,6 @@ def source(hub: Hub, connect: Connect, tmp_path: Path) -> Path:
     add(hub, directory)
     connect(hub, hub.token)
     return directory
-
-
-class Stopped(Exception):
-    pass
-
-
-def at_shard(n: int, act: Callable[[], None]) -> Callable[[object], None]:
-    """An event sink that acts when shard n begins."""
-
-    def sink(event: object) -> None:
-        if isinstance(event, ShardStarted) and event.i == n:
-            act()
-
-    return sink
-
-
-def stop() -> None:
-    raise Stopped
-
-
-def through(out: Path, *, keeps: bool = False, max_disk: int | None = None, **options: Any) -> None:
-    publishing = Publishing(HubPublisher(REPO), keeps, max_disk)
-    convert(NAME, out, **{"reader": "stream", "publishing": publishing, **options})
-
-
-def on_the_hub(hub: Hub) -> dict[str, bytes]:
-    return {name: content for name, content in hub.repo(REPO).files.items() if name != "README.md"}
 
 
 def push_other_weights(hub: Hub, source: Path, tmp_path: Path) -> None:
@@ -83,10 +45,10 @@ def test_shards_of_another_commit_are_not_resumed_behind_once_overwritten(
     hub: Hub, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
-        through(tmp_path / "1", on_event=at_shard(4, stop))
+        through(tmp_path / "1", on_event=stop_at(4))
     push_other_weights(hub, source, tmp_path)
     with pytest.raises(Stopped):
-        through(tmp_path / "2", overwrite=True, on_event=at_shard(2, stop))
+        through(tmp_path / "2", overwrite=True, on_event=stop_at(2))
 
     through(tmp_path / "3", overwrite=True)
 
@@ -100,7 +62,7 @@ def test_repository_that_is_being_overwritten_does_not_look_complete(hub: Hub, s
     push_other_weights(hub, source, tmp_path)
 
     with pytest.raises(Stopped):
-        through(tmp_path / "2", overwrite=True, on_event=at_shard(3, stop))
+        through(tmp_path / "2", overwrite=True, on_event=stop_at(3))
 
     there = on_the_hub(hub)
     assert not {"config.json", "model.safetensors.index.json", "int8convert/manifest.json"} & there.keys()
@@ -191,7 +153,7 @@ def test_nothing_is_made_on_the_hub_before_the_disk_was_looked_at(hub: Hub, sour
 def test_shards_kept_by_an_earlier_run_go_when_they_are_not_to_be_kept(hub: Hub, source: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     with pytest.raises(Stopped):
-        through(work, keeps=True, on_event=at_shard(4, stop))
+        through(work, keeps=True, on_event=stop_at(4))
     there = {name for name in on_the_hub(hub) if name.endswith(".safetensors")}
     assert there and {path.name for path in work.glob("*.safetensors")} >= there
     here: set[str] = set()
@@ -203,7 +165,7 @@ def test_shards_kept_by_an_earlier_run_go_when_they_are_not_to_be_kept(hub: Hub,
 
 def test_records_without_what_was_asked_are_no_conversion(hub: Hub, source: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        through(tmp_path / "work", on_event=at_shard(3, stop))
+        through(tmp_path / "work", on_event=stop_at(3))
     hub.repo(REPO).commit("main", "lose it", {}, ["int8convert/conversion.json"])
 
     with pytest.raises(errors.OutputError, match="holds weights of something else"):

@@ -7,10 +7,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,47 +16,19 @@ from safetensors.torch import save_file
 
 import int8convert
 from int8convert import errors
-from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.manifest import ShardRecord
-from int8convert.conversion.events import ShardSkipped, ShardStarted
+from int8convert.conversion.events import ShardSkipped
 from int8convert.conversion.publishing import Publishing
 from int8convert.publish.shard_publisher import HubPublisher
-from tests.hub.repositories import NAME, add, convert, opt_pickles
+from tests.hub.repositories import NAME, add, convert
 from tests.hub_server.faults import FaultKind
 from tests.hub_server.fixtures import Connect
 from tests.hub_server.http_messages import Origin
 from tests.hub_server.hub import Hub
+from tests.publish.stream_through import REPO, Stopped, on_the_hub, stop_at, through
 from tests.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
-
-REPO = "me/opt-66b-int8"
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
-
-
-@pytest.fixture
-def expected(hub: Hub, connect: Connect, tmp_path: Path) -> dict[str, bytes]:
-    """What a conversion to the disk gives, of five shards."""
-    add(hub, opt_pickles(tmp_path, 5))
-    connect(hub, hub.token)
-    convert(NAME, tmp_path / "expected", reader="stream")
-    return file_bytes(tmp_path / "expected")
-
-
-def through(out: Path, *, keeps: bool = False, max_disk: int | None = None, **options: Any) -> list[object]:
-    """Convert with all shards sent; the events."""
-    publishing = Publishing(HubPublisher(REPO), keeps, max_disk)
-    return list(convert(NAME, out, **{"reader": "stream", "publishing": publishing, **options}))
-
-
-def on_the_hub(hub: Hub) -> dict[str, bytes]:
-    return {name: content for name, content in hub.repo(REPO).files.items() if name != "README.md"}
 
 
 def test_repository_is_what_the_directory_would_be(hub: Hub, expected: dict[str, bytes], tmp_path: Path) -> None:
@@ -78,20 +48,6 @@ def test_kept_output_is_the_same_and_can_be_uploaded_again(
     assert file_bytes(tmp_path / "work") == expected
     assert on_the_hub(hub) == expected
     assert int8convert.upload(tmp_path / "work", REPO, allow_unverified=True).n_sent_bytes == 0
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at(n: int) -> Callable[[object], None]:
-    """An event sink that gives up when shard n begins."""
-
-    def sink(event: object) -> None:
-        if isinstance(event, ShardStarted) and event.i == n:
-            raise Stopped
-
-    return sink
 
 
 @pytest.mark.parametrize("is_on_a_fresh_machine", [False, True])

@@ -15,7 +15,6 @@ from huggingface_hub import HfApi
 
 import int8convert
 from int8convert import errors
-from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.publish.target import FileSent
 from tests.hub_server import write_routes
@@ -34,13 +33,6 @@ pytestmark = [
 ]
 
 REPO = "me/model-int8"
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
 
 
 def second_shard(out: Path) -> Path:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from int8convert.checkpoint.hub.failures import translating_client_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
-from int8convert.checkpoint.hub.local_copy import cached_path, download_file, holds_evidence, is_content
+from int8convert.checkpoint.hub.local_copy import cached_path, download_file, holds_evidence, is_content, is_in_cache
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.shard_check import ShardCheck
 from int8convert.checkpoint.hub.shard_stream import FetchProgress
@@ -226,7 +226,8 @@ class ShardDownload:
                 "pass --reader stream; or leave out --no-xet, and install hf_xet",
             )
         local_dir = None if self._cache_dir else self._folder
-        return download_file(file, self._cache_dir, local_dir, is_forced=was_wrong, on_bytes=on_bytes)
+        is_forced = was_wrong or is_in_cache(file, self._cache_dir)  # or the client would take it from there
+        return download_file(file, self._cache_dir, local_dir, is_forced=is_forced, on_bytes=on_bytes)
 
 
 class _DownloadReader:
