@@ -92,6 +92,10 @@ class Blobs:
         """Whether the bytes came over HTTP or lie with the test; those in xet are `XetStorage`'s to know."""
         return sha256 in self._elsewhere or (self._folder / sha256).exists()
 
+    def forget(self, sha256: str) -> None:
+        """Have it sent anew by whoever needs it; of what was uploaded over HTTP."""
+        (self._folder / sha256).unlink(missing_ok=True)
+
     def path(self, sha256: str) -> Path:
         """The file with these bytes; what only xet has is fetched from it first.
 

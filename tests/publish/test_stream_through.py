@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import close_session
 from safetensors.torch import save_file
 
 import int8convert
@@ -208,15 +210,44 @@ class sampling:
         self._thread.join()
 
 
-@pytest.mark.parametrize("kind", [FaultKind.CUT, FaultKind.UNAVAILABLE, FaultKind.RESTART], ids=str)
-def test_faults_on_the_way_up_are_mended(kind: FaultKind, hub: Hub, expected: dict[str, bytes], tmp_path: Path) -> None:
-    for i, method in enumerate(("PUT", "POST", "PUT", "POST")):
-        hub.faults.add(kind, method=method, nth=None, among=6, seed=i, seconds=0.05)
+WAY_UP = (
+    *(FaultKind.CUT, FaultKind.RESET, FaultKind.STALL, FaultKind.TOO_MANY_REQUESTS, FaultKind.UNAVAILABLE),
+    *(FaultKind.URL_EXPIRED, FaultKind.RESTART),
+)
 
-    through(tmp_path / "work")
 
-    hub.await_restart()
-    assert on_the_hub(hub) == expected
+@pytest.mark.parametrize(
+    "seeds", [pytest.param(range(1), id="few"), pytest.param(range(1, 23), id="many", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kind", WAY_UP, ids=str)
+def test_faults_on_the_way_up_are_mended(
+    kind: FaultKind,
+    seeds: range,
+    hub: Hub,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At requests and bytes drawn from seeds. A stall is longer than an answer is waited for."""
+    monkeypatch.setattr("int8convert.publish.target._ANSWER_S", 0.4)
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "10")
+    close_session()
+    seconds = {FaultKind.STALL: 1.0, FaultKind.TOO_MANY_REQUESTS: 0}.get(kind, 0.05)
+    for seed in seeds:
+        if hub.state.repository(REPO) is not None:
+            hub.repo(REPO).commit("main", "begin anew", {}, list(hub.repo(REPO).files))
+            for content in expected.values():
+                hub.state.blobs.forget(hashlib.sha256(content).hexdigest())
+        n_before = len(hub.faults.fired)
+        for i, method in enumerate(("PUT", "POST", "PUT", "POST")):
+            hub.faults.add(kind, method=method, nth=None, among=5, seed=10 * seed + i, seconds=seconds)
+
+        through(tmp_path / "work")
+
+        hub.await_restart()
+        assert {fault.method for fault in hub.faults.fired[n_before:]} >= {"PUT"}, f"seed {seed}"
+        assert on_the_hub(hub) == expected, f"seed {seed}"
+        hub.faults.clear()
 
 
 def test_hub_that_takes_no_more_is_told_and_what_it_has_counts(
