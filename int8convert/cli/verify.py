@@ -155,8 +155,8 @@ def verify(
     if compare_methods and (stream or level == "exact"):
         raise typer.BadParameter("needs the source in memory, and a model that is run", param_hint="--compare-methods")
     with reporting_errors(as_json, _INTERRUPTED), quieting_hub():
+        from int8convert.evaluation.verify import kept_parts, write_report
         from int8convert.evaluation.verify import verify as run
-        from int8convert.evaluation.verify import write_report
         from int8convert.evaluation.verify_report import Gates
 
         is_live = wants_live_display(quiet, as_json)
@@ -196,6 +196,7 @@ def verify(
                 on_fidelity=None if quiet or as_json else _say_steps(),
             )
         written = None
+        kept = ", ".join(kept_parts(report).get("kept", ()))
         try:
             there = write_report(report)
             written = str(there) if there is not None else None
@@ -214,6 +215,8 @@ def verify(
             print_report(report)
             if compare_methods and report.fidelity and not report.methods:
                 note("the methods were not compared: the source does not fit in memory")
+            if kept and written and not quiet:
+                note(f"kept in verify.json of an earlier run on the same files: {kept}")
             for path in (written, report_file, figures):
                 if path is not None and not quiet:
                     note(f"written: {path}")

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from int8convert import __version__
 from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.int8_config import read_threshold
-from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE
+from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE, read_json_object
 from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.errors import AdapterError, CorruptFileError
@@ -56,6 +56,11 @@ class Level(StrEnum):
     EXACT = "exact"
     FIDELITY = "fidelity"
     TASKS = "tasks"
+
+
+_PARTS = {Level.FIDELITY: ("text", "fidelity", "sweep", "methods"), Level.TASKS: ("tasks",)}
+_GATES = {Level.FIDELITY: ("max_dnll", "max_kl"), Level.TASKS: ("min_task_p",)}
+"""What each level adds to a report, and what it must not exceed."""
 
 
 def verify(
@@ -212,6 +217,8 @@ def _measure(
 def write_report(report: VerifyReport) -> Path | None:
     """Put a report beside what it is about, whole or not at all; None where that is on the Hub, which stays as it is.
 
+    What an earlier run found out at higher levels about the very same files is kept, see `kept_parts`.
+
     Raises:
         OSError: the directory cannot be written to.
     """
@@ -219,8 +226,30 @@ def write_report(report: VerifyReport) -> Path | None:
         return None
     path = Path(report.out) / VERIFY_FILE
     path.parent.mkdir(exist_ok=True)
-    write_json(path, report.to_published_json())
+    write_json(path, report.to_published_json() | kept_parts(report))
     return path
+
+
+def kept_parts(report: VerifyReport) -> dict[str, Any]:
+    """What the verify.json that is there holds of levels above this report's, with the gates it had to pass: entries to
+    go beside those of this report.
+
+    Empty unless both passed, by the same version, on the same files. The exact level that was passed just now says that
+    the weights are still those of the manifest, whose hash is among these files.
+    """
+    path = Path(report.out) / VERIFY_FILE
+    parts: dict[str, Any] = {}
+    gates = asdict(report.gates)
+    try:
+        earlier = read_json_object(path) if report.is_passed and path.is_file() else {}
+        if not earlier.get("is_passed") or (earlier["tool"], earlier["files"]) != (report.tool, report.files):
+            return {}
+        for level in list(Level)[list(Level).index(Level(report.level)) + 1 :]:
+            parts |= {name: earlier[name] for name in _PARTS[level] if earlier[name]}
+            gates |= {name: earlier["gates"][name] for name in _GATES[level]}
+        return {**parts, "level": earlier["level"], "gates": gates, "kept": sorted(parts)} if parts else {}
+    except (CorruptFileError, KeyError, TypeError):  # not written by us
+        return {}
 
 
 def _windows(
