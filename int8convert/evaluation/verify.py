@@ -275,6 +275,7 @@ def _windows(
         n,
         length,
         windows.convention,
+        text.path.name if text.is_dataset else None,
     )
     return windows, used
 
