@@ -17,6 +17,8 @@ _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
 
 _MAX_FAILURES = 3
 
+NEVER_VERIFIED = "it was not verified"
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedOutput:
@@ -94,14 +96,14 @@ def read_published(out: Path) -> FinishedOutput:
     manifest = Manifest(out)
     records = tuple(manifest.read_records().values())
     whole = read_json_object(out / OWN_FOLDER / "manifest.json")
-    return FinishedOutput(out, read_config(out / CONFIG_NAME), whole, records, None, "it was not verified")
+    return FinishedOutput(out, read_config(out / CONFIG_NAME), whole, records, None, NEVER_VERIFIED)
 
 
 def _read_verify(path: Path) -> tuple[dict[str, Any] | None, str, bool]:
     """Three attributes of `FinishedOutput`: verify, unverified, is_damaged."""
     file = path / VERIFY_FILE
     if not file.is_file():
-        return None, "it was not verified", False
+        return None, NEVER_VERIFIED, False
     try:
         report = read_json_object(file)
     except (CorruptFileError, SourceError):
