@@ -49,7 +49,7 @@ def make_card(output: FinishedOutput, repository: str, found: Inspection) -> str
         _outliers(output),
         snippets(output, repository),
         _hardware(found),
-        reproduce(output),
+        reproduce(output, repository),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

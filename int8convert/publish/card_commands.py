@@ -17,11 +17,14 @@ _FILE_NAME = re.compile(r"\w[\w. -]{0,99}", re.ASCII)
 _USUAL_GATES = (("max_dnll", 0.01, "--max-dnll"), ("max_kl", 0.01, "--max-kl"), ("min_task_p", 0.001, "--min-task-p"))
 
 
-def reproduce(output: FinishedOutput) -> str:
-    """The section."""
+def reproduce(output: FinishedOutput, repository: str) -> str:
+    """The section. What has stored columns is measured where it was published: the first command makes none."""
     tool = plain(str(output.manifest.get("tool") or "int8convert"))
     said = f"The first command writes the same bytes, on any machine ({tool}){_exceptions(output)}.{_measured(output)}"
-    commands = [join(_convert(output)), join(_verify(output))]
+    measured = ["OUT"]
+    if read_stored_columns(output) is not None:
+        measured = [repository, *([] if source_repository(output) else ["--reference", "SOURCE"])]
+    commands = [join(_convert(output)), join(_verify(output, measured))]
     block = "\n".join(plain(command, keep_marks=True) for command in commands)
     return f"## Reproduce\n\n{said}\n\n```bash\n{block}\n```"
 
@@ -83,10 +86,10 @@ def _convert(output: FinishedOutput) -> list[str]:
     return words + (["--lora", "ADAPTER"] if options.get("lora") else [])
 
 
-def _verify(output: FinishedOutput) -> list[str]:
+def _verify(output: FinishedOutput, measured: list[str]) -> list[str]:
     """As it was measured, as far as verify.json tells: it does not know of tasks in a folder, or of how many
     questions."""
-    words = ["int8convert", "verify", "OUT", *(["--lora", "ADAPTER"] if _options(output).get("lora") else [])]
+    words = ["int8convert", "verify", *measured, *(["--lora", "ADAPTER"] if _options(output).get("lora") else [])]
     verify = output.verify
     text = verify.get("text") if verify is not None else None
     if verify is None or not isinstance(text, dict):

@@ -129,6 +129,9 @@ def test_columns_are_excepted_from_what_the_command_makes_again(is_told: bool, s
 
     chosen = how if is_told else "in a way that the file does not tell"
     assert f"but not `int8convert/outliers.safetensors`, whose columns were chosen {chosen}." in card_of(out)
+    assert f"\nint8convert verify {REPO} --reference SOURCE\n" in card_of(out)
+    as_from_the_hub(out)
+    assert f"\nint8convert verify {REPO}\n" in card_of(out)
 
 
 def test_command_to_reproduce_has_the_options_of_the_conversion(
