@@ -13,6 +13,7 @@ from int8convert.publish.card_stored_columns import read_stored_columns
 from int8convert.publish.card_text import code, plain
 from int8convert.publish.finished import FinishedOutput
 
+_MAX_COMMAND = 10_000
 _FILE_NAME = re.compile(r"\w[\w. -]{0,99}", re.ASCII)
 _USUAL_GATES = (("max_dnll", 0.01, "--max-dnll"), ("max_kl", 0.01, "--max-kl"), ("min_task_p", 0.001, "--min-task-p"))
 
@@ -25,7 +26,7 @@ def reproduce(output: FinishedOutput, repository: str) -> str:
     if read_stored_columns(output) is not None:
         measured = [repository, *([] if source_repository(output) else ["--reference", "SOURCE"])]
     commands = [join(_convert(output)), join(_verify(output, measured))]
-    block = "\n".join(plain(command, keep_marks=True) for command in commands)
+    block = "\n".join(plain(command, keep_marks=True, max_length=_MAX_COMMAND) for command in commands)
     return f"## Reproduce\n\n{said}\n\n```bash\n{block}\n```"
 
 

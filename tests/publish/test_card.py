@@ -144,6 +144,14 @@ def test_command_to_reproduce_has_the_options_of_the_conversion(
     assert expected in card_of(tmp_path / "o")
 
 
+def test_command_with_many_patterns_is_whole(source: Path, tmp_path: Path, map_in_process: None) -> None:
+    patterns = ["model.decoder.layers.0.fc2"] * 32
+    int8convert.quantize(source, tmp_path / "o", skip=patterns, threshold=5.0, on_event=lambda event: None)
+
+    (command,) = re.findall(r"\nint8convert quantize (.*)\n", card_of(tmp_path / "o"))
+    assert command.count("--skip") == 32 and command.endswith(" --threshold 5.0")
+
+
 def test_other_layout_has_its_own_tag_and_loader(tmp_path: Path, map_in_process: None) -> None:
     source = save_checkpoint("llama", tmp_path / "source")
     int8convert.quantize(source, tmp_path / "o", format="compressed-tensors", on_event=lambda event: None)
