@@ -13,6 +13,7 @@ from int8convert.checkpoint.layout import VERIFY_FILE
 from int8convert.checkpoint.source import read_shard
 from tests.cli.conftest import Run
 from tests.evaluation.outlier_models import outlier_model, save
+from tests.hub.repositories import NAME, add, opt_pickles
 from tests.hub_server.fixtures import Connect, connect, hub
 from tests.hub_server.hub import Hub
 from tests.runtime.language_models import build_tokenizer
@@ -187,3 +188,17 @@ def test_source_that_was_a_directory_is_to_be_named(
     code, _, err = run("verify", REPO, *EXACT)
     assert code == 1 and "its manifest names 'saved', which is not there" in err and "--reference SRC" in err
     assert run("verify", REPO, *EXACT, "--reference", saved)[0] == 0
+
+
+def test_conversion_that_went_straight_to_the_hub_passes_with_its_pickled_source_there(
+    run: Run, hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(hub, opt_pickles(tmp_path))
+    connect(hub, hub.token)
+    monkeypatch.chdir(tmp_path)
+    assert run("quantize", NAME, "--upload", REPO, "--quiet")[0] == 0
+    assert f"`int8convert verify {REPO}` compares it with its source" in hub.repo(REPO).files["README.md"].decode()
+
+    code, printed, _ = run("verify", REPO, *EXACT)
+
+    assert code == 0 and f"{REPO} at {hub.repo(REPO).refs['main'][:COMMIT_LENGTH]}: passed" in printed
