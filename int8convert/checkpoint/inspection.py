@@ -12,7 +12,7 @@ from typing import Any
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.placement import Placement, place
-from int8convert.checkpoint.source import open_source
+from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.checkpoint.stored_tensor import StoredTensor
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -96,7 +96,11 @@ def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest:
     Raises:
         Int8ConvertError: there is no checkpoint, or it is broken.
     """
-    source = open_source(path, revision)
+    return inspect_source(open_source(path, revision), manifest)
+
+
+def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -> Inspection:
+    """The same of one that is open."""
     tensors = [tensor for shard in source.shards for tensor in shard.tensors]
     parameters = [tensor for tensor in tensors if not tensor.name.endswith(_SCALE_SUFFIXES)]
     block = source.config.get("quantization_config")

@@ -28,6 +28,7 @@ OWN_FOLDER = "int8convert"
 OUTLIERS_FILE = f"{OWN_FOLDER}/outliers.safetensors"
 """What `int8convert.runtime.outliers` reads."""
 
+MANIFEST_NAME = f"{OWN_FOLDER}/manifest.json"
 VERIFY_FILE = f"{OWN_FOLDER}/verify.json"
 """What `int8convert verify` found out."""
 
@@ -57,8 +58,11 @@ MAX_JSON_CONTAINERS = 1_000_000
 
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".npz"),
-    *(".index.json", ".incomplete", ".tflite", ".mlmodel", ".pkl"),
+    *(".index.json", ".incomplete", ".tflite", ".mlmodel", ".pkl", ".onnx_data", ".nemo", ".tar", ".gz", ".zip"),
 )
+
+MAX_CARRIED_BYTES = 200_000_000
+"""Of a file that goes along. Tokenizers take up to 35 MB; what is larger is weights in some form."""
 _NOT_CARRIED = frozenset({CONFIG_NAME, "README.md", ".gitattributes", ".gitignore", OWN_FOLDER})
 """The model card of the source describes the source; `upload` writes the converted checkpoint's own. A file named like
 our own folder would be in its way."""
@@ -208,6 +212,12 @@ def read_config(path: Path) -> dict[str, Any]:
 def is_weight_file(name: str) -> bool:
     """Whether a file holds weights in some framework's format, or belongs to such files."""
     return name.lower().endswith(_WEIGHT_SUFFIXES)
+
+
+def is_loaded_as_weights(name: str) -> bool:
+    """Whether transformers, given a checkpoint with such a file by its path with `/`, might load weights from it."""
+    is_format = name.endswith(".safetensors") or fnmatchcase(name, "pytorch_model*.bin")
+    return "/" not in name and (is_format or name in (INDEX_NAME, PICKLE_INDEX_NAME))
 
 
 def carried_files(directory: Path) -> tuple[Path, ...]:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
+    MAX_CARRIED_BYTES,
     MAX_INDEX_BYTES,
     PICKLE_INDEX_NAME,
     carried_files,
@@ -127,6 +128,7 @@ class CheckpointSource:
         config: the parsed config.json; {} where there is none.
         shards: its weight files.
         carried: small files that go along unchanged.
+        left: names of files that would, and are too large.
         commit: of the repository on the Hub that `label` names; None of a directory.
     """
 
@@ -136,6 +138,7 @@ class CheckpointSource:
     shards: tuple[SourceShard, ...] = field(repr=False)
     carried: tuple[Path, ...] = field(repr=False)
     commit: str | None = None
+    left: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -167,7 +170,12 @@ def open_source(
 
 def is_repository_name(src: str | os.PathLike[str]) -> bool:
     """Whether this names a repository on the Hub: it looks like one, and no file or directory has that name."""
-    return isinstance(src, str) and _REPOSITORY_NAME.fullmatch(src) is not None and not Path(src).exists()
+    return isinstance(src, str) and looks_like_repository(src) and not Path(src).exists()
+
+
+def looks_like_repository(name: str) -> bool:
+    """Whether a repository could have this name."""
+    return _REPOSITORY_NAME.fullmatch(name) is not None
 
 
 def open_directory(directory: Path, label: str) -> CheckpointSource:
@@ -197,12 +205,15 @@ def _open_directory(directory: Path, label: str) -> CheckpointSource:
             "repository on the Hub; nothing was written",
         )
     config_path = find_file(directory, CONFIG_NAME)
+    carried = carried_files(directory)
+    left = {path for path in carried if path.stat().st_size > MAX_CARRIED_BYTES}
     return CheckpointSource(
         label=label,
         directory=directory,
         config=read_config(config_path) if config_path is not None else {},
         shards=_read_shards(directory),
-        carried=carried_files(directory),
+        carried=tuple(path for path in carried if path not in left),
+        left=tuple(sorted(path.name for path in left)),
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 
 import typer
 
 from int8convert import __version__
+from int8convert.checkpoint.hub.patience import interrupted
 from int8convert.cli import export, generate, inspect, outliers, quantize, upload, verify
-from int8convert.cli.console import terminate
+from int8convert.cli.console import interrupt, terminate
 
 app = typer.Typer(
     name="int8convert",
@@ -43,4 +46,14 @@ def _options(
 def main() -> None:
     """The console script."""
     signal.signal(signal.SIGTERM, terminate)
-    app()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts what runs in the background
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        app()
+    except SystemExit as stop:
+        if interrupted.is_set():
+            # All is tidied up. Threads may be sending a file or waiting for the network; Python would wait for them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stop.code if isinstance(stop.code, int) else 1)
+        raise

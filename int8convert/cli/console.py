@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.placement import MAX_GPUS, Placement
 from int8convert.errors import Int8ConvertError
 
@@ -87,7 +88,8 @@ def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE) -> Iterat
         interrupted_hint: what is on the disk after Ctrl-C or SIGTERM.
     """
     try:
-        yield
+        with nullcontext() if as_json else telling_waits():
+            yield
     except Int8ConvertError as error:
         if as_json:
             print_json({"schema": 1, "error": {"code": error.code, "message": error.message, "hint": error.hint}})
@@ -109,7 +111,32 @@ class TerminatedError(KeyboardInterrupt):
 
 def terminate(signal_number: int, frame: object) -> None:
     """The handler for SIGTERM."""
+    patience.interrupted.set()
     raise TerminatedError
+
+
+def interrupt(signal_number: int, frame: object) -> None:
+    """The handler for SIGINT."""
+    patience.interrupted.set()
+    raise KeyboardInterrupt
+
+
+class _Notes(logging.Handler):
+    """Makes notes of what a module tells."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+@contextmanager
+def telling_waits() -> Iterator[None]:
+    """A note of each wait for the Hub that a person would notice."""
+    handler = _Notes()
+    patience.tells.addHandler(handler)
+    try:
+        yield
+    finally:
+        patience.tells.removeHandler(handler)
 
 
 def note(message: str) -> None:

@@ -23,6 +23,7 @@ from int8convert.cli.console import (
     quieting_hub,
     quieting_libraries,
     reporting_errors,
+    stderr,
     wants_live_display,
 )
 from int8convert.cli.dry_run import print_kept, print_plan
@@ -31,6 +32,7 @@ from int8convert.cli.static_set import calibrate_output, check_calibration, prin
 if TYPE_CHECKING:
     from int8convert.conversion.publishing import Publishing
     from int8convert.conversion.report import ConversionReport
+    from int8convert.publish.target import FileSent
 
 HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
 
@@ -257,9 +259,9 @@ def make_publishing(
     from int8convert.conversion.quantize import parse_size
     from int8convert.publish.shard_publisher import HubPublisher
 
-    def on_file(name: str, n_bytes: int, is_sent: bool) -> None:
+    def on_file(file: FileSent) -> None:
         if not is_quiet:
-            note(f"{name}, {format_bytes(n_bytes)}, is on the Hub")
+            stderr.print(f"{escape(file.name)}: {format_bytes(file.n_bytes)} sent")
 
     return Publishing(HubPublisher(repository, private, on_file=on_file), keep, parse_size(max_disk))
 

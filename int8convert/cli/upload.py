@@ -20,12 +20,15 @@ from int8convert.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from int8convert.publish.target import FileSent
     from int8convert.publish.upload import UploadReport
 
 HELP = """Publish a converted checkpoint on the Hub, with a model card, and see that it arrived.
 
 OUT must be finished and verified. Files that REPO has already are not sent again, so after an interruption the same
-command goes on. The token is the one of `hf auth login`, or HF_TOKEN.
+command goes on. Weights in REPO that are no part of OUT are removed: those of an earlier conversion by themselves,
+others with --overwrite. README.md becomes a model card, unless there is one that somebody wrote, in OUT or in REPO. The
+token is the one of `hf auth login`, or HF_TOKEN.
 
 \b
 Examples:
@@ -42,14 +45,20 @@ def upload(
     out: Annotated[str, typer.Argument(metavar="OUT", help="An output of quantize or export.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="ORGANIZATION/NAME; made if it is not there.")],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is made; default: the account's.")
+        bool | None,
+        typer.Option("--private/--public", help="Make REPO so, or fail if it is not; default: as it comes."),
     ] = None,
     revision: Annotated[str, typer.Option(metavar="BRANCH", help="Made if it is not there.")] = "main",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
-    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    message: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Of the commit; default: Upload by int8convert VERSION.")
+    ] = None,
     no_xet: Annotated[bool, typer.Option("--no-xet", help="Send by HTTP, for servers without xet.")] = False,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Publish what verify has not passed; the card tells.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace weights of something else, and a model card, in REPO.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be sent; change nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -60,14 +69,10 @@ def upload(
     with reporting_errors(as_json, INTERRUPTED), quieting_hub(wants_live_display(quiet, as_json)):
         from int8convert.publish.upload import upload as run
 
-        done = 0
-
-        def on_file(name: str, n_bytes: int, is_sent: bool) -> None:
-            nonlocal done
-            done += n_bytes
-            if not quiet and not as_json:
-                state = "sent" if is_sent else "there already"
-                stderr.print(f"{escape(name)}: {format_bytes(n_bytes)}, {state}; {format_bytes(done)} in all")
+        def on_file(file: FileSent) -> None:
+            if file.is_sent and not quiet and not as_json:
+                so_far = f"{format_bytes(file.n_done_bytes)} of {format_bytes(file.n_total_bytes or 0)}"
+                stderr.print(f"{escape(file.name)}: {format_bytes(file.n_bytes)} sent; {so_far} are there")
 
         report = run(
             out,
@@ -78,6 +83,7 @@ def upload(
             message=message,
             dry_run=dry_run,
             allow_unverified=allow_unverified,
+            overwrite=overwrite,
             on_file=on_file,
         )
         if as_json:
@@ -87,22 +93,33 @@ def upload(
 
 
 def _print_report(report: UploadReport) -> None:
-    if report.keeps_card:
-        note(f"'{report.out}/README.md' is not ours, so it is taken as it is")
+    if report.keeps_card == "output":
+        note(f"'{report.out}/README.md' was not written by int8convert, so it is taken as it is")
+    if report.keeps_card == "repository":
+        note(f"{report.repository} has a README.md not written by int8convert: it is kept; --overwrite replaces it")
     if not report.is_verified:
         note("not verified, as the model card says")
     for name in report.deleted:
         note(f"{name} {'would be' if report.is_dry_run else 'was'} removed: it is no part of this checkpoint")
     if report.is_dry_run:
+        if not report.has_token:
+            note("no token is set: the upload itself would be refused")
         print_line(
-            f"[bold]{escape(report.repository)}[/]: {len(report.sent)} of {report.n_files} files would be sent, "
+            f"[bold]{escape(report.repository)}[/], branch {escape(report.branch)}, {_state(report)}: "
+            f"{len(report.sent)} of {report.n_files} files would be sent, "
             f"{format_bytes(report.n_sent_bytes)} of {format_bytes(report.n_bytes)}; nothing was changed"
         )
         for name in report.sent:
             print_line(f"  {escape(name)}")
         return
     print_line(
-        f"[bold]{escape(report.url)}[/]: {report.n_files} files, {format_bytes(report.n_bytes)}, "
+        f"[bold]{escape(report.url)}[/], {_state(report)}: {report.n_files} files, {format_bytes(report.n_bytes)}, "
         f"{format_bytes(report.n_sent_bytes)} of them sent now; all compared by hash"
     )
     print_line(f"commit: {report.commit}" if report.commit else "commit: none, everything was there")
+
+
+def _state(report: UploadReport) -> str:
+    """Whether it is new, and who sees it."""
+    seen = {True: "private", False: "public", None: "as private as the account's others"}[report.is_private]
+    return f"new, {seen}" if report.is_new else seen

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from int8convert.checkpoint.adapter import Adapter
+from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import ModelMapProcess
@@ -34,7 +35,7 @@ class PlanInTheMaking:
         self._process = ModelMapProcess(source, replace(modules, skip=(*modules.skip, *kept_modules)))
         self._waiter = ThreadPoolExecutor(1)
         self._plan = self._waiter.submit(
-            lambda: make_plan(source, _with_reason(self._process.result(), kept_modules), max_shard_bytes, adapter)
+            lambda: make_plan(source, self._map(source, kept_modules), max_shard_bytes, adapter)
         )
 
     def __enter__(self) -> PlanInTheMaking:
@@ -51,6 +52,11 @@ class PlanInTheMaking:
     def result(self) -> ConversionPlan:
         """Wait for the plan."""
         return self._plan.result()
+
+    def _map(self, source: CheckpointSource, kept_modules: tuple[str, ...]) -> ModelMap:
+        found = _with_reason(self._process.result(), kept_modules)
+        left = (f"{quoted(name)} is left behind: it is too large to belong to a checkpoint" for name in source.left)
+        return replace(found, notes=(*found.notes, *left))
 
 
 def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap:

@@ -7,9 +7,10 @@ bytes waits under its temporary name; if it did, it is dropped, and converted ag
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,12 @@ from int8convert.errors import SourceError
 
 AfterCommit = Callable[[ShardRecord, Path], None]
 """What is done with a shard that has its name and its record; the conversion goes on when it returns."""
+
+_LOOK_EVERY_S = 0.2
+
+
+class AbandonedError(Exception):
+    """Nobody waits any longer for what is done with a shard. Stays in the committer's thread."""
 
 
 class ConvertedShard:
@@ -87,6 +94,7 @@ class Committer:
         self._thread = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[int, ConvertedShard]] = deque()
         self._sha256: dict[str, str] = {}
+        self._is_abandoned = False
         self.records = records
         # A source shard is written down with the last output shard made of it, whichever run converts that, and is
         # done with after the last one that this run converts.
@@ -119,6 +127,10 @@ class Committer:
         for waiting in self._waiting:
             waiting[1].discard()
 
+    def abandon(self) -> None:
+        """Do nothing more, and wait for nothing that is under way elsewhere."""
+        self._is_abandoned = True
+
     def submit(self, i: int, one: ConvertedShard) -> Future[None]:
         """Hand over shard i; the result is there when all that could be done because of it is done."""
         return self._thread.submit(self._work, i, one)
@@ -139,6 +151,7 @@ class Committer:
     def _work(self, i: int, one: ConvertedShard) -> None:
         self._waiting.append((i, one))
         try:
+            self._go_on()
             for name in sorted(name for name, last in self._last_need.items() if last == i):
                 source = self._source_of[name]
                 if self._access.is_checked(source) or self._last_use[name] == i:
@@ -171,6 +184,29 @@ class Committer:
         record = ShardRecord(shard.file_name, one.writer.n_bytes, sha256, shard.digest(), read, tensors)
         self._manifest.add(record)
         if self._after_commit is not None:
-            self._after_commit(record, self._out / shard.file_name)
+            self._do_after(self._after_commit, record, self._out / shard.file_name)
         self.records[shard.file_name] = record
         self._emit(ShardFinished(i, len(self._plan.shards), shard))
+
+    def _do_after(self, after_commit: AfterCommit, record: ShardRecord, path: Path) -> None:
+        """In a thread of its own, which ends with the process: a file on its way up cannot be called back, and whoever
+        presses Ctrl-C does not wait for it."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                after_commit(record, path)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._go_on()
+        threading.Thread(target=run, daemon=True).start()
+        while not wait([done], _LOOK_EVERY_S).done:
+            self._go_on()
+        done.result()
+
+    def _go_on(self) -> None:
+        if self._is_abandoned:
+            raise AbandonedError

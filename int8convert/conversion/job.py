@@ -27,7 +27,7 @@ from int8convert.conversion.plan import ConversionPlan, PlannedShard
 from int8convert.conversion.publishing import Publishing, plan_disk
 from int8convert.conversion.reader_choice import Reader, access_maker, choose_reader, is_remote
 from int8convert.conversion.reading_order import MakeAccess, ReadingOrder
-from int8convert.errors import DiskFullError, Int8ConvertError
+from int8convert.errors import DiskFullError, Int8ConvertError, OutputError
 
 _TOLD_EVERY_BYTES = 4 << 20
 """Of what is fetched: pieces come by the ten thousand a second."""
@@ -168,7 +168,12 @@ class Conversion:
 
     def _begin(self, plan: ConversionPlan, done: Mapping[str, ShardRecord]) -> None:
         """All is checked: the first write."""
+        if self._publishing is not None:
+            self._publishing.publisher.make()
         self._output.begin(done, len(plan.shards))
+        if self._publishing is not None and not self._publishing.keeps:
+            for name in self._published:  # killed before it could be removed, or kept by an earlier run
+                (self._output.path / name).unlink(missing_ok=True)
         after_commit = self._after_commit()
         for name, record in done.items():
             if after_commit is not None and name not in self._published:
@@ -187,6 +192,11 @@ class Conversion:
     def _add_published(self, plan: ConversionPlan, done: dict[str, ShardRecord]) -> dict[str, ShardRecord]:
         """With the shards that are where they go already."""
         assert self._publishing is not None
+        if self._output.is_complete and not self._publishing.keeps and len(done) == len(plan.shards):
+            raise OutputError(
+                f"OUT '{self._output.path}' is a finished checkpoint, which would be removed once it is sent",
+                "pass --keep, or send it by int8convert upload; nothing was written",
+            )
         there = self._publishing.publisher.begin(self._output.request, self._output.overwrites)
         for shard in plan.shards:
             record = there.get(shard.file_name)
@@ -231,11 +241,24 @@ class Conversion:
 
     def _located(self, error: Int8ConvertError) -> Int8ConvertError:
         if self._output.has_begun:
-            n_done = len(self._published if self._publishing else self._output.manifest.read_records())
-            where = "on the Hub" if self._publishing else "kept"
-            kept = f"{n_done} finished shards are {where}: the same command resumes behind them"
-            error.hint += f"; {kept if n_done else 'what this run had written was removed'}"
+            error.hint += f"; {self._progress()}"
         return error
+
+    def _progress(self) -> str:
+        """How far it got, as a phrase."""
+        n_there = len(self._published)
+        here = [name for name in self._output.manifest.read_records() if (self._output.path / name).is_file()]
+        n_here = len(here) if self._publishing is None else len({*here} - {*self._published})
+        there = f"{_finished(n_there)} on the Hub" if n_there else ""
+        kept = f"{_finished(n_here)} {f'in {self._output.path}' if self._publishing else 'kept'}" if n_here else ""
+        if not there and not kept:
+            return "what this run had written was removed"
+        it = "it" if n_there + n_here == 1 else "them"
+        return f"{' and '.join(filter(None, (there, kept)))}: the same command resumes behind {it}"
+
+
+def _finished(n: int) -> str:
+    return "1 finished shard is" if n == 1 else f"{n} finished shards are"
 
 
 def _summary(plan: ConversionPlan) -> dict[str, Any]:

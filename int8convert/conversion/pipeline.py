@@ -162,6 +162,9 @@ class Pipeline:
                     commits[-1 if one_at_a_time else -2].result()
             for commit in commits[-1:]:
                 commit.result()
+        except KeyboardInterrupt:
+            committer.abandon()
+            raise
         finally:
             wait(commits)  # until then the committer's thread owns the shards it was given
             for one in converted.values():
@@ -198,8 +201,10 @@ class Pipeline:
                 try:
                     for worker in running:
                         worker.result()
-                except BaseException:
+                except BaseException as error:
                     blocks.turns.close()
+                    if isinstance(error, KeyboardInterrupt):
+                        self.access.close()  # workers may wait for bytes that do not come
                     for worker in running:
                         worker.exception()
                     raise

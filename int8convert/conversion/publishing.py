@@ -35,11 +35,18 @@ class ShardPublisher(Protocol):
     def commit(self) -> str | None: ...
 
     def begin(self, request: Mapping[str, Any], overwrite: bool) -> dict[str, ShardRecord]:
-        """Begin a conversion there, or go on with one; the records of the shards it has, by file name.
+        """Begin a conversion there, or go on with one; the records of the shards it has, by file name. Only looks.
 
         Raises:
             OutputError: something else is there, and is not to be overwritten.
-            HubError: it cannot be reached, or written to.
+            HubError: it cannot be reached.
+        """
+
+    def make(self) -> None:
+        """The first change there, once all is checked.
+
+        Raises:
+            HubError: it cannot be written to.
         """
 
     def publish(self, record: ShardRecord, path: Path) -> None:
@@ -121,10 +128,13 @@ def _peak_bytes(plan: ConversionPlan, done: Collection[str], is_checked: bool, n
         n_behind: how many shards may be on their way while the next is converted.
     """
     left = [shard for shard in plan.shards if shard.file_name not in done]
-    last_need = {tensor.shard.path.name: i for i, shard in enumerate(left) for tensor in shard.tensors}
+    sources = [{source.path.name for tensor in shard.tensors for source in tensor.shards} for shard in left]
+    last_need = {name: i for i, names in enumerate(sources) for name in names}
+    # A file that is needed for its scales alone is read behind all others.
+    read = {tensor.shard.path.name for shard in left for tensor in shard.tensors}
+    last_need |= dict.fromkeys(last_need.keys() - read, len(left) - 1)
     gone_after = [
-        max((last_need[tensor.shard.path.name] for tensor in shard.tensors), default=i) if is_checked else i
-        for i, shard in enumerate(left)
+        max((last_need[name] for name in names), default=i) if is_checked else i for i, names in enumerate(sources)
     ]
     # While shard i is converted, all that was handed over `n_behind` shards ago is through.
     return max(

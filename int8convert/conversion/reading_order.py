@@ -45,10 +45,13 @@ class ReadingOrder:
         self._next: dict[str, int] = {}
         self._first = {name: shard.n_bytes for name, shard in shards.items()}
         self._spans = [0]
+        last: set[str] = set()
         for tensor in reversed(tensors):
             name, begin = tensor.shard.path.name, tensor.source.offset
             later = self._first[name]
-            self._next[tensor.output_name] = later
+            # Empty tensors at the end need no byte, but are read after what is before them.
+            self._next[tensor.output_name] = min(later, tensor.shard.n_bytes - 1) if name in last else later
+            last.add(name)
             end = begin + tensor.source.span_bytes
             if tensor.source.strides is not None or later < end:
                 self._spans.append(end - min(begin, later))

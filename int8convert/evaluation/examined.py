@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from int8convert.checkpoint.layout import OUTLIERS_FILE, OWN_FOLDER
+from int8convert.checkpoint.layout import MANIFEST_NAME, OUTLIERS_FILE
 from int8convert.checkpoint.source import CheckpointSource, SourceShard, open_source
 
-_OWN_FILES = (f"{OWN_FOLDER}/manifest.json", OUTLIERS_FILE)
+_OWN_FILES = (MANIFEST_NAME, OUTLIERS_FILE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,7 @@ from int8convert.publish.card_source import licence, named_source, source_reposi
 from int8convert.publish.card_stored_columns import read_stored_columns
 from int8convert.publish.card_text import code, count, percent, plain, size, table
 from int8convert.publish.finished import FinishedOutput
-
-CARD_MARK = "<!-- written by int8convert upload -->"
-"""Of a card that may be written anew."""
+from int8convert.publish.target import CARD_MARK
 
 _PAPER = "[LLM.int8(), arXiv:2208.07339](https://arxiv.org/abs/2208.07339)"
 _TOOL = (

@@ -2,30 +2,46 @@
 
 Each shard is sent, then committed together with its record, and the first with what was asked of the conversion. So the
 repository itself knows how far it has got, and whoever goes on with it - the same machine or another - needs nothing
-else. The last commit brings config.json and the index, which make it a checkpoint, and removes those notes.
+else. That first commit also removes what is to be replaced, lest old and new shards look like one checkpoint. The last
+one brings config.json and the index, which make it a checkpoint, and removes those notes; it is made only if all shards
+are on the Hub as they were here.
+
+Every commit names the one before it, so that of two who write to a repository at the same time one is stopped.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from int8convert.checkpoint.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
-from int8convert.checkpoint.inspection import inspect
-from int8convert.checkpoint.layout import OWN_FOLDER, is_weight_file, quoted, read_json_object
+from int8convert.checkpoint.hub.source import open_repository
+from int8convert.checkpoint.inspection import inspect_source
+from int8convert.checkpoint.layout import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    OWN_FOLDER,
+    VERIFY_FILE,
+    is_loaded_as_weights,
+    quoted,
+    read_json_object,
+)
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference, parse_record
 from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import HubError, OutputError
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_published
-from int8convert.publish.target import MAIN, SentSink, Target
+from int8convert.publish.target import MAIN, FileSent, SentSink, Target
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
 
 _REQUEST_NAME = f"{OWN_FOLDER}/conversion.json"
 _RECORDS_FOLDER = f"{OWN_FOLDER}/shards/"
-_MANIFEST_NAME = f"{OWN_FOLDER}/manifest.json"
+_OF_A_WHOLE = frozenset({CONFIG_NAME, MANIFEST_NAME, VERIFY_FILE})
 
 
 class HubPublisher:
@@ -33,13 +49,14 @@ class HubPublisher:
 
     Args:
         repository: ORGANIZATION/NAME; made if it is not there.
-        private: whether it is then.
+        private: whether it is then, and must be if it is there.
         revision: the branch.
         on_file: told of each file that is on the Hub.
 
     Attributes:
         url: where to look at it.
         commit: the last one, once it is complete.
+        keeps_card: the repository has a model card of somebody's own, which is left as it is.
     """
 
     def __init__(
@@ -47,13 +64,18 @@ class HubPublisher:
         repository: str,
         private: bool | None = None,
         revision: str = MAIN,
-        on_file: SentSink = lambda name, n_bytes, is_sent: None,
+        on_file: SentSink = lambda file: None,
     ) -> None:
         self._target = Target(repository, revision, private)
         self._on_file = on_file
         self._request: Mapping[str, Any] = {}
         self._has_begun = False
+        self._overwrites = False
+        self._stale: list[str] = []
+        self._head: str | None = None
+        self._n_sent_bytes = 0
         self.commit: str | None = None
+        self.keeps_card = False
 
     @property
     def url(self) -> str:
@@ -61,32 +83,46 @@ class HubPublisher:
 
     def begin(self, request: Mapping[str, Any], overwrite: bool) -> dict[str, ShardRecord]:
         """See `ShardPublisher`."""
-        self._request = request
-        self._target.make()
-        found = find_repository(self._target.name, self._target.branch)
-        names = [name for name in found.files if name in (_REQUEST_NAME, _MANIFEST_NAME) or _is_record(name)]
-        there, records = self._read_state(found, names) if names else (None, {})
+        self._target.check_access()
+        self._request, self._overwrites = request, overwrite
+        self._has_begun, self._stale = False, []
+        found = self._target.find()
+        if found is None:
+            return {}
+        self._head = found.commit
+        there, records = self._read_state(found)
         difference = first_difference(there, request) if there is not None else None
         if there is not None and difference is None:
             self._has_begun = _REQUEST_NAME in found.files
             return {name: record for name, record in records.items() if _is_whole(found.files.get(name), record)}
-        if not overwrite and (there is not None or any(map(is_weight_file, found.files))):
+        if not overwrite and (there is not None or any(map(is_loaded_as_weights, found.files))):
             what = f"a conversion that differs: {difference}" if difference else "weights of something else"
             raise OutputError(
                 f"{quoted(self._target.name)} holds {what}",
                 "name another repository, or pass --overwrite to replace what is in it; nothing was written",
             )
+        self._stale = [
+            name for name in found.files if name in _OF_A_WHOLE or _is_record(name) or is_loaded_as_weights(name)
+        ]
         return {}
 
-    def _read_state(self, found: Repository, names: list[str]) -> tuple[dict[str, Any] | None, dict[str, ShardRecord]]:
+    def make(self) -> None:
+        """See `ShardPublisher`."""
+        self._target.make()
+        self._head = self._target.head()
+
+    def _read_state(self, found: Repository) -> tuple[dict[str, Any] | None, dict[str, ShardRecord]]:
         """What was asked of the conversion that is there, and the records of its shards."""
-        folder = fetch_small_files(found, names)
-        if _REQUEST_NAME in names:
-            values = [read_json_object(folder / name) for name in names if _is_record(name)]
+        if _REQUEST_NAME in found.files:
+            names = [_REQUEST_NAME, *filter(_is_record, found.files)]
+            folder = fetch_small_files(found, names)
+            values = [read_json_object(folder / name) for name in names[1:]]
             request = read_json_object(folder / _REQUEST_NAME)
-        else:
-            manifest = read_json_object(folder / _MANIFEST_NAME)
+        elif MANIFEST_NAME in found.files:
+            manifest = read_json_object(fetch_small_files(found, [MANIFEST_NAME]) / MANIFEST_NAME)
             values, request = manifest.get("shards") or [], manifest.get("conversion") or {}
+        else:
+            return None, {}
         records = [record for record in map(parse_record, values) if record is not None]
         return request, {record.file_name: record for record in records}
 
@@ -100,40 +136,56 @@ class HubPublisher:
         ]
         if not self._has_begun:
             additions.append(CommitOperationAdd(_REQUEST_NAME, _encode(self._request)))
-        self._target.commit(additions, [], f"Add {record.file_name}")
-        self._has_begun = True
-        self._on_file(record.file_name, record.n_bytes, True)
+        self._commit(additions, self._stale, f"Add {record.file_name}")
+        self._has_begun, self._stale = True, []
+        self._tell(record.file_name, record.n_bytes)
 
     def complete(self, out: Path) -> None:
         """See `ShardPublisher`. What is not verified here can be verified from there; the card tells that it is not."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub import CommitOperationAdd
 
         output = read_published(out)
-        there = self._target.files() or {}
+        state = find_repository(self._target.name, self._target.branch)
         shards = {record.file_name: record for record in output.records}
+        self._check(shards, state.files)
         files = {name: path for name, path in output.files().items() if name not in shards and name != CARD_NAME}
         additions = [self._target.send(name, path) for name, path in files.items()]
+        kept = {*shards, *files}
         stale = [
             name
-            for name in there
-            if name == _REQUEST_NAME or _is_record(name) or (is_weight_file(name) and name not in {*shards, *files})
+            for name in state.files
+            if name == _REQUEST_NAME or _is_record(name) or (is_loaded_as_weights(name) and name not in kept)
         ]
-        self._target.commit(additions, [CommitOperationDelete(name) for name in stale], "Complete the checkpoint")
+        self._head = state.commit  # that of the files which were compared
+        self._commit(additions, stale, "Complete the checkpoint")
         for name, path in files.items():
-            self._on_file(name, path.stat().st_size, True)
-        self._check(shards)
-        found = inspect(self._target.name, self._target.head(), Manifest(out))
-        card = make_card(output, self._target.name, found).encode()
-        self._target.commit([CommitOperationAdd(CARD_NAME, card)], [], "Write the model card")
-        self.commit = self._target.head()
+            self._tell(name, path.stat().st_size)
+        self.keeps_card = not self._overwrites and self._target.has_foreign_card(state)
+        if not self.keeps_card:
+            found = inspect_source(open_repository(self._target.name, self._head), Manifest(out))
+            card = make_card(output, self._target.name, found).encode()
+            self._commit([CommitOperationAdd(CARD_NAME, card)], [], "Write the model card")
+            self._tell(CARD_NAME, len(card))
+        self.commit = self._head
 
-    def _check(self, shards: Mapping[str, ShardRecord]) -> None:
-        there = self._target.files() or {}
+    def _commit(self, additions: Sequence[CommitOperationAdd], deleted: Sequence[str], message: str) -> None:
+        from huggingface_hub import CommitOperationDelete
+
+        added = {addition.path_in_repo for addition in additions}
+        deletions = [CommitOperationDelete(name) for name in deleted if name not in added]
+        info = self._target.commit(additions, deletions, message, self._head)
+        self._head = info.oid if info is not None else self._target.head()
+
+    def _tell(self, name: str, n_bytes: int) -> None:
+        self._n_sent_bytes += n_bytes
+        self._on_file(FileSent(name, n_bytes, True, self._n_sent_bytes))
+
+    def _check(self, shards: Mapping[str, ShardRecord], there: Mapping[str, RepositoryFile]) -> None:
         for name, record in shards.items():
             if not _is_whole(there.get(name), record):
                 raise HubError(
                     f"{quoted(name)} of {quoted(self._target.name)} has other bytes on the Hub than it had here",
-                    "somebody else may have changed it meanwhile; the same command makes it again",
+                    "somebody else has changed it meanwhile; the same command makes it again",
                 )
 
 

@@ -1,9 +1,10 @@
 """`upload`: a finished output becomes a repository on the Hub, and is seen to have arrived.
 
-1. The output must be finished, verified, and byte for byte what its manifest says.
-2. Its model card is written.
+1. The output must be finished, verified, and byte for byte what its manifest says; the repository must hold no weights
+   of something else, or be overwritten.
+2. Its model card is written, unless there is one that somebody wrote, here or there.
 3. Files that the branch does not have with the same bytes are sent, the large ones one by one; then one commit takes
-   them over, and removes weight files of something else, which loaders would mix with ours.
+   them over, and removes weights that are no part of the output, which loaders would mix with ours.
 4. The Hub's list of the new commit is compared with the files, hash by hash.
 """
 
@@ -17,15 +18,15 @@ from typing import Any
 from int8convert import __version__
 from int8convert.checkpoint.atomic import write_text
 from int8convert.checkpoint.hashing import file_sha256
-from int8convert.checkpoint.hub.repository import RepositoryFile
+from int8convert.checkpoint.hub.repository import Repository, RepositoryFile
 from int8convert.checkpoint.inspection import inspect
-from int8convert.checkpoint.layout import OWN_FOLDER, is_weight_file, quoted
+from int8convert.checkpoint.layout import MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights, quoted
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import HubError, OutputError
-from int8convert.publish.card import CARD_MARK, make_card
-from int8convert.publish.finished import check_shards, check_verified, read_finished
-from int8convert.publish.target import MAIN, SentSink, Target
+from int8convert.publish.card import make_card
+from int8convert.publish.finished import FinishedOutput, check_shards, check_verified, read_finished
+from int8convert.publish.target import CARD_MARK, MAIN, FileSent, SentSink, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,11 @@ class UploadReport:
         n_files, n_bytes: of the whole.
         n_sent_bytes: of the files that the branch did not have, or would be sent by what was a dry run.
         sent, deleted: names of files.
-        keeps_card: the output had a model card of somebody's own, which was sent as it is.
+        keeps_card: whose model card was left as it is: "" for none, "output" for one in `out`, which was sent,
+            "repository" for one that was there.
+        is_new: the repository or the branch was not there.
+        is_private: the repository; None if it would be made as the account has it.
+        has_token: without one the upload that was a dry run would be refused.
         is_dry_run: nothing was changed, neither here nor there.
     """
 
@@ -55,7 +60,10 @@ class UploadReport:
     n_sent_bytes: int
     sent: tuple[str, ...]
     deleted: tuple[str, ...]
-    keeps_card: bool
+    keeps_card: str
+    is_new: bool
+    is_private: bool | None
+    has_token: bool
     is_dry_run: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +80,8 @@ def upload(
     message: str | None = None,
     dry_run: bool = False,
     allow_unverified: bool = False,
-    on_file: SentSink = lambda name, n_bytes, is_sent: None,
+    overwrite: bool = False,
+    on_file: SentSink = lambda file: None,
 ) -> UploadReport:
     """Publish a finished output on the Hub. Interrupted, the same call goes on with the file it was at.
 
@@ -82,25 +91,29 @@ def upload(
     Args:
         out: an output of `quantize` or `export`.
         repository: ORGANIZATION/NAME; made if it is not there.
-        private: whether it is then.
+        private: whether it is then, and must be if it is there.
         revision: the branch; made if it is not there.
         create_pr: propose the change in place of making it.
         message: of the commit.
         dry_run: tell what would be done.
         allow_unverified: publish what `verify` has not passed; the model card says so.
+        overwrite: replace weights of something else and a model card of somebody's own that the repository has.
         on_file: told of each file that is on the Hub.
 
     Raises:
-        OutputError, CorruptFileError: the output is not finished, or not what its manifest says.
+        OutputError, CorruptFileError: the output is not finished, or not what its manifest says; or the repository
+            holds weights of something else.
         UnverifiedError: it is not verified.
         HubError: the Hub does not take it, or has other bytes afterwards.
     """
     target = Target(repository, revision, private, create_pr)
+    job = _Upload(out, target, message, allow_unverified, overwrite, on_file, is_dry_run=dry_run)
     if dry_run:
-        return _upload(out, target, message, allow_unverified, on_file, is_dry_run=True)
+        return job.run()
+    target.check_access()
     try:
         with DirectoryLock(Path(out) / OWN_FOLDER / "lock"):
-            return _upload(out, target, message, allow_unverified, on_file, is_dry_run=False)
+            return job.run()
     except FileNotFoundError:
         read_finished(out)  # says what is not there
         raise
@@ -111,54 +124,115 @@ def upload(
         ) from error
 
 
-def _upload(
-    out: str | os.PathLike[str],
-    target: Target,
-    message: str | None,
-    allow_unverified: bool,
-    on_file: SentSink,
-    *,
-    is_dry_run: bool,
-) -> UploadReport:
-    output = read_finished(out)
-    if not allow_unverified:
-        check_verified(output)
-    check_shards(output)
-    own_card = output.path / CARD_NAME
-    keeps_card = _has_own_card(own_card)
-    card = own_card.read_bytes() if keeps_card else make_card(output, target.name, inspect(output.path)).encode()
-    files = output.files()
-    if not is_dry_run:
-        write_text(own_card, card.decode())
-        files[CARD_NAME] = own_card
-        target.make()
-    there = target.files() or {}
-    sizes = {name: path.stat().st_size for name, path in files.items()} | {CARD_NAME: len(card)}
-    changed = [name for name in files if name != CARD_NAME and not _is_same(files[name], there.get(name))]
-    if CARD_NAME not in there or not there[CARD_NAME].is_content(card):
-        changed.append(CARD_NAME)
-    stale = sorted(name for name in there if is_weight_file(name) and name not in files)
-    commit, url = None, target.url
-    if not is_dry_run:
-        if changed or stale:
-            commit, url = _send(target, files, sizes, changed, stale, message, on_file)
-        for name in sorted(set(files) - set(changed)):
-            on_file(name, sizes[name], False)
-        _check_arrived(target, commit, files)
-    return UploadReport(
-        out=os.fspath(out),
-        repository=target.name,
-        branch=target.branch,
-        url=url,
-        commit=commit,
-        is_verified=not output.unverified,
-        n_files=len(sizes),
-        n_bytes=sum(sizes.values()),
-        n_sent_bytes=sum(sizes[name] for name in changed),
-        sent=tuple(sorted(changed)),
-        deleted=tuple(stale),
-        keeps_card=keeps_card,
-        is_dry_run=is_dry_run,
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """What `upload` was asked for."""
+
+    out: str | os.PathLike[str]
+    target: Target
+    message: str | None
+    allows_unverified: bool
+    overwrites: bool
+    on_file: SentSink
+    is_dry_run: bool
+
+    def run(self) -> UploadReport:
+        output = read_finished(self.out)
+        if not self.allows_unverified:
+            check_verified(output)
+        check_shards(output)
+        found = self.target.find()
+        there = dict(found.files) if found is not None else {}
+        files = {name: path for name, path in output.files().items() if name != CARD_NAME}
+        stale = sorted(name for name in there if is_loaded_as_weights(name) and name not in files)
+        if stale and not self.overwrites and MANIFEST_NAME not in there:
+            raise _foreign_weights(self.target.name, stale)
+        keeps_card = self._whose_card(output, found)
+        card = self._card(output, keeps_card)
+        if not self.is_dry_run:
+            if card is not None and keeps_card != "output":
+                write_text(output.path / CARD_NAME, card.decode())
+            self.target.make()
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        changed = [name for name in sizes if not _is_same(files[name], there.get(name))]
+        if card is not None:
+            files[CARD_NAME] = output.path / CARD_NAME
+            sizes[CARD_NAME] = len(card)
+            if CARD_NAME not in there or not there[CARD_NAME].is_content(card):
+                changed.append(CARD_NAME)
+        commit, url = None, self.target.url
+        is_private = found.is_private if found is not None else self.target.is_private
+        if not self.is_dry_run:
+            commit, url = self._send(files, sizes, changed, stale)
+            found_after = self.target.find(commit)
+            _check_arrived(self.target, found_after, files)
+            is_private = found_after.is_private if found_after is not None else is_private
+        return UploadReport(
+            out=os.fspath(self.out),
+            repository=self.target.name,
+            branch=self.target.branch,
+            url=url,
+            commit=commit,
+            is_verified=not output.unverified,
+            n_files=len(sizes),
+            n_bytes=sum(sizes.values()),
+            n_sent_bytes=sum(sizes[name] for name in changed),
+            sent=tuple(sorted(changed)),
+            deleted=tuple(stale),
+            keeps_card=keeps_card,
+            is_new=found is None,
+            is_private=is_private,
+            has_token=self.target.has_token,
+            is_dry_run=self.is_dry_run,
+        )
+
+    def _whose_card(self, output: FinishedOutput, found: Repository | None) -> str:
+        """See `UploadReport.keeps_card`."""
+        if _has_own_card(output.path / CARD_NAME):
+            return "output"
+        return "repository" if not self.overwrites and self.target.has_foreign_card(found) else ""
+
+    def _card(self, output: FinishedOutput, keeps_card: str) -> bytes | None:
+        """The model card to send; None if the repository's stays."""
+        if keeps_card == "repository":
+            return None
+        if keeps_card == "output":
+            return _own_card(output.path / CARD_NAME)
+        return make_card(output, self.target.name, inspect(output.path)).encode()
+
+    def _send(
+        self, files: dict[str, Path], sizes: dict[str, int], changed: list[str], stale: list[str]
+    ) -> tuple[str | None, str]:
+        """Send the files and commit them; the commit, None if nothing had to be changed, and where to look at it."""
+        from huggingface_hub import CommitOperationDelete
+
+        done, total = 0, sum(sizes.values())
+
+        def tell(name: str, is_sent: bool) -> None:
+            nonlocal done
+            done += sizes[name]
+            self.on_file(FileSent(name, sizes[name], is_sent, done, total))
+
+        for name in sorted(set(sizes) - set(changed)):
+            tell(name, False)
+        if not changed and not stale:
+            return None, self.target.url
+        additions = []
+        for name in sorted(changed, key=lambda name: sizes[name]):
+            additions.append(self.target.send(name, files[name]))
+            tell(name, True)
+        deletions = [CommitOperationDelete(name) for name in stale]
+        info = self.target.commit(additions, deletions, self.message or f"Upload by int8convert {__version__}")
+        if info is None:
+            return self.target.head(), self.target.url
+        return info.oid, info.pr_url or self.target.url
+
+
+def _foreign_weights(repository: str, names: list[str]) -> OutputError:
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return OutputError(
+        f"{quoted(repository)} holds weights of something else: {quoted(names[0])}{more}",
+        "name another repository, or pass --overwrite to remove them; nothing was sent",
     )
 
 
@@ -167,38 +241,27 @@ def _has_own_card(card: Path) -> bool:
     return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
 
 
+def _own_card(path: Path) -> bytes:
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        raise OutputError(
+            f"{quoted(str(path), 200)} is not in UTF-8, as the Hub wants model cards to be",
+            "save it in UTF-8, or remove it to have one written; nothing was sent",
+        ) from None
+    return content
+
+
 def _is_same(path: Path, file: RepositoryFile | None) -> bool:
     if file is None or file.n_bytes != path.stat().st_size:
         return False
     return file_sha256(path) == file.sha256 if file.sha256 is not None else file.is_content(path.read_bytes())
 
 
-def _send(
-    target: Target,
-    files: dict[str, Path],
-    sizes: dict[str, int],
-    changed: list[str],
-    stale: list[str],
-    message: str | None,
-    on_file: SentSink,
-) -> tuple[str, str]:
-    """Send the files and commit them; the commit, and where to look at it."""
-    from huggingface_hub import CommitOperationDelete
-
-    additions = []
-    for name in sorted(changed, key=lambda name: sizes[name]):
-        additions.append(target.send(name, files[name]))
-        on_file(name, sizes[name], True)
-    deletions = [CommitOperationDelete(name) for name in stale]
-    info = target.commit(additions, deletions, message or f"Upload by int8convert {__version__}")
-    if info is None:
-        return target.head(), target.url
-    return info.oid, info.pr_url or target.url
-
-
-def _check_arrived(target: Target, commit: str | None, files: dict[str, Path]) -> None:
+def _check_arrived(target: Target, found: Repository | None, files: dict[str, Path]) -> None:
     """Compare what the Hub lists with what is here."""
-    there = target.files(commit) or {}
+    there = found.files if found is not None else {}
     different = [name for name, path in files.items() if not _is_same(path, there.get(name))]
     if different:
         raise HubError(

@@ -106,7 +106,7 @@ def test_upload_tells_files_and_ends_with_url_and_commit(source: Path, hub: Hub,
 
     code, out, err = run("upload", tmp_path / "out", REPO, "--private", "--message", "Int8")
     assert code == 0
-    assert out.splitlines()[0].startswith(f"{hub.endpoint}/{REPO}: ")
+    assert out.splitlines()[0].startswith(f"{hub.endpoint}/{REPO}, new, private: ")
     assert out.splitlines()[1] == f"commit: {hub.repo(REPO).refs['main']}"
     assert {line.split(":")[0] for line in err.splitlines()} == set(hub.repo(REPO).files)
 
@@ -126,7 +126,8 @@ def test_stream_through_ends_with_the_url(
     assert code == 0
     assert out.startswith(f"{hub.endpoint}/{REPO}: ")
     assert f"commit: {hub.repo(REPO).refs['main']}; all shards compared by hash" in out
-    assert "is on the Hub" in err
+    sent = {line.partition(": ")[0] for line in err.splitlines() if line.endswith(" sent")}
+    assert sent == {name for name in hub.repo(REPO).files if name != ".gitattributes"}
     assert not (tmp_path / "int8convert-opt-66b-int8").exists()
     code, out, err = run("inspect", REPO, "--json")
     assert json.loads(out)["quant_method"] == "bitsandbytes"
@@ -189,7 +190,8 @@ def test_revision_that_is_not_there_is_told(source: Path, run: Run, tmp_path: Pa
     code, _, err = run("quantize", NAME, tmp_path / "out", "--revision", "v9")
     assert (code, err) == (
         1,
-        f"error: '{NAME}' has no such revision\nhint: its branches and tags: {hub.endpoint}/{NAME}/tree/main\n",
+        f"error: '{NAME}' has no branch, tag or commit of the name asked for\n"
+        f"hint: its branches and tags: {hub.endpoint}/{NAME}/tree/main\n",
     )
 
 

@@ -115,6 +115,18 @@ def test_small_files_are_carried_over_and_foreign_weights_are_not(tmp_path: Path
     assert all(written[name] == text.encode() for name, text in carried.items())
 
 
+def test_large_file_of_no_known_kind_is_left_behind_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("int8convert.checkpoint.source.MAX_CARRIED_BYTES", 1000)
+    source = save_checkpoint("llama", tmp_path / "source")
+    (source / "video").write_bytes(b"x" * 1001)
+    (source / "tokenizer.json").write_bytes(b"x" * 1000)
+    events: list[Event] = []
+    convert(source, tmp_path / "out", on_event=events.append)
+    plans = [event.plan for event in events if isinstance(event, PlanMade)]
+    assert not (tmp_path / "out" / "video").exists() and (tmp_path / "out" / "tokenizer.json").exists()
+    assert plans[0].model_map.notes == ("'video' is left behind: it is too large to belong to a checkpoint",)
+
+
 def test_config_tells_the_loader_everything(tmp_path: Path) -> None:
     source = save_checkpoint("llama", tmp_path / "source")
     convert(source, tmp_path / "out", threshold=5, skip=["o_proj"], min_coverage=0)

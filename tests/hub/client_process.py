@@ -1,8 +1,9 @@
 """Conversions in processes of their own, which a test may kill: forked, ready to go, from one that has all imported.
 
 `python -m tests.hub.client_process SOURCE` converts a local checkpoint first, so that the kernel is loaded and the
-map of that model remembered. Then, for every line of JSON on stdin - the arguments of `quantize` - it forks a process
-that does it, writes its id, waits for it, and writes its exit code.
+map of that model remembered. Then, for every line of JSON on stdin - the arguments of `quantize`, and `upload`, a
+repository to send the shards to - it forks a process that does it, writes its id, waits for it, and writes its exit
+code.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import int8convert
+import int8convert.checkpoint.hub.source
+from int8convert.conversion.publishing import Publishing
+from int8convert.publish.shard_publisher import HubPublisher
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,11 +84,13 @@ class ClientProcesses:
         return int(line)
 
 
+def _convert(upload: str | None = None, **arguments: Any) -> None:
+    publishing = Publishing(HubPublisher(upload)) if upload is not None else None
+    int8convert.quantize(**arguments, publishing=publishing, on_event=lambda event: None)
+
+
 def _serve(source: str) -> None:
     import huggingface_hub.hf_api  # noqa: F401, so that no child has to
-
-    import int8convert
-    import int8convert.checkpoint.hub.source
 
     with tempfile.TemporaryDirectory() as folder:
         int8convert.quantize(source, Path(folder) / "out", on_event=lambda event: None)
@@ -91,7 +99,7 @@ def _serve(source: str) -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                int8convert.quantize(**json.loads(line), on_event=lambda event: None)
+                _convert(**json.loads(line))
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()

@@ -5,6 +5,7 @@ The token goes to the Hub alone, and neither it nor a signed address is written 
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,7 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from int8convert.errors import HubAccessError, HubConnectionError, HubError, HubMissingError, Int8ConvertError
+from int8convert.errors import (
+    HubAccessError,
+    HubConnectionError,
+    HubError,
+    HubMissingError,
+    Int8ConvertError,
+    OutputError,
+)
 from tests.hub.client_process import ROOT
 from tests.hub.conversions import READERS, convert
 from tests.hub.models import opt_66b
@@ -105,8 +113,48 @@ def test_revision_that_is_none(hub: Hub, connect: Connect, tmp_path: Path) -> No
     hub.add_repo(NAME, opt_66b(tmp_path / "model"))
     connect(hub)
     assert refusal(HubMissingError, NAME, tmp_path / "out", revision="v2") == (
-        "'org/name' has no such revision",
+        "'org/name' has no branch, tag or commit of the name asked for",
         f"its branches and tags: {hub.endpoint}/org/name/tree/main",
+    )
+
+
+def test_endpoint_that_is_no_address(
+    hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    connect(hub)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "huggingface.co")
+    assert refusal(HubConnectionError, NAME, tmp_path / "out") == (
+        "HF_ENDPOINT is 'huggingface.co', expected an address that begins with https:// or http://",
+        "set it to one, or unset it for huggingface.co",
+    )
+
+
+def test_patience_that_is_no_number(
+    hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.add_repo(NAME, opt_66b(tmp_path / "model"))
+    connect(hub)
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "long")
+    assert refusal(HubError, NAME, tmp_path / "out")[0] == (
+        "INT8CONVERT_HUB_PATIENCE is 'long', expected a number of seconds"
+    )
+
+
+def test_cache_that_cannot_be_written(
+    hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.add_repo(NAME, opt_66b(tmp_path / "model"))
+    connect(hub)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "/cache/models--org--name")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(OutputError) as caught:
+        convert(NAME, tmp_path / "out", cache_dir="/cache")
+    assert lines_of(caught.value) == (
+        "the cache '/cache' cannot be written: Read-only file system",
+        "HF_HOME names another, of a source --cache-dir, too; nothing was written",
     )
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import int8convert
 from int8convert.conversion.events import SourceFetched
-from int8convert.errors import HubConnectionError
+from int8convert.errors import HubAccessError, HubConnectionError
 from tests.hub.conversions import READERS, convert, looks_complete
 from tests.hub.models import NAME, opt_66b
+from tests.hub_server import storage_routes
 from tests.hub_server.faults import FaultKind
 from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
+from tests.hub_server.http_messages import Origin, Refusal, Response
 from tests.hub_server.hub import Hub
+from tests.hub_server.routing import ROUTES
 
 pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 
@@ -55,7 +59,7 @@ def test_store_that_never_gives_a_shard(model: Hub, tmp_path: Path, kind: FaultK
 
     what = r"reading 'pytorch_model-00002-of-00003\.bin' of 'facebook/opt-66b' got no further in \d+ s: "
     assert re.fullmatch(what + REASONS[kind], caught.value.message), caught.value.message
-    assert caught.value.hint == f"{AGAIN}; 1 finished shards are kept: the same command resumes behind them"
+    assert caught.value.hint == f"{AGAIN}; 1 finished shard is kept: the same command resumes behind it"
     assert not looks_complete(out)
     assert not list(out.rglob("*.bin")) and not list(out.rglob("*.incomplete"))
 
@@ -141,6 +145,72 @@ def test_retry_after_is_waited(model: Hub, tmp_path: Path, monkeypatch: pytest.M
 
     assert time.monotonic() - began >= 1
     assert len(model.log.requests(origin=Origin.STORAGE)) == 6 + 3 + 1
+
+
+def test_download_that_always_ends_halfway_is_given_up(model: Hub, tmp_path: Path) -> None:
+    """Half a shard, again and again, is no progress."""
+    model.faults.add(FaultKind.TRUNCATED, method="GET", origin=Origin.STORAGE, nth=7, times=math.inf, after_bytes=9000)
+    model.log.clear()
+
+    with pytest.raises(HubConnectionError, match="the answer was not whole"):
+        convert(NAME, tmp_path / "out", "download")
+    assert model.log.sent_bytes(origin=Origin.STORAGE) < 100 * 9000
+
+
+def test_store_that_something_forbids_is_not_asked_for_minutes(
+    model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall says 403, too, and to every new address."""
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "300")
+    model.faults.add(FaultKind.URL_EXPIRED, origin=Origin.STORAGE, path="", times=math.inf)
+
+    with pytest.raises(HubConnectionError, match="status 403 of localhost, as of an address that has run out"):
+        int8convert.plan(NAME)
+    assert len(model.log.requests("GET", origin=Origin.STORAGE)) <= 4 * 2 * 3, (
+        "of three shards, at most two blocks each"
+    )
+
+
+def test_trouble_at_the_end_of_a_long_try_is_borne(model: Hub, tmp_path: Path) -> None:
+    """A try that took longer than patience before it failed is followed by another."""
+    model.state.repository(NAME).add_files({"tokenizer.json": b"x" * 3_000_000})  # type: ignore[union-attr]
+    model.bandwidth.bytes_per_s = 2e6
+    model.faults.add(FaultKind.TRUNCATED, method="GET", path="tokenizer.json", after_bytes=2_900_000)
+
+    int8convert.plan(NAME)
+
+    assert len(model.log.requests("GET", "tokenizer.json")) == 2
+
+
+def test_gate_that_a_mirror_on_another_host_tells_of_is_believed(
+    model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(state: object, request: object, sha256: str) -> Response:
+        raise Refusal(403, "GatedRepo", "Access to it is restricted")
+
+    instead = [
+        replace(route, answer=refuse) if route.answer is storage_routes.get_object else route for route in ROUTES
+    ]
+    monkeypatch.setattr("tests.hub_server.routing.ROUTES", tuple(instead))
+
+    with pytest.raises(HubAccessError, match="is gated"):
+        convert(NAME, tmp_path / "out")
+    assert len(model.log.requests("GET", origin=Origin.STORAGE)) <= 3
+
+
+def test_waits_are_told_once_a_person_would_notice(
+    model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("int8convert.checkpoint.hub.patience._TOLD_FROM_S", 0.5)
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "10")
+    model.faults.add(FaultKind.UNAVAILABLE, origin=Origin.STORAGE, nth=7)
+    model.faults.add(FaultKind.TOO_MANY_REQUESTS, origin=Origin.STORAGE, nth=9, seconds=1)
+
+    convert(NAME, tmp_path / "out", "stream")
+
+    assert [record.getMessage() for record in caplog.records if record.name.endswith("patience")] == [
+        "reading 'pytorch_model-00002-of-00003.bin' of 'facebook/opt-66b': status 429 of localhost; trying again in 1 s"
+    ]
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -1,4 +1,4 @@
-"""What a conversion from the Hub takes of disk and memory, sampled while it runs in a process of its own."""
+"""What a conversion from the Hub, or through it, takes of disk and memory, sampled while it runs in its own process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from tests.hub.repositories import NAME, add
-from tests.hub_server.fixtures import Connect
 from tests.hub_server.hub import Hub
 
 MIB = 1 << 20
@@ -29,8 +28,7 @@ class Peaks:
     anonymous_bytes: int = 0
 
 
-@pytest.fixture
-def weights(hub: Hub, connect: Connect, tmp_path: Path) -> dict[str, Path]:
+def save_large(folder: Path) -> Path:
     """200 MB in shards of at most 40 MB."""
     config = transformers.OPTConfig(
         vocab_size=512,
@@ -43,14 +41,14 @@ def weights(hub: Hub, connect: Connect, tmp_path: Path) -> dict[str, Path]:
     )
     torch.manual_seed(0)
     model = transformers.OPTForCausalLM(config).to(torch.float16)
-    model.save_pretrained(tmp_path / "source", max_shard_size="40MB")
-    return add(hub, tmp_path / "source")
+    model.save_pretrained(folder, max_shard_size="40MB")
+    return folder
 
 
-def convert_sampled(hub: Hub, out: Path, reader: str, cache: Path) -> Peaks:
+def convert_sampled(hub: Hub, out: Path, cache: Path, *options: str, xet: bool = False) -> Peaks:
     """Convert by the command, looking at it every few milliseconds."""
-    environment = os.environ | hub.client_environment() | {"HF_HOME": str(cache)}
-    command = [sys.executable, "-m", "int8convert", "quantize", NAME, str(out), "--reader", reader, "--quiet"]
+    environment = os.environ | hub.client_environment(hub.token, xet=xet) | {"HF_HOME": str(cache)}
+    command = [sys.executable, "-m", "int8convert", "quantize", NAME, str(out), "--quiet", *options]
     peaks = Peaks()
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -86,19 +84,39 @@ def anonymous_bytes(pid: int) -> int:
     return 1024 * sum(map(int, own)) + sum(map(anonymous_bytes, children))
 
 
-def test_stream_takes_no_disk_and_download_that_of_two_shards(
-    weights: dict[str, Path], hub: Hub, tmp_path: Path
-) -> None:
+def test_stream_takes_no_disk_and_download_that_of_two_shards(hub: Hub, tmp_path: Path) -> None:
+    weights = add(hub, save_large(tmp_path / "source"))
     sizes = sorted(path.stat().st_size for path in weights.values())
     assert sum(sizes) > 180 * MIB and len(sizes) >= 5
     hub.bandwidth.bytes_per_s = 150e6
 
-    stream = convert_sampled(hub, tmp_path / "stream", "stream", tmp_path / "cache")
+    stream = convert_sampled(hub, tmp_path / "stream", tmp_path / "cache", "--reader", "stream")
     output = used_bytes(tmp_path / "stream")
-    download = convert_sampled(hub, tmp_path / "download", "download", tmp_path / "cache")
+    download = convert_sampled(hub, tmp_path / "download", tmp_path / "cache", "--reader", "download")
 
     assert output > 90 * MIB
     assert stream.disk_bytes <= output + MIB, "100 MB are allowed, and none is needed"
     assert output < download.disk_bytes <= output + sum(sizes[-2:]) + MIB
     for peaks in (stream, download):
+        assert peaks.anonymous_bytes <= 600_000_000
+
+
+@pytest.mark.parametrize(("has_xet", "reader"), [(False, "stream"), (True, "download")])
+def test_conversion_through_a_small_disk_takes_no_more_of_it(has_xet: bool, reader: str, tmp_path: Path) -> None:
+    """100 MB of output through 62: a shard that is converted, one on its way, and 20 MB kept for small files; of
+    downloads, two of the source's besides. Counted is the cache of the client, too."""
+    if has_xet:
+        pytest.importorskip("hf_xet")
+    with Hub(tmp_path / "hub", xet=has_xet) as hub:
+        weights = add(hub, save_large(tmp_path / "source"))
+        sizes = sorted(path.stat().st_size for path in weights.values())
+        most = 62_000_000 + (sum(sizes[-2:]) if reader == "download" else 0)
+        options = ("--upload", "me/int8", "--max-disk", f"{most}", "--reader", reader)
+
+        peaks = convert_sampled(hub, tmp_path / "work", tmp_path / "cache", *options, xet=has_xet)
+
+        there = hub.repo("me/int8").files
+        assert sum(len(content) for name, content in there.items() if name.endswith(".safetensors")) > 90_000_000
+        assert "config.json" in there and not (tmp_path / "work").exists()
+        assert 20_000_000 < peaks.disk_bytes <= most
         assert peaks.anonymous_bytes <= 600_000_000

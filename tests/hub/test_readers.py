@@ -22,7 +22,7 @@ from int8convert.conversion.model_map import ModuleFilter
 from int8convert.conversion.name_rules import map_by_name
 from int8convert.conversion.plan import make_plan
 from int8convert.conversion.reading_order import ReadingOrder
-from int8convert.errors import HubConnectionError, HubError
+from int8convert.errors import DiskFullError, HubConnectionError, HubError
 from tests.hub.repositories import NAME, add, convert, fetched_bytes, opt_pickles, payload
 from tests.hub_server.fixtures import Connect
 from tests.hub_server.http_messages import Origin
@@ -94,9 +94,18 @@ def fp8_with_scales_elsewhere(folder: Path) -> Path:
     return directory
 
 
+def empty_tensor_at_the_end(folder: Path) -> Path:
+    """Its place is where the file ends, which no byte that is read is behind of."""
+    source = save_checkpoint("llama", folder / "safe", torch.bfloat16)
+    tensors = {**read_tensors(source), "zzz.empty": torch.empty((0, 4), dtype=torch.bfloat16)}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert open_source(source).shards[0].tensors[-1].name == "zzz.empty"
+    return source
+
+
 KINDS: list[Callable[[Path], Path]] = [
     *(opt_pickles, safetensors, one_file, one_pickle, transposed, views_of_one_storage, before_torch_1_6),
-    fp8_with_scales_elsewhere,
+    *(fp8_with_scales_elsewhere, empty_tensor_at_the_end),
 ]
 
 
@@ -119,9 +128,12 @@ def test_readers_give_the_bytes_of_a_local_conversion(
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("size", ["20KB", "90KB", "1GB"])
-def test_shards_cut_anew_are_the_same(reader: str, size: str, hub: Hub, connect: Connect, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [safetensors, empty_tensor_at_the_end])
+def test_shards_cut_anew_are_the_same(
+    kind: Callable[[Path], Path], reader: str, size: str, hub: Hub, connect: Connect, tmp_path: Path
+) -> None:
     """Several output shards of one source shard, and one of several: none counts before all its bytes are checked."""
-    source = safetensors(tmp_path)
+    source = kind(tmp_path)
     weights = add(hub, source)
     connect(hub)
     (source / "LICENSE.md").write_bytes(b"OPT")
@@ -172,22 +184,16 @@ def test_only_the_files_needed_are_fetched(hub: Hub, connect: Connect, tmp_path:
     assert not [r.path for r in asked if r.path.endswith((".bin", ".msgpack", ".h5", ".pth", "bin.index.json"))]
 
 
-def test_revision_is_pinned_when_it_is_looked_up(hub: Hub, connect: Connect, tmp_path: Path) -> None:
-    """Somebody pushes other weights in the middle; all that is read is still of the first commit."""
-    source = safetensors(tmp_path)
-    add(hub, source)
+def test_large_file_of_no_known_kind_is_not_fetched(
+    hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8convert.checkpoint.hub.source.MAX_CARRIED_BYTES", 100_000)
+    add(hub, opt_pickles(tmp_path), video=b"x" * 100_001)
     connect(hub)
-    (source / "LICENSE.md").write_bytes(b"OPT")
-    convert(source, tmp_path / "local")
-    repository = hub.repo(NAME)
 
-    def push(event: object) -> None:
-        if isinstance(event, PlanMade):
-            repository.add_files({name.name: b"other" for name in source.glob("*.safetensors")})
+    convert(NAME, tmp_path / "out")
 
-    convert(NAME, tmp_path / "out", reader="stream", on_event=push)
-
-    assert payload(tmp_path / "out") == payload(tmp_path / "local")
+    assert not hub.log.requests(path="video") and not (tmp_path / "out" / "video").exists()
 
 
 def test_older_revision_is_converted_on_demand(hub: Hub, connect: Connect, tmp_path: Path) -> None:
@@ -278,6 +284,26 @@ def test_downloads_leave_nothing_behind(hub: Hub, connect: Connect, tmp_path: Pa
     assert not (tmp_path / "out" / "int8convert" / "incoming").exists()
     assert not list((tmp_path / "client").rglob("*.bin")), "weights went into the cache"
     assert any(isinstance(event, SourceFetched) for event in events)
+
+
+def test_full_disk_that_xet_meets_is_told_as_one(
+    xet_hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hf_xet has no type for it, only words."""
+    add(xet_hub, one_file(tmp_path))
+    connect(xet_hub, xet=True)
+    n_tries = 0
+
+    def fail(**_: object) -> None:
+        nonlocal n_tries
+        n_tries += 1
+        raise RuntimeError("Data processing error: IO Error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("huggingface_hub.file_download.xet_get", fail)
+
+    with pytest.raises(DiskFullError, match=r"no room left in .* while downloading 'model.safetensors'"):
+        convert(NAME, tmp_path / "out", reader="download")
+    assert n_tries == 1
 
 
 def test_cache_dir_keeps_downloads_and_the_next_run_uses_them(hub: Hub, connect: Connect, tmp_path: Path) -> None:

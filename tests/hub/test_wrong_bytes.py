@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import hf_hub_download
 
 from int8convert.conversion.events import Event, PlanMade, ShardFinished, ShardRepeated
 from int8convert.errors import CorruptFileError
@@ -81,8 +82,8 @@ def test_shard_that_always_comes_wrong_is_refused_after_three_times(
     )
     assert caught.value.message.endswith(f", expected {second}")
     assert caught.value.hint == (
-        "a proxy, a network or a disk on the way alters it; nothing of it was kept; 1 finished shards are kept: the "
-        "same command resumes behind them"
+        "a proxy, a network or a disk on the way alters it; nothing of it was kept; 1 finished shard is kept: the "
+        "same command resumes behind it"
     )
     assert not looks_complete(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model-00001-of-00003.safetensors"]
@@ -152,6 +153,17 @@ def test_small_file_that_always_comes_wrong_is_refused(hub: Hub, connect: Connec
     assert caught.value.hint == "a proxy or a disk on the way is broken; nothing was written"
     hub.faults.clear()
     convert(NAME, tmp_path / "out")
+
+
+def test_small_file_that_always_comes_wrong_stays_in_nobodys_cache(hub: Hub, connect: Connect, tmp_path: Path) -> None:
+    hub.add_repo(NAME, opt_66b(tmp_path / "model"))
+    connect(hub)
+    hub.faults.add(FaultKind.WRONG_BYTES, method="GET", path="/config.json$", times=math.inf, after_bytes=20)
+    with pytest.raises(CorruptFileError):
+        convert(NAME, tmp_path / "out")
+    hub.faults.clear()
+
+    assert Path(hf_hub_download(NAME, "config.json")).read_bytes() == hub.repo(NAME).files["config.json"]
 
 
 def test_wrong_bytes_in_the_cache_of_the_client_are_not_believed(hub: Hub, connect: Connect, tmp_path: Path) -> None:

@@ -7,15 +7,36 @@ from pathlib import Path
 import pytest
 
 import int8convert
+from int8convert.checkpoint.hub import patience
 from int8convert.evaluation.verify import write_report
 from int8convert.evaluation.verify_report import Gates
 from tests.evaluation.outlier_models import outlier_model, save
-from tests.hub_server.fixtures import connect, hub, xet_hub
+from tests.hub.repositories import NAME, add, convert, opt_pickles
+from tests.hub_server.fixtures import Connect, connect, hub, xet_hub
+from tests.hub_server.hub import Hub
 from tests.runtime.language_models import build_tokenizer
+from tests.tiny_models import file_bytes
 
-__all__ = ["connect", "hub", "out", "source", "verified", "xet_hub"]
+__all__ = ["connect", "expected", "hub", "out", "soon", "source", "verified", "xet_hub"]
 
 LOOSE = Gates(max_dnll=9.0, max_kl=9.0)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience of seconds, and waits of milliseconds."""
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
+    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
+
+
+@pytest.fixture
+def expected(hub: Hub, connect: Connect, tmp_path: Path) -> dict[str, bytes]:
+    """What a conversion of a repository on the Hub to the disk gives, of five shards."""
+    add(hub, opt_pickles(tmp_path, 5))
+    connect(hub, hub.token)
+    convert(NAME, tmp_path / "expected", reader="stream")
+    return file_bytes(tmp_path / "expected")
 
 
 @pytest.fixture

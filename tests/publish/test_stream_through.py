@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import int8convert
 from int8convert import errors
-from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.manifest import ShardRecord
-from int8convert.conversion.events import ShardSkipped, ShardStarted
+from int8convert.conversion.events import ShardSkipped
 from int8convert.conversion.publishing import Publishing
 from int8convert.publish.shard_publisher import HubPublisher
-from tests.hub.repositories import NAME, add, convert, opt_pickles
+from tests.hub.repositories import NAME, add, convert
 from tests.hub_server.faults import FaultKind
 from tests.hub_server.fixtures import Connect
 from tests.hub_server.http_messages import Origin
 from tests.hub_server.hub import Hub
-from tests.tiny_models import file_bytes, save_checkpoint
+from tests.publish.stream_through import REPO, Stopped, on_the_hub, stop_at, through
+from tests.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
-
-REPO = "me/opt-66b-int8"
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
-
-
-@pytest.fixture
-def expected(hub: Hub, connect: Connect, tmp_path: Path) -> dict[str, bytes]:
-    """What a conversion to the disk gives, of five shards."""
-    add(hub, opt_pickles(tmp_path, 5))
-    connect(hub, hub.token)
-    convert(NAME, tmp_path / "expected", reader="stream")
-    return file_bytes(tmp_path / "expected")
-
-
-def through(out: Path, *, keeps: bool = False, max_disk: int | None = None, **options: Any) -> list[object]:
-    """Convert with all shards sent; the events."""
-    publishing = Publishing(HubPublisher(REPO), keeps, max_disk)
-    return list(convert(NAME, out, **{"reader": "stream", "publishing": publishing, **options}))
-
-
-def on_the_hub(hub: Hub) -> dict[str, bytes]:
-    return {name: content for name, content in hub.repo(REPO).files.items() if name != "README.md"}
 
 
 def test_repository_is_what_the_directory_would_be(hub: Hub, expected: dict[str, bytes], tmp_path: Path) -> None:
@@ -74,20 +48,6 @@ def test_kept_output_is_the_same_and_can_be_uploaded_again(
     assert file_bytes(tmp_path / "work") == expected
     assert on_the_hub(hub) == expected
     assert int8convert.upload(tmp_path / "work", REPO, allow_unverified=True).n_sent_bytes == 0
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at(n: int) -> Callable[[object], None]:
-    """An event sink that gives up when shard n begins."""
-
-    def sink(event: object) -> None:
-        if isinstance(event, ShardStarted) and event.i == n:
-            raise Stopped
-
-    return sink
 
 
 @pytest.mark.parametrize("is_on_a_fresh_machine", [False, True])
@@ -174,6 +134,53 @@ def test_disk_stays_within_its_bound(
     assert "--max-shard-size" in caught.value.hint
 
 
+def test_disk_stays_within_its_bound_where_scales_are_in_the_next_shard(
+    hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard waits for the one its last scale is in, so two of them are here; planned is as much."""
+    monkeypatch.setattr("int8convert.conversion.publishing._SMALL_BYTES", 60_000)
+    add(hub, fp8_with_scales_behind(tmp_path))
+    connect(hub, hub.token)
+    convert(NAME, tmp_path / "expected", reader="stream")
+    expected = file_bytes(tmp_path / "expected")
+    n_largest = max(len(content) for name, content in expected.items() if name.endswith(".safetensors"))
+    with pytest.raises(errors.DiskFullError) as caught:
+        through(tmp_path / "work", max_disk=61_000 + n_largest)
+    planned = int(re.search(r"take ([\d,]+) bytes", caught.value.message)[1].replace(",", ""))  # type: ignore[index]
+    hub.bandwidth.bytes_per_s = 2e6
+
+    with sampling(tmp_path / "work") as peak:
+        through(tmp_path / "work", max_disk=planned)
+
+    assert on_the_hub(hub) == expected
+    assert n_largest < peak[0] <= planned
+
+
+def fp8_with_scales_behind(folder: Path, n_shards: int = 6) -> Path:
+    """FP8, the scales of a shard's last weights in the next shard."""
+    source = save_checkpoint("llama", folder / "safe", torch.bfloat16)
+    tensors = read_tensors(source)
+    n_each = -(-len(tensors) // n_shards)
+    shards: list[dict[str, torch.Tensor]] = [{} for _ in range(n_shards)]
+    for i, (name, tensor) in enumerate(tensors.items()):
+        k, is_late = i // n_each, i % n_each >= n_each - 2
+        if name.endswith("_proj.weight"):
+            shards[min(n_shards - 1, k + is_late)][f"{name}_scale_inv"] = torch.full((1, 1), 0.01)
+            tensor = (tensor.float() / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn)
+        shards[k][name] = tensor
+    directory = folder / "fp8"
+    directory.mkdir()
+    (directory / "config.json").write_bytes((source / "config.json").read_bytes())
+    edit_config(directory, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    weight_map = {}
+    for k, shard in enumerate(shards):
+        file_name = f"model-{k + 1:05d}-of-{n_shards:05d}.safetensors"
+        save_file(shard, directory / file_name)
+        weight_map |= dict.fromkeys(shard, file_name)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
 class sampling:
     """The most bytes that were ever in a folder, as a list of one."""
 
@@ -220,7 +227,12 @@ def test_hub_that_takes_no_more_is_told_and_what_it_has_counts(
     with pytest.raises(errors.HubConnectionError) as caught:
         through(tmp_path / "work")
 
-    assert "2 finished shards are on the Hub: the same command resumes behind them" in caught.value.hint
+    here = len(list((tmp_path / "work").glob("*.safetensors")))
+    assert here == 2
+    assert caught.value.hint.endswith(
+        f"; 2 finished shards are on the Hub and 2 finished shards are in {tmp_path / 'work'}: the same command "
+        "resumes behind them"
+    )
     hub.faults.clear()
     through(tmp_path / "work")
     assert on_the_hub(hub) == expected

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -13,13 +15,16 @@ from huggingface_hub import HfApi
 
 import int8convert
 from int8convert import errors
-from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.evaluation.verify import write_report
+from int8convert.publish.target import FileSent
+from tests.hub_server import write_routes
 from tests.hub_server.faults import FaultKind
 from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
+from tests.hub_server.http_messages import Origin, Response
 from tests.hub_server.hub import Hub
+from tests.hub_server.repositories import Visibility
+from tests.hub_server.routing import ROUTES
 from tests.tiny_models import file_bytes
 
 pytestmark = [
@@ -29,13 +34,6 @@ pytestmark = [
 ]
 
 REPO = "me/model-int8"
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
 
 
 def second_shard(out: Path) -> Path:
@@ -101,14 +99,103 @@ def test_changed_shard_is_the_only_one_sent(verified: Path, hub: Hub, connect: C
 def test_weights_of_something_else_are_removed_and_other_files_are_not(
     verified: Path, hub: Hub, connect: Connect
 ) -> None:
-    stale = {"pytorch_model.bin": b"old", "model-00001-of-00009.safetensors": b"old", "notes.txt": b"mine"}
-    hub.add_repo(REPO, stale)
+    others = {"notes.txt": b"mine", "model-q4.gguf": b"mine", "onnx/model.safetensors": b"mine"}
+    hub.add_repo(REPO, {"pytorch_model.bin": b"old", "model-00001-of-00009.safetensors": b"old", **others})
+    connect(hub, hub.token)
+    before = hub.repo(REPO).files
+    with pytest.raises(errors.OutputError) as caught:
+        int8convert.upload(verified, REPO)
+    assert (caught.value.message, caught.value.hint) == (
+        f"'{REPO}' holds weights of something else: 'model-00001-of-00009.safetensors' and 1 more",
+        "name another repository, or pass --overwrite to remove them; nothing was sent",
+    )
+    assert hub.repo(REPO).files == before
+
+    report = int8convert.upload(verified, REPO, overwrite=True)
+
+    assert report.deleted == ("model-00001-of-00009.safetensors", "pytorch_model.bin")
+    assert hub.repo(REPO).files == published(verified) | others
+
+
+def test_shards_of_an_earlier_conversion_go_without_being_asked_for(
+    verified: Path, source: Path, hub: Hub, connect: Connect, tmp_path: Path
+) -> None:
+    connect(hub, hub.token)
+    int8convert.upload(verified, REPO)
+    int8convert.quantize(source, tmp_path / "other", on_event=lambda event: None)
+
+    report = int8convert.upload(tmp_path / "other", REPO, allow_unverified=True)
+
+    assert set(report.deleted) == {path.name for path in verified.glob("model*")} - {"model.safetensors"}
+    assert {name for name in hub.repo(REPO).files if name.startswith("model")} == {"model.safetensors"}
+
+
+CARD = b"---\nlicense: mit\nextra_gated_prompt: Do no harm\n---\n# My words\n"
+
+
+def test_card_that_somebody_wrote_on_the_hub_stays_unless_told(verified: Path, hub: Hub, connect: Connect) -> None:
+    hub.add_repo(REPO, {"README.md": CARD})
     connect(hub, hub.token)
 
     report = int8convert.upload(verified, REPO)
 
-    assert report.deleted == ("model-00001-of-00009.safetensors", "pytorch_model.bin")
-    assert hub.repo(REPO).files == published(verified) | {"notes.txt": b"mine"}
+    assert report.keeps_card == "repository" and "README.md" not in report.sent
+    assert hub.repo(REPO).files["README.md"] == CARD
+    assert not (verified / "README.md").exists()
+    report = int8convert.upload(verified, REPO, overwrite=True)
+    assert report.keeps_card == "" and report.sent == ("README.md",)
+    assert b"library_name: transformers" in hub.repo(REPO).files["README.md"]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_repository_that_is_not_as_private_as_asked_is_refused(
+    private: bool, verified: Path, hub: Hub, connect: Connect
+) -> None:
+    hub.add_repo(REPO, {}, Visibility.PUBLIC if private else Visibility.PRIVATE)
+    connect(hub, hub.token)
+    asked, there = ("private", "public") if private else ("public", "private")
+
+    for is_dry in (True, False):
+        with pytest.raises(errors.HubAccessError) as caught:
+            int8convert.upload(verified, REPO, private=private, dry_run=is_dry)
+        assert caught.value.message == f"'{REPO}' is there and {there}, asked for is a {asked} one"
+    assert not hub.repo(REPO).files
+
+
+def test_report_tells_who_will_see_it(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+    dry = int8convert.upload(verified, REPO, private=True, dry_run=True)
+    assert (dry.is_new, dry.is_private, dry.has_token) == (True, True, True)
+    first = int8convert.upload(verified, REPO)
+    assert (first.is_new, first.is_private) == (True, False)
+    again = int8convert.upload(verified, REPO)
+    assert (again.is_new, again.is_private) == (False, False)
+
+
+def test_without_a_token_nothing_is_tried(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub)
+
+    with pytest.raises(errors.HubAccessError, match=f"no token is set, and '{REPO}' is not to be written to"):
+        int8convert.upload(verified, REPO)
+
+    assert not hub.log.requests()
+    assert not int8convert.upload(verified, REPO, dry_run=True).has_token
+
+
+@pytest.mark.parametrize("name", ["model-int8", "https://huggingface.co/me/model", "me/a/b", ""])
+def test_what_is_no_name_of_a_repository_is_refused(name: str, verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+    with pytest.raises(errors.HubError, match="no repository to write to can be named"):
+        int8convert.upload(verified, name)
+    assert not hub.log.requests()
+
+
+def test_card_in_another_encoding_is_refused(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+    (verified / "README.md").write_bytes("Modèle".encode("latin-1"))
+    with pytest.raises(errors.OutputError, match=r"README.md' is not in UTF-8"):
+        int8convert.upload(verified, REPO)
+    assert not hub.log.requests("POST")
 
 
 def test_branch_is_made_and_main_left_alone(verified: Path, hub: Hub, connect: Connect) -> None:
@@ -120,6 +207,40 @@ def test_branch_is_made_and_main_left_alone(verified: Path, hub: Hub, connect: C
     assert report.url.endswith("/tree/int8")
     assert hub.repo(REPO).files == {"notes.txt": b"mine"}
     assert hub.repo(REPO).files_at("int8") == published(verified) | {"notes.txt": b"mine"}
+
+
+def test_refusal_of_a_file_is_told_in_the_hubs_words(
+    verified: Path, hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(state: object, request: object, file: dict[str, Any], *_: object) -> dict[str, Any]:
+        error = {"code": 403, "message": "Private repository storage limit reached"}
+        return {"oid": file["oid"], "size": file["size"], "error": error}
+
+    monkeypatch.setattr("tests.hub_server.write_routes._lfs_object", full)
+    connect(hub, hub.token)
+
+    with pytest.raises(errors.HubError, match=r"the Hub does not take it: .*Private repository storage limit reached"):
+        int8convert.upload(verified, REPO)
+    assert len(hub.log.requests("POST", "batch")) == 1
+
+
+def test_pull_request_whose_answer_got_lost_is_not_made_twice(
+    verified: Path, hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(hub, hub.token)
+    int8convert.upload(verified, REPO)
+    (verified / "extra.txt").write_text("x")
+
+    def lose(*arguments: Any) -> Response:
+        write_routes.commit(*arguments)
+        return Response(502, b"")
+
+    lost = [replace(route, answer=lose) if route.answer is write_routes.commit else route for route in ROUTES]
+    monkeypatch.setattr("tests.hub_server.routing.ROUTES", tuple(lost))
+
+    with pytest.raises(errors.HubConnectionError, match="may have been made, its answer got lost: status 502"):
+        int8convert.upload(verified, REPO, create_pr=True)
+    assert len(hub.repo(REPO).pull_request_titles) == 1
 
 
 def test_pull_request_changes_nothing_and_is_told(verified: Path, hub: Hub, connect: Connect) -> None:
@@ -251,7 +372,10 @@ def test_refused_before_anything_is_sent(
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
-def test_what_failed_is_named_and_no_way_out_that_is_none(is_damaged: bool, verified: Path, tmp_path: Path) -> None:
+def test_what_failed_is_named_and_no_way_out_that_is_none(
+    is_damaged: bool, verified: Path, hub: Hub, connect: Connect, tmp_path: Path
+) -> None:
+    connect(hub, hub.token)
     if is_damaged:
         flipped_bit(verified)
     else:
@@ -334,8 +458,8 @@ def test_interrupted_upload_goes_on_behind_what_was_sent(verified: Path, hub: Hu
     class Stopped(Exception):
         pass
 
-    def stop(name: str, n_bytes: int, is_sent: bool) -> None:
-        if name == second_shard(verified).name:
+    def stop(file: FileSent) -> None:
+        if file.name == second_shard(verified).name:
             raise Stopped
 
     with pytest.raises(Stopped):

@@ -8,7 +8,9 @@ hold the token; the client's own errors hold the former, so they are not chained
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +26,16 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_REFUSALS = frozenset({425, 429, 503})
+"""With these nothing was done of what was asked; of the others, the answer may come from a gateway that gave up."""
+
+_LOCAL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES})
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_MOST_ADDRESSES = 4
 _MAX_REASON = 160
 _LOGS = ("huggingface_hub.file_download", "huggingface_hub.utils._http")
 _QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")
+_REFUSED_FILES = "LFS batch API returned errors"
 _NOT_AS_LISTED = "the answer was not whole, or not one of the Hub's"
 
 T = TypeVar("T")
@@ -104,8 +113,16 @@ def translating_client_errors(name: str) -> Iterator[None]:
             raise
         raise PassingError(_NOT_AS_LISTED) from None
     except ValueError as error:
+        if _REFUSED_FILES in str(error):
+            raise HubError(
+                f"the Hub does not take it: {quoted(str(error).partition(chr(10))[2].strip(), _MAX_REASON)}",
+                f"see the limits of your account, and {endpoint()}/{name}",
+            ) from None
         raise (_translated(error.__cause__, name) if error.__cause__ else PassingError(_NOT_AS_LISTED)) from None
-    except RuntimeError:
+    except RuntimeError as error:
+        found = _OS_ERROR.search(str(error))
+        if found and int(found[1]) in _LOCAL_ERRORS:  # hf_xet's words for this machine's trouble
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
         raise PassingError("the connection broke off") from None
 
 
@@ -124,6 +141,11 @@ def _translated(error: BaseException, name: str) -> PassingError | HubError:
         return _translated(error.__cause__, name) if error.__cause__ else PassingError("the connection broke off")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"no repository can be named {quoted(name)}: {_short(error)}", "names are ORGANIZATION/NAME")
+    if isinstance(error, httpx2.UnsupportedProtocol):
+        return HubConnectionError(
+            f"HF_ENDPOINT is {quoted(endpoint())}, expected an address that begins with https:// or http://",
+            "set it to one, or unset it for huggingface.co",
+        )
     if isinstance(error, httpx2.ProxyError) and str(error).startswith("407"):  # its answer to CONNECT
         return _proxy_login()
     if isinstance(error, httpx2.TransportError | httpx2.StreamError):
@@ -166,12 +188,15 @@ def _of_answer(error: HfHubHTTPError, name: str) -> PassingError | HubError:
     response = error.response
     status = int(response.status_code)
     if status in _PASSING_STATUS:
-        return PassingError(f"status {status} of {response.url.host}", _retry_after_s(response.headers))
+        asked_s = _retry_after_s(response.headers)
+        return PassingError(f"status {status} of {response.url.host}", asked_s, is_refusal=status in _REFUSALS)
     if status == 407:
         return _proxy_login()
-    if response.url.host != urlsplit(endpoint()).hostname and status in (400, 401, 403, 404, 410):
-        # Of the store behind the Hub, which knows signed addresses only: a new one is had by asking the Hub again.
-        return PassingError(f"status {status} of {response.url.host}, as of an address that has run out")
+    if status == 412:
+        return HubError(
+            f"{quoted(name)} was changed by somebody else meanwhile",
+            "see who and what; the same command goes on from what is there then",
+        )
     if isinstance(error, errors.GatedRepoError):
         return HubAccessError(
             f"{quoted(name)} is gated: its owner lets in those who accept its terms",
@@ -179,12 +204,18 @@ def _of_answer(error: HfHubHTTPError, name: str) -> PassingError | HubError:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return HubMissingError(
-            f"{quoted(name)} has no such revision", f"its branches and tags: {endpoint()}/{name}/tree/main"
+            f"{quoted(name)} has no branch, tag or commit of the name asked for",
+            f"its branches and tags: {endpoint()}/{name}/tree/main",
         )
     if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{quoted(name)} has no longer a file it listed", "run the same command again")
     if isinstance(error, errors.DisabledRepoError):
         return HubError(f"{quoted(name)} is disabled", f"see why at {endpoint()}/{name}")
+    if response.url.host != urlsplit(endpoint()).hostname and status in (400, 401, 403, 404, 410):
+        # Of the store behind the Hub, which knows signed addresses only: a new one is had by asking the Hub again. If
+        # new ones are no better, something between here and the store forbids it.
+        reason = f"status {status} of {response.url.host}, as of an address that has run out"
+        return PassingError(reason, most_times=_MOST_ADDRESSES)
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return _not_found(response, name)
     if status == 403:

@@ -19,10 +19,20 @@ _PIECE_BYTES = 1 << 20
 
 def cached_path(file: HubFile, cache_dir: Path | None = None) -> Path | None:
     """Where a file is in the Hub's cache, with the right size; None if it is not."""
+    found = _find(file, cache_dir)
+    return found if found is not None and found.stat().st_size == file.n_bytes else None
+
+
+def is_in_cache(file: HubFile, cache_dir: Path | None = None) -> bool:
+    """Whether a file is in the Hub's cache, of whatever size."""
+    return _find(file, cache_dir) is not None
+
+
+def _find(file: HubFile, cache_dir: Path | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(file.repository, file.name, cache_dir, file.commit)
-    return Path(found) if isinstance(found, str) and Path(found).stat().st_size == file.n_bytes else None
+    return Path(found) if isinstance(found, str) else None
 
 
 def download_file(

@@ -9,6 +9,7 @@ there already is not fetched again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from int8convert.checkpoint.hub.failures import call_hub, endpoint
 from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted
-from int8convert.errors import CorruptFileError, HubConnectionError, HubError
+from int8convert.errors import CorruptFileError, DiskFullError, HubConnectionError, HubError, OutputError
 
 _FETCHES_AT_ONCE = 4
 _MAIN = "main"
@@ -89,12 +90,14 @@ class Repository:
         name: as the Hub knows it, which of old names is not what was asked for.
         commit: 40 hex digits.
         revision: what was asked for: a branch, a tag, or a commit.
+        is_private: whether only its owners see it.
         files: by name, folders left out.
     """
 
     name: str
     commit: str
     revision: str
+    is_private: bool
     files: Mapping[str, RepositoryFile] = field(repr=False)
 
 
@@ -115,7 +118,7 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
     if found.sha is None:
         raise HubError(f"{quoted(name)} has no commit", "it is empty; name one that holds a checkpoint")
     commit = found.sha
-    return Repository(found.id, commit, revision or _MAIN, _list_files(found.id, commit))
+    return Repository(found.id, commit, revision or _MAIN, bool(found.private), _list_files(found.id, commit))
 
 
 def _answer_s() -> float:
@@ -199,15 +202,29 @@ def find_cached(name: str, revision: str | None = None, cache_dir: Path | None =
     )
 
 
+def _cache_error(error: OSError, cache_dir: Path | None) -> OutputError:
+    from huggingface_hub import constants
+
+    kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else OutputError
+    return kind(
+        f"the cache '{cache_dir or constants.HF_HUB_CACHE}' cannot be written: {error.strerror}",
+        "HF_HOME names another, of a source --cache-dir, too; nothing was written",
+    )
+
+
 def _fetch(repository: Repository, name: str, cache_dir: Path | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     subject = f"fetching {quoted(name)} of {quoted(repository.name)}"
     download = partial(hf_hub_download, repository.name, name, revision=repository.commit, cache_dir=cache_dir)
     for n_tries in range(_TRIES):
-        path = Path(call_hub(partial(download, force_download=n_tries > 0), subject, repository.name))
+        try:
+            path = Path(call_hub(partial(download, force_download=n_tries > 0), subject, repository.name))
+        except OSError as error:
+            raise _cache_error(error, cache_dir) from error
         if repository.files[name].is_content(path.read_bytes()):
             return path
+    path.resolve().unlink()  # for the next program would take it from the cache
     path.unlink()
     raise CorruptFileError(
         f"{quoted(name)} of {quoted(repository.name)} came {_TRIES} times with other bytes than the Hub lists",

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from int8convert.checkpoint.hub.failures import translating_client_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
-from int8convert.checkpoint.hub.local_copy import cached_path, download_file, holds_evidence, is_content
+from int8convert.checkpoint.hub.local_copy import cached_path, download_file, holds_evidence, is_content, is_in_cache
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.shard_check import ShardCheck
 from int8convert.checkpoint.hub.shard_stream import FetchProgress
@@ -125,9 +125,21 @@ class ShardDownload:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        for future in self._files.values():
+            self._settle(future, _stopped())
         self._thread.join(_CLOSE_S)
         self._local.close()
         shutil.rmtree(self._incoming, ignore_errors=True)
+
+    def _settle(self, future: Future[SourceShard], outcome: SourceShard | BaseException) -> None:
+        """Have whoever waits for a shard get it, or an error; once."""
+        with self._changed:
+            if future.done():
+                return
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
 
     def _fetch_all(self) -> None:
         for shard in self._shards:
@@ -140,12 +152,11 @@ class ShardDownload:
                     if self._is_closed:
                         raise _Stopped
                     self._n_on_disk += 1
-                path = self._fetch(shard)
-                future.set_result(SourceShard(path, shard.n_bytes, shard.tensors))
+                self._settle(future, SourceShard(self._fetch(shard), shard.n_bytes, shard.tensors))
             except _Stopped:
-                future.set_exception(HubConnectionError("the download was stopped", "run the same command again"))
+                self._settle(future, _stopped())
             except BaseException as error:  # whoever waits for the shard raises it; without one it would wait for ever
-                future.set_exception(error)
+                self._settle(future, error)
         if self._is_closed:  # and what was under way then has come since
             shutil.rmtree(self._folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # unless another access is at work there
@@ -158,11 +169,15 @@ class ShardDownload:
         patience = Patience(file.subject, transfer_patience_s())
 
         failures: list[BaseException] = []
+        farthest = 0
 
         def on_bytes(n_bytes: int) -> None:
             if self._is_closed:
                 raise _Stopped
-            patience.progressed()
+            nonlocal farthest
+            if n_bytes > farthest:  # what comes once more, after it all began anew, is no progress
+                farthest = n_bytes
+                patience.progressed()
             try:
                 self._on_progress(shard, n_bytes)
             except BaseException as error:  # no trouble of the client's, within which it is raised
@@ -211,7 +226,8 @@ class ShardDownload:
                 "pass --reader stream; or leave out --no-xet, and install hf_xet",
             )
         local_dir = None if self._cache_dir else self._folder
-        return download_file(file, self._cache_dir, local_dir, is_forced=was_wrong, on_bytes=on_bytes)
+        is_forced = was_wrong or is_in_cache(file, self._cache_dir)  # or the client would take it from there
+        return download_file(file, self._cache_dir, local_dir, is_forced=is_forced, on_bytes=on_bytes)
 
 
 class _DownloadReader:
@@ -236,6 +252,10 @@ class _DownloadReader:
     def close(self) -> None:
         """See `ShardReader`."""
         self._reader.close()
+
+
+def _stopped() -> HubConnectionError:
+    return HubConnectionError("the download was stopped", "run the same command again")
 
 
 def is_downloadable(n_bytes: int) -> bool:

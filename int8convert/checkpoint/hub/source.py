@@ -24,7 +24,15 @@ from int8convert.checkpoint.hub.repository import (
     find_cached,
     find_repository,
 )
-from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, PICKLE_INDEX_NAME, carried_paths, is_carried, quoted
+from int8convert.checkpoint.layout import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_CARRIED_BYTES,
+    PICKLE_INDEX_NAME,
+    carried_paths,
+    is_carried,
+    quoted,
+)
 from int8convert.checkpoint.layout import read_config as read_config_file
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
@@ -107,7 +115,8 @@ def open_repository(name: str, revision: str | None = None, cache_dir: Path | No
     repository = find_repository(name, revision)
     index_name, weight_names = _weights(repository)
     # The card is read, not carried: it tells the licence.
-    carried = sorted(filter(is_carried, repository.files))
+    going_along = sorted(filter(is_carried, repository.files))
+    carried = [file_name for file_name in going_along if repository.files[file_name].n_bytes <= MAX_CARRIED_BYTES]
     extra = [file_name for file_name in (CONFIG_NAME, CARD_NAME, index_name) if file_name in repository.files]
     directory = fetch_small_files(repository, [*extra, *carried], cache_dir)
     weight_map = read_weight_map(directory / index_name, Path(weight_names[0]).suffix) if index_name else None
@@ -126,6 +135,7 @@ def open_repository(name: str, revision: str | None = None, cache_dir: Path | No
         shards=tuple(shards),
         carried=carried_paths(directory, carried),
         commit=repository.commit,
+        left=tuple(file_name for file_name in going_along if file_name not in carried),
     )
 
 

@@ -1,0 +1,59 @@
+"""How a conversion whose shards go elsewhere keeps within its disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from int8convert.conversion.publishing import DiskBudget, Publishing, plan_disk
+from int8convert.errors import DiskFullError
+
+SMALL = 20_000_000
+
+
+def plan_of(carried: Path, *shards: tuple[int, str]) -> Any:
+    """Shards of so many bytes, each of one source shard."""
+    planned = []
+    for i, (n_bytes, name) in enumerate(shards):
+        source = SimpleNamespace(path=Path(name))
+        tensor = SimpleNamespace(shard=source, shards=(source,))
+        planned.append(SimpleNamespace(file_name=f"{i}", n_bytes=n_bytes, tensors=[tensor]))
+    return SimpleNamespace(shards=planned, source=SimpleNamespace(carried=(carried,), label="org/name"))
+
+
+@pytest.fixture
+def carried(tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.json").write_bytes(b"t" * 7)
+    return tmp_path / "tokenizer.json"
+
+
+def budget(plan: Any, free: int, done: tuple[str, ...] = (), checked: bool = True, most: int | None = None) -> Any:
+    return plan_disk(plan, done, checked, free, Publishing(None, False, most))  # type: ignore[arg-type]
+
+
+def test_one_shard_is_converted_while_another_is_sent_if_there_is_room_for_both(carried: Path) -> None:
+    plan = plan_of(carried, (10, "a"), (20, "b"), (30, "c"), (5, "d"))
+    both, one = SMALL + 7 + 50, SMALL + 7 + 30
+    assert budget(plan, both) == DiskBudget(both, False)
+    assert budget(plan, both - 1) == budget(plan, one) == DiskBudget(one, True)
+    assert budget(plan, both + 999, most=one) == budget(plan, one, most=both) == DiskBudget(one, True)
+    with pytest.raises(DiskFullError, match=f"'org/name' take {one:,} bytes of disk at a time, free are {one - 1:,}"):
+        budget(plan, one - 1, most=both)
+    with pytest.raises(DiskFullError, match=f"at a time, --max-disk allows {one - 1:,}"):
+        budget(plan, both, most=one - 1)
+
+
+def test_shards_that_are_finished_need_no_room(carried: Path) -> None:
+    plan = plan_of(carried, (10, "a"), (20, "b"), (30, "c"), (5, "d"))
+    assert budget(plan, 1 << 40, ("1", "2")) == DiskBudget(SMALL + 7 + 15, False)
+    assert budget(plan, 1 << 40, ("0", "1", "2", "3")) == DiskBudget(SMALL + 7, False)
+
+
+def test_shards_of_one_source_shard_wait_for_one_another_if_that_is_checked(carried: Path) -> None:
+    plan = plan_of(carried, (10, "a"), (20, "a"), (30, "a"), (5, "b"))
+    assert budget(plan, 1 << 40) == DiskBudget(SMALL + 7 + 65, False)
+    assert budget(plan, SMALL + 7 + 64) == DiskBudget(SMALL + 7 + 60, True)
+    assert budget(plan, 1 << 40, checked=False) == DiskBudget(SMALL + 7 + 50, False)
