@@ -59,6 +59,7 @@ class Inspection:
         n_int8_parameters: of them in int8.
         skip_modules: those config.json tells the loader to leave alone.
         placements: how many GPUs hold it.
+        commit: of a repository on the Hub; None of a directory.
     """
 
     path: str
@@ -74,6 +75,7 @@ class Inspection:
     n_tensors_by_dtype: dict[str, int]
     placements: tuple[Placement, ...]
     groups: tuple[TensorGroup, ...]
+    commit: str | None = None
 
     @property
     def coverage(self) -> float:
@@ -118,6 +120,7 @@ def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -
         n_tensors_by_dtype=dict(Counter(tensor.dtype for tensor in tensors).most_common()),
         placements=place((tensor.name, tensor.n_bytes) for tensor in tensors),
         groups=_group(tensors, _reasons(manifest or Manifest(source.directory))),
+        commit=source.commit,
     )
 
 

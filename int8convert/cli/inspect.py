@@ -48,8 +48,9 @@ def inspect(
         if as_json:
             print_json(found.to_json())
             return
+        at = f" at {found.commit[:12]}" if found.commit is not None else ""
         print_line(
-            f"[bold]{found.path}[/]: {', '.join(found.architectures) or 'no architecture named'}, "
+            f"[bold]{found.path}[/]{at}: {', '.join(found.architectures) or 'no architecture named'}, "
             f"{format_count(found.n_parameters)} parameters in {found.n_tensors} tensors, "
             f"{format_bytes(found.n_bytes)} in {format_shards(found.n_shards)}"
         )

@@ -24,18 +24,20 @@ from int8convert.cli.console import (
 from int8convert.cli.quantize import check_device
 
 if TYPE_CHECKING:
+    from int8convert.evaluation.examined import HubReading
     from int8convert.evaluation.progress import FidelityProgress
     from int8convert.evaluation.verify_report import VerifyReport
 
 HELP = """Compare an int8 checkpoint with what it was made of, and say whether it passes.
 
 First every tensor, exactly and with no model run; then both models on the same tokens: difference in log-likelihood,
-KL divergence, agreement. What is found is also written into OUT, as int8convert/verify.json.
+KL divergence, agreement. What is found is also written into OUT, as int8convert/verify.json, unless OUT is on the Hub.
 
 \b
 Examples:
   int8convert verify ./opt-6.7b-int8 --level exact
   int8convert verify ./opt-6.7b-int8 --text sample.txt --max-kl 0.005 --json
+  int8convert verify me/opt-6.7b-int8 --level exact
 
 Exit codes: 0 passed; 1 could not be measured; 2 wrong usage; 3 measured, and failed; 130 interrupted, 143 terminated.
 """
@@ -65,7 +67,12 @@ def _numbers(value: str | None) -> tuple[float, ...]:
 
 
 def verify(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The int8 checkpoint.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="The int8 checkpoint: a directory, or ORG/NAME on the Hub.")
+    ],
+    revision: Annotated[
+        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of OUT on the Hub; default: main.")
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="SRC", help="What it was made of; default: what its manifest names.")
     ] = None,
@@ -148,8 +155,8 @@ def verify(
     if compare_methods and (stream or level == "exact"):
         raise typer.BadParameter("needs the source in memory, and a model that is run", param_hint="--compare-methods")
     with reporting_errors(as_json, _INTERRUPTED), quieting_hub():
+        from int8convert.evaluation.verify import kept_parts, write_report
         from int8convert.evaluation.verify import verify as run
-        from int8convert.evaluation.verify import write_report
         from int8convert.evaluation.verify_report import Gates
 
         is_live = wants_live_display(quiet, as_json)
@@ -165,6 +172,7 @@ def verify(
                 prepare(report_file, figures)
             report = run(
                 out,
+                revision=revision,
                 reference=reference,
                 text=text,
                 dataset=dataset,
@@ -182,13 +190,18 @@ def verify(
                 device=device,
                 lora=lora,
                 trust_remote_code=trust_remote_code,
+                on_hub=lambda reading: None if quiet or as_json else _say_reading(reading),
                 on_fetch=lambda name, n: None if quiet or as_json else note(f"fetching {name}, {format_bytes(n)}"),
                 on_exact=on_exact,
                 on_fidelity=None if quiet or as_json else _say_steps(),
             )
         written = None
+        kept = ", ".join(kept_parts(report).get("kept", ()))
         try:
-            written = str(write_report(report))
+            there = write_report(report)
+            written = str(there) if there is not None else None
+            if there is None and not quiet and not as_json:
+                note(f"no verify.json was written: {out} is on the Hub, and stays as it is")
         except OSError as error:
             note(f"the report could not be written into '{out}': {error.strerror}")
         if is_drawn:
@@ -202,6 +215,8 @@ def verify(
             print_report(report)
             if compare_methods and report.fidelity and not report.methods:
                 note("the methods were not compared: the source does not fit in memory")
+            if kept and written and not quiet:
+                note(f"kept in verify.json of an earlier run on the same files: {kept}")
             for path in (written, report_file, figures):
                 if path is not None and not quiet:
                     note(f"written: {path}")
@@ -213,6 +228,7 @@ def _write_pages(
     report: VerifyReport, page: Path | None, folder: Path | None, text: Path | None, dataset: str | None, device: str
 ) -> None:
     """The page and its pictures; with the outliers on the same text, where the models fit in memory."""
+    from int8convert.checkpoint.source import open_source
     from int8convert.evaluation.report import draw_pictures, write_page, write_pictures
 
     outliers = None
@@ -221,7 +237,7 @@ def _write_pages(
         from int8convert.evaluation.texts import open_text
 
         with open_text(text, dataset) as found:
-            outliers = find_outliers(report.out, found.path, device=device)
+            outliers = find_outliers(open_source(report.out, report.exact.commit).directory, found.path, device=device)
     pictures = draw_pictures(report, outliers)
     if page is not None:
         write_page(report, pictures, page)
@@ -246,6 +262,17 @@ def _showing_bytes(is_live: bool) -> Iterator[Callable[[int, int], None] | None]
     task = progress.add_task("", total=None)
     with progress:
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _say_reading(reading: HubReading) -> None:
+    """What comes from the Hub, before it does."""
+    what = f"{reading.repository} at {reading.commit[:12]}"
+    if reading.n_bytes == 0:
+        note(f"reading {what} from the cache of the Hub's client")
+    elif reading.is_kept:
+        note(f"fetching {what} into the cache of the Hub's client: {format_bytes(reading.n_bytes)}")
+    else:
+        note(f"reading {what} from the Hub: {format_bytes(reading.n_bytes)}, of which nothing is kept")
 
 
 def _say_steps() -> Callable[[FidelityProgress], None]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def print_report(report: VerifyReport) -> None:
     """What failed comes first."""
     verdict = "[bold green]passed[/]" if report.is_passed else "[bold red]failed[/]"
-    print_line(f"[bold]{escape(report.out)}[/]: {verdict}")
+    print_line(f"[bold]{escape(report.out)}[/]{_at(report.exact.commit)}: {verdict}")
     for failure in report.failures:
         print_line(f"  {escape(failure)}")
     for text in report.exact.notes:
@@ -45,9 +45,15 @@ def print_report(report: VerifyReport) -> None:
         note("the tasks were not run: the fidelity level failed")
 
 
+def _at(commit: str | None) -> str:
+    """Of a repository on the Hub, at which commit; of a directory nothing."""
+    return f" at {commit[:12]}" if commit is not None else ""
+
+
 def _print_exact(exact: ExactReport) -> None:
+    source = f" of {escape(str(exact.reference))}{_at(exact.reference_commit)}" if exact.reference_commit else ""
     print_line(
-        f"[bold]Exact[/]: {exact.n_int8_weights:,} int8 weights, {format_bytes(exact.n_read_bytes)} in "
+        f"[bold]Exact[/]: {exact.n_int8_weights:,} int8 weights{source}, {format_bytes(exact.n_read_bytes)} in "
         f"{format_seconds(exact.elapsed_s)}"
     )
     print_table(

@@ -6,6 +6,8 @@
    scales with what rounding the source gives, everything else byte for byte (`exact_tensors`, `exact_rows`).
 3. config.json and the files carried over are compared (`exact_files`).
 
+Either checkpoint may be on the Hub: its tensors are read by range, and nothing of its weights stays here.
+
 Costs the reading of both checkpoints, once, and a few megabytes for each thread. The arithmetic is written anew in
 NumPy; shared with the converter is how a source is read, and which tensors it plans to make int8.
 
@@ -24,7 +26,7 @@ from typing import Any
 from int8convert.checkpoint.int8_config import Int8Format, read_format
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import describe_source
-from int8convert.checkpoint.source import CheckpointSource, open_source
+from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.quantize import plan
 from int8convert.errors import CorruptFileError, SourceError
@@ -34,6 +36,7 @@ from int8convert.evaluation.exact_layout import Int8Pair, Layout, Pair, lay_out
 from int8convert.evaluation.exact_outliers import pair_outliers
 from int8convert.evaluation.exact_rows import RowRules
 from int8convert.evaluation.exact_tensors import TensorResult, compare_int8, compare_kept
+from int8convert.evaluation.examined import ExaminedCheckpoint, HubReading, hub_reading, open_examined
 from int8convert.evaluation.provenance import Provenance, find_provenance
 
 Progress = Callable[[int, int], None]
@@ -48,6 +51,7 @@ class ExactReport:
 
     Attributes:
         out, reference: the two checkpoints; no reference where the first could not even be opened.
+        commit, reference_commit: of those that are repositories on the Hub.
         format: quant_method of the first.
         checks: all that was looked at; see docs/verify-json.md for each.
         n_int8_weights: weights that are int8.
@@ -67,6 +71,8 @@ class ExactReport:
     n_read_bytes: int = 0
     elapsed_s: float = 0.0
     notes: tuple[str, ...] = ()
+    commit: str | None = None
+    reference_commit: str | None = None
 
     @property
     def is_passed(self) -> bool:
@@ -77,22 +83,26 @@ class ExactReport:
 
 
 def verify_exact(
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | ExaminedCheckpoint,
     *,
+    revision: str | None = None,
     reference: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     workers: int | None = None,
     on_progress: Progress | None = None,
+    on_hub: Callable[[HubReading], None] = lambda reading: None,
 ) -> ExactReport:
     """Compare an int8 checkpoint with the checkpoint it was made of.
 
     Args:
-        out: the int8 checkpoint's directory.
+        out: the int8 checkpoint: a directory, or a repository on the Hub, which is read from there; or opened already.
+        revision: of that repository.
         reference: the source, which on the Hub is read from there; None takes the one the manifest names.
         lora: the adapter that was merged in the conversion.
         trust_remote_code: as `quantize` has it.
         workers: threads; None takes the cores this process may use.
+        on_hub: told of each checkpoint that is read from the Hub, before it is.
 
     Raises:
         SourceError: `out` is no int8 checkpoint, or what it was made of is not there.
@@ -100,10 +110,12 @@ def verify_exact(
     """
     began = time.perf_counter()
     try:
-        checkpoint = open_source(out)
+        examined = out if isinstance(out, ExaminedCheckpoint) else open_examined(out, revision)
     except CorruptFileError as error:
-        finding = Finding(os.fspath(out), "a checkpoint whose files agree", error.message)
-        return ExactReport(os.fspath(out), None, "", (make_check("files", 1, [finding]),))
+        named = os.fspath(out)  # type: ignore[arg-type]
+        finding = Finding(named, "a checkpoint whose files agree", error.message)
+        return ExactReport(named, None, "", (make_check("files", 1, [finding]),))
+    checkpoint = examined.source
     found = _format(checkpoint)
     provenance = find_provenance(checkpoint, reference, lora)
     # A module that was left alone for its values is not planned as int8, and must then hold such values.
@@ -116,11 +128,13 @@ def verify_exact(
         trust_remote_code=trust_remote_code,
         revision=provenance.revision,
     )
-    comparison = _Comparison(checkpoint, planned, provenance)
+    for reading in filter(None, map(hub_reading, (checkpoint, planned.source))):
+        on_hub(reading)
+    comparison = _Comparison(examined, planned, provenance)
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
     checks = comparison.run(n_workers, on_progress or (lambda done, total: None))
     return ExactReport(
-        out=os.fspath(out),
+        out=checkpoint.label,
         reference=provenance.reference,
         format=str(found),
         checks=checks,
@@ -130,6 +144,8 @@ def verify_exact(
         n_read_bytes=comparison.n_bytes,
         elapsed_s=time.perf_counter() - began,
         notes=tuple(_notes(provenance, planned.source)),
+        commit=checkpoint.commit,
+        reference_commit=planned.source.commit,
     )
 
 
@@ -183,8 +199,9 @@ class _Comparison:
         n_bytes: that are read for it.
     """
 
-    def __init__(self, out: CheckpointSource, planned: ConversionPlan, provenance: Provenance) -> None:
-        self._out = out
+    def __init__(self, examined: ExaminedCheckpoint, planned: ConversionPlan, provenance: Provenance) -> None:
+        out = self._out = examined.source
+        self._weight_files = examined.weight_files
         self._plan = planned
         self._provenance = provenance
         self.layout: Layout = lay_out(out, planned, provenance)
@@ -197,7 +214,7 @@ class _Comparison:
 
     def run(self, n_workers: int, on_progress: Progress) -> tuple[Check, ...]:
         """All checks, those that tell the most first."""
-        self._findings["files"] += check_files(self._out, self._records, self._provenance.is_known)
+        self._findings["files"] += check_files(self._out, self._weight_files, self._records, self._provenance.is_known)
         self._findings["tensors"] += self.layout.findings
         self._findings["outlier columns"] += self._outliers.findings
         with ThreadPoolExecutor(n_workers) as pool:
@@ -227,7 +244,7 @@ class _Comparison:
         for shard in self._out.shards:
             record = self._records.get(shard.path.name)
             if record is not None:
-                tasks.append((pool.submit(check_sha256, shard.path, record), shard.n_bytes))
+                tasks.append((pool.submit(check_sha256, shard, record), shard.n_bytes))
             for pair in by_file.get(shard.path.name, []):
                 tasks.append((pool.submit(self._compare, pair), pair.planned.source.n_bytes))
         return tasks

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import hashlib
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
-from int8convert.checkpoint.hashing import file_sha256
+from int8convert.checkpoint.hashing import CHUNK_BYTES, file_sha256
 from int8convert.checkpoint.int8_config import Int8Format, read_format, read_skipped_names
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import Manifest, ShardRecord
-from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.evaluation.checks import Check, Finding, make_check
 from int8convert.evaluation.exact_layout import is_left_alone
@@ -31,38 +31,49 @@ def read_records(out: CheckpointSource) -> dict[str, ShardRecord]:
     return manifest.read_records() if manifest.is_complete else {}
 
 
-def check_files(out: CheckpointSource, records: dict[str, ShardRecord], is_known: bool) -> Iterator[Finding]:
+def check_files(
+    out: CheckpointSource, weight_files: Set[str], records: dict[str, ShardRecord], is_known: bool
+) -> Iterator[Finding]:
     """Weight files the manifest does not name, names and is not there, or that have another size.
 
     Args:
+        weight_files: that are there, whether the index names them or not.
         is_known: there is a manifest, and it should name them all.
     """
     shards = {shard.path.name: shard for shard in out.shards}
     for name in records:
         if name not in shards:
-            is_there = (out.directory / name).is_file()
-            yield Finding(name, "a weight file", "not named by the index" if is_there else "no such file")
+            found = "not named by the index" if name in weight_files else "no such file"
+            yield Finding(name, "a weight file", found)
     for name, shard in shards.items():
         record = records.get(name)
         if record is None and (records or is_known):
             yield Finding(name, "no such file: the manifest does not name it", f"{shard.n_bytes:,} bytes")
         elif record is not None and record.n_bytes != shard.n_bytes:
             yield Finding(name, f"{record.n_bytes:,} bytes", f"{shard.n_bytes:,} bytes")
-    for path in sorted(out.directory.glob("*.safetensors")):
-        if path.name not in shards and path.name not in records:
-            yield Finding(path.name, "no weight file beside those of the checkpoint", "one that a loader may take")
+    for name in sorted(weight_files - shards.keys() - records.keys()):
+        yield Finding(name, "no weight file beside those of the checkpoint", "one that a loader may take")
 
 
-def check_sha256(path: Path, record: ShardRecord) -> Finding | None:
-    """Read a file and compare it with its record."""
-    if path.stat().st_size != record.n_bytes:
+def check_sha256(shard: SourceShard, record: ShardRecord) -> Finding | None:
+    """Compare a file with its record: what is read of it here, or what the Hub says that it is."""
+    if shard.n_bytes != record.n_bytes:
         return None  # found by its size, and cheaper
-    found = file_sha256(path)
-    return (
-        None
-        if found == record.sha256
-        else Finding(path.name, f"sha256 {quoted(record.sha256)[1:-1]}", f"sha256 {found}")
-    )
+    found = file_sha256(shard.path) if shard.remote is None else shard.remote.sha256 or _remote_sha256(shard)
+    if found == record.sha256:
+        return None
+    return Finding(shard.path.name, f"sha256 {quoted(record.sha256)[1:-1]}", f"sha256 {found}")
+
+
+def _remote_sha256(shard: SourceShard) -> str:
+    """Of a file outside of LFS, which the Hub knows by another hash."""
+    digest, buffer, reader = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES)), shard.open()
+    for begin in range(0, shard.n_bytes, CHUNK_BYTES):
+        part = buffer[: shard.n_bytes - begin]
+        reader.read_into(part, begin)
+        digest.update(part)
+    reader.close()
+    return digest.hexdigest()
 
 
 def check_config(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from int8convert.checkpoint.atomic import write_text
 from int8convert.checkpoint.inspection import inspect
 from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.source import open_source
 from int8convert.errors import OutputError, SourceError
 from int8convert.evaluation.report_figures import coverage_shares, report_figures
 from int8convert.evaluation.verify_report import (
@@ -83,7 +84,7 @@ def prepare(page: Path | None, folder: Path | None) -> None:
 
 def draw_pictures(report: VerifyReport, outliers: OutlierReport | None = None) -> list[Picture]:
     """Everything there is to see."""
-    inspection = inspect(report.out)
+    inspection = inspect(report.out, report.exact.commit)
     return [Picture(*drawn) for drawn in report_figures(report, inspection, outliers)]
 
 
@@ -133,7 +134,7 @@ def render(report: VerifyReport, pictures: Sequence[Picture]) -> str:
         report=report,
         verdict=say_verdict(report),
         pictures=pictures,
-        coverage=coverage_shares(inspect(report.out)),
+        coverage=coverage_shares(inspect(report.out, report.exact.commit)),
         provenance=_provenance(report),
         fidelity_rows=fidelity_rows,
         methods_title=METHODS_TITLE,
@@ -168,7 +169,9 @@ def _layer_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[float
 def _provenance(report: VerifyReport) -> list[tuple[str, str]]:
     """(what, value): where the checkpoint comes from, by its manifest, and what was measured with."""
     found = [("int8 checkpoint", report.out), ("source", report.reference or "not known")]
-    manifest = Manifest(Path(report.out))
+    commits = {"its commit": report.exact.commit, "the source's commit": report.exact.reference_commit}
+    found += [(what, commit) for what, commit in commits.items() if commit is not None]
+    manifest = Manifest(open_source(report.out, report.exact.commit).directory)
     conversion: dict[str, Any] = manifest.read_request() or {}
     for name, value in sorted(dict(conversion.get("options") or {}).items()):
         found.append((f"conversion: {name}", str(value)))

@@ -5,7 +5,7 @@
     tasks       both models on the same questions of zero-shot tasks, McNemar's test (`zero_shot`)
 
 A level that fails is the last: what a broken checkpoint computes is of no interest. What was found is written into the
-checkpoint, `int8convert/verify.json`, so that whoever gets it sees how it was measured.
+checkpoint, `int8convert/verify.json`, so that whoever gets it sees how it was measured; but for one that is on the Hub.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,12 @@ from int8convert import __version__
 from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.int8_config import read_threshold
-from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE
-from int8convert.checkpoint.source import is_repository_name, open_source
+from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE, read_json_object
+from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.errors import AdapterError, CorruptFileError
-from int8convert.evaluation.exact import ExactReport, Progress, verify_exact
+from int8convert.evaluation.exact import Progress, verify_exact
+from int8convert.evaluation.examined import ExaminedCheckpoint, HubReading, hub_reading, open_examined
 from int8convert.evaluation.provenance import find_provenance
 from int8convert.evaluation.texts import Text, open_text
 from int8convert.evaluation.verify_report import Gates, TextUsed, VerifyReport
@@ -57,9 +58,15 @@ class Level(StrEnum):
     TASKS = "tasks"
 
 
+_PARTS = {Level.FIDELITY: ("text", "fidelity", "sweep", "methods"), Level.TASKS: ("tasks",)}
+_GATES = {Level.FIDELITY: ("max_dnll", "max_kl"), Level.TASKS: ("min_task_p",)}
+"""What each level adds to a report, and what it must not exceed."""
+
+
 def verify(
     out: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     reference: str | os.PathLike[str] | None = None,
     text: str | os.PathLike[str] | None = None,
     dataset: str | None = None,
@@ -78,16 +85,20 @@ def verify(
     device: str = "auto",
     lora: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
+    on_hub: Callable[[HubReading], None] = lambda reading: None,
     on_fetch: CopyProgress | None = None,
     on_exact: Progress | None = None,
     on_fidelity: ProgressHandler | None = None,
 ) -> VerifyReport:
-    """Compare an int8 checkpoint with what it was made of, and write `int8convert/verify.json` into it.
+    """Compare an int8 checkpoint with what it was made of; `write_report` then puts the outcome into it.
+
+    Whichever of the two is on the Hub is read from there at the level "exact", and fetched into the Hub's cache for the
+    others.
 
     Args:
-        out: the int8 checkpoint's directory.
-        reference: the checkpoint it was converted from; None takes the one its manifest names. One on the Hub is read
-            from there at the level "exact", and fetched into the Hub's cache for the others.
+        out: the int8 checkpoint: a directory, or a repository on the Hub.
+        revision: of that repository: a branch, a tag or a commit.
+        reference: the checkpoint it was converted from; None takes the one its manifest names.
         text: a file in UTF-8 to run both models on; None takes a small one that comes along.
         dataset: "wikitext2" or "c4" in its place, from the Hugging Face Hub or its cache.
         level: "exact", "fidelity" or "tasks"; those before it come first.
@@ -105,7 +116,8 @@ def verify(
         device: where they run: "auto", "cpu" or "cuda[:n]".
         lora: the adapter that was merged in the conversion.
         trust_remote_code: as `quantize` has it.
-        on_fetch: told of each file of a reference on the Hub that is fetched, with its bytes.
+        on_hub: told of each checkpoint that is read from the Hub, before it is.
+        on_fetch: told of each weight file that is fetched from there, with its bytes.
         on_exact: told of bytes done and bytes in all.
         on_fidelity: see `measure_fidelity`.
 
@@ -127,24 +139,39 @@ def verify(
         from int8convert.evaluation.zero_shot import load_harness
 
         load_harness()
+    try:
+        checkpoint = open_examined(out, revision)
+    except CorruptFileError:
+        checkpoint = None  # the exact level says in what its files do not agree
+    here = Path(out) if checkpoint is None else checkpoint.source.directory
     with ExitStack() as stack:
-        windows, used, named = None, None, None
+        windows, used, source = None, None, None
         # Whatever is wrong with the text is said before anything is compared; of a broken checkpoint, what is broken.
-        if level is not Level.EXACT and _is_whole(out):
+        if level is not Level.EXACT and checkpoint is not None:
             found = stack.enter_context(open_text(text, dataset))
-            windows, used = _windows(out, found, n_sequences, length, convention)
-        if level is not Level.EXACT and _is_whole(out):
-            named, reference = _at_hand(out, reference, on_fetch)
+            windows, used = _windows(checkpoint.source, found, n_sequences, length, convention)
+            source = _open_reference(checkpoint.source, reference)
+            checkpoint = ExaminedCheckpoint(_at_hand(checkpoint.source, on_hub, on_fetch), checkpoint.weight_files)
+            _at_hand(source, on_hub, on_fetch)
         exact = verify_exact(
-            out, reference=reference, lora=lora, trust_remote_code=trust_remote_code, on_progress=on_exact
+            checkpoint or out,
+            revision=revision,
+            reference=reference if source is None or source.commit is None else source.directory,
+            lora=lora,
+            trust_remote_code=trust_remote_code,
+            on_progress=on_exact,
+            on_hub=on_hub if level is Level.EXACT else lambda reading: None,
         )
-        named = named or exact.reference
+        place = str(exact.reference)  # where the models are read from; what they are called may be something else
+        if source is not None and source.commit is not None:
+            exact = replace(exact, reference=source.label, reference_commit=source.commit)
         report = VerifyReport(
-            f"int8convert {__version__}", os.fspath(out), str(level), gates, {}, exact, reference=named
+            f"int8convert {__version__}", os.fspath(out), str(level), gates, {}, exact, reference=exact.reference
         )
         if report.is_passed and windows is not None:
             fidelity, sweep = _measure(
-                exact,
+                place,
+                here,
                 windows,
                 thresholds,
                 modes=modes,
@@ -158,9 +185,9 @@ def verify(
                 from int8convert.evaluation.method_table import make_method_table
 
                 methods = make_method_table(
-                    str(exact.reference),
+                    place,
                     windows,
-                    threshold=read_threshold(open_source(out).config, DEFAULT_THRESHOLD),
+                    threshold=read_threshold(open_source(here).config, DEFAULT_THRESHOLD),
                     device=device,
                     trust_remote_code=trust_remote_code,
                 )
@@ -168,52 +195,76 @@ def verify(
     if report.is_passed and level is Level.TASKS:
         from int8convert.evaluation.zero_shot import measure_tasks
 
-        found_tasks = measure_tasks(
-            str(exact.reference), out, tasks, tasks_path=tasks_path, limit=task_limit, device=device
-        )
+        found_tasks = measure_tasks(place, here, tasks, tasks_path=tasks_path, limit=task_limit, device=device)
         report = replace(report, tasks=found_tasks)
-    return replace(report, files=_describe_files(Path(out)), elapsed_s=time.perf_counter() - began)
+    return replace(report, files=_describe_files(here), elapsed_s=time.perf_counter() - began)
 
 
 def _measure(
-    exact: ExactReport, windows: TokenWindows, thresholds: Sequence[float], **options: Any
+    reference: str, out: Path, windows: TokenWindows, thresholds: Sequence[float], **options: Any
 ) -> tuple[tuple[FidelityReport, ...], tuple[FidelityReport, ...]]:
     """What the gates look at, and what they do not: all of it again, with other thresholds between."""
     from int8convert.evaluation.fidelity import measure_fidelity
 
-    assert exact.reference is not None, "an exact level that passes has one"
-    own = read_threshold(open_source(exact.out).config, DEFAULT_THRESHOLD)
+    own = read_threshold(open_source(out).config, DEFAULT_THRESHOLD)
     chosen = sorted({own, *thresholds}) if thresholds else ()
-    measured = measure_fidelity(exact.reference, exact.out, windows, thresholds=chosen, **options)
+    measured = measure_fidelity(reference, out, windows, thresholds=chosen, **options)
     if not thresholds:
         return measured, ()
     return tuple(report for report in measured if report.threshold in (own, None)), measured
 
 
-def write_report(report: VerifyReport) -> Path:
-    """Put a report beside what it is about, whole or not at all.
+def write_report(report: VerifyReport) -> Path | None:
+    """Put a report beside what it is about, whole or not at all; None where that is on the Hub, which stays as it is.
+
+    What an earlier run found out at higher levels about the very same files is kept, see `kept_parts`.
 
     Raises:
         OSError: the directory cannot be written to.
     """
+    if report.exact.commit is not None:
+        return None
     path = Path(report.out) / VERIFY_FILE
     path.parent.mkdir(exist_ok=True)
-    write_json(path, report.to_published_json())
+    write_json(path, report.to_published_json() | kept_parts(report))
     return path
 
 
+def kept_parts(report: VerifyReport) -> dict[str, Any]:
+    """What the verify.json that is there holds of levels above this report's, with the gates it had to pass: entries to
+    go beside those of this report.
+
+    Empty unless both passed, by the same version, on the same files. The exact level that was passed just now says that
+    the weights are still those of the manifest, whose hash is among these files.
+    """
+    path = Path(report.out) / VERIFY_FILE
+    parts: dict[str, Any] = {}
+    gates = asdict(report.gates)
+    try:
+        earlier = read_json_object(path) if report.is_passed and path.is_file() else {}
+        if not earlier.get("is_passed") or (earlier["tool"], earlier["files"]) != (report.tool, report.files):
+            return {}
+        for level in list(Level)[list(Level).index(Level(report.level)) + 1 :]:
+            parts |= {name: earlier[name] for name in _PARTS[level] if earlier[name]}
+            gates |= {name: earlier["gates"][name] for name in _GATES[level]}
+        return {**parts, "level": earlier["level"], "gates": gates, "kept": sorted(parts)} if parts else {}
+    except (CorruptFileError, KeyError, TypeError):  # not written by us
+        return {}
+
+
 def _windows(
-    out: str | os.PathLike[str], text: Text, n_sequences: int, length: int | None, convention: str | None
+    out: CheckpointSource, text: Text, n_sequences: int, length: int | None, convention: str | None
 ) -> tuple[TokenWindows, TextUsed]:
-    from int8convert.evaluation.models import load_tokenizer
+    from int8convert.evaluation.models import read_usable_tokenizer
     from int8convert.evaluation.windows import Convention, read_windows_by
 
     cut = Convention(convention) if convention else Convention.CONTIGUOUS if text.is_dataset else Convention.SPREAD
 
     if length is None:
         wanted = _DEFAULT_TEXT_LENGTH if text.is_default else DEFAULT_LENGTH
-        length = min(wanted, _n_positions(out) or wanted)
-    windows = read_windows_by(cut, text.path, load_tokenizer(out), n_sequences, length)
+        length = min(wanted, _n_positions(out.config) or wanted)
+    tokenizer = read_usable_tokenizer(out.directory, out.label)
+    windows = read_windows_by(cut, text.path, tokenizer, n_sequences, length)
     n, length = windows.ids.shape
     used = TextUsed(
         windows.text,
@@ -224,38 +275,37 @@ def _windows(
         n,
         length,
         windows.convention,
+        text.path.name if text.is_dataset else None,
     )
     return windows, used
 
 
+def _open_reference(out: CheckpointSource, reference: str | os.PathLike[str] | None) -> CheckpointSource:
+    """What the models are compared with: the one that is named, or the manifest's."""
+    found = find_provenance(out, reference)
+    return open_source(found.reference, found.revision)
+
+
 def _at_hand(
-    out: str | os.PathLike[str], reference: str | os.PathLike[str] | None, on_fetch: CopyProgress | None
-) -> tuple[str, str | os.PathLike[str] | None]:
-    """The reference's name, and where it is: one that is on the Hub is brought into its cache."""
-    found = find_provenance(open_source(out), reference)
-    if not is_repository_name(found.reference):
-        return found.reference, reference
-    from int8convert.checkpoint.hub.cached_copy import fetch_checkpoint
+    source: CheckpointSource, on_hub: Callable[[HubReading], None], on_fetch: CopyProgress | None
+) -> CheckpointSource:
+    """A checkpoint whose weight files are here: one that is on the Hub is brought into its cache."""
+    if source.commit is None:
+        return source
+    from int8convert.checkpoint.hub.cached_copy import fetch_checkpoint, reading_cached
 
-    on_file = on_fetch or (lambda name, n_bytes: None)
-    return found.reference, fetch_checkpoint(found.reference, found.revision, on_file)
-
-
-def _is_whole(out: str | os.PathLike[str]) -> bool:
-    """Whether its files agree with each other; if not, the exact level says in what."""
-    try:
-        open_source(out)
-    except CorruptFileError:
-        return False
-    return True
+    reading = hub_reading(reading_cached(source), is_kept=True)
+    if reading is not None:
+        on_hub(reading)
+    fetch_checkpoint(source, on_fetch or (lambda name, n_bytes: None))
+    return reading_cached(source)
 
 
-def _n_positions(out: str | os.PathLike[str]) -> int | None:
+def _n_positions(config: Mapping[str, Any]) -> int | None:
     """How many tokens the model takes at once, by its config.json; None if that does not say."""
-    config = open_source(out).config
     for part in (config, config.get("text_config")):
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            value = part.get(name) if isinstance(part, dict) else None
+            value = part.get(name) if isinstance(part, Mapping) else None
             if type(value) is int and value > 1:
                 return value
     return None

@@ -67,6 +67,7 @@ class TextUsed:
         n_text_tokens: of the whole text.
         n_sequences, length: windows of so many tokens.
         convention: how they were cut, and what perplexity means then.
+        dataset: its name, of one that others measure on, too; None of a text of one's own.
     """
 
     name: str
@@ -77,6 +78,7 @@ class TextUsed:
     n_sequences: int
     length: int
     convention: str
+    dataset: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from int8convert.publish.card_source import inherited, licence_file, source_repository
 from int8convert.publish.finished import FinishedOutput
 
 _PIPELINES = {
@@ -30,25 +31,19 @@ _METRICS = {
 }
 
 
-def source_repository(output: FinishedOutput) -> str | None:
-    """The repository on the Hub that was converted; None if it was a directory."""
-    source = output.request.get("source")
-    name = source.get("repository") if isinstance(source, dict) else None
-    return name if isinstance(name, str) else None
-
-
 def card_metadata(output: FinishedOutput, repository: str) -> str:
     """The YAML, without the lines around it."""
     import yaml
 
-    inherited = output.manifest.get("source_card")
-    inherited = inherited if isinstance(inherited, dict) else {}
-    entries: dict[str, Any] = {key: inherited[key] for key in _INHERITED if inherited.get(key)}
+    found = inherited(output)
+    entries: dict[str, Any] = {key: found[key] for key in _INHERITED if found.get(key)}
+    if entries.get("license") == "other" and licence_file(output):  # of others the Hub has the text
+        entries.setdefault("license_link", licence_file(output))
     name = source_repository(output)
     if name is not None:
         entries |= {"base_model": name, "base_model_relation": "quantized"}
     entries["library_name"] = "transformers"
-    pipeline = inherited.get("pipeline_tag") or pipeline_of(output)
+    pipeline = found.get("pipeline_tag") or pipeline_of(output)
     if pipeline:
         entries["pipeline_tag"] = pipeline
     layout = str((output.config.get("quantization_config") or {}).get("quant_method") or "bitsandbytes")
@@ -67,6 +62,11 @@ def pipeline_of(output: FinishedOutput) -> str | None:
     return next((tag for end, tag in _PIPELINES.items() if isinstance(name, str) and name.endswith(end)), None)
 
 
+def _rounded(value: float) -> float:
+    """To six digits, which is more than another machine gives again."""
+    return float(f"{value:.6g}")
+
+
 def _results(output: FinishedOutput, task: str) -> list[dict[str, Any]]:
     verify = output.verify or {}
     text = verify.get("text") or {}
@@ -74,15 +74,17 @@ def _results(output: FinishedOutput, task: str) -> list[dict[str, Any]]:
     results = []
     if runs:
         metrics = [
-            {"type": key, "value": float(runs[0][key]), "name": shown}
+            {"type": key, "value": _rounded(runs[0][key]), "name": shown}
             for key, shown in _METRICS.items()
             if isinstance(runs[0].get(key), int | float) and math.isfinite(runs[0][key])
         ]
-        dataset = {"name": str(text.get("name") or "text"), "type": str(text.get("name") or "text")}
+        dataset = {"name": str(text.get("description") or "text"), "type": str(text.get("dataset") or "custom")}
+        if dataset["type"] == "custom" and not text.get("is_default"):
+            dataset["name"] = f"custom text, {text.get('name')}"
         results.append({"task": {"type": task}, "dataset": dataset, "metrics": metrics})
     for one in verify.get("tasks") or []:
         if isinstance(one, dict) and isinstance(one.get("int8"), int | float):
-            named = str(one.get("task"))
-            metric = {"type": str(one.get("metric")), "value": float(one["int8"]), "name": f"{one.get('metric')}, int8"}
+            named, measure = str(one.get("task")), str(one.get("metric"))
+            metric = {"type": measure, "value": _rounded(one["int8"]), "name": f"{measure}, int8"}
             results.append({"task": {"type": task}, "dataset": {"name": named, "type": named}, "metrics": [metric]})
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from int8convert.checkpoint.layout import OUTLIERS_FILE
 from int8convert.publish.card_metadata import pipeline_of
 from int8convert.publish.finished import FinishedOutput
 
@@ -22,12 +23,13 @@ def snippets(output: FinishedOutput, repository: str) -> str:
     pipeline = pipeline_of(output)
     auto_class = _AUTO_CLASSES.get(pipeline or "", "AutoModel")
     generates = pipeline in _GENERATING and (output.path / "tokenizer_config.json").is_file()
+    has_columns = (output.path / OUTLIERS_FILE).is_file()
     needs = "bitsandbytes" if method == "bitsandbytes" else "compressed-tensors"
     parts = [
         "## Use",
         f"transformers (`pip install transformers accelerate {needs}`):",
         _block(_transformers(repository, auto_class, generates)),
-        "int8convert, whose own runtime also uses stored outlier columns:",
+        f"int8convert, by its own runtime{', which also uses the stored outlier columns' if has_columns else ''}:",
         _block(_int8convert(repository, generates)),
     ]
     if pipeline == "text-generation":

@@ -9,13 +9,14 @@ _MARKS = re.compile(r"([\\`*_{}\[\]<>#|~])")
 _MAX_LENGTH = 300
 
 
-def plain(text: str, keep_marks: bool = False) -> str:
+def plain(text: str, keep_marks: bool = False, max_length: int = _MAX_LENGTH) -> str:
     """Text on one line that means nothing to Markdown or HTML.
 
     Args:
         keep_marks: for inside a block of code, where only its end means anything.
+        max_length: what is longer is cut.
     """
-    line = "".join(character if character.isprintable() else " " for character in text)[:_MAX_LENGTH]
+    line = "".join(character if character.isprintable() else " " for character in text)[:max_length]
     if keep_marks:
         return line.replace("```", "` ` `")
     return _MARKS.sub(r"\\\1", line)

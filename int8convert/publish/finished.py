@@ -15,6 +15,10 @@ from int8convert.errors import CorruptFileError, OutputError, SourceError, Unver
 _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
 """Of our own folder: what only this machine, or a conversion that goes on, needs."""
 
+_MAX_FAILURES = 3
+
+NEVER_VERIFIED = "it was not verified"
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedOutput:
@@ -25,6 +29,7 @@ class FinishedOutput:
         records: of its shards.
         verify: the parsed verify.json; None if there is none that is about these bytes and passed.
         unverified: why not, as a phrase; "" if there is.
+        is_damaged: its weight files were not those of the manifest when it was verified.
     """
 
     path: Path
@@ -33,6 +38,7 @@ class FinishedOutput:
     records: tuple[ShardRecord, ...] = field(repr=False)
     verify: dict[str, Any] | None = field(repr=False)
     unverified: str
+    is_damaged: bool = False
 
     @property
     def request(self) -> dict[str, Any]:
@@ -80,9 +86,9 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
                 f"{quoted(record.file_name)} in {shown}: expected {record.n_bytes:,} bytes, found {found}",
                 "run the same quantize again, which makes what is missing; nothing was sent",
             )
-    verify, unverified = _read_verify(path)
+    verify, unverified, is_damaged = _read_verify(path)
     whole = read_json_object(path / OWN_FOLDER / "manifest.json")
-    return FinishedOutput(path, read_config(path / CONFIG_NAME), whole, records, verify, unverified)
+    return FinishedOutput(path, read_config(path / CONFIG_NAME), whole, records, verify, unverified, is_damaged)
 
 
 def read_published(out: Path) -> FinishedOutput:
@@ -90,19 +96,23 @@ def read_published(out: Path) -> FinishedOutput:
     manifest = Manifest(out)
     records = tuple(manifest.read_records().values())
     whole = read_json_object(out / OWN_FOLDER / "manifest.json")
-    return FinishedOutput(out, read_config(out / CONFIG_NAME), whole, records, None, "it was not verified")
+    return FinishedOutput(out, read_config(out / CONFIG_NAME), whole, records, None, NEVER_VERIFIED)
 
 
-def _read_verify(path: Path) -> tuple[dict[str, Any] | None, str]:
+def _read_verify(path: Path) -> tuple[dict[str, Any] | None, str, bool]:
+    """Three attributes of `FinishedOutput`: verify, unverified, is_damaged."""
     file = path / VERIFY_FILE
     if not file.is_file():
-        return None, "it was not verified"
+        return None, NEVER_VERIFIED, False
     try:
         report = read_json_object(file)
     except (CorruptFileError, SourceError):
-        return None, "its verify.json cannot be read"
+        return None, "its verify.json cannot be read", False
     if report.get("is_passed") is not True:
-        return None, "it did not pass when it was verified"
+        found = report.get("failures")
+        lines = [quoted(line, 300)[1:-1] for line in found if isinstance(line, str)] if isinstance(found, list) else []
+        what = f": {'; '.join(lines[:_MAX_FAILURES])}" if lines else ""
+        return None, f"it did not pass when it was verified{what}", any(line.startswith("files: ") for line in lines)
     # The manifest among these files holds the sha256 of every shard.
     described = report.get("files")
     described = described if isinstance(described, dict) else {}
@@ -112,8 +122,8 @@ def _read_verify(path: Path) -> tuple[dict[str, Any] | None, str]:
     for name in sorted(names):
         there = path / name
         if not there.is_file() or file_sha256(there) != described.get(name):
-            return None, f"{quoted(name)} is not the one that was verified"
-    return report, ""
+            return None, f"{quoted(name)} is not the one that was verified", False
+    return report, "", False
 
 
 def check_verified(output: FinishedOutput) -> None:
@@ -122,12 +132,15 @@ def check_verified(output: FinishedOutput) -> None:
     Raises:
         UnverifiedError: see `FinishedOutput.unverified`.
     """
-    if output.unverified:
-        raise UnverifiedError(
-            f"{quoted(str(output.path), 200)} is not to be published: {output.unverified}",
-            f"run int8convert verify {output.path}, or pass --allow-unverified, which the model card will tell; "
-            "nothing was sent",
-        )
+    if not output.unverified:
+        return
+    hint = f"run int8convert verify {output.path}, or pass --allow-unverified, which the model card will tell"
+    if output.is_damaged:  # which `check_shards` would refuse all the same
+        hint = f"remove what is named, run the same quantize again, and int8convert verify {output.path}"
+    raise UnverifiedError(
+        f"{quoted(str(output.path), 200)} is not to be published: {output.unverified}",
+        f"{hint}; nothing was sent",
+    )
 
 
 def check_shards(output: FinishedOutput) -> None:

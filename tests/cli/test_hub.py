@@ -177,6 +177,15 @@ def test_closed_repositories_name_the_next_step(
     assert error in first and hint in second
 
 
+def test_inspect_tells_the_commit_of_a_repository_and_none_of_a_directory(source: Path, hub: Hub, run: Run) -> None:
+    commit = hub.repo(NAME).refs["main"]
+
+    assert run("inspect", NAME)[1].startswith(f"{NAME} at {commit[:12]}: OPTForCausalLM, ")
+    assert json.loads(run("inspect", NAME, "--json")[1])["commit"] == commit
+    assert run("inspect", source)[1].startswith(f"{source}: OPTForCausalLM, ")
+    assert json.loads(run("inspect", source, "--json")[1])["commit"] is None
+
+
 def test_revision_that_is_not_there_is_told(source: Path, run: Run, tmp_path: Path, hub: Hub) -> None:
     code, _, err = run("quantize", NAME, tmp_path / "out", "--revision", "v9")
     assert (code, err) == (

@@ -117,6 +117,13 @@ def test_page_of_a_broken_checkpoint_says_what_is_broken(run: Run, out: Path, tm
     assert code == 3 and "Failed. files: " in text and f"{FC1}.weight row 3 column 5" in text
 
 
+def test_what_is_kept_of_an_earlier_run_is_said(run: Run, out: Path, text: Path) -> None:
+    run("verify", out, *LOOSE, "--text", text, "--length", "32", "--quiet")
+    code, _, err = run("verify", out, *EXACT)
+    assert code == 0
+    assert err.splitlines()[0] == "note: kept in verify.json of an earlier run on the same files: fidelity, text"
+
+
 def test_methods_of_the_paper_are_compared_and_not_gated(run: Run, out: Path, text: Path) -> None:
     options = ("verify", out, *LOOSE, "--text", text, "--length", "32", "--sequences", "3", "--compare-methods")
     code, printed, _ = run(*options)

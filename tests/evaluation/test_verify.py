@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,72 @@ def test_reports_of_the_fidelity_level_are_those_of_measure_fidelity(out: Path, 
 
 def values(report: FidelityReport) -> FidelityReport:
     return replace(report, seconds=0.0, peak_memory_bytes=0)
+
+
+def test_lower_level_keeps_what_was_measured_of_the_same_files(own_out: Path, text: Path) -> None:
+    measured = verify(own_out, text=text, thresholds=(3.0,), **WINDOWS, **LOOSE)
+    earlier = json.loads(write_report(measured).read_text())  # type: ignore[union-attr]
+    assert "kept" not in earlier
+
+    for _ in range(2):
+        again = json.loads(write_report(verify(own_out, level="exact")).read_text())  # type: ignore[union-attr]
+        names = ("text", "fidelity", "sweep", "gates", "level", "files")
+        assert {name: again[name] for name in names} == {name: earlier[name] for name in names}
+        assert again["kept"] == ["fidelity", "sweep", "text"]
+        assert again["exact"]["elapsed_s"] != earlier["exact"]["elapsed_s"]
+
+
+def other_files(out: Path) -> None:
+    edit_config(out, dtype="bfloat16")
+
+
+def other_version(out: Path) -> None:
+    path = out / VERIFY_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tool": "int8convert 0.0.1"}))
+
+
+def failed_before(out: Path) -> None:
+    path = out / VERIFY_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "is_passed": False}))
+
+
+def broken_now(out: Path) -> None:
+    path = out / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def unreadable(out: Path) -> None:
+    (out / VERIFY_FILE).write_text("{")
+
+
+def without_gates(out: Path) -> None:
+    path = out / VERIFY_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "gates": 1}))
+
+
+@pytest.mark.parametrize("change", [other_files, other_version, failed_before, broken_now, unreadable, without_gates])
+def test_what_was_measured_is_not_kept_for_anything_else(
+    change: Callable[[Path], None], own_out: Path, text: Path
+) -> None:
+    write_report(verify(own_out, text=text, **WINDOWS, **LOOSE))
+    change(own_out)
+
+    again = json.loads(write_report(verify(own_out, level="exact")).read_text())  # type: ignore[union-attr]
+
+    assert (again["level"], again["fidelity"], again["text"]) == ("exact", [], None) and "kept" not in again
+
+
+def test_tasks_are_kept_with_their_gate_by_a_run_of_the_models(own_out: Path, text: Path) -> None:
+    report = verify(own_out, text=text, **WINDOWS, **LOOSE)
+    path = write_report(report)
+    assert path is not None
+    tasks = [{"task": "piqa", "metric": "acc", "int8": 0.7}]
+    earlier = {**json.loads(path.read_text()), "level": "tasks", "tasks": tasks, "gates": {"min_task_p": 0.5}}
+    path.write_text(json.dumps(earlier))
+
+    again = json.loads(write_report(report).read_text())  # type: ignore[union-attr]
+
+    assert (again["tasks"], again["level"], again["kept"]) == (tasks, "tasks", ["tasks"])
+    assert again["gates"] == {"max_dnll": 0.5, "max_kl": 1e-3, "min_task_p": 0.5}

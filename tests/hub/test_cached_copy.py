@@ -9,6 +9,7 @@ import pytest
 
 from int8convert.checkpoint.hub import cached_copy
 from int8convert.checkpoint.hub.cached_copy import fetch_checkpoint
+from int8convert.checkpoint.hub.source import open_repository
 from int8convert.errors import CorruptFileError, DiskFullError
 from tests.hub.models import NAME, opt_66b
 from tests.hub_server.faults import FaultKind
@@ -37,28 +38,28 @@ def copied(directory: Path) -> dict[str, bytes]:
 
 def test_all_weights_are_fetched_once(hub: Hub, weights: dict[str, bytes]) -> None:
     told: list[tuple[str, int]] = []
-    first = fetch_checkpoint(NAME, None, lambda name, n_bytes: told.append((name, n_bytes)))
+    first = fetch_checkpoint(open_repository(NAME), lambda name, n_bytes: told.append((name, n_bytes)))
     assert copied(first) == weights and (first / "config.json").is_file()
     assert told == [(name, len(content)) for name, content in weights.items()]
     told.clear()
 
-    assert fetch_checkpoint(NAME, None, lambda name, n_bytes: told.append((name, n_bytes))) == first
+    assert fetch_checkpoint(open_repository(NAME), lambda name, n_bytes: told.append((name, n_bytes))) == first
     assert not told
 
 
 def test_trouble_that_passes_is_waited_for(hub: Hub, weights: dict[str, bytes]) -> None:
     hub.faults.add(FaultKind.UNAVAILABLE, origin=Origin.STORAGE, nth=7, times=8)
-    assert copied(fetch_checkpoint(NAME, None)) == weights
+    assert copied(fetch_checkpoint(open_repository(NAME))) == weights
     assert len(hub.faults.fired) > 5, "more often than the client tries by itself"
 
 
 def test_wrong_bytes_are_refused_removed_and_fetched_again(hub: Hub, weights: dict[str, bytes]) -> None:
     hub.faults.add(FaultKind.WRONG_BYTES, origin=Origin.STORAGE, nth=8, seed=1)
     with pytest.raises(CorruptFileError) as caught:
-        fetch_checkpoint(NAME, None)
+        fetch_checkpoint(open_repository(NAME))
     assert caught.value.message == f"'{NAMES[1]}' of '{NAME}' came with other bytes than the Hub lists"
 
-    assert copied(fetch_checkpoint(NAME, None)) == weights
+    assert copied(fetch_checkpoint(open_repository(NAME))) == weights
 
 
 def test_room_is_needed_for_what_lacks(
@@ -68,17 +69,17 @@ def test_room_is_needed_for_what_lacks(
     free = needed - 1
     monkeypatch.setattr(cached_copy.shutil, "disk_usage", lambda path: Usage(needed, 0, free))
     with pytest.raises(DiskFullError, match=rf"needs {needed:,} bytes for '{NAME}', its disk has {free:,} free"):
-        fetch_checkpoint(NAME, None)
+        fetch_checkpoint(open_repository(NAME))
     assert not list((tmp_path / "client").rglob("*.bin"))
 
 
 def test_only_what_lacks_counts(hub: Hub, weights: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = fetch_checkpoint(NAME, None)
+    directory = fetch_checkpoint(open_repository(NAME))
     (directory / NAMES[0]).resolve().unlink()
     (directory / NAMES[0]).unlink()
     monkeypatch.setattr(cached_copy.shutil, "disk_usage", lambda path: Usage(0, 0, len(weights[NAMES[0]])))
 
-    assert copied(fetch_checkpoint(NAME, None)) == weights
+    assert copied(fetch_checkpoint(open_repository(NAME))) == weights
 
 
 def test_commit_that_was_looked_up_is_fetched_whatever_is_pushed_meanwhile(hub: Hub, weights: dict[str, bytes]) -> None:
@@ -86,4 +87,4 @@ def test_commit_that_was_looked_up_is_fetched_whatever_is_pushed_meanwhile(hub: 
         if name == NAMES[0]:
             hub.repo(NAME).add_files({NAMES[1]: b"other"})
 
-    assert copied(fetch_checkpoint(NAME, None, push)) == weights
+    assert copied(fetch_checkpoint(open_repository(NAME), push)) == weights

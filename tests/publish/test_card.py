@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from huggingface_hub import ModelCard
 
 import int8convert
 from int8convert.checkpoint.inspection import inspect
+from int8convert.checkpoint.placement import Placement
+from int8convert.evaluation.texts import DEFAULT_TEXT
+from int8convert.evaluation.verify import write_report
 from int8convert.publish.card import CARD_MARK, make_card
 from int8convert.publish.finished import read_finished
+from tests.cli.conftest import Run, run
+from tests.publish.conftest import LOOSE
 from tests.tiny_models import edit_config, save_checkpoint
 
 pytestmark = [
@@ -24,6 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
+
+__all__ = ["run"]
 
 REPO = "me/model-int8"
 
@@ -63,7 +71,8 @@ def test_results_are_those_of_verify(out: Path, verified: Path) -> None:
 
     assert results is not None
     found = {result.metric_type: result.metric_value for result in results}
-    assert found == {key: run[key] for key in ("perplexity", "reference_perplexity", "mean_kl", "same_top1")}
+    keys = ("perplexity", "reference_perplexity", "mean_kl", "same_top1")
+    assert found == {key: float(f"{run[key]:.6g}") for key in keys}
     assert {result.task_type for result in results} == {"text-generation"}
     assert f"{run['perplexity']:.6g}" in card_of(verified) and f"{run['mean_kl']:.6f}" in card_of(verified)
 
@@ -71,7 +80,7 @@ def test_results_are_those_of_verify(out: Path, verified: Path) -> None:
 def test_what_was_not_verified_is_said_and_no_number_invented(out: Path) -> None:
     card = card_of(out)
 
-    assert "**Not verified**" in card
+    assert "**Not verified**: how far it is from its source was not measured. `int8convert verify me/model-int8" in card
     assert ModelCard(card).data.eval_results is None
     assert "perplexity" not in card.lower()
 
@@ -81,14 +90,16 @@ def test_local_source_is_no_base_model_and_its_path_stays_here(out: Path, tmp_pa
 
     assert ModelCard(card).data.base_model is None
     assert str(tmp_path) not in card
-    assert "a local checkpoint, `source`" in card
+    assert "The weights of a local checkpoint, `source`, in 8-bit integers" in card
+    assert f"`int8convert verify {REPO} --reference SOURCE`" in card
+    assert "int8convert quantize SOURCE OUT" in card
 
 
 def test_coverage_and_weight_error_are_those_of_the_files(out: Path) -> None:
     found = inspect(out)
     card = card_of(out)
 
-    assert f"{100 * found.coverage:.1f} % of" in card
+    assert f"\n{100 * found.coverage:.1f} % of 94.7 k parameters." in card and "of the bytes" not in card
     manifest = json.loads((out / "int8convert" / "manifest.json").read_text())
     values = [
         tensor["sqnr_db"]
@@ -101,10 +112,26 @@ def test_coverage_and_weight_error_are_those_of_the_files(out: Path) -> None:
 
 
 def test_stored_outlier_columns_are_counted(source: Path, out: Path) -> None:
-    assert "outliers.safetensors" not in card_of(out)
+    assert "outliers.safetensors" not in card_of(out) and "stored outlier columns" not in card_of(out)
     int8convert.store_outliers(source, out, {"model.decoder.layers.0.fc1": [1, 5], "model.decoder.layers.1.fc1": [2]})
 
-    assert "holds 3 columns of 2 weights in 16 bits" in card_of(out)
+    assert "holds 3 columns of 2 weights in 16 bits, chosen in a way that the file does not tell: " in card_of(out)
+    assert "int8convert, by its own runtime, which also uses the stored outlier columns:" in card_of(out)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_columns_are_excepted_from_what_the_command_makes_again(is_told: bool, source: Path, out: Path) -> None:
+    assert "The first command writes the same bytes, on any machine (int8convert 0.1.0)." in card_of(out)
+    calibration = {"text": "a.txt", "text_sha256": "ab" * 32, "n_sequences": 16, "length": 256}
+    how = "by running 16 windows of 256 tokens of `a.txt` (sha256 `abababababababab`) through the model"
+    columns = {"model.decoder.layers.0.fc1": [1]}
+    int8convert.store_outliers(source, out, columns, calibration if is_told else None)
+
+    chosen = how if is_told else "in a way that the file does not tell"
+    assert f"but not `int8convert/outliers.safetensors`, whose columns were chosen {chosen}." in card_of(out)
+    assert f"\nint8convert verify {REPO} --reference SOURCE\n" in card_of(out)
+    as_from_the_hub(out)
+    assert f"\nint8convert verify {REPO}\n" in card_of(out)
 
 
 def test_command_to_reproduce_has_the_options_of_the_conversion(
@@ -117,6 +144,14 @@ def test_command_to_reproduce_has_the_options_of_the_conversion(
     assert expected in card_of(tmp_path / "o")
 
 
+def test_command_with_many_patterns_is_whole(source: Path, tmp_path: Path, map_in_process: None) -> None:
+    patterns = ["model.decoder.layers.0.fc2"] * 32
+    int8convert.quantize(source, tmp_path / "o", skip=patterns, threshold=5.0, on_event=lambda event: None)
+
+    (command,) = re.findall(r"\nint8convert quantize (.*)\n", card_of(tmp_path / "o"))
+    assert command.count("--skip") == 32 and command.endswith(" --threshold 5.0")
+
+
 def test_other_layout_has_its_own_tag_and_loader(tmp_path: Path, map_in_process: None) -> None:
     source = save_checkpoint("llama", tmp_path / "source")
     int8convert.quantize(source, tmp_path / "o", format="compressed-tensors", on_event=lambda event: None)
@@ -125,6 +160,163 @@ def test_other_layout_has_its_own_tag_and_loader(tmp_path: Path, map_in_process:
     assert "compressed-tensors" in (ModelCard(card).data.tags or [])
     assert f'model = LLM("{REPO}")\n' in card
     assert "--format compressed-tensors" in card
+
+
+def test_command_to_verify_gives_the_numbers_of_the_card(verified: Path, tmp_path: Path, run: Run) -> None:
+    text = tmp_path / "sample.txt"
+    text.write_text(DEFAULT_TEXT.read_text()[:5000])
+    options: dict[str, Any] = {"gates": LOOSE, "n_sequences": 3, "length": 20, "device": "cpu"}
+    for more, command in (
+        ({"text": text}, "--text sample.txt --sequences 3 --length 20 --max-dnll 9 --max-kl 9"),
+        ({"text": text, "convention": "halves"}, "--text sample.txt --sequences 3 --length 20 --convention halves"),
+        ({}, "verify OUT --sequences 3 --length 20 --max-dnll 9"),
+    ):
+        report = int8convert.verify(verified, **options, **more)
+        write_report(report)
+        card = card_of(verified)
+        (line,) = re.findall(r"\nint8convert (verify OUT .*)\n", card)
+        assert command in line
+        assert f"has the sha256 `{hashlib.sha256((text if more else DEFAULT_TEXT).read_bytes()).hexdigest()}`" in card
+
+        words = line.replace(" OUT ", f" {verified} ").replace("sample.txt", str(text)).split()
+        code, printed, _ = run(*words, "--device", "cpu", "--json")
+
+        again = json.loads(printed)["fidelity"][0]
+        assert code == 0
+        assert [again[key] for key in ("perplexity", "mean_kl")] == [
+            getattr(report.fidelity[0], key) for key in ("perplexity", "mean_kl")
+        ]
+
+
+def edit_verify(out: Path, **changes: Any) -> None:
+    path = out / "int8convert" / "verify.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_command_to_verify_names_dataset_and_tasks(verified: Path) -> None:
+    text = {"name": "c4", "dataset": "c4", "sha256": "ab" * 32, "n_sequences": 256, "length": 2048}
+    tasks = [{"task": "piqa", "metric": metric, "int8": 0.7123456789} for metric in ("acc", "acc_norm")]
+    edit_verify(verified, text={**text, "convention": "contiguous: 256", "description": "c4: a file"}, tasks=tasks)
+    card = card_of(verified)
+
+    windows = "--dataset c4 --sequences 256 --length 2048"
+    assert f"int8convert verify OUT {windows} --level tasks --tasks piqa --max-dnll 9 --max-kl 9\n" in card
+    results = ModelCard(card).data.eval_results or []
+    found = {(result.dataset_name, result.dataset_type) for result in results}
+    assert found == {("c4: a file", "c4"), ("piqa", "piqa")}
+    assert {result.metric_value for result in results if result.dataset_type == "piqa"} == {0.712346}
+
+
+def test_text_of_one_s_own_is_no_dataset(verified: Path, tmp_path: Path) -> None:
+    text = tmp_path / "README.md"
+    text.write_text(DEFAULT_TEXT.read_text())
+    write_report(int8convert.verify(verified, text=text, gates=LOOSE, n_sequences=3, length=20, device="cpu"))
+
+    found = ModelCard(card_of(verified)).data.eval_results or []
+    assert {(result.dataset_name, result.dataset_type) for result in found} == {("custom text, README.md", "custom")}
+
+
+def test_verdict_names_the_gates_that_were_passed(verified: Path) -> None:
+    run = "upper end of the interval of the change of NLL at most 9, mean KL divergence at most 9"
+    assert f"**Passed**: {run}. By int8convert 0.1.0." in card_of(verified)
+    edit_verify(verified, tasks=[{"task": "piqa", "metric": "acc", "int8": 0.7}])
+    assert f"**Passed**: {run}, no task done worse with p below 0.001." in card_of(verified)
+    edit_verify(verified, fidelity=[], text=None, tasks=[])
+    assert "**Passed.** By int8convert 0.1.0." in card_of(verified)
+    assert card_of(verified).endswith("int8convert verify OUT --level exact\n```\n")
+
+
+def test_what_failed_is_no_lack_of_measuring(verified: Path) -> None:
+    edit_verify(verified, is_passed=False, failures=["codes: fc1.weight row 3 is off", "more"])
+
+    expected = "**Not verified**: it did not pass when it was verified: codes: fc1.weight row 3 is off; more. "
+    assert expected in card_of(verified)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        (453.32, 453.01612345, ["453.320", "453.016"]),
+        (9.9999996, 10.1234567, ["10.0000", "10.1235"]),
+        (123456.7, 3.0, ["123457", "3"]),
+        ("inf", 2.5, ["inf", "2.50000"]),
+    ],
+)
+def test_perplexities_have_the_same_decimals(before: Any, after: float, shown: list[str], verified: Path) -> None:
+    run = json.loads((verified / "int8convert" / "verify.json").read_text())["fidelity"][0]
+    edit_verify(verified, fidelity=[{**run, "reference_perplexity": before, "perplexity": after}])
+
+    assert f"| dynamic | {' | '.join(shown)} | " in card_of(verified)
+
+
+def test_size_stands_beside_that_of_the_source(source: Path, out: Path) -> None:
+    before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    after = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+
+    assert f"\n{after / 1e3:.3g} kB in 2 files, instead of the {before / 1e3:.3g} kB of its source, " in card_of(out)
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "shown"),
+    [
+        ((1, 1, 1), "One GPU of 24 GB holds the weights, the key-value cache aside."),
+        ((3, 2, 1), "aside: 3 x 24 GB or 2 x 40 GB or 1 x 80 GB."),
+        ((2, 1, 1), "aside: 2 x 24 GB or 1 x 40 GB."),
+        ((None, None, 4), "aside: 4 x 80 GB."),
+        ((None, None, None), "aside: more than 8 x 80 GB."),
+    ],
+)
+def test_no_larger_gpus_are_listed_than_one_that_is_enough(
+    n_gpus: tuple[int | None, ...], shown: str, out: Path
+) -> None:
+    placements = tuple(Placement(gb, n, 0) for gb, n in zip((24, 40, 80), n_gpus, strict=True))
+
+    assert shown in make_card(read_finished(out), REPO, replace(inspect(out), placements=placements))
+
+
+@pytest.mark.parametrize(
+    ("said", "link"),
+    [
+        ({"license": "other", "license_name": "opt"}, "LICENSE"),
+        ({"license": "other", "license_link": "https://x.example/l"}, "https://x.example/l"),
+        ({"license": "mit"}, None),
+        ({}, None),
+    ],
+)
+def test_text_of_a_licence_of_its_own_is_linked(said: dict[str, str], link: str | None, out: Path) -> None:
+    edit_manifest(out, source_card=said)
+
+    assert ModelCard(card_of(out)).data.to_dict().get("license_link") == link
+
+
+def test_licence_is_said_as_far_as_it_is_known(out: Path) -> None:
+    assert "Licence: that of the source, `mit`, see [LICENSE](LICENSE)." in card_of(out)
+    edit_manifest(out, source_card={})
+    assert "Licence: that of the source, which is not known here, see [LICENSE](LICENSE)." in card_of(out)
+    (out / "LICENSE").unlink()
+    as_from_the_hub(out)
+    assert "Licence: that of [org/model](https://huggingface.co/org/model).\n" in card_of(out)
+    card = {"license": "other", "license_name": "opt", "license_link": "https://x.example/l"}
+    edit_manifest(out, source_card=card)
+    assert "[org/model](https://huggingface.co/org/model), `opt`, see <https://x.example/l>.\n" in card_of(out)
+
+
+def test_link_to_the_source_leads_to_the_hub_in_use_and_holds_no_login(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_from_the_hub(out)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:secret@hub.example")
+
+    assert "The weights of [org/model](https://hub.example/org/model) at commit `ccc" in card_of(out)
+    assert "secret" not in card_of(out)
+
+
+def test_export_is_made_again_by_an_export(out: Path, tmp_path: Path) -> None:
+    int8convert.export(out, tmp_path / "exported", format="compressed-tensors")
+    card = card_of(tmp_path / "exported")
+
+    assert "\nint8convert export SOURCE OUT --format compressed-tensors\n" in card
+    assert "instead of" not in card and "multiplied in 16" not in card
 
 
 HOSTILE = (

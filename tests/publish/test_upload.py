@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
+from int8convert.evaluation.verify import write_report
 from int8convert.publish.target import FileSent
 from tests.hub_server import write_routes
 from tests.hub_server.faults import FaultKind
@@ -368,6 +369,27 @@ def test_refused_before_anything_is_sent(
 
     assert caught.value.hint.endswith("nothing was sent")
     assert not hub.log.requests()
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_failed_is_named_and_no_way_out_that_is_none(
+    is_damaged: bool, verified: Path, hub: Hub, connect: Connect, tmp_path: Path
+) -> None:
+    connect(hub, hub.token)
+    if is_damaged:
+        flipped_bit(verified)
+    else:
+        (tmp_path / "source" / "LICENSE").write_text("another")
+    report = int8convert.verify(verified, level="exact")
+    write_report(report)
+
+    with pytest.raises(errors.UnverifiedError) as caught:
+        int8convert.upload(verified, REPO)
+
+    assert caught.value.message.endswith(": it did not pass when it was verified: " + "; ".join(report.failures[:3]))
+    assert ("files: model-00002-of-" in caught.value.message) is is_damaged
+    assert ("--allow-unverified" in caught.value.hint) is not is_damaged
+    assert ("remove what is named" in caught.value.hint) is is_damaged
 
 
 def test_unverified_passes_on_demand_and_the_card_says_so(out: Path, hub: Hub, connect: Connect) -> None:

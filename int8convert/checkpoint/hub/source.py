@@ -122,7 +122,7 @@ def open_repository(name: str, revision: str | None = None, cache_dir: Path | No
     weight_map = read_weight_map(directory / index_name, Path(weight_names[0]).suffix) if index_name else None
     if weight_map is not None:
         weight_names = _listed(repository, weight_map, index_name)
-    files = [_hub_file(repository, repository.files[file_name]) for file_name in weight_names]
+    files = [hub_file(repository, repository.files[file_name]) for file_name in weight_names]
     with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
         shards = list(pool.map(lambda file: _read_shard(file, directory), files))
     if weight_map is not None:
@@ -171,7 +171,8 @@ def _listed(repository: Repository, weight_map: dict[str, str], index_name: str)
     return names
 
 
-def _hub_file(repository: Repository, file: RepositoryFile) -> HubFile:
+def hub_file(repository: Repository, file: RepositoryFile) -> HubFile:
+    """A file of the repository, to be read."""
     return HubFile(repository.name, repository.commit, file.name, file.n_bytes, file.sha256, file.blob_id)
 
 

@@ -1,0 +1,77 @@
+"""The int8 checkpoint that is looked at: a directory, or a repository on the Hub.
+
+Of a repository, config, small files and what a conversion of ours wrote beside the weights are had through the cache of
+the Hub's client. Its weight files are read from there as far as the cache has them, else by range; what the manifest
+says of them is then compared with what the Hub lists, for a range has no hash.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from int8convert.checkpoint.layout import MANIFEST_NAME, OUTLIERS_FILE
+from int8convert.checkpoint.source import CheckpointSource, SourceShard, open_source
+
+_OWN_FILES = (MANIFEST_NAME, OUTLIERS_FILE)
+
+
+@dataclass(frozen=True, slots=True)
+class ExaminedCheckpoint:
+    """An int8 checkpoint, opened.
+
+    Attributes:
+        source: its config, headers and small files.
+        weight_files: names of the safetensors files that lie there, whether its index names them or not.
+    """
+
+    source: CheckpointSource
+    weight_files: frozenset[str] = field(repr=False)
+
+
+def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> ExaminedCheckpoint:
+    """Read config, index, headers and manifest; no weights.
+
+    Args:
+        revision: of a repository on the Hub.
+
+    Raises:
+        Int8ConvertError: as `open_source`.
+    """
+    source = open_source(out, revision)
+    if source.commit is None:
+        return ExaminedCheckpoint(source, _weight_files(entry.name for entry in source.directory.iterdir()))
+    from int8convert.checkpoint.hub.cached_copy import fetch_beside, reading_cached
+
+    return ExaminedCheckpoint(reading_cached(source), _weight_files(fetch_beside(source, _OWN_FILES)))
+
+
+def _weight_files(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(name for name in names if "/" not in name and name.endswith(".safetensors"))
+
+
+@dataclass(frozen=True, slots=True)
+class HubReading:
+    """What is about to be read of a repository on the Hub.
+
+    Attributes:
+        n_bytes: of weight files that come over the network; without what the cache of the Hub's client has.
+        is_kept: they go into that cache, whole files; else nothing of them stays here.
+    """
+
+    repository: str
+    commit: str
+    n_bytes: int
+    is_kept: bool
+
+
+def hub_reading(source: CheckpointSource, is_kept: bool = False) -> HubReading | None:
+    """What reading all of a checkpoint takes from the Hub; None of a directory."""
+    if source.commit is None:
+        return None
+    return HubReading(source.label, source.commit, sum(map(_remote_bytes, source.shards)), is_kept)
+
+
+def _remote_bytes(shard: SourceShard) -> int:
+    return shard.n_bytes if shard.remote is not None else 0
