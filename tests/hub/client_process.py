@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -72,6 +73,11 @@ class ClientProcesses:
         """SIGKILL the conversion, unless it is through."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
+
+    def is_running(self) -> bool:
+        """Whether the conversion is not through; before `wait`."""
+        assert self._parent.stdout is not None
+        return not select.select([self._parent.stdout], [], [], 0)[0]
 
     def wait(self) -> int:
         """Its exit code; negative, the signal that ended it."""

@@ -76,7 +76,9 @@ def test_trouble_that_may_be_met_so_often_in_a_row_is_given_up_then(clock: Clock
     with pytest.raises(HubConnectionError, match="old address"):
         waiting.wait(PassingError("old address", most_times=4), clock.sleep)
     waiting.progressed()
-    waiting.wait(PassingError("old address", most_times=4), clock.sleep)
+    for _ in range(9):
+        waiting.wait(PassingError("old address", most_times=2), clock.sleep)
+        waiting.wait(PassingError("other trouble"), clock.sleep)
 
 
 def test_time_of_a_try_before_it_fails_is_none_of_patience(clock: Clock) -> None:

@@ -48,19 +48,21 @@ def test_killed_run_is_gone_on_with_from_what_the_repository_has(
     sources = [tree[f"pytorch_model-{i + 1:05d}-of-{N_SHARDS:05d}.bin"].sha256 for i in range(N_SHARDS)]
     kind = f"{is_elsewhere}-{seeds.start}"
     begin_anew(hub, folder / "hub" / "client")
-    hub.bandwidth.bytes_per_s = BYTES_PER_S
-    began = time.monotonic()
     clients.start(src=NAME, out=str(tmp_path / "undisturbed"), reader="stream", upload=f"me/{kind}")
     assert clients.wait() == 0
-    whole_s = time.monotonic() - began
     expected = hub.repo(f"me/{kind}").files
     shards = {name for name in expected if name.endswith(".safetensors")}
     n_finished = []
     for seed in seeds:
         repository = f"me/{kind}-{seed}"
+        draw = random.Random(seed)
+        n_commits, moment_s = draw.randint(0, N_SHARDS + 1), draw.uniform(0, 0.2)
         hub.bandwidth.bytes_per_s = BYTES_PER_S
+        hub.log.clear()
         clients.start(src=NAME, out=str(tmp_path / "out"), reader="stream", upload=repository)
-        time.sleep(random.Random(seed).uniform(0, whole_s))
+        while len(hub.log.requests("POST", "/commit/")) < n_commits and clients.is_running():
+            time.sleep(0.005)
+        time.sleep(moment_s)
         clients.kill()
         if clients.wait() == 0:
             continue  # it was faster

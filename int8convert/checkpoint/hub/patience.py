@@ -87,7 +87,7 @@ class Patience:
         now = time.monotonic()
         if self._since is None:
             self._since = now
-        self._n_times += 1
+        self._n_times = self._n_times + 1 if trouble.most_times is not None else 0
         asked_s = trouble.retry_after_s
         # Many clients must not come back at one moment; nor earlier than asked for, which would prolong it.
         wait_s = asked_s if asked_s is not None else self._wait_s * random.uniform(0.7, 1.3)
