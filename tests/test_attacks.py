@@ -74,7 +74,8 @@ def test_attack_ends_as_expected(attack: Attack, tmp_path: Path, monkeypatch: py
 
 def read_outside(events: list[tuple[str, str]], folder: Path, checkpoint: Path) -> list[str]:
     """Files that were opened and belong to this machine, not to the checkpoint."""
-    allowed = [Path(os.path.realpath(checkpoint)), folder / checkpoint.parent.name / "cache" / "blobs"]
+    blobs = [folder / checkpoint.parent.name / cache / "blobs" for cache in ("cache", "hub")]
+    allowed = [Path(os.path.realpath(checkpoint)), *blobs]
     opened = [Path(os.path.realpath(path)) for kind, path in events if kind == "open" and not path.isdigit()]
     private = [Path("/etc"), Path("/dev/zero"), folder]
     return [

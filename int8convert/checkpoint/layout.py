@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -63,6 +64,7 @@ _WEIGHT_SUFFIXES = (
 
 MAX_CARRIED_BYTES = 200_000_000
 """Of a file that goes along. Tokenizers take up to 35 MB; what is larger is weights in some form."""
+_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 _NOT_CARRIED = frozenset({CONFIG_NAME, "README.md", ".gitattributes", ".gitignore", OWN_FOLDER})
 """The model card of the source describes the source; `upload` writes the converted checkpoint's own. A file named like
 our own folder would be in its way."""
@@ -82,9 +84,9 @@ def quoted(text: str, max_length: int = 100) -> str:
 def find_file(directory: Path, name: str) -> Path | None:
     """The path of a checkpoint's file; None if it has none of that name.
 
-    A link must stay inside the directory, or lead into the `blobs` of the Hugging Face cache the directory is a
-    snapshot of. Anywhere else it could point to a private file of this machine, which would then be read into error
-    messages or copied into an output that gets published.
+    A link must stay inside the directory, or lead to a blob of the Hugging Face cache the directory is a snapshot of:
+    of its repository, or of those that all repositories share. Anywhere else it could point to a private file of this
+    machine, which would then be read into error messages or copied into an output that gets published.
 
     Raises:
         SourceError: there is something of that name, but no regular file of this checkpoint.
@@ -119,11 +121,21 @@ def _check_inside(path: Path, directory: Path, name: str) -> None:
     target = Path(os.path.realpath(path))
     root = Path(os.path.realpath(directory))
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(target.is_relative_to(allowed) for allowed in roots):
+    if not any(target.is_relative_to(allowed) for allowed in roots) and not _is_shared_blob(target, root):
         raise SourceError(
             f"{quoted(name)} is a link to {quoted(str(target))}, outside the checkpoint",
             "copy that file itself into the checkpoint's directory, or remove the link; nothing was written",
         )
+
+
+def _is_shared_blob(target: Path, snapshot: Path) -> bool:
+    """Whether a file is a blob that the cache keeps once for all its repositories, as the client does with xet."""
+    repository = snapshot.parent.parent
+    if snapshot.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return False
+    shared = repository.parent / "blobs"
+    name = target.relative_to(shared).as_posix() if target.is_relative_to(shared) else ""
+    return _SHARED_BLOB.fullmatch(name) is not None
 
 
 def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = True) -> dict[str, Any]:

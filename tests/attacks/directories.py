@@ -329,6 +329,35 @@ def cache_of_the_hub(folder: Path) -> None:
     replace_by_link(folder, "tokenizer.json", "../../blobs/beef")
 
 
+def make_shared_blob(folder: Path, repository: str, name: str) -> None:
+    """The newer layout: the repository's blob is a link to one that all repositories of the cache share."""
+    snapshot = folder / "hub" / repository / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    blob = folder / "hub" / "blobs" / name
+    blob.parent.mkdir(parents=True)
+    write_safetensors(blob)
+    (snapshot.parent.parent / "blobs").mkdir()
+    (snapshot.parent.parent / "blobs" / "feed").symlink_to(f"../../blobs/{name}")
+    (folder / "checkpoint").rename(snapshot)
+    (folder / "checkpoint").symlink_to(f"hub/{repository}/snapshots/0123abcd")
+    replace_by_link(folder, "model.safetensors", "../../blobs/feed")
+
+
+@attack(None)
+def cache_of_the_hub_with_shared_blobs(folder: Path) -> None:
+    make_shared_blob(folder, "models--org--name", f"fe/{'fe' * 32}")
+
+
+@attack(SourceError, "outside the checkpoint")
+def shared_blob_of_another_name(folder: Path) -> None:
+    make_shared_blob(folder, "models--org--name", "fe/secret.safetensors")
+
+
+@attack(SourceError, "outside the checkpoint")
+def shared_blob_of_what_is_no_cache(folder: Path) -> None:
+    make_shared_blob(folder, "documents", f"fe/{'fe' * 32}")
+
+
 @attack(SourceError, "outside the checkpoint")
 def cache_link_that_climbs_through_the_blobs(folder: Path) -> None:
     make_snapshot(folder, folder / "cache" / "blobs", "../../blobs/../../secret.safetensors")

@@ -378,6 +378,25 @@ def test_xet_on_either_side(reader: str, xet_hub: Hub, connect: Connect, tmp_pat
     assert payload(tmp_path / "out") == payload(tmp_path / "local")
 
 
+def test_cache_that_xet_filled_is_read_as_a_directory_and_without_the_network(
+    xet_hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are links to links, to blobs that all repositories of the cache share."""
+    add(xet_hub, safetensors(tmp_path))
+    api = connect(xet_hub, xet=True)
+    cache = tmp_path / "cache"
+    convert(NAME, tmp_path / "out", cache_dir=cache)
+    snapshot = Path(api.snapshot_download(NAME, cache_dir=cache, allow_patterns="*.safetensors"))
+    assert {len(path.resolve().relative_to(cache).parts) for path in snapshot.glob("*.safetensors")} == {3}
+
+    convert(snapshot, tmp_path / "by path")
+
+    assert payload(tmp_path / "by path") == payload(tmp_path / "out")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    convert(NAME, tmp_path / "offline", cache_dir=cache)
+    assert payload(tmp_path / "offline") == payload(tmp_path / "out")
+
+
 def test_stream_holds_no_more_than_its_window(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
