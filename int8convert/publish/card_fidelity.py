@@ -71,7 +71,8 @@ def _run_row(run: dict[str, Any]) -> list[str]:
 
 def _alike(*values: Any) -> list[str]:
     """Numbers to be compared: as many decimals for each as give the largest its digits."""
-    largest = max((abs(value) for value in values if isinstance(value, int | float) and value), default=1.0)
+    finite = [abs(value) for value in values if isinstance(value, int | float) and value and math.isfinite(value)]
+    largest = max(finite, default=1.0)
     return [_number(value, f".{max(0, _DIGITS - 1 - math.floor(math.log10(largest)))}f") for value in values]
 
 
