@@ -81,28 +81,44 @@ RESUMABLE = "finished shards are kept, the one in work was removed; the same com
 
 
 @contextmanager
-def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE) -> Iterator[None]:
+def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE, writes: bool = True) -> Iterator[None]:
     """The one boundary: our own errors become two lines and an exit code; all else is a bug and keeps its traceback.
 
     Args:
         interrupted_hint: what is on the disk after Ctrl-C or SIGTERM.
+        writes: whether the command ever writes anything; else no error needs to say that nothing was written.
     """
     try:
         with nullcontext() if as_json else telling_waits():
             yield
     except Int8ConvertError as error:
-        if as_json:
-            print_json({"schema": 1, "error": {"code": error.code, "message": error.message, "hint": error.hint}})
-        stderr.print(f"[bold red]error:[/] {escape(error.message)}")
-        stderr.print(f"[bold]hint:[/] {escape(error.hint)}")
+        hint = error.hint if writes else error.hint.removesuffix("; nothing was written")
+        _print_error(error.code, error.message, hint, as_json)
         if os.environ.get("INT8CONVERT_DEBUG"):
             raise
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as stop:
-        was_terminated = isinstance(stop, TerminatedError)
-        stderr.print(f"[bold red]error:[/] {'terminated' if was_terminated else 'interrupted'}")
-        stderr.print(f"[bold]hint:[/] {interrupted_hint}")
-        raise typer.Exit(143 if was_terminated else 130) from None
+        raise typer.Exit(tell_interruption(stop, as_json, interrupted_hint)) from None
+
+
+def tell_interruption(stop: KeyboardInterrupt, as_json: bool, hint: str) -> int:
+    """Print that it was Ctrl-C or SIGTERM; the exit code."""
+    was_terminated = isinstance(stop, TerminatedError)
+    word = "terminated" if was_terminated else "interrupted"
+    _print_error(word, word, hint, as_json)
+    return 143 if was_terminated else 130
+
+
+def _print_error(code: str, message: str, hint: str, as_json: bool) -> None:
+    if as_json:
+        print_json_error(code, message, hint)
+    stderr.print(f"[bold red]error:[/] {escape(message)}")
+    stderr.print(f"[bold]hint:[/] {escape(hint)}")
+
+
+def print_json_error(code: str, message: str, hint: str) -> None:
+    """The object that stands in place of the result."""
+    print_json({"schema": 1, "error": {"code": code, "message": message, "hint": hint}})
 
 
 class TerminatedError(KeyboardInterrupt):

@@ -19,7 +19,7 @@ from int8convert.cli.console import (
     reporting_errors,
     wants_live_display,
 )
-from int8convert.cli.quantize import check_device
+from int8convert.cli.options import AsJson, check_choice, check_device
 from int8convert.errors import SourceError
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ _INTERRUPTED = "nothing was written"
 
 
 def _check_outliers(mode: str | None) -> str | None:
-    modes = ("static", "static+guard", "dynamic", "none")
-    if mode is not None and mode not in modes:
-        raise typer.BadParameter(f"it is {', '.join(modes[:-1])} or {modes[-1]}, not {mode!r}")
+    check_choice(mode, ("static", "static+guard", "dynamic", "none"))
     return mode
 
 
@@ -77,7 +75,7 @@ def generate(
     device: Annotated[
         str, typer.Option(callback=check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text alone.")] = False,
 ) -> None:
     if (prompt is None) == (file is None):

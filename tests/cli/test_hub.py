@@ -77,13 +77,13 @@ def test_dry_run_tells_disk_memory_and_time_of_each_reader_and_fetches_next_to_n
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["quantize", NAME, "out", "--reader", "fast"], "auto, stream, download"),
-        (["quantize", NAME, "out", "--keep"], "go with --upload"),
-        (["quantize", NAME, "out", "--max-disk", "3GB"], "go with --upload"),
+        (["quantize", NAME, "out", "--reader", "fast"], "auto, stream or download"),
+        (["quantize", NAME, "out", "--keep"], "--keep needs --upload"),
+        (["quantize", NAME, "out", "--max-disk", "3GB"], "--max-disk needs --upload"),
         (["quantize", NAME, "--upload", REPO, "--calibrate", "text.txt"], "needs --keep"),
         (["quantize", NAME], "OUT is missing"),
         (["upload", "out"], "REPO"),
-        (["quantize", NAME, "--dry-run", "--bandwidth", "fast"], "5GB"),
+        (["quantize", NAME, "--dry-run", "--bandwidth", "fast"], "50MB"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str], complaint: str, run: Run) -> None:
