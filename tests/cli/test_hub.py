@@ -142,7 +142,8 @@ def test_errors_of_the_hub_are_two_lines_and_one_object(source: Path, hub: Hub, 
     assert json.loads(out)["error"]["code"] == "hub_missing"
     assert err == (
         f"error: {hub.endpoint} has no repository 'org/nothing' that this token may see\n"
-        "hint: mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN\n"
+        "hint: mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN; "
+        "no directory 'org/nothing' is here either\n"
     )
     assert not (tmp_path / "out").exists()
 
