@@ -23,7 +23,6 @@ from tests.tiny_models import file_bytes
 __all__ = ["connect", "hub"]
 
 REPO = "me/opt-66b-int8"
-QUANTIZING = "note: quantizing on cpu: "
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +47,7 @@ def test_quantize_says_which_reader_and_why(source: Path, hub: Hub, run: Run, tm
     code, out, err = run("quantize", NAME, tmp_path / "a")
     assert code == 0
     assert f"note: reading {NAME} at {commit} by download: the disk has room for two of its shards beside" in err
-    assert err.startswith(QUANTIZING) and out.startswith(f"{tmp_path / 'a'}: ")
+    assert out.startswith(f"{tmp_path / 'a'}: ")
 
     code, out, err = run("quantize", NAME, tmp_path / "b", "--reader", "stream")
     assert f"note: reading {NAME} at {commit} by stream\n" in err
