@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -208,8 +209,10 @@ def format_shards(n: int) -> str:
 
 
 def format_gpus(placements: Sequence[Placement]) -> str:
-    """4 x 24 GB, 2 x 40 GB or 1 x 80 GB."""
-    fitting = [f"{place.n_gpus} x {place.gpu_gb} GB" for place in placements if place.n_gpus is not None]
+    """4 x 24 GB, 2 x 40 GB or 1 x 80 GB; none that is larger than a single one that holds it."""
+    single = min((place.gpu_gb for place in placements if place.n_gpus == 1), default=math.inf)
+    usable = [place for place in placements if place.n_gpus is not None and place.gpu_gb <= single]
+    fitting = [f"{place.n_gpus} x {place.gpu_gb} GB" for place in usable]
     return " or ".join(filter(None, (", ".join(fitting[:-1]), *fitting[-1:]))) or f"more than {MAX_GPUS} x 80 GB"
 
 

@@ -200,8 +200,9 @@ def quantize(
         "cache_dir": cache_dir,
     }
     with reporting_errors(as_json), quieting_hub():
+        publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
         if dry_run:
-            print_plan(src, shared, min_coverage / 100, workers, device, bandwidth, as_json)
+            print_plan(src, out, shared, min_coverage / 100, workers, device, reader, bandwidth, publishing, as_json)
             return
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -209,8 +210,7 @@ def quantize(
         if calibrate is not None:
             with quieting_libraries(False):
                 check_calibration(src, calibrate, revision, cache_dir)
-        publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
-        with showing_progress(quiet, as_json) as on_event:
+        with showing_progress(quiet, as_json, check) as on_event:
             report = run(
                 src,
                 out or "",
@@ -291,11 +291,15 @@ def _print_report(report: ConversionReport, place: str | None) -> None:
         f"[bold]{escape(place or '')}[/]: {format_percent(report.coverage)} of the parameters and "
         f"{format_percent(report.byte_coverage)} of the bytes are int8"
     )
+    rate = f"{format_bytes(report.n_read_now_bytes / report.elapsed_s)}/s"
+    run = f", {format_seconds(report.elapsed_s)} on {report.device}, {rate}"
+    if report.n_done_shards:
+        now = f"{format_bytes(report.n_read_now_bytes)} were read now{run}" if report.n_read_now_bytes else ""
+        run = f"; {report.n_done_shards} of {report.n_shards} were done already, {now or 'nothing was read'}"
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
         f"({format_percent(report.n_written_bytes / max(1, report.n_read_bytes))}) "
-        f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)} on {report.device}, "
-        f"{format_bytes(report.n_read_bytes / report.elapsed_s)}/s"
+        f"in {format_shards(report.n_shards)}{run}"
     )
     print_table(
         "Weight error (signal to quantization noise, higher is better)",
