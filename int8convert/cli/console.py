@@ -13,13 +13,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
 from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.placement import MAX_GPUS, Placement
-from int8convert.errors import Int8ConvertError
+from int8convert.errors import Int8ConvertError, OutputError
 
 _WIDTH_OF_A_PIPE = 160
 """Tables in a file or a pipe need not fit the 80 columns rich would assume."""
@@ -29,8 +29,8 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def wants_live_display(quiet: bool, as_json: bool) -> bool:
-    """Whether a person is watching. Not rich's own guess: FORCE_COLOR would make that true for a log file."""
-    return sys.stderr.isatty() and not quiet and not as_json
+    """Whether a person is watching, on a terminal that can redraw. Not rich's own guess, which FORCE_COLOR changes."""
+    return sys.stderr.isatty() and not stderr.is_dumb_terminal and not quiet and not as_json
 
 
 @contextmanager
@@ -161,25 +161,52 @@ def note(message: str) -> None:
     stderr.print(f"[bold]note:[/] {escape(message)}")
 
 
+@contextmanager
+def writing_result() -> Iterator[None]:
+    """Tells that stdout takes no more, as of a file on a full disk; a reader that has gone is typer's affair."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails at its end on what is left
+        raise OutputError(
+            f"the result cannot be written to stdout: {error.strerror}",
+            "what else the command was to do is done; make room, or send its output elsewhere, and run it again",
+        ) from error
+
+
 def print_json(value: dict[str, Any]) -> None:
     """The machine-readable result: one object, and nothing else on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    with writing_result():
+        sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def print_line(text: str) -> None:
     """A line of the result; rich markup allowed."""
-    stdout.print(text)
+    with writing_result():
+        stdout.print(text)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of the result: the first column to the left, the others to the right."""
+    """A table of the result: the first column to the left, the others to the right.
+
+    Cells are wrapped between words. What is still wider than the terminal is left to it: names stay whole to be copied.
+    """
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if i else "left", header_style="dim", overflow="fold")
+        cells = [column, *(row[i] for row in rows)]
+        is_text = any(len(cell.split()) > 2 for cell in cells)  # 6.29 M is none
+        parts = [word for cell in cells for word in cell.split()] if is_text else cells
+        justify: JustifyMethod = "right" if i else "left"
+        min_width = max(map(len, parts))
+        table.add_column(escape(column), justify=justify, header_style="dim", min_width=min_width, no_wrap=not is_text)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    stdout.print(f"[bold]{escape(title)}[/]")  # a title of the table's own would wrap at the table's width
-    stdout.print(table, soft_wrap=False)
+    print_line(f"[bold]{escape(title)}[/]")  # a title of the table's own would wrap at the table's width
+    with writing_result():
+        stdout.print(table, soft_wrap=False, crop=False)
 
 
 def format_bytes(n: float) -> str:

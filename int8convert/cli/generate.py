@@ -18,6 +18,7 @@ from int8convert.cli.console import (
     quieting_libraries,
     reporting_errors,
     wants_live_display,
+    writing_result,
 )
 from int8convert.cli.options import AsJson, check_choice, check_device
 from int8convert.errors import SourceError
@@ -136,8 +137,8 @@ class _Output:
 
     def write(self, text: str) -> None:
         self._last = text[-1:] or self._last  # first: a signal may come as soon as the text is out
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        with writing_result():
+            sys.stdout.write(text)
 
     @contextmanager
     def ending_its_line(self) -> Iterator[None]:

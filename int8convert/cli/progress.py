@@ -31,6 +31,9 @@ from int8convert.conversion.events import (
 from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.report import notes_of
 
+_WIDE, _MEDIUM = 100, 80
+"""Columns of a terminal that has room for all numbers, and for all but what is fetched."""
+
 
 class _Counter:
     """What both displays count: bytes read and written by this run, bytes of shards that were done, seconds."""
@@ -57,10 +60,11 @@ class _Counter:
         """So many bytes of a file have come."""
         self._fetched[file_name] = n_bytes
 
-    @property
-    def detail(self) -> str:
+    def detail(self, width: int) -> str:
+        """What fits beside a bar on a terminal so many columns wide."""
         fetched = f"{format_bytes(sum(self._fetched.values()))} fetched, " if self._fetched else ""
-        return f"{fetched}{self.rate} in, {format_bytes(self.written_bytes)} written"
+        written = f", {format_bytes(self.written_bytes)} written"
+        return f"{fetched if width >= _WIDE else ''}{self.rate} in{written if width >= _MEDIUM else ''}"
 
     @property
     def rate(self) -> str:
@@ -115,12 +119,13 @@ def _plain_progress(done: str) -> EventSink:
 def _live_progress(done: str) -> Iterator[EventSink]:
     progress = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         TextColumn("{task.percentage:3.0f} %"),
         TextColumn("{task.fields[detail]}"),
         TimeRemainingColumn(compact=True),
         console=stderr,
         transient=True,
+        expand=True,
     )
     counter = _Counter()
     task = progress.add_task("reading the model class", total=None, detail="")
@@ -138,11 +143,13 @@ def _live_progress(done: str) -> Iterator[EventSink]:
                 progress.update(task, completed=counter.done_bytes)
             case SourceFetched(shard=source, n_bytes=n_bytes):
                 counter.fetch(source.path.name, n_bytes)
-                progress.update(task, detail=counter.detail)
+                progress.update(task, detail=counter.detail(stderr.width))
             case ShardStarted(i=i, n=n):
                 progress.update(task, description=f"shard {i + 1} of {n}")
             case TensorQuantized() | TensorKept():
-                progress.update(task, completed=counter.done_bytes + counter.read_bytes, detail=counter.detail)
+                progress.update(
+                    task, completed=counter.done_bytes + counter.read_bytes, detail=counter.detail(stderr.width)
+                )
 
     with progress:
         yield on_event

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import int8convert
 from int8convert.checkpoint.placement import Placement
 from int8convert.cli import console, progress
 from int8convert.conversion import device
+from int8convert.conversion.events import PlanMade, ShardStarted, SourceFetched, TensorKept
 from tests.cli.conftest import Run
 from tests.hub.repositories import NAME, add, opt_pickles
 from tests.hub_server.fixtures import Connect, connect, hub
@@ -151,3 +158,60 @@ def test_dry_run_of_a_tiny_model_has_no_noise(run: Run, source: Path) -> None:
 def test_gpus_larger_than_needed_are_not_listed(counts: tuple[int | None, ...], expected: str) -> None:
     placements = [Placement(gb, n, 0) for gb, n in zip((24, 40, 80), counts, strict=True)]
     assert console.format_gpus(placements) == expected
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--json"])
+def test_result_that_finds_no_room_is_two_lines(option: str, source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "int8convert", "quantize", str(source), str(tmp_path / "out"), option]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    first, second = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert first == "error: the result cannot be written to stdout: No space left on device"
+    assert second.startswith("hint: what else the command was to do is done")
+
+
+def test_names_in_tables_stay_whole_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "stdout", Console(highlight=False, soft_wrap=True, width=60))
+    name = "model.decoder.layers.1.self_attn.out_proj.weight"
+    console.print_table("Title", ("kind", "why", "worst tensor"), [("k_proj", "left alone by its loader", name)])
+    out = capsys.readouterr().out
+    assert name in out and "left alone" not in out
+
+
+def test_bar_and_percentage_outlast_numbers_on_a_narrow_terminal(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = int8convert.plan(source)
+    tensor = plan.shards[1].tensors[0]
+    shown = {}
+    for width in (60, 80, 110):
+        screen = Console(file=io.StringIO(), width=width, force_terminal=True, soft_wrap=True)
+        monkeypatch.setattr(progress, "stderr", screen)
+        with progress._live_progress("") as sink:
+            sink(PlanMade(plan))
+            sink(ShardStarted(1, 14, plan.shards[1]))
+            sink(SourceFetched(plan.source.shards[0], 59_800_000))
+            sink(TensorKept(tensor))
+        drawn = screen.file.getvalue().replace("\r", "\n")  # type: ignore[attr-defined]
+        frames = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", drawn).splitlines()
+        shown[width] = [frame for frame in frames if "shard 2 of 14" in frame][-1]
+        assert "━━━━" in shown[width] and " % " in shown[width]
+        assert "…" not in shown[width] and "/s in" in shown[width]
+    assert "fetched" in shown[110] and "fetched" not in shown[80]
+    assert "written" in shown[80] and "written" not in shown[60]
+
+
+def test_terminal_that_cannot_redraw_gets_lines(source: Path, tmp_path: Path) -> None:
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "int8convert", "quantize", str(source), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=child, env={**os.environ, "TERM": "dumb"}):
+        os.close(child)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(parent, 65536)
+            except OSError:  # a closed pseudo-terminal ends with EIO, not with an empty read
+                break
+    os.close(parent)
+    assert re.findall(rb"shard (\d) of 3: ", shown) == [b"1", b"2", b"3"]
