@@ -16,7 +16,7 @@ from int8convert.cli.console import (
     reporting_errors,
     stderr,
 )
-from int8convert.cli.options import AsJson, check_named, check_size
+from int8convert.cli.options import AsJson, UsageError, check_choice, check_named, check_size
 
 if TYPE_CHECKING:
     from int8convert.conversion.export import ExportReport, ShardExported
@@ -58,19 +58,22 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     with reporting_errors(as_json, _INTERRUPTED):
-        from int8convert.conversion.export import check_choice
-        from int8convert.conversion.export import export as run
+        from int8convert.checkpoint.int8_config import Int8Format
+        from int8convert.conversion import export as conversion
+        from int8convert.conversion.int8_source import DTYPES
 
+        check_choice(format, Int8Format, "--format")
+        check_choice(dequantize, DTYPES, "--dequantize")
         try:
-            check_choice(format, dequantize, max_shard_size)
+            conversion.check_choice(format, dequantize, max_shard_size)
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise UsageError(str(error)) from None
 
         def show(event: ShardExported) -> None:
             if not (quiet or as_json):
                 stderr.print(f"shard {event.i + 1} of {event.n}: {event.file_name} {format_bytes(event.n_bytes)}")
 
-        report = run(
+        report = conversion.export(
             out,
             new,
             format=format,

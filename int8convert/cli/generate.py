@@ -20,7 +20,7 @@ from int8convert.cli.console import (
     wants_live_display,
     writing_result,
 )
-from int8convert.cli.options import AsJson, check_choice, check_device
+from int8convert.cli.options import AsJson, check_choice, check_device, check_named
 from int8convert.errors import SourceError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _check_outliers(mode: str | None) -> str | None:
 
 
 def generate(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The int8 checkpoint.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", callback=check_named, help="The int8 checkpoint.")],
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to continue.")] = None,
     file: Annotated[
         Path | None,

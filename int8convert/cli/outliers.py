@@ -21,7 +21,7 @@ from int8convert.cli.console import (
     reporting_errors,
     wants_live_display,
 )
-from int8convert.cli.options import AsJson, check_device
+from int8convert.cli.options import AsJson, check_device, check_named
 from int8convert.cli.static_set import print_stored, store
 from int8convert.errors import SourceError
 
@@ -46,7 +46,9 @@ _INTERRUPTED = "nothing was written; a static set that was there is still there"
 
 
 def outliers(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint to run.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", callback=check_named, help="The checkpoint to run.")
+    ],
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to run through it, in UTF-8.")],
     write: Annotated[
         str | None, typer.Option("--write", metavar="OUT", help="Store the columns in this int8 checkpoint.")

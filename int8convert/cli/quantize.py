@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from int8convert.cli.console import (
+    RESUMABLE,
     format_bytes,
     format_percent,
     format_seconds,
@@ -199,7 +200,7 @@ def quantize(
         "revision": revision,
         "cache_dir": cache_dir,
     }
-    with reporting_errors(as_json), quieting_hub():
+    with reporting_errors(as_json, "nothing was written" if dry_run else RESUMABLE), quieting_hub():
         publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
         if dry_run:
             print_plan(src, out, shared, min_coverage / 100, workers, device, reader, bandwidth, publishing, as_json)

@@ -30,6 +30,12 @@ def said(err: str) -> str:
         (["quantize", "", "out"], "SRC is empty"),
         (["export", "", "new"], "OUT is empty"),
         (["export", "out", ""], "NEW is empty"),
+        (["generate", ""], "OUT is empty"),
+        (["outliers", "", "--text", "text.txt"], "CHECKPOINT is empty"),
+        (
+            ["export", "out", "new", "--format", "gguf"],
+            "Invalid value for --format: it is bitsandbytes, compressed-tensors or torchao, not 'gguf'",
+        ),
         (["quantize", "X", "Y", "--keep"], "--keep needs --upload REPO"),
         (["quantize", "X", "Y", "--max-disk", "3GB"], "--max-disk needs --upload REPO"),
         (["quantize", "X", "Y", "--private"], "--private needs --upload REPO"),
