@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import typer
@@ -118,8 +118,9 @@ def _print_error(code: str, message: str, hint: str, as_json: bool) -> None:
 
 
 def print_json_error(code: str, message: str, hint: str) -> None:
-    """The object that stands in place of the result."""
-    print_json({"schema": 1, "error": {"code": code, "message": message, "hint": hint}})
+    """The object that stands in place of the result; where stdout takes none, the error on stderr has to do."""
+    with suppress(OutputError):
+        print_json({"schema": 1, "error": {"code": code, "message": message, "hint": hint}})
 
 
 class TerminatedError(KeyboardInterrupt):

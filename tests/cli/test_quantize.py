@@ -171,6 +171,15 @@ def test_result_that_finds_no_room_is_two_lines(option: str, source: Path, tmp_p
     assert second.startswith("hint: what else the command was to do is done")
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["inspect", "/nowhere"], 1), (["inspect"], 2)])
+def test_error_that_finds_no_room_on_stdout_is_still_the_error(arguments: list[str], code: int) -> None:
+    command = [sys.executable, "-m", "int8convert", *arguments, "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert "'/nowhere' is not a checkpoint directory" in done.stderr or "Missing argument" in done.stderr
+
+
 def test_names_in_tables_stay_whole_on_a_narrow_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
