@@ -49,8 +49,9 @@ class _Counter:
     def add(self, event: Event) -> None:
         # Tensors of a shard that is made again come again, and those of one that is done though nothing was read.
         if isinstance(event, ShardSkipped):
-            self.done_bytes += event.shard.n_read_bytes
-            self._seen.update(tensor.output_name for tensor in event.shard.tensors)
+            new = [tensor for tensor in event.shard.tensors if tensor.output_name not in self._seen]
+            self.done_bytes += sum(tensor.source.n_bytes for tensor in new)
+            self._seen.update(tensor.output_name for tensor in new)
         if isinstance(event, TensorQuantized | TensorKept) and event.tensor.output_name not in self._seen:
             self._seen.add(event.tensor.output_name)
             self.read_bytes += event.tensor.source.n_bytes
@@ -59,6 +60,10 @@ class _Counter:
     def fetch(self, file_name: str, n_bytes: int) -> None:
         """So many bytes of a file have come."""
         self._fetched[file_name] = n_bytes
+
+    @property
+    def passed_bytes(self) -> int:
+        return self.done_bytes + self.read_bytes
 
     def detail(self, width: int) -> str:
         """What fits beside a bar on a terminal so many columns wide."""
@@ -140,16 +145,14 @@ def _live_progress(done: str) -> Iterator[EventSink]:
                 progress.reset(task, total=plan.n_read_bytes)
             case ShardSkipped(i=i, n=n, shard=shard):
                 stderr.print(f"shard {i + 1} of {n}: {shard.file_name} {done}")
-                progress.update(task, completed=counter.done_bytes)
+                progress.update(task, completed=counter.passed_bytes)
             case SourceFetched(shard=source, n_bytes=n_bytes):
                 counter.fetch(source.path.name, n_bytes)
                 progress.update(task, detail=counter.detail(stderr.width))
             case ShardStarted(i=i, n=n):
                 progress.update(task, description=f"shard {i + 1} of {n}")
             case TensorQuantized() | TensorKept():
-                progress.update(
-                    task, completed=counter.done_bytes + counter.read_bytes, detail=counter.detail(stderr.width)
-                )
+                progress.update(task, completed=counter.passed_bytes, detail=counter.detail(stderr.width))
 
     with progress:
         yield on_event
