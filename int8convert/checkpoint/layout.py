@@ -31,6 +31,7 @@ OUTLIERS_FILE = f"{OWN_FOLDER}/outliers.safetensors"
 
 MANIFEST_NAME = f"{OWN_FOLDER}/manifest.json"
 VERIFY_FILE = f"{OWN_FOLDER}/verify.json"
+REQUEST_FILE = f"{OWN_FOLDER}/conversion.json"
 """What `int8convert verify` found out."""
 
 MAX_STEPS_AWAY = 0.6

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.atomic import write_json
-from int8convert.checkpoint.layout import OWN_FOLDER, read_json_object
+from int8convert.checkpoint.layout import OWN_FOLDER, quoted, read_json_object
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError
@@ -215,19 +215,61 @@ def _json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first thing in which two requests differ, as a phrase; None if they agree."""
+    found = _differing(before, now)
+    if found is None:
+        return None
+    (key, *path), old, new = found
+    if key == "source" and path:
+        return _source_difference(path, old, new, before[key], now[key])
+    if key == "options" and path:
+        option = _OPTIONS.get(path[0], f"--{path[0].replace('_', '-')}")
+        if path[1:]:
+            return f"{option} was another: its {quoted(path[1])} differs"
+        return f"{option} was {_phrase(old)}, is now {_phrase(new)}"
+    return f"{key} was {_phrase(old)}, is now {_phrase(new)}"
+
+
+_OPTIONS = {"max_shard_bytes": "--max-shard-size"}
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[tuple[str, ...], Any, Any] | None:
+    """The keys that lead to the first value that differs, and both values; what is not there is None."""
     for key in (*now, *(key for key in before if key not in now)):
-        name = f"{path}{key}"
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found = first_difference(old, new, f"{name}: ")
-            if found:
-                return found
+            if found := _differing(old, new):
+                return (key, *found[0]), *found[1:]
         elif old != new:
-            return f"{name} was {_phrase(old)}, is now {_phrase(new)}"
+            return (key,), old, new
     return None
 
 
+def _source_difference(path: list[str], old: Any, new: Any, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    was, is_now = _place(before), _place(now)
+    if was != is_now:
+        return f"the source was {was}, is now {is_now}"
+    if path[0] != "files" or len(path) == 1:
+        return "the source has another config.json now"
+    file = f"the source's file {quoted(path[1])}"
+    if old is None or new is None:
+        return f"{file} {'was not there then' if old is None else 'is not there any more'}"
+    if path[2:] == ["n_bytes"]:
+        return f"{file} had {_phrase(old)} bytes, has now {_phrase(new)}"
+    if path[2:] == ["mtime_ns"]:
+        return f"{file} was changed since, by its time of change"
+    return f"{file} holds other tensors now"
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    """Of a described source."""
+    if not isinstance(source.get("commit"), str):
+        return "a directory"
+    return f"{quoted(str(source.get('repository')))} at {quoted(source['commit'][:12])}"
+
+
 def _phrase(value: Any) -> str:
-    return "not there" if value is None else json.dumps(value)[:80]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "not given" if value is None else json.dumps(value)[:80]

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
@@ -24,6 +25,7 @@ from int8convert.checkpoint.layout import (
     MAX_CARRIED_BYTES,
     MAX_INDEX_BYTES,
     PICKLE_INDEX_NAME,
+    REQUEST_FILE,
     carried_files,
     find_file,
     quoted,
@@ -33,12 +35,20 @@ from int8convert.checkpoint.layout import (
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors, read_exactly
 from int8convert.checkpoint.stored_tensor import StoredTensor
-from int8convert.errors import CorruptFileError, SourceError
+from int8convert.errors import CorruptFileError, HubMissingError, SourceError
 
 CARD_NAME = "README.md"
 _LFS_POINTER = b"version https://git-lfs"
-_REPOSITORY_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_NAME_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_REPOSITORY_NAME = re.compile(f"{_NAME_PART}/{_NAME_PART}", re.ASCII)
 """Names without an organization, which a few old repositories have, are taken for directories."""
+
+_REPOSITORY_ADDRESS = re.compile(
+    r"(?:https?://[^/]+/|(?:huggingface|hf)\.co/|hf://|(?=[^/]+/[^/]+@))(?!datasets/|spaces/)(?:models/)?"
+    rf"(?P<name>{_NAME_PART}/{_NAME_PART})(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[^/?#]+))?(?:[/?#].*)?",
+    re.ASCII,
+)
+"""What people have at hand that names a repository and is no name: a page of it, a form of other tools."""
 
 
 class ShardReader(Protocol):
@@ -165,7 +175,12 @@ def open_source(
         return open_directory(Path(src), str(src))
     from int8convert.checkpoint.hub.source import open_repository
 
-    return open_repository(str(src), revision, cache_dir)
+    try:
+        return open_repository(str(src), revision, cache_dir)
+    except HubMissingError as error:
+        if revision is None:  # else a repository is meant
+            error.hint += f"; no directory {quoted(str(src), 200)} is here either"
+        raise
 
 
 def is_repository_name(src: str | os.PathLike[str]) -> bool:
@@ -200,11 +215,11 @@ def _open_directory(directory: Path, label: str) -> CheckpointSource:
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
         raise SourceError(
-            f"{quoted(label, 300)} is not a checkpoint directory: {found}",
-            "give a directory with config.json and model*.safetensors or pytorch_model*.bin, or ORGANIZATION/NAME of a "
-            "repository on the Hub; nothing was written",
+            f"{quoted(label, 300)} is not a checkpoint directory: {found}", _naming_hint(label, directory)
         )
     config_path = find_file(directory, CONFIG_NAME)
+    if config_path is None and find_file(directory, REQUEST_FILE) is not None:
+        raise unfinished(label)
     carried = carried_files(directory)
     left = {path for path in carried if path.stat().st_size > MAX_CARRIED_BYTES}
     return CheckpointSource(
@@ -214,6 +229,29 @@ def _open_directory(directory: Path, label: str) -> CheckpointSource:
         shards=_read_shards(directory),
         carried=tuple(path for path in carried if path not in left),
         left=tuple(sorted(path.name for path in left)),
+    )
+
+
+def _naming_hint(label: str, path: Path) -> str:
+    """What to name in place of something that is no directory."""
+    if address := _REPOSITORY_ADDRESS.fullmatch(label):
+        revision = address["revision"]
+        there = f"{address['name']}, with --revision {unquote(revision)}" if revision else address["name"]
+        return f"name it {there}; nothing was written"
+    hint = (
+        "give a directory with config.json and model*.safetensors or pytorch_model*.bin, or ORGANIZATION/NAME of a "
+        "repository on the Hub"
+    )
+    if re.fullmatch(_NAME_PART, label, re.ASCII) and not path.exists():
+        return f"{hint}, which has two parts, as openai-community/gpt2; nothing was written"
+    return f"{hint}; nothing was written"
+
+
+def unfinished(label: str) -> SourceError:
+    """The error for a conversion of ours that did not come to its end: config.json is written last."""
+    return SourceError(
+        f"{quoted(label, 300)} is an unfinished conversion",
+        "the quantize command that began it finishes it; nothing was written",
     )
 
 

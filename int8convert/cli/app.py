@@ -11,7 +11,7 @@ import typer
 from int8convert import __version__
 from int8convert.checkpoint.hub.patience import interrupted
 from int8convert.cli import export, generate, inspect, outliers, quantize, upload, verify
-from int8convert.cli.console import interrupt, terminate
+from int8convert.cli.console import interrupt, print_json_error, tell_interruption, terminate
 
 app = typer.Typer(
     name="int8convert",
@@ -21,13 +21,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quantize", help=quantize.HELP)(quantize.quantize)
-app.command("inspect", help=inspect.HELP)(inspect.inspect)
-app.command("export", help=export.HELP)(export.export)
-app.command("verify", help=verify.HELP)(verify.verify)
-app.command("outliers", help=outliers.HELP)(outliers.outliers)
-app.command("upload", help=upload.HELP)(upload.upload)
-app.command("generate", help=generate.HELP)(generate.generate)
+for name, command, help_text, line in (
+    ("quantize", quantize.quantize, quantize.HELP, "Turn a checkpoint into an LLM.int8() checkpoint."),
+    ("inspect", inspect.inspect, inspect.HELP, "Show what is in a checkpoint."),
+    ("export", export.export, export.HELP, "Rewrite an int8 checkpoint for another loader."),
+    ("verify", verify.verify, verify.HELP, "Compare an int8 checkpoint with its source."),
+    ("outliers", outliers.outliers, outliers.HELP, "Find outlier features, and store their columns."),
+    ("upload", upload.upload, upload.HELP, "Publish an int8 checkpoint on the Hub."),
+    ("generate", generate.generate, generate.HELP, "Let an int8 checkpoint continue a prompt."),
+):
+    app.command(name, help=help_text, short_help=line)(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -44,16 +47,32 @@ def _options(
 
 
 def main() -> None:
-    """The console script."""
+    """The console script.
+
+    What ends a command before its own boundary, `reporting_errors`, is wrong usage, which typer has printed by then, or
+    a signal, of which typer says nothing.
+    """
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts what runs in the background
         signal.signal(signal.SIGINT, interrupt)
+    as_json = "--json" in sys.argv
     try:
         app()
-    except SystemExit as stop:
+    except SystemExit as end:
+        why = end.__context__
+        if isinstance(why, typer.Exit) and isinstance(why.__cause__, KeyboardInterrupt):
+            end.code = tell_interruption(why.__cause__, as_json, "nothing was begun")
+        elif isinstance(why, typer.TyperException) and as_json:
+            print_json_error("usage", why.format_message(), f"see {_command_line(why)} --help; nothing was begun")
         if interrupted.is_set():
             # All is tidied up. Threads may be sending a file or waiting for the network; Python would wait for them.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(stop.code if isinstance(stop.code, int) else 1)
+            os._exit(end.code if isinstance(end.code, int) else 1)
         raise
+
+
+def _command_line(error: typer.TyperException) -> str:
+    """The command that was used wrongly, as far as it is known."""
+    context = getattr(error, "ctx", None)
+    return str(context.command_path) if context is not None else "int8convert"

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
 from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.placement import MAX_GPUS, Placement
-from int8convert.errors import Int8ConvertError
+from int8convert.errors import Int8ConvertError, OutputError
 
 _WIDTH_OF_A_PIPE = 160
 """Tables in a file or a pipe need not fit the 80 columns rich would assume."""
@@ -28,8 +29,8 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def wants_live_display(quiet: bool, as_json: bool) -> bool:
-    """Whether a person is watching. Not rich's own guess: FORCE_COLOR would make that true for a log file."""
-    return sys.stderr.isatty() and not quiet and not as_json
+    """Whether a person is watching, on a terminal that can redraw. Not rich's own guess, which FORCE_COLOR changes."""
+    return sys.stderr.isatty() and not stderr.is_dumb_terminal and not quiet and not as_json
 
 
 @contextmanager
@@ -81,28 +82,45 @@ RESUMABLE = "finished shards are kept, the one in work was removed; the same com
 
 
 @contextmanager
-def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE) -> Iterator[None]:
+def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE, writes: bool = True) -> Iterator[None]:
     """The one boundary: our own errors become two lines and an exit code; all else is a bug and keeps its traceback.
 
     Args:
         interrupted_hint: what is on the disk after Ctrl-C or SIGTERM.
+        writes: whether the command ever writes anything; else no error needs to say that nothing was written.
     """
     try:
         with nullcontext() if as_json else telling_waits():
             yield
     except Int8ConvertError as error:
-        if as_json:
-            print_json({"schema": 1, "error": {"code": error.code, "message": error.message, "hint": error.hint}})
-        stderr.print(f"[bold red]error:[/] {escape(error.message)}")
-        stderr.print(f"[bold]hint:[/] {escape(error.hint)}")
+        hint = error.hint if writes else error.hint.removesuffix("; nothing was written")
+        _print_error(error.code, error.message, hint, as_json)
         if os.environ.get("INT8CONVERT_DEBUG"):
             raise
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as stop:
-        was_terminated = isinstance(stop, TerminatedError)
-        stderr.print(f"[bold red]error:[/] {'terminated' if was_terminated else 'interrupted'}")
-        stderr.print(f"[bold]hint:[/] {interrupted_hint}")
-        raise typer.Exit(143 if was_terminated else 130) from None
+        raise typer.Exit(tell_interruption(stop, as_json, interrupted_hint)) from None
+
+
+def tell_interruption(stop: KeyboardInterrupt, as_json: bool, hint: str) -> int:
+    """Print that it was Ctrl-C or SIGTERM; the exit code."""
+    was_terminated = isinstance(stop, TerminatedError)
+    word = "terminated" if was_terminated else "interrupted"
+    _print_error(word, word, hint, as_json)
+    return 143 if was_terminated else 130
+
+
+def _print_error(code: str, message: str, hint: str, as_json: bool) -> None:
+    if as_json:
+        print_json_error(code, message, hint)
+    stderr.print(f"[bold red]error:[/] {escape(message)}")
+    stderr.print(f"[bold]hint:[/] {escape(hint)}")
+
+
+def print_json_error(code: str, message: str, hint: str) -> None:
+    """The object that stands in place of the result; where stdout takes none, the error on stderr has to do."""
+    with suppress(OutputError):
+        print_json({"schema": 1, "error": {"code": code, "message": message, "hint": hint}})
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -144,25 +162,52 @@ def note(message: str) -> None:
     stderr.print(f"[bold]note:[/] {escape(message)}")
 
 
+@contextmanager
+def writing_result() -> Iterator[None]:
+    """Tells that stdout takes no more, as of a file on a full disk; a reader that has gone is typer's affair."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails at its end on what is left
+        raise OutputError(
+            f"the result cannot be written to stdout: {error.strerror}",
+            "what else the command was to do is done; make room, or send its output elsewhere, and run it again",
+        ) from error
+
+
 def print_json(value: dict[str, Any]) -> None:
     """The machine-readable result: one object, and nothing else on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    with writing_result():
+        sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def print_line(text: str) -> None:
     """A line of the result; rich markup allowed."""
-    stdout.print(text)
+    with writing_result():
+        stdout.print(text)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of the result: the first column to the left, the others to the right."""
+    """A table of the result: the first column to the left, the others to the right.
+
+    Cells are wrapped between words. What is still wider than the terminal is left to it: names stay whole to be copied.
+    """
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if i else "left", header_style="dim", overflow="fold")
+        cells = [column, *(row[i] for row in rows)]
+        is_text = any(len(cell.split()) > 2 for cell in cells)  # 6.29 M is none
+        parts = [word for cell in cells for word in cell.split()] if is_text else cells
+        justify: JustifyMethod = "right" if i else "left"
+        min_width = max(map(len, parts))
+        table.add_column(escape(column), justify=justify, header_style="dim", min_width=min_width, no_wrap=not is_text)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    stdout.print(f"[bold]{escape(title)}[/]")  # a title of the table's own would wrap at the table's width
-    stdout.print(table, soft_wrap=False)
+    print_line(f"[bold]{escape(title)}[/]")  # a title of the table's own would wrap at the table's width
+    with writing_result():
+        stdout.print(table, soft_wrap=False, crop=False)
 
 
 def format_bytes(n: float) -> str:
@@ -192,8 +237,10 @@ def format_shards(n: int) -> str:
 
 
 def format_gpus(placements: Sequence[Placement]) -> str:
-    """4 x 24 GB, 2 x 40 GB or 1 x 80 GB."""
-    fitting = [f"{place.n_gpus} x {place.gpu_gb} GB" for place in placements if place.n_gpus is not None]
+    """4 x 24 GB, 2 x 40 GB or 1 x 80 GB; none that is larger than a single one that holds it."""
+    single = min((place.gpu_gb for place in placements if place.n_gpus == 1), default=math.inf)
+    usable = [place for place in placements if place.n_gpus is not None and place.gpu_gb <= single]
+    fitting = [f"{place.n_gpus} x {place.gpu_gb} GB" for place in usable]
     return " or ".join(filter(None, (", ".join(fitting[:-1]), *fitting[-1:]))) or f"more than {MAX_GPUS} x 80 GB"
 
 

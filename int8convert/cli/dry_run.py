@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
 
 from int8convert.cli.console import (
     format_bytes,
@@ -17,8 +20,9 @@ from int8convert.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from int8convert.conversion.estimate import ConversionCosts, FetchCosts
+    from int8convert.conversion.estimate import ConversionCosts, DiskCosts, FetchCosts
     from int8convert.conversion.plan import ConversionPlan
+    from int8convert.conversion.publishing import Publishing
 
 
 def print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
@@ -35,27 +39,48 @@ def print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
 
 def print_plan(
     src: str,
+    out: str | None,
     options: dict[str, Any],
     min_coverage: float,
     workers: int | None,
     device: str,
+    reader: str,
     bandwidth: str | None,
+    publishing: Publishing | None,
     as_json: bool,
 ) -> None:
     """Print what `quantize` would do with these options, and what that would cost."""
     from int8convert.conversion.coming_plan import check_coverage
     from int8convert.conversion.device import choose_device
-    from int8convert.conversion.estimate import estimate, estimate_fetch
+    from int8convert.conversion.estimate import estimate, estimate_disk, estimate_fetch
     from int8convert.conversion.quantize import parse_size, plan
+    from int8convert.conversion.reader_choice import Reader
 
     chosen = choose_device(device)
     conversion_plan = plan(src, **options)
     check_coverage(conversion_plan, min_coverage)
     costs = estimate(conversion_plan, workers, chosen)
-    fetch = estimate_fetch(conversion_plan, costs.n_workers, options["cache_dir"], parse_size(bandwidth))
+    disk = estimate_disk(conversion_plan, Path(out or "."), publishing)
+    fetch = estimate_fetch(
+        conversion_plan,
+        costs.n_workers,
+        options["cache_dir"],
+        parse_size(bandwidth),
+        Reader(reader),
+        disk.n_spare_bytes,
+    )
     if as_json:
         print_json(
-            {"schema": 1, **conversion_plan.to_json(), **costs.to_json(), "fetch": fetch.to_json() if fetch else None}
+            {
+                "schema": 1,
+                **conversion_plan.to_json(),
+                **costs.to_json(),
+                "disk_bytes": disk.n_bytes,
+                "fetch": fetch.to_json() if fetch else None,
+                "reader": fetch and fetch.reader,
+                "reader_reason": fetch and (fetch.reason or None),
+                "upload": publishing and {"url": publishing.publisher.url, "commit": None},
+            }
         )
         return
     for text in conversion_plan.model_map.notes:
@@ -78,7 +103,13 @@ def print_plan(
     )
     print_kept([(r, *n) for r, n in conversion_plan.kept_by_reason().items()], conversion_plan.n_parameters)
     _print_sizes(conversion_plan)
-    _print_costs(conversion_plan, costs, fetch)
+    _print_costs(costs, disk, fetch)
+    if publishing is not None:
+        there = f"whether {escape(publishing.publisher.url)} takes it was not asked"
+        if publishing.keeps:
+            print_line(f"--upload: {format_bytes(disk.n_bytes)} stay here, too; {there}")
+        else:
+            print_line(f"--upload: at most {format_bytes(disk.n_bytes)} of the output lie here at a time; {there}")
 
 
 def _print_sizes(conversion_plan: ConversionPlan) -> None:
@@ -94,24 +125,29 @@ def _print_sizes(conversion_plan: ConversionPlan) -> None:
     )
     as_source = place((tensor.source.name, tensor.source.n_bytes) for tensor in conversion_plan.tensors)
     as_int8 = place((tensor.output_name, tensor.output_bytes) for tensor in conversion_plan.tensors)
-    print_line(f"GPUs that hold it: {format_gpus(as_int8)}; as it is now, {format_gpus(as_source)}")
+    now, then = format_gpus(as_source), format_gpus(as_int8)
+    print_line(f"GPUs that hold it: {then}{f'; as it is now, {now}' if now != then else ', as they do now'}")
 
 
-def _print_costs(conversion_plan: ConversionPlan, costs: ConversionCosts, fetch: FetchCosts | None) -> None:
+def _print_costs(costs: ConversionCosts, disk: DiskCosts, fetch: FetchCosts | None) -> None:
     print_line(f"memory: at most about {format_bytes(costs.peak_memory_bytes)}")
+    seconds = f"at least {format_seconds(costs.kernel_s)}" if costs.kernel_s >= 0.1 else "under 0.1 s"
     print_line(
-        f"time: at least {format_seconds(costs.kernel_s)} of arithmetic on {costs.n_workers} threads"
+        f"time: {seconds} of arithmetic on {costs.n_workers} threads"
         f"{'' if costs.device == 'cpu' else f' and {costs.device}, copies included'}, "
         f"measured now on this machine; {'the network' if fetch else 'the disk'} decides the rest"
     )
     if fetch is None:
         return
-    written = conversion_plan.n_written_bytes
     for reader, its in (("stream", fetch.stream), ("download", fetch.download)):
+        chosen = f"; this one is taken{f': {fetch.reason}' if fetch.reason else ''}" if reader == fetch.reader else ""
         print_line(
-            f"--reader {reader}: {format_bytes(written + its.disk_bytes)} of disk, "
-            f"{format_bytes(its.memory_bytes)} of memory more"
+            f"--reader {reader}: {format_bytes(disk.n_bytes + its.disk_bytes)} of disk, "
+            f"{format_bytes(its.memory_bytes)} of memory more{chosen}"
         )
+    if not fetch.n_bytes:
+        print_line("network: nothing is to be fetched, all of it is in the cache")
+        return
     time = "; --bandwidth tells how long that takes"
     if fetch.bytes_per_s and fetch.seconds is not None:
         time = f": {format_seconds(fetch.seconds)} at {format_bytes(fetch.bytes_per_s)}/s"

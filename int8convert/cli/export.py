@@ -16,7 +16,7 @@ from int8convert.cli.console import (
     reporting_errors,
     stderr,
 )
-from int8convert.cli.quantize import check_size
+from int8convert.cli.options import AsJson, UsageError, check_choice, check_named, check_size
 
 if TYPE_CHECKING:
     from int8convert.conversion.export import ExportReport, ShardExported
@@ -39,8 +39,8 @@ _INTERRUPTED = "what was written was removed; the same command begins from the s
 
 
 def export(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The int8 checkpoint to read.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="The directory to write.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", callback=check_named, help="The int8 checkpoint to read.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", callback=check_named, help="The directory to write.")],
     format: Annotated[
         str | None,
         typer.Option("--format", metavar="FORMAT", help="bitsandbytes, compressed-tensors or torchao."),
@@ -54,23 +54,26 @@ def export(
         typer.Option(metavar="SIZE", callback=check_size, help="Such as 5GB; default: one shard for each of OUT's."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in NEW.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     with reporting_errors(as_json, _INTERRUPTED):
-        from int8convert.conversion.export import check_choice
-        from int8convert.conversion.export import export as run
+        from int8convert.checkpoint.int8_config import Int8Format
+        from int8convert.conversion import export as conversion
+        from int8convert.conversion.int8_source import DTYPES
 
+        check_choice(format, Int8Format, "--format")
+        check_choice(dequantize, DTYPES, "--dequantize")
         try:
-            check_choice(format, dequantize, max_shard_size)
+            conversion.check_choice(format, dequantize, max_shard_size)
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise UsageError(str(error)) from None
 
         def show(event: ShardExported) -> None:
             if not (quiet or as_json):
                 stderr.print(f"shard {event.i + 1} of {event.n}: {event.file_name} {format_bytes(event.n_bytes)}")
 
-        report = run(
+        report = conversion.export(
             out,
             new,
             format=format,

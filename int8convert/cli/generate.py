@@ -18,8 +18,9 @@ from int8convert.cli.console import (
     quieting_libraries,
     reporting_errors,
     wants_live_display,
+    writing_result,
 )
-from int8convert.cli.quantize import check_device
+from int8convert.cli.options import AsJson, check_choice, check_device, check_named
 from int8convert.errors import SourceError
 
 if TYPE_CHECKING:
@@ -42,14 +43,12 @@ _INTERRUPTED = "nothing was written"
 
 
 def _check_outliers(mode: str | None) -> str | None:
-    modes = ("static", "static+guard", "dynamic", "none")
-    if mode is not None and mode not in modes:
-        raise typer.BadParameter(f"it is {', '.join(modes[:-1])} or {modes[-1]}, not {mode!r}")
+    check_choice(mode, ("static", "static+guard", "dynamic", "none"))
     return mode
 
 
 def generate(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The int8 checkpoint.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", callback=check_named, help="The int8 checkpoint.")],
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to continue.")] = None,
     file: Annotated[
         Path | None,
@@ -77,7 +76,7 @@ def generate(
     device: Annotated[
         str, typer.Option(callback=check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text alone.")] = False,
 ) -> None:
     if (prompt is None) == (file is None):
@@ -138,8 +137,8 @@ class _Output:
 
     def write(self, text: str) -> None:
         self._last = text[-1:] or self._last  # first: a signal may come as soon as the text is out
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        with writing_result():
+            sys.stdout.write(text)
 
     @contextmanager
     def ending_its_line(self) -> Iterator[None]:

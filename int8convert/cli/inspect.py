@@ -18,6 +18,7 @@ from int8convert.cli.console import (
     quieting_hub,
     reporting_errors,
 )
+from int8convert.cli.options import AsJson
 
 HELP = """Show what is in a checkpoint, source or output: tensors, dtypes, how much of it is int8.
 
@@ -39,9 +40,9 @@ def inspect(
     revision: Annotated[
         str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit on the Hub; default: main.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    with reporting_errors(as_json), quieting_hub():
+    with reporting_errors(as_json, "nothing is changed by inspect", writes=False), quieting_hub():
         from int8convert.checkpoint.inspection import inspect as run
 
         found = run(path, revision)

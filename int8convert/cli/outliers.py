@@ -21,7 +21,7 @@ from int8convert.cli.console import (
     reporting_errors,
     wants_live_display,
 )
-from int8convert.cli.quantize import check_device
+from int8convert.cli.options import AsJson, check_device, check_named
 from int8convert.cli.static_set import print_stored, store
 from int8convert.errors import SourceError
 
@@ -46,7 +46,9 @@ _INTERRUPTED = "nothing was written; a static set that was there is still there"
 
 
 def outliers(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint to run.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", callback=check_named, help="The checkpoint to run.")
+    ],
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to run through it, in UTF-8.")],
     write: Annotated[
         str | None, typer.Option("--write", metavar="OUT", help="Store the columns in this int8 checkpoint.")
@@ -86,7 +88,7 @@ def outliers(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run SRC's own code to find its weights, as for quantize.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes.")] = False,
 ) -> None:
     if threshold == 0:

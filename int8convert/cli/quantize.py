@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from int8convert.cli.console import (
+    RESUMABLE,
     format_bytes,
     format_percent,
     format_seconds,
@@ -27,6 +28,15 @@ from int8convert.cli.console import (
     wants_live_display,
 )
 from int8convert.cli.dry_run import print_kept, print_plan
+from int8convert.cli.options import (
+    AsJson,
+    UsageError,
+    check_bandwidth,
+    check_choice,
+    check_device,
+    check_named,
+    check_size,
+)
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
 
 if TYPE_CHECKING:
@@ -52,52 +62,38 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 """
 
 
-def check_size(size: str | None) -> str | None:
-    from int8convert.conversion.quantize import parse_size
-
-    try:
-        parse_size(size)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return size
-
-
-def check_device(device: str) -> str:
-    from int8convert.conversion.device import check_device_name
-
-    try:
-        check_device_name(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return device
-
-
 def _check_format(name: str) -> str:
     from int8convert.checkpoint.output_format import OutputFormat
 
-    if name not in list(OutputFormat):
-        raise typer.BadParameter(f"it is {' or '.join(OutputFormat)}, not {name!r}")
+    check_choice(name, OutputFormat)
     return name
 
 
 def _check_policy(policy: str) -> str:
-    if policy not in ("error", "keep"):
-        raise typer.BadParameter(f"it is error or keep, not {policy!r}")
+    check_choice(policy, ("error", "keep"))
     return policy
 
 
 def _check_reader(name: str) -> str:
     from int8convert.conversion.reader_choice import Reader
 
-    if name not in list(Reader):
-        raise typer.BadParameter(f"it is {', '.join(Reader)}, not {name!r}")
+    check_choice(name, Reader)
     return name
 
 
 def quantize(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint directory, or ORGANIZATION/NAME on the Hub.")],
+    context: typer.Context,
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", callback=check_named, help="A checkpoint directory, or ORGANIZATION/NAME on the Hub."
+        ),
+    ],
     out: Annotated[
-        str | None, typer.Argument(metavar="OUT", help="The directory to write; not needed with --dry-run.")
+        str | None,
+        typer.Argument(
+            metavar="OUT", callback=check_named, help="The directory to write; not needed with --dry-run or --upload."
+        ),
     ] = None,
     skip: Annotated[
         list[str] | None,
@@ -149,7 +145,7 @@ def quantize(
         ),
     ] = "auto",
     revision: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of SRC on the Hub; default: main.")
+        str | None, typer.Option(metavar="REVISION", help="SRC's branch, tag or commit on the Hub; default: main.")
     ] = None,
     reader: Annotated[
         str,
@@ -165,7 +161,9 @@ def quantize(
     ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", callback=check_size, help="With --dry-run: bytes a second from the Hub, as 50MB."),
+        typer.Option(
+            metavar="SIZE", callback=check_bandwidth, help="With --dry-run: bytes a second from the Hub, as 50MB."
+        ),
     ] = None,
     upload: Annotated[
         str | None,
@@ -184,21 +182,14 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT, or REPO.")] = False,
     check: Annotated[bool, typer.Option("--check", help="When resuming, check finished shards by sha256.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     if no_xet:
         os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which it is not yet
+    _check_combination(context, src)
     if out is None and upload is not None:
         out = f"int8convert-{upload.rpartition('/')[2]}"
-    if out is None and not dry_run:
-        raise typer.BadParameter(
-            "OUT is missing: name the directory to write, or pass --dry-run, or --upload", param_hint="OUT"
-        )
-    if upload is None and (keep or max_disk or private is not None):
-        raise typer.BadParameter("--keep, --max-disk and --private go with --upload", param_hint="--upload")
-    if upload is not None and calibrate is not None and not keep:
-        raise typer.BadParameter("--calibrate runs OUT, so with --upload it needs --keep", param_hint="--calibrate")
     shared: dict[str, Any] = {
         "skip": skip or (),
         "only": only or (),
@@ -209,9 +200,10 @@ def quantize(
         "revision": revision,
         "cache_dir": cache_dir,
     }
-    with reporting_errors(as_json), quieting_hub():
+    with reporting_errors(as_json, "nothing was written" if dry_run else RESUMABLE), quieting_hub():
+        publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
         if dry_run:
-            print_plan(src, shared, min_coverage / 100, workers, device, bandwidth, as_json)
+            print_plan(src, out, shared, min_coverage / 100, workers, device, reader, bandwidth, publishing, as_json)
             return
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -219,8 +211,7 @@ def quantize(
         if calibrate is not None:
             with quieting_libraries(False):
                 check_calibration(src, calibrate, revision, cache_dir)
-        publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
-        with showing_progress(quiet, as_json) as on_event:
+        with showing_progress(quiet, as_json, check) as on_event:
             report = run(
                 src,
                 out or "",
@@ -251,6 +242,36 @@ def quantize(
             print_stored(stored)
 
 
+def _check_combination(context: typer.Context, src: str) -> None:
+    """Refuse what would be without effect, or contradicts itself.
+
+    A variable of the environment is there for all commands: it may be of no concern to this one.
+    """
+    given = {
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+    if not given & {"out", "upload", "dry_run"}:
+        raise UsageError("OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO")
+    needs = {"keep": "upload", "max_disk": "upload", "private": "upload", "bandwidth": "dry_run"}
+    for name, needed in needs.items():
+        if name in given and needed not in given:
+            option = "--public" if context.params[name] is False else _option(name)
+            raise UsageError(f"{option} needs {'--upload REPO' if needed == 'upload' else '--dry-run'}")
+    if {"keep", "max_disk"} <= given:
+        raise UsageError("--max-disk bounds what lies here, --keep keeps all of it: give one of them")
+    if {"upload", "calibrate"} <= given and "keep" not in given:
+        raise UsageError("--calibrate runs OUT, so with --upload it needs --keep")
+    for name in ("revision", "reader", "cache_dir", "bandwidth"):
+        if name in given and Path(src).exists():
+            raise UsageError(f"{_option(name)} is of a SRC on the Hub, and {src!r} is here")
+
+
+def _option(parameter: str) -> str:
+    return f"--{parameter.replace('_', '-')}"
+
+
 def make_publishing(
     repository: str, private: bool | None, keep: bool, max_disk: str | None, is_quiet: bool
 ) -> Publishing:
@@ -271,11 +292,15 @@ def _print_report(report: ConversionReport, place: str | None) -> None:
         f"[bold]{escape(place or '')}[/]: {format_percent(report.coverage)} of the parameters and "
         f"{format_percent(report.byte_coverage)} of the bytes are int8"
     )
+    rate = f"{format_bytes(report.n_read_now_bytes / report.elapsed_s)}/s"
+    run = f", {format_seconds(report.elapsed_s)} on {report.device}, {rate}"
+    if report.n_done_shards:
+        now = f"{format_bytes(report.n_read_now_bytes)} were read now{run}" if report.n_read_now_bytes else ""
+        run = f"; {report.n_done_shards} of {report.n_shards} were done already, {now or 'nothing was read'}"
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
         f"({format_percent(report.n_written_bytes / max(1, report.n_read_bytes))}) "
-        f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)} on {report.device}, "
-        f"{format_bytes(report.n_read_bytes / report.elapsed_s)}/s"
+        f"in {format_shards(report.n_shards)}{run}"
     )
     print_table(
         "Weight error (signal to quantization noise, higher is better)",

@@ -18,6 +18,7 @@ from int8convert.cli.console import (
     stderr,
     wants_live_display,
 )
+from int8convert.cli.options import AsJson
 
 if TYPE_CHECKING:
     from int8convert.publish.target import FileSent
@@ -61,7 +62,7 @@ def upload(
         bool, typer.Option("--overwrite", help="Replace weights of something else, and a model card, in REPO.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be sent; change nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     if no_xet:

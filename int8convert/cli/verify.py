@@ -21,7 +21,7 @@ from int8convert.cli.console import (
     stderr,
     wants_live_display,
 )
-from int8convert.cli.quantize import check_device
+from int8convert.cli.options import AsJson, check_choice, check_device
 
 if TYPE_CHECKING:
     from int8convert.evaluation.examined import HubReading
@@ -48,11 +48,6 @@ _INTERRUPTED = "nothing was written; a verify.json that was there is still there
 _LEVELS = ("exact", "fidelity", "tasks")
 _DATASETS = ("wikitext2", "c4")
 _CONVENTIONS = ("spread", "contiguous", "strided", "halves")
-
-
-def _choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
-        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}", param_hint=name)
 
 
 def _numbers(value: str | None) -> tuple[float, ...]:
@@ -143,12 +138,12 @@ def verify(
     figures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write the pictures, as PNG and SVG.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress.")] = False,
 ) -> None:
-    _choice("--level", level, _LEVELS)
-    _choice("--dataset", dataset, _DATASETS)
-    _choice("--convention", convention, _CONVENTIONS)
+    check_choice(level, _LEVELS, "--level")
+    check_choice(dataset, _DATASETS, "--dataset")
+    check_choice(convention, _CONVENTIONS, "--convention")
     swept = _numbers(thresholds)
     if text is not None and dataset is not None:
         raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from int8convert.conversion.blocks import Scratch
@@ -14,7 +15,7 @@ from int8convert.errors import DeviceError
 
 
 class Device(NamedTuple):
-    """Where conversion computes: "cpu" or "cuda:n"; and why, if it was not asked for."""
+    """Where conversion computes: "cpu" or "cuda:n"; and why, if it was not asked for and might be another."""
 
     name: str
     reason: str | None = None
@@ -25,6 +26,9 @@ class Device(NamedTuple):
 
 
 CPU = Device("cpu")
+
+_NVIDIA = Path("/dev/nvidiactl")
+"""There where a driver is, and a GPU that this process may use."""
 
 
 def check_device_name(device: str) -> None:
@@ -48,7 +52,8 @@ def choose_device(device: str) -> Device:
     if device == "cpu":
         return CPU
     if device == "auto":
-        return Device("cpu", "hashing, reading and writing set the pace, which a GPU would not change")
+        pace = "hashing, reading and writing set the pace, which a GPU would not change"
+        return Device("cpu", pace) if _NVIDIA.exists() else CPU
     import torch
 
     from cuda_kernels.launch import unavailable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,15 @@ from int8convert.checkpoint.hub.shard_download import is_cached
 from int8convert.conversion.blocks import BLOCK_BYTES, Scratch, largest_block_bytes
 from int8convert.conversion.device import CPU, Device, make_scratch
 from int8convert.conversion.plan import ConversionPlan, PlannedTensor
-from int8convert.conversion.reader_choice import ReaderCosts, download_costs, is_remote, stream_costs
+from int8convert.conversion.publishing import Publishing, plan_disk
+from int8convert.conversion.reader_choice import (
+    Reader,
+    ReaderCosts,
+    choose_reader,
+    download_costs,
+    is_remote,
+    stream_costs,
+)
 from int8convert.conversion.reading_order import ReadingOrder
 
 BASE_BYTES = 255_000_000
@@ -60,12 +69,44 @@ def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) ->
 
 
 @dataclass(frozen=True, slots=True)
+class DiskCosts:
+    """What lies on the disk of the output.
+
+    n_bytes: of the output, at most at a time.
+    n_spare_bytes: that it may take beside; negative if that does not fit.
+    """
+
+    n_bytes: int
+    n_spare_bytes: int
+
+
+def estimate_disk(plan: ConversionPlan, out: Path, publishing: Publishing | None) -> DiskCosts:
+    """Estimate for a conversion from its beginning.
+
+    Args:
+        out: where it is written; need not exist.
+        publishing: shards go elsewhere; nothing is asked of its publisher.
+
+    Raises:
+        DiskFullError: shards are too large for the bound that is set.
+    """
+    existing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    n_free = shutil.disk_usage(existing).free
+    if publishing is None or publishing.keeps:
+        n_bytes = plan.n_written_bytes + sum(path.stat().st_size for path in plan.source.carried)
+        return DiskCosts(n_bytes, n_free - n_bytes)
+    n_bytes = plan_disk(plan, (), is_remote(plan.source), n_free, publishing).n_bytes
+    return DiskCosts(n_bytes, min(n_free, publishing.max_disk_bytes or n_free) - n_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class FetchCosts:
     """What it takes to get the weights from the Hub.
 
     n_bytes: to be fetched.
     stream, download: of the two readers, see `ReaderCosts`.
     bytes_per_s: of the network, as the user says; None if that is not known.
+    reader, reason: which one it would be, and why; the reason is "" if the user asked for it.
     seconds: at that rate.
     """
 
@@ -73,6 +114,8 @@ class FetchCosts:
     stream: ReaderCosts
     download: ReaderCosts
     bytes_per_s: int | None
+    reader: Reader
+    reason: str
 
     @property
     def seconds(self) -> float | None:
@@ -83,14 +126,26 @@ class FetchCosts:
 
 
 def estimate_fetch(
-    plan: ConversionPlan, n_workers: int, cache_dir: Path | None, bytes_per_s: int | None
+    plan: ConversionPlan,
+    n_workers: int,
+    cache_dir: Path | None,
+    bytes_per_s: int | None,
+    asked: Reader,
+    n_spare_bytes: int,
 ) -> FetchCosts | None:
-    """Of a plan whose source is on the Hub; None of a local one."""
+    """Of a plan whose source is on the Hub; None of a local one.
+
+    Args:
+        asked: the reader.
+        n_spare_bytes: on the disk, beside the output.
+    """
     if not is_remote(plan.source):
         return None
     order = ReadingOrder(plan)
     n_bytes = sum(shard.n_bytes for shard in order.shards if not is_cached(shard, cache_dir))
-    return FetchCosts(n_bytes, stream_costs(order, n_workers), download_costs(order, cache_dir), bytes_per_s)
+    stream, download = stream_costs(order, n_workers), download_costs(order, cache_dir)
+    choice = choose_reader(asked, order, n_workers, cache_dir, n_spare_bytes)
+    return FetchCosts(n_bytes, stream, download, bytes_per_s, choice.reader, choice.reason)
 
 
 def _resident_bytes() -> int:

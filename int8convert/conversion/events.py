@@ -19,7 +19,7 @@ class PlanMade:
     """Everything is decided and checked; the first byte is about to be written.
 
     device: where rows are quantized, and why, if no one asked for it.
-    reader: how the source comes from the Hub; None of a local one.
+    reader: how the source comes from the Hub; None of a local one, and where nothing is left to read.
     """
 
     plan: ConversionPlan

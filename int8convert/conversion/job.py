@@ -154,7 +154,7 @@ class Conversion:
                 "--reader stream needs none; or make room, and rerun the same command",
             )
         self._begin(plan, done)
-        pipeline.emit(PlanMade(plan, pipeline.device, choice))
+        pipeline.emit(PlanMade(plan, pipeline.device, choice if order.shards else None))
 
         told = -_TOLD_EVERY_BYTES
 

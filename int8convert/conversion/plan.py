@@ -169,6 +169,7 @@ class ConversionPlan:
         """A JSON object: totals, shards, and what happens to each tensor."""
         return {
             "source": self.source.label,
+            "commit": self.source.commit,
             "model_class": self.model_map.model_class,
             "notes": list(self.model_map.notes),
             "n_parameters": self.n_parameters,

@@ -167,9 +167,10 @@ def quantize(
                     raise
                 job.kept_modules += (error.module_name,)
                 report.restart()
-    if publishing is not None and not publishing.keeps:
+    is_gone = publishing is not None and not publishing.keeps
+    if is_gone:
         output.remove_empty()
-    return report.build(done_plan, str(out), device_used.name, time.perf_counter() - began)
+    return report.build(done_plan, None if is_gone else str(out), device_used.name, time.perf_counter() - began)
 
 
 def parse_size(size: int | str | None) -> int | None:

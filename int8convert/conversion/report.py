@@ -6,8 +6,17 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from int8convert.conversion.events import Event, TensorKept, TensorQuantized
+from int8convert.conversion.events import (
+    Event,
+    PlanMade,
+    ShardFinished,
+    ShardRepeated,
+    ShardSkipped,
+    TensorKept,
+    TensorQuantized,
+)
 from int8convert.conversion.plan import ConversionPlan
+from int8convert.conversion.reader_choice import ReaderChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +48,7 @@ class ConversionReport:
     """The outcome of `quantize`.
 
     Attributes:
-        source, out: as named by the caller.
+        source, out: as named by the caller; `out` is None if it was removed, because all of it is elsewhere.
         model_class: the transformers class that decided; None where name rules did.
         coverage, byte_coverage: share of parameters, and of source bytes, that became int8; 0 to 1.
         kept: what did not, by reason.
@@ -47,10 +56,15 @@ class ConversionReport:
         non_finite: kept tensors that hold NaN or infinity -> how many.
         errors: weight error by kind of layer.
         elapsed_s: seconds of wall time, start to end, without the interpreter's start.
+        notes: what else a user should know.
+        commit: of the source on the Hub; None of a directory.
+        reader, reader_reason: how the source came from the Hub, and why so if nobody asked for it; None if nothing did.
+        n_done_shards: shards of an earlier run.
+        n_read_now_bytes: of `n_read_bytes`, what this run read.
     """
 
     source: str
-    out: str
+    out: str | None
     format: str
     model_class: str | None
     n_shards: int
@@ -67,6 +81,11 @@ class ConversionReport:
     elapsed_s: float
     notes: tuple[str, ...]
     device: str
+    commit: str | None
+    reader: str | None
+    reader_reason: str | None
+    n_done_shards: int
+    n_read_now_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; infinity, which JSON has not, becomes null."""
@@ -77,15 +96,45 @@ class ConversionReport:
         return fields
 
 
+def notes_of(event: Event) -> list[str]:
+    """What of an event the user should know, beside the numbers."""
+    match event:
+        case PlanMade(plan, device, reader):
+            notes = []
+            if device.reason:
+                notes.append(f"quantizing on {device.name}: {device.reason}; --device chooses otherwise")
+            if reader is not None:
+                reason = f": {reader.reason}; --reader chooses otherwise" if reader.reason else ""
+                notes.append(
+                    f"reading {plan.source.label} at {(plan.source.commit or '')[:12]} by {reader.reader}{reason}"
+                )
+            return [*notes, *plan.model_map.notes]
+        case ShardRepeated(i=i, n=n, shard=shard, reason=reason):
+            return [f"shard {i + 1} of {n}, {shard.file_name}, is made again: {reason}"]
+        case _:
+            return []
+
+
 @dataclass(slots=True)
 class ReportBuilder:
     """Listens to a conversion's events and makes its report."""
 
     quantized: dict[str, TensorQuantized] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    reader: ReaderChoice | None = None
+    finished: set[str] = field(default_factory=set)
+    skipped: set[str] = field(default_factory=set)
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, TensorQuantized):
+        self.notes += notes_of(event)
+        if isinstance(event, PlanMade):
+            self.reader = event.reader
+        elif isinstance(event, ShardFinished):
+            self.finished.add(event.shard.file_name)
+        elif isinstance(event, ShardSkipped):
+            self.skipped.add(event.shard.file_name)
+        elif isinstance(event, TensorQuantized):
             self.quantized[event.tensor.output_name] = event  # of a shard that is repeated, the last
         elif isinstance(event, TensorKept):
             self.non_finite.pop(event.tensor.output_name, None)
@@ -96,8 +145,10 @@ class ReportBuilder:
         """Forget what was seen: the conversion begins again."""
         self.quantized.clear()
         self.non_finite.clear()
+        self.notes.clear()
 
-    def build(self, plan: ConversionPlan, out: str, device: str, elapsed_s: float) -> ConversionReport:
+    def build(self, plan: ConversionPlan, out: str | None, device: str, elapsed_s: float) -> ConversionReport:
+        done = [shard for shard in plan.shards if shard.file_name in self.skipped - self.finished]
         return ConversionReport(
             source=plan.source.label,
             out=out,
@@ -115,8 +166,13 @@ class ReportBuilder:
             non_finite=dict(sorted(self.non_finite.items())),
             errors=self._errors(),
             elapsed_s=elapsed_s,
-            notes=plan.model_map.notes,
+            notes=tuple(self.notes),
             device=device,
+            commit=plan.source.commit,
+            reader=str(self.reader.reader) if self.reader else None,
+            reader_reason=self.reader.reason or None if self.reader else None,
+            n_done_shards=len(done),
+            n_read_now_bytes=plan.n_read_bytes - sum(shard.n_read_bytes for shard in done),
         )
 
     def _errors(self) -> tuple[LayerKindError, ...]:

@@ -23,7 +23,6 @@ from tests.tiny_models import file_bytes
 __all__ = ["connect", "hub"]
 
 REPO = "me/opt-66b-int8"
-QUANTIZING = "note: quantizing on cpu: "
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +47,7 @@ def test_quantize_says_which_reader_and_why(source: Path, hub: Hub, run: Run, tm
     code, out, err = run("quantize", NAME, tmp_path / "a")
     assert code == 0
     assert f"note: reading {NAME} at {commit} by download: the disk has room for two of its shards beside" in err
-    assert err.startswith(QUANTIZING) and out.startswith(f"{tmp_path / 'a'}: ")
+    assert out.startswith(f"{tmp_path / 'a'}: ")
 
     code, out, err = run("quantize", NAME, tmp_path / "b", "--reader", "stream")
     assert f"note: reading {NAME} at {commit} by stream\n" in err
@@ -77,13 +76,13 @@ def test_dry_run_tells_disk_memory_and_time_of_each_reader_and_fetches_next_to_n
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["quantize", NAME, "out", "--reader", "fast"], "auto, stream, download"),
-        (["quantize", NAME, "out", "--keep"], "go with --upload"),
-        (["quantize", NAME, "out", "--max-disk", "3GB"], "go with --upload"),
+        (["quantize", NAME, "out", "--reader", "fast"], "auto, stream or download"),
+        (["quantize", NAME, "out", "--keep"], "--keep needs --upload"),
+        (["quantize", NAME, "out", "--max-disk", "3GB"], "--max-disk needs --upload"),
         (["quantize", NAME, "--upload", REPO, "--calibrate", "text.txt"], "needs --keep"),
         (["quantize", NAME], "OUT is missing"),
         (["upload", "out"], "REPO"),
-        (["quantize", NAME, "--dry-run", "--bandwidth", "fast"], "5GB"),
+        (["quantize", NAME, "--dry-run", "--bandwidth", "fast"], "50MB"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str], complaint: str, run: Run) -> None:
@@ -142,7 +141,8 @@ def test_errors_of_the_hub_are_two_lines_and_one_object(source: Path, hub: Hub, 
     assert json.loads(out)["error"]["code"] == "hub_missing"
     assert err == (
         f"error: {hub.endpoint} has no repository 'org/nothing' that this token may see\n"
-        "hint: mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN\n"
+        "hint: mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN; "
+        "no directory 'org/nothing' is here either\n"
     )
     assert not (tmp_path / "out").exists()
 

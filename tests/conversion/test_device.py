@@ -178,13 +178,19 @@ def test_device_out_of_memory_is_told_before_anything_is_written(
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_auto_is_the_cpu_for_a_reason(tmp_path: Path) -> None:
+def test_auto_is_the_cpu_for_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("int8convert.conversion.device._NVIDIA", tmp_path)
     source = save_checkpoint("opt", tmp_path / "source")
     assert convert(source, tmp_path / "out").device == "cpu"
     assert choose_device("auto").reason and not choose_device("cpu").reason
 
 
-def test_auto_says_once_what_it_chose_and_who_chooses_is_told_nothing(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_auto_says_once_what_it_chose_and_who_chooses_is_told_nothing(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("int8convert.conversion.device._NVIDIA", tmp_path)
     source = save_checkpoint("opt", tmp_path / "source")
     _, out, err = run("quantize", source, tmp_path / "auto")
     assert err.count("quantizing on cpu: ") == 1 and " on cpu, " in out

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
+from int8convert.checkpoint.manifest import first_difference
 from int8convert.conversion.events import Event, ShardFinished, ShardSkipped, ShardStarted
 from tests.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
 
@@ -151,10 +152,10 @@ def test_overwrite_resumes_what_it_began_and_replaces_what_is_finished(
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ({"skip": ["fc2"]}, r'options: skip was \[\], is now \["fc2"\]'),
-        ({"only": ["fc1"], "min_coverage": 0}, r'options: only was \[\], is now \["fc1"\]'),
-        ({"threshold": 3}, "options: threshold was 6.0, is now 3.0"),
-        ({"max_shard_size": "20kB"}, "options: max_shard_bytes was not there, is now 20000"),
+        ({"skip": ["fc2"]}, r'--skip was \[\], is now \["fc2"\]'),
+        ({"only": ["fc1"], "min_coverage": 0}, r'--only was \[\], is now \["fc1"\]'),
+        ({"threshold": 3}, "--threshold was 6.0, is now 3.0"),
+        ({"max_shard_size": "20kB"}, "--max-shard-size was not given, is now 20,000"),
     ],
 )
 def test_other_options_are_not_mixed_in(
@@ -176,8 +177,18 @@ def test_options_that_change_no_byte_may_change(source: Path, tmp_path: Path, no
     assert count(convert(source, tmp_path / "out", workers=3, min_coverage=0.1), ShardSkipped) >= 2
 
 
-@pytest.mark.parametrize("change", ["mtime_ns", "n_bytes", "header_sha256", "config_sha256"])
-def test_changed_source_is_not_mixed_in(change: str, source: Path, tmp_path: Path, no_guess: None) -> None:
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("mtime_ns", "the source's file 'model-.*' was changed since, by its time of change"),
+        ("n_bytes", r"the source's file 'model-.*' had [\d,]+ bytes, has now [\d,]+"),
+        ("header_sha256", "the source's file 'model-.*' holds other tensors now"),
+        ("config_sha256", "the source has another config.json now"),
+    ],
+)
+def test_changed_source_is_not_mixed_in(
+    change: str, difference: str, source: Path, tmp_path: Path, no_guess: None
+) -> None:
     interrupt(source, tmp_path / "out", 2)
     last = sorted(source.glob("*.safetensors"))[-1]
     tensors = read_tensors(source)
@@ -202,7 +213,7 @@ def test_changed_source_is_not_mixed_in(change: str, source: Path, tmp_path: Pat
     else:
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps({**config, "dropout": 0.5}))
-    with pytest.raises(errors.OutputError, match=f"that differs: source: .*{change} was"):
+    with pytest.raises(errors.OutputError, match=f"that differs: {difference}$"):
         convert(source, tmp_path / "out")
 
 
@@ -482,3 +493,29 @@ def _kill_a_conversion(source: Path, out: Path, delay_s: float) -> int:
     os.waitpid(pid, 0)
     with open(read_end, "rb") as pipe:
         return len(pipe.read())
+
+
+DIRECTORY = {"config_sha256": "0a", "files": {"a.bin": {"n_bytes": 1, "header_sha256": "0b", "mtime_ns": 17959224}}}
+REPOSITORY = {"repository": "facebook/opt-66b", "commit": "7259969061237fe940036d22bea0fd349e4485e9", **DIRECTORY}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "difference"),
+    [
+        (REPOSITORY, DIRECTORY, "the source was 'facebook/opt-66b' at '725996906123', is now a directory"),
+        (
+            REPOSITORY,
+            REPOSITORY | {"commit": "1" * 40},
+            "the source was 'facebook/opt-66b' at '725996906123', is now 'facebook/opt-66b' at '111111111111'",
+        ),
+        (DIRECTORY, DIRECTORY | {"files": {}}, "the source's file 'a.bin' is not there any more"),
+        (DIRECTORY | {"files": {}}, DIRECTORY, "the source's file 'a.bin' was not there then"),
+    ],
+)
+def test_other_source_is_told_by_its_name(before: dict[str, Any], now: dict[str, Any], difference: str) -> None:
+    assert first_difference({"source": before}, {"source": now}) == difference
+
+
+def test_other_adapter_is_told_by_its_file() -> None:
+    before, now = ({"options": {"lora": {"adapter_config.json": sha256}}} for sha256 in ("0a", "0b"))
+    assert first_difference(before, now) == "--lora was another: its 'adapter_config.json' differs"

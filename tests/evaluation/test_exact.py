@@ -146,9 +146,9 @@ def test_resumed_conversion_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(KeyboardInterrupt):
         int8convert.quantize(source, tmp_path / "out", on_event=stop)
-    with pytest.raises(SourceError, match=r"is no int8 checkpoint: it has no config\.json") as raised:
+    with pytest.raises(SourceError, match="is an unfinished conversion") as raised:
         verify_exact(_with_weights(tmp_path / "out"))
-    assert "finish the conversion first" in raised.value.hint
+    assert "the quantize command that began it finishes it" in raised.value.hint
     assert_passes(verify_exact(convert(source, tmp_path / "out")), "files")
 
 

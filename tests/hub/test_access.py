@@ -77,7 +77,8 @@ def test_private_one_without_a_token(hub: Hub, connect: Connect, tmp_path: Path)
     connect(hub)
     assert refusal(HubMissingError, NAME, tmp_path / "out") == (
         f"{hub.endpoint} has no repository 'org/name' that is public, and no token is set",
-        "mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN",
+        "mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN; "
+        "no directory 'org/name' is here either",
     )
 
 
@@ -86,7 +87,8 @@ def test_private_one_with_another_s_token(hub: Hub, connect: Connect, tmp_path: 
     connect(hub, hub.stranger_token)
     assert refusal(HubMissingError, NAME, tmp_path / "out") == (
         f"{hub.endpoint} has no repository 'org/name' that this token may see",
-        "mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN",
+        "mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN; "
+        "no directory 'org/name' is here either",
     )
 
 

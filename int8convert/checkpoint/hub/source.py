@@ -29,6 +29,7 @@ from int8convert.checkpoint.layout import (
     INDEX_NAME,
     MAX_CARRIED_BYTES,
     PICKLE_INDEX_NAME,
+    REQUEST_FILE,
     carried_paths,
     is_carried,
     quoted,
@@ -44,6 +45,7 @@ from int8convert.checkpoint.source import (
     check_index,
     open_directory,
     read_weight_map,
+    unfinished,
 )
 from int8convert.errors import CorruptFileError, SourceError
 
@@ -113,6 +115,8 @@ def open_repository(name: str, revision: str | None = None, cache_dir: Path | No
     if constants.HF_HUB_OFFLINE:
         return _open_cached(name, revision, cache_dir)
     repository = find_repository(name, revision)
+    if REQUEST_FILE in repository.files and CONFIG_NAME not in repository.files:
+        raise unfinished(name)
     index_name, weight_names = _weights(repository)
     # The card is read, not carried: it tells the licence.
     going_along = sorted(filter(is_carried, repository.files))

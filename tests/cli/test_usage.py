@@ -1,0 +1,128 @@
+"""Wrong usage: exit code 2, what is wrong in words that name it, and with --json one object."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+
+import pytest
+
+from int8convert.cli.console import TerminatedError
+from int8convert.conversion import quantize
+from tests.cli.conftest import Run
+from tests.tiny_models import save_checkpoint
+
+
+def said(err: str) -> str:
+    """The last line, which comes behind typer's usage."""
+    return err.splitlines()[-1].removeprefix("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "X"], "OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO"),
+        (["quantize", "X", ""], "OUT is empty"),
+        (["quantize", "", "out"], "SRC is empty"),
+        (["export", "", "new"], "OUT is empty"),
+        (["export", "out", ""], "NEW is empty"),
+        (["generate", ""], "OUT is empty"),
+        (["outliers", "", "--text", "text.txt"], "CHECKPOINT is empty"),
+        (
+            ["export", "out", "new", "--format", "gguf"],
+            "Invalid value for --format: it is bitsandbytes, compressed-tensors or torchao, not 'gguf'",
+        ),
+        (["quantize", "X", "Y", "--keep"], "--keep needs --upload REPO"),
+        (["quantize", "X", "Y", "--max-disk", "3GB"], "--max-disk needs --upload REPO"),
+        (["quantize", "X", "Y", "--private"], "--private needs --upload REPO"),
+        (["quantize", "X", "Y", "--public"], "--public needs --upload REPO"),
+        (["quantize", "X", "Y", "--bandwidth", "50MB"], "--bandwidth needs --dry-run"),
+        (
+            ["quantize", "X", "--upload", "a/b", "--keep", "--max-disk", "3GB"],
+            "--max-disk bounds what lies here, --keep keeps all of it: give one of them",
+        ),
+        (
+            ["quantize", "X", "--upload", "a/b", "--calibrate", "text.txt"],
+            "--calibrate runs OUT, so with --upload it needs --keep",
+        ),
+        (["quantize", ".", "Y", "--revision", "main"], "--revision is of a SRC on the Hub, and '.' is here"),
+        (["quantize", ".", "Y", "--reader", "stream"], "--reader is of a SRC on the Hub, and '.' is here"),
+        (["quantize", ".", "Y", "--cache-dir", "c"], "--cache-dir is of a SRC on the Hub, and '.' is here"),
+        (["quantize", ".", "--dry-run", "--bandwidth", "5MB"], "--bandwidth is of a SRC on the Hub, and '.' is here"),
+        (["quantize", "a/b", "--bogus"], "No such option: --bogus"),
+        (["inspect"], "Missing argument 'PATH'."),
+        (["verify", "X", "--level", "foo"], "Invalid value for --level: it is exact, fidelity or tasks, not 'foo'"),
+        (
+            ["quantize", "X", "Y", "--on-nonfinite", "no"],
+            "Invalid value for '--on-nonfinite': it is error or keep, not 'no'",
+        ),
+    ],
+)
+def test_wrong_usage_is_named_in_text_and_in_json(arguments: list[str], message: str, run: Run) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out, said(err)) == (2, "", message)
+
+    code, out, err = run(*arguments, "--json")
+    found = json.loads(out)
+    assert (code, said(err)) == (2, message)
+    assert found.keys() == {"schema", "error"} and found["schema"] == 1
+    assert (found["error"]["code"], found["error"]["message"]) == ("usage", message)
+    assert f"int8convert {arguments[0]} --help" in found["error"]["hint"]
+
+
+@pytest.mark.parametrize("rate", ["50", "fast", "100Mbit", "100 Mbps", "5M", "0MB"])
+def test_bandwidth_without_bytes_as_its_unit_is_refused(rate: str, run: Run) -> None:
+    code, _, err = run("quantize", "a/b", "--dry-run", "--bandwidth", rate)
+    assert code == 2
+    assert said(err) == f"--bandwidth is bytes a second, such as 50MB; 100 Mbit/s are 12.5MB; not {rate!r}"
+
+
+def test_reader_of_the_environment_does_not_concern_a_local_source(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INT8CONVERT_READER", "stream")
+    source = save_checkpoint("opt", tmp_path / "source")
+    assert run("quantize", source, tmp_path / "out", "--quiet")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "code", "word"), [(SIGINT, 130, "interrupted"), (SIGTERM, 143, "terminated")]
+)
+def test_interrupted_command_prints_its_object(signal_number: int, code: int, word: str, tmp_path: Path) -> None:
+    source = save_checkpoint("opt", tmp_path / "source")
+    command = [sys.executable, "-m", "int8convert", "quantize", str(source), str(tmp_path / "out"), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lock = tmp_path / "out" / "int8convert" / "lock"
+    while not lock.exists() or not lock.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.1)  # between the lock and the promise to remove it lie a few instructions
+    process.send_signal(signal_number)
+    stdout, stderr = process.communicate()
+    assert process.returncode == code and stderr.startswith(f"error: {word}\nhint: ")
+    hint = "finished shards are kept, the one in work was removed; the same command resumes"
+    assert json.loads(stdout) == {"schema": 1, "error": {"code": word, "message": word, "hint": hint}}
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "word"), [(KeyboardInterrupt, 130, "interrupted"), (TerminatedError, 143, "terminated")]
+)
+def test_signal_while_arguments_are_read_is_told_like_a_later_one(
+    stop: type[KeyboardInterrupt], code: int, word: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(size: str | None) -> None:
+        raise stop
+
+    monkeypatch.setattr(quantize, "parse_size", stopped)
+    found, out, err = run("quantize", "a/b", "out", "--json")
+    assert (found, err) == (code, f"error: {word}\nhint: nothing was begun\n")
+    assert json.loads(out)["error"]["code"] == word
+
+
+def test_inspect_does_not_say_that_it_wrote_nothing(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("inspect", tmp_path / "nowhere", "--json")
+    assert code == 1 and "nothing was written" not in err + out
