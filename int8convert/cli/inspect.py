@@ -18,7 +18,7 @@ from int8convert.cli.console import (
     quieting_hub,
     reporting_errors,
 )
-from int8convert.cli.options import AsJson
+from int8convert.cli.options import AsJson, check_named
 
 HELP = """Show what is in a checkpoint, source or output: tensors, dtypes, how much of it is int8.
 
@@ -35,7 +35,10 @@ Exit codes: 0 done; 1 there is no checkpoint or it is broken; 2 wrong usage.
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A checkpoint directory, or ORGANIZATION/NAME on the Hub.")
+        str,
+        typer.Argument(
+            metavar="PATH", callback=check_named, help="A checkpoint directory, or ORGANIZATION/NAME on the Hub."
+        ),
     ],
     revision: Annotated[
         str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit on the Hub; default: main.")

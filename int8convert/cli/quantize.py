@@ -231,13 +231,16 @@ def quantize(
         if calibrate is not None:
             with quieting_libraries(wants_live_display(quiet, as_json)):
                 stored = calibrate_output(src, out or "", calibrate, lora, trust_remote_code, device)
-        published = {"url": publishing.publisher.url, "commit": publishing.publisher.commit} if publishing else None
+        published = _published(publishing) if publishing is not None else None
         if as_json:
             print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": published})
             return
         _print_report(report, published["url"] if published else report.out)
         if published:
             print_line(f"commit: {published['commit']}; all shards compared by hash")
+            if published["keeps_card"]:
+                note(f"{upload} has a README.md not written by int8convert: it is kept; --overwrite replaces it")
+            note(f"not verified: int8convert verify {upload} --level exact compares it with its source, both there")
         if stored is not None:
             print_stored(stored)
 
@@ -261,8 +264,8 @@ def _check_combination(context: typer.Context, src: str) -> None:
             raise UsageError(f"{option} needs {'--upload REPO' if needed == 'upload' else '--dry-run'}")
     if {"keep", "max_disk"} <= given:
         raise UsageError("--max-disk bounds what lies here, --keep keeps all of it: give one of them")
-    if {"upload", "calibrate"} <= given and "keep" not in given:
-        raise UsageError("--calibrate runs OUT, so with --upload it needs --keep")
+    if {"upload", "calibrate"} <= given:
+        raise UsageError("--calibrate stores columns behind the last shard: convert with it, then int8convert upload")
     for name in ("revision", "reader", "cache_dir", "bandwidth"):
         if name in given and Path(src).exists():
             raise UsageError(f"{_option(name)} is of a SRC on the Hub, and {src!r} is here")
@@ -270,6 +273,12 @@ def _check_combination(context: typer.Context, src: str) -> None:
 
 def _option(parameter: str) -> str:
     return f"--{parameter.replace('_', '-')}"
+
+
+def _published(publishing: Publishing) -> dict[str, Any]:
+    """What is to be told of where the shards went."""
+    publisher = publishing.publisher
+    return {"url": publisher.url, "commit": publisher.commit, "keeps_card": publisher.keeps_card}
 
 
 def make_publishing(

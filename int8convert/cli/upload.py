@@ -18,7 +18,7 @@ from int8convert.cli.console import (
     stderr,
     wants_live_display,
 )
-from int8convert.cli.options import AsJson
+from int8convert.cli.options import AsJson, check_named
 
 if TYPE_CHECKING:
     from int8convert.publish.target import FileSent
@@ -43,8 +43,11 @@ INTERRUPTED = "REPO is as it was; files that were sent stay with the server, and
 
 
 def upload(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="An output of quantize or export.")],
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="ORGANIZATION/NAME; made if it is not there.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", callback=check_named, help="An output of quantize or export.")],
+    repository: Annotated[
+        str,
+        typer.Argument(metavar="REPO", callback=check_named, help="ORGANIZATION/NAME; made if it is not there."),
+    ],
     private: Annotated[
         bool | None,
         typer.Option("--private/--public", help="Make REPO so, or fail if it is not; default: as it comes."),

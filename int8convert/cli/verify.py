@@ -21,7 +21,7 @@ from int8convert.cli.console import (
     stderr,
     wants_live_display,
 )
-from int8convert.cli.options import AsJson, check_choice, check_device
+from int8convert.cli.options import AsJson, check_choice, check_device, check_named
 
 if TYPE_CHECKING:
     from int8convert.evaluation.examined import HubReading
@@ -63,7 +63,10 @@ def _numbers(value: str | None) -> tuple[float, ...]:
 
 def verify(
     out: Annotated[
-        str, typer.Argument(metavar="OUT", help="The int8 checkpoint: a directory, or ORG/NAME on the Hub.")
+        str,
+        typer.Argument(
+            metavar="OUT", callback=check_named, help="The int8 checkpoint: a directory, or ORG/NAME on the Hub."
+        ),
     ],
     revision: Annotated[
         str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of OUT on the Hub; default: main.")

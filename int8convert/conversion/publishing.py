@@ -26,6 +26,7 @@ class ShardPublisher(Protocol):
 
     url: for people to look at.
     commit: what identifies the whole there, once it is complete.
+    keeps_card: somebody's own description of it is there, and was left as it is.
     """
 
     @property
@@ -33,6 +34,9 @@ class ShardPublisher(Protocol):
 
     @property
     def commit(self) -> str | None: ...
+
+    @property
+    def keeps_card(self) -> bool: ...
 
     def begin(self, request: Mapping[str, Any], overwrite: bool) -> dict[str, ShardRecord]:
         """Begin a conversion there, or go on with one; the records of the shards it has, by file name. Only looks.

@@ -31,6 +31,10 @@ def said(err: str) -> str:
         (["export", "", "new"], "OUT is empty"),
         (["export", "out", ""], "NEW is empty"),
         (["generate", ""], "OUT is empty"),
+        (["inspect", ""], "PATH is empty"),
+        (["verify", ""], "OUT is empty"),
+        (["upload", "", "me/x"], "OUT is empty"),
+        (["upload", "out", ""], "REPO is empty"),
         (["outliers", "", "--text", "text.txt"], "CHECKPOINT is empty"),
         (
             ["export", "out", "new", "--format", "gguf"],
@@ -47,7 +51,7 @@ def said(err: str) -> str:
         ),
         (
             ["quantize", "X", "--upload", "a/b", "--calibrate", "text.txt"],
-            "--calibrate runs OUT, so with --upload it needs --keep",
+            "--calibrate stores columns behind the last shard: convert with it, then int8convert upload",
         ),
         (["quantize", ".", "Y", "--revision", "main"], "--revision is of a SRC on the Hub, and '.' is here"),
         (["quantize", ".", "Y", "--reader", "stream"], "--reader is of a SRC on the Hub, and '.' is here"),
