@@ -19,7 +19,7 @@ from typing import Any
 
 from int8convert import __version__
 from int8convert.checkpoint.int8_config import Int8Format
-from int8convert.checkpoint.layout import build_index
+from int8convert.checkpoint.layout import build_index, quoted
 from int8convert.checkpoint.manifest import ShardRecord, describe_source
 from int8convert.checkpoint.safetensors_file import METADATA_NAME
 from int8convert.checkpoint.source import open_source
@@ -29,7 +29,7 @@ from int8convert.conversion.export_tensors import ItemWriter, Target
 from int8convert.conversion.int8_source import DTYPES, SourceReaders, open_int8_checkpoint
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.quantize import parse_size
-from int8convert.errors import Int8ConvertError, OutputError
+from int8convert.errors import Int8ConvertError, OutputError, SourceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,11 @@ def export(
     check_choice(format, dequantize, max_shard_size)
     max_shard_bytes = parse_size(max_shard_size)
     source = open_source(src)
+    if source.commit is not None:  # whose shards would be read by range, which has no hash
+        raise SourceError(
+            f"{quoted(source.label)} is a repository on the Hub, and export takes directories",
+            f"fetch it, by `hf download {source.label} --local-dir DIR`, and name DIR; nothing was written",
+        )
     checkpoint = open_int8_checkpoint(source)
     wanted = Int8Format(format) if format else None if dequantize else checkpoint.format
     plan = make_export_plan(

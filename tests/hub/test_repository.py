@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import int8convert
 from int8convert.checkpoint.hub import repository
 from int8convert.checkpoint.hub.repository import fetch_small_files, find_repository
 from int8convert.conversion.events import PlanMade
@@ -74,6 +75,17 @@ def test_index_that_names_a_shard_that_is_not_there(hub: Hub, connect: Connect, 
     assert caught.value.message == (
         f"'{INDEX}' of '{NAME}' names shard 'pytorch_model-00002-of-00003.bin', which is not there"
     )
+
+
+def test_repository_is_no_source_of_an_export(hub: Hub, connect: Connect, tmp_path: Path) -> None:
+    """Its shards would be read by range, and the Hub knows no hash of a range."""
+    source = opt_pickles(tmp_path)
+    int8convert.quantize(source, tmp_path / "int8", on_event=lambda event: None)
+    add(hub, tmp_path / "int8", "me/int8")
+    connect(hub)
+    with pytest.raises(SourceError, match="'me/int8' is a repository on the Hub, and export takes directories"):
+        int8convert.export("me/int8", tmp_path / "new", format="compressed-tensors")
+    assert not (tmp_path / "new").exists()
 
 
 def test_index_that_contradicts_the_shards(hub: Hub, connect: Connect, tmp_path: Path) -> None:
