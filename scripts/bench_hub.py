@@ -7,6 +7,8 @@ How it goes:
 3. Wall time of a conversion from the Hub over the larger of fetching and converting alone is what overlapping leaves: 1
    would be perfect.
 
+With `--plan` none of that: the plan of a repository of facebook/opt-66b's shape is timed, what it fetched is counted.
+
 The server computes on the same cores as what is measured. Peak anonymous memory is that of all processes of a command.
 
 Left out on purpose: the latency and the errors of a real network.
@@ -23,6 +25,8 @@ from pathlib import Path
 
 from bench_convert import WORK_PARENT, describe_machine
 from bench_rounds import ensure_checkpoint
+from hub_look_alike import NAME as OPT_66B
+from hub_look_alike import add_opt_66b
 from measure_command import Measurement, measure_command, warm_page_cache
 from tests.hub_server.hub import Hub
 
@@ -50,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="opt-1.3b", help="of the checkpoint, see make_checkpoint.py")
     parser.add_argument("--rates", default="50,100,200,0", help="MB/s of the line; 0 is no limit")
+    parser.add_argument("--plan", action="store_true", help="time the plan of a 66B repository instead")
     parser.add_argument("--json", type=Path, help="write all numbers into this file, too")
     return parser.parse_args()
 
@@ -82,8 +87,27 @@ def measure_rate(rate: float, source: Path, work: Path, hub: Hub) -> dict[str, d
     return found
 
 
+def measure_plan() -> None:
+    """The plan of a 66B repository: of a model that is new, and of one that is known."""
+    with tempfile.TemporaryDirectory(dir=WORK_PARENT) as folder, Hub(Path(folder) / "hub") as hub:
+        n_bytes = add_opt_66b(hub, Path(folder) / "model")
+        environment = hub.client_environment() | {"XDG_CACHE_HOME": str(Path(folder) / "maps")}
+        command = [sys.executable, "-m", "int8convert", "quantize", OPT_66B, "--dry-run", "--bandwidth", "50MB"]
+        print("| model | wall s | requests | bytes fetched | of the weights |")
+        print("|---|---|---|---|---|")
+        for model in ("new", "known"):
+            hub.log.clear()
+            measured = run(command, environment)
+            requests, fetched = len(hub.log.requests()), hub.log.sent_bytes()
+            print(f"| {model} | {measured.wall_s:.1f} | {requests} | {fetched:,} | 1 in {n_bytes // fetched:,} |")
+            shutil.rmtree(Path(environment["HF_HOME"]), ignore_errors=True)
+
+
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.plan:
+        measure_plan()
+        return
     source = WORK_PARENT / arguments.shape
     ensure_checkpoint(arguments.shape, source)
     n_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
