@@ -272,4 +272,6 @@ def _place(source: Mapping[str, Any]) -> str:
 def _phrase(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, dict):  # of an adapter's files
+        return "another one"
     return "not given" if value is None else json.dumps(value)[:80]

@@ -457,11 +457,13 @@ def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(tmp_path: Path) -> 
     convert(source, tmp_path / "undisturbed", min_coverage=0)
     duration = time.perf_counter() - began
     expected = file_bytes(tmp_path / "undisturbed")
+    n_shards = len([name for name in expected if name.endswith(".safetensors")])
     chance = random.Random(0)
     n_resumed = 0
     for _ in range(N_KILLS):
         out = tmp_path / "out"
-        n_reported = _kill_a_conversion(source, out, chance.uniform(0, 1.1 * duration))
+        n_before = chance.randint(0, n_shards)
+        n_reported = _kill_a_conversion(source, out, n_before, chance.uniform(0, duration / 4))
         n_written_down = len(records(out))
         is_finished = (out / "config.json").exists()
         assert is_finished or n_written_down >= n_reported
@@ -474,8 +476,9 @@ def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(tmp_path: Path) -> 
     assert n_resumed > N_KILLS // 5, "too few kills fell between the first and the last shard to mean anything"
 
 
-def _kill_a_conversion(source: Path, out: Path, delay_s: float) -> int:
-    """Start a conversion in a process of its own, kill it; the number of shards it had reported finished."""
+def _kill_a_conversion(source: Path, out: Path, n_before: int, delay_s: float) -> int:
+    """Start a conversion in a process of its own, and kill it so long after it reported so many finished shards, which
+    however busy the machine is falls within it; the number it had reported."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -488,11 +491,12 @@ def _kill_a_conversion(source: Path, out: Path, delay_s: float) -> int:
         int8convert.quantize(source, out, min_coverage=0, on_event=on_event)
         os._exit(0)
     os.close(write_end)
-    time.sleep(delay_s)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
     with open(read_end, "rb") as pipe:
-        return len(pipe.read())
+        n_reported = len(pipe.read(n_before))
+        time.sleep(delay_s)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return n_reported + len(pipe.read())
 
 
 DIRECTORY = {"config_sha256": "0a", "files": {"a.bin": {"n_bytes": 1, "header_sha256": "0b", "mtime_ns": 17959224}}}
