@@ -89,6 +89,7 @@ def measure_rate(rate: float, source: Path, work: Path, hub: Hub) -> dict[str, d
 
 def measure_plan() -> None:
     """The plan of a 66B repository: of a model that is new, and of one that is known."""
+    WORK_PARENT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK_PARENT) as folder, Hub(Path(folder) / "hub") as hub:
         n_bytes = add_opt_66b(hub, Path(folder) / "model")
         environment = hub.client_environment() | {"XDG_CACHE_HOME": str(Path(folder) / "maps")}
