@@ -78,6 +78,10 @@ def quieting_hub(with_bars: bool = False) -> Iterator[None]:
 
 
 RESUMABLE = "finished shards are kept, the one in work was removed; the same command resumes"
+RESUMABLE_THERE = (
+    "finished shards are on the Hub, where they are no checkpoint yet, or here; the one in work was removed; the same "
+    "command goes on, here or elsewhere"
+)
 """The hint of a command that was interrupted and resumes."""
 
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from int8convert.cli.console import (
     RESUMABLE,
+    RESUMABLE_THERE,
     format_bytes,
     format_percent,
     format_seconds,
@@ -200,7 +201,8 @@ def quantize(
         "revision": revision,
         "cache_dir": cache_dir,
     }
-    with reporting_errors(as_json, "nothing was written" if dry_run else RESUMABLE), quieting_hub():
+    resumable = RESUMABLE if upload is None else RESUMABLE_THERE
+    with reporting_errors(as_json, "nothing was written" if dry_run else resumable), quieting_hub():
         publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
         if dry_run:
             print_plan(src, out, shared, min_coverage / 100, workers, device, reader, bandwidth, publishing, as_json)
