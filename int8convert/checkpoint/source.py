@@ -12,12 +12,10 @@ it is read.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote
 
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
@@ -34,21 +32,12 @@ from int8convert.checkpoint.layout import (
 )
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors, read_exactly
+from int8convert.checkpoint.source_name import is_repository_name, naming_hint
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import CorruptFileError, HubMissingError, SourceError
 
 CARD_NAME = "README.md"
 _LFS_POINTER = b"version https://git-lfs"
-_NAME_PART = r"[A-Za-z0-9][\w.-]{0,95}"
-_REPOSITORY_NAME = re.compile(f"{_NAME_PART}/{_NAME_PART}", re.ASCII)
-"""Names without an organization, which a few old repositories have, are taken for directories."""
-
-_REPOSITORY_ADDRESS = re.compile(
-    r"(?:https?://[^/]+/|(?:huggingface|hf)\.co/|hf://|(?=[^/]+/[^/]+@))(?!datasets/|spaces/)(?:models/)?"
-    rf"(?P<name>{_NAME_PART}/{_NAME_PART})(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[^/?#]+))?(?:[/?#].*)?",
-    re.ASCII,
-)
-"""What people have at hand that names a repository and is no name: a page of it, a form of other tools."""
 
 
 class ShardReader(Protocol):
@@ -183,16 +172,6 @@ def open_source(
         raise
 
 
-def is_repository_name(src: str | os.PathLike[str]) -> bool:
-    """Whether this names a repository on the Hub: it looks like one, and no file or directory has that name."""
-    return isinstance(src, str) and looks_like_repository(src) and not Path(src).exists()
-
-
-def looks_like_repository(name: str) -> bool:
-    """Whether a repository could have this name."""
-    return _REPOSITORY_NAME.fullmatch(name) is not None
-
-
 def open_directory(directory: Path, label: str) -> CheckpointSource:
     """As `open_source`, of a directory.
 
@@ -214,9 +193,7 @@ def open_directory(directory: Path, label: str) -> CheckpointSource:
 def _open_directory(directory: Path, label: str) -> CheckpointSource:
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
-        raise SourceError(
-            f"{quoted(label, 300)} is not a checkpoint directory: {found}", _naming_hint(label, directory)
-        )
+        raise SourceError(f"{quoted(label, 300)} is not a checkpoint directory: {found}", naming_hint(label, directory))
     config_path = find_file(directory, CONFIG_NAME)
     if config_path is None and find_file(directory, REQUEST_FILE) is not None:
         raise unfinished(label)
@@ -230,21 +207,6 @@ def _open_directory(directory: Path, label: str) -> CheckpointSource:
         carried=tuple(path for path in carried if path not in left),
         left=tuple(sorted(path.name for path in left)),
     )
-
-
-def _naming_hint(label: str, path: Path) -> str:
-    """What to name in place of something that is no directory."""
-    if address := _REPOSITORY_ADDRESS.fullmatch(label):
-        revision = address["revision"]
-        there = f"{address['name']}, with --revision {unquote(revision)}" if revision else address["name"]
-        return f"name it {there}; nothing was written"
-    hint = (
-        "give a directory with config.json and model*.safetensors or pytorch_model*.bin, or ORGANIZATION/NAME of a "
-        "repository on the Hub"
-    )
-    if re.fullmatch(_NAME_PART, label, re.ASCII) and not path.exists():
-        return f"{hint}, which has two parts, as openai-community/gpt2; nothing was written"
-    return f"{hint}; nothing was written"
 
 
 def unfinished(label: str) -> SourceError:

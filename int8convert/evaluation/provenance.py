@@ -18,7 +18,8 @@ from int8convert.checkpoint.int8_config import Int8Format, read_format
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, Manifest
 from int8convert.checkpoint.output_format import OutputFormat
-from int8convert.checkpoint.source import CheckpointSource, is_repository_name
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.source_name import is_repository_name
 from int8convert.errors import AdapterError, SourceError
 
 _MAX_EXPORTS = 20

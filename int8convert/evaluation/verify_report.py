@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from int8convert.checkpoint.source import is_repository_name
+from int8convert.checkpoint.source_name import is_repository_name
 from int8convert.evaluation.checks import Check
 from int8convert.evaluation.exact import ExactReport
 

@@ -17,7 +17,8 @@ from int8convert.checkpoint.hub.failures import call_hub, endpoint, translating_
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
 from int8convert.checkpoint.layout import quoted
-from int8convert.checkpoint.source import CARD_NAME, looks_like_repository
+from int8convert.checkpoint.source import CARD_NAME
+from int8convert.checkpoint.source_name import looks_like_repository
 from int8convert.errors import HubAccessError, HubConnectionError, HubError, HubMissingError
 
 if TYPE_CHECKING:
