@@ -14,12 +14,13 @@ from int8convert.errors import DiskFullError
 SMALL = 20_000_000
 
 
-def plan_of(carried: Path, *shards: tuple[int, str]) -> Any:
-    """Shards of so many bytes, each of one source shard."""
+def plan_of(carried: Path, *shards: tuple[int, str], scales_in: str | None = None) -> Any:
+    """Shards of so many bytes, each of one source shard; the first one with scales in another."""
     planned = []
     for i, (n_bytes, name) in enumerate(shards):
         source = SimpleNamespace(path=Path(name))
-        tensor = SimpleNamespace(shard=source, shards=(source,))
+        scales = (SimpleNamespace(path=Path(scales_in)),) if scales_in and i == 0 else ()
+        tensor = SimpleNamespace(shard=source, shards=(source, *scales))
         planned.append(SimpleNamespace(file_name=f"{i}", n_bytes=n_bytes, tensors=[tensor]))
     return SimpleNamespace(shards=planned, source=SimpleNamespace(carried=(carried,), label="org/name"))
 
@@ -57,3 +58,14 @@ def test_shards_of_one_source_shard_wait_for_one_another_if_that_is_checked(carr
     assert budget(plan, 1 << 40) == DiskBudget(SMALL + 7 + 65, False)
     assert budget(plan, SMALL + 7 + 64) == DiskBudget(SMALL + 7 + 60, True)
     assert budget(plan, 1 << 40, checked=False) == DiskBudget(SMALL + 7 + 50, False)
+
+
+@pytest.mark.parametrize(
+    ("scales_in", "both", "one"),
+    [("b", 10 + 20 + 30, 10 + 20), ("c", 10 + 20 + 30, 10 + 30), ("scales alone", 10 + 20 + 30, 10 + 30)],
+)
+def test_shard_waits_for_the_one_its_scales_are_in(carried: Path, scales_in: str, both: int, one: int) -> None:
+    """What holds nothing but scales is read behind all others."""
+    plan = plan_of(carried, (10, "a"), (20, "b"), (30, "c"), (5, "d"), scales_in=scales_in)
+    assert budget(plan, 1 << 40) == DiskBudget(SMALL + 7 + both, False)
+    assert budget(plan, SMALL + 7 + both - 1) == DiskBudget(SMALL + 7 + one, True)

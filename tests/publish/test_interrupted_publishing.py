@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import close_session
 from safetensors.torch import load_file, save_file
 
 from int8convert import errors
@@ -182,7 +184,14 @@ def test_records_without_what_was_asked_are_no_conversion(hub: Hub, source: Path
 def test_silent_connection_is_given_up_and_tried_again(
     method: str, path: str, hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of its own accord the client would wait for ever."""
+    """Of its own accord the client would wait for ever, here until the stall is over, and ask once."""
+    other = Publishing(HubPublisher("me/other"))
+    convert(NAME, tmp_path / "other", reader="stream", threshold=3.0, publishing=other)
+    for content in hub.repo("me/other").files.values():
+        hub.state.blobs.forget(hashlib.sha256(content).hexdigest())
+    n_undisturbed = len(hub.log.requests(method, path))
+    hub.log.clear()
+    close_session()
     monkeypatch.setattr("int8convert.publish.target._ANSWER_S", 0.5)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "8")
     hub.faults.add(FaultKind.STALL, method=method, path=path, seconds=6, after_bytes=0)
@@ -190,6 +199,7 @@ def test_silent_connection_is_given_up_and_tried_again(
     through(tmp_path / "work")
 
     assert len(hub.faults.fired) == 1
+    assert len(hub.log.requests(method, path)) > n_undisturbed
     convert(NAME, tmp_path / "expected", reader="stream")
     assert on_the_hub(hub) == file_bytes(tmp_path / "expected")
 
