@@ -144,17 +144,18 @@ class _Upload:
         found = self.target.find()
         there = dict(found.files) if found is not None else {}
         files = {name: path for name, path in output.files().items() if name != CARD_NAME}
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        changed = [name for name in sizes if not _is_same(files[name], there.get(name))]
         stale = sorted(name for name in there if is_loaded_as_weights(name) and name not in files)
-        if stale and not self.overwrites and MANIFEST_NAME not in there:
-            raise _foreign_weights(self.target.name, stale)
+        replaced = sorted(name for name in changed if is_loaded_as_weights(name) and name in there)
+        if (stale or replaced) and not self.overwrites and MANIFEST_NAME not in there:
+            raise _foreign_weights(self.target.name, stale + replaced)
         keeps_card = self._whose_card(output, found)
         card = self._card(output, keeps_card)
         if not self.is_dry_run:
             if card is not None and keeps_card != "output":
                 write_text(output.path / CARD_NAME, card.decode())
             self.target.make()
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-        changed = [name for name in sizes if not _is_same(files[name], there.get(name))]
         if card is not None:
             files[CARD_NAME] = output.path / CARD_NAME
             sizes[CARD_NAME] = len(card)
@@ -232,7 +233,7 @@ def _foreign_weights(repository: str, names: list[str]) -> OutputError:
     more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
     return OutputError(
         f"{quoted(repository)} holds weights of something else: {quoted(names[0])}{more}",
-        "name another repository, or pass --overwrite to remove them; nothing was sent",
+        "name another repository, or pass --overwrite to replace them; nothing was sent",
     )
 
 

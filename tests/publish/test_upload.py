@@ -107,7 +107,7 @@ def test_weights_of_something_else_are_removed_and_other_files_are_not(
         int8convert.upload(verified, REPO)
     assert (caught.value.message, caught.value.hint) == (
         f"'{REPO}' holds weights of something else: 'model-00001-of-00009.safetensors' and 1 more",
-        "name another repository, or pass --overwrite to remove them; nothing was sent",
+        "name another repository, or pass --overwrite to replace them; nothing was sent",
     )
     assert hub.repo(REPO).files == before
 
@@ -115,6 +115,20 @@ def test_weights_of_something_else_are_removed_and_other_files_are_not(
 
     assert report.deleted == ("model-00001-of-00009.safetensors", "pytorch_model.bin")
     assert hub.repo(REPO).files == published(verified) | others
+
+
+def test_weights_of_something_else_under_the_same_name_are_not_replaced_unasked(
+    source: Path, hub: Hub, connect: Connect, tmp_path: Path
+) -> None:
+    int8convert.quantize(source, tmp_path / "single", on_event=lambda event: None)
+    hub.add_repo(REPO, {"model.safetensors": b"in 16 bits"})
+    connect(hub, hub.token)
+    with pytest.raises(errors.OutputError, match=r"holds weights of something else: 'model.safetensors'"):
+        int8convert.upload(tmp_path / "single", REPO, allow_unverified=True)
+    assert hub.repo(REPO).files == {"model.safetensors": b"in 16 bits"}
+
+    int8convert.upload(tmp_path / "single", REPO, allow_unverified=True, overwrite=True)
+    assert hub.repo(REPO).files["model.safetensors"] == (tmp_path / "single" / "model.safetensors").read_bytes()
 
 
 def test_shards_of_an_earlier_conversion_go_without_being_asked_for(
