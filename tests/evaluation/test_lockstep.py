@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -141,6 +142,11 @@ def test_all_arithmetics_go_through_each_layer_together(
     assert len({report.mean_kl for report in streamed}) == 6
 
 
+def load_file_of(checkpoint: Path, name: str) -> torch.Tensor:
+    """A tensor of any of its shards."""
+    return next(tensors[name] for path in checkpoint.glob("*.safetensors") if name in (tensors := load_file(path)))
+
+
 class Seen:
     """What was made while a measurement ran."""
 
@@ -204,6 +210,24 @@ def test_one_layer_is_in_memory_at_a_time(
     monkeypatch.setattr(lockstep.LayerRunner, "run", watched_run)
     measure_fidelity(*llama, windows, stream=True)
     assert held == {(f"{i}: model.layers.{layer}",) for i in range(2) for layer in range(2)}
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_tensors_of_a_layer_are_loaded_one_after_the_other(
+    before: str | None, llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What threads load at once, and what their heaps keep of it, is memory by chance."""
+    source, _ = llama
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    if before is not None:
+        monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", before)
+    layered = LayeredModel(source, lambda: transformers.LlamaForCausalLM.from_pretrained(source))
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.core_model_loading.ThreadPoolExecutor", None)
+        with layered.holding("model.layers.1"):
+            held = layered.model.model.layers[1].mlp.up_proj.weight.clone()
+    assert torch.equal(held, load_file_of(source, "model.layers.1.mlp.up_proj.weight"))
+    assert os.environ.get("HF_DEACTIVATE_ASYNC_LOAD") == before
 
 
 def test_hidden_states_that_do_not_fit_lie_in_files(
