@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 
 TIMEOUT_S = 0.3
 PATIENCE_S = 1.0
+SOON_S = 60
+"""Far more than patience even on a busy machine, and far less than what a server here asks for."""
 AGAIN = "see that the network and the Hub are well, and run the same command again"
 
 REASONS = {
@@ -75,7 +77,7 @@ def test_hub_that_never_answers(model: Hub, tmp_path: Path, kind: FaultKind) -> 
     what = r"looking for 'facebook/opt-66b' got no further in \d+ s: "
     assert re.fullmatch(what + REASONS[kind], caught.value.message), caught.value.message
     assert caught.value.hint == AGAIN
-    assert time.monotonic() - began < 8 * PATIENCE_S
+    assert time.monotonic() - began < SOON_S
     assert not (tmp_path / "out").exists()
 
 
@@ -133,7 +135,7 @@ def test_longer_than_patience_asked_by_retry_after_is_not_waited(model: Hub, tmp
 
     with pytest.raises(HubConnectionError, match="status 429 of localhost"):
         convert(NAME, tmp_path / "out", "stream")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < SOON_S
 
 
 def test_retry_after_is_waited(model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
