@@ -15,7 +15,7 @@ from int8convert.checkpoint.placement import MAX_GPUS
 from int8convert.publish.card_commands import reproduce
 from int8convert.publish.card_fidelity import fidelity
 from int8convert.publish.card_metadata import card_metadata
-from int8convert.publish.card_snippets import snippets
+from int8convert.publish.card_snippets import serves_in_vllm, snippets
 from int8convert.publish.card_source import licence, named_source, source_repository
 from int8convert.publish.card_stored_columns import read_stored_columns
 from int8convert.publish.card_text import code, count, percent, plain, size, table
@@ -46,7 +46,7 @@ def make_card(output: FinishedOutput, repository: str, found: Inspection) -> str
         fidelity(output, repository),
         _outliers(output),
         snippets(output, repository),
-        _hardware(found),
+        _hardware(output, found),
         reproduce(output, repository),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -131,12 +131,15 @@ def _outliers(output: FinishedOutput) -> str:
     return "## Outlier features\n\n" + " ".join(said) if said else ""
 
 
-def _hardware(found: Inspection) -> str:
+def _hardware(output: FinishedOutput, found: Inspection) -> str:
     if found.quant_method == "bitsandbytes":
+        vllm = "vLLM loads this layout on one GPU, and not of every model class"
+        if not serves_in_vllm(output):
+            vllm = "vLLM does not load this layout of a model with experts"
         speed = (
             "With bitsandbytes the gain is memory: the paper measures its int8 products slower than 16 bits for models "
-            "below 6.7 B parameters (Appendix D). It runs on CPUs, too. vLLM loads this layout without tensor "
-            "parallelism; for that, convert with `--format compressed-tensors`."
+            f"below 6.7 B parameters (Appendix D). It runs on CPUs, too. {vllm}; for that, convert with "
+            "`--format compressed-tensors`."
         )
     else:
         speed = (

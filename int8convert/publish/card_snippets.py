@@ -32,9 +32,20 @@ def snippets(output: FinishedOutput, repository: str) -> str:
         f"int8convert, by its own runtime{', which also uses the stored outlier columns' if has_columns else ''}:",
         _block(_int8convert(repository, generates)),
     ]
-    if pipeline == "text-generation":
-        parts += ["vLLM:", _block(_vllm(repository, method))]
+    if pipeline == "text-generation" and serves_in_vllm(output):
+        needs = "vllm vllm-bnb-plugin" if method == "bitsandbytes" else "vllm"
+        parts += [f"vLLM (`pip install {needs}`):", _block(_vllm(repository))]
     return "\n\n".join(parts)
+
+
+def serves_in_vllm(output: FinishedOutput) -> bool:
+    """Whether vLLM has a loader for this layout of this model: that of bitsandbytes refuses all models with experts,
+    also if these are in 16 bits (vLLM 0.32 with vllm-bnb-plugin 0.0.3)."""
+    block = output.config.get("quantization_config")
+    if not isinstance(block, dict) or block.get("quant_method") != "bitsandbytes":
+        return True
+    reasons = {tensor.reason or "" for record in output.records for tensor in record.tensors.values()}
+    return not any(reason == "router" or reason.startswith("experts") for reason in reasons)
 
 
 def _block(lines: list[str]) -> str:
@@ -69,11 +80,11 @@ def _int8convert(repository: str, generates: bool) -> list[str]:
     ]
 
 
-def _vllm(repository: str, method: str) -> list[str]:
-    how = ', quantization="bitsandbytes"' if method == "bitsandbytes" else ""
+def _vllm(repository: str) -> list[str]:
     return [
         "from vllm import LLM",
         "",
-        f'model = LLM("{repository}"{how})',
-        'print(model.generate("The answer is")[0].outputs[0].text)',
+        'if __name__ == "__main__":  # vLLM starts processes that import this file',
+        f'    model = LLM("{repository}")',
+        '    print(model.generate("The answer is")[0].outputs[0].text)',
     ]

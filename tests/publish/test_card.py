@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 from huggingface_hub import ModelCard
 
@@ -360,6 +361,27 @@ def test_python_of_every_snippet_is_python(verified: Path) -> None:
     assert len(blocks) == 3
     for block in blocks:
         ast.parse(block)
+
+
+@pytest.mark.parametrize("format_name", ["bitsandbytes", "compressed-tensors"])
+def test_vllm_is_told_of_where_it_has_a_loader(format_name: str, tmp_path: Path, map_in_process: None) -> None:
+    """That of bitsandbytes left vLLM for a plugin, and refuses models with experts."""
+    dense = save_checkpoint("llama", tmp_path / "dense")
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(**sizes, intermediate_size=128, num_key_value_heads=2, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    cards = {}
+    for source in (dense, tmp_path / "experts"):
+        out = tmp_path / f"{source.name}-int8"
+        int8convert.quantize(source, out, format=format_name, min_coverage=0, on_event=lambda event: None)
+        cards[source.name] = card_of(out)
+
+    needs = "vllm vllm-bnb-plugin" if format_name == "bitsandbytes" else "vllm"
+    assert f"vLLM (`pip install {needs}`):\n\n```python\nfrom vllm import LLM\n" in cards["dense"]
+    assert ("from vllm import LLM" in cards["experts"]) is (format_name == "compressed-tensors")
+    refused = "vLLM does not load this layout of a model with experts; for that, convert with `--format compressed-"
+    assert (refused in cards["experts"]) is (format_name == "bitsandbytes")
+    assert refused not in cards["dense"]
 
 
 def test_model_of_no_known_task_has_no_pipeline_and_no_generation(tmp_path: Path, map_in_process: None) -> None:
