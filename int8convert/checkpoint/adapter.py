@@ -18,7 +18,8 @@ from pathlib import Path
 
 from int8convert.checkpoint.adapter_config import MERGE_WITH_PEFT, AdapterConfig, parse_adapter_config
 from int8convert.checkpoint.hashing import file_sha256
-from int8convert.checkpoint.layout import find_file, quoted, read_config
+from int8convert.checkpoint.json_file import read_config
+from int8convert.checkpoint.layout import find_file, quoted
 from int8convert.checkpoint.source import SourceShard, read_shard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AdapterError

@@ -1,4 +1,4 @@
-"""File names and JSON files of a checkpoint directory, read and written.
+"""The files of a checkpoint directory: what they are called, which are its own, which go along.
 
 The directory looks as transformers writes it: `model.safetensors`, or `model-00001-of-0000N.safetensors` with
 `model.safetensors.index.json`; `config.json` beside them. What is ours alone goes into the folder `int8convert/`, which
@@ -11,16 +11,14 @@ printed by `quoted`, which lets no control character through.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from int8convert.errors import CorruptFileError, SourceError
+from int8convert.errors import SourceError
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,8 +29,9 @@ OUTLIERS_FILE = f"{OWN_FOLDER}/outliers.safetensors"
 
 MANIFEST_NAME = f"{OWN_FOLDER}/manifest.json"
 VERIFY_FILE = f"{OWN_FOLDER}/verify.json"
-REQUEST_FILE = f"{OWN_FOLDER}/conversion.json"
 """What `int8convert verify` found out."""
+
+REQUEST_FILE = f"{OWN_FOLDER}/conversion.json"
 
 MAX_STEPS_AWAY = 0.6
 """By which a stored outlier column may differ from what its codes stand for, in steps of its row. A code is the nearest
@@ -42,21 +41,6 @@ sixteenth."""
 TEMPLATES_FOLDER = "additional_chat_templates"
 _MODULE_FILES = "[0-9]_*/*"
 """What modules.json of sentence-transformers names."""
-
-MAX_JSON_BYTES = 200_000_000
-"""For files of our own."""
-
-MAX_INDEX_BYTES = 32_000_000
-"""An index of 200,000 tensors takes about 20 MB. Parsed, JSON can take thirty times its size, so this bounds memory."""
-
-MAX_CONFIG_BYTES = 8_000_000
-"""A config that names 20,000 classes takes about 1 MB."""
-
-MAX_CONFIG_DEPTH = 64
-"""Levels of nesting. Real configs have under ten; the recursion of the encoder that writes it back ends near 1,000."""
-
-MAX_JSON_CONTAINERS = 1_000_000
-"""Objects and lists in JSON text. A header has three a tensor. `{"":0},` is 7 bytes of text and 200 bytes of memory."""
 
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".npz"),
@@ -139,89 +123,6 @@ def _is_shared_blob(target: Path, snapshot: Path) -> bool:
     return _SHARED_BLOB.fullmatch(name) is not None
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = True) -> dict[str, Any]:
-    """A JSON file that must hold an object.
-
-    Args:
-        max_bytes: what is larger is not even read.
-        allow_nan: accept the numbers NaN and Infinity, as Python writes them and JSON has not; some configs hold them.
-
-    Raises:
-        CorruptFileError: absurdly large, not JSON, or not an object.
-    """
-    n_bytes = path.stat().st_size
-    if n_bytes > max_bytes:
-        raise CorruptFileError(
-            f"{quoted(path.name)} has {n_bytes:,} bytes, expected at most {max_bytes:,}",
-            "this is not the file transformers writes; fetch it again",
-        )
-    hint = "fetch this file again; nothing was written"
-    return parse_json_object(path.read_bytes(), quoted(path.name), hint, allow_nan)
-
-
-def parse_json_object(encoded: bytes, what: str, hint: str, allow_nan: bool = False) -> dict[str, Any]:
-    """JSON text that must be an object, in UTF-8, with no key twice: two readers of it could otherwise disagree.
-
-    Args:
-        what: the subject of the error, such as "'config.json'".
-        hint: the error's hint.
-
-    Raises:
-        CorruptFileError: it is none.
-    """
-    n_containers = encoded.count(b"{") + encoded.count(b"[")  # and braces in names, of which there are few
-    if n_containers > MAX_JSON_CONTAINERS:
-        raise CorruptFileError(
-            f"{what} holds {n_containers:,} lists and objects, expected at most {MAX_JSON_CONTAINERS:,}", hint
-        )
-    try:
-        text = encoded.decode()
-        value = json.loads(
-            text, object_pairs_hook=_refuse_duplicates, parse_constant=float if allow_nan else _refuse_constant
-        )
-        if "\\u" in text:  # escapes can write half a character, which no file can hold
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise CorruptFileError(f"{what} is not valid JSON: nested too deeply", hint) from None
-    except ValueError as error:
-        raise CorruptFileError(f"{what} is not valid JSON: {str(error)[:160]}", hint) from None
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{what} holds a JSON {type(value).__name__}, not an object", hint)
-    return value
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {quoted(twice)} occurs twice")
-    return entries
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A source's config.json, checked to be one that can be written back.
-
-    Raises:
-        CorruptFileError: it is no JSON object, or nested absurdly deep.
-    """
-    config = read_json_object(path, MAX_CONFIG_BYTES)
-    level: list[Any] = [config]
-    for _ in range(MAX_CONFIG_DEPTH):
-        nested = (value.values() if isinstance(value, dict) else value for value in level)
-        level = [item for values in nested for item in values if isinstance(item, dict | list)]
-    if level:
-        raise CorruptFileError(
-            f"{quoted(path.name)} is nested more than {MAX_CONFIG_DEPTH} levels deep",
-            "fetch this file again; nothing was written",
-        )
-    return config
-
-
 def is_weight_file(name: str) -> bool:
     """Whether a file holds weights in some framework's format, or belongs to such files."""
     return name.lower().endswith(_WEIGHT_SUFFIXES)
@@ -269,106 +170,3 @@ def carried_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
                 "rename the file, or remove it; nothing was written",
             )
     return carried
-
-
-def build_index(weight_map: Mapping[str, str], n_bytes: int, n_parameters: int) -> dict[str, Any]:
-    """The content of `model.safetensors.index.json`."""
-    return {
-        "metadata": {"total_parameters": n_parameters, "total_size": n_bytes},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-
-
-def bitsandbytes_config(
-    config: Mapping[str, Any], dtype: str, threshold: float, skip_modules: Iterable[str]
-) -> dict[str, Any]:
-    """The source's config.json with the block that makes transformers load the int8 weights through bitsandbytes.
-
-    The skip list replaces the loader's own default, so it must be complete. The threshold is written as a float:
-    transformers refuses an int.
-
-    Args:
-        dtype: written where the config names none.
-    """
-    return {
-        **config,
-        **_dtype_if_missing(config, dtype),
-        "quantization_config": bitsandbytes_block(threshold, skip_modules),
-    }
-
-
-def bitsandbytes_block(threshold: float, skip_modules: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint in the bitsandbytes layout; see `bitsandbytes_config`."""
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_8bit": True,
-        "llm_int8_threshold": float(threshold),
-        "llm_int8_skip_modules": sorted(skip_modules),
-    }
-
-
-def compressed_tensors_config(config: Mapping[str, Any], dtype: str, ignore: Iterable[str]) -> dict[str, Any]:
-    """The source's config.json with the block by which compressed-tensors and vLLM read the int8 weights.
-
-    Weights by row, symmetric; activations by token, symmetric, quantized while it runs. The block's groups allow no key
-    of ours.
-
-    Args:
-        dtype: written where the config names none.
-        ignore: full names of every Linear module that stays 16-bit; all others are taken to be int8.
-
-    Source: compressed_tensors/quantization/quant_config.py, version 0.20.
-    """
-    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
-    return {
-        **config,
-        **_dtype_if_missing(config, dtype),
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "ignore": sorted(ignore),
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
-                    "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
-                }
-            },
-        },
-    }
-
-
-def torchao_config(config: Mapping[str, Any], dtype: str, skip_modules: Iterable[str]) -> dict[str, Any]:
-    """The source's config.json with the block by which transformers reads the int8 weights through torchao.
-
-    Weight-only: what is known of the weights is said, and nothing about activations. torchao's other int8 form rounds
-    outlier features to 8 bits with all others, which LLM.int8() is there to avoid.
-
-    Source: torchao/core/config.py, version 0.18.
-    """
-    granularity = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
-    weight_only = {"group_size": None, "granularity": granularity, "set_inductor_config": True}
-    return {
-        **config,
-        **_dtype_if_missing(config, dtype),
-        "quantization_config": {
-            "quant_method": "torchao",
-            "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": weight_only}},
-            "modules_to_not_convert": sorted(skip_modules),
-            "include_input_output_embeddings": False,
-            "untie_embedding_weights": False,
-        },
-    }
-
-
-def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The source's config.json for weights that are not quantized, to be loaded in `dtype`."""
-    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
-    return {**kept, **dict.fromkeys(names, dtype)}
-
-
-def _dtype_if_missing(config: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    """Loaders go by the first float tensor where the config names no dtype, which may be that of a scale."""
-    return {} if config.get("dtype") or config.get("torch_dtype") else {"torch_dtype": dtype}

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.atomic import write_json
-from int8convert.checkpoint.layout import OWN_FOLDER, quoted, read_json_object
+from int8convert.checkpoint.json_file import read_json_object
+from int8convert.checkpoint.layout import OWN_FOLDER, quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError

@@ -17,7 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from int8convert.checkpoint.layout import parse_json_object, quoted
+from int8convert.checkpoint.json_file import parse_json_object
+from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, check_tensor_name, is_shape, is_size
 from int8convert.errors import CorruptFileError
 

@@ -17,18 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_config, read_json_object
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
     MAX_CARRIED_BYTES,
-    MAX_INDEX_BYTES,
     PICKLE_INDEX_NAME,
     REQUEST_FILE,
     carried_files,
     find_file,
     quoted,
-    read_config,
-    read_json_object,
 )
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors, read_exactly

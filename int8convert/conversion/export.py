@@ -19,8 +19,9 @@ from typing import Any
 
 from int8convert import __version__
 from int8convert.checkpoint.int8_config import Int8Format
-from int8convert.checkpoint.layout import build_index, quoted
+from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import ShardRecord, describe_source
+from int8convert.checkpoint.quantization_config import build_index
 from int8convert.checkpoint.safetensors_file import METADATA_NAME
 from int8convert.checkpoint.source import open_source
 from int8convert.checkpoint.writer import ShardWriter

@@ -11,15 +11,14 @@ from math import prod
 from typing import Any
 
 from int8convert.checkpoint.int8_config import CONV1D_NAMES, Int8Format, read_threshold
-from int8convert.checkpoint.layout import (
+from int8convert.checkpoint.layout import quoted, shard_name
+from int8convert.checkpoint.output_format import TensorSpecs
+from int8convert.checkpoint.quantization_config import (
     bitsandbytes_config,
     compressed_tensors_config,
     plain_config,
-    quoted,
-    shard_name,
     torchao_config,
 )
-from int8convert.checkpoint.output_format import TensorSpecs
 from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES

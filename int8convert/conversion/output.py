@@ -21,14 +21,12 @@ from int8convert.checkpoint.layout import (
     OUTLIERS_FILE,
     OWN_FOLDER,
     VERIFY_FILE,
-    bitsandbytes_config,
-    build_index,
-    compressed_tensors_config,
     is_weight_file,
 )
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
 from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.checkpoint.quantization_config import bitsandbytes_config, build_index, compressed_tensors_config
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.plan import ConversionPlan, output_weight_map
 from int8convert.errors import DiskFullError, OutputError

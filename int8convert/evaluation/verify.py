@@ -24,7 +24,8 @@ from int8convert import __version__
 from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.int8_config import read_threshold
-from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE, read_json_object
+from int8convert.checkpoint.json_file import read_json_object
+from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE
 from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.errors import AdapterError, CorruptFileError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from int8convert.checkpoint.layout import OUTLIERS_FILE, parse_json_object
+from int8convert.checkpoint.json_file import parse_json_object
+from int8convert.checkpoint.layout import OUTLIERS_FILE
 from int8convert.checkpoint.safetensors_file import read_safetensors_header, read_safetensors_metadata
 from int8convert.errors import CorruptFileError
 from int8convert.publish.card_text import code

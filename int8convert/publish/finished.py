@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.hashing import file_sha256
-from int8convert.checkpoint.layout import CONFIG_NAME, OWN_FOLDER, VERIFY_FILE, quoted, read_config, read_json_object
+from int8convert.checkpoint.json_file import read_config, read_json_object
+from int8convert.checkpoint.layout import CONFIG_NAME, OWN_FOLDER, VERIFY_FILE, quoted
 from int8convert.checkpoint.manifest import NOT_PUBLISHED, Manifest, ShardRecord
 from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from int8convert.checkpoint.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
 from int8convert.checkpoint.hub.source import open_repository
 from int8convert.checkpoint.inspection import inspect_source
+from int8convert.checkpoint.json_file import read_json_object
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -27,7 +28,6 @@ from int8convert.checkpoint.layout import (
     VERIFY_FILE,
     is_loaded_as_weights,
     quoted,
-    read_json_object,
 )
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference, parse_record
 from int8convert.checkpoint.source import CARD_NAME

@@ -30,8 +30,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.checkpoint.int8_config import Int8Format, is_ignored, read_format, read_threshold
-from int8convert.checkpoint.layout import bitsandbytes_block
 from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.checkpoint.quantization_config import bitsandbytes_block
 from int8convert.errors import FormatError
 from int8convert.runtime.experts import Int8Experts, experts_form, experts_in
 from int8convert.runtime.linear import Int8Linear, OutlierMode

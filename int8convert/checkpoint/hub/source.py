@@ -24,6 +24,7 @@ from int8convert.checkpoint.hub.repository import (
     find_cached,
     find_repository,
 )
+from int8convert.checkpoint.json_file import read_config as read_config_file
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -34,7 +35,6 @@ from int8convert.checkpoint.layout import (
     is_carried,
     quoted,
 )
-from int8convert.checkpoint.layout import read_config as read_config_file
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
 from int8convert.checkpoint.source import (

@@ -1,0 +1,108 @@
+"""JSON of strangers: read within bounds, with no key twice, and such that it can be written back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.layout import quoted
+from int8convert.errors import CorruptFileError
+
+MAX_JSON_BYTES = 200_000_000
+"""For files of our own."""
+
+MAX_INDEX_BYTES = 32_000_000
+"""An index of 200,000 tensors takes about 20 MB. Parsed, JSON can take thirty times its size, so this bounds memory."""
+
+MAX_CONFIG_BYTES = 8_000_000
+"""A config that names 20,000 classes takes about 1 MB."""
+
+MAX_CONFIG_DEPTH = 64
+"""Levels of nesting. Real configs have under ten; the recursion of the encoder that writes it back ends near 1,000."""
+
+MAX_JSON_CONTAINERS = 1_000_000
+"""Objects and lists in JSON text. A header has three a tensor. `{"":0},` is 7 bytes of text and 200 bytes of memory."""
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = True) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Args:
+        max_bytes: what is larger is not even read.
+        allow_nan: accept the numbers NaN and Infinity, as Python writes them and JSON has not; some configs hold them.
+
+    Raises:
+        CorruptFileError: absurdly large, not JSON, or not an object.
+    """
+    n_bytes = path.stat().st_size
+    if n_bytes > max_bytes:
+        raise CorruptFileError(
+            f"{quoted(path.name)} has {n_bytes:,} bytes, expected at most {max_bytes:,}",
+            "this is not the file transformers writes; fetch it again",
+        )
+    hint = "fetch this file again; nothing was written"
+    return parse_json_object(path.read_bytes(), quoted(path.name), hint, allow_nan)
+
+
+def parse_json_object(encoded: bytes, what: str, hint: str, allow_nan: bool = False) -> dict[str, Any]:
+    """JSON text that must be an object, in UTF-8, with no key twice: two readers of it could otherwise disagree.
+
+    Args:
+        what: the subject of the error, such as "'config.json'".
+        hint: the error's hint.
+
+    Raises:
+        CorruptFileError: it is none.
+    """
+    n_containers = encoded.count(b"{") + encoded.count(b"[")  # and braces in names, of which there are few
+    if n_containers > MAX_JSON_CONTAINERS:
+        raise CorruptFileError(
+            f"{what} holds {n_containers:,} lists and objects, expected at most {MAX_JSON_CONTAINERS:,}", hint
+        )
+    try:
+        text = encoded.decode()
+        value = json.loads(
+            text, object_pairs_hook=_refuse_duplicates, parse_constant=float if allow_nan else _refuse_constant
+        )
+        if "\\u" in text:  # escapes can write half a character, which no file can hold
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise CorruptFileError(f"{what} is not valid JSON: nested too deeply", hint) from None
+    except ValueError as error:
+        raise CorruptFileError(f"{what} is not valid JSON: {str(error)[:160]}", hint) from None
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{what} holds a JSON {type(value).__name__}, not an object", hint)
+    return value
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {quoted(twice)} occurs twice")
+    return entries
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A source's config.json, checked to be one that can be written back.
+
+    Raises:
+        CorruptFileError: it is no JSON object, or nested absurdly deep.
+    """
+    config = read_json_object(path, MAX_CONFIG_BYTES)
+    level: list[Any] = [config]
+    for _ in range(MAX_CONFIG_DEPTH):
+        nested = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [item for values in nested for item in values if isinstance(item, dict | list)]
+    if level:
+        raise CorruptFileError(
+            f"{quoted(path.name)} is nested more than {MAX_CONFIG_DEPTH} levels deep",
+            "fetch this file again; nothing was written",
+        )
+    return config
