@@ -59,7 +59,8 @@ def test_killed_conversion_is_resumed_behind_its_finished_shards(
     for seed in seeds:
         out = tmp_path / str(seed)
         hub.bandwidth.bytes_per_s = BYTES_PER_S
-        hub.bandwidth.pause_before(random.Random(seed).randrange(whole_bytes))
+        share = (seed - seeds.start + random.Random(seed).random()) / len(seeds)
+        hub.bandwidth.pause_before(int(share * whole_bytes))
         clients.start(src=NAME, out=str(out), reader=reader)
         hub.bandwidth.await_pause()
         clients.kill()

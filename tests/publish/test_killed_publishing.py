@@ -22,10 +22,11 @@ BYTES_PER_S = 6e6
 SEEDS = [pytest.param(range(6), id="few"), pytest.param(range(6, 36), id="many", marks=pytest.mark.slow)]
 
 
-@pytest.fixture(scope="module")
-def killed_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Path, ClientProcesses]]:
+@pytest.fixture
+def killed_hub(tmp_path: Path) -> Iterator[tuple[Hub, Path, ClientProcesses]]:
     """A Hub with a repository, its folder, and processes that convert it."""
-    folder = tmp_path_factory.mktemp("killed")
+    folder = tmp_path / "killed"
+    folder.mkdir()
     with Hub(folder / "hub") as hub:
         hub.add_repo(NAME, opt_66b(folder / "model", N_SHARDS))
         environment = hub.client_environment(hub.token) | {"XDG_CACHE_HOME": str(folder / "cache")}
@@ -61,7 +62,8 @@ def test_killed_run_is_gone_on_with_from_what_the_repository_has(
         for sha256 in shards.values():  # or nothing would be sent: the store had it all from the run before
             hub.state.blobs.forget(sha256)
         hub.bandwidth.bytes_per_s = BYTES_PER_S
-        hub.bandwidth.pause_before(random.Random(seed).randrange(whole_bytes))
+        share = (seed - seeds.start + random.Random(seed).random()) / len(seeds)
+        hub.bandwidth.pause_before(int(share * whole_bytes))
         clients.start(src=NAME, out=str(tmp_path / "out"), reader="stream", upload=repository)
         hub.bandwidth.await_pause()
         clients.kill()
