@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from int8convert.cli.console import (
     RESUMABLE,
     RESUMABLE_THERE,
-    format_bytes,
-    format_percent,
-    format_seconds,
-    format_shards,
-    note,
     print_json,
-    print_line,
-    print_table,
     quieting_hub,
     quieting_libraries,
     reporting_errors,
-    stderr,
     wants_live_display,
 )
-from int8convert.cli.dry_run import print_kept, print_plan
+from int8convert.cli.conversion_report import print_report
+from int8convert.cli.dry_run import print_plan
 from int8convert.cli.options import (
     AsJson,
     UsageError,
@@ -38,12 +29,8 @@ from int8convert.cli.options import (
     check_named,
     check_size,
 )
+from int8convert.cli.publishing import make_publishing, print_published, published
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
-
-if TYPE_CHECKING:
-    from int8convert.conversion.publishing import Publishing
-    from int8convert.conversion.report import ConversionReport
-    from int8convert.publish.target import FileSent
 
 HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
 
@@ -233,16 +220,13 @@ def quantize(
         if calibrate is not None:
             with quieting_libraries(wants_live_display(quiet, as_json)):
                 stored = calibrate_output(src, out or "", calibrate, lora, trust_remote_code, device)
-        published = _published(publishing) if publishing is not None else None
+        there = published(publishing) if publishing is not None else None
         if as_json:
-            print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": published})
+            print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": there})
             return
-        _print_report(report, published["url"] if published else report.out)
-        if published:
-            print_line(f"commit: {published['commit']}; all shards compared by hash")
-            if published["keeps_card"]:
-                note(f"{upload} has a README.md not written by int8convert: it is kept; --overwrite replaces it")
-            note(f"not verified: int8convert verify {upload} --level exact compares it with its source, both there")
+        print_report(report, there["url"] if there else report.out)
+        if upload is not None and there is not None:
+            print_published(upload, there)
         if stored is not None:
             print_stored(stored)
 
@@ -275,56 +259,3 @@ def _check_combination(context: typer.Context, src: str) -> None:
 
 def _option(parameter: str) -> str:
     return f"--{parameter.replace('_', '-')}"
-
-
-def _published(publishing: Publishing) -> dict[str, Any]:
-    """What is to be told of where the shards went."""
-    publisher = publishing.publisher
-    return {"url": publisher.url, "commit": publisher.commit, "keeps_card": publisher.keeps_card}
-
-
-def make_publishing(
-    repository: str, private: bool | None, keep: bool, max_disk: str | None, is_quiet: bool
-) -> Publishing:
-    """Where finished shards go, by the options."""
-    from int8convert.conversion.publishing import Publishing
-    from int8convert.conversion.quantize import parse_size
-    from int8convert.publish.shard_publisher import HubPublisher
-
-    def on_file(file: FileSent) -> None:
-        if not is_quiet:
-            stderr.print(f"{escape(file.name)}: {format_bytes(file.n_bytes)} sent")
-
-    return Publishing(HubPublisher(repository, private, on_file=on_file), keep, parse_size(max_disk))
-
-
-def _print_report(report: ConversionReport, place: str | None) -> None:
-    print_line(
-        f"[bold]{escape(place or '')}[/]: {format_percent(report.coverage)} of the parameters and "
-        f"{format_percent(report.byte_coverage)} of the bytes are int8"
-    )
-    rate = f"{format_bytes(report.n_read_now_bytes / report.elapsed_s)}/s"
-    run = f", {format_seconds(report.elapsed_s)} on {report.device}, {rate}"
-    if report.n_done_shards:
-        now = f"{format_bytes(report.n_read_now_bytes)} were read now{run}" if report.n_read_now_bytes else ""
-        run = f"; {report.n_done_shards} of {report.n_shards} were done already, {now or 'nothing was read'}"
-    print_line(
-        f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
-        f"({format_percent(report.n_written_bytes / max(1, report.n_read_bytes))}) "
-        f"in {format_shards(report.n_shards)}{run}"
-    )
-    print_table(
-        "Weight error (signal to quantization noise, higher is better)",
-        ("layer kind", "tensors", "mean dB", "worst dB", "worst tensor"),
-        [
-            (e.layer_kind, f"{e.n_tensors}", _decibels(e.mean_sqnr_db), _decibels(e.worst_sqnr_db), e.worst_tensor)
-            for e in report.errors
-        ],
-    )
-    print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
-    for name, n in report.non_finite.items():
-        note(f"'{name}' was kept and holds {n:,} values that are NaN or infinite")
-
-
-def _decibels(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else "exact"

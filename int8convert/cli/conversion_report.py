@@ -1,0 +1,54 @@
+"""What a conversion says when it is through."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from int8convert.cli.console import (
+    format_bytes,
+    format_percent,
+    format_seconds,
+    format_shards,
+    note,
+    print_line,
+    print_table,
+)
+from int8convert.cli.dry_run import print_kept
+
+if TYPE_CHECKING:
+    from int8convert.conversion.report import ConversionReport
+
+
+def print_report(report: ConversionReport, place: str | None) -> None:
+    print_line(
+        f"[bold]{escape(place or '')}[/]: {format_percent(report.coverage)} of the parameters and "
+        f"{format_percent(report.byte_coverage)} of the bytes are int8"
+    )
+    rate = f"{format_bytes(report.n_read_now_bytes / report.elapsed_s)}/s"
+    run = f", {format_seconds(report.elapsed_s)} on {report.device}, {rate}"
+    if report.n_done_shards:
+        now = f"{format_bytes(report.n_read_now_bytes)} were read now{run}" if report.n_read_now_bytes else ""
+        run = f"; {report.n_done_shards} of {report.n_shards} were done already, {now or 'nothing was read'}"
+    print_line(
+        f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
+        f"({format_percent(report.n_written_bytes / max(1, report.n_read_bytes))}) "
+        f"in {format_shards(report.n_shards)}{run}"
+    )
+    print_table(
+        "Weight error (signal to quantization noise, higher is better)",
+        ("layer kind", "tensors", "mean dB", "worst dB", "worst tensor"),
+        [
+            (e.layer_kind, f"{e.n_tensors}", _decibels(e.mean_sqnr_db), _decibels(e.worst_sqnr_db), e.worst_tensor)
+            for e in report.errors
+        ],
+    )
+    print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
+    for name, n in report.non_finite.items():
+        note(f"'{name}' was kept and holds {n:,} values that are NaN or infinite")
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "exact"

@@ -1,0 +1,42 @@
+"""`quantize --upload`: where finished shards go, and what is told of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from int8convert.cli.console import format_bytes, note, print_line, stderr
+
+if TYPE_CHECKING:
+    from int8convert.conversion.publishing import Publishing
+    from int8convert.publish.target import FileSent
+
+
+def make_publishing(
+    repository: str, private: bool | None, keep: bool, max_disk: str | None, is_quiet: bool
+) -> Publishing:
+    """Where finished shards go, by the options."""
+    from int8convert.conversion.publishing import Publishing
+    from int8convert.conversion.quantize import parse_size
+    from int8convert.publish.shard_publisher import HubPublisher
+
+    def on_file(file: FileSent) -> None:
+        if not is_quiet:
+            stderr.print(f"{escape(file.name)}: {format_bytes(file.n_bytes)} sent")
+
+    return Publishing(HubPublisher(repository, private, on_file=on_file), keep, parse_size(max_disk))
+
+
+def published(publishing: Publishing) -> dict[str, Any]:
+    """What is to be told of where the shards went."""
+    publisher = publishing.publisher
+    return {"url": publisher.url, "commit": publisher.commit, "keeps_card": publisher.keeps_card}
+
+
+def print_published(repository: str, there: dict[str, Any]) -> None:
+    """`there` is what `published` gives."""
+    print_line(f"commit: {there['commit']}; all shards compared by hash")
+    if there["keeps_card"]:
+        note(f"{repository} has a README.md not written by int8convert: it is kept; --overwrite replaces it")
+    note(f"not verified: int8convert verify {repository} --level exact compares it with its source, both there")
