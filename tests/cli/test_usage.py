@@ -104,7 +104,7 @@ def test_interrupted_command_prints_its_object(signal_number: int, code: int, wo
     while not lock.exists() or not lock.read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    time.sleep(0.1)  # between the lock and the promise to remove it lie a few instructions
+    time.sleep(0.4)  # between the lock and the promise to remove it lie a few instructions
     process.send_signal(signal_number)
     stdout, stderr = process.communicate()
     assert process.returncode == code and stderr.startswith(f"error: {word}\nhint: ")

@@ -44,7 +44,21 @@ MODELS: dict[str, Callable[[], Any]] = {
         transformers.OPTConfig(**SIZES, ffn_dim=512, word_embed_proj_dim=256, max_position_embeddings=64)
     ),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=64)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**GROUPED, head_dim=64, sliding_window=8)
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, intermediate_size=512)),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**GROUPED, pad_token_id=0)),
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=400, hidden_size=256, n_layer=2, n_head=4)
+    ),
+    "falcon": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**SIZES)),
 }
+
+NOT_BY_BITSANDBYTES = ("bloom", "falcon")
+"""vLLM's plugin does not know the first; the layout has nothing of the second in int8."""
 
 IDS = list(range(5, 25))
 
@@ -66,7 +80,7 @@ def save(name: str, directory: Path) -> Path:
     model = MODELS[name]()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "embed" not in key:
+            if parameter.dim() > 1 and "embed" not in key and "wte" not in key:
                 parameter.mul_(4)
     model.half().save_pretrained(directory)
     if name == "opt":
@@ -108,8 +122,15 @@ def test_card_s_snippet_runs_as_it_stands(format_name: str, hub: Hub, connect: C
     assert said.strip()
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "format_name"),
+    [
+        (name, format_name)
+        for name in MODELS
+        for format_name in FORMATS
+        if format_name != "bitsandbytes" or name not in NOT_BY_BITSANDBYTES
+    ],
+)
 def test_log_probabilities_are_those_of_the_source(name: str, format_name: str, tmp_path: Path) -> None:
     source = save(name, tmp_path / "source")
     int8convert.quantize(source, tmp_path / "out", format=format_name, on_event=lambda event: None)
