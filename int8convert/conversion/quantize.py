@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import open_source
 from int8convert.conversion.coming_plan import PlanInTheMaking
 from int8convert.conversion.device import choose_device
-from int8convert.conversion.events import Event, EventSink, PlanMade, ShardFinished, TensorKept, TensorQuantized
+from int8convert.conversion.events import Event, EventSink
 from int8convert.conversion.fp8 import is_fp8
 from int8convert.conversion.job import Conversion, Reading, conversion_request
 from int8convert.conversion.model_map import ModuleFilter, check_config
 from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.plan import ConversionPlan
+from int8convert.conversion.progress_bar import showing_bar
 from int8convert.conversion.publishing import Publishing
 from int8convert.conversion.reader_choice import Reader
 from int8convert.conversion.report import ConversionReport, ReportBuilder
@@ -149,15 +151,14 @@ def quantize(
         options["lora"] = adapter.identity()
     output = OutputDirectory(out, source.directory, conversion_request(source, output_format, options), overwrite)
     report = ReportBuilder()
-    sink = on_event or _TqdmProgress()
-
-    def emit(event: Event) -> None:
-        report(event)
-        sink(event)
-
     modules = ModuleFilter(tuple(skip), tuple(only), output_format, trust_remote_code)
     job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter, reading, publishing)
-    with output.in_use():
+    with showing_bar() if on_event is None else nullcontext(on_event) as sink, output.in_use():
+
+        def emit(event: Event) -> None:
+            report(event)
+            sink(event)
+
         while True:
             try:
                 done_plan = job.run(n_workers, device_used, threshold, emit)
@@ -187,23 +188,3 @@ def parse_size(size: int | str | None) -> int | None:
     number, prefix, binary = match.groups()
     unit: int = (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
     return math.ceil(float(number) * unit)
-
-
-class _TqdmProgress:
-    """What a library user sees by default: one bar over the bytes read."""
-
-    def __init__(self) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(unit="B", unit_scale=True, desc="quantize")
-        self._seen: set[str] = set()  # tensors of a shard that is repeated come again
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case PlanMade(conversion_plan):
-                self._bar.reset(total=conversion_plan.n_read_bytes)
-            case TensorQuantized(tensor=tensor) | TensorKept(tensor=tensor) if tensor.output_name not in self._seen:
-                self._seen.add(tensor.output_name)
-                self._bar.update(tensor.source.n_bytes)
-            case ShardFinished(i=i, n=n) if i == n - 1:
-                self._bar.close()
