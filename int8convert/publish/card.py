@@ -133,7 +133,7 @@ def _outliers(output: FinishedOutput) -> str:
 
 def _hardware(output: FinishedOutput, found: Inspection) -> str:
     if found.quant_method == "bitsandbytes":
-        vllm = "vLLM loads this layout on one GPU, and not of every model class"
+        vllm = "vLLM loads this layout without tensor parallelism, and not of every model class"
         if not serves_in_vllm(output):
             vllm = "vLLM does not load this layout of a model with experts"
         speed = (
