@@ -23,7 +23,7 @@ from int8convert.evaluation.progress import FidelityProgress
 from int8convert.evaluation.windows import Convention, TokenWindows
 from tests.conversion.test_fp8 import save_fp8
 from tests.evaluation.outlier_models import convert
-from tests.tiny_models import MODELS, save_as_pickles
+from tests.tiny_models import MODELS, read_tensors, save_as_pickles
 
 pytestmark = [
     pytest.mark.usefixtures("map_in_process"),
@@ -142,11 +142,6 @@ def test_all_arithmetics_go_through_each_layer_together(
     assert len({report.mean_kl for report in streamed}) == 6
 
 
-def load_file_of(checkpoint: Path, name: str) -> torch.Tensor:
-    """A tensor of any of its shards."""
-    return next(tensors[name] for path in checkpoint.glob("*.safetensors") if name in (tensors := load_file(path)))
-
-
 class Seen:
     """What was made while a measurement ran."""
 
@@ -226,7 +221,7 @@ def test_tensors_of_a_layer_are_loaded_one_after_the_other(
         patch.setattr("transformers.core_model_loading.ThreadPoolExecutor", None)
         with layered.holding("model.layers.1"):
             held = layered.model.model.layers[1].mlp.up_proj.weight.clone()
-    assert torch.equal(held, load_file_of(source, "model.layers.1.mlp.up_proj.weight"))
+    assert torch.equal(held, read_tensors(source)["model.layers.1.mlp.up_proj.weight"])
     assert os.environ.get("HF_DEACTIVATE_ASYNC_LOAD") == before
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import int8convert
 import int8convert.checkpoint.hub.source
 from int8convert.conversion.publishing import Publishing
 from int8convert.publish.shard_publisher import HubPublisher
+from tests.hub_server.bandwidth import Bandwidth
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,10 +74,14 @@ class ClientProcesses:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
-    def is_running(self) -> bool:
-        """Whether the conversion is not through; before `wait`."""
-        assert self._parent.stdout is not None
-        return not select.select([self._parent.stdout], [], [], 0)[0]
+    def run_until(self, n_bytes: int, bandwidth: Bandwidth, **arguments: Any) -> None:
+        """A conversion that is killed when so many bytes have passed: it cannot be faster, however busy the machine."""
+        bandwidth.pause_before(n_bytes)
+        self.start(**arguments)
+        bandwidth.await_pause()
+        self.kill()
+        assert self.wait() == -signal.SIGKILL
+        bandwidth.go_on()
 
     def wait(self) -> int:
         """Its exit code; negative, the signal that ended it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,9 @@ def begin_anew(hub: Hub, client_cache: Path) -> None:
     hub.faults.clear()
     hub.log.clear()
     shutil.rmtree(client_cache, ignore_errors=True)
+
+
+def places(seeds: range, n_bytes: int) -> Iterator[tuple[int, int]]:
+    """Each seed with a place within so many bytes, drawn from its own part of them: all parts get their turn."""
+    for i, seed in enumerate(seeds):
+        yield seed, int((i + random.Random(seed).random()) / len(seeds) * n_bytes)

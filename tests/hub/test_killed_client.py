@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import pytest
 
 from int8convert.checkpoint.manifest import Manifest
 from tests.hub.client_process import ClientProcesses
-from tests.hub.conversions import READERS, begin_anew, looks_complete
+from tests.hub.conversions import READERS, begin_anew, looks_complete, places
 from tests.hub.models import NAME, opt_66b
 from tests.hub_server.http_messages import Origin
 from tests.hub_server.hub import Hub
@@ -56,16 +55,10 @@ def test_killed_conversion_is_resumed_behind_its_finished_shards(
     whole_bytes = hub.bandwidth.passed_bytes - before_bytes
     expected = file_bytes(tmp_path / "undisturbed")
     n_finished = []
-    for seed in seeds:
+    for seed, n_bytes in places(seeds, whole_bytes):
         out = tmp_path / str(seed)
         hub.bandwidth.bytes_per_s = BYTES_PER_S
-        share = (seed - seeds.start + random.Random(seed).random()) / len(seeds)
-        hub.bandwidth.pause_before(int(share * whole_bytes))
-        clients.start(src=NAME, out=str(out), reader=reader)
-        hub.bandwidth.await_pause()
-        clients.kill()
-        assert clients.wait() == -signal.SIGKILL
-        hub.bandwidth.go_on()
+        clients.run_until(n_bytes, hub.bandwidth, src=NAME, out=str(out), reader=reader)
         # What tells how to resume is removed last of all, behind what makes a checkpoint of it.
         assert not looks_complete(out) or expected.items() <= file_bytes(out).items(), f"seed {seed}"
         n_finished.append(len(Manifest(out).read_records()))

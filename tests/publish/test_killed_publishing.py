@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.hub.client_process import ClientProcesses
-from tests.hub.conversions import begin_anew
+from tests.hub.conversions import begin_anew, places
 from tests.hub.models import NAME, opt_66b
 from tests.hub_server.http_messages import Origin
 from tests.hub_server.hub import Hub
@@ -57,18 +55,13 @@ def test_killed_run_is_gone_on_with_from_what_the_repository_has(
     expected = hub.repo(f"me/{kind}").files
     shards = {name: hashlib.sha256(expected[name]).hexdigest() for name in expected if name.endswith(".safetensors")}
     n_finished = []
-    for seed in seeds:
+    for seed, n_bytes in places(seeds, whole_bytes):
         repository = f"me/{kind}-{seed}"
         for sha256 in shards.values():  # or nothing would be sent: the store had it all from the run before
             hub.state.blobs.forget(sha256)
         hub.bandwidth.bytes_per_s = BYTES_PER_S
-        share = (seed - seeds.start + random.Random(seed).random()) / len(seeds)
-        hub.bandwidth.pause_before(int(share * whole_bytes))
-        clients.start(src=NAME, out=str(tmp_path / "out"), reader="stream", upload=repository)
-        hub.bandwidth.await_pause()
-        clients.kill()
-        assert clients.wait() == -signal.SIGKILL
-        hub.bandwidth.go_on()
+        arguments = {"src": NAME, "out": str(tmp_path / "out"), "reader": "stream", "upload": repository}
+        clients.run_until(n_bytes, hub.bandwidth, **arguments)
         there = hub.repo(repository).files if hub.state.repository(repository) else {}
         assert "config.json" not in there or there.items() | {("README.md", b"")} >= {
             (name, content) for name, content in expected.items() if name != "README.md"
@@ -81,7 +74,7 @@ def test_killed_run_is_gone_on_with_from_what_the_repository_has(
         if is_elsewhere:
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
-        clients.start(src=NAME, out=str(tmp_path / "out"), reader="stream", upload=repository)
+        clients.start(**arguments)
 
         assert clients.wait() == 0
         found = dict(hub.repo(repository).files)
