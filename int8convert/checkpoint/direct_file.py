@@ -19,6 +19,7 @@ import os
 import threading
 from pathlib import Path
 
+from int8convert.checkpoint.atomic import create_file
 from int8convert.checkpoint.hashing import OrderedSha256
 
 CHUNK_BYTES = 2 << 20
@@ -40,7 +41,7 @@ class DirectFile:
     """Written once at every byte, then `finish`ed; or `discard`ed.
 
     Args:
-        path: made, or emptied; the room is reserved at once, so that a full disk shows before the work is done.
+        path: the file, made new. Its room is reserved at once, so that a full disk shows before the work is done.
         n_bytes: of the whole file.
 
     Raises:
@@ -153,13 +154,12 @@ class DirectFile:
 
 
 def _open_direct(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     try:
-        return os.open(path, flags | os.O_DIRECT, 0o644)
+        return create_file(path, os.O_DIRECT)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return os.open(path, flags, 0o644)
+        return create_file(path)
 
 
 def _is_direct(fd: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,41 @@ MAX_JSON_CONTAINERS = 1_000_000
 """Objects and lists in JSON text. A header has three a tensor. `{"":0},` is 7 bytes of text and 200 bytes of memory."""
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = True) -> dict[str, Any]:
+def read_json_object(
+    path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = True, allow_lone_surrogates: bool = False
+) -> dict[str, Any]:
     """A JSON file that must hold an object.
 
     Args:
         max_bytes: what is larger is not even read.
         allow_nan: accept the numbers NaN and Infinity, as Python writes them and JSON has not; some configs hold them.
+        allow_lone_surrogates: see `parse_json_object`.
 
     Raises:
         CorruptFileError: absurdly large, not JSON, or not an object.
     """
-    n_bytes = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe waits until somebody writes into it
+        raise CorruptFileError(f"{quoted(path.name)} is no file", "fetch this file again; nothing was written")
+    n_bytes = status.st_size
     if n_bytes > max_bytes:
         raise CorruptFileError(
             f"{quoted(path.name)} has {n_bytes:,} bytes, expected at most {max_bytes:,}",
             "this is not the file transformers writes; fetch it again",
         )
     hint = "fetch this file again; nothing was written"
-    return parse_json_object(path.read_bytes(), quoted(path.name), hint, allow_nan)
+    return parse_json_object(path.read_bytes(), quoted(path.name), hint, allow_nan, allow_lone_surrogates)
 
 
-def parse_json_object(encoded: bytes, what: str, hint: str, allow_nan: bool = False) -> dict[str, Any]:
+def parse_json_object(
+    encoded: bytes, what: str, hint: str, allow_nan: bool = False, allow_lone_surrogates: bool = False
+) -> dict[str, Any]:
     """JSON text that must be an object, in UTF-8, with no key twice: two readers of it could otherwise disagree.
 
     Args:
         what: the subject of the error, such as "'config.json'".
         hint: the error's hint.
+        allow_lone_surrogates: accept escapes such as `\\udce9`, by which a path that is not UTF-8 is written down.
 
     Raises:
         CorruptFileError: it is none.
@@ -65,7 +75,7 @@ def parse_json_object(encoded: bytes, what: str, hint: str, allow_nan: bool = Fa
         value = json.loads(
             text, object_pairs_hook=_refuse_duplicates, parse_constant=float if allow_nan else _refuse_constant
         )
-        if "\\u" in text:  # escapes can write half a character, which no file can hold
+        if "\\u" in text and not allow_lone_surrogates:  # escapes can write half a character, which no file can hold
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise CorruptFileError(f"{what} is not valid JSON: nested too deeply", hint) from None

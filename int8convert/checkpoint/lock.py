@@ -11,19 +11,23 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from pathlib import Path
 from types import TracebackType
 
+from int8convert.checkpoint.atomic import check_folder
 from int8convert.errors import OutputError
 
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class DirectoryLock:
-    """An exclusive lock on a directory, through a file in it. A context manager.
+    """An exclusive lock on a directory, through a file in a folder of ours inside it. A context manager.
+
+    The folder and the file are opened so that a link in a stranger's directory leads nowhere.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process holds the lock, or a link or a device has the name of the folder or the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +36,7 @@ class DirectoryLock:
 
     def __enter__(self) -> DirectoryLock:
         while True:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = self._open()
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -58,9 +62,28 @@ class DirectoryLock:
         self._path.unlink(missing_ok=True)
         os.close(self._fd)
 
+    def _open(self) -> int:
+        check_folder(self._path.parent)
+        try:  # a named pipe or a device must not even be opened
+            is_ours = stat.S_ISREG(self._path.lstat().st_mode)
+        except FileNotFoundError:
+            is_ours = True
+        fd = -1
+        if is_ours:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            is_ours = os.fstat(fd).st_nlink <= 1  # a hard link may be to a private file
+        if is_ours:
+            return fd
+        if fd >= 0:
+            os.close(fd)
+        raise OutputError(
+            f"'{self._path}' is a link or no file, expected the lock of int8convert",
+            "remove it and rerun the same command",
+        )
+
     def _is_still_there(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._fd), self._path.stat())
+            return os.path.samestat(os.fstat(self._fd), self._path.lstat())
         except FileNotFoundError:
             return False
 

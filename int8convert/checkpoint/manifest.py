@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.atomic import write_json
+from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, make_folder, write_json
 from int8convert.checkpoint.json_file import read_json_object
-from int8convert.checkpoint.layout import OWN_FOLDER, quoted
+from int8convert.checkpoint.layout import OWN_FOLDER, find_file, quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import is_size
-from int8convert.errors import CorruptFileError
+from int8convert.errors import CorruptFileError, SourceError
 
 ARITHMETIC_VERSION = 1
 """Raised when the same source and options would give other bytes; shards of two versions are never mixed."""
@@ -84,20 +84,28 @@ class Manifest:
     """The records of one output directory."""
 
     def __init__(self, out: Path) -> None:
+        self._out = out
         self.folder = out / OWN_FOLDER
-        self._records_folder = self.folder / _RECORDS_FOLDER
+        self.records_folder = self.folder / _RECORDS_FOLDER
+
+    def _find(self, name: str) -> Path | None:
+        """A file of the folder; None if it is missing, or leads out of the checkpoint, which no file of ours does."""
+        try:
+            return find_file(self._out, f"{OWN_FOLDER}/{name}")
+        except SourceError:
+            return None
 
     @property
     def is_complete(self) -> bool:
-        return (self.folder / _MANIFEST_NAME).is_file()
+        return self._find(_MANIFEST_NAME) is not None
 
     def read_request(self) -> dict[str, Any] | None:
         """What was asked of the conversion that is there, finished or not; None if there is none."""
         try:
-            if (self.folder / _REQUEST_NAME).is_file():
-                return read_json_object(self.folder / _REQUEST_NAME)
-            if self.is_complete:
-                request = read_json_object(self.folder / _MANIFEST_NAME).get("conversion")
+            if (begun := self._find(_REQUEST_NAME)) is not None:
+                return read_json_object(begun)
+            if (finished := self._find(_MANIFEST_NAME)) is not None:
+                request = read_json_object(finished).get("conversion")
                 return request if isinstance(request, dict) else None
         except CorruptFileError:
             pass  # not written by us
@@ -109,8 +117,8 @@ class Manifest:
         if not self.is_complete:
             return None
         for name in (_LOCAL_NAME, _MANIFEST_NAME):
-            if (self.folder / name).is_file():
-                named = read_json_object(self.folder / name).get("source")
+            if (path := self._find(name)) is not None:
+                named = read_json_object(path, allow_lone_surrogates=True).get("source")
                 if isinstance(named, str):
                     return named
         return None
@@ -123,7 +131,7 @@ class Manifest:
 
     def begin(self, request: Mapping[str, Any]) -> None:
         """Write down what is asked for, before the first shard."""
-        self._records_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.records_folder)
         write_json(self.folder / _REQUEST_NAME, request)
 
     def reopen(self, request: Mapping[str, Any], records: Iterable[ShardRecord]) -> None:
@@ -135,20 +143,22 @@ class Manifest:
 
     def add(self, record: ShardRecord) -> None:
         """Write down a shard that is on the disk under its name."""
-        write_json(self._records_folder / f"{record.file_name}.json", asdict(record))
+        write_json(self.records_folder / f"{record.file_name}.json", asdict(record))
 
     def read_records(self) -> dict[str, ShardRecord]:
         """File name -> record of the finished shards. A record that cannot be read counts as none."""
-        if self.is_complete and not (self.folder / _REQUEST_NAME).is_file():
-            entries = read_json_object(self.folder / _MANIFEST_NAME).get("shards")
+        finished = self._find(_MANIFEST_NAME)
+        if finished is not None and self._find(_REQUEST_NAME) is None:
+            entries = read_json_object(finished).get("shards")
             found = map(parse_record, entries if isinstance(entries, list) else [])
             return {record.file_name: record for record in found if record}
         return {record.file_name: record for record in self._unfinished_records()}
 
     def _unfinished_records(self) -> Iterator[ShardRecord]:
-        for path in sorted(self._records_folder.glob("*.json")):
+        for entry in sorted(self.records_folder.glob("*.json")):
+            path = self._find(f"{_RECORDS_FOLDER}/{entry.name}")
             try:
-                record = parse_record(read_json_object(path))
+                record = parse_record(read_json_object(path)) if path is not None else None
             except CorruptFileError:
                 continue
             if record is not None:
@@ -174,13 +184,13 @@ class Manifest:
     def tidy(self) -> None:
         """Remove what only an unfinished conversion needs; after everything else is on the disk."""
         (self.folder / _REQUEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(self._records_folder, ignore_errors=True)
+        shutil.rmtree(self.records_folder, ignore_errors=True)
 
     def remove(self) -> None:
         """Remove all that is written down."""
         for name in (_MANIFEST_NAME, _LOCAL_NAME):
             (self.folder / name).unlink(missing_ok=True)
-        for leftover in self.folder.glob("*.incomplete"):
+        for leftover in self.folder.glob(f"*{INCOMPLETE_SUFFIX}"):
             leftover.unlink()
         self.tidy()
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
-from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, fsync_directory
+from int8convert.checkpoint.atomic import fsync_directory, temporary_path
 from int8convert.checkpoint.direct_file import DirectFile
 from int8convert.checkpoint.safetensors_file import encode_safetensors_header
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
@@ -51,7 +51,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         self._path = path
-        self._temporary = path.with_name(path.name + INCOMPLETE_SUFFIX)
+        self._temporary = temporary_path(path)
         header = encode_safetensors_header(dict(tensors))
         self._begin: dict[str, int] = {}
         at = len(header)

@@ -121,7 +121,7 @@ def export(
         "source": describe_source(source),
         "options": {"max_shard_bytes": max_shard_bytes},
     }
-    output = OutputDirectory(out, source.directory, request, overwrite)
+    output = OutputDirectory(out, source, request, overwrite)
     if output.is_complete and not overwrite:
         raise OutputError(
             f"OUT '{out}' holds this very export already",

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from int8convert.checkpoint.atomic import make_folder
 from int8convert.checkpoint.int8_config import Int8Format
 from int8convert.checkpoint.layout import MAX_STEPS_AWAY, OUTLIERS_FILE, quoted
 from int8convert.checkpoint.lock import DirectoryLock
@@ -126,7 +127,7 @@ def store_outliers(
         specs = {METADATA_NAME: FileMetadata({"calibration": json.dumps(calibration)}), **specs}
     path = checkpoint.source.directory / OUTLIERS_FILE
     try:
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         with DirectoryLock(path.parent / "lock"), SourceReaders() as readers:
             writer = ShardWriter(path, specs)
             try:

@@ -14,14 +14,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, copy_file, write_json
+from int8convert.checkpoint.atomic import (
+    INCOMPLETE_SUFFIX,
+    check_folder,
+    check_lengths,
+    copy_file,
+    make_folder,
+    write_json,
+)
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
     OUTLIERS_FILE,
     OWN_FOLDER,
     VERIFY_FILE,
+    is_carried,
     is_weight_file,
+    shard_name,
 )
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
@@ -50,7 +59,7 @@ class OutputDirectory:
 
     Args:
         out: need not exist.
-        source: the directory that is read; OUT must be another one.
+        source: what is read. OUT must be another directory, and able to hold its file names.
         request: what identifies the conversion, see `manifest.describe_source`.
         overwrite: replace a checkpoint that is there. Files that are no part of one are left alone.
 
@@ -58,22 +67,32 @@ class OutputDirectory:
         OutputError: it is the source, holds something else already, or cannot be written to.
     """
 
-    def __init__(self, out: str | os.PathLike[str], source: Path, request: Mapping[str, Any], overwrite: bool) -> None:
+    def __init__(
+        self, out: str | os.PathLike[str], source: CheckpointSource, request: Mapping[str, Any], overwrite: bool
+    ) -> None:
         self.path = Path(out)
         self.manifest = Manifest(self.path)
         self._request = request
         self._overwrite = overwrite
         self.has_begun = False
         self._carried: list[Path] = []
-        self._check_place(source)
+        self._check_files(source)
+        self._check_place(source.directory)
         self._find_state()
 
     def _check_place(self, source: Path) -> None:
         resolved, source = self.path.resolve(), source.resolve()
-        if resolved == source or resolved in source.parents:
+        # Compared by inode too: one directory may be mounted in two places.
+        if any(_is_same(resolved, folder) for folder in (source, *source.parents)):
             raise OutputError(
                 f"OUT '{self.path}' is the source itself, or holds it",
                 "name another directory; nothing was written",
+            )
+        inner = next((folder for folder in (resolved, *resolved.parents) if _is_same(folder.parent, source)), None)
+        if inner is not None and (inner.name == OWN_FOLDER or is_carried(f"{inner.name}/file")):
+            raise OutputError(
+                f"OUT '{self.path}' lies in '{inner.name}', a folder of the source's own files",
+                "name a directory outside of the source; nothing was written",
             )
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"OUT '{self.path}' is a file", "name a directory; nothing was written")
@@ -83,6 +102,14 @@ class OutputDirectory:
                 f"OUT '{self.path}' cannot be written to: no permission in '{parent}'",
                 "name a directory you may write to; nothing was written",
             )
+
+    def _check_files(self, source: CheckpointSource) -> None:
+        """Refuse folders that are links, and names that OUT cannot hold, before anything is written or removed."""
+        names = [file.relative_to(source.directory).as_posix() for file in source.carried]
+        folders = {self.path / name for name in names if "/" in name}
+        for folder in (self.manifest.folder, self.manifest.records_folder, self.incoming, *{f.parent for f in folders}):
+            check_folder(folder)
+        check_lengths(self.path, (*names, f"{OWN_FOLDER}/shards/{shard_name(0, 2)}.json"))
 
     def _find_state(self) -> None:
         """Sets `replaces`, whether a checkpoint in OUT has to go first; raises where there is something else."""
@@ -197,11 +224,11 @@ class OutputDirectory:
         missing = [folder for folder in (own, *own.absolute().parents) if not folder.exists()]
         for folder in reversed(missing):
             cleanup.callback(_remove_if_empty, folder)
-        own.mkdir(parents=True, exist_ok=True)
+        make_folder(own)
         cleanup.enter_context(DirectoryLock(own / _LOCK_NAME))
 
     def _remove_incomplete(self) -> None:
-        for folder in (self.path, self.manifest.folder, self.manifest.folder / "shards"):
+        for folder in (self.path, self.manifest.folder, self.manifest.records_folder):
             for leftover in folder.glob(f"*{INCOMPLETE_SUFFIX}"):
                 leftover.unlink()
         shutil.rmtree(self.incoming, ignore_errors=True)
@@ -256,7 +283,8 @@ class OutputDirectory:
         """First what is carried over, last what makes the checkpoint look complete."""
         for file in source.carried:
             target = self.path / file.relative_to(source.directory)
-            target.parent.mkdir(exist_ok=True)
+            if target.parent != self.path:
+                make_folder(target.parent)
             if not target.exists():
                 self._carried.append(target)
             copy_file(file, target)
@@ -289,6 +317,13 @@ def as_output_error(error: OSError, path: Path) -> OutputError:
     return OutputError(
         f"'{error.filename or path}' cannot be written: {error.strerror}", "mend that and rerun the same command"
     )
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    try:
+        return folder == other or folder.samefile(other)
+    except OSError:  # one of them does not exist
+        return False
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -149,7 +149,7 @@ def quantize(
     adapter = open_adapter(lora) if lora is not None else None
     if adapter is not None:
         options["lora"] = adapter.identity()
-    output = OutputDirectory(out, source.directory, conversion_request(source, output_format, options), overwrite)
+    output = OutputDirectory(out, source, conversion_request(source, output_format, options), overwrite)
     report = ReportBuilder()
     modules = ModuleFilter(tuple(skip), tuple(only), output_format, trust_remote_code)
     job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter, reading, publishing)

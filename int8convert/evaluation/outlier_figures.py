@@ -7,12 +7,14 @@ Source of the palette: M. Okabe, K. Ito, Color Universal Design (2008).
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from int8convert.checkpoint.atomic import write_bytes
 from int8convert.errors import OutputError, SourceError
 from int8convert.evaluation.find_outliers import OutlierReport
 from int8convert.evaluation.outlier_features import layer_of
@@ -62,7 +64,9 @@ def draw_figures(report: OutlierReport, folder: Path) -> list[Path]:
         for name, figure in outlier_figures(report):
             for suffix in _FORMATS:
                 paths.append(folder / f"{name}.{suffix}")
-                figure.savefig(paths[-1], dpi=150)
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=suffix, dpi=150)
+                write_bytes(paths[-1], buffer.getvalue())
     except OSError as error:
         raise _as_output_error(error, folder) from error
     return paths

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from int8convert.checkpoint.atomic import write_text
+from int8convert.checkpoint.atomic import write_bytes, write_text
 from int8convert.checkpoint.inspection import inspect
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.source import open_source
@@ -52,6 +52,11 @@ class Picture:
         buffer = io.BytesIO()
         with matplotlib.rc_context({"svg.hashsalt": self.name}):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return buffer.getvalue()
+
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=150)
         return buffer.getvalue()
 
     @property
@@ -99,8 +104,8 @@ def write_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             paths += [folder / f"{picture.name}.png", folder / f"{picture.name}.svg"]
-            picture.figure.savefig(paths[-2], dpi=150)
-            paths[-1].write_bytes(picture.svg())
+            write_bytes(paths[-2], picture.png())
+            write_bytes(paths[-1], picture.svg())
     except OSError as error:
         raise _as_output_error(error, folder) from error
     return paths

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from int8convert import __version__
-from int8convert.checkpoint.atomic import write_json
+from int8convert.checkpoint.atomic import make_folder, write_json
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.int8_config import read_threshold
 from int8convert.checkpoint.json_file import read_json_object
@@ -226,7 +226,7 @@ def write_report(report: VerifyReport) -> Path | None:
     if report.exact.commit is not None:
         return None
     path = Path(report.out) / VERIFY_FILE
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     write_json(path, report.to_published_json() | kept_parts(report))
     return path
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cuda_kernels.reference import N_STEPS
-from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX
+from int8convert.checkpoint.atomic import create_file, make_folder, rename_into_place, temporary_path
 from int8convert.checkpoint.layout import MAX_STEPS_AWAY, OUTLIERS_FILE, quoted
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.errors import CorruptFileError
@@ -87,10 +87,10 @@ def write_outliers(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             tensors[f"{name}.outlier_columns"] = layer.outlier_columns.cpu()
             tensors[f"{name}.outlier_weight"] = layer.outlier_weight.cpu().contiguous()
     path = Path(directory) / OUTLIERS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + INCOMPLETE_SUFFIX)
-    save_file(tensors, temporary, {"format": "pt"})
-    temporary.replace(path)
+    make_folder(path.parent)
+    os.close(create_file(temporary_path(path)))  # safetensors opens by name, and would follow a link of that name
+    save_file(tensors, temporary_path(path), {"format": "pt"})
+    rename_into_place(path)
 
 
 def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: OutlierMode) -> None:
