@@ -87,8 +87,10 @@ class Adapter:
 
     def identity(self) -> dict[str, str]:
         """File name -> sha256 of all that decides what it does. Reads both files once."""
-        names = (ADAPTER_CONFIG_NAME, self.shard.path.name)
-        return {name: file_sha256(self.directory / name) for name in names}
+        return {
+            ADAPTER_CONFIG_NAME: file_sha256(self.directory / ADAPTER_CONFIG_NAME),
+            self.shard.path.name: file_sha256(self.shard.path, self.shard.identity),
+        }
 
 
 def open_adapter(path: str | os.PathLike[str]) -> Adapter:

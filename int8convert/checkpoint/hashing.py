@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from int8convert.checkpoint.file_reader import FileIdentity, open_unchanged
 from int8convert.checkpoint.safetensors_file import read_exactly
 
 CHUNK_BYTES = 1 << 20
@@ -18,11 +19,18 @@ class OrderedSha256:
 
     What lies between the blocks, such as headers and padding, is read here; what was fed before is not hashed again.
     Not for several threads at once.
+
+    Args:
+        identity: what the file must be, from here to `finish`; None takes any.
+
+    Raises:
+        CorruptFileError: it is another file, or was changed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._name = path.name
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, path: Path, identity: FileIdentity | None = None) -> None:
+        self._path = path
+        self._identity = identity
+        self._fd = open_unchanged(path, identity)
         self._n_bytes = os.fstat(self._fd).st_size
         self._hash = hashlib.sha256()
         self._at = 0
@@ -35,8 +43,10 @@ class OrderedSha256:
         self._at += len(fresh)
 
     def finish(self) -> str:
-        """Read what is left of the file and give the digest in hex."""
+        """Read what is left of the file and give the digest in hex; raises as the class does."""
         self._catch_up(self._n_bytes)
+        if self._identity is not None:
+            self._identity.check(self._fd, self._path.name)
         self.close()
         return self._hash.hexdigest()
 
@@ -50,14 +60,14 @@ class OrderedSha256:
         buffer = bytearray(min(CHUNK_BYTES, max(0, offset - self._at)))
         while self._at < offset:
             part = memoryview(buffer)[: offset - self._at]
-            read_exactly(self._fd, part, self._at, self._name)
+            read_exactly(self._fd, part, self._at, self._path.name)
             self._hash.update(part)
             self._at += len(part)
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file in hex."""
-    return OrderedSha256(path).finish()
+def file_sha256(path: Path, identity: FileIdentity | None = None) -> str:
+    """Return the sha256 of a file in hex; raises as `OrderedSha256`, if an identity is given."""
+    return OrderedSha256(path, identity).finish()
 
 
 def expected_sha256(path: Path) -> str | None:

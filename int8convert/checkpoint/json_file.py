@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.layout import quoted, refuse_pointer
 from int8convert.errors import CorruptFileError
 
 MAX_JSON_BYTES = 200_000_000
@@ -37,7 +37,7 @@ def read_json_object(
         allow_lone_surrogates: see `parse_json_object`.
 
     Raises:
-        CorruptFileError: absurdly large, not JSON, or not an object.
+        CorruptFileError: absurdly large, a Git LFS pointer, not JSON, or not an object.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # opening a named pipe waits until somebody writes into it
@@ -49,7 +49,9 @@ def read_json_object(
             "this is not the file transformers writes; fetch it again",
         )
     hint = "fetch this file again; nothing was written"
-    return parse_json_object(path.read_bytes(), quoted(path.name), hint, allow_nan, allow_lone_surrogates)
+    content = path.read_bytes()
+    refuse_pointer(content, path.name)
+    return parse_json_object(content, quoted(path.name), hint, allow_nan, allow_lone_surrogates)
 
 
 def parse_json_object(

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from int8convert.errors import SourceError
+from int8convert.errors import CorruptFileError, SourceError
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -49,6 +49,11 @@ _WEIGHT_SUFFIXES = (
 
 MAX_CARRIED_BYTES = 200_000_000
 """Of a file that goes along. Tokenizers take up to 35 MB; what is larger is weights in some form."""
+MAX_POINTER_BYTES = 1024
+"""Size of the largest Git LFS pointer, by its specification."""
+
+_POINTER_START = b"version https://git-lfs"
+POINTER_START_BYTES = len(_POINTER_START)
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 _NOT_CARRIED = frozenset({CONFIG_NAME, "README.md", ".gitattributes", ".gitignore", OWN_FOLDER})
 """The model card of the source describes the source; `upload` writes the converted checkpoint's own. A file named like
@@ -75,6 +80,7 @@ def find_file(directory: Path, name: str) -> Path | None:
 
     Raises:
         SourceError: there is something of that name, but no regular file of this checkpoint.
+        CorruptFileError: it is a Git LFS pointer.
     """
     path = directory / name
     try:
@@ -87,19 +93,39 @@ def find_file(directory: Path, name: str) -> Path | None:
         raise
     _check_inside(path, directory, name)
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
     except OSError as error:
         raise SourceError(
             f"{quoted(name)} is a link that leads nowhere: {error.strerror}",
             "fetch the file again, or remove the link; nothing was written",
         ) from None
+    mode = status.st_mode
     if not stat.S_ISREG(mode):
         # Looked at before it is opened: opening a named pipe waits for whoever may one day write into it.
         kind = "directory" if stat.S_ISDIR(mode) else "pipe, socket or device"
         raise SourceError(
             f"{quoted(name)} is a {kind}, expected a file", "fetch the file again, or remove it; nothing was written"
         )
+    if status.st_size <= MAX_POINTER_BYTES:
+        refuse_pointer(path.read_bytes(), name)
     return path
+
+
+def refuse_pointer(content: bytes, name: str) -> None:
+    """Refuse a file that Git LFS has not fetched: it holds a note of where the content is, which would be copied.
+
+    Args:
+        content: the file's first `POINTER_START_BYTES`, or more.
+        name: the file's path in the checkpoint.
+
+    Raises:
+        CorruptFileError: it is such a note.
+    """
+    if content.startswith(_POINTER_START):
+        raise CorruptFileError(
+            f"{quoted(name)} is a Git LFS pointer, a note of where the file's content is, not the content",
+            "run `git lfs pull` in the checkpoint, or fetch the file again; nothing was written",
+        )
 
 
 def _check_inside(path: Path, directory: Path, name: str) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, make_folder, write_json
+from int8convert.checkpoint.file_reader import FileIdentity
 from int8convert.checkpoint.json_file import read_json_object
 from int8convert.checkpoint.layout import OWN_FOLDER, find_file, quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
@@ -219,7 +220,7 @@ def describe_source(source: CheckpointSource) -> dict[str, Any]:
 def _describe_shard(shard: SourceShard, has_time: bool) -> dict[str, Any]:
     header = [[t.name, t.dtype, t.shape, t.offset, t.strides] for t in shard.tensors]
     described = {"n_bytes": shard.n_bytes, "header_sha256": _json_sha256(header)}
-    return described | ({"mtime_ns": shard.path.stat().st_mtime_ns} if has_time else {})
+    return described | ({"mtime_ns": (shard.identity or FileIdentity.of(shard.path)).mtime_ns} if has_time else {})
 
 
 def _json_sha256(value: Any) -> str:

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.layout import POINTER_START_BYTES, quoted, refuse_pointer
 from int8convert.checkpoint.stored_tensor import (
     DTYPE_BYTES,
     StoredTensor,
@@ -61,8 +61,10 @@ def find_pickle_tensors(
     Raises:
         CorruptFileError: not a pickle of plain tensors, or one that asks to run code.
     """
+    start = file.read(POINTER_START_BYTES)
+    refuse_pointer(start, file_name)
     try:
-        is_zip = file.read(4) == b"PK\x03\x04"  # as torch tells them apart
+        is_zip = start.startswith(b"PK\x03\x04")  # as torch tells them apart
         entries, data = _read_zip(file, file_bytes, is_remote) if is_zip else _read_legacy(file, file_bytes)
         tensors = [_describe(name, tensor, data, file_bytes) for name, tensor in entries.items()]
     except RefusedError as refused:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from int8convert.checkpoint.json_file import parse_json_object
-from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.layout import POINTER_START_BYTES, quoted, refuse_pointer
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, check_tensor_name, is_shape, is_size
 from int8convert.errors import CorruptFileError
 
@@ -69,6 +69,8 @@ def read_safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def _read_header_json(file: BinaryIO, file_bytes: int, file_name: str) -> bytes:
+    refuse_pointer(file.read(POINTER_START_BYTES), file_name)
+    file.seek(0)
     n_header = int.from_bytes(file.read(8), "little") if file_bytes >= 8 else 0
     if not 2 <= n_header <= file_bytes - 8:
         raise CorruptFileError(

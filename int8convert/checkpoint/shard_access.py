@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from int8convert.checkpoint.file_reader import FileReader
 from int8convert.checkpoint.hashing import OrderedSha256, expected_sha256
 from int8convert.checkpoint.layout import quoted
-from int8convert.checkpoint.source import FileReader, ShardReader, SourceShard
+from int8convert.checkpoint.source import ShardReader, SourceShard
 from int8convert.errors import CorruptFileError
 
 
@@ -76,12 +77,12 @@ class LocalShards:
 
     def open(self, shard: SourceShard) -> OrderedReader:
         """See `ShardAccess`."""
-        return HashingReader(FileReader(shard.path), self.hash_of(shard))
+        return HashingReader(FileReader(shard.path, shard.identity), self.hash_of(shard))
 
     def hash_of(self, shard: SourceShard) -> OrderedSha256:
         """The hash of a shard, as far as it has got."""
         if shard.path not in self._hashes:
-            self._hashes[shard.path] = OrderedSha256(shard.path)
+            self._hashes[shard.path] = OrderedSha256(shard.path, shard.identity)
         return self._hashes[shard.path]
 
     def is_checked(self, shard: SourceShard) -> bool:
@@ -89,7 +90,10 @@ class LocalShards:
         return False
 
     def finish(self, shard: SourceShard) -> str:
-        """See `ShardAccess`. The hash expected is the one the Hub's client wrote down, if it fetched the file."""
+        """See `ShardAccess`; raises a CorruptFileError also of a file that was changed meanwhile.
+
+        The hash expected is the one the Hub's client wrote down, if it fetched the file.
+        """
         found = self.hash_of(shard).finish()
         expected = expected_sha256(shard.path)
         if expected is not None and found != expected:

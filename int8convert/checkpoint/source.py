@@ -5,8 +5,8 @@ a directory, or a repository on the Hub, see `int8convert.checkpoint.hub`: of th
 cache, and the shards stay where they are until somebody reads them.
 
 A checkpoint is a stranger's: whatever is in the directory, opening it ends in a source that can be read or in a
-SourceError, within memory in proportion to its headers. Not defended against: somebody who changes the directory while
-it is read.
+SourceError, within memory in proportion to its headers. A weight file that is replaced or changed after its header was
+read is an error when it is opened again, see `file_reader`; a small file that is changed meanwhile is not noticed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from int8convert.checkpoint.file_reader import FileIdentity, FileReader
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_config, read_json_object
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
@@ -29,13 +30,12 @@ from int8convert.checkpoint.layout import (
     quoted,
 )
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
-from int8convert.checkpoint.safetensors_file import find_safetensors_tensors, read_exactly
+from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
 from int8convert.checkpoint.source_name import is_repository_name, naming_hint
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import CorruptFileError, HubMissingError, SourceError
 
 CARD_NAME = "README.md"
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class ShardReader(Protocol):
@@ -51,28 +51,6 @@ class ShardReader(Protocol):
 
     def close(self) -> None:
         """Harmless if done before."""
-
-
-class FileReader:
-    """A `ShardReader` of a file.
-
-    By `pread`, not by a memory map: a file that shrinks under a map kills the process without a word, and copying from
-    the page cache into a buffer that stays in the core's cache costs less than the page faults do.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._name = path.name
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """See `ShardReader`."""
-        read_exactly(self._fd, buffer, offset, self._name)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 class RemoteFile(Protocol):
@@ -103,16 +81,22 @@ class SourceShard:
     Attributes:
         path: the file; of one on the Hub, where it would lie beside the config.
         remote: where its bytes are, if not in `path`.
+        identity: what the file was when its header was read; None of a file on the Hub.
     """
 
     path: Path
     n_bytes: int
     tensors: tuple[StoredTensor, ...] = field(repr=False)
     remote: RemoteFile | None = field(default=None, repr=False)
+    identity: FileIdentity | None = field(default=None, repr=False)
 
     def open(self) -> ShardReader:
-        """For reading here and there; whoever reads a whole shard from the Hub goes by `shard_access`."""
-        return self.remote.open() if self.remote is not None else FileReader(self.path)
+        """Open the file for reading here and there. For reading all of a shard on the Hub there is `shard_access`.
+
+        Raises:
+            CorruptFileError: it is a local file, and not the one whose header was read.
+        """
+        return self.remote.open() if self.remote is not None else FileReader(self.path, self.identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +179,7 @@ def _open_directory(directory: Path, label: str) -> CheckpointSource:
     config_path = find_file(directory, CONFIG_NAME)
     if config_path is None and find_file(directory, REQUEST_FILE) is not None:
         raise unfinished(label)
+    find_file(directory, CARD_NAME)  # so that a card that cannot be read is refused now, not when all is converted
     carried = carried_files(directory)
     left = {path for path in carried if path.stat().st_size > MAX_CARRIED_BYTES}
     return CheckpointSource(
@@ -239,16 +224,10 @@ def read_shard(path: Path) -> SourceShard:
         CorruptFileError: it is none, or contradicts itself.
     """
     with path.open("rb") as file:
-        n_bytes = os.fstat(file.fileno()).st_size
-        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
-        if is_pointer:
-            raise CorruptFileError(
-                f"{quoted(path.name)} is a Git LFS pointer, a note of where the weights are, not the weights",
-                "run `git lfs pull` in the checkpoint, or fetch the file again; nothing was written",
-            )
-        file.seek(0)
+        identity = FileIdentity.of(file.fileno())
         find_tensors = find_safetensors_tensors if path.suffix == ".safetensors" else find_pickle_tensors
-        return SourceShard(path, n_bytes, find_tensors(file, n_bytes, path.name))
+        tensors = find_tensors(file, identity.n_bytes, path.name)
+        return SourceShard(path, identity.n_bytes, tensors, identity=identity)
 
 
 def read_weight_map(index: Path, suffix: str) -> dict[str, str]:

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from int8convert.checkpoint.adapter import Adapter, LowRankUpdate, open_adapter
 from int8convert.checkpoint.layout import quoted
-from int8convert.checkpoint.source import FileReader, ShardReader
+from int8convert.checkpoint.source import ShardReader, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.blocks import read_whole
 from int8convert.conversion.floats import widen
@@ -64,7 +63,7 @@ class LoraDelta:
     """
 
     update: LowRankUpdate = field(repr=False)
-    path: Path
+    shard: SourceShard = field(repr=False)
     is_transposed: bool
 
     @property
@@ -82,10 +81,10 @@ class LoraDelta:
 
         Raises:
             AdapterError: they hold NaN or infinity.
-            CorruptFileError: the file has become shorter since its header was read.
+            CorruptFileError: the file is not the one whose header was read.
         """
         update = self.update
-        reader = FileReader(self.path)
+        reader = self.shard.open()
         try:
             a = read_float32(update.a, reader)
             b = read_float32(update.b, reader)
@@ -201,7 +200,7 @@ def place_adapter(adapter: Adapter, parameters: Mapping[str, BaseTensor]) -> Ada
         base = found[f"{module}.weight"]
         _check_new(base.name, deltas)
         _check_shape(f"{module}.weight", update.shape[::-1] if base.is_transposed else update.shape, base)
-        deltas[base.name] = LoraDelta(update, adapter.shard.path, base.is_transposed)
+        deltas[base.name] = LoraDelta(update, adapter.shard, base.is_transposed)
     replacements: dict[str, StoredTensor] = {}
     for parameter, replacement in adapter.replacements.items():
         base = found[parameter]

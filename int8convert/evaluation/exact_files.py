@@ -59,7 +59,11 @@ def check_sha256(shard: SourceShard, record: ShardRecord) -> Finding | None:
     """Compare a file with its record: what is read of it here, or what the Hub says that it is."""
     if shard.n_bytes != record.n_bytes:
         return None  # found by its size, and cheaper
-    found = file_sha256(shard.path) if shard.remote is None else shard.remote.sha256 or _remote_sha256(shard)
+    found = (
+        file_sha256(shard.path, shard.identity)
+        if shard.remote is None
+        else shard.remote.sha256 or _remote_sha256(shard)
+    )
     if found == record.sha256:
         return None
     return Finding(shard.path.name, f"sha256 {quoted(record.sha256)[1:-1]}", f"sha256 {found}")

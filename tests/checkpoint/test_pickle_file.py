@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from int8convert.checkpoint.file_reader import FileReader
 from int8convert.checkpoint.pickle_file import read_pickle_header
-from int8convert.checkpoint.source import FileReader
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.blocks import Scratch, as_array, read_rows
 from int8convert.errors import CorruptFileError

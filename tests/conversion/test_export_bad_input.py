@@ -294,7 +294,7 @@ def test_source_that_shrinks_while_it_is_read(int8: Path, tmp_path: Path) -> Non
         os.truncate(int8 / "model-00003-of-00003.safetensors", 4000)
 
     before = file_bytes(tmp_path).keys()
-    with pytest.raises(errors.CorruptFileError, match="it was longer when the conversion began"):
+    with pytest.raises(errors.CorruptFileError, match="was changed since its header was read"):
         int8convert.export(int8, tmp_path / "out", format="torchao", on_event=shrink)
     assert file_bytes(tmp_path).keys() == before
 

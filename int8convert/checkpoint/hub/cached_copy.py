@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from int8convert.checkpoint.file_reader import FileIdentity
 from int8convert.checkpoint.hub.failures import translating_client_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
 from int8convert.checkpoint.hub.local_copy import cached_path, is_content
@@ -58,7 +59,7 @@ def _reading_cached(shard: SourceShard) -> SourceShard:
     if not isinstance(shard.remote, RemoteShard):
         return shard
     path = cached_path(shard.remote.file)
-    return shard if path is None else replace(shard, path=path, remote=None)
+    return shard if path is None else replace(shard, path=path, remote=None, identity=FileIdentity.of(path))
 
 
 def fetch_checkpoint(source: CheckpointSource, on_file: CopyProgress = lambda name, n: None) -> Path:

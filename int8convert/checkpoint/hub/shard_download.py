@@ -23,6 +23,7 @@ from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 
+from int8convert.checkpoint.file_reader import FileReader
 from int8convert.checkpoint.hub.failures import translating_client_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
 from int8convert.checkpoint.hub.local_copy import cached_path, download_file, holds_evidence, is_content, is_in_cache
@@ -32,7 +33,7 @@ from int8convert.checkpoint.hub.shard_stream import FetchProgress
 from int8convert.checkpoint.hub.source import RemoteShard
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.shard_access import HashingReader, LocalShards, OrderedReader
-from int8convert.checkpoint.source import FileReader, SourceShard
+from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import DiskFullError, HubConnectionError, HubError, OutputError
 
 MAX_ON_DISK = 2
@@ -85,7 +86,7 @@ class ShardDownload:
     def open(self, shard: SourceShard) -> OrderedReader:
         """See `ShardAccess`."""
         there = self._there(shard)
-        reader = HashingReader(FileReader(there.path), self._local.hash_of(there))
+        reader = HashingReader(FileReader(there.path, there.identity), self._local.hash_of(there))
         return reader if shard.remote is None else _DownloadReader(self, shard, reader)
 
     def _there(self, shard: SourceShard) -> SourceShard:
