@@ -12,6 +12,7 @@ from int8convert import __version__
 from int8convert.checkpoint.hub.patience import interrupted
 from int8convert.cli import export, generate, inspect, outliers, quantize, upload, verify
 from int8convert.cli.console import interrupt, print_json_error, tell_interruption, terminate
+from int8convert.cli.streams import open_missing_streams
 
 app = typer.Typer(
     name="int8convert",
@@ -52,6 +53,7 @@ def main() -> None:
     What ends a command before its own boundary, `reporting_errors`, is wrong usage, which typer has printed by then, or
     a signal, of which typer says nothing.
     """
+    open_missing_streams()
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts what runs in the background
         signal.signal(signal.SIGINT, interrupt)

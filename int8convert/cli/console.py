@@ -1,4 +1,8 @@
-"""All that is printed: results to stdout; progress, notes and errors to stderr."""
+"""All that is printed: results to stdout; progress, notes and errors to stderr.
+
+Nothing is markup. A path may hold brackets, and a stranger's checkpoint chooses the names in it, so style is given
+beside the text and never inside it.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,25 @@ from typing import Any
 
 import typer
 from rich.console import Console, JustifyMethod
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.placement import MAX_GPUS, Placement
+from int8convert.cli.streams import is_terminal
 from int8convert.errors import Int8ConvertError, OutputError
 
 _WIDTH_OF_A_PIPE = 160
 """Tables in a file or a pipe need not fit the 80 columns rich would assume."""
 
-stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(
+    highlight=False,
+    markup=False,
+    emoji=False,
+    soft_wrap=True,
+    width=None if is_terminal(sys.stdout) else _WIDTH_OF_A_PIPE,
+)
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def wants_live_display(quiet: bool, as_json: bool) -> bool:
@@ -117,8 +128,8 @@ def tell_interruption(stop: KeyboardInterrupt, as_json: bool, hint: str) -> int:
 def _print_error(code: str, message: str, hint: str, as_json: bool) -> None:
     if as_json:
         print_json_error(code, message, hint)
-    stderr.print(f"[bold red]error:[/] {escape(message)}")
-    stderr.print(f"[bold]hint:[/] {escape(hint)}")
+    stderr.print(Text.assemble(("error:", "bold red"), f" {message}"))
+    stderr.print(Text.assemble(("hint:", "bold"), f" {hint}"))
 
 
 def print_json_error(code: str, message: str, hint: str) -> None:
@@ -163,7 +174,7 @@ def telling_waits() -> Iterator[None]:
 
 def note(message: str) -> None:
     """One line the user should see, on stderr."""
-    stderr.print(f"[bold]note:[/] {escape(message)}")
+    stderr.print(Text.assemble(("note:", "bold"), f" {message}"))
 
 
 @contextmanager
@@ -188,10 +199,10 @@ def print_json(value: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def print_line(text: str) -> None:
-    """A line of the result; rich markup allowed."""
+def print_line(text: str, head: str = "", style: str = "") -> None:
+    """A line of the result: its head in bold, then the text in the style of rich's name."""
     with writing_result():
-        stdout.print(text)
+        stdout.print(Text.assemble((head, "bold"), (text, style)))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -206,10 +217,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         parts = [word for cell in cells for word in cell.split()] if is_text else cells
         justify: JustifyMethod = "right" if i else "left"
         min_width = max(map(len, parts))
-        table.add_column(escape(column), justify=justify, header_style="dim", min_width=min_width, no_wrap=not is_text)
+        table.add_column(column, justify=justify, header_style="dim", min_width=min_width, no_wrap=not is_text)
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    print_line(f"[bold]{escape(title)}[/]")  # a title of the table's own would wrap at the table's width
+        table.add_row(*row)
+    print_line("", head=title)  # a title of the table's own would wrap at the table's width
     with writing_result():
         stdout.print(table, soft_wrap=False, crop=False)
 

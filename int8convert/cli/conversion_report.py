@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from int8convert.cli.console import (
     format_bytes,
     format_percent,
@@ -24,8 +22,9 @@ if TYPE_CHECKING:
 
 def print_report(report: ConversionReport, place: str | None) -> None:
     print_line(
-        f"[bold]{escape(place or '')}[/]: {format_percent(report.coverage)} of the parameters and "
-        f"{format_percent(report.byte_coverage)} of the bytes are int8"
+        f": {format_percent(report.coverage)} of the parameters and {format_percent(report.byte_coverage)} of the "
+        "bytes are int8",
+        head=place or "",
     )
     rate = f"{format_bytes(report.n_read_now_bytes / report.elapsed_s)}/s"
     run = f", {format_seconds(report.elapsed_s)} on {report.device}, {rate}"

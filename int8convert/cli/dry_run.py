@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from int8convert.cli.console import (
     format_bytes,
     format_count,
@@ -105,7 +103,7 @@ def print_plan(
     _print_sizes(conversion_plan)
     _print_costs(costs, disk, fetch)
     if publishing is not None:
-        there = f"whether {escape(publishing.publisher.url)} takes it was not asked"
+        there = f"whether {publishing.publisher.url} takes it was not asked"
         if publishing.keeps:
             print_line(f"--upload: {format_bytes(disk.n_bytes)} stay here, too; {there}")
         else:

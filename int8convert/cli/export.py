@@ -90,8 +90,8 @@ def export(
 
 def _print_report(report: ExportReport, quiet: bool) -> None:
     print_line(
-        f"[bold]{report.out}[/]: {report.n_int8_weights} int8 weights of {report.source_format} "
-        f"as {report.format or report.dtype}"
+        f": {report.n_int8_weights} int8 weights of {report.source_format} as {report.format or report.dtype}",
+        head=report.out,
     )
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "

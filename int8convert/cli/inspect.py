@@ -54,9 +54,10 @@ def inspect(
             return
         at = f" at {found.commit[:12]}" if found.commit is not None else ""
         print_line(
-            f"[bold]{found.path}[/]{at}: {', '.join(found.architectures) or 'no architecture named'}, "
+            f"{at}: {', '.join(found.architectures) or 'no architecture named'}, "
             f"{format_count(found.n_parameters)} parameters in {found.n_tensors} tensors, "
-            f"{format_bytes(found.n_bytes)} in {format_shards(found.n_shards)}"
+            f"{format_bytes(found.n_bytes)} in {format_shards(found.n_shards)}",
+            head=str(found.path),
         )
         print_line(
             f"int8: {format_percent(found.coverage)} of the parameters; quant_method: {found.quant_method or 'none'}"

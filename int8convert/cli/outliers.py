@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from int8convert.cli.console import (
     format_bytes,
@@ -166,8 +165,9 @@ def _share(report: OutlierReport) -> str:
 
 def _print_report(report: OutlierReport) -> None:
     print_line(
-        f"[bold]{escape(report.path)}[/]: {len(report.inputs)} inputs, {report.n_sequences} x {report.length} tokens "
-        f"of {escape(report.text)}, {format_seconds(report.elapsed_s)} on {report.device}"
+        f": {len(report.inputs)} inputs, {report.n_sequences} x {report.length} tokens "
+        f"of {report.text}, {format_seconds(report.elapsed_s)} on {report.device}",
+        head=report.path,
     )
     _print_features(report)
     _print_projections(report)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from int8convert.cli.console import (
@@ -95,7 +94,7 @@ def showing_progress(quiet: bool, as_json: bool, check: bool) -> Iterator[EventS
 
 def _announce(plan: ConversionPlan) -> None:
     stderr.print(
-        f"{escape(plan.model_map.model_class or 'unknown class')}: {format_bytes(plan.n_read_bytes)} in "
+        f"{plan.model_map.model_class or 'unknown class'}: {format_bytes(plan.n_read_bytes)} in "
         f"{format_shards(len(plan.source.shards))} -> {format_bytes(plan.n_written_bytes)} in {len(plan.shards)}, "
         f"{format_percent(plan.coverage)} of the parameters to int8"
     )
@@ -123,10 +122,10 @@ def _plain_progress(done: str) -> EventSink:
 @contextmanager
 def _live_progress(done: str) -> Iterator[EventSink]:
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         TimeRemainingColumn(compact=True),
         console=stderr,
         transient=True,

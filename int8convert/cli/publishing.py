@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from int8convert.cli.console import format_bytes, note, print_line, stderr
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ def make_publishing(
 
     def on_file(file: FileSent) -> None:
         if not is_quiet:
-            stderr.print(f"{escape(file.name)}: {format_bytes(file.n_bytes)} sent")
+            stderr.print(f"{file.name}: {format_bytes(file.n_bytes)} sent")
 
     return Publishing(HubPublisher(repository, private, on_file=on_file), keep, parse_size(max_disk))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.cli.console import format_bytes, print_line
 from int8convert.errors import Int8ConvertError
@@ -62,6 +60,7 @@ def store(report: OutlierReport, src: str, out: str, lora: str | None, trust_rem
 def print_stored(stored: StaticSet) -> None:
     """Say what was written."""
     print_line(
-        f"[bold]{escape(stored.path)}[/]: {stored.n_columns:,} outlier columns of {stored.n_modules:,} layers in "
-        f"16 bits, {format_bytes(stored.n_bytes)}"
+        f": {stored.n_columns:,} outlier columns of {stored.n_modules:,} layers in 16 bits, "
+        f"{format_bytes(stored.n_bytes)}",
+        head=stored.path,
     )

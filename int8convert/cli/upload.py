@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from int8convert.cli.console import (
     format_bytes,
@@ -76,7 +75,7 @@ def upload(
         def on_file(file: FileSent) -> None:
             if file.is_sent and not quiet and not as_json:
                 so_far = f"{format_bytes(file.n_done_bytes)} of {format_bytes(file.n_total_bytes or 0)}"
-                stderr.print(f"{escape(file.name)}: {format_bytes(file.n_bytes)} sent; {so_far} are there")
+                stderr.print(f"{file.name}: {format_bytes(file.n_bytes)} sent; {so_far} are there")
 
         report = run(
             out,
@@ -109,16 +108,17 @@ def _print_report(report: UploadReport) -> None:
         if not report.has_token:
             note("no token is set: the upload itself would be refused")
         print_line(
-            f"[bold]{escape(report.repository)}[/], branch {escape(report.branch)}, {_state(report)}: "
-            f"{len(report.sent)} of {report.n_files} files would be sent, "
-            f"{format_bytes(report.n_sent_bytes)} of {format_bytes(report.n_bytes)}; nothing was changed"
+            f", branch {report.branch}, {_state(report)}: {len(report.sent)} of {report.n_files} files would be sent, "
+            f"{format_bytes(report.n_sent_bytes)} of {format_bytes(report.n_bytes)}; nothing was changed",
+            head=report.repository,
         )
         for name in report.sent:
-            print_line(f"  {escape(name)}")
+            print_line(f"  {name}")
         return
     print_line(
-        f"[bold]{escape(report.url)}[/], {_state(report)}: {report.n_files} files, {format_bytes(report.n_bytes)}, "
-        f"{format_bytes(report.n_sent_bytes)} of them sent now; all compared by hash"
+        f", {_state(report)}: {report.n_files} files, {format_bytes(report.n_bytes)}, "
+        f"{format_bytes(report.n_sent_bytes)} of them sent now; all compared by hash",
+        head=report.url,
     )
     print_line(f"commit: {report.commit}" if report.commit else "commit: none, everything was there")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from int8convert.cli.console import (
     format_bytes,
     format_percent,
@@ -25,15 +23,15 @@ if TYPE_CHECKING:
 
 def print_report(report: VerifyReport) -> None:
     """What failed comes first."""
-    verdict = "[bold green]passed[/]" if report.is_passed else "[bold red]failed[/]"
-    print_line(f"[bold]{escape(report.out)}[/]{_at(report.exact.commit)}: {verdict}")
+    verdict, style = ("passed", "bold green") if report.is_passed else ("failed", "bold red")
+    print_line(f": {verdict}", head=f"{report.out}{_at(report.exact.commit)}", style=style)
     for failure in report.failures:
-        print_line(f"  {escape(failure)}")
+        print_line(f"  {failure}")
     for text in report.exact.notes:
         note(text)
     _print_exact(report.exact)
     if report.text is not None:
-        print_line(f"[bold]Fidelity[/]: {escape(report.text.description)}; {escape(report.text.convention)}")
+        print_line(f": {report.text.description}; {report.text.convention}", head="Fidelity")
         _print_fidelity(report.fidelity)
         _print_sweep(report.sweep)
         if report.methods:
@@ -51,10 +49,11 @@ def _at(commit: str | None) -> str:
 
 
 def _print_exact(exact: ExactReport) -> None:
-    source = f" of {escape(str(exact.reference))}{_at(exact.reference_commit)}" if exact.reference_commit else ""
+    source = f" of {exact.reference!s}{_at(exact.reference_commit)}" if exact.reference_commit else ""
     print_line(
-        f"[bold]Exact[/]: {exact.n_int8_weights:,} int8 weights{source}, {format_bytes(exact.n_read_bytes)} in "
-        f"{format_seconds(exact.elapsed_s)}"
+        f": {exact.n_int8_weights:,} int8 weights{source}, {format_bytes(exact.n_read_bytes)} in "
+        f"{format_seconds(exact.elapsed_s)}",
+        head="Exact",
     )
     print_table(
         "",
