@@ -3,6 +3,7 @@
     Int8ConvertError              exit 1: two lines, what and what to do
     ├── SourceError               the source cannot be used: missing, no weights, no usable config
     │   ├── CorruptFileError      a file contradicts what it, or the index, promises
+    │   ├── MissingWeightsError   the model needs weights that are in no file
     │   ├── AlreadyQuantizedError nothing to do here: convert the 16-bit original instead
     │   └── NonFiniteWeightError  the weights hold NaN, infinity, or what fp16 cannot hold
     ├── AdapterError              the LoRA adapter cannot be merged: of another kind, or made for another model
@@ -55,6 +56,10 @@ class SourceError(Int8ConvertError):
 
 class CorruptFileError(SourceError):
     """A file contradicts what it, or the index, promises."""
+
+
+class MissingWeightsError(SourceError):
+    """The model needs weights that are in no file, and the user has not said that they may be missing."""
 
 
 class AlreadyQuantizedError(SourceError):

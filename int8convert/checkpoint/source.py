@@ -31,6 +31,7 @@ from int8convert.checkpoint.layout import (
 )
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
+from int8convert.checkpoint.shard_index import AS_INDEXED, IndexDifferences, compare_index
 from int8convert.checkpoint.source_name import is_repository_name, naming_hint
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import CorruptFileError, HubMissingError, SourceError
@@ -111,6 +112,7 @@ class CheckpointSource:
         carried: small files that go along unchanged.
         left: names of files that would, and are too large.
         commit: of the repository on the Hub that `label` names; None of a directory.
+        index: where the index and the weight files differ; the shards hold what loaders take.
     """
 
     label: str
@@ -120,6 +122,7 @@ class CheckpointSource:
     carried: tuple[Path, ...] = field(repr=False)
     commit: str | None = None
     left: tuple[str, ...] = ()
+    index: IndexDifferences = field(default=AS_INDEXED, repr=False)
 
     @property
     def n_bytes(self) -> int:
@@ -182,13 +185,15 @@ def _open_directory(directory: Path, label: str) -> CheckpointSource:
     find_file(directory, CARD_NAME)  # so that a card that cannot be read is refused now, not when all is converted
     carried = carried_files(directory)
     left = {path for path in carried if path.stat().st_size > MAX_CARRIED_BYTES}
+    shards, differences = _read_shards(directory)
     return CheckpointSource(
         label=label,
         directory=directory,
         config=read_config(config_path) if config_path is not None else {},
-        shards=_read_shards(directory),
+        shards=shards,
         carried=tuple(path for path in carried if path not in left),
         left=tuple(sorted(path.name for path in left)),
+        index=differences,
     )
 
 
@@ -200,14 +205,14 @@ def unfinished(label: str) -> SourceError:
     )
 
 
-def _read_shards(directory: Path) -> tuple[SourceShard, ...]:
+def _read_shards(directory: Path) -> tuple[tuple[SourceShard, ...], IndexDifferences]:
     for index_name, single_name in ((INDEX_NAME, "model.safetensors"), (PICKLE_INDEX_NAME, "pytorch_model.bin")):
         index = find_file(directory, index_name)
         if index is not None:
             return _read_indexed_shards(directory, index, Path(single_name).suffix)
         single = find_file(directory, single_name)
         if single is not None:
-            return (read_shard(single),)
+            return (read_shard(single),), AS_INDEXED
     names = sorted(entry.name for entry in directory.iterdir())
     raise SourceError(
         f"{quoted(str(directory), 200)} holds no weights: expected model.safetensors, pytorch_model.bin or an index of "
@@ -255,7 +260,7 @@ def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
     return weight_map
 
 
-def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[SourceShard, ...]:
+def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[tuple[SourceShard, ...], IndexDifferences]:
     """The shards an index names: files beside it, of its own format."""
     weight_map = read_weight_map(index, suffix)
     shards = []
@@ -276,29 +281,4 @@ def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[Sou
                 "fetch the checkpoint again; nothing was written",
             )
         shards.append(read_shard(path))
-    check_index(weight_map, shards, index.name)
-    return tuple(shards)
-
-
-def check_index(weight_map: dict[str, str], shards: list[SourceShard], index_name: str) -> None:
-    """Every tensor of the index is in its shard, and no tensor in two.
-
-    A tensor that is in a shard and not in the index is taken along, as loaders do: they load whole shards.
-    """
-    found: dict[str, str] = {}
-    for shard in shards:
-        for tensor in shard.tensors:
-            if tensor.name in found:
-                raise CorruptFileError(
-                    f"tensor {quoted(tensor.name)} is in two shards: {quoted(found[tensor.name])} and "
-                    f"{quoted(shard.path.name)}",
-                    "the files belong to different versions; fetch the checkpoint again; nothing was written",
-                )
-            found[tensor.name] = shard.path.name
-    for name, file_name in weight_map.items():
-        if found.get(name) != file_name:
-            where = quoted(found[name]) if name in found else "nowhere"
-            raise CorruptFileError(
-                f"'{index_name}' promises {quoted(name)} in {quoted(file_name)}, found {where}",
-                "index and shards belong to different versions; fetch the checkpoint again; nothing was written",
-            )
+    return compare_index(weight_map, shards)

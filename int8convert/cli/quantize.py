@@ -118,6 +118,14 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="Then run this text through OUT and store outlier columns in 16 bits."),
     ] = None,
+    allow_missing: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-missing",
+            metavar="PATTERN",
+            help="Convert although SRC lacks these weights, e.g. 'score'; loaders make them up. Repeatable.",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run SRC's own code if transformers has no class for the model.")
     ] = False,
@@ -187,6 +195,7 @@ def quantize(
         "trust_remote_code": trust_remote_code,
         "revision": revision,
         "cache_dir": cache_dir,
+        "allow_missing": allow_missing or (),
     }
     resumable = RESUMABLE if upload is None else RESUMABLE_THERE
     with reporting_errors(as_json, "nothing was written" if dry_run else resumable), quieting_hub():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from int8convert.checkpoint.adapter import Adapter
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import ModelMapProcess
+from int8convert.conversion.needs import check_needs, needs_notes
 from int8convert.conversion.plan import ConversionPlan, make_plan
 from int8convert.errors import CoverageError
 
@@ -56,7 +57,7 @@ class PlanInTheMaking:
     def _map(self, source: CheckpointSource, kept_modules: tuple[str, ...]) -> ModelMap:
         found = _with_reason(self._process.result(), kept_modules)
         left = (f"{quoted(name)} is left behind: it is too large to belong to a checkpoint" for name in source.left)
-        return replace(found, notes=(*found.notes, *left))
+        return replace(found, notes=(*found.notes, *left, *needs_notes(found, source)))
 
 
 def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap:
@@ -68,6 +69,29 @@ def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap
     }
     notes = tuple(f"'{name}' stays 16-bit: its weights are not finite in int8" for name in kept_modules)
     return replace(model_map, tensors=tensors, notes=model_map.notes + notes)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequirements:
+    """What a plan must satisfy before the first byte is written.
+
+    Attributes:
+        min_coverage: share of the parameters, 0 to 1, that must become int8.
+        allow_missing: patterns of tensors that the source may lack.
+    """
+
+    min_coverage: float
+    allow_missing: tuple[str, ...] = ()
+
+    def check(self, plan: ConversionPlan) -> None:
+        """Refuse a plan.
+
+        Raises:
+            MissingWeightsError, CorruptFileError: see `needs.check_needs`.
+            CoverageError: see `check_coverage`.
+        """
+        check_needs(plan.model_map, plan.source, self.allow_missing)
+        check_coverage(plan, self.min_coverage)
 
 
 def check_coverage(plan: ConversionPlan, min_coverage: float) -> None:

@@ -15,12 +15,13 @@ from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, des
 from int8convert.checkpoint.model_card import read_source_card
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
-from int8convert.conversion.coming_plan import PlanInTheMaking, check_coverage
+from int8convert.conversion.coming_plan import PlanInTheMaking, PlanRequirements
 from int8convert.conversion.committer import AfterCommit, ConvertedShard
 from int8convert.conversion.device import Device
 from int8convert.conversion.events import EventSink, PlanMade, SourceFetched
 from int8convert.conversion.head_start import HeadStart, guess_plan
 from int8convert.conversion.model_map import ModuleFilter
+from int8convert.conversion.needs import made_up
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.conversion.plan import ConversionPlan, PlannedShard
@@ -69,7 +70,7 @@ class Conversion:
         output: OutputDirectory,
         modules: ModuleFilter,
         max_shard_bytes: int | None,
-        min_coverage: float,
+        requirements: PlanRequirements,
         check: bool,
         adapter: Adapter | None,
         reading: Reading,
@@ -84,7 +85,7 @@ class Conversion:
         self._output = output
         self._modules = modules
         self._max_shard_bytes = max_shard_bytes
-        self._min_coverage = min_coverage
+        self._requirements = requirements
         self._check = check
         self.kept_modules: tuple[str, ...] = ()
 
@@ -137,7 +138,7 @@ class Conversion:
     def _check_and_begin(
         self, plan: ConversionPlan, records: dict[str, ShardRecord], pipeline: Pipeline
     ) -> tuple[dict[str, ShardRecord], MakeAccess | None]:
-        check_coverage(plan, self._min_coverage)
+        self._requirements.check(plan)
         done = {s.file_name: records[s.file_name] for s in plan.shards if self._is_done(s, records)}
         if self._publishing is not None:
             done = self._add_published(plan, done)
@@ -271,5 +272,6 @@ def _summary(plan: ConversionPlan) -> dict[str, Any]:
         "n_parameters": plan.n_parameters,
         "n_int8_parameters": plan.n_int8_parameters,
         "dropped": plan.dropped,
+        "missing": made_up(plan.model_map),
         "skip_modules": list(plan.model_map.skip_modules),
     }

@@ -33,9 +33,18 @@ class LoadedInto:
     """Where transformers puts a checkpoint tensor: the parameter's name, and whether it is merged or split there."""
 
     parameter: str
-    is_converted: bool
-    operations: tuple[Any, ...] = ()
-    """transformers' own, of the conversion."""
+    pattern: str | None = None
+    """Of the conversion, the source pattern that matched; None for a tensor that is loaded as it is."""
+    converter: Any = None
+    """transformers' own, shared by all tensors of the pattern."""
+
+    @property
+    def is_converted(self) -> bool:
+        return self.pattern is not None
+
+    @property
+    def operations(self) -> tuple[Any, ...]:
+        return tuple(self.converter.operations) if self.is_converted else ()
 
 
 class ModelKeys:
@@ -47,6 +56,7 @@ class ModelKeys:
 
     Attributes:
         loaded: key -> the parameter it is loaded into; None where the model has no use for it.
+        unmatched: of those without use, key -> the parameters it would be loaded into if the model had them.
     """
 
     def __init__(self, model: Any, names: list[str]) -> None:
@@ -55,9 +65,10 @@ class ModelKeys:
         self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         # What the bitsandbytes loader adds, behind the model's own; the operation is never run here.
         self._int8_converters = [*self._converters, WeightConverter(_INT8_PATTERNS, "weight", [Transpose()])]
-        self._operations = {pattern: tuple(c.operations) for c in self._converters for pattern in c.source_patterns}
+        self._converter_of = {pattern: c for c in self._converters for pattern in c.source_patterns}
         self._base_prefix = model.base_model_prefix
         self._parameters = model.state_dict()
+        self.unmatched: dict[str, list[str]] = {}
         self.loaded = {name: self._load(name) for name in sorted(names, key=dot_natural_key)}
         # As when a model is saved: what was of use on loading, undone in the opposite order.
         used = [entry for entry in self._renamings if entry.was_used()]
@@ -65,9 +76,12 @@ class ModelKeys:
 
     def _load(self, key: str) -> LoadedInto | None:
         renamed, pattern = self._rename(key, self._converters)
-        if renamed not in self._parameters:
-            return None
-        return LoadedInto(renamed, pattern is not None, self._operations.get(pattern, ()) if pattern else ())
+        converter = None if pattern is None else self._converter_of[pattern]
+        if renamed in self._parameters:
+            return LoadedInto(renamed, pattern, converter)
+        first, *_ = targets = [renamed] if converter is None else converter.target_patterns
+        self.unmatched[key] = [renamed.replace(first, target) for target in targets]
+        return None
 
     def _rename(self, key: str, converters: list[WeightConverter]) -> tuple[str, str | None]:
         """The two calls and their order are those of `transformers.core_model_loading`."""

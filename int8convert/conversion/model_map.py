@@ -50,6 +50,29 @@ class MappedTensor:
     experts: ExpertLayout | None = None
 
 
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNeeds:
+    """The parameters that a checkpoint does not give its model, and the tensors that the model does not take.
+
+    Attributes:
+        n_parameters: elements of the model's parameters; tied ones count once, buffers do not count.
+        missing: parameter or persistent buffer -> its shape; loaders would make them up.
+        counters: of the missing, the integer buffers: positions and counts, which the class sets itself.
+        unexpected: names of tensors the model has no use for, without those its class declares it may meet.
+        mismatched: parameter -> the shape that the checkpoint gives, and the shape it has; None where the tensors it is
+            made of do not fit together.
+    """
+
+    n_parameters: int
+    missing: dict[str, Shape]
+    counters: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: dict[str, tuple[Shape | None, Shape]]
+
+
 @dataclass(frozen=True, slots=True)
 class ModelMap:
     """The decisions on all tensors.
@@ -63,6 +86,7 @@ class ModelMap:
             Without those made of several tensors; empty where name rules decided.
         skip_modules: every module the loader would replace and must not, in full dotted names.
         notes: what the user should know of how this came about.
+        needs: what the checkpoint lacks; None where name rules decided.
     """
 
     model_class: str | None
@@ -72,6 +96,7 @@ class ModelMap:
     output_format: OutputFormat = OutputFormat.BITSANDBYTES
     parameters: dict[str, tuple[str, bool]] = field(repr=False, default_factory=dict)
     notes: tuple[str, ...] = ()
+    needs: ModelNeeds | None = field(repr=False, default=None)
 
 
 @dataclass(frozen=True, slots=True)

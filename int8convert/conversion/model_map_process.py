@@ -17,7 +17,7 @@ from typing import Any
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.expert_layouts import ExpertLayout
 from int8convert.conversion.fp8 import as_loaded
-from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModuleFilter
+from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModelNeeds, ModuleFilter
 from int8convert.conversion.model_map_cache import ModelMapCache
 from int8convert.errors import ModelMapError, RemoteCodeError
 
@@ -129,6 +129,19 @@ def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelM
         output_format=modules.output_format,
         parameters={name: (key, is_transposed) for name, (key, is_transposed) in answer["parameters"].items()},
         notes=tuple(answer["notes"]),
+        needs=_needs(**answer["needs"]),
+    )
+
+
+def _needs(
+    n_parameters: int, missing: dict[str, Any], counters: list[str], unexpected: list[str], mismatched: dict[str, Any]
+) -> ModelNeeds:
+    return ModelNeeds(
+        n_parameters=n_parameters,
+        missing={name: tuple(shape) for name, shape in missing.items()},
+        counters=tuple(counters),
+        unexpected=tuple(unexpected),
+        mismatched={name: (found and tuple(found), tuple(has)) for name, (found, has) in mismatched.items()},
     )
 
 

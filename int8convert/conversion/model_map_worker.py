@@ -4,6 +4,7 @@
 2. Map each checkpoint key to the parameter transformers would load it into, by transformers' own renaming.
 3. Choose what becomes int8: exactly the modules the bitsandbytes loader will replace, given the skip list we write.
 4. Give each other tensor the dtype a plain load would give it: the loader of int8 checkpoints takes them as stored.
+5. Say which parameters the checkpoint does not give, and which tensors the model does not take (`model_needs`).
 
 Request and answer are one JSON object each, on stdin and stdout. An exception ends the process; its last line is the
 reason the parent gives for falling back to the name rules.
@@ -32,6 +33,7 @@ from int8convert.conversion.model_build import TORCH_DTYPE, RefusedError, Untrus
 from int8convert.conversion.model_experts import CheckpointTensor, fused_layout, is_one_expert
 from int8convert.conversion.model_keys import LoadedInto, ModelKeys
 from int8convert.conversion.model_map import Action, ModuleFilter
+from int8convert.conversion.model_needs import find_needs
 from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
 from int8convert.conversion.weight_readers import modules_with_read_weights
 
@@ -66,8 +68,8 @@ class TensorChoice:
         self.dtype = dtype
         self.tensors = tensors
         self.modules = modules
-        self._keys = ModelKeys(model, [tensor.name for tensor in tensors])
-        self.loaded = self._keys.loaded
+        self.keys = ModelKeys(model, [tensor.name for tensor in tensors])
+        self.loaded = self.keys.loaded
         self._module_by_name = dict(model.named_modules())
         self._keep_in_fp32 = list(model._keep_in_fp32_modules or [])
         self._default_skips = get_keys_to_not_convert(model) + self._keep_in_fp32
@@ -129,8 +131,8 @@ class TensorChoice:
         compressed-tensors has a module's weight and scale side by side, so the weight's key must name its module.
         """
         if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
-            return self._keys.output_name(key, f"{module_name}.weight").endswith(".weight")
-        found = self._keys.int8_output_name(key, f"{module_name}.weight") is not None
+            return self.keys.output_name(key, f"{module_name}.weight").endswith(".weight")
+        found = self.keys.int8_output_name(key, f"{module_name}.weight") is not None
         return found and module_name not in self._read_by_code
 
     @cached_property
@@ -215,12 +217,12 @@ class TensorChoice:
         into = self.loaded[tensor.name]
         if into is None:
             return Action.KEEP, f"not used by {type(self.model).__name__}", tensor.name, tensor.dtype
-        output_name = self._keys.output_name(tensor.name, into.parameter) if not into.is_converted else tensor.name
+        output_name = self.keys.output_name(tensor.name, into.parameter) if not into.is_converted else tensor.name
         module_name, _, leaf = into.parameter.rpartition(".")
         if leaf == "weight" and module_name in self.chosen and not into.is_converted:
             is_conv1d = isinstance(self._module_by_name[module_name], Conv1D)
             if self.modules.output_format is OutputFormat.BITSANDBYTES:
-                output_name = self._keys.int8_output_name(tensor.name, into.parameter) or output_name
+                output_name = self.keys.int8_output_name(tensor.name, into.parameter) or output_name
             return Action.QUANTIZE_TRANSPOSED if is_conv1d else Action.QUANTIZE, "", output_name, "I8"
         dtype = self._output_dtype(tensor, into)
         if self._is_duplicate(tensor, into):
@@ -321,6 +323,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "candidates": choice.pattern_targets,
         "parameters": choice.parameters,
         "notes": notes,
+        "needs": asdict(find_needs(model, choice.keys, tensors)),  # last: it ties the model's weights
     }
 
 

@@ -140,7 +140,9 @@ class ConversionPlan:
 
     @property
     def n_parameters(self) -> int:
-        return sum(tensor.source.n_elements for tensor in self.tensors)
+        """Of the model; where its class is not known, of the tensors that are written."""
+        needs = self.model_map.needs
+        return needs.n_parameters if needs else sum(tensor.source.n_elements for tensor in self.tensors)
 
     @property
     def n_int8_parameters(self) -> int:
@@ -166,7 +168,8 @@ class ConversionPlan:
         return sum(shard.n_bytes for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object: totals, shards, and what happens to each tensor."""
+        """A JSON object: totals, shards, what happens to each tensor, and what the checkpoint lacks of the model."""
+        needs = self.model_map.needs
         return {
             "source": self.source.label,
             "commit": self.source.commit,
@@ -187,6 +190,9 @@ class ConversionPlan:
                 for t in self.tensors
             },
             "dropped": self.dropped,
+            "missing": list(needs.missing) if needs else [],
+            "unexpected": list(needs.unexpected) if needs else [],
+            "mismatched": list(needs.mismatched) if needs else [],
         }
 
     def kept_by_reason(self) -> dict[str, tuple[int, int]]:

@@ -14,12 +14,13 @@ from typing import Any
 from int8convert.checkpoint.adapter import open_adapter
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import open_source
-from int8convert.conversion.coming_plan import PlanInTheMaking
+from int8convert.conversion.coming_plan import PlanInTheMaking, PlanRequirements
 from int8convert.conversion.device import choose_device
 from int8convert.conversion.events import Event, EventSink
 from int8convert.conversion.fp8 import is_fp8
 from int8convert.conversion.job import Conversion, Reading, conversion_request
 from int8convert.conversion.model_map import ModuleFilter, check_config
+from int8convert.conversion.needs import check_needs
 from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.progress_bar import showing_bar
@@ -47,14 +48,43 @@ def plan(
     trust_remote_code: bool = False,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    allow_missing: Sequence[str] = (),
 ) -> ConversionPlan:
     """What `quantize` would do with a checkpoint, from headers alone; writes nothing.
 
     Args: as `quantize` has them.
 
     Raises:
-        Int8ConvertError: the source cannot be read, or a pattern matches nothing.
+        Int8ConvertError: the source cannot be read, lacks weights, or a pattern matches nothing.
     """
+    made = plan_unchecked(
+        src,
+        skip=skip,
+        only=only,
+        format=format,
+        max_shard_size=max_shard_size,
+        lora=lora,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        cache_dir=cache_dir,
+    )
+    check_needs(made.model_map, made.source, allow_missing)
+    return made
+
+
+def plan_unchecked(
+    src: str | os.PathLike[str],
+    *,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    format: str = OutputFormat.BITSANDBYTES,
+    max_shard_size: int | str | None = None,
+    lora: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> ConversionPlan:
+    """As `plan`, also of a checkpoint that does not give its model what it needs; see `model_map.ModelNeeds`."""
     max_shard_bytes = parse_size(max_shard_size)
     source = open_source(src, revision, Path(cache_dir) if cache_dir is not None else None)
     check_config(source.config, is_fp8(source))
@@ -86,6 +116,7 @@ def quantize(
     cache_dir: str | os.PathLike[str] | None = None,
     publishing: Publishing | None = None,
     on_event: EventSink | None = None,
+    allow_missing: Sequence[str] = (),
 ) -> ConversionReport:
     """Turn a checkpoint directory into an LLM.int8() checkpoint that others load with nothing of ours installed.
 
@@ -121,6 +152,8 @@ def quantize(
         publishing: send each finished shard elsewhere and, unless it keeps them, remove it here; `out` is then where
             they lie meanwhile, and is removed.
         on_event: told what happens; None shows a tqdm bar.
+        allow_missing: patterns, as for `skip`, of tensors or modules that the source may lack although the model needs
+            them. A loader of the output makes up their values; so it is for heads that are yet to be trained.
 
     Raises:
         Int8ConvertError: what went wrong, and what to do.
@@ -149,10 +182,13 @@ def quantize(
     adapter = open_adapter(lora) if lora is not None else None
     if adapter is not None:
         options["lora"] = adapter.identity()
+    if allow_missing:
+        options["allow_missing"] = list(allow_missing)
     output = OutputDirectory(out, source, conversion_request(source, output_format, options), overwrite)
     report = ReportBuilder()
     modules = ModuleFilter(tuple(skip), tuple(only), output_format, trust_remote_code)
-    job = Conversion(source, output, modules, max_shard_bytes, min_coverage, check, adapter, reading, publishing)
+    requirements = PlanRequirements(min_coverage, tuple(allow_missing))
+    job = Conversion(source, output, modules, max_shard_bytes, requirements, check, adapter, reading, publishing)
     with showing_bar() if on_event is None else nullcontext(on_event) as sink, output.in_use():
 
         def emit(event: Event) -> None:

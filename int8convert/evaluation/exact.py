@@ -1,7 +1,7 @@
 """The exact level of `verify`: an int8 checkpoint against its source, tensor by tensor, with no model run.
 
 1. The manifest tells the source and the options of the conversion; from them the plan is made anew, as `quantize` makes
-   it, which says what each tensor must have become (`exact_layout`).
+   it, which says what each tensor must have become (`exact_layout`), and what the model lacks (`exact_needs`).
 2. Every weight file is hashed and compared with the manifest, while other threads compare the tensors in it: codes and
    scales with what rounding the source gives, everything else byte for byte (`exact_tensors`, `exact_rows`).
 3. config.json and the files carried over are compared (`exact_files`).
@@ -28,11 +28,12 @@ from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import describe_source
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.plan import ConversionPlan
-from int8convert.conversion.quantize import plan
+from int8convert.conversion.quantize import plan_unchecked
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.evaluation.checks import Check, Finding, make_check
 from int8convert.evaluation.exact_files import check_carried, check_config, check_files, check_sha256, read_records
 from int8convert.evaluation.exact_layout import Int8Pair, Layout, Pair, lay_out
+from int8convert.evaluation.exact_needs import allowed_note, check_needs
 from int8convert.evaluation.exact_outliers import pair_outliers
 from int8convert.evaluation.exact_rows import RowRules
 from int8convert.evaluation.exact_tensors import TensorResult, compare_int8, compare_kept
@@ -119,7 +120,7 @@ def verify_exact(
     found = _format(checkpoint)
     provenance = find_provenance(checkpoint, reference, lora)
     # A module that was left alone for its values is not planned as int8, and must then hold such values.
-    planned = plan(
+    planned = plan_unchecked(
         provenance.reference,
         skip=(*provenance.skip, *provenance.kept_for_values),
         only=provenance.only,
@@ -143,7 +144,7 @@ def verify_exact(
         n_different_scales=comparison.totals.n_different_scales,
         n_read_bytes=comparison.n_bytes,
         elapsed_s=time.perf_counter() - began,
-        notes=tuple(_notes(provenance, planned.source)),
+        notes=tuple(_notes(provenance, planned)),
         commit=checkpoint.commit,
         reference_commit=planned.source.commit,
     )
@@ -159,16 +160,18 @@ def _format(out: CheckpointSource) -> Int8Format:
     return read_format(out.config)
 
 
-def _notes(provenance: Provenance, source: CheckpointSource) -> Iterator[str]:
+def _notes(provenance: Provenance, planned: ConversionPlan) -> Iterator[str]:
     if not provenance.is_known:
         yield (
             "no manifest tells how this checkpoint came about: its codes are judged by their distance to the weights, "
             "and no file by its sha256"
         )
-    elif provenance.source_files and _identity(describe_source(source)) != _identity(provenance.source_files):
+    elif provenance.source_files and _identity(describe_source(planned.source)) != _identity(provenance.source_files):
         yield "the source is not the one of the conversion: its config.json, its files or their headers have changed"
     if provenance.lora is not None:
         yield "an adapter was merged, whose last bits no two machines share: codes may differ where weights lie halfway"
+    if (allowed := allowed_note(planned.model_map, provenance)) is not None:
+        yield allowed
 
 
 def _identity(described: Any) -> Any:
@@ -227,6 +230,7 @@ class _Comparison:
         return (
             self._check("files", len(self._out.shards) if self._records else 0),
             self._check("tensors", self.layout.n_expected),
+            check_needs(self._out, self._plan.model_map, self._provenance),
             *(self._check(name, self.totals.n_checked.get(name, 0)) for name in _VALUE_CHECKS),
             check_config(self._out, self._plan.source, self._provenance, self.layout.int8_modules, skip_modules),
             check_carried(self._out, self._plan.source, self._provenance),

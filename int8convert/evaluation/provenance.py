@@ -37,7 +37,7 @@ class Provenance:
         reference: the checkpoint it was converted from: a directory, or a repository on the Hub.
         revision: the commit of that repository, if the manifest tells it.
         format: what `quantize` was asked to write, by which it was decided what becomes int8.
-        skip, only: its options.
+        skip, only, allow_missing: its options.
         threshold: the one it wrote; None if that is not known.
         lora: the adapter that was merged, as the user names it now.
         kept_for_values: modules that were left alone because their values are said to have no int8 form.
@@ -57,6 +57,7 @@ class Provenance:
     is_known: bool = False
     is_exported: bool = False
     revision: str | None = None
+    allow_missing: tuple[str, ...] = ()
 
 
 def find_provenance(
@@ -107,6 +108,7 @@ def find_provenance(
         is_known=True,
         is_exported=is_exported,
         revision=manifest.read_commit() if named == manifest.read_source() else None,
+        allow_missing=_strings(options.get("allow_missing")),
     )
 
 

@@ -37,12 +37,12 @@ from int8convert.checkpoint.layout import (
 )
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
+from int8convert.checkpoint.shard_index import AS_INDEXED, compare_index
 from int8convert.checkpoint.source import (
     CARD_NAME,
     CheckpointSource,
     ShardReader,
     SourceShard,
-    check_index,
     open_directory,
     read_weight_map,
     unfinished,
@@ -128,18 +128,20 @@ def open_repository(name: str, revision: str | None = None, cache_dir: Path | No
         weight_names = _listed(repository, weight_map, index_name)
     files = [hub_file(repository, repository.files[file_name]) for file_name in weight_names]
     with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
-        shards = list(pool.map(lambda file: _read_shard(file, directory), files))
+        shards = tuple(pool.map(lambda file: _read_shard(file, directory), files))
+    differences = AS_INDEXED
     if weight_map is not None:
-        check_index(weight_map, shards, index_name)
+        shards, differences = compare_index(weight_map, shards)
     config = directory / CONFIG_NAME
     return CheckpointSource(
         label=name,
         directory=directory,
         config=read_config_file(config) if CONFIG_NAME in repository.files else {},
-        shards=tuple(shards),
+        shards=shards,
         carried=carried_paths(directory, carried),
         commit=repository.commit,
         left=tuple(file_name for file_name in going_along if file_name not in carried),
+        index=differences,
     )
 
 

@@ -1,0 +1,115 @@
+"""Which parameters a model gets from a checkpoint, and which it does not: transformers' loading, on the meta device.
+
+1. Each checkpoint tensor, as a shape without values, goes where `ModelKeys` says that transformers puts it.
+2. transformers' own conversions merge and split them.
+3. What arrives is compared with the model's parameters and persistent buffers, by name and shape.
+4. transformers' own rules take out what is tied, and what a class declares it can do without.
+
+For the child process alone. Costs microseconds a tensor. What it does not know: values. Run it last: tying changes the
+model.
+
+Source: transformers 5.24, `convert_and_load_state_dict_in_model` and `_finalize_model_loading`.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.core_model_loading import SkipParameters, WeightRenaming, dot_natural_key
+
+from int8convert.conversion.model_experts import CheckpointTensor
+from int8convert.conversion.model_keys import ModelKeys
+from int8convert.conversion.model_map import ModelNeeds, Shape
+
+
+@dataclass
+class _Loading:
+    """What transformers keeps of a load, by its names: its own methods read and change it."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str] = field(default_factory=set)
+    mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
+    conversion_errors: dict[str, str] = field(default_factory=dict)
+
+
+def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> ModelNeeds:
+    """Load a checkpoint's shapes into a model.
+
+    Args:
+        model: on the meta device; its tied parameters are one afterwards.
+        keys: of that model and of these tensors.
+    """
+    needed = model.state_dict()
+    parameters = dict(model.named_parameters())
+    n_parameters = sum(p.numel() for name, p in parameters.items() if name not in model.all_tied_weights_keys)
+    info = _Loading(set(needed))
+    key_of: dict[str, str] = {}
+    transforms = _collect(keys, tensors, info, key_of)
+    for first, transform in transforms.items():
+        try:
+            arrived = transform.convert(first, model=model, config=model.config, hf_quantizer=None, loading_info=info)
+        except SkipParameters:
+            continue  # noted in info.conversion_errors
+        for name, value in arrived.items():
+            _arrive(model, needed, name, value[0] if isinstance(value, list) else value, info)
+    model.mark_tied_weights_as_initialized(info)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    mismatched: dict[str, tuple[Shape | None, Shape]] = {
+        name: (found, wanted) for name, found, wanted in sorted(info.mismatched_keys)
+    }
+    mismatched |= {name: (None, _shape(needed[name])) for name in sorted(info.conversion_errors)}
+    missing = {name: _shape(needed[name]) for name in sorted(info.missing_keys, key=dot_natural_key)}
+    return ModelNeeds(
+        n_parameters=n_parameters,
+        missing=missing,
+        counters=tuple(name for name in missing if name not in parameters and _is_whole(needed[name])),
+        unexpected=tuple(sorted({key_of.get(name, name) for name in info.unexpected_keys}, key=dot_natural_key)),
+        mismatched=mismatched,
+    )
+
+
+def _collect(
+    keys: ModelKeys, tensors: list[CheckpointTensor], info: _Loading, key_of: dict[str, str]
+) -> dict[str, Any]:
+    """Parameter -> what makes it, of transformers' own kind, with the tensors it is made of; unexpected keys go to
+    `info`, and their checkpoint keys to `key_of`."""
+    transforms: dict[str, Any] = {}
+    for tensor in sorted(tensors, key=lambda tensor: dot_natural_key(tensor.name)):
+        into = keys.loaded[tensor.name]
+        if into is None:
+            for name in keys.unmatched[tensor.name]:
+                info.unexpected_keys.add(name)
+                key_of[name] = tensor.name
+            continue
+        transform = transforms.get(into.parameter)
+        if transform is None:
+            is_plain = into.converter is None
+            transform = WeightRenaming(tensor.name, into.parameter) if is_plain else deepcopy(into.converter)
+            transforms[into.parameter] = transform
+        value = torch.empty(tensor.shape, device="meta")
+        transform.add_tensor(into.parameter, tensor.name, into.pattern or tensor.name, value)
+    return transforms
+
+
+def _arrive(model: Any, needed: dict[str, Any], name: str, value: torch.Tensor, info: _Loading) -> None:
+    info.missing_keys.discard(name)
+    if name not in needed:
+        info.unexpected_keys.add(name)  # as the bias of a split projection, in a model without biases
+    elif not isinstance(needed[name], torch.Tensor):
+        return  # extra state of a module, which has no shape
+    elif value.shape != needed[name].shape:
+        info.mismatched_keys.add((name, tuple(value.shape), tuple(needed[name].shape)))
+    elif model.is_custom_code():  # such a class may hold one module under two names
+        model.get_parameter_or_buffer(name)._is_hf_initialized = True
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()

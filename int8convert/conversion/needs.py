@@ -1,0 +1,100 @@
+"""What a checkpoint lacks of its model, said in notes and errors.
+
+The model map knows it (`model_map.ModelNeeds`). Here it is judged: an output that looks whole must not make a loader
+invent weights. Where name rules made the map, nothing is known of the model, and nothing is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.model_map import ModelMap, ModelNeeds, matches
+from int8convert.errors import CorruptFileError, MissingWeightsError
+
+
+def is_allowed(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a missing tensor is one that the user allows to be missing.
+
+    Args:
+        patterns: as `ModuleFilter` has them, for the tensor's name or that of its module.
+    """
+    module = name.rpartition(".")[0]
+    return any(matches(name, pattern) or matches(module, pattern) for pattern in patterns)
+
+
+def made_up(model_map: ModelMap) -> list[str]:
+    """The missing tensors whose values a loader would make up, in the model's order."""
+    needs = model_map.needs
+    return [name for name in needs.missing if name not in needs.counters] if needs else []
+
+
+def check_needs(model_map: ModelMap, source: CheckpointSource, allow_missing: Sequence[str]) -> None:
+    """Refuse a checkpoint that does not give its model the weights it needs.
+
+    Args:
+        allow_missing: patterns of the tensors that the loader is to make up.
+
+    Raises:
+        CorruptFileError: a parameter has another shape than the model's, which no loader takes.
+        MissingWeightsError: a parameter is in no file, and no pattern allows that.
+    """
+    needs = model_map.needs
+    if needs is not None and needs.mismatched:
+        raise CorruptFileError(*_mismatch(model_map, needs))
+    lost = [name for name in made_up(model_map) if not is_allowed(name, allow_missing)]
+    if needs is not None and lost:
+        raise MissingWeightsError(*_missing(model_map, needs, source, lost))
+
+
+def _mismatch(model_map: ModelMap, needs: ModelNeeds) -> tuple[str, str]:
+    name, (found, has) = next(iter(needs.mismatched.items()))
+    others = f", and {len(needs.mismatched) - 1:,} more do not fit" if len(needs.mismatched) > 1 else ""
+    given = (
+        f"the tensors that make {quoted(name)} do not fit together"
+        if found is None
+        else f"{quoted(name)} has shape {list(found)} in the weight files"
+    )
+    return (
+        f"{given}, expected {list(has)} for the {model_map.model_class} of config.json{others}",
+        "fetch config.json and the weights of one version; nothing was written",
+    )
+
+
+def _missing(model_map: ModelMap, needs: ModelNeeds, source: CheckpointSource, lost: list[str]) -> tuple[str, str]:
+    first = f"{quoted(lost[0])} {list(needs.missing[lost[0]])}"
+    what = f"{first} is" if len(lost) == 1 else f"{len(lost):,} tensors, the first {first}, are"
+    absent = next(iter(source.index.absent), None)
+    named = f"; the index names {quoted(absent)}, which no file holds" if absent else ""
+    return (
+        f"{what} in no weight file, and {model_map.model_class} needs {'it' if len(lost) == 1 else 'them'}: "
+        f"loaders would make up the values{named}",
+        f"fetch the weight files again; pass --allow-missing {lost[0].rpartition('.')[0] or lost[0]!r} only if it is "
+        "to be trained; nothing was written",
+    )
+
+
+def needs_notes(model_map: ModelMap, source: CheckpointSource) -> Iterator[str]:
+    """What a user should know of tensors that are missing, without use, or elsewhere than the index says."""
+    yield from source.index.notes()
+    needs = model_map.needs
+    if needs is None:
+        return
+    lost = made_up(model_map)
+    if lost:
+        yield f"{_first_of(lost)} in no weight file: loaders make up the values, as --allow-missing permits"
+    if needs.counters:
+        yield f"{_first_of(needs.counters)} in no weight file: {model_map.model_class} sets the values itself"
+    if source.index.absent and not lost:
+        absent = list(source.index.absent)
+        yield f"the index names {_first_of(absent, '')}, which no file holds: {model_map.model_class} does without"
+    if needs.unexpected:
+        yield f"{_first_of(needs.unexpected)} of no use to {model_map.model_class}, and kept as stored"
+
+
+def _first_of(names: Sequence[str], verb: str = "is") -> str:
+    """The first name and how many more there are, as the subject of a sentence."""
+    if len(names) == 1:
+        return f"{quoted(names[0])} {verb}".rstrip()
+    return f"{quoted(names[0])} and {len(names) - 1:,} more {'are' if verb else ''}".rstrip()
