@@ -439,13 +439,11 @@ def large_checkpoint(directory: Path) -> Path:
     """Many small shards and one of a single large tensor."""
     import transformers
 
-    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 2, "num_hidden_layers": 12}
-    config = transformers.OPTConfig(vocab_size=32, ffn_dim=256, max_position_embeddings=16, **sizes)
+    depths = {"encoder_layers": 1, "decoder_layers": 11, "encoder_ffn_dim": 1 << 17, "decoder_ffn_dim": 256}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(vocab_size=64, d_model=64, max_position_embeddings=16, **depths, **heads)
     torch.manual_seed(1)
-    model = transformers.OPTForCausalLM(config).half()
-    layer = model.model.decoder.layers[5]
-    layer.fc1 = torch.nn.Linear(64, 1 << 17).half()  # no model of that config, but the converter reads shapes from it
-    layer.fc2 = torch.nn.Linear(1 << 17, 64).half()
+    model = transformers.BartForConditionalGeneration(config).half()
     model.save_pretrained(directory, max_shard_size="100KB")
     return directory
 
