@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import int8convert
 from int8convert.checkpoint.hub import repository
@@ -88,12 +89,26 @@ def test_repository_is_no_source_of_an_export(hub: Hub, connect: Connect, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
-def test_index_that_contradicts_the_shards(hub: Hub, connect: Connect, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reader", ["stream", "download"])
+def test_index_that_differs_from_the_shards(hub: Hub, connect: Connect, tmp_path: Path, reader: str) -> None:
+    """As on the disk: what no file holds is a note, and of a tensor in two files the last one counts."""
     source = opt_pickles(tmp_path)
     index = json.loads((source / INDEX).read_text())
     index["weight_map"]["decoder.no_such.weight"] = "pytorch_model-00001-of-00003.bin"
     (source / INDEX).write_text(json.dumps(index))
+    first, last = source / "pytorch_model-00001-of-00003.bin", source / "pytorch_model-00003-of-00003.bin"
+    name = next(name for name in torch.load(last) if name.endswith("layer_norm.weight"))
+    torch.save(torch.load(first) | {name: torch.full((64,), 7.0).half()}, first)
+    convert(source, tmp_path / "local")
     add(hub, source)
     connect(hub)
-    with pytest.raises(CorruptFileError, match="no_such"):
-        convert(NAME, tmp_path / "out")
+    (made,) = [e for e in convert(NAME, tmp_path / "out", reader=reader) if isinstance(e, PlanMade)]
+    assert made.plan.model_map.notes == (
+        f"'{name}' is in '{first.name}' and in '{last.name}': that of '{last.name}' is taken, as transformers and vLLM "
+        "do of the two, which were not compared",
+        "the index names 'decoder.no_such.weight', which no file holds: OPTForCausalLM does without",
+    )
+    files, expected = payload(tmp_path / "out"), payload(tmp_path / "local")
+    assert {n: c for n, c in files.items() if n.endswith(".safetensors")} == {
+        n: c for n, c in expected.items() if n.endswith(".safetensors")
+    }
