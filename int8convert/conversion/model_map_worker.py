@@ -35,7 +35,7 @@ from int8convert.conversion.model_keys import LoadedInto, ModelKeys
 from int8convert.conversion.model_map import Action, ModuleFilter
 from int8convert.conversion.model_needs import find_needs
 from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
-from int8convert.conversion.weight_readers import modules_with_read_weights
+from int8convert.conversion.weight_readers import ReadKind, modules_with_read_weights
 
 _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
@@ -116,24 +116,24 @@ class TensorChoice:
                 and min(tensor.shape) > 0
                 and should_convert_module(module_name, self._default_skips)
                 and module_name not in self._routers
+                and module_name not in self._read_by_code
                 and self._loader_finds(tensor.name, module_name)
             ):
                 found[module_name] = tensor.name
         return found
 
     @cached_property
-    def _read_by_code(self) -> set[str]:
+    def _read_by_code(self) -> dict[str, ReadKind]:
         return modules_with_read_weights(self.model)
 
     def _loader_finds(self, key: str, module_name: str) -> bool:
-        """Whether the int8 form of a weight gets where the loader wants it, and is only used there.
+        """Whether the int8 form of a weight gets where the loader wants it.
 
         compressed-tensors has a module's weight and scale side by side, so the weight's key must name its module.
         """
         if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
             return self.keys.output_name(key, f"{module_name}.weight").endswith(".weight")
-        found = self.keys.int8_output_name(key, f"{module_name}.weight") is not None
-        return found and module_name not in self._read_by_code
+        return self.keys.int8_output_name(key, f"{module_name}.weight") is not None
 
     @cached_property
     def chosen(self) -> set[str]:
@@ -299,7 +299,7 @@ class TensorChoice:
         if tensor.dtype not in QUANTIZABLE_DTYPES or tensor.shape != tuple(module.weight.shape):
             return f"{tensor.dtype} {list(tensor.shape)} does not fit the model"
         if module_name in self._read_by_code:
-            return "read by the model's own code"
+            return str(self._read_by_code[module_name])
         if not self._loader_finds(tensor.name, module_name):
             return "renamed on loading, its scale is not"
         return "last module of the model"

@@ -1,13 +1,19 @@
-"""Linear weights that a model's own code reads, instead of calling the module: `self.dt_proj.weight @ time_step`.
+"""Linear modules that break as int8 because a model's own code looks at their weight, instead of calling the module.
 
-Such code would get int8 codes where it expects the weight. Mamba's `dt_proj` is one: bitsandbytes makes it int8, and
-the model does not run any more.
+Two forms, and what int8 codes make of them:
 
-1. The source of each class in the model is parsed, never run, for `self.<path>.weight` in methods other than set-up.
-2. A read under `if self.pretraining_tp > 1:` counts where the module at hand has no value that rules it out.
+- `self.dt_proj.weight @ time_step` multiplies codes where it expects the weight (Mamba).
+- `self.weights_proj(x.to(self.weights_proj.weight.dtype))` turns the input itself into int8 (HY-V4's indexer). That
+  ends in an error, or truncates the input to integers without a word.
 
-What it does not know: a weight reached in any other way than by that expression, and conditions on anything but the
-module's own attributes.
+1. Parse the source of each class in the model, without running it. Collect each `self.<path>.weight` and each
+   `next(self.<path>.parameters()).dtype` in methods other than set-up.
+2. Judge the conditions around it with the attributes of the module at hand, and with int8 for the dtype of a Linear
+   weight. `if self.pretraining_tp > 1` and T5's `if self.wo.weight.dtype != torch.int8` rule a read out.
+
+Not known: a weight that is reached by another expression (a module passed to a function, or held in a local variable),
+conditions on anything but the module's own attributes. A getter counts if its own file calls it.
+`scripts/find_weight_reads` lists what the rule finds in the installed transformers; docs/weight-reads.md is its output.
 """
 
 from __future__ import annotations
@@ -17,11 +23,14 @@ import inspect
 import operator
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import _assign_is_quantized
 
 _SET_UP = (
@@ -34,14 +43,13 @@ _SET_UP = (
     "resize_",
     "_resize",
     "set_",
-    "get_",
     "_prune",
     "prune",
 )
-_FACTS = frozenset({"dtype", "device", "shape", "ndim", "size", "is_meta"})
-"""What may be asked of a weight without reading it."""
+_FACTS = frozenset({"device", "shape", "ndim", "size", "is_meta", "is_floating_point"})
+"""What may be asked of a weight without reading it, and without an answer that int8 changes for the worse."""
 
-_COMPARISONS = {
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -50,35 +58,88 @@ _COMPARISONS = {
     ast.GtE: operator.ge,
     ast.Is: operator.is_,
     ast.IsNot: operator.is_not,
+    ast.In: lambda value, values: value in values,
+    ast.NotIn: lambda value, values: value not in values,
 }
 
-_READ = re.compile(r"\bself(\.\w+)+\.weight\b")
+_READ = re.compile(r"\bself(\.\w+|\[[^\]\n]*\])+\.weight\b|\.parameters\(\)\)\.dtype\b")
+"""Cheap to look for. Parsing takes a second for the largest file, and most have nothing to find."""
+
+ANY = "*"
+"""The part of a path that is an index known only at run time."""
+
+
+class ReadKind(StrEnum):
+    """What a model's code reads; the value is the reason for which the module stays 16-bit."""
+
+    VALUES = "read by the model's own code"
+    DTYPE = "the model's own code casts to its weight's dtype"
+    FIRST_DTYPE = "the model's own code casts to the dtype of its first parameter"
+
 
 Guard = tuple[ast.expr, bool]
-"""A condition, and what it must be for the code below it to be reached."""
-
-Read = tuple[str, tuple[Guard, ...]]
-"""The path from a module to one whose weight it reads, and the conditions that stands under."""
+"""A condition, and the value it must have for the code below it to be reached."""
 
 
-def modules_with_read_weights(model: Any) -> set[str]:
-    """The full names of modules whose `weight` is read by the code of another.
+class Read(NamedTuple):
+    """One look at a weight.
 
-    Does not know training: the model must be in eval mode. Marks it as quantized, as the loader does, which some code
-    asks for.
+    Attributes:
+        path: from the module whose code looks, to the module whose weight it is; for FIRST_DTYPE, to one above it.
+        kind: what is read.
+        guards: the conditions around it.
+    """
+
+    path: tuple[str, ...]
+    kind: ReadKind
+    guards: tuple[Guard, ...]
+
+
+def modules_with_read_weights(model: Any) -> dict[str, ReadKind]:
+    """Full name of each module whose `weight` the code of another module reads -> what is read.
+
+    Does not know training: the model must be in eval mode. Marks the model as quantized, as the loader does, because
+    some code asks for that.
     """
     _assign_is_quantized(model)
-    found = set()
     reads = {module_class: list(_reads_of(module_class)) for module_class in {type(m) for m in model.modules()}}
+    found: dict[str, ReadKind] = {}
     for name, module in model.named_modules():
-        for path, guards in reads[type(module)]:
-            if all(_truth(condition, module) in (wanted, None) for condition, wanted in guards):
-                found.add(f"{name}.{path}" if name else path)
+        for read in reads[type(module)]:
+            if is_reached(read, module):
+                for path in _resolve(module, read):
+                    full_name = f"{name}.{path}" if name else path
+                    if found.get(full_name) is not ReadKind.VALUES:
+                        found[full_name] = read.kind
     return found
 
 
+def is_reached(read: Read, module: Any) -> bool:
+    """Whether the conditions around a read allow it in a module whose Linear weights are int8."""
+    return all(_truth(condition, module) in (wanted, None) for condition, wanted in read.guards)
+
+
+def _resolve(module: nn.Module, read: Read) -> Iterator[str]:
+    """The paths from a module to those whose weight a read of its code may reach."""
+    if ANY in read.path:
+        pattern = re.compile(r"\.".join(r"[^.]+" if part == ANY else re.escape(part) for part in read.path))
+        paths = [path for path, _ in module.named_modules() if pattern.fullmatch(path)]
+    else:
+        paths = [".".join(read.path)]
+    if read.kind is not ReadKind.FIRST_DTYPE:
+        yield from paths
+        return
+    for path in paths:
+        try:
+            first, _ = next(module.get_submodule(path).named_parameters(prefix=path))
+        except (AttributeError, StopIteration):
+            continue
+        if first.endswith(".weight"):
+            yield first.removesuffix(".weight")
+
+
 def _reads_of(module_class: type) -> Iterator[Read]:
-    """What comes between `self.` and `.weight` in the methods of a class and of those it inherits from."""
+    """All reads in the methods of a class and of those it inherits from."""
     for owner in module_class.__mro__:
         if issubclass(owner, nn.Module) and not owner.__module__.startswith(("torch.", "transformers.modeling_utils")):
             yield from _reads_in_file(owner.__module__).get(owner.__name__, ())
@@ -86,31 +147,54 @@ def _reads_of(module_class: type) -> Iterator[Read]:
 
 @cache
 def _reads_in_file(module_name: str) -> dict[str, list[Read]]:
-    """Class -> what its methods read, for all classes of a Python module."""
+    """Class -> reads in its methods, for all classes of a Python module."""
     try:
-        source = inspect.getsource(sys.modules[module_name])
+        return reads_in_source(inspect.getsource(sys.modules[module_name]))
     except (KeyError, OSError, TypeError):
-        return {}  # no source, as for a class made at run time: nothing to be learnt from it
-    # Parsing takes a second for the largest, and in most there is nothing to find.
-    tree = ast.parse(source) if _READ.search(source) else ast.Module([], [])
+        return {}  # no source, as for a class made at run time
+
+
+def reads_in_source(source: str) -> dict[str, list[Read]]:
+    """Class -> reads in its methods, without those of its base classes, for all classes of a Python source."""
+    if not _READ.search(source):
+        return {}
+    lines = source.splitlines(keepends=True)
+    called = frozenset(re.findall(r"\.(\w+)", source))
     found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            reader = _Reader()
+    for node in _classes_in(ast.parse(source).body):
+        if _READ.search("".join(lines[node.lineno - 1 : node.end_lineno])):
+            reader = _Reader(called)
             reader.visit(node)
             found[node.name] = reader.reads
     return found
 
 
-class _Reader(ast.NodeVisitor):
-    """Collects `self.<path>.weight` with the conditions it stands under."""
+def _classes_in(statements: Sequence[ast.stmt]) -> Iterator[ast.ClassDef]:
+    """The classes a Python module defines, those under a condition or a `try` as well."""
+    for statement in statements:
+        if isinstance(statement, ast.ClassDef):
+            yield statement
+        elif isinstance(statement, ast.If | ast.Try):
+            yield from _classes_in([*statement.body, *statement.orelse])
+            for handler in getattr(statement, "handlers", ()):
+                yield from _classes_in(handler.body)
 
-    def __init__(self) -> None:
+
+class _Reader(ast.NodeVisitor):
+    """Collects reads with the conditions around them.
+
+    Args:
+        called: names that the file uses as attributes.
+    """
+
+    def __init__(self, called: frozenset[str]) -> None:
         self.reads: list[Read] = []
+        self._called = called
         self._guards: tuple[Guard, ...] = ()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        if not node.name.startswith(_SET_UP):
+        is_dead = node.name.startswith("get_") and node.name not in self._called
+        if not node.name.startswith(_SET_UP) and not is_dead:
             self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
@@ -132,20 +216,62 @@ class _Reader(ast.NodeVisitor):
         if not (isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr")):
             self.generic_visit(node)
 
+    def visit_Compare(self, node: ast.Compare) -> None:
+        for operand in (node.left, *node.comparators):
+            if _read_dtype(operand) is None:  # to compare a dtype casts nothing
+                self.visit(operand)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr in _FACTS:
-            return
-        parts = list(_dotted(node))
-        if len(parts) > 2 and parts[0] == "self" and node.attr == "weight" and isinstance(node.ctx, ast.Load):
-            self.reads.append((".".join(parts[1:-1]), self._guards))
-        self.generic_visit(node)
+        if read := _read_dtype(node):
+            self._add(*read)
+        elif path := _weight_path(node):
+            self._add(path, ReadKind.VALUES)
+        elif node.attr not in _FACTS or not _is_weight_or_its_dtype(node.value):
+            self.generic_visit(node)
+
+    def _add(self, path: tuple[str, ...], kind: ReadKind) -> None:
+        self.reads.append(Read(path, kind, self._guards))
+
+
+def _weight_path(node: ast.AST) -> tuple[str, ...] | None:
+    """`a`, `b` of the expression `self.a.b.weight`; None of any other."""
+    if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
+        return None
+    parts = tuple(_dotted(node.value))
+    return parts[1:] if len(parts) > 1 and parts[0] == "self" else None
+
+
+def _read_dtype(node: ast.AST) -> tuple[tuple[str, ...], ReadKind] | None:
+    """What `self.a.weight.dtype` or `next(self.a.parameters()).dtype` asks; None of any other expression."""
+    if not (isinstance(node, ast.Attribute) and node.attr == "dtype"):
+        return None
+    asked = node.value
+    if path := _weight_path(asked):
+        return path, ReadKind.DTYPE
+    if isinstance(asked, ast.Call) and isinstance(asked.func, ast.Name) and asked.func.id == "next" and asked.args:
+        listed = asked.args[0]
+        if isinstance(listed, ast.Call) and isinstance(listed.func, ast.Attribute) and listed.func.attr == "parameters":
+            parts = tuple(_dotted(listed.func.value))
+            if parts[0] == "self":
+                return parts[1:], ReadKind.FIRST_DTYPE
+    return None
+
+
+def _is_weight_or_its_dtype(node: ast.AST) -> bool:
+    if isinstance(node, ast.NamedExpr):
+        node = node.value
+    return _weight_path(node) is not None or _read_dtype(node) is not None
 
 
 def _dotted(node: ast.AST) -> Iterator[str]:
-    """`self`, `a`, `b` of the expression `self.a.b`; something that is no name in place of what is none."""
+    """`self`, `a`, `0`, `b` of the expression `self.a[0].b`; "()" for a part that is no name."""
     if isinstance(node, ast.Attribute):
         yield from _dotted(node.value)
         yield node.attr
+    elif isinstance(node, ast.Subscript):
+        yield from _dotted(node.value)
+        index = node.slice.value if isinstance(node.slice, ast.Constant) else None
+        yield str(index) if isinstance(index, int | str) else ANY
     else:
         yield node.id if isinstance(node, ast.Name) else "()"
 
@@ -170,12 +296,23 @@ def _truth(node: ast.expr, module: Any) -> bool | None:
 
 
 def _value(node: ast.expr, module: Any) -> Any:
+    """The value of an expression in a module whose Linear weights are int8."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name) and node.id == "self":
         return module
+    if isinstance(node, ast.Name) and node.id == "torch":
+        return torch
+    if isinstance(node, ast.NamedExpr):
+        return _value(node.value, module)
+    if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        return [_value(element, module) for element in node.elts]
     if isinstance(node, ast.Attribute):
-        return getattr(_value(node.value, module), node.attr)
+        asked = node.value
+        is_dtype_of_weight = node.attr == "dtype" and isinstance(asked, ast.Attribute) and asked.attr == "weight"
+        if is_dtype_of_weight and isinstance(_value(asked.value, module), nn.Linear | Conv1D):  # type: ignore[attr-defined]
+            return torch.int8
+        return getattr(_value(asked, module), node.attr)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
         owner, attribute = (_value(argument, module) for argument in node.args)
         return hasattr(owner, attribute)
