@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Which Linear weights the model code of the installed transformers reads by itself, class by class.
 
-The converter applies the same rule (`int8convert.conversion.weight_readers`) to the classes of the model at hand,
+The converter applies the same rule (`int8convert.runtime.weight_readers`) to the classes of the model at hand,
 whatever transformers is installed. This table shows what the rule finds in all classes, and tests/conversion compares
 it with docs/weight-reads.md, so that a new transformers shows what it adds.
 
@@ -35,7 +35,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from int8convert.conversion.weight_readers import ANY, Read, ReadKind, is_reached, reads_in_source
+from int8convert.runtime.weight_readers import ANY, Read, ReadKind, is_reached, reads_in_source
 
 LINEAR = frozenset({"Linear", "Conv1D"})
 CONTAINERS = frozenset({"ModuleList", "Sequential", "ModuleDict"})

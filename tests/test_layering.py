@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "errors": set(),
     "checkpoint": {"errors"},
-    "conversion": {"checkpoint", "cuda_kernels", "errors", "version"},
+    "conversion": {"runtime", "checkpoint", "cuda_kernels", "errors", "version"},
     "runtime": {"checkpoint", "cuda_kernels", "errors"},
     "evaluation": {"conversion", "runtime", "checkpoint", "cuda_kernels", "errors", "version"},
     "publish": {"checkpoint", "errors", "version"},

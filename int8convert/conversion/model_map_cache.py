@@ -35,7 +35,7 @@ class ModelMapCache:
     def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
         self._names = {tensor.name for tensor in as_loaded(source)}
         question = {
-            "code": [_sha256(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))],
+            "code": [_sha256(path.read_bytes()) for path in _code()],
             "versions": [platform.python_version(), _version("torch"), _version("transformers")],
             "config": source.config,
             "tensors": [[t.name, t.dtype, t.shape, t.storage, t.offset] for s in source.shards for t in s.tensors],
@@ -63,6 +63,12 @@ class ModelMapCache:
                 path.unlink(missing_ok=True)
         except OSError:
             pass
+
+
+def _code() -> list[Path]:
+    """The files that decide what a map says."""
+    conversion = Path(__file__).parent
+    return [*sorted(conversion.glob("*.py")), conversion.parent / "runtime/weight_readers.py"]
 
 
 def _sha256(data: bytes) -> str:

@@ -35,7 +35,7 @@ from int8convert.conversion.model_keys import LoadedInto, ModelKeys
 from int8convert.conversion.model_map import Action, ModuleFilter
 from int8convert.conversion.model_needs import find_needs
 from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
-from int8convert.conversion.weight_readers import ReadKind, modules_with_read_weights
+from int8convert.runtime.weight_readers import ReadKind, modules_with_read_weights
 
 _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 

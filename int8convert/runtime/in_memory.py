@@ -2,7 +2,8 @@
 
 Linear layers, GPT-2's Conv1D and the projections of nn.MultiheadAttention become int8, one after the other, so that
 memory never holds two models. Left alone: weights that several modules share, such as an output head tied to the
-embedding; modules that compute something of their own; and what transformers would leave alone in its own models.
+embedding; modules whose weights the model's own code reads; modules that compute something of their own; and what
+transformers would leave alone in its own models.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_pat
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.outliers import StoredOutliers
 from int8convert.runtime.saving import describe_for_saving
+from int8convert.runtime.weight_readers import modules_with_read_weights
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -95,11 +97,14 @@ def modules_to_replace(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
     for pattern in skip:
         if not any(_matches(name, pattern) for name in modules):
             raise PatternError(f"skip {pattern!r} matches no module that could become int8", "nothing was changed")
+    # torch's layers read weights on their fast path, which `leave_fast_path` closes.
+    read = modules_with_read_weights(model, reads_of_torch=False)
     shared = {key for key, n in Counter(map(id, _parameters(model))).items() if n > 1}
     return [
         name
         for name in _without_default_skips(model, modules)
         if not any(_matches(name, pattern) for pattern in skip)
+        and name not in read
         and shared.isdisjoint(map(id, modules[name].parameters()))
     ]
 

@@ -35,6 +35,7 @@ from int8convert.checkpoint.quantization_config import bitsandbytes_block
 from int8convert.errors import FormatError
 from int8convert.runtime.experts import Int8Experts, experts_form, experts_in
 from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.weight_readers import modules_with_read_weights
 
 METHOD = "int8convert"
 
@@ -140,10 +141,11 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         """The same for a checkpoint that is not int8, where the names left out are put down for its config.json."""
         config = self.quantization_config
         skips = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
+        read = modules_with_read_weights(model)
         chosen = {
             name
             for name, module in model.named_modules()
-            if _bitsandbytes_replaces(module) and should_convert_module(name, skips)
+            if _bitsandbytes_replaces(module) and should_convert_module(name, skips) and name not in read
         }
         left = (n for n, m in model.named_modules() if _bitsandbytes_replaces(m) and n not in chosen)
         config.skip_modules = sorted(left)

@@ -48,6 +48,7 @@ def test_inputs_of_four_dimensions_are_the_operations_limit_not_the_checkpoints(
     ("name", "reason"),
     [
         ("causal/mamba", "read by the model's own code"),
+        ("causal/hy_v4", "the model's own code casts to its weight's dtype"),
         ("masked/mobilebert", "read by the model's own code"),
         ("masked/nomic_bert", "merged or split on loading"),
         ("causal/inkling2_text", "renamed on loading, its scale is not"),

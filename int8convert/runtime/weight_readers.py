@@ -30,8 +30,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import _assign_is_quantized
 
 _SET_UP = (
     "__init__",
@@ -95,14 +93,22 @@ class Read(NamedTuple):
     guards: tuple[Guard, ...]
 
 
-def modules_with_read_weights(model: Any) -> dict[str, ReadKind]:
+def modules_with_read_weights(model: Any, reads_of_torch: bool = True) -> dict[str, ReadKind]:
     """Full name of each module whose `weight` the code of another module reads -> what is read.
 
-    Does not know training: the model must be in eval mode. Marks the model as quantized, as the loader does, because
-    some code asks for that.
+    Does not know training: the model must be in eval mode. Marks a model of transformers as quantized, as the loader
+    does, because some code asks for that.
+
+    Args:
+        model: on any device, the meta device included; weights are not looked at.
+        reads_of_torch: False leaves out the reads of torch's own layers, for callers that replace those layers.
     """
-    _assign_is_quantized(model)
-    reads = {module_class: list(_reads_of(module_class)) for module_class in {type(m) for m in model.modules()}}
+    if hasattr(model, "_keep_in_fp32_modules"):
+        from transformers.quantizers.base import _assign_is_quantized
+
+        _assign_is_quantized(model)
+    classes = {type(module) for module in model.modules()}
+    reads = {each: [r for owner in _owners(each, reads_of_torch) for r in _reads_by(owner)] for each in classes}
     found: dict[str, ReadKind] = {}
     for name, module in model.named_modules():
         for read in reads[type(module)]:
@@ -138,11 +144,16 @@ def _resolve(module: nn.Module, read: Read) -> Iterator[str]:
             yield first.removesuffix(".weight")
 
 
-def _reads_of(module_class: type) -> Iterator[Read]:
-    """All reads in the methods of a class and of those it inherits from."""
+def _owners(module_class: type, with_torch: bool) -> Iterator[type]:
+    """The classes whose methods a module class has, but for the base classes of all modules."""
     for owner in module_class.__mro__:
-        if issubclass(owner, nn.Module) and not owner.__module__.startswith(("torch.", "transformers.modeling_utils")):
-            yield from _reads_in_file(owner.__module__).get(owner.__name__, ())
+        is_base = owner is nn.Module or owner.__module__.startswith("transformers.modeling_utils")
+        if issubclass(owner, nn.Module) and not is_base and (with_torch or not owner.__module__.startswith("torch.")):
+            yield owner
+
+
+def _reads_by(owner: type) -> list[Read]:
+    return _reads_in_file(owner.__module__).get(owner.__name__, [])
 
 
 @cache
@@ -310,7 +321,7 @@ def _value(node: ast.expr, module: Any) -> Any:
     if isinstance(node, ast.Attribute):
         asked = node.value
         is_dtype_of_weight = node.attr == "dtype" and isinstance(asked, ast.Attribute) and asked.attr == "weight"
-        if is_dtype_of_weight and isinstance(_value(asked.value, module), nn.Linear | Conv1D):  # type: ignore[attr-defined]
+        if is_dtype_of_weight and _is_linear(_value(asked.value, module)):  # type: ignore[attr-defined]
             return torch.int8
         return getattr(_value(asked, module), node.attr)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
@@ -320,3 +331,7 @@ def _value(node: ast.expr, module: Any) -> Any:
         left, right = _value(node.left, module), _value(node.comparators[0], module)
         return _COMPARISONS[type(node.ops[0])](left, right)
     raise _Unknown
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, without an import of it
