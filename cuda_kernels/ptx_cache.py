@@ -37,7 +37,10 @@ def remembered(function: Callable[..., None], settings: object, compile_ptx: Cal
         key = repr((_package_digest(), _described(function), _described(settings)))
     except TypeError:
         return compile_ptx()
-    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.ptx"
+    folder = cache_folder()
+    if folder is None:
+        return compile_ptx()
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.ptx"
     try:
         return path.read_text()
     except (OSError, ValueError):
@@ -64,9 +67,10 @@ def _described(value: Any) -> object:
     raise TypeError(f"{value!r} may be another one in the next process")
 
 
-def cache_folder() -> Path:
-    """`cuda_kernels` in $XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cuda_kernels"
+def cache_folder() -> Path | None:
+    """`cuda_kernels` in $XDG_CACHE_HOME, by default ~/.cache; None for a user without a home."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder) / "cuda_kernels" if os.path.isabs(folder) else None
 
 
 def _write(path: Path, text: str) -> None:

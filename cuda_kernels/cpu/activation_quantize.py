@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 from numpy.lib.stride_tricks import as_strided
 
 from cuda_kernels.cpu.bits import magnitude, widen
+from cuda_kernels.cpu.compiled import compiled
 from cuda_kernels.cpu.team import run_on_team
 from cuda_kernels.cpu.threads import part_of, run_parts
 from cuda_kernels.reference import N_STEPS
@@ -27,7 +27,7 @@ _MIN_ELEMENTS = 1 << 17
 """Elements that are worth a thread: about 20 us of work."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _column_maxima(x, row_stride, n_tokens, maxima, part, n_parts):  # type: ignore[no-untyped-def]
     """maxima[part]: each column's largest magnitude over the part's tokens, as bits."""
     largest = maxima[part]
@@ -38,12 +38,12 @@ def _column_maxima(x, row_stride, n_tokens, maxima, part, n_parts):  # type: ign
             largest[k] = max(largest[k], magnitude(row[k]))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _column_maxima_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
     run_on_team(_column_maxima, args, n_parts, n_threads, team)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _keep_all_but(outlier_columns, keep):  # type: ignore[no-untyped-def]
     """Write `keep`, all bits but in the stored columns; False where those are not ascending column indices."""
     keep[:] = ~keep.dtype.type(0)
@@ -56,7 +56,7 @@ def _keep_all_but(outlier_columns, keep):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _take_found(largest, threshold, keep, found_columns):  # type: ignore[no-untyped-def]
     """List the columns that are kept so far and not below the threshold, clear the listed ones in `keep`; count all."""
     n_found = 0
@@ -69,7 +69,7 @@ def _take_found(largest, threshold, keep, found_columns):  # type: ignore[no-unt
     return n_found
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _quantize_one_token(row, keep, codes):  # type: ignore[no-untyped-def]
     largest = magnitude(row.dtype.type(0))
     for k in range(row.size):
@@ -86,14 +86,14 @@ def _quantize_one_token(row, keep, codes):  # type: ignore[no-untyped-def]
     return absmax
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _gather(row, columns, out):  # type: ignore[no-untyped-def]
     """out[j] = row[columns[j]], 0 for column -1."""
     for j in range(columns.size):
         out[j] = row[columns[j]] if columns[j] >= 0 else 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _quantize_tokens(x, row_stride, keep, columns, codes, absmax, side_x, part, n_parts):  # type: ignore[no-untyped-def]
     outlier_columns, found_columns = columns
     outlier_x, found_x = side_x
@@ -105,7 +105,7 @@ def _quantize_tokens(x, row_stride, keep, columns, codes, absmax, side_x, part, 
         _gather(row, found_columns, found_x[t])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _quantize_tokens_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
     run_on_team(_quantize_tokens, args, n_parts, n_threads, team)
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from cuda_kernels.cpu.bits import widen
+from cuda_kernels.cpu.compiled import compiled
 from cuda_kernels.cpu.float_vectors import N_FLOATS, add, fill, load_floats, load_integers, multiply, store_narrow
 from cuda_kernels.cpu.team import run_on_team
 from cuda_kernels.cpu.threads import part_of, run_parts
@@ -32,7 +32,7 @@ _MIN_ELEMENTS = 1 << 18
 """Outputs that are worth a thread."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def widen_side_x(outlier_x, found_x, side_x):  # type: ignore[no-untyped-def]
     """The activations of all side columns as float32 [M, n_side], the stored columns first."""
     n = outlier_x.shape[1]
@@ -41,7 +41,7 @@ def widen_side_x(outlier_x, found_x, side_x):  # type: ignore[no-untyped-def]
             side_x[t, j] = widen(outlier_x[t, j]) if j < n else widen(found_x[t, j - n])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, block):  # type: ignore[no-untyped-def]
     """Fill `block`, float32 [2 + n_side, N_ROWS], for the weight rows from `n` on: scale, bias, then side weights."""
     n_stored = outlier_weight.shape[1]
@@ -55,7 +55,7 @@ def load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bia
             block[2 + n_stored + j, r] = np.float32(weight_codes[n + r, found_columns[j]]) * scale
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def finish_token(products, x_absmax, side_x, block, spare, y):  # type: ignore[no-untyped-def]
     """The outputs of one token for one block of weight rows; `spare` is scratch for N_ROWS outputs."""
     row_bytes = block.strides[0]
@@ -73,7 +73,7 @@ def finish_token(products, x_absmax, side_x, block, spare, y):  # type: ignore[n
         y[:] = spare[: y.size]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, y, part, n_parts):  # type: ignore[no-untyped-def]
     weight_codes, weight_absmax, outlier_weight = weight
     begin, end = part_of(weight_absmax.size, N_ROWS, part, n_parts)
@@ -87,7 +87,7 @@ def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, y, part
             finish_token(rows, x_absmax[t], side_x[t], block, spare, y[t, n:stop])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _dequantize_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
     run_on_team(_dequantize, args, n_parts, n_threads, team)
 

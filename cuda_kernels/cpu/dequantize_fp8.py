@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from cuda_kernels.cpu.compiled import compiled
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _dequantize_fp8(codes, values, scale, first_row, block_rows, block_columns, weight):  # type: ignore[no-untyped-def]
     for r in range(codes.shape[0]):
         scales = scale[(first_row + r) // block_rows]

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from cuda_kernels.cpu.compiled import compiled
 from cuda_kernels.cpu.dequantize_epilogue import N_ROWS, finish_token, load_rows, widen_side_x
 from cuda_kernels.cpu.int8_products import N_TOKENS, multiply_block, sum_codes
 from cuda_kernels.cpu.team import run_on_team
@@ -28,7 +28,7 @@ _MIN_WORK = 1 << 23
 """Work that is worth a thread, about 40 us: a weight costs 8 units to read and one for every token."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, y, part, n_parts):  # type: ignore[no-untyped-def]
     weight_codes, weight_absmax, outlier_weight = weight
     begin, end = part_of(weight_absmax.size, N_ROWS, part, n_parts)
@@ -46,7 +46,7 @@ def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, y, 
                     finish_token(products[i], x_absmax[t + i], side_x[t + i], block, spare, y[t + i, n:stop])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _multiply_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
     run_on_team(_multiply, args, n_parts, n_threads, team)
 

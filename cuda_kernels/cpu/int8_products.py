@@ -10,8 +10,8 @@ Naive to fast:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from cuda_kernels.cpu.compiled import compiled
 from cuda_kernels.cpu.int8_vectors import (
     N_LANES,
     OFFSET,
@@ -26,7 +26,7 @@ N_TOKENS = 4
 """Tokens per call at most; fewer are filled up with the last one."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _one_token(x, w, n_bytes):  # type: ignore[no-untyped-def]
     sums = zero_sums()
     for k in range(0, n_bytes, N_LANES):
@@ -34,7 +34,7 @@ def _one_token(x, w, n_bytes):  # type: ignore[no-untyped-def]
     return total(sums)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _four_by_four(x0, x1, x2, x3, w0, w1, w2, w3, n_bytes, p, r):  # type: ignore[no-untyped-def]
     s00, s01, s02, s03 = zero_sums(), zero_sums(), zero_sums(), zero_sums()
     s10, s11, s12, s13 = zero_sums(), zero_sums(), zero_sums(), zero_sums()
@@ -57,12 +57,12 @@ def _four_by_four(x0, x1, x2, x3, w0, w1, w2, w3, n_bytes, p, r):  # type: ignor
     p[3, r], p[3, r + 1], p[3, r + 2], p[3, r + 3] = total(s30), total(s31), total(s32), total(s33)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@compiled(inline="always")
 def _four_rows(s0, s1, s2, s3, row0, row1, row2, row3, x):  # type: ignore[no-untyped-def]
     return add_products(s0, row0, x), add_products(s1, row1, x), add_products(s2, row2, x), add_products(s3, row3, x)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def sum_codes(codes, sums):  # type: ignore[no-untyped-def]
     """What the offset of the weight codes adds to each token's products: 128 * its sum over whole vectors."""
     n_bytes = codes.shape[1] // N_LANES * N_LANES
@@ -73,7 +73,7 @@ def sum_codes(codes, sums):  # type: ignore[no-untyped-def]
         sums[t] = OFFSET * token_sum
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def multiply_block(codes, offsets, t, n_tokens, weight_codes, n, n_rows, products):  # type: ignore[no-untyped-def]
     """Write products[:n_tokens, :n_rows] of the tokens from `t` and the weight rows from `n` on; more is scratch."""
     n_columns = codes.shape[1]

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from cuda_kernels.cpu.bits import magnitude, widen
+from cuda_kernels.cpu.compiled import compiled
 from cuda_kernels.reference import N_STEPS
 
 
 # `reassoc` lets the two sums use whole vector registers. It stays out of the caller below, where LLVM would turn
 # (1 / absmax) * 127 into 127 / absmax and move codes by one.
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _quantize_one_row(row, inv_scale, codes):  # type: ignore[no-untyped-def]
     signal = np.float32(0)
     noise = np.float32(0)
@@ -33,7 +33,7 @@ def _quantize_one_row(row, inv_scale, codes):  # type: ignore[no-untyped-def]
     return signal, noise
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _row_quantize(bits, codes, absmax, signal, noise):  # type: ignore[no-untyped-def]
     for r in range(bits.shape[0]):
         row = bits[r]

@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-from numba import njit
-
+from cuda_kernels.cpu.compiled import compiled
 from cuda_kernels.cpu.team import team
 
 
@@ -28,7 +27,7 @@ def _pool() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def part_of(n_rows, multiple, part, n_parts):  # type: ignore[no-untyped-def]
     """The rows (begin, end) of one of `n_parts` equal parts; all but the last hold a multiple of `multiple` rows."""
     blocks = -(-n_rows // multiple)

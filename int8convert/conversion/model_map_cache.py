@@ -24,9 +24,10 @@ from int8convert.conversion.model_map import ModuleFilter
 MAX_MAPS = 100
 
 
-def cache_folder() -> Path:
-    """Where the maps are: `int8convert/model_maps` in $XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8convert" / "model_maps"
+def cache_folder() -> Path | None:
+    """Where the maps are: `int8convert/model_maps` in $XDG_CACHE_HOME, by default ~/.cache; None without a home."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder) / "int8convert" / "model_maps" if os.path.isabs(folder) else None
 
 
 class ModelMapCache:
@@ -43,10 +44,13 @@ class ModelMapCache:
             "only": modules.only,
             "output_format": modules.output_format,
         }
-        self._path = cache_folder() / f"{_sha256(json.dumps(question).encode())}.json"
+        folder = cache_folder()
+        self._path = folder / f"{_sha256(json.dumps(question).encode())}.json" if folder is not None else None
 
     def read(self) -> dict[str, Any] | None:
         """The answer given before; None if there is none, or it is damaged."""
+        if self._path is None:
+            return None
         try:
             answer = json.loads(self._path.read_bytes())
             return answer if answer["tensors"].keys() == self._names else None
@@ -55,6 +59,8 @@ class ModelMapCache:
 
     def write(self, answer: dict[str, Any]) -> None:
         """Remember an answer; forget the oldest where there are too many."""
+        if self._path is None:
+            return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, answer)
