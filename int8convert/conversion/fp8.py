@@ -1,7 +1,8 @@
 """FP8 weights and their scales: a matrix of F8_E4M3 or F8_E5M2 codes, and beside it one float for every block of it.
 
 Whatever the scale is called - `weight_scale_inv` where DeepSeek wrote it, `weight_scale` elsewhere - a weight is code
-times scale. The blocks are 128 x 128, single rows, or the whole matrix, which the scale's shape tells.
+times scale. The blocks are 128 x 128, single rows, or the whole matrix, which the scale's shape tells. `fp8_scales`
+finds the scales.
 
 Source: the float8 quantization of transformers, and OCP 8-bit Floating Point Specification (OFP8), for the codes.
 """
@@ -9,27 +10,20 @@ Source: the float8 quantization of transformers, and OCP 8-bit Floating Point Sp
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from cuda_kernels import cpu
-from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource, RemoteFile, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.blocks import read_whole
 from int8convert.conversion.floats import NUMPY_DTYPE, widen
-from int8convert.errors import CorruptFileError
 
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
 """What config.json calls quantizations whose weights may be plain FP8 codes."""
-
-_SCALE_SUFFIXES = ("_scale_inv", "_scale")
-_UNUSED_SUFFIXES = (".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale")
-_DEFAULT_BLOCK = (128, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,23 +107,6 @@ class Fp8Decoder:
         return weight
 
 
-def find_scales(source: CheckpointSource) -> dict[str, Fp8Scale]:
-    """Weight name -> scale, of the FP8 matrices that have one.
-
-    Raises:
-        CorruptFileError: a scale does not fit its weight, or a scaled weight is no matrix.
-    """
-    places = {tensor.name: (tensor, shard) for shard in source.shards for tensor in shard.tensors}
-    block = _configured_block(source.config)
-    scales = {}
-    for name, (weight, _) in places.items():
-        if weight.dtype in FP8_DTYPES:
-            found = next((places[name + end] for end in _SCALE_SUFFIXES if name + end in places), None)
-            if found is not None:
-                scales[name] = Fp8Scale(*found, _block_of(weight, found[0], block))
-    return scales
-
-
 def is_fp8(source: CheckpointSource) -> bool:
     """Whether the weights of a quantized source are FP8 codes, which can be decoded here."""
     block = source.config.get("quantization_config")
@@ -144,45 +121,5 @@ def _none_is_packed(weights: Iterable[StoredTensor]) -> bool:
     return all(t.dtype in FP8_DTYPES or t.dtype in NUMPY_DTYPE for t in weights)
 
 
-def belongs_to_fp8(name: str, scales: dict[str, Fp8Scale]) -> bool:
-    """Whether a tensor only serves the FP8 form of the weights, so that nothing of it is left in the output."""
-    weight = next((name.removesuffix(end) for end in _SCALE_SUFFIXES if name.endswith(end)), None)
-    return weight in scales or name.endswith(_UNUSED_SUFFIXES)
-
-
-def as_loaded(source: CheckpointSource) -> list[StoredTensor]:
-    """The tensors a model sees: FP8 codes as the bf16 weights they stand for, without what only serves that form."""
-    scales = find_scales(source)
-    return [
-        replace(tensor, dtype="BF16") if tensor.dtype in FP8_DTYPES else tensor
-        for tensor in _tensors(source)
-        if not (scales and belongs_to_fp8(tensor.name, scales))
-    ]
-
-
 def _tensors(source: CheckpointSource) -> list[StoredTensor]:
     return [tensor for shard in source.shards for tensor in shard.tensors]
-
-
-def _configured_block(config: dict[str, Any]) -> tuple[int, int]:
-    block = config.get("quantization_config")
-    size = block.get("weight_block_size") if isinstance(block, dict) else None
-    if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
-        return size[0], size[1]
-    return _DEFAULT_BLOCK
-
-
-def _block_of(weight: StoredTensor, scale: StoredTensor, configured: tuple[int, int]) -> tuple[int, int]:
-    if len(weight.shape) == 2 and (scale.dtype in NUMPY_DTYPE or scale.dtype == "F8_E8M0"):
-        rows, columns = weight.shape
-        if scale.n_elements == 1:
-            return max(1, rows), max(1, columns)
-        if scale.shape in ((rows,), (rows, 1)):
-            return 1, max(1, columns)
-        if scale.shape == tuple(-(-n // size) for n, size in zip(weight.shape, configured, strict=True)):
-            return configured
-    raise CorruptFileError(
-        f"{quoted(scale.name)}, {scale.dtype} {list(scale.shape)}, is no scale for {quoted(weight.name)} of shape "
-        f"{list(weight.shape)}: expected one value, one a row, or one for each {configured[0]} x {configured[1]} block",
-        "fetch the checkpoint again, or convert its 16-bit version; nothing was written",
-    )

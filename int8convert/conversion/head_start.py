@@ -14,7 +14,7 @@ from functools import partial
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.committer import ConvertedShard
 from int8convert.conversion.events import Event, ShardStarted, TensorKept, TensorQuantized
-from int8convert.conversion.fp8 import as_loaded
+from int8convert.conversion.fp8_scales import as_loaded
 from int8convert.conversion.model_map import ModuleFilter
 from int8convert.conversion.name_rules import map_by_name
 from int8convert.conversion.pipeline import Pipeline, ShardAbandonedError

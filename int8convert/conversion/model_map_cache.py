@@ -18,7 +18,7 @@ from typing import Any
 
 from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.fp8 import as_loaded
+from int8convert.conversion.fp8_scales import as_loaded
 from int8convert.conversion.model_map import ModuleFilter
 
 MAX_MAPS = 100

@@ -16,7 +16,7 @@ from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.expert_layouts import ExpertLayout
-from int8convert.conversion.fp8 import as_loaded
+from int8convert.conversion.fp8_scales import as_loaded
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModelNeeds, ModuleFilter
 from int8convert.conversion.model_map_cache import ModelMapCache
 from int8convert.errors import ModelMapError, RemoteCodeError

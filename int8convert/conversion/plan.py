@@ -19,7 +19,8 @@ from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, contiguous_strides
 from int8convert.checkpoint.writer import order_for_alignment, planned_shard_bytes
 from int8convert.conversion.expert_layouts import split
-from int8convert.conversion.fp8 import Fp8Scale, find_scales
+from int8convert.conversion.fp8 import Fp8Scale
+from int8convert.conversion.fp8_scales import find_scales
 from int8convert.conversion.lora import AdapterPlacement, BaseTensor, LoraDelta, place_adapter
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap
 from int8convert.errors import AdapterError, CorruptFileError

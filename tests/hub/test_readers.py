@@ -17,7 +17,7 @@ from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import open_source
 from int8convert.conversion.blocks import Block
 from int8convert.conversion.events import PlanMade, ShardSkipped, SourceFetched
-from int8convert.conversion.fp8 import as_loaded
+from int8convert.conversion.fp8_scales import as_loaded
 from int8convert.conversion.model_map import ModuleFilter
 from int8convert.conversion.name_rules import map_by_name
 from int8convert.conversion.plan import make_plan

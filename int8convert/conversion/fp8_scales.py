@@ -1,0 +1,147 @@
+"""Which scale belongs to which FP8 matrix, by their names; and what a checkpoint looks like once it is decoded.
+
+With an FP8 block in config.json, codes without a scale are an error: loaders would make the scale up. So is a scale
+whose weight is no FP8: a loader multiplies by it, and whether somebody did so before is not known. Without such a block
+codes without a scale are a plain cast, and mean what they say.
+
+What it does not know: scales under names that no loader has. A neighbour that looks like one is named in the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from int8convert.checkpoint.int8_config import is_ignored
+from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.conversion.floats import NUMPY_DTYPE
+from int8convert.conversion.fp8 import FP8_DTYPES, Fp8Scale
+from int8convert.errors import CorruptFileError
+
+_UNUSED_SUFFIXES = (
+    *(".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale", ".qscale_act"),
+)
+"""Scales of activations and caches, which nothing of the int8 form needs."""
+
+_DEFAULT_BLOCK = (128, 128)
+_NO_BLOCK: Mapping[str, Any] = {}
+
+Places = dict[str, tuple[StoredTensor, SourceShard]]
+
+
+def find_scales(source: CheckpointSource) -> dict[str, Fp8Scale]:
+    """Weight name -> scale, of the FP8 matrices that have one.
+
+    Raises:
+        CorruptFileError: a scale does not fit its weight, a matrix has lost its scale, or a scale its matrix.
+    """
+    places: Places = {tensor.name: (tensor, shard) for shard in source.shards for tensor in shard.tensors}
+    block = _quantization_block(source.config)
+    size = _block_size(block)
+    scales = {}
+    lost = []
+    for name, (weight, _) in places.items():
+        found = next((places[scale] for scale in _scale_names(name, block) if scale in places), None)
+        if weight.dtype in FP8_DTYPES:
+            if found is not None:
+                scales[name] = Fp8Scale(*found, _block_of(weight, found[0], size))
+            elif len(weight.shape) > 1:
+                lost.append(name)
+        elif found and block and len(weight.shape) == 2 and not _is_left_alone(name, block):
+            raise _already_scaled(weight, found[0])
+    if lost:
+        _check_plain(lost, places, block)
+    return scales
+
+
+def as_loaded(source: CheckpointSource) -> list[StoredTensor]:
+    """The tensors a model sees: FP8 codes as the bf16 weights they stand for, without what only serves that form."""
+    scales = find_scales(source)
+    block = _quantization_block(source.config)
+    serving = {scale for name in scales for scale in _scale_names(name, block)}
+    return [
+        replace(tensor, dtype="BF16") if tensor.dtype in FP8_DTYPES else tensor
+        for shard in source.shards
+        for tensor in shard.tensors
+        if not (scales and (tensor.name in serving or tensor.name.endswith(_UNUSED_SUFFIXES)))
+    ]
+
+
+def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The one in config.json; empty if there is none."""
+    block = config.get("quantization_config")
+    return block if isinstance(block, dict) else _NO_BLOCK
+
+
+def _scale_names(name: str, block: Mapping[str, Any]) -> Iterator[str]:
+    """Under which a weight's scale may be. The last two are DeepSeek V4's and Mistral's, which transformers renames."""
+    yield f"{name}_scale_inv"
+    yield f"{name}_scale"
+    if block.get("quant_method") == "fp8" and name.endswith(".weight"):
+        yield f"{name.removesuffix('weight')}scale"
+        yield f"{name.removesuffix('weight')}qscale_weight"
+
+
+def _check_plain(lost: list[str], places: Places, block: Mapping[str, Any]) -> None:
+    """Refuse FP8 matrices without a scale that are no plain casts."""
+    neighbours: dict[str, list[str]] = {}
+    for name in places:
+        module, _, leaf = name.rpartition(".")
+        if "scale" in leaf:
+            neighbours.setdefault(module, []).append(name)
+    for name in lost:
+        beside = neighbours.get(name.rpartition(".")[0], []) + neighbours.get(name, [])
+        is_cast = _is_left_alone(name, block) if block else all(other.endswith(_UNUSED_SUFFIXES) for other in beside)
+        if not is_cast:
+            there = f"found {', '.join(map(quoted, beside[:3]))}" if beside else "found none"
+            weight = places[name][0]
+            raise CorruptFileError(
+                f"the FP8 matrix {quoted(name)}, {weight.dtype} {list(weight.shape)}, has no scale: expected "
+                f"{quoted(f'{name}_scale_inv')} or {quoted(f'{name}_scale')}, {there}",
+                "fetch the checkpoint again, or convert its 16-bit version; nothing was written",
+            )
+
+
+def _already_scaled(weight: StoredTensor, scale: StoredTensor) -> CorruptFileError:
+    return CorruptFileError(
+        f"{quoted(weight.name)} is {weight.dtype}, expected the FP8 codes that {quoted(scale.name)} is the scale of: "
+        "whether it was multiplied already is not known",
+        "remove the scales if the weights are whole, and quantization_config with them; nothing was written",
+    )
+
+
+def _is_left_alone(name: str, block: Mapping[str, Any]) -> bool:
+    """Whether config.json leaves a weight's module out of the FP8 form, so that loaders take it as it is."""
+    module = name.rpartition(".")[0]
+    names = block.get("modules_to_not_convert")
+    listed = [entry for entry in names if isinstance(entry, str)] if isinstance(names, list) else []
+    if any(f"{module}.".startswith(f"{entry}.") or module.endswith(f".{entry}") for entry in listed):
+        return True
+    is_compressed = block.get("quant_method") == "compressed-tensors"
+    return is_compressed and is_ignored(module, type("Linear", (), {}), block)
+
+
+def _block_size(block: Mapping[str, Any]) -> tuple[int, int]:
+    size = block.get("weight_block_size")
+    if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+        return size[0], size[1]
+    return _DEFAULT_BLOCK
+
+
+def _block_of(weight: StoredTensor, scale: StoredTensor, configured: tuple[int, int]) -> tuple[int, int]:
+    if len(weight.shape) == 2 and (scale.dtype in NUMPY_DTYPE or scale.dtype == "F8_E8M0"):
+        rows, columns = weight.shape
+        if scale.n_elements == 1:
+            return max(1, rows), max(1, columns)
+        if scale.shape in ((rows,), (rows, 1)):
+            return 1, max(1, columns)
+        if scale.shape == tuple(-(-n // size) for n, size in zip(weight.shape, configured, strict=True)):
+            return configured
+    raise CorruptFileError(
+        f"{quoted(scale.name)}, {scale.dtype} {list(scale.shape)}, is no scale for {quoted(weight.name)} of shape "
+        f"{list(weight.shape)}: expected one value, one a row, or one for each {configured[0]} x {configured[1]} block",
+        "fetch the checkpoint again, or convert its 16-bit version; nothing was written",
+    )
