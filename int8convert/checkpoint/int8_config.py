@@ -167,6 +167,20 @@ def is_ignored(module_name: str, module_class: type, block: Mapping[str, Any]) -
     return is_named(block.get("ignore")) or (bool(targets) and not any(map(is_named, targets)))
 
 
+def is_ignored_by_name(module_name: str, block: Mapping[str, Any]) -> bool:
+    """Whether a compressed-tensors block leaves a Linear module as it is, by plain names alone.
+
+    For whoever judges a stranger's block: its expressions are not run, and count as naming nothing.
+    """
+    groups = block.get("config_groups")
+    targets = [group.get("targets") for group in groups.values()] if isinstance(groups, dict) else []
+    named = [entries if isinstance(entries, list) else [] for entries in targets]
+    is_target = any(module_name in entries or "Linear" in entries for entries in named)
+    ignored = block.get("ignore")
+    is_listed = isinstance(ignored, list) and (module_name in ignored or "Linear" in ignored)
+    return is_listed or (bool(named) and not is_target)
+
+
 def _first_match(patterns: tuple[str, ...], module_name: str) -> bool:
     try:
         return TailPatterns(patterns).first_match(module_name) is not None

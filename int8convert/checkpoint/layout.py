@@ -32,6 +32,8 @@ VERIFY_FILE = f"{OWN_FOLDER}/verify.json"
 """What `int8convert verify` found out."""
 
 REQUEST_FILE = f"{OWN_FOLDER}/conversion.json"
+LOCAL_FILE = f"{OWN_FOLDER}/local.json"
+LOCK_FILE = f"{OWN_FOLDER}/lock"
 
 MAX_STEPS_AWAY = 0.6
 """By which a stored outlier column may differ from what its codes stand for, in steps of its row. A code is the nearest

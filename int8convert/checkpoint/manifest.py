@@ -148,12 +148,16 @@ class Manifest:
 
     def read_records(self) -> dict[str, ShardRecord]:
         """File name -> record of the finished shards. A record that cannot be read counts as none."""
-        finished = self._find(_MANIFEST_NAME)
-        if finished is not None and self._find(_REQUEST_NAME) is None:
-            entries = read_json_object(finished).get("shards")
-            found = map(parse_record, entries if isinstance(entries, list) else [])
-            return {record.file_name: record for record in found if record}
+        if self.is_complete and self._find(_REQUEST_NAME) is None:
+            return self.read_finished_records()
         return {record.file_name: record for record in self._unfinished_records()}
+
+    def read_finished_records(self) -> dict[str, ShardRecord]:
+        """File name -> record of the manifest's shards, whatever an unfinished conversion has left beside it."""
+        finished = self._find(_MANIFEST_NAME)
+        entries = read_json_object(finished).get("shards") if finished is not None else []
+        found = map(parse_record, entries if isinstance(entries, list) else [])
+        return {record.file_name: record for record in found if record}
 
     def _unfinished_records(self) -> Iterator[ShardRecord]:
         for entry in sorted(self.records_folder.glob("*.json")):
@@ -171,8 +175,13 @@ class Manifest:
         source: CheckpointSource,
         summary: Mapping[str, Any],
         records: list[ShardRecord],
+        carried: Mapping[str, str],
     ) -> None:
-        """Write the files that stay."""
+        """Write the files that stay.
+
+        Args:
+            carried: file that was copied from the source, by its path with `/` -> sha256.
+        """
         name = source.label
         if source.commit is None:
             place = source.directory.resolve()
@@ -180,7 +189,7 @@ class Manifest:
             write_json(self.folder / _LOCAL_NAME, {"source": str(place)})
         shards = [asdict(record) for record in records]
         whole = {"schema": 1, "conversion": request, "source": name, "source_revision": source.commit, **summary}
-        write_json(self.folder / _MANIFEST_NAME, {**whole, "shards": shards})
+        write_json(self.folder / _MANIFEST_NAME, {**whole, "carried": dict(sorted(carried.items())), "shards": shards})
 
     def tidy(self) -> None:
         """Remove what only an unfinished conversion needs; after everything else is on the disk."""
@@ -204,7 +213,17 @@ def parse_record(value: Any) -> ShardRecord | None:
     except (TypeError, KeyError, AttributeError):
         return None
     is_named = isinstance(record.file_name, str) and record.file_name.isprintable()
-    return record if is_named and is_size(record.n_bytes) and isinstance(record.sha256, str) else None
+    is_whole = is_size(record.n_bytes) and isinstance(record.sha256, str) and isinstance(record.plan_sha256, str)
+    is_whole = is_whole and isinstance(record.sources, dict) and all(map(_is_tensor_record, tensors.values()))
+    return record if is_named and is_whole else None
+
+
+def _is_tensor_record(tensor: TensorRecord) -> bool:
+    """Whether a record that was read holds what it promises: texts, a size, and numbers that a float holds."""
+    numbers = (tensor.sqnr_db, tensor.absmax_min, tensor.absmax_max)
+    are_numbers = all(n is None or type(n) is float or (type(n) is int and abs(n) < 10**300) for n in numbers)
+    are_texts = all(type(text) is str for text in (tensor.source, tensor.dtype, tensor.reason or ""))
+    return are_numbers and are_texts and is_size(tensor.n_non_finite)
 
 
 def describe_source(source: CheckpointSource) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def _print_exact(exact: ExactReport) -> None:
         f"{format_seconds(exact.elapsed_s)}",
         head="Exact",
     )
+    if exact.compared:
+        print_line(f"compared with {exact.compared}")
     print_table(
         "",
         ("check", "looked at", "found", ""),

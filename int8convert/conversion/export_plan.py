@@ -103,7 +103,7 @@ def make_export_plan(checkpoint: Int8Checkpoint, target: Target, max_shard_bytes
         item.codes.stored.n_elements if isinstance(item, Int8Weight) else item.stored.n_elements
         for item in checkpoint.items
     )
-    config = _output_config(checkpoint, target)
+    config = exported_config(checkpoint, target)
     return ExportPlan(checkpoint.source, target, tuple(shards), config, n_parameters, _notes(checkpoint, target))
 
 
@@ -156,7 +156,8 @@ def _check_target(checkpoint: Int8Checkpoint, target: Target) -> None:
         )
 
 
-def _output_config(checkpoint: Int8Checkpoint, target: Target) -> dict[str, Any]:
+def exported_config(checkpoint: Int8Checkpoint, target: Target) -> dict[str, Any]:
+    """Return the config.json of an export; `verify` compares what is there with it."""
     config = checkpoint.source.config
     if target.is_copy:
         return config

@@ -22,6 +22,7 @@ from int8convert.checkpoint.atomic import (
     make_folder,
     write_json,
 )
+from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -34,9 +35,9 @@ from int8convert.checkpoint.layout import (
 )
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
-from int8convert.checkpoint.output_format import OutputFormat
-from int8convert.checkpoint.quantization_config import bitsandbytes_config, build_index, compressed_tensors_config
+from int8convert.checkpoint.quantization_config import build_index
 from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.output_config import converted_config
 from int8convert.conversion.plan import ConversionPlan, output_weight_map
 from int8convert.errors import DiskFullError, OutputError
 
@@ -265,12 +266,7 @@ class OutputDirectory:
         if len(plan.shards) > 1:
             n_bytes = sum(tensor.output_bytes for tensor in plan.tensors)
             index = build_index(output_weight_map(plan), n_bytes, plan.n_parameters)
-        source, found = plan.source.config, plan.model_map
-        if found.output_format is OutputFormat.COMPRESSED_TENSORS:
-            config = compressed_tensors_config(source, found.dtype, found.skip_modules)
-        else:
-            config = bitsandbytes_config(source, found.dtype, threshold, found.skip_modules)
-        self.write_small_files(plan.source, summary, records, index, config)
+        self.write_small_files(plan.source, summary, records, index, converted_config(plan, threshold))
 
     def write_small_files(
         self,
@@ -281,14 +277,17 @@ class OutputDirectory:
         config: Mapping[str, Any],
     ) -> None:
         """First what is carried over, last what makes the checkpoint look complete."""
+        carried: dict[str, str] = {}
         for file in source.carried:
-            target = self.path / file.relative_to(source.directory)
+            name = file.relative_to(source.directory)
+            target = self.path / name
             if target.parent != self.path:
                 make_folder(target.parent)
             if not target.exists():
                 self._carried.append(target)
             copy_file(file, target)
-        self.manifest.complete(self._request, source, summary, records)
+            carried[name.as_posix()] = file_sha256(target)
+        self.manifest.complete(self._request, source, summary, records, carried)
         if index is not None:
             write_json(self.path / INDEX_NAME, index)
         write_json(self.path / CONFIG_NAME, config)

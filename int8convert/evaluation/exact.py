@@ -4,7 +4,8 @@
    it, which says what each tensor must have become (`exact_layout`), and what the model lacks (`exact_needs`).
 2. Every weight file is hashed and compared with the manifest, while other threads compare the tensors in it: codes and
    scales with what rounding the source gives, everything else byte for byte (`exact_tensors`, `exact_rows`).
-3. config.json and the files carried over are compared (`exact_files`).
+3. config.json is compared entry by entry with what the conversion writes (`exact_config`), the files carried over with
+   the source's, and whatever else lies there is a finding, unless no loader reads it (`exact_beside`).
 
 Either checkpoint may be on the Hub: its tensors are read by range, and nothing of its weights stays here.
 
@@ -18,20 +19,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from int8convert.checkpoint.int8_config import Int8Format, read_format
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import describe_source
-from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.quantize import plan_unchecked
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.evaluation.checks import Check, Finding, make_check
-from int8convert.evaluation.exact_files import check_carried, check_config, check_files, check_sha256, read_records
+from int8convert.evaluation.exact_beside import check_beside, check_carried, hash_beside
+from int8convert.evaluation.exact_config import check_config
+from int8convert.evaluation.exact_files import check_files, compare_sha256, hash_shard, read_records
 from int8convert.evaluation.exact_layout import Int8Pair, Layout, Pair, lay_out
 from int8convert.evaluation.exact_needs import allowed_note, check_needs
 from int8convert.evaluation.exact_outliers import pair_outliers
@@ -60,6 +63,8 @@ class ExactReport:
             is a defect or not: a checkpoint of other origin may have been computed otherwise.
         n_read_bytes: of both checkpoints.
         notes: what the user should know of how this was measured.
+        files: every file of the first that was looked at, but for those on the Hub -> sha256.
+        compared: what it was compared with, for people.
     """
 
     out: str
@@ -74,6 +79,8 @@ class ExactReport:
     notes: tuple[str, ...] = ()
     commit: str | None = None
     reference_commit: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
+    compared: str = ""
 
     @property
     def is_passed(self) -> bool:
@@ -147,7 +154,20 @@ def verify_exact(
         notes=tuple(_notes(provenance, planned)),
         commit=checkpoint.commit,
         reference_commit=planned.source.commit,
+        files=comparison.hashes,
+        compared=_compared(planned.source, provenance),
     )
+
+
+def _compared(source: CheckpointSource, provenance: Provenance) -> str:
+    """What the checkpoint was compared with: how much of the source, and by which rule."""
+    n_files = len(source.shards)
+    files = f"{n_files:,} weight {'file' if n_files == 1 else 'files'}, config.json"
+    carried = f" and {len(source.carried):,} other files" if source.carried else ""
+    if not provenance.is_known:
+        return f"{files}{carried} of the source; no manifest tells what the conversion wrote"
+    exports = f", through {len(provenance.exports)} exports" if provenance.exports else ""
+    return f"{files}{carried} of the source, as its manifest says it was converted{exports}"
 
 
 def _format(out: CheckpointSource) -> Int8Format:
@@ -200,11 +220,13 @@ class _Comparison:
     Attributes:
         totals: of all tensors.
         n_bytes: that are read for it.
+        hashes: see `ExactReport.files`.
     """
 
     def __init__(self, examined: ExaminedCheckpoint, planned: ConversionPlan, provenance: Provenance) -> None:
         out = self._out = examined.source
-        self._weight_files = examined.weight_files
+        self._examined = examined
+        self.hashes: dict[str, str] = {}
         self._plan = planned
         self._provenance = provenance
         self.layout: Layout = lay_out(out, planned, provenance)
@@ -217,7 +239,7 @@ class _Comparison:
 
     def run(self, n_workers: int, on_progress: Progress) -> tuple[Check, ...]:
         """All checks, those that tell the most first."""
-        self._findings["files"] += check_files(self._out, self._weight_files, self._records, self._provenance.is_known)
+        self._findings["files"] += check_files(self._examined, self._records, self._provenance)
         self._findings["tensors"] += self.layout.findings
         self._findings["outlier columns"] += self._outliers.findings
         with ThreadPoolExecutor(n_workers) as pool:
@@ -226,14 +248,16 @@ class _Comparison:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        skip_modules = set(self._plan.model_map.skip_modules)
+        self.hashes |= hash_beside(self._examined)
+        source = self._plan.source
         return (
             self._check("files", len(self._out.shards) if self._records else 0),
             self._check("tensors", self.layout.n_expected),
             check_needs(self._out, self._plan.model_map, self._provenance),
             *(self._check(name, self.totals.n_checked.get(name, 0)) for name in _VALUE_CHECKS),
-            check_config(self._out, self._plan.source, self._provenance, self.layout.int8_modules, skip_modules),
-            check_carried(self._out, self._plan.source, self._provenance),
+            check_config(self._out, self._plan, self._provenance, self.layout.int8_modules),
+            check_carried(self._examined, source, self._provenance),
+            check_beside(self._examined, source, self._provenance),
         )
 
     def _check(self, name: str, n_checked: int) -> Check:
@@ -246,12 +270,16 @@ class _Comparison:
         for pair in self.layout.pairs:
             by_file.setdefault(pair.main.shard.path.name, []).append(pair)
         for shard in self._out.shards:
-            record = self._records.get(shard.path.name)
-            if record is not None:
-                tasks.append((pool.submit(check_sha256, shard, record), shard.n_bytes))
+            tasks.append((pool.submit(self._hash, shard), shard.n_bytes))
             for pair in by_file.get(shard.path.name, []):
                 tasks.append((pool.submit(self._compare, pair), pair.planned.source.n_bytes))
         return tasks
+
+    def _hash(self, shard: SourceShard) -> Finding | None:
+        sha256 = hash_shard(shard)
+        if self._out.commit is None:
+            self.hashes[shard.path.name] = sha256
+        return compare_sha256(shard, sha256, self._records.get(shard.path.name))
 
     def _compare(self, pair: Pair) -> TensorResult:
         if isinstance(pair, Int8Pair):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from int8convert.checkpoint.int8_config import Int8Format, is_ignored, read_format, read_skipped_names
+from int8convert.checkpoint.int8_config import Int8Format, is_ignored_by_name, read_format, read_skipped_names
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.conversion.int8_source import NAMES, PlacedTensor
@@ -156,7 +156,7 @@ class _Pairing:
         if self._provenance.is_known:
             return False
         if self._format is Int8Format.COMPRESSED_TENSORS:
-            return is_ignored(module, type("Linear", (), {}), self._out.config["quantization_config"])
+            return is_ignored_by_name(module, self._out.config["quantization_config"])
         return is_left_alone(module, read_skipped_names(self._out.config, self._format))
 
     def _place_kept(self, planned: PlannedTensor) -> None:

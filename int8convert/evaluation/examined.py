@@ -8,10 +8,12 @@ says of them is then compared with what the Hub lists, for a range has no hash.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from int8convert.checkpoint.layout import MANIFEST_NAME, OUTLIERS_FILE
+from int8convert.checkpoint.present_files import find_present, is_listed
 from int8convert.checkpoint.source import CheckpointSource, SourceShard, open_source
 
 _OWN_FILES = (MANIFEST_NAME, OUTLIERS_FILE)
@@ -23,11 +25,25 @@ class ExaminedCheckpoint:
 
     Attributes:
         source: its config, headers and small files.
-        weight_files: names of the safetensors files that lie there, whether its index names them or not.
+        names: the files that lie there, by their path with `/`, whether a loader takes them or not.
+        refused: what lies there and is no file of it -> why; see `PresentFiles`.
     """
 
     source: CheckpointSource
-    weight_files: frozenset[str] = field(repr=False)
+    names: frozenset[str] = field(repr=False)
+    refused: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def weight_files(self) -> frozenset[str]:
+        """Names of the safetensors files that lie there, whether its index names them or not."""
+        return frozenset(name for name in self.names if "/" not in name and name.endswith(".safetensors"))
+
+    def path_of(self, name: str) -> Path | None:
+        """Return where a file is; None if it is no file of the checkpoint, or on the Hub and not here."""
+        if name not in self.names or name in self.refused:
+            return None
+        path = self.source.directory / name
+        return path if path.is_file() else None
 
 
 def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> ExaminedCheckpoint:
@@ -41,14 +57,12 @@ def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> E
     """
     source = open_source(out, revision)
     if source.commit is None:
-        return ExaminedCheckpoint(source, _weight_files(entry.name for entry in source.directory.iterdir()))
+        present = find_present(source.directory)
+        return ExaminedCheckpoint(source, frozenset(present.files), present.refused)
     from int8convert.checkpoint.hub.cached_copy import fetch_beside, reading_cached
 
-    return ExaminedCheckpoint(reading_cached(source), _weight_files(fetch_beside(source, _OWN_FILES)))
-
-
-def _weight_files(names: Iterable[str]) -> frozenset[str]:
-    return frozenset(name for name in names if "/" not in name and name.endswith(".safetensors"))
+    names = fetch_beside(source, _OWN_FILES)
+    return ExaminedCheckpoint(reading_cached(source), frozenset(filter(is_listed, names)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,17 +16,31 @@ from typing import Any
 from int8convert.checkpoint.adapter import open_adapter
 from int8convert.checkpoint.int8_config import Int8Format, read_format
 from int8convert.checkpoint.layout import quoted
-from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, Manifest
+from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.checkpoint.recorded_request import RecordedRequest, read_recorded_request
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.source_name import is_repository_name
-from int8convert.errors import AdapterError, SourceError
+from int8convert.errors import AdapterError, CorruptFileError, SourceError
 
 _MAX_EXPORTS = 20
 """Of exports of exports; a chain that is longer goes in circles."""
 
 _NOT_FINITE = "not finite in int8"
 """The reason `quantize` gives for modules that `--on-nonfinite keep` left alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportStep:
+    """An export between the conversion and the checkpoint.
+
+    Attributes:
+        directory: the int8 checkpoint it was made from.
+        format: what it was to be written in, an `Int8Format`.
+    """
+
+    directory: Path
+    format: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +57,8 @@ class Provenance:
         kept_for_values: modules that were left alone because their values are said to have no int8 form.
         source_files: what the manifest says of the source, see `manifest.describe_source`; empty if it says nothing.
         is_known: a manifest tells all this; if not, the codes may have been computed in some other way.
-        is_exported: between conversion and checkpoint lies at least one export.
+        exports: those that lie between the conversion and the checkpoint, in their order.
+        problem: why the checkpoint's manifest is not understood; "" if it is, or if there is none.
     """
 
     reference: str
@@ -55,9 +70,14 @@ class Provenance:
     kept_for_values: tuple[str, ...] = ()
     source_files: Mapping[str, Any] = field(default_factory=dict, repr=False)
     is_known: bool = False
-    is_exported: bool = False
+    exports: tuple[ExportStep, ...] = ()
     revision: str | None = None
     allow_missing: tuple[str, ...] = ()
+    problem: str = ""
+
+    @property
+    def is_exported(self) -> bool:
+        return bool(self.exports)
 
 
 def find_provenance(
@@ -73,70 +93,87 @@ def find_provenance(
         SourceError: it is no int8 checkpoint, or its source is neither named nor found.
         AdapterError: an adapter was merged, and another or none is given.
     """
-    manifest, request, is_exported = _find_conversion(out.directory)
-    named = os.fspath(reference) if reference is not None else manifest.read_source() if request else None
+    found = _follow(out.directory)
+    named = os.fspath(reference) if reference is not None else found.source
     is_there = named is not None and (Path(named).is_dir() or is_repository_name(named))
     if named is None or (reference is None and not is_there):
         raise SourceError(
             f"what {quoted(out.label, 200)} was made of is not known: "
             + (
-                "no manifest names it"
+                found.problem or "no manifest names it"
                 if named is None
                 else f"its manifest names {quoted(named, 200)}, which is not there"
             ),
             "name the 16-bit checkpoint with --reference SRC; nothing was measured",
         )
     adapter = os.fspath(lora) if lora is not None else None
+    request = found.request
     if request is None:
         is_bitsandbytes = read_format(out.config) is Int8Format.BITSANDBYTES
         own = OutputFormat.BITSANDBYTES if is_bitsandbytes else OutputFormat.COMPRESSED_TENSORS
-        return Provenance(named, own, lora=adapter)
-    options = request.get("options")
-    options = options if isinstance(options, dict) else {}
-    _check_adapter(options.get("lora"), adapter)
-    threshold = options.get("threshold")
-    files = request.get("source")
+        return Provenance(named, own, lora=adapter, problem=found.problem)
+    _check_adapter(request.lora, adapter)
     return Provenance(
         reference=named,
-        format=OutputFormat(request["format"]),
-        skip=_strings(options.get("skip")),
-        only=_strings(options.get("only")),
-        threshold=float(threshold) if isinstance(threshold, int | float) else None,
+        format=OutputFormat(request.format),
+        skip=request.skip,
+        only=request.only,
+        threshold=request.threshold,
         lora=adapter,
-        kept_for_values=_kept_for_values(manifest) if options.get("on_nonfinite") == "keep" else (),
-        source_files=files if isinstance(files, dict) else {},
+        kept_for_values=_kept_for_values(found.manifest) if request.on_nonfinite == "keep" else (),
+        source_files=request.source,
         is_known=True,
-        is_exported=is_exported,
-        revision=manifest.read_commit() if named == manifest.read_source() else None,
-        allow_missing=_strings(options.get("allow_missing")),
+        exports=found.exports,
+        revision=request.commit if named == found.source else None,
+        allow_missing=request.allow_missing,
     )
 
 
-def _find_conversion(directory: Path) -> tuple[Manifest, dict[str, Any] | None, bool]:
-    """The manifest at the beginning of the chain; what was asked of the conversion, if it is one of ours; exports?"""
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """What a chain of manifests leads to.
+
+    Attributes:
+        manifest: the last one, of the conversion.
+        request: what it says; None if there is none, or none that can be understood.
+        source: the directory or repository it names; None if `request` is.
+    """
+
+    manifest: Manifest
+    request: RecordedRequest | None = None
+    source: str | None = None
+    exports: tuple[ExportStep, ...] = ()
+    problem: str = ""
+
+
+def _follow(directory: Path) -> _Followed:
+    """Follow manifests from a checkpoint back to its conversion."""
     manifest = Manifest(directory)
-    for n_exports in range(_MAX_EXPORTS):
-        request = manifest.read_request() if manifest.is_complete else None
-        if request is None:
-            return manifest, None, n_exports > 0
-        if "arithmetic" in request:
-            is_ours = request["arithmetic"] == ARITHMETIC_VERSION and request.get("format") in tuple(OutputFormat)
-            return manifest, request if is_ours else None, n_exports > 0
-        manifest = Manifest(Path(manifest.read_source() or "nowhere"))
-    return manifest, None, True
+    try:
+        request = read_recorded_request(directory)
+    except CorruptFileError as error:
+        return _Followed(manifest, problem=error.message)
+    exports: list[ExportStep] = []
+    while request is not None and request.is_export and len(exports) < _MAX_EXPORTS:
+        directory = Path(manifest.read_source() or "nowhere")
+        exports.insert(0, ExportStep(directory, request.format))
+        manifest = Manifest(directory)
+        try:
+            request = read_recorded_request(directory)
+        except CorruptFileError:  # of another checkpoint, which is not the one that is judged
+            request = None
+    if request is None or request.is_export:
+        return _Followed(manifest)
+    return _Followed(manifest, request, manifest.read_source(), tuple(exports))
 
 
 def _kept_for_values(manifest: Manifest) -> tuple[str, ...]:
     return tuple(
         name.removesuffix(".weight")
-        for record in manifest.read_records().values()
+        for record in manifest.read_finished_records().values()
         for name, tensor in record.tensors.items()
         if tensor.reason == _NOT_FINITE
     )
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
 
 
 def _check_adapter(merged: Any, given: str | None) -> None:

@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from int8convert import __version__
 from int8convert.checkpoint.atomic import make_folder, write_json
-from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.int8_config import read_threshold
 from int8convert.checkpoint.json_file import read_json_object
-from int8convert.checkpoint.layout import CONFIG_NAME, OUTLIERS_FILE, OWN_FOLDER, VERIFY_FILE
+from int8convert.checkpoint.layout import VERIFY_FILE
 from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.evaluation.exact import Progress, verify_exact
-from int8convert.evaluation.examined import ExaminedCheckpoint, HubReading, hub_reading, open_examined
+from int8convert.evaluation.examined import HubReading, hub_reading, open_examined
 from int8convert.evaluation.provenance import find_provenance
 from int8convert.evaluation.texts import Text, open_text
 from int8convert.evaluation.verify_report import Gates, TextUsed, VerifyReport
@@ -47,8 +46,6 @@ DEFAULT_LENGTH = 2048
 
 _DEFAULT_TEXT_LENGTH = 256
 """The text that comes along has some 4,500 tokens, and an interval needs more than two or three sequences."""
-
-_DESCRIBED_FILES = (CONFIG_NAME, f"{OWN_FOLDER}/manifest.json", OUTLIERS_FILE)
 
 
 class Level(StrEnum):
@@ -152,7 +149,7 @@ def verify(
             found = stack.enter_context(open_text(text, dataset))
             windows, used = _windows(checkpoint.source, found, n_sequences, length, convention)
             source = _open_reference(checkpoint.source, reference)
-            checkpoint = ExaminedCheckpoint(_at_hand(checkpoint.source, on_hub, on_fetch), checkpoint.weight_files)
+            checkpoint = replace(checkpoint, source=_at_hand(checkpoint.source, on_hub, on_fetch))
             _at_hand(source, on_hub, on_fetch)
         exact = verify_exact(
             checkpoint or out,
@@ -198,7 +195,7 @@ def verify(
 
         found_tasks = measure_tasks(place, here, tasks, tasks_path=tasks_path, limit=task_limit, device=device)
         report = replace(report, tasks=found_tasks)
-    return replace(report, files=_describe_files(here), elapsed_s=time.perf_counter() - began)
+    return replace(report, files=dict(exact.files), elapsed_s=time.perf_counter() - began)
 
 
 def _measure(
@@ -310,7 +307,3 @@ def _n_positions(config: Mapping[str, Any]) -> int | None:
             if type(value) is int and value > 1:
                 return value
     return None
-
-
-def _describe_files(out: Path) -> dict[str, str]:
-    return {name: file_sha256(out / name) for name in _DESCRIBED_FILES if (out / name).is_file()}

@@ -89,8 +89,8 @@ class VerifyReport:
         out: the int8 checkpoint, as the caller named it.
         reference: the source: a repository on the Hub, or a directory; None if `out` cannot even be opened.
         level: the one asked for; the levels below it come first, and one that fails is the last.
-        files: those of the checkpoint that decide what it is and how it runs -> sha256, to tell later whether the
-            report is of what is there.
+        files: those of the checkpoint that were looked at -> sha256, to tell later whether the report is of what is
+            there.
         fidelity: one for each arithmetic that was run; empty if that level was not reached.
         sweep: the same at several outlier thresholds, if asked for; no gate looks at it.
         methods: the int8 methods of the paper's Table 1, simulated on the source, if asked for; no gate looks at them.
@@ -128,6 +128,7 @@ class VerifyReport:
         first = {"schema": 1, "is_passed": self.is_passed, "failures": values.pop("failures")}
         result: dict[str, Any] = _plain({**first, **values})
         result["exact"]["is_passed"] = self.exact.is_passed
+        del result["exact"]["files"]  # they are those of the whole report
         return result
 
     def to_published_json(self) -> dict[str, Any]:

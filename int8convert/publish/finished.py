@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
                 f"{quoted(record.file_name)} in {shown}: expected {record.n_bytes:,} bytes, found {found}",
                 "run the same quantize again, which makes what is missing; nothing was sent",
             )
-    verify, unverified, is_damaged = _read_verify(path)
+    verify, unverified, is_damaged = _read_verify(path, {record.file_name: record.sha256 for record in records})
     whole = read_json_object(path / OWN_FOLDER / "manifest.json")
     return FinishedOutput(path, read_config(path / CONFIG_NAME), whole, records, verify, unverified, is_damaged)
 
@@ -100,8 +101,12 @@ def read_published(out: Path) -> FinishedOutput:
     return FinishedOutput(out, read_config(out / CONFIG_NAME), whole, records, None, NEVER_VERIFIED)
 
 
-def _read_verify(path: Path) -> tuple[dict[str, Any] | None, str, bool]:
-    """Three attributes of `FinishedOutput`: verify, unverified, is_damaged."""
+def _read_verify(path: Path, shards: Mapping[str, str]) -> tuple[dict[str, Any] | None, str, bool]:
+    """Three attributes of `FinishedOutput`: verify, unverified, is_damaged.
+
+    Args:
+        shards: weight file -> sha256, as the manifest has it; `check_shards` compares the files with that.
+    """
     file = path / VERIFY_FILE
     if not file.is_file():
         return None, NEVER_VERIFIED, False
@@ -114,7 +119,6 @@ def _read_verify(path: Path) -> tuple[dict[str, Any] | None, str, bool]:
         lines = [quoted(line, 300)[1:-1] for line in found if isinstance(line, str)] if isinstance(found, list) else []
         what = f": {'; '.join(lines[:_MAX_FAILURES])}" if lines else ""
         return None, f"it did not pass when it was verified{what}", any(line.startswith("files: ") for line in lines)
-    # The manifest among these files holds the sha256 of every shard.
     described = report.get("files")
     described = described if isinstance(described, dict) else {}
     names = {*described, CONFIG_NAME, f"{OWN_FOLDER}/manifest.json"}
@@ -122,7 +126,8 @@ def _read_verify(path: Path) -> tuple[dict[str, Any] | None, str, bool]:
     names |= {outliers} if (path / outliers).is_file() else set()
     for name in sorted(names):
         there = path / name
-        if not there.is_file() or file_sha256(there) != described.get(name):
+        found = shards.get(name) or (file_sha256(there) if there.is_file() else "")
+        if not found or found != described.get(name):
             return None, f"{quoted(name)} is not the one that was verified", False
     return report, "", False
 

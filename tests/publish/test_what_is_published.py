@@ -82,9 +82,9 @@ def test_upload_to_a_branch_that_is_there_goes_on_with_it(verified: Path, hub: H
     hub.add_repo(REPO, {"notes.txt": b"mine"})
     connect(hub, hub.token)
     int8convert.upload(verified, REPO, revision="int8")
-    (verified / "LICENSE").write_text("another")
+    (verified / "README.md").write_text("# Mine")
     report = int8convert.upload(verified, REPO, revision="int8")
-    assert report.sent == ("LICENSE",)
+    assert report.sent == ("README.md",)
 
 
 def test_output_that_cannot_be_written_to_is_told(
