@@ -149,19 +149,18 @@ def test_carried_file_is_the_source_s_byte_for_byte(name: str, out: Path) -> Non
 INDEX: dict[str, Callable[[dict[str, Any]], object]] = {
     "an entry no loader knows": lambda index: index.update(x=1),
     "a tensor too few": lambda index: index["weight_map"].pop("model.norm.weight"),
-    "a tensor too many": lambda index: index["weight_map"].update(x="model-00001-of-00002.safetensors"),
 }
 
 
 @pytest.mark.parametrize("name", INDEX)
-def test_index_says_what_the_files_hold_and_nothing_else(name: str, tmp_path: Path) -> None:
+def test_index_names_what_the_files_hold_and_nothing_else(name: str, tmp_path: Path) -> None:
     out = convert(make_model(tmp_path / "source", n_shards=2), tmp_path / "out")
     assert found_in(out) == {}
     index = json.loads((out / INDEX_NAME).read_text())
     INDEX[name](index)
     write(out / INDEX_NAME, index)
     found = found_in(out)
-    assert found.keys() == {"files"} and INDEX_NAME in found["files"]
+    assert found.keys() == {"files"} and found["files"].startswith(INDEX_NAME)
 
 
 def in_conversion(**entries: Any) -> Callable[[dict[str, Any]], None]:
