@@ -153,9 +153,9 @@ def verify(
     if compare_methods and (stream or level == "exact"):
         raise typer.BadParameter("needs the source in memory, and a model that is run", param_hint="--compare-methods")
     with reporting_errors(as_json, _INTERRUPTED), quieting_hub():
+        from int8convert.evaluation.gates import Gates
         from int8convert.evaluation.verify import kept_parts, write_report
         from int8convert.evaluation.verify import verify as run
-        from int8convert.evaluation.verify_report import Gates
 
         is_live = wants_live_display(quiet, as_json)
         is_drawn = report_file is not None or figures is not None

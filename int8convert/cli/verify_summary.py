@@ -12,6 +12,7 @@ from int8convert.cli.console import (
     print_line,
     print_table,
 )
+from int8convert.evaluation.earlier_failures import Status
 from int8convert.evaluation.verify_report import METHOD_COLUMNS, METHODS_TITLE, fidelity_rows, method_rows
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ def print_report(report: VerifyReport) -> None:
     print_line(f": {verdict}", head=f"{report.out}{_at(report.exact.commit)}", style=style)
     for failure in report.failures:
         print_line(f"  {failure}")
+    for earlier in report.earlier_failures:
+        if earlier.status is Status.STANDS:
+            note(f"this run does not answer that; once it passes, this does: {earlier.command(report.out)}")
+        elif earlier.status is Status.OVERRULED:
+            note(f"the gates are looser than those that failed, as the model card will say: {earlier.failures[0]}")
     for text in report.exact.notes:
         note(text)
     _print_exact(report.exact)

@@ -23,16 +23,17 @@ from typing import TYPE_CHECKING, Any
 from int8convert import __version__
 from int8convert.checkpoint.atomic import make_folder, write_json
 from int8convert.checkpoint.int8_config import read_threshold
-from int8convert.checkpoint.json_file import read_json_object
 from int8convert.checkpoint.layout import VERIFY_FILE
 from int8convert.checkpoint.source import CheckpointSource, open_source
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
-from int8convert.errors import AdapterError, CorruptFileError
+from int8convert.errors import AdapterError, CorruptFileError, SourceError
+from int8convert.evaluation.earlier_failures import is_same_model, judge_earlier, read_earlier
 from int8convert.evaluation.exact import Progress, verify_exact
 from int8convert.evaluation.examined import HubReading, hub_reading, open_examined
+from int8convert.evaluation.gates import Gates
 from int8convert.evaluation.provenance import find_provenance
 from int8convert.evaluation.texts import Text, open_text
-from int8convert.evaluation.verify_report import Gates, TextUsed, VerifyReport
+from int8convert.evaluation.verify_report import TextUsed, VerifyReport
 
 if TYPE_CHECKING:
     from int8convert.checkpoint.hub.cached_copy import CopyProgress
@@ -195,7 +196,18 @@ def verify(
 
         found_tasks = measure_tasks(place, here, tasks, tasks_path=tasks_path, limit=task_limit, device=device)
         report = replace(report, tasks=found_tasks)
-    return replace(report, files=dict(exact.files), elapsed_s=time.perf_counter() - began)
+    report = replace(report, files=dict(exact.files), elapsed_s=time.perf_counter() - began)
+    return report if exact.commit is not None else with_earlier_failures(report)
+
+
+def with_earlier_failures(report: VerifyReport) -> VerifyReport:
+    """Add to a report what earlier runs on the same checkpoint measured, failed, and this one does not clear."""
+    try:
+        earlier = read_earlier(Path(report.out))
+    except (CorruptFileError, SourceError) as error:
+        lost = f"what earlier runs found is not known: {error.message}"
+        return replace(report, exact=replace(report.exact, notes=(*report.exact.notes, lost)))
+    return replace(report, earlier_failures=judge_earlier(report, earlier, kept_parts(report).get("kept", ())))
 
 
 def _measure(
@@ -215,7 +227,8 @@ def _measure(
 def write_report(report: VerifyReport) -> Path | None:
     """Put a report beside what it is about, whole or not at all; None where that is on the Hub, which stays as it is.
 
-    What an earlier run found out at higher levels about the very same files is kept, see `kept_parts`.
+    What an earlier run passed at higher levels on the same files is kept, see `kept_parts`; what it failed is part of
+    the report, see `earlier_failures`.
 
     Raises:
         OSError: the directory cannot be written to.
@@ -232,21 +245,22 @@ def kept_parts(report: VerifyReport) -> dict[str, Any]:
     """What the verify.json that is there holds of levels above this report's, with the gates it had to pass: entries to
     go beside those of this report.
 
-    Empty unless both passed, by the same version, on the same files. The exact level that was passed just now says that
-    the weights are still those of the manifest, whose hash is among these files.
+    Empty unless both passed, by the same version, on the same files. What failed is kept in another way, see
+    `earlier_failures`.
     """
-    path = Path(report.out) / VERIFY_FILE
     parts: dict[str, Any] = {}
     gates = asdict(report.gates)
     try:
-        earlier = read_json_object(path) if report.is_passed and path.is_file() else {}
-        if not earlier.get("is_passed") or (earlier["tool"], earlier["files"]) != (report.tool, report.files):
+        earlier = read_earlier(Path(report.out)) if report.is_passed else {}
+        if not earlier.get("is_passed") or earlier["tool"] != report.tool:
+            return {}
+        if not is_same_model(earlier["files"], report.files):
             return {}
         for level in list(Level)[list(Level).index(Level(report.level)) + 1 :]:
             parts |= {name: earlier[name] for name in _PARTS[level] if earlier[name]}
             gates |= {name: earlier["gates"][name] for name in _GATES[level]}
         return {**parts, "level": earlier["level"], "gates": gates, "kept": sorted(parts)} if parts else {}
-    except (CorruptFileError, KeyError, TypeError):  # not written by us
+    except (CorruptFileError, SourceError, KeyError, TypeError, AttributeError):  # not written by us
         return {}
 
 

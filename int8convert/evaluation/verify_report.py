@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from int8convert.checkpoint.source_name import is_repository_name
 from int8convert.evaluation.checks import Check
+from int8convert.evaluation.earlier_failures import EarlierFailure, Status
 from int8convert.evaluation.exact import ExactReport
+from int8convert.evaluation.gates import Gates
 
 if TYPE_CHECKING:
     from int8convert.evaluation.fidelity import FidelityReport
@@ -20,41 +22,6 @@ if TYPE_CHECKING:
 
 METHOD_COLUMNS = ("method", "perplexity", "delta-NLL", "95 % interval", "KL, mean", "same top token")
 METHODS_TITLE = "Methods of the paper's Table 1, simulated on the source; no gate"
-
-
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """What the levels above the exact one must not exceed.
-
-    Attributes:
-        max_dnll: upper bound of the 95 % interval of the mean difference in negative log-likelihood, nats a token.
-        max_kl: mean Kullback-Leibler divergence from the source's predictions, nats a token.
-        min_task_p: a task that fewer questions are answered right in fails if chance does that less often, 0 to 1.
-    """
-
-    max_dnll: float = 0.01
-    max_kl: float = 0.01
-    min_task_p: float = 0.001
-
-    def task_failures(self, report: TaskReport) -> Iterator[str]:
-        """Whether a task is done worse, and not by chance."""
-        if report.is_worse and report.p_value is not None and report.p_value < self.min_task_p:
-            yield (
-                f"tasks: {report.task} {report.metric} is {report.int8:.4f}, expected {report.reference:.4f} as of the "
-                f"source; of {report.n_samples:,} questions {report.n_only_reference:,} are lost and "
-                f"{report.n_only_int8:,} won, by chance with p = {report.p_value:.2g}"
-            )
-
-    def failures(self, report: FidelityReport) -> Iterator[str]:
-        """What exceeds them; a number that is none does, too."""
-        upper = report.delta_nll_interval[1]
-        if not upper <= self.max_dnll:
-            yield (
-                f"fidelity ({report.mode}): delta-NLL is {report.delta_nll:.4g}, at 95 % confidence up to {upper:.4g}, "
-                f"expected at most {self.max_dnll:g}"
-            )
-        if not report.mean_kl <= self.max_kl:
-            yield f"fidelity ({report.mode}): mean KL is {report.mean_kl:.4g}, expected at most {self.max_kl:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +62,8 @@ class VerifyReport:
         sweep: the same at several outlier thresholds, if asked for; no gate looks at it.
         methods: the int8 methods of the paper's Table 1, simulated on the source, if asked for; no gate looks at them.
         tasks: one for each metric of each task; empty if that level was not reached.
+        earlier_failures: what earlier runs measured, failed, and this one does not clear.
+        failures: one line for each thing that is wrong, earlier failures that stand included.
     """
 
     tool: str
@@ -110,13 +79,20 @@ class VerifyReport:
     tasks: tuple[TaskReport, ...] = ()
     reference: str | None = None
     elapsed_s: float = 0.0
+    earlier_failures: tuple[EarlierFailure, ...] = ()
     failures: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         found = [line for check in self.exact.checks if not check.is_passed for line in _describe(check)]
         found += [line for report in self.fidelity for line in self.gates.failures(report)]
         found += [line for task in self.tasks for line in self.gates.task_failures(task)]
+        found += [line for earlier in self.standing for line in earlier.lines()]
         object.__setattr__(self, "failures", tuple(found))
+
+    @property
+    def standing(self) -> tuple[EarlierFailure, ...]:
+        """Earlier failures because of which the checkpoint does not pass, whatever this run found."""
+        return tuple(earlier for earlier in self.earlier_failures if earlier.status is Status.STANDS)
 
     @property
     def is_passed(self) -> bool:

@@ -10,6 +10,7 @@ from int8convert.publish.card_text import code, percent, plain, table
 from int8convert.publish.finished import NEVER_VERIFIED, FinishedOutput
 
 _DIGITS = 6
+_MAX_OVERRULED = 4
 _RUN_HEADS = (
     *("arithmetic", "perplexity, source", "perplexity, int8", "change of NLL", "interval", "mean KL"),
     "same top token",
@@ -34,6 +35,7 @@ def fidelity(output: FinishedOutput, repository: str) -> str:
         f"{n_weights:,} int8 matrices were compared with the source: {n_different:,} codes differ from the reference "
         "rounding."
     )
+    said += _overruled(output.verify)
     if not runs:
         return f"## Fidelity\n\n{said} The model was not run."
     text = output.verify.get("text") or {}
@@ -55,6 +57,20 @@ def _verdict(verify: dict[str, Any], has_run: bool) -> str:
     ]
     shown = [f"{what} {limit:g}" for applies, what, limit in limits if applies and isinstance(limit, int | float)]
     return f"**Passed**: {', '.join(shown)}." if shown else "**Passed.**"
+
+
+def _overruled(verify: dict[str, Any]) -> str:
+    """Measurements that broke stricter gates than those that were passed since."""
+    told = verify.get("earlier_failures")
+    found = [entry for entry in told if isinstance(entry, dict)] if isinstance(told, list) else []
+    lines = [
+        plain(line, max_length=300)
+        for entry in found
+        if entry.get("status") == "overruled" and isinstance(entry.get("failures"), list)
+        for line in entry["failures"][:_MAX_OVERRULED]
+        if isinstance(line, str)
+    ]
+    return f" **An earlier run on the same files failed stricter gates**: {'; '.join(lines)}." if lines else ""
 
 
 def _run_row(run: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from int8convert.errors import OutputError, SourceError
 from int8convert.evaluation.checks import Finding, make_check
 from int8convert.evaluation.exact import ExactReport
 from int8convert.evaluation.fidelity import FidelityReport
+from int8convert.evaluation.gates import Gates
 from int8convert.evaluation.report import (
     draw_pictures,
     prepare,
@@ -23,7 +24,7 @@ from int8convert.evaluation.report import (
     write_page,
     write_pictures,
 )
-from int8convert.evaluation.verify_report import Gates, TextUsed, VerifyReport, fidelity_rows
+from int8convert.evaluation.verify_report import TextUsed, VerifyReport, fidelity_rows
 from tests.tiny_models import save_checkpoint
 
 pytest.importorskip("matplotlib")

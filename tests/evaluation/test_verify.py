@@ -18,9 +18,9 @@ from int8convert.checkpoint.layout import VERIFY_FILE
 from int8convert.errors import AdapterError, SourceError
 from int8convert.evaluation import verify as module
 from int8convert.evaluation.fidelity import FidelityReport
+from int8convert.evaluation.gates import Gates
 from int8convert.evaluation.texts import DEFAULT_TEXT, open_text
 from int8convert.evaluation.verify import verify, write_report
-from int8convert.evaluation.verify_report import Gates
 from tests.conftest import InProcessMap
 from tests.evaluation.outlier_models import convert, outlier_model, save
 from tests.runtime.language_models import build_tokenizer

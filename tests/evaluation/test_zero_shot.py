@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from int8convert.errors import SourceError
+from int8convert.evaluation.gates import Gates
 from int8convert.evaluation.verify import verify
-from int8convert.evaluation.verify_report import Gates
 from int8convert.evaluation.zero_shot import TaskReport, _pair, mcnemar, measure_tasks
 from tests.evaluation.outlier_models import convert, outlier_model, save
 

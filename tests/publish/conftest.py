@@ -8,8 +8,8 @@ import pytest
 
 import int8convert
 from int8convert.checkpoint.hub import patience
+from int8convert.evaluation.gates import Gates
 from int8convert.evaluation.verify import write_report
-from int8convert.evaluation.verify_report import Gates
 from tests.evaluation.outlier_models import outlier_model, save
 from tests.hub.repositories import NAME, add, convert, opt_pickles
 from tests.hub_server.fixtures import Connect, connect, hub, xet_hub

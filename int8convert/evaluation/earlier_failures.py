@@ -1,0 +1,248 @@
+"""Failed measurements on record: a later run does not replace them unless it measures the same again, and passes.
+
+verify.json holds what the last run found. A run at a lower level, on fewer tokens or on another text says nothing of
+what an earlier one measured, so a failure of that one goes along from report to report:
+
+- it is cleared by a run on the same text and at least as many tokens (of tasks: questions) that keeps the broken gates;
+- it is overruled by such a run that keeps gates of its own, if those are looser; then the checkpoint passes, and
+  verify.json and the model card tell of both;
+- it is of other files while weights, config.json or stored columns are not those that were measured;
+- else it stands, and the checkpoint does not pass, whatever the later run found.
+
+A verify.json that is removed takes its failures with it: then the checkpoint is not verified.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from int8convert.checkpoint.json_file import read_json_object
+from int8convert.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, VERIFY_FILE, find_file, quoted
+from int8convert.checkpoint.stored_tensor import is_size
+from int8convert.evaluation.gates import Gates
+
+if TYPE_CHECKING:
+    from int8convert.evaluation.verify_report import VerifyReport
+
+_MOST = 20
+"""Failures kept in one report; those of other files go first."""
+
+_MAX_LINES = 10
+_TEXT_ENTRIES = ("name", "sha256", "dataset", "is_default", "n_sequences", "length", "convention")
+_USUAL = Gates()
+_GATE_OPTIONS = (("max_dnll", "--max-dnll"), ("max_kl", "--max-kl"), ("min_task_p", "--min-task-p"))
+
+
+class Status(StrEnum):
+    """What an earlier failure means for a later report."""
+
+    STANDS = "stands"
+    OVERRULED = "overruled"
+    OTHER_FILES = "other files"
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierFailure:
+    """A measurement that broke its gates.
+
+    Attributes:
+        level: "fidelity" or "tasks".
+        tool: the version that measured.
+        failures: one line for each gate that was broken.
+        gates: those it had to keep.
+        text: of the fidelity level, what the models read: entries of `TextUsed`.
+        measured: what broke a gate -> how much it was measured on: a mode and its tokens, a task's metric and its
+            questions.
+        files: those that decide what the model computes -> sha256.
+    """
+
+    level: str
+    tool: str
+    failures: tuple[str, ...]
+    gates: Gates
+    text: Mapping[str, Any]
+    measured: Mapping[str, int]
+    files: Mapping[str, str] = field(repr=False)
+    status: Status = Status.STANDS
+
+    def lines(self) -> Iterator[str]:
+        """For people: what failed, and on how much."""
+        amounts = " and ".join(f"{n:,}" for n in sorted(set(self.measured.values())))
+        what = "questions" if self.level == "tasks" else f"tokens of {self.text.get('name')}"
+        for line in self.failures:
+            yield f"an earlier run, on {amounts} {what}: {line}"
+
+    def command(self, out: str) -> str:
+        """The command that clears it, once that passes."""
+        words = ["int8convert", "verify", out]
+        if self.level == "tasks":
+            names = dict.fromkeys(name.partition(" ")[0] for name in self.measured)
+            words += ["--level", "tasks", "--tasks", ",".join(names)]
+        else:
+            if self.text.get("dataset"):
+                words += ["--dataset", str(self.text["dataset"])]
+            elif not self.text.get("is_default"):
+                words += ["--text", str(self.text.get("name"))]
+            words += ["--sequences", str(self.text.get("n_sequences")), "--length", str(self.text.get("length"))]
+        for name, option in _GATE_OPTIONS:
+            if getattr(self.gates, name) != getattr(_USUAL, name):
+                words += [option, f"{getattr(self.gates, name):g}"]
+        return shlex.join(words)
+
+
+def read_earlier(out: Path) -> dict[str, Any]:
+    """Read the verify.json of a checkpoint; {} if there is none.
+
+    Raises:
+        CorruptFileError, SourceError: it cannot be read.
+    """
+    path = find_file(out, VERIFY_FILE)
+    return read_json_object(path) if path is not None else {}
+
+
+def judge_earlier(report: VerifyReport, earlier: Mapping[str, Any], kept: Sequence[str]) -> tuple[EarlierFailure, ...]:
+    """Return the failures that an earlier verify.json tells of and the report does not clear.
+
+    Args:
+        report: of the run just made.
+        earlier: the parsed verify.json that was there before.
+        kept: the parts of it that are kept in the new one, as those that passed are.
+    """
+    found = [*_carried_along(earlier), *_of_last_run(earlier)]
+    judged = [failure for failure in (_judge(failure, report, kept) for failure in found) if failure is not None]
+    judged.sort(key=lambda failure: failure.status is not Status.OTHER_FILES)
+    return tuple(judged[-_MOST:])
+
+
+def is_same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Return whether two lists of files and their sha256 are of the same weights, config and stored columns."""
+    names = _deciding(one) | _deciding(other)
+    if not all(any(name.endswith(".safetensors") and "/" not in name for name in files) for files in (one, other)):
+        # Written by an early version, which named the manifest in the place of the weights.
+        names = {name for name in names if "/" in name or name == CONFIG_NAME} | {MANIFEST_NAME}
+    return bool(names) and all(one.get(name) == other.get(name) for name in names)
+
+
+def _deciding(files: Mapping[str, str]) -> set[str]:
+    return {name for name in files if name == CONFIG_NAME or name.endswith(".safetensors")}
+
+
+def _judge(failure: EarlierFailure, report: VerifyReport, kept: Sequence[str]) -> EarlierFailure | None:
+    if not report.files:  # the checkpoint could not even be opened
+        return failure
+    if not is_same_model(failure.files, report.files):
+        return replace(failure, status=Status.OTHER_FILES)
+    check = _tasks_checker(failure, report) if failure.level == "tasks" else _fidelity_checker(failure, report)
+    if check is None:  # the run did not measure it again, or on less
+        is_overruled = failure.status is Status.OVERRULED and failure.level in kept
+        return failure if is_overruled else replace(failure, status=Status.STANDS)
+    if check(failure.gates):
+        return None
+    if check(report.gates):
+        return replace(failure, status=Status.OVERRULED)
+    return None if _is_as_strict(report.gates, failure.gates) else replace(failure, status=Status.STANDS)
+
+
+_Checker = Callable[[Gates], bool]
+"""Whether what a run measured keeps some gates."""
+
+
+def _fidelity_checker(failure: EarlierFailure, report: VerifyReport) -> _Checker | None:
+    runs = {run.mode: run for run in report.fidelity}
+    if report.text is None or report.text.sha256 != failure.text.get("sha256"):
+        return None
+    if not all(mode in runs and runs[mode].n_tokens >= n for mode, n in failure.measured.items()):
+        return None
+    return lambda gates: not any(list(gates.failures(runs[mode])) for mode in failure.measured)
+
+
+def _tasks_checker(failure: EarlierFailure, report: VerifyReport) -> _Checker | None:
+    tasks = {f"{task.task} {task.metric}": task for task in report.tasks}
+    if not all(name in tasks and tasks[name].n_samples >= n for name, n in failure.measured.items()):
+        return None
+    return lambda gates: not any(list(gates.task_failures(tasks[name])) for name in failure.measured)
+
+
+def _is_as_strict(gates: Gates, other: Gates) -> bool:
+    return gates.max_dnll <= other.max_dnll and gates.max_kl <= other.max_kl and gates.min_task_p >= other.min_task_p
+
+
+def _of_last_run(earlier: Mapping[str, Any]) -> Iterator[EarlierFailure]:
+    """The gates that the last run broke."""
+    lines = _texts(earlier.get("failures"))
+    runs = [run for run in _list(earlier.get("fidelity")) if any(_is_of(line, run) for line in lines)]
+    tasks = [
+        task
+        for task in _list(earlier.get("tasks"))
+        if any(line.startswith(f"tasks: {task.get('task')} {task.get('metric')} ") for line in lines)
+    ]
+    for level, start, measured in (
+        ("fidelity", "fidelity (", {run.get("mode"): run.get("n_tokens") for run in runs}),
+        ("tasks", "tasks: ", {f"{task.get('task')} {task.get('metric')}": task.get("n_samples") for task in tasks}),
+    ):
+        told = {
+            **{"level": level, "tool": earlier.get("tool"), "gates": earlier.get("gates")},
+            **{"failures": [line for line in lines if line.startswith(start)], "measured": measured},
+            **{"text": earlier.get("text"), "files": earlier.get("files")},
+        }
+        if (failure := _parse(told)) is not None:
+            yield failure
+
+
+def _is_of(line: str, run: Mapping[str, Any]) -> bool:
+    return line.startswith(f"fidelity ({run.get('mode')}): ")
+
+
+def _carried_along(earlier: Mapping[str, Any]) -> Iterator[EarlierFailure]:
+    for told in _list(earlier.get("earlier_failures")):
+        if (failure := _parse(told)) is not None:
+            yield failure
+
+
+def _parse(told: Mapping[str, Any]) -> EarlierFailure | None:
+    """A failure from its JSON; None if it is none, as what nobody can clear would be."""
+    failures = _texts(told.get("failures"))[:_MAX_LINES]
+    gates, text, measured, files = (_object(told.get(name)) for name in ("gates", "text", "measured", "files"))
+    limits = {gate.name: _number(gates.get(gate.name, gate.default)) for gate in fields(Gates)}
+    is_whole = all(map(bool, (failures, gates, measured, files))) and told.get("level") in ("fidelity", "tasks")
+    are_sizes = all(isinstance(key, str) and is_size(n) for key, n in measured.items())
+    are_hashes = all(isinstance(value, str) for value in files.values())
+    if not is_whole or not are_sizes or not are_hashes or None in limits.values():
+        return None
+    return EarlierFailure(
+        level=str(told["level"]),
+        tool=str(told.get("tool"))[:40],
+        failures=tuple(line[:300] if line.isprintable() else quoted(line, 300)[1:-1] for line in failures),
+        gates=Gates(**{name: limit for name, limit in limits.items() if limit is not None}),
+        text={name: text[name] for name in _TEXT_ENTRIES if isinstance(text.get(name), str | bool | int)},
+        measured=measured,
+        files={name: files[name] for name in files if name in {*_deciding(files), MANIFEST_NAME}},
+        status=Status.OVERRULED if told.get("status") == Status.OVERRULED else Status.STANDS,
+    )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any) -> float | None:
+    """A gate from its JSON, where an infinite one is a text; None if it is none."""
+    if value in ("inf", "-inf"):
+        return float(value)
+    if type(value) not in (int, float) or abs(value) > 1e308 or math.isnan(value):
+        return None
+    return float(value)
+
+
+def _list(value: Any) -> list[Mapping[str, Any]]:
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+
+
+def _texts(value: Any) -> list[str]:
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
