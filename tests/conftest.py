@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports transformers: tests use no network, whatever the machine allows.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +21,8 @@ from cuda_kernels.launch import unavailable
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import parse_worker_answer, worker_request
+from int8convert.evaluation.checks import Check
+from int8convert.evaluation.trial_run import TrialRun, not_tried, read_answer
 
 # Tests never time: a machine with other work is slow, and not wrong.
 settings.register_profile("untimed", deadline=None)
@@ -51,6 +54,24 @@ class InProcessMap:
         pass
 
 
+class InProcessTrial(TrialRun):
+    """`TrialRun` without the process."""
+
+    def _start(self) -> Any:
+        return None
+
+    def result(self) -> tuple[Check, list[str]]:
+        from int8convert.evaluation.trial_run_worker import answer
+
+        before = torch.get_default_dtype()
+        try:
+            return read_answer(answer(self._request))
+        except Exception as error:  # as the child's end would be told
+            return read_answer(not_tried(str(error)))
+        finally:
+            torch.set_default_dtype(before)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
 
@@ -65,8 +86,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Conversions in this test make their model map in this process."""
+    """Conversions and verifications in this test ask transformers in this process."""
     monkeypatch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", InProcessMap)
+    monkeypatch.setattr("int8convert.evaluation.exact.TrialRun", InProcessTrial)
     yield
 
 

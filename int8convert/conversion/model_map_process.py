@@ -7,11 +7,7 @@ config as it likes, while this one stays small and goes on reading. What it answ
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
@@ -19,6 +15,7 @@ from int8convert.conversion.expert_layouts import ExpertLayout
 from int8convert.conversion.fp8_scales import as_loaded
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModelNeeds, ModuleFilter
 from int8convert.conversion.model_map_cache import ModelMapCache
+from int8convert.conversion.worker_process import start_worker
 from int8convert.errors import ModelMapError, RemoteCodeError
 
 
@@ -34,26 +31,7 @@ class ModelMapProcess:
         self._modules = modules
         self._cache = ModelMapCache(source, modules)
         self._known = None if modules.trusts_code else self._cache.read()  # what that code does is not in its key
-        self._process = None if self._known else self._start()
-
-    @staticmethod
-    def _start() -> subprocess.Popen[str]:
-        package_root = str(Path(__file__).parents[2])
-        # -P: a torch.py in the current directory, which may be the checkpoint itself, must not be imported.
-        return subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "int8convert.conversion.model_map_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH")))),
-                "HF_HUB_OFFLINE": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-                "TRANSFORMERS_VERBOSITY": "error",
-            },
-        )
+        self._process = None if self._known else start_worker("int8convert.conversion.model_map_worker")
 
     def result(self) -> ModelMap:
         """The map, or the name rules' where transformers could not make one.

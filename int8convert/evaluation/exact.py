@@ -6,6 +6,7 @@
    scales with what rounding the source gives, everything else byte for byte (`exact_tensors`, `exact_rows`).
 3. config.json is compared entry by entry with what the conversion writes (`exact_config`), the files carried over with
    the source's, and whatever else lies there is a finding, unless no loader reads it (`exact_beside`).
+4. Meanwhile a child process runs a few tokens through the model, without its weights (`trial_run`).
 
 Either checkpoint may be on the Hub: its tensors are read by range, and nothing of its weights stays here.
 
@@ -42,6 +43,7 @@ from int8convert.evaluation.exact_rows import RowRules
 from int8convert.evaluation.exact_tensors import TensorResult, compare_int8, compare_kept
 from int8convert.evaluation.examined import ExaminedCheckpoint, HubReading, hub_reading, open_examined
 from int8convert.evaluation.provenance import Provenance, find_provenance
+from int8convert.evaluation.trial_run import TrialRun
 
 Progress = Callable[[int, int], None]
 """Told of bytes done and bytes in all."""
@@ -138,20 +140,22 @@ def verify_exact(
     )
     for reading in filter(None, map(hub_reading, (checkpoint, planned.source))):
         on_hub(reading)
-    comparison = _Comparison(examined, planned, provenance)
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
-    checks = comparison.run(n_workers, on_progress or (lambda done, total: None))
+    with TrialRun(checkpoint, trust_remote_code) as trial:
+        comparison = _Comparison(examined, planned, provenance)
+        checks = comparison.run(n_workers, on_progress or (lambda done, total: None))
+        runs, not_tried = trial.result()
     return ExactReport(
         out=checkpoint.label,
         reference=provenance.reference,
         format=str(found),
-        checks=checks,
+        checks=(*checks, runs),
         n_int8_weights=len(comparison.layout.int8_modules),
         n_different_codes=comparison.totals.n_different_codes,
         n_different_scales=comparison.totals.n_different_scales,
         n_read_bytes=comparison.n_bytes,
         elapsed_s=time.perf_counter() - began,
-        notes=tuple(_notes(provenance, planned)),
+        notes=(*_notes(provenance, planned), *not_tried),
         commit=checkpoint.commit,
         reference_commit=planned.source.commit,
         files=comparison.hashes,

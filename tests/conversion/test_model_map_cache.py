@@ -38,10 +38,10 @@ def is_known(directory: Path, modules: ModuleFilter = ModuleFilter()) -> bool:  
 def test_second_process_answers_without_starting_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ModelMapProcess(open_source(llama), ModuleFilter()).result()
 
-    def refuse() -> None:
+    def refuse(module: str) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(ModelMapProcess, "_start", staticmethod(refuse))
+    monkeypatch.setattr("int8convert.conversion.model_map_process.start_worker", refuse)
     second = ModelMapProcess(open_source(llama), ModuleFilter())
     assert second.result() == first
     second.stop()

@@ -1,0 +1,77 @@
+"""Whether an int8 checkpoint runs, tried without its weights in a child process (`trial_run_worker`).
+
+What loads may still not run, or run wrong: model code that casts an input to the dtype of a weight gets int8 for it.
+The child takes a few seconds for the import of transformers, beside the comparison of the weights, and little memory,
+whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+from int8convert.checkpoint.int8_config import Int8Format, read_format
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.worker_process import start_worker
+from int8convert.evaluation.checks import Check, Finding, make_check
+
+LIMIT_S = 600.0
+"""Seconds after which the child is stopped: a stranger's config may ask for a model without end."""
+
+
+class TrialRun:
+    """A few tokens through a checkpoint's model. Starting it returns at once; `result` waits.
+
+    Does not know what the model computes: its weights are not read. A layer that a text does not reach is not tried.
+    """
+
+    def __init__(self, out: CheckpointSource, trusts_code: bool) -> None:
+        self._format = read_format(out.config)
+        self._request = {"directory": str(out.directory), "format": str(self._format), "trusts_code": trusts_code}
+        # torchao's loader makes weights that look like floats to model code.
+        self._child = self._start() if self._format is not Int8Format.TORCHAO else None
+
+    def _start(self) -> subprocess.Popen[str]:
+        return start_worker("int8convert.evaluation.trial_run_worker")
+
+    def __enter__(self) -> TrialRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+
+    def result(self) -> tuple[Check, list[str]]:
+        """The check, and notes on what was not tried."""
+        if self._child is None:
+            return make_check("runs", 0, []), []
+        return read_answer(self._ask(self._child))
+
+    def _ask(self, child: subprocess.Popen[str]) -> dict[str, Any]:
+        try:
+            output, complaints = child.communicate(json.dumps(self._request), timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return not_tried(f"it was not through after {LIMIT_S:.0f} s")
+        if child.returncode != 0:
+            last = (complaints.strip().splitlines() or [f"the process ended with status {child.returncode}"])[-1]
+            return not_tried(last[:200])
+        answer: dict[str, Any] = json.loads(output)
+        return answer
+
+
+def not_tried(reason: str) -> dict[str, Any]:
+    return {"n_replaced": 0, "n_called": 0, "found": [], "not_run": reason}
+
+
+def read_answer(answer: dict[str, Any]) -> tuple[Check, list[str]]:
+    """The check and notes in a child's answer."""
+    findings = [Finding(module, "a module that runs as int8", found) for module, found in answer["found"]]
+    check = make_check("runs", answer["n_called"], findings)
+    if answer["not_run"]:
+        return check, [f"whether its model runs was not tried: without weights, {answer['not_run']}"]
+    n_missed = answer["n_replaced"] - answer["n_called"]
+    if n_missed > 0:
+        return check, [f"a text reaches {answer['n_called']:,} of its int8 layers; {n_missed:,} were not tried"]
+    return check, []
