@@ -61,7 +61,7 @@ def test_exact_level_passes_and_writes_what_it_found(run: Run, out: Path) -> Non
     lines = printed.splitlines()
     assert lines[0] == f"{out}: passed" and lines[1].startswith("Exact: 12 int8 weights, ")
     rows = {line.split("  ")[0].strip(): line.split() for line in lines if line.endswith(("ok", "FAILED"))}
-    assert len(rows) == 12 and rows["codes"][1:] == ["65,536", "0", "ok"] and rows["files"][1] == "1"
+    assert len(rows) == 13 and rows["codes"][1:] == ["65,536", "0", "ok"] and rows["files"][1] == "1"
     assert err == f"note: written: {out / VERIFY_FILE}\n"
     after = file_bytes(out)
     assert {name: data for name, data in after.items() if name != VERIFY_FILE} == before
