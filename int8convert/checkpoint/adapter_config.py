@@ -59,6 +59,7 @@ class AdapterConfig:
             shorthand or PEFT's table of models says which.
         modules_to_save: tails of the names of modules it replaces.
         is_dora: it scales each row to a stored length.
+        task_type: what PEFT calls the task, such as SEQ_CLS; "" if it is not said. Decides nothing but a hint.
     """
 
     rank: int
@@ -69,6 +70,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     is_rank_stabilized: bool
     is_dora: bool
+    task_type: str
     _rank_patterns: TailPatterns = field(repr=False)
     _alpha_patterns: TailPatterns = field(repr=False)
 
@@ -126,6 +128,7 @@ def parse_adapter_config(config: Mapping[str, Any]) -> AdapterConfig:
         modules_to_save=_names(config, "modules_to_save"),
         is_rank_stabilized=_flag(config, "use_rslora"),
         is_dora=_flag(config, "use_dora"),
+        task_type=task_type if isinstance(task_type := config.get("task_type"), str) else "",
         _rank_patterns=_compile(rank_by_pattern, "rank_pattern"),
         _alpha_patterns=_compile(alpha_by_pattern, "alpha_pattern"),
     )

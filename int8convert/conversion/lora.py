@@ -34,6 +34,13 @@ __all__ = ["AdapterPlacement", "BaseTensor", "LoadedDelta", "LoraDelta", "open_a
 
 Matrix = npt.NDArray[np.float32]
 
+_CLASS_BY_TASK = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""By PEFT's `task_type`, the class whose head such an adapter brings along."""
+
 _OTHER_MODEL = "give the adapter with the model it was trained on; nothing was written"
 
 
@@ -212,6 +219,14 @@ def place_adapter(adapter: Adapter, parameters: Mapping[str, BaseTensor]) -> Ada
 
 def _check_all_found(adapter: Adapter, wanted: list[str], found: Mapping[str, BaseTensor], keys: list[str]) -> None:
     lost = [name for name in wanted if name not in found]
+    if lost and found and all(name in adapter.replacements for name in lost):
+        model_class = _CLASS_BY_TASK.get(adapter.config.task_type, "the class it was trained with")
+        raise AdapterError(
+            f"the adapter {quoted(adapter.label)} has a head of its own, {_some(lost)}, which the checkpoint has no "
+            "place for",
+            f"load the checkpoint as {model_class}, merge the adapter with PEFT (merge_and_unload), and convert what "
+            "save_pretrained then writes; nothing was written",
+        )
     if lost:
         raise AdapterError(
             f"{len(lost):,} of {len(wanted):,} tensors the adapter {quoted(adapter.label)} changes are not in the "

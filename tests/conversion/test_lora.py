@@ -415,7 +415,7 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
         (
             "base_model.model.score.weight",
             torch.ones(2, 64),
-            r"1 of 6 tensors .* not in the checkpoint: 'score.weight'",
+            r"has a head of its own, 'score\.weight', which the checkpoint has no place for",
         ),
         ("base_model.model.lm_head.weight", torch.ones(130, 64), r"\[130, 64\], the checkpoint's has \[128, 64\]"),
         ("base_model.model.lm_head.weight", None, "modules_to_save cover 'lm_head.weight'"),
