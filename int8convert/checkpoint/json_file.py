@@ -39,19 +39,31 @@ def read_json_object(
     Raises:
         CorruptFileError: absurdly large, a Git LFS pointer, not JSON, or not an object.
     """
+    hint = "fetch this file again; nothing was written"
+    return parse_json_object(_read(path, max_bytes), quoted(path.name), hint, allow_nan, allow_lone_surrogates)
+
+
+def check_config_bytes(name: str, n_bytes: int) -> None:
+    """Refuse a small JSON file that is too large for one; raises a CorruptFileError."""
+    _check_bytes(name, n_bytes, MAX_CONFIG_BYTES)
+
+
+def _check_bytes(name: str, n_bytes: int, max_bytes: int) -> None:
+    if n_bytes > max_bytes:
+        raise CorruptFileError(
+            f"{quoted(name)} has {n_bytes:,} bytes, expected at most {max_bytes:,}",
+            "this is not the file transformers writes; fetch it again",
+        )
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # opening a named pipe waits until somebody writes into it
         raise CorruptFileError(f"{quoted(path.name)} is no file", "fetch this file again; nothing was written")
-    n_bytes = status.st_size
-    if n_bytes > max_bytes:
-        raise CorruptFileError(
-            f"{quoted(path.name)} has {n_bytes:,} bytes, expected at most {max_bytes:,}",
-            "this is not the file transformers writes; fetch it again",
-        )
-    hint = "fetch this file again; nothing was written"
+    _check_bytes(path.name, status.st_size, max_bytes)
     content = path.read_bytes()
     refuse_pointer(content, path.name)
-    return parse_json_object(content, quoted(path.name), hint, allow_nan, allow_lone_surrogates)
+    return content
 
 
 def parse_json_object(
@@ -67,6 +79,13 @@ def parse_json_object(
     Raises:
         CorruptFileError: it is none.
     """
+    value = _parse(encoded, what, hint, allow_nan, allow_lone_surrogates)
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{what} holds a JSON {type(value).__name__}, not an object", hint)
+    return value
+
+
+def _parse(encoded: bytes, what: str, hint: str, allow_nan: bool, allow_lone_surrogates: bool = False) -> Any:
     n_containers = encoded.count(b"{") + encoded.count(b"[")  # and braces in names, of which there are few
     if n_containers > MAX_JSON_CONTAINERS:
         raise CorruptFileError(
@@ -83,8 +102,6 @@ def parse_json_object(
         raise CorruptFileError(f"{what} is not valid JSON: nested too deeply", hint) from None
     except ValueError as error:
         raise CorruptFileError(f"{what} is not valid JSON: {str(error)[:160]}", hint) from None
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{what} holds a JSON {type(value).__name__}, not an object", hint)
     return value
 
 
@@ -107,14 +124,28 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CorruptFileError: it is no JSON object, or nested absurdly deep.
     """
-    config = read_json_object(path, MAX_CONFIG_BYTES)
-    level: list[Any] = [config]
+    value = read_config_value(path)
+    if not isinstance(value, dict):
+        raise CorruptFileError(
+            f"{quoted(path.name)} holds a JSON {type(value).__name__}, not an object",
+            "fetch this file again; nothing was written",
+        )
+    return value
+
+
+def read_config_value(path: Path) -> dict[str, Any] | list[Any]:
+    """Return the content of a small JSON file of a source, an object or not; raises as `read_config`."""
+    hint = "fetch this file again; nothing was written"
+    value = _parse(_read(path, MAX_CONFIG_BYTES), quoted(path.name), hint, allow_nan=True)
+    if not isinstance(value, dict | list):
+        raise CorruptFileError(f"{quoted(path.name)} holds a JSON {type(value).__name__}, not an object", hint)
+    level: list[Any] = [value]
     for _ in range(MAX_CONFIG_DEPTH):
         nested = (value.values() if isinstance(value, dict) else value for value in level)
         level = [item for values in nested for item in values if isinstance(item, dict | list)]
     if level:
         raise CorruptFileError(
             f"{quoted(path.name)} is nested more than {MAX_CONFIG_DEPTH} levels deep",
-            "fetch this file again; nothing was written",
+            hint,
         )
-    return config
+    return value

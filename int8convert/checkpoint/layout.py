@@ -15,12 +15,12 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from int8convert.errors import CorruptFileError, SourceError
 
 CONFIG_NAME = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 OWN_FOLDER = "int8convert"
@@ -41,9 +41,6 @@ to its weight, so half a step; bitsandbytes rounds float32 weights to float16 fi
 sixteenth."""
 
 TEMPLATES_FOLDER = "additional_chat_templates"
-_MODULE_FILES = "[0-9]_*/*"
-"""What modules.json of sentence-transformers names."""
-
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".npz"),
     *(".index.json", ".incomplete", ".tflite", ".mlmodel", ".pkl", ".onnx_data", ".nemo", ".tar", ".gz", ".zip"),
@@ -57,9 +54,6 @@ MAX_POINTER_BYTES = 1024
 _POINTER_START = b"version https://git-lfs"
 POINTER_START_BYTES = len(_POINTER_START)
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
-_NOT_CARRIED = frozenset({CONFIG_NAME, "README.md", ".gitattributes", ".gitignore", OWN_FOLDER})
-"""The model card of the source describes the source; `upload` writes the converted checkpoint's own. A file named like
-our own folder would be in its way."""
 
 
 def shard_name(i: int, n: int) -> str:
@@ -93,7 +87,7 @@ def find_file(directory: Path, name: str) -> Path | None:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             return None
         raise
-    _check_inside(path, directory, name)
+    check_inside(path, directory, name)
     try:
         status = path.stat()
     except OSError as error:
@@ -130,7 +124,12 @@ def refuse_pointer(content: bytes, name: str) -> None:
         )
 
 
-def _check_inside(path: Path, directory: Path, name: str) -> None:
+def check_inside(path: Path, directory: Path, name: str) -> None:
+    """Refuse a link that leads out of a checkpoint's directory; see `find_file`.
+
+    Raises:
+        SourceError: it does.
+    """
     target = Path(os.path.realpath(path))
     root = Path(os.path.realpath(directory))
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -157,38 +156,29 @@ def is_weight_file(name: str) -> bool:
 
 
 def is_loaded_as_weights(name: str) -> bool:
-    """Whether transformers, given a checkpoint with such a file by its path with `/`, might load weights from it."""
-    is_format = name.endswith(".safetensors") or fnmatchcase(name, "pytorch_model*.bin")
-    return "/" not in name and (is_format or name in (INDEX_NAME, PICKLE_INDEX_NAME))
+    """Return whether a loader, given a checkpoint with such a file, might load weights from it, or because of it.
+
+    Args:
+        name: the file's path, with `/`.
+    """
+    if "/" in name:
+        return False
+    return name == ADAPTER_CONFIG or name.endswith((".safetensors", ".safetensors.index.json")) or _is_pickle(name)
 
 
-def carried_files(directory: Path) -> tuple[Path, ...]:
-    """The files of a source that belong beside the converted weights too: tokenizer, templates, licence, code.
+def _is_pickle(name: str) -> bool:
+    return name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))
 
-    Files of the root, the folder of additional chat templates, and those of a sentence encoder's further modules
-    (`1_Pooling`), their small weights included. Code is carried, never run.
+
+def carried_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    """Return the paths of files to be carried over, sorted.
 
     What is no file of the checkpoint - a link out of it, a pipe - is refused and not passed over in silence: an output
     without its tokenizer is broken, and one with a copy of this machine's `/etc/passwd` under that name is worse.
 
     Raises:
-        SourceError: an entry that would be carried is no regular file of this checkpoint, or its name does not print.
+        SourceError: one is no regular file of this checkpoint, or its name does not print.
     """
-    entries = (*directory.iterdir(), *directory.glob(f"{TEMPLATES_FOLDER}/*"), *directory.glob(_MODULE_FILES))
-    names = (entry.relative_to(directory).as_posix() for entry in entries if not entry.is_dir())
-    return carried_paths(directory, filter(is_carried, names))
-
-
-def is_carried(name: str) -> bool:
-    """Whether a source's file, by its path with `/`, belongs beside the converted weights; see `carried_files`."""
-    folder, _, file_name = name.rpartition("/")
-    if folder and folder != TEMPLATES_FOLDER:
-        return fnmatchcase(name, _MODULE_FILES) and "/" not in folder
-    return file_name not in _NOT_CARRIED and not is_weight_file(file_name)
-
-
-def carried_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    """The paths of files to be carried over, each seen to be a file of this checkpoint; raises as `carried_files`."""
     found = (find_file(directory, name) for name in names)
     carried = tuple(sorted(path for path in found if path is not None))
     for path in carried:

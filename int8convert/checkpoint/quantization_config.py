@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from int8convert.checkpoint.loader_config import without_detours
+
 
 def build_index(weight_map: Mapping[str, str], n_bytes: int, n_parameters: int) -> dict[str, Any]:
     """The content of `model.safetensors.index.json`."""
@@ -26,7 +28,7 @@ def bitsandbytes_config(
         dtype: written where the config names none.
     """
     return {
-        **config,
+        **without_detours(config),
         **_dtype_if_missing(config, dtype),
         "quantization_config": bitsandbytes_block(threshold, skip_modules),
     }
@@ -56,7 +58,7 @@ def compressed_tensors_config(config: Mapping[str, Any], dtype: str, ignore: Ite
     """
     eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
     return {
-        **config,
+        **without_detours(config),
         **_dtype_if_missing(config, dtype),
         "quantization_config": {
             "quant_method": "compressed-tensors",
@@ -85,7 +87,7 @@ def torchao_config(config: Mapping[str, Any], dtype: str, skip_modules: Iterable
     granularity = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
     weight_only = {"group_size": None, "granularity": granularity, "set_inductor_config": True}
     return {
-        **config,
+        **without_detours(config),
         **_dtype_if_missing(config, dtype),
         "quantization_config": {
             "quant_method": "torchao",
@@ -100,7 +102,7 @@ def torchao_config(config: Mapping[str, Any], dtype: str, skip_modules: Iterable
 def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The source's config.json for weights that are not quantized, to be loaded in `dtype`."""
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    kept = {key: value for key, value in without_detours(config).items() if key != "quantization_config"}
     return {**kept, **dict.fromkeys(names, dtype)}
 
 

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from int8convert.checkpoint.file_reader import FileIdentity, FileReader
-from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_config, read_json_object
+from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
-    INDEX_NAME,
     MAX_CARRIED_BYTES,
-    PICKLE_INDEX_NAME,
     REQUEST_FILE,
-    carried_files,
+    carried_paths,
     find_file,
     quoted,
 )
+from int8convert.checkpoint.listing import DirectoryListing
+from int8convert.checkpoint.loader_files import LoaderFiles, find_loader_files
+from int8convert.checkpoint.loader_notes import note_aside, note_large
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
 from int8convert.checkpoint.shard_index import AS_INDEXED, IndexDifferences, compare_index
@@ -107,12 +108,13 @@ class CheckpointSource:
     Attributes:
         label: the source as the user named it.
         directory: where its small files are.
-        config: the parsed config.json; {} where there is none.
+        config: the config that transformers reads, see `loader_files`; {} where there is none.
         shards: its weight files.
         carried: small files that go along unchanged.
-        left: names of files that would, and are too large.
         commit: of the repository on the Hub that `label` names; None of a directory.
+        notes: what the user should know of files that are left aside.
         index: where the index and the weight files differ; the shards hold what loaders take.
+        config_name: the file `config` was read from.
     """
 
     label: str
@@ -121,8 +123,9 @@ class CheckpointSource:
     shards: tuple[SourceShard, ...] = field(repr=False)
     carried: tuple[Path, ...] = field(repr=False)
     commit: str | None = None
-    left: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     index: IndexDifferences = field(default=AS_INDEXED, repr=False)
+    config_name: str = CONFIG_NAME
 
     @property
     def n_bytes(self) -> int:
@@ -131,42 +134,45 @@ class CheckpointSource:
 
 
 def open_source(
-    src: str | os.PathLike[str], revision: str | None = None, cache_dir: Path | None = None
+    src: str | os.PathLike[str],
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    ignores_adapter: bool = False,
 ) -> CheckpointSource:
-    """Read a checkpoint's config, index and shard headers; no weights.
+    """Read a checkpoint's config, index and shard headers; no weights. Which files these are, `loader_files` tells.
 
     Args:
         src: a directory; or, if there is none of that name, the name of a repository on the Hub, ORGANIZATION/NAME.
         revision: of the repository: a branch, a tag or a commit.
         cache_dir: where the small files of a repository go; None is the Hub's cache.
+        ignores_adapter: read the weights alone, also where an adapter lies beside them.
 
     Raises:
-        SourceError: there is no such directory, no weights are in it, or files that are none or lie elsewhere.
+        SourceError: there is no such directory, no weights are in it, files are none or lie elsewhere, or loaders would
+            take what is not converted here.
         CorruptFileError: a file contradicts what it, or the index, promises.
         HubError: the repository cannot be had.
     """
     if not is_repository_name(src):
-        return open_directory(Path(src), str(src))
+        return open_directory(Path(src), str(src), ignores_adapter)
     from int8convert.checkpoint.hub.source import open_repository
 
     try:
-        return open_repository(str(src), revision, cache_dir)
+        return open_repository(str(src), revision, cache_dir, ignores_adapter)
     except HubMissingError as error:
         if revision is None:  # else a repository is meant
             error.hint += f"; no directory {quoted(str(src), 200)} is here either"
         raise
 
 
-def open_directory(directory: Path, label: str) -> CheckpointSource:
+def open_directory(directory: Path, label: str, ignores_adapter: bool = False) -> CheckpointSource:
     """As `open_source`, of a directory.
-
-    safetensors is preferred over `.bin` where both are present.
 
     Args:
         label: what the user calls it.
     """
     try:
-        return _open_directory(directory, label)
+        return _open_directory(directory, label, ignores_adapter)
     except OSError as error:
         where = f"{quoted(os.path.basename(error.filename))} in " if isinstance(error.filename, str) else ""
         raise SourceError(
@@ -175,25 +181,28 @@ def open_directory(directory: Path, label: str) -> CheckpointSource:
         ) from error
 
 
-def _open_directory(directory: Path, label: str) -> CheckpointSource:
+def _open_directory(directory: Path, label: str, ignores_adapter: bool) -> CheckpointSource:
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
         raise SourceError(f"{quoted(label, 300)} is not a checkpoint directory: {found}", naming_hint(label, directory))
-    config_path = find_file(directory, CONFIG_NAME)
-    if config_path is None and find_file(directory, REQUEST_FILE) is not None:
+    listing = DirectoryListing(directory, label)
+    if CONFIG_NAME not in listing.root and find_file(directory, REQUEST_FILE) is not None:
         raise unfinished(label)
+    files = find_loader_files(listing, ignores_adapter)
     find_file(directory, CARD_NAME)  # so that a card that cannot be read is refused now, not when all is converted
-    carried = carried_files(directory)
+    carried = carried_paths(directory, files.carried)
     left = {path for path in carried if path.stat().st_size > MAX_CARRIED_BYTES}
-    shards, differences = _read_shards(directory)
+    shards, differences = _read_shards(directory, files)
+    taken = (files.weights, *(shard.path.name for shard in shards))
     return CheckpointSource(
         label=label,
         directory=directory,
-        config=read_config(config_path) if config_path is not None else {},
+        config=files.config,
         shards=shards,
         carried=tuple(path for path in carried if path not in left),
-        left=tuple(sorted(path.name for path in left)),
+        notes=(*files.notes, *note_aside(listing.root, taken), *note_large(sorted(path.name for path in left))),
         index=differences,
+        config_name=files.config_name or CONFIG_NAME,
     )
 
 
@@ -205,21 +214,24 @@ def unfinished(label: str) -> SourceError:
     )
 
 
-def _read_shards(directory: Path) -> tuple[tuple[SourceShard, ...], IndexDifferences]:
-    for index_name, single_name in ((INDEX_NAME, "model.safetensors"), (PICKLE_INDEX_NAME, "pytorch_model.bin")):
-        index = find_file(directory, index_name)
-        if index is not None:
-            return _read_indexed_shards(directory, index, Path(single_name).suffix)
-        single = find_file(directory, single_name)
-        if single is not None:
-            return (read_shard(single),), AS_INDEXED
-    names = sorted(entry.name for entry in directory.iterdir())
-    raise SourceError(
-        f"{quoted(str(directory), 200)} holds no weights: expected model.safetensors, pytorch_model.bin or an index of "
-        f"shards, found {', '.join(quoted(name, 40) for name in names[:5]) or 'nothing'}"
-        f"{', ...' if len(names) > 5 else ''}",
-        "give the directory that holds the weight files; nothing was written",
-    )
+def _read_shards(directory: Path, files: LoaderFiles) -> tuple[tuple[SourceShard, ...], IndexDifferences]:
+    """Read the headers of the weight files."""
+    path = found_file(directory, files.weights)
+    weight_map = read_weight_map(path, files.suffix) if files.is_indexed else None
+    names = [files.weights] if weight_map is None else _shard_names(directory, weight_map, files.weights)
+    shards = tuple(read_shard(found_file(directory, name)) for name in names)
+    return compare_index(weight_map or {}, shards)
+
+
+def found_file(directory: Path, name: str) -> Path:
+    """Return the path of a file that was listed; raises as `find_file`, and if it has gone since."""
+    path = find_file(directory, name)
+    if path is None:
+        raise CorruptFileError(
+            f"{quoted(name)} is not there any more",
+            "leave the checkpoint alone while it is read, and rerun the same command; nothing was written",
+        )
+    return path
 
 
 def read_shard(path: Path) -> SourceShard:
@@ -260,16 +272,15 @@ def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
     return weight_map
 
 
-def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[tuple[SourceShard, ...], IndexDifferences]:
-    """The shards an index names: files beside it, of its own format."""
-    weight_map = read_weight_map(index, suffix)
-    shards = []
+def _shard_names(directory: Path, weight_map: dict[str, str], index_name: str) -> list[str]:
+    """Return the names of the shards of an index, each a file of its own beside it."""
+    names = sorted(set(weight_map.values()))
     seen: dict[tuple[int, int], str] = {}
-    for file_name in sorted(set(weight_map.values())):
+    for file_name in names:
         path = find_file(directory, file_name)
         if path is None:
             raise CorruptFileError(
-                f"'{index.name}' names shard {quoted(file_name)}, which is not there",
+                f"'{index_name}' names shard {quoted(file_name)}, which is not there",
                 "fetch the missing shard and rerun the same command; nothing was written",
             )
         # Links cost nothing: a thousand of them to one large header would cost the memory of a thousand.
@@ -277,8 +288,7 @@ def _read_indexed_shards(directory: Path, index: Path, suffix: str) -> tuple[tup
         other = seen.setdefault((status.st_dev, status.st_ino), file_name)
         if other != file_name:
             raise CorruptFileError(
-                f"'{index.name}' names shards {quoted(other)} and {quoted(file_name)}, which are one file",
+                f"'{index_name}' names shards {quoted(other)} and {quoted(file_name)}, which are one file",
                 "fetch the checkpoint again; nothing was written",
             )
-        shards.append(read_shard(path))
-    return compare_index(weight_map, shards)
+    return names

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from int8convert.checkpoint.adapter import Adapter
-from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import ModelMapProcess
@@ -56,8 +55,7 @@ class PlanInTheMaking:
 
     def _map(self, source: CheckpointSource, kept_modules: tuple[str, ...]) -> ModelMap:
         found = _with_reason(self._process.result(), kept_modules)
-        left = (f"{quoted(name)} is left behind: it is too large to belong to a checkpoint" for name in source.left)
-        return replace(found, notes=(*found.notes, *left, *needs_notes(found, source)))
+        return replace(found, notes=(*found.notes, *source.notes, *needs_notes(found, source)))
 
 
 def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap:

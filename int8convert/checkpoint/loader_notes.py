@@ -1,0 +1,76 @@
+"""What a user should know of a source's files that other loaders take, or that are left aside."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from int8convert.checkpoint.layout import ADAPTER_CONFIG, CONFIG_NAME, INDEX_NAME, is_loaded_as_weights, quoted
+from int8convert.checkpoint.listing import Listing
+from int8convert.checkpoint.loader_config import is_versioned_config
+
+
+def vllm_weights(root: Collection[str]) -> tuple[str, ...]:
+    """Return what vLLM takes from a root, where that can be told from names: weight files, or the index it goes by.
+
+    Files of Mistral's own format come first, if params.json is there. Else it is every `*.safetensors`, or those that
+    the index names, even beside a model.safetensors. `transformers_weights` and adapters beside the weights it ignores.
+
+    Source: vLLM 0.32, `DefaultModelLoader._prepare_weights`, `filter_duplicate_safetensors_files`, `get_config`.
+    """
+    safetensors = sorted(name for name in root if name.endswith(".safetensors"))
+    consolidated = [name for name in safetensors if name.startswith("consolidated")]
+    if consolidated and "params.json" in root:
+        return tuple(consolidated)
+    if safetensors:
+        return (INDEX_NAME,) if INDEX_NAME in root else tuple(safetensors)
+    return ()
+
+
+def find_notes(listing: Listing, config_name: str | None, config: Mapping[str, Any], weights: str) -> Iterator[str]:
+    """Say what is left out of the output, and what vLLM would load of the source.
+
+    Args:
+        config_name, config: the config that transformers reads; None and {} if there is none.
+        weights: the weight file or the index that transformers loads.
+    """
+    if config_name not in (None, CONFIG_NAME):
+        yield (
+            f"{quoted(str(config_name))} is the config that is converted: transformers {version('transformers')} reads "
+            f"it in place of '{CONFIG_NAME}'"
+        )
+    elif "configuration_files" in config:
+        yield f"configuration_files is left out of '{CONFIG_NAME}': transformers {version('transformers')} reads none"
+    if config.get("transformers_weights") is not None:
+        yield f"transformers_weights is left out of '{CONFIG_NAME}': the weights it names are converted"
+    if ADAPTER_CONFIG in listing.root:
+        yield f"'{ADAPTER_CONFIG}' is left out: its adapter is merged"
+    configs = sorted(name for name in listing.root if is_versioned_config(name) and name != config_name)
+    if configs:
+        yield f"left out, because transformers reads {quoted(config_name or CONFIG_NAME)}: {_listed(configs)}"
+    taken = vllm_weights(listing.root)
+    if taken and taken != (weights,):
+        yield f"vLLM loads other weights of this source than transformers, whose are converted: {_listed(taken)}"
+
+
+def note_aside(root: Iterable[str], taken: Collection[str]) -> Iterator[str]:
+    """Say which weights of a root are not converted, because transformers loads others.
+
+    Args:
+        taken: the files that are converted; first the weight file or the index.
+    """
+    aside = sorted(name for name in root if is_loaded_as_weights(name) and name not in taken and name != ADAPTER_CONFIG)
+    if aside:
+        yield f"left aside, because transformers loads {quoted(next(iter(taken)))}: {_listed(aside)}"
+
+
+def note_large(names: Iterable[str]) -> Iterator[str]:
+    """Say which small files are too large to be carried over."""
+    return (f"{quoted(name)} is left behind: it is too large to belong to a checkpoint" for name in names)
+
+
+def _listed(names: Collection[str]) -> str:
+    first = [quoted(name) for name in list(names)[:3]]
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"{', '.join(first)}{more}"
