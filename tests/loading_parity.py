@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import open_source
-from int8convert.conversion.model_map import ModelNeeds, ModuleFilter
+from int8convert.conversion.model_map import ModuleFilter
 from tests.conftest import InProcessMap
 
 Tensors = dict[str, torch.Tensor]
@@ -48,9 +49,9 @@ def variants(model: Any, tensors: Tensors) -> Iterator[tuple[str, Tensors]]:
 
 
 def _key(model: Any, tensors: Tensors, is_kind: Callable[[nn.Module], bool]) -> str | None:
-    """The last tensor that is such a module's weight, by its own name."""
-    names = [f"{name}.weight" for name, module in model.named_modules() if is_kind(module)]
-    return next((name for name in reversed(names) if name in tensors), None)
+    """The last tensor that is such a module's weight, by the end of its name: files may use older beginnings."""
+    tails = {".".join([*name.split(".")[-2:], "weight"]) for name, module in model.named_modules() if is_kind(module)}
+    return next((key for key in reversed(tensors) if ".".join(key.split(".")[-3:]) in tails), None)
 
 
 def write(directory: Path, tensors: Tensors) -> None:
@@ -71,7 +72,10 @@ def transformers_says(model_class: Any, directory: Path) -> Said | None:
     return Said(frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), frozenset(mismatched))
 
 
-def plan_says(directory: Path) -> tuple[Said, ModelNeeds]:
-    needs = InProcessMap(open_source(directory), ModuleFilter()).result().needs
+def plan_says(directory: Path) -> Said:
+    """By the format that every family has."""
+    needs = (
+        InProcessMap(open_source(directory), ModuleFilter(output_format=OutputFormat.COMPRESSED_TENSORS)).result().needs
+    )
     assert needs is not None
-    return Said(frozenset(needs.missing), frozenset(needs.unexpected), frozenset(needs.mismatched)), needs
+    return Said(frozenset(needs.missing), frozenset(needs.unexpected), frozenset(needs.mismatched))

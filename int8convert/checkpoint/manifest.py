@@ -51,6 +51,7 @@ class TensorRecord:
         sqnr_db: signal to quantization noise; None if kept, or if nothing was lost.
         absmax_min, absmax_max: range of the rows' absmax; None if kept.
         n_non_finite: values of a kept tensor that are NaN or infinite.
+        n_zero_rows: rows that hold nothing but zeros; of a kept tensor, those in long stretches of them.
     """
 
     source: str
@@ -60,6 +61,7 @@ class TensorRecord:
     absmax_min: float | None = None
     absmax_max: float | None = None
     n_non_finite: int = 0
+    n_zero_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

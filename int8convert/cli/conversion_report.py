@@ -47,6 +47,10 @@ def print_report(report: ConversionReport, place: str | None) -> None:
     print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
     for name, n in report.non_finite.items():
         note(f"'{name}' was kept and holds {n:,} values that are NaN or infinite")
+    if report.zero_rows:
+        name, n = next(iter(report.zero_rows.items()))
+        more = f", and many of {len(report.zero_rows) - 1:,} other tensors" if len(report.zero_rows) > 1 else ""
+        note(f"{n:,} rows of '{name}' hold nothing but zeros{more}: the source may be half written")
 
 
 def _decibels(value: float) -> str:

@@ -50,12 +50,14 @@ class TensorQuantized:
 
     sqnr_db: signal to quantization noise of the whole tensor, in decibels; infinite where nothing was lost.
     absmax_min, absmax_max: the range of its rows' absmax.
+    n_zero_rows: rows that hold nothing but zeros.
     """
 
     tensor: PlannedTensor
     sqnr_db: float
     absmax_min: float
     absmax_max: float
+    n_zero_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +65,12 @@ class TensorKept:
     """A tensor is in its output shard unchanged.
 
     n_non_finite: how many of its values, as written, are NaN or infinite.
+    n_zero_rows: of a matrix, rows in stretches of a megabyte or more that hold nothing but zeros.
     """
 
     tensor: PlannedTensor
     n_non_finite: int = 0
+    n_zero_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

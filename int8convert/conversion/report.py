@@ -18,6 +18,9 @@ from int8convert.conversion.events import (
 from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.reader_choice import ReaderChoice
 
+_MANY_ZEROS = 1 / 8
+"""Share of a matrix's rows from which zeros are told of; padded vocabularies and pruned channels have fewer."""
+
 
 @dataclass(frozen=True, slots=True)
 class KeptTensors:
@@ -54,6 +57,8 @@ class ConversionReport:
         kept: what did not, by reason.
         dropped: source tensors written under another name only.
         non_finite: kept tensors that hold NaN or infinity -> how many.
+        zero_rows: matrices of which an eighth or more of the rows are zeros -> how many rows; such a file may be half
+            written. Output names.
         errors: weight error by kind of layer.
         elapsed_s: seconds of wall time, start to end, without the interpreter's start.
         notes: what else a user should know.
@@ -77,6 +82,7 @@ class ConversionReport:
     kept: tuple[KeptTensors, ...]
     dropped: tuple[str, ...]
     non_finite: dict[str, int]
+    zero_rows: dict[str, int]
     errors: tuple[LayerKindError, ...]
     elapsed_s: float
     notes: tuple[str, ...]
@@ -121,6 +127,7 @@ class ReportBuilder:
 
     quantized: dict[str, TensorQuantized] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
+    zero_rows: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     reader: ReaderChoice | None = None
     finished: set[str] = field(default_factory=set)
@@ -136,15 +143,24 @@ class ReportBuilder:
             self.skipped.add(event.shard.file_name)
         elif isinstance(event, TensorQuantized):
             self.quantized[event.tensor.output_name] = event  # of a shard that is repeated, the last
+            self._note_zeros(event)
         elif isinstance(event, TensorKept):
             self.non_finite.pop(event.tensor.output_name, None)
             if event.n_non_finite:
                 self.non_finite[event.tensor.output_name] = event.n_non_finite
+            self._note_zeros(event)
+
+    def _note_zeros(self, event: TensorQuantized | TensorKept) -> None:
+        name, shape = event.tensor.output_name, event.tensor.source.shape
+        self.zero_rows.pop(name, None)
+        if event.n_zero_rows and event.n_zero_rows >= _MANY_ZEROS * shape[0]:
+            self.zero_rows[name] = event.n_zero_rows
 
     def restart(self) -> None:
         """Forget what was seen: the conversion begins again."""
         self.quantized.clear()
         self.non_finite.clear()
+        self.zero_rows.clear()
         self.notes.clear()
 
     def build(self, plan: ConversionPlan, out: str | None, device: str, elapsed_s: float) -> ConversionReport:
@@ -164,6 +180,7 @@ class ReportBuilder:
             kept=tuple(KeptTensors(reason, *counts) for reason, counts in plan.kept_by_reason().items()),
             dropped=tuple(plan.dropped),
             non_finite=dict(sorted(self.non_finite.items())),
+            zero_rows=dict(sorted(self.zero_rows.items())),
             errors=self._errors(),
             elapsed_s=elapsed_s,
             notes=tuple(self.notes),

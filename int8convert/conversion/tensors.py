@@ -30,6 +30,10 @@ FP16_MAX = 65504.0
 """bitsandbytes computes in fp16: a row with a larger weight would come out as infinity or zero there."""
 
 
+_GLANCE_BYTES = 4096
+"""Bytes of a block that are looked at before all of it: nearly every block holds something there."""
+
+
 def values_dtype(tensor: PlannedTensor) -> str:
     """The dtype of the values that `SourceRows` gives."""
     return "F32" if tensor.source.dtype in FP8_DTYPES or tensor.lora else tensor.source.dtype
@@ -65,6 +69,7 @@ class TensorCopy:
         self._writer = writer
         self._rows = SourceRows(tensor, _without_dimensions(tensor))
         self._n_non_finite: list[int] = []
+        self._n_zeros: list[int] = []
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Row ranges, in order."""
@@ -81,6 +86,8 @@ class TensorCopy:
         if output_dtype != self._rows.dtype:
             data = convert_floats(data, self._rows.dtype, output_dtype)
         self._n_non_finite.append(count_non_finite(data, output_dtype))
+        if not data[:_GLANCE_BYTES].any() and not data.any():
+            self._n_zeros.append(data.size // DTYPE_BYTES[output_dtype])
         row_bytes = math.prod(self._rows.stored.shape[1:]) * DTYPE_BYTES[output_dtype]
         self._writer.write(self._tensor.output_name, data.data, begin * row_bytes)
 
@@ -89,7 +96,9 @@ class TensorCopy:
         return self._tensor.shard.path.name
 
     def finish(self) -> TensorKept:
-        return TensorKept(self._tensor, sum(self._n_non_finite))
+        shape = self._tensor.source.shape
+        n_zero_rows = sum(self._n_zeros) // math.prod(shape[1:]) if len(shape) == 2 and min(shape) else 0
+        return TensorKept(self._tensor, sum(self._n_non_finite), n_zero_rows)
 
 
 def _without_dimensions(tensor: PlannedTensor) -> StoredTensor:
@@ -170,7 +179,8 @@ class TensorQuantization:
         squared_scale = np.square(self._absmax.astype(np.float64) / N_STEPS)
         signal, noise = float(self._signal @ squared_scale), float(self._noise @ squared_scale)
         sqnr_db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
-        return TensorQuantized(self._tensor, sqnr_db, float(self._absmax.min()), float(self._absmax.max()))
+        n_zero_rows = int(np.count_nonzero(self._absmax == 0))
+        return TensorQuantized(self._tensor, sqnr_db, float(self._absmax.min()), float(self._absmax.max()), n_zero_rows)
 
 
 TensorTask = TensorCopy | TensorQuantization
