@@ -86,10 +86,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Conversions and verifications in this test ask transformers in this process."""
+    """Conversions in this test make their model map in this process."""
     monkeypatch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", InProcessMap)
-    monkeypatch.setattr("int8convert.evaluation.exact.TrialRun", InProcessTrial)
     yield
+
+
+@pytest.fixture(autouse=True)
+def trial_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verifications run their tokens in this process; a child would take seconds to start, each time."""
+    monkeypatch.setattr("int8convert.evaluation.exact.TrialRun", InProcessTrial)
 
 
 @pytest.fixture(autouse=True)

@@ -132,6 +132,17 @@ def _print_error(code: str, message: str, hint: str, as_json: bool) -> None:
     stderr.print(Text.assemble(("hint:", "bold"), f" {hint}"))
 
 
+def failure(error: Int8ConvertError) -> typer.Exit:
+    """Print an error on stderr, beside a result that holds it; the exit to raise."""
+    _print_error(error.code, error.message, error.hint, as_json=False)
+    return typer.Exit(error.exit_code)
+
+
+def describe_error(error: Int8ConvertError) -> dict[str, str]:
+    """An error as the entry `error` of a JSON object."""
+    return {"code": error.code, "message": error.message, "hint": error.hint}
+
+
 def print_json_error(code: str, message: str, hint: str) -> None:
     """The object that stands in place of the result; where stdout takes none, the error on stderr has to do."""
     with suppress(OutputError):

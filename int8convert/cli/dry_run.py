@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from int8convert.cli.console import (
+    describe_error,
+    failure,
     format_bytes,
     format_count,
     format_gpus,
@@ -16,8 +18,10 @@ from int8convert.cli.console import (
     print_line,
     print_table,
 )
+from int8convert.errors import Int8ConvertError
 
 if TYPE_CHECKING:
+    from int8convert.conversion.coming_plan import PlanRequirements
     from int8convert.conversion.estimate import ConversionCosts, DiskCosts, FetchCosts
     from int8convert.conversion.plan import ConversionPlan
     from int8convert.conversion.publishing import Publishing
@@ -39,7 +43,7 @@ def print_plan(
     src: str,
     out: str | None,
     options: dict[str, Any],
-    min_coverage: float,
+    min_coverage: float | None,
     workers: int | None,
     device: str,
     reader: str,
@@ -47,16 +51,20 @@ def print_plan(
     publishing: Publishing | None,
     as_json: bool,
 ) -> None:
-    """Print what `quantize` would do with these options, and what that would cost."""
-    from int8convert.conversion.coming_plan import check_coverage
+    """Print what `quantize` would do with these options, and what that would cost; also where it would refuse to.
+
+    Raises:
+        Int8ConvertError: there is no plan; or `quantize` would refuse it, after it was printed.
+    """
+    from int8convert.conversion.coming_plan import PlanRequirements
     from int8convert.conversion.device import choose_device
     from int8convert.conversion.estimate import estimate, estimate_disk, estimate_fetch
-    from int8convert.conversion.quantize import parse_size, plan
+    from int8convert.conversion.quantize import parse_size, plan_unchecked
     from int8convert.conversion.reader_choice import Reader
 
     chosen = choose_device(device)
-    conversion_plan = plan(src, **options)
-    check_coverage(conversion_plan, min_coverage)
+    requirements = PlanRequirements(min_coverage, tuple(options["allow_missing"]))
+    conversion_plan = plan_unchecked(src, **{name: value for name, value in options.items() if name != "allow_missing"})
     costs = estimate(conversion_plan, workers, chosen)
     disk = estimate_disk(conversion_plan, Path(out or "."), publishing)
     fetch = estimate_fetch(
@@ -68,9 +76,11 @@ def print_plan(
         disk.n_spare_bytes,
     )
     if as_json:
+        refusal = _refusal(requirements, conversion_plan)
         print_json(
             {
                 "schema": 1,
+                **({"error": describe_error(refusal)} if refusal else {}),
                 **conversion_plan.to_json(),
                 **costs.to_json(),
                 "disk_bytes": disk.n_bytes,
@@ -80,6 +90,8 @@ def print_plan(
                 "upload": publishing and {"url": publishing.publisher.url, "commit": None},
             }
         )
+        if refusal is not None:
+            raise failure(refusal)
         return
     for text in conversion_plan.model_map.notes:
         note(text)
@@ -108,6 +120,15 @@ def print_plan(
             print_line(f"--upload: {format_bytes(disk.n_bytes)} stay here, too; {there}")
         else:
             print_line(f"--upload: at most {format_bytes(disk.n_bytes)} of the output lie here at a time; {there}")
+    requirements.check(conversion_plan)
+
+
+def _refusal(requirements: PlanRequirements, conversion_plan: ConversionPlan) -> Int8ConvertError | None:
+    try:
+        requirements.check(conversion_plan)
+    except Int8ConvertError as error:
+        return error
+    return None
 
 
 def _print_sizes(conversion_plan: ConversionPlan) -> None:

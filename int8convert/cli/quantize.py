@@ -100,9 +100,14 @@ def quantize(
         typer.Option(min=0.0, envvar="INT8CONVERT_THRESHOLD", help="Outlier threshold written for the loader."),
     ] = 6.0,
     min_coverage: Annotated[
-        float,
-        typer.Option(min=0.0, max=100.0, metavar="PERCENT", help="Fail if less of the parameters would become int8."),
-    ] = 50.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=100.0,
+            metavar="PERCENT",
+            help="Fail if less of the parameters would become int8; default: if nearly all Linear weights stay 16-bit.",
+        ),
+    ] = None,
     max_shard_size: Annotated[
         str | None,
         typer.Option(metavar="SIZE", callback=check_size, help="Such as 5GB; default: one shard for each of SRC's."),
@@ -197,11 +202,12 @@ def quantize(
         "cache_dir": cache_dir,
         "allow_missing": allow_missing or (),
     }
+    min_share = min_coverage / 100 if min_coverage is not None else None
     resumable = RESUMABLE if upload is None else RESUMABLE_THERE
     with reporting_errors(as_json, "nothing was written" if dry_run else resumable), quieting_hub():
         publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
         if dry_run:
-            print_plan(src, out, shared, min_coverage / 100, workers, device, reader, bandwidth, publishing, as_json)
+            print_plan(src, out, shared, min_share, workers, device, reader, bandwidth, publishing, as_json)
             return
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -215,7 +221,7 @@ def quantize(
                 out or "",
                 **shared,
                 threshold=threshold,
-                min_coverage=min_coverage / 100,
+                min_coverage=min_share,
                 on_nonfinite=on_nonfinite,
                 workers=workers,
                 device=device,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from int8convert.checkpoint.adapter import Adapter
 from int8convert.checkpoint.source import CheckpointSource
+from int8convert.conversion.coverage import check_coverage, coverage_note
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import ModelMapProcess
 from int8convert.conversion.needs import check_needs, needs_notes
 from int8convert.conversion.plan import ConversionPlan, make_plan
-from int8convert.errors import CoverageError
 
 
 class PlanInTheMaking:
@@ -35,7 +34,7 @@ class PlanInTheMaking:
         self._process = ModelMapProcess(source, replace(modules, skip=(*modules.skip, *kept_modules)))
         self._waiter = ThreadPoolExecutor(1)
         self._plan = self._waiter.submit(
-            lambda: make_plan(source, self._map(source, kept_modules), max_shard_bytes, adapter)
+            lambda: _with_note(make_plan(source, self._map(source, kept_modules), max_shard_bytes, adapter))
         )
 
     def __enter__(self) -> PlanInTheMaking:
@@ -58,6 +57,13 @@ class PlanInTheMaking:
         return replace(found, notes=(*found.notes, *source.notes, *needs_notes(found, source)))
 
 
+def _with_note(plan: ConversionPlan) -> ConversionPlan:
+    note = coverage_note(plan)
+    if note is None:
+        return plan
+    return replace(plan, model_map=replace(plan.model_map, notes=(*plan.model_map.notes, note)))
+
+
 def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap:
     tensors = {
         name: replace(mapped, reason="not finite in int8")
@@ -74,11 +80,11 @@ class PlanRequirements:
     """What a plan must satisfy before the first byte is written.
 
     Attributes:
-        min_coverage: share of the parameters, 0 to 1, that must become int8.
+        min_coverage: share of the parameters, 0 to 1, that must become int8; None: see `check_coverage`.
         allow_missing: patterns of tensors that the source may lack.
     """
 
-    min_coverage: float
+    min_coverage: float | None
     allow_missing: tuple[str, ...] = ()
 
     def check(self, plan: ConversionPlan) -> None:
@@ -86,37 +92,7 @@ class PlanRequirements:
 
         Raises:
             MissingWeightsError, CorruptFileError: see `needs.check_needs`.
-            CoverageError: see `check_coverage`.
+            CoverageError: see `coverage.check_coverage`.
         """
         check_needs(plan.model_map, plan.source, self.allow_missing)
         check_coverage(plan, self.min_coverage)
-
-
-def check_coverage(plan: ConversionPlan, min_coverage: float) -> None:
-    """Refuse a conversion that would leave nearly everything as it is.
-
-    Raises:
-        CoverageError: with what stays and why.
-    """
-    if plan.n_int8_parameters and plan.coverage >= min_coverage:
-        return
-    reasons = "; ".join(
-        f"{reason}: {100 * n / max(1, plan.n_parameters):.0f} %"
-        for reason, (_, n) in list(plan.kept_by_reason().items())[:3]
-    )
-    other = (
-        "; --format compressed-tensors holds such modules as int8"
-        if any("bitsandbytes loader" in reason for reason in plan.kept_by_reason())
-        else ""
-    )
-    if not plan.n_int8_parameters:
-        raise CoverageError(
-            "none of the parameters would become int8",
-            f"what stays 16-bit: {reasons}; --dry-run lists it{other}; nothing was written",
-        )
-    raise CoverageError(
-        f"only {100 * plan.coverage:.1f} % of the parameters would become int8, "
-        f"at least {100 * min_coverage:g} % are asked for",
-        f"what stays 16-bit: {reasons}; --dry-run lists it, "
-        f"--min-coverage {math.floor(100 * plan.coverage)} lets it pass{other}; nothing was written",
-    )

@@ -32,8 +32,6 @@ from int8convert.errors import NonFiniteWeightError
 DEFAULT_THRESHOLD = 6.0
 """Feature dimensions with a magnitude at or above it stay 16-bit: LLM.int8(), arXiv:2208.07339, Sec. 3.2."""
 
-DEFAULT_MIN_COVERAGE = 0.5
-
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
@@ -102,7 +100,7 @@ def quantize(
     only: Sequence[str] = (),
     format: str = OutputFormat.BITSANDBYTES,
     threshold: float = DEFAULT_THRESHOLD,
-    min_coverage: float = DEFAULT_MIN_COVERAGE,
+    min_coverage: float | None = None,
     max_shard_size: int | str | None = None,
     on_nonfinite: str = "error",
     lora: str | os.PathLike[str] | None = None,
@@ -135,7 +133,8 @@ def quantize(
             experts included.
         threshold: magnitude from which a feature dimension counts as outlier; written for the loader, it does not
             change the weights.
-        min_coverage: share of the parameters, 0 to 1, that must become int8.
+        min_coverage: share of the parameters, 0 to 1, that must become int8; None refuses only a conversion that leaves
+            nearly all Linear weights 16-bit.
         max_shard_size: bytes, or a string such as "5GB"; None makes one output shard for each source shard.
         on_nonfinite: "error", or "keep" to leave modules 16-bit whose weights hold NaN, infinity or what fp16 cannot.
         lora: a PEFT adapter's directory; it is merged into the weights, in float32, before they are quantized.
@@ -163,7 +162,8 @@ def quantize(
     output_format = OutputFormat(format)
     max_shard_bytes = parse_size(max_shard_size)
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
-    if n_workers < 1 or not threshold >= 0 or not 0 <= min_coverage <= 1 or on_nonfinite not in ("error", "keep"):
+    is_share = min_coverage is None or 0 <= min_coverage <= 1
+    if n_workers < 1 or not threshold >= 0 or not is_share or on_nonfinite not in ("error", "keep"):
         raise ValueError(
             "workers must be at least 1, threshold at least 0, min_coverage between 0 and 1, on_nonfinite error or keep"
         )

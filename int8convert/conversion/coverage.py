@@ -1,0 +1,86 @@
+"""Whether enough of a model becomes int8 for the output to be worth writing.
+
+Two shares tell it. The share of all parameters is what the user sees; in a small model with a large vocabulary most
+parameters are embeddings, so it is low for a good reason (37 % of Gemma 3 270M). The share of Linear weights leaves out
+what no LLM.int8() model has as int8. Only that one is held against a plan nobody set a bar for.
+"""
+
+from __future__ import annotations
+
+import math
+
+from int8convert.conversion.plan import ConversionPlan
+from int8convert.errors import CoverageError
+
+LOW_COVERAGE = 0.5
+"""Share of all parameters below which the plan carries a note. A map by name rules is then taken for a wrong guess."""
+
+MIN_LINEAR_SHARE = 0.2
+"""Share of the Linear weights below which nearly all of them stay 16-bit, as Mixtral's experts do (97 %)."""
+
+_NEVER_INT8 = ("embedding", "output head", "not a matrix product", "router", "not used by", "keep in fp32", "user skip")
+"""How reasons begin that are the model's or the user's, not a limit of the format."""
+
+
+def linear_share(plan: ConversionPlan) -> float:
+    """Share of the Linear weights, by parameters, that become int8; 0 to 1."""
+    kept = sum(n for reason, (_, n) in plan.kept_by_reason().items() if not reason.startswith(_NEVER_INT8))
+    return plan.n_int8_parameters / max(1, plan.n_int8_parameters + kept)
+
+
+def coverage_note(plan: ConversionPlan) -> str | None:
+    """What the user should know of a plan that leaves much as it is."""
+    if plan.coverage >= LOW_COVERAGE:
+        return None
+    return f"{100 * plan.coverage:.1f} % of the parameters become int8; what stays 16-bit: {_reasons(plan)}"
+
+
+def check_coverage(plan: ConversionPlan, min_coverage: float | None) -> None:
+    """Refuse a conversion that would leave nearly everything as it is, or more than the user wants.
+
+    Args:
+        min_coverage: share of the parameters, 0 to 1, that must become int8; None refuses only a plan that leaves
+            nearly all Linear weights 16-bit, and one of name rules with low coverage.
+
+    Raises:
+        CoverageError: with what stays and why.
+    """
+    if not plan.n_int8_parameters:
+        raise CoverageError("none of the parameters would become int8", _hint(plan, None))
+    if min_coverage is not None:
+        if plan.coverage < min_coverage:
+            raise CoverageError(
+                f"only {100 * plan.coverage:.1f} % of the parameters would become int8, "
+                f"at least {100 * min_coverage:g} % are asked for",
+                _hint(plan, plan.coverage),
+            )
+        return
+    share = linear_share(plan)
+    if share < MIN_LINEAR_SHARE:
+        raise CoverageError(
+            f"only {100 * share:.1f} % of the Linear weights would become int8, expected at least "
+            f"{100 * MIN_LINEAR_SHARE:g} %",
+            _hint(plan, plan.coverage),
+        )
+    if plan.model_map.model_class is None and plan.coverage < LOW_COVERAGE:
+        raise CoverageError(
+            f"the model's class is unknown, and by their names only {100 * plan.coverage:.1f} % of the parameters "
+            f"would become int8, expected at least {100 * LOW_COVERAGE:g} %",
+            _hint(plan, plan.coverage),
+        )
+
+
+def _reasons(plan: ConversionPlan) -> str:
+    """The reasons that keep the most parameters."""
+    return "; ".join(
+        f"{reason}: {100 * n / max(1, plan.n_parameters):.0f} %"
+        for reason, (_, n) in list(plan.kept_by_reason().items())[:3]
+    )
+
+
+def _hint(plan: ConversionPlan, passing: float | None) -> str:
+    """What stays and why, and what lets more become int8 or lets the plan pass."""
+    lets_pass = f", --min-coverage {math.floor(100 * passing)} lets it pass" if passing is not None else ""
+    is_held = any("bitsandbytes loader" in reason for reason in plan.kept_by_reason())
+    other = "; --format compressed-tensors holds such modules as int8" if is_held else ""
+    return f"what stays 16-bit: {_reasons(plan)}; --dry-run lists it{lets_pass}{other}; nothing was written"
