@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,12 @@ def _read(path: Path, max_bytes: int) -> bytes:
 
 
 def parse_json_object(
-    encoded: bytes, what: str, hint: str, allow_nan: bool = False, allow_lone_surrogates: bool = False
+    encoded: bytes,
+    what: str,
+    hint: str,
+    allow_nan: bool = False,
+    allow_lone_surrogates: bool = False,
+    parse_int: Callable[[str], Any] = int,
 ) -> dict[str, Any]:
     """JSON text that must be an object, in UTF-8, with no key twice: two readers of it could otherwise disagree.
 
@@ -75,6 +81,7 @@ def parse_json_object(
         what: the subject of the error, such as "'config.json'".
         hint: the error's hint.
         allow_lone_surrogates: accept escapes such as `\\udce9`, by which a path that is not UTF-8 is written down.
+        parse_int: makes a value of an integer's digits and sign.
 
     Raises:
         CorruptFileError: it is none.
@@ -94,7 +101,10 @@ def _parse(encoded: bytes, what: str, hint: str, allow_nan: bool, allow_lone_sur
     try:
         text = encoded.decode()
         value = json.loads(
-            text, object_pairs_hook=_refuse_duplicates, parse_constant=float if allow_nan else _refuse_constant
+            text,
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=float if allow_nan else _refuse_constant,
+            parse_int=parse_int,
         )
         if "\\u" in text and not allow_lone_surrogates:  # escapes can write half a character, which no file can hold
             json.dumps(value, ensure_ascii=False).encode()

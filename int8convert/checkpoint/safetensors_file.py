@@ -98,7 +98,9 @@ def parse_safetensors_header(header_json: bytes, file_bytes: int, file_name: str
         CorruptFileError: the header contradicts itself or the file's size.
     """
     what = f"the header of {quoted(file_name)}"
-    header = parse_json_object(header_json, what, _REFETCH)
+    # Without a minus every integer is one to the safetensors library too, and json's own conversion is the fast one.
+    parse_int = _refuse_minus_zero if b"-0" in header_json else int
+    header = parse_json_object(header_json, what, _REFETCH, parse_int=parse_int)
     if not header_json.startswith(b"{"):
         raise CorruptFileError(f"{what} does not begin with '{{'", _REFETCH)
     if not _is_string_map(header.pop(METADATA_NAME, None)):
@@ -108,6 +110,12 @@ def parse_safetensors_header(header_json: bytes, file_bytes: int, file_name: str
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
     _check_tiling(tensors, data_start, file_bytes, file_name)
     return tuple(tensors)
+
+
+def _refuse_minus_zero(digits: str) -> int:
+    if digits == "-0":  # a float to the safetensors library, and no size
+        raise ValueError("-0 is no size")
+    return int(digits)
 
 
 def _is_string_map(metadata: Any) -> bool:
