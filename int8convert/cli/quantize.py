@@ -31,6 +31,7 @@ from int8convert.cli.options import (
 )
 from int8convert.cli.publishing import make_publishing, print_published, published
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
+from int8convert.evaluation.texts import reusable_file
 
 HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
 
@@ -204,7 +205,11 @@ def quantize(
     }
     min_share = min_coverage / 100 if min_coverage is not None else None
     resumable = RESUMABLE if upload is None else RESUMABLE_THERE
-    with reporting_errors(as_json, "nothing was written" if dry_run else resumable), quieting_hub():
+    with (
+        reporting_errors(as_json, "nothing was written" if dry_run else resumable),
+        quieting_hub(),
+        reusable_file(calibrate) as text,
+    ):
         publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
         if dry_run:
             print_plan(src, out, shared, min_share, workers, device, reader, bandwidth, publishing, as_json)
@@ -212,9 +217,9 @@ def quantize(
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion.quantize import quantize as run
 
-        if calibrate is not None:
+        if text is not None:
             with quieting_libraries(False):
-                check_calibration(src, calibrate, revision, cache_dir)
+                check_calibration(src, text, revision, cache_dir)
         with showing_progress(quiet, as_json, check) as on_event:
             report = run(
                 src,
@@ -232,9 +237,9 @@ def quantize(
                 on_event=on_event,
             )
         stored = None
-        if calibrate is not None:
+        if text is not None:
             with quieting_libraries(wants_live_display(quiet, as_json)):
-                stored = calibrate_output(src, out or "", calibrate, lora, trust_remote_code, device)
+                stored = calibrate_output(src, out or "", text, lora, trust_remote_code, device)
         there = published(publishing) if publishing is not None else None
         if as_json:
             print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": there})

@@ -22,6 +22,7 @@ from int8convert.cli.console import (
     wants_live_display,
 )
 from int8convert.cli.options import AsJson, check_choice, check_device, check_named
+from int8convert.evaluation.texts import reusable_file
 
 if TYPE_CHECKING:
     from int8convert.evaluation.examined import HubReading
@@ -152,7 +153,11 @@ def verify(
         raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
     if compare_methods and (stream or level == "exact"):
         raise typer.BadParameter("needs the source in memory, and a model that is run", param_hint="--compare-methods")
-    with reporting_errors(as_json, _INTERRUPTED), quieting_hub():
+    with (
+        reporting_errors(as_json, _INTERRUPTED),
+        quieting_hub(),
+        reusable_file(None if level == "exact" else text) as reusable,
+    ):
         from int8convert.evaluation.gates import Gates
         from int8convert.evaluation.verify import kept_parts, write_report
         from int8convert.evaluation.verify import verify as run
@@ -172,7 +177,7 @@ def verify(
                 out,
                 revision=revision,
                 reference=reference,
-                text=text,
+                text=reusable,
                 dataset=dataset,
                 level=level,
                 thresholds=swept,
@@ -204,7 +209,7 @@ def verify(
             note(f"the report could not be written into '{out}': {error.strerror}")
         if is_drawn:
             with quieting_libraries(False):
-                _write_pages(report, report_file, figures, text, dataset, device)
+                _write_pages(report, report_file, figures, reusable, dataset, device)
         if as_json:
             print_json({**report.to_json(), "written": written})
         else:

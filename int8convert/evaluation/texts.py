@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +62,12 @@ def open_text(text: str | os.PathLike[str] | None, dataset: str | None) -> Itera
     if text is not None and dataset is not None:
         raise ValueError("text and dataset exclude each other")
     if dataset is None:
-        path = Path(text) if text is not None else DEFAULT_TEXT
-        what = path.name if text is not None else "the text that comes with int8convert: a blunt default"
-        yield Text(path, what, text is None)
+        if text is None:
+            yield Text(DEFAULT_TEXT, "the text that comes with int8convert: a blunt default", is_default=True)
+            return
+        path = Path(text)
+        with reusable_file(path) as reusable:
+            yield Text(reusable or path, path.name)
         return
     if dataset not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {dataset!r}")
@@ -72,6 +76,35 @@ def open_text(text: str | os.PathLike[str] | None, dataset: str | None) -> Itera
         path = Path(folder) / dataset
         path.write_text(content, encoding="utf-8")
         yield Text(path, f"{dataset}: {_FILES[dataset][1]} of {_FILES[dataset][0]}", is_dataset=True)
+
+
+@contextmanager
+def reusable_file(path: Path | None) -> Iterator[Path | None]:
+    """A text that can be opened again and again: the file itself, or a copy of what comes out of a pipe.
+
+    Args:
+        path: the file; None yields None.
+
+    Raises:
+        SourceError: the pipe cannot be read.
+    """
+    content = _read_pipe(path) if path is not None else None
+    if path is None or content is None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="int8convert-") as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(content)
+        yield copy
+
+
+def _read_pipe(path: Path) -> bytes | None:
+    """What a pipe or a device holds; None of a file, and of a path that nothing can be read from."""
+    try:
+        mode = path.stat().st_mode
+        return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"'{path}' cannot be read: {error.strerror}", "give a text file in UTF-8") from error
 
 
 def _read_c4() -> str:

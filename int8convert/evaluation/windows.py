@@ -8,6 +8,7 @@ first 1,100 documents of the first validation shard joined by spaces, and 256 wi
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from enum import StrEnum
@@ -78,20 +79,21 @@ class TokenWindows:
         )
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """A text file.
+def read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """A text file, and the sha256 of the bytes it was made of. The file is opened once: a pipe has no second time.
 
     Raises:
         SourceError: it cannot be read, or is no text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
+        text = io.StringIO(content.decode("utf-8"), newline=None).getvalue()  # with \n at the end of every line
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"byte {error.start:,} is not UTF-8"
         raise SourceError(f"'{os.fspath(path)}' cannot be read: {reason}", "give a text file in UTF-8") from error
     if not text.strip():
         raise SourceError(f"'{os.fspath(path)}' holds no text", "give a text file in UTF-8")
-    return text
+    return text, hashlib.sha256(content).hexdigest()
 
 
 def read_windows(path: str | os.PathLike[str], tokenizer: Any, n_windows: int, length: int) -> TokenWindows:
@@ -103,7 +105,7 @@ def read_windows(path: str | os.PathLike[str], tokenizer: Any, n_windows: int, l
     Raises:
         SourceError: see `read_text`; or the text has fewer than two tokens.
     """
-    text = read_text(path)
+    text, digest = read_text(path)
     first = [tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     step = min(max(1, length - len(first)), len(ids))
@@ -113,7 +115,6 @@ def read_windows(path: str | os.PathLike[str], tokenizer: Any, n_windows: int, l
     n = min(n_windows, len(windows))
     chosen = windows[torch.arange(n) * len(windows) // n]
     chosen = torch.cat((torch.tensor([first] * n, dtype=torch.long).view(n, -1), chosen), 1)
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return TokenWindows(chosen, Path(path).name, digest, len(ids))
 
 
@@ -128,7 +129,8 @@ def read_windows_by(
     cut = Convention(convention)
     if cut is Convention.SPREAD:
         return read_windows(path, tokenizer, n_windows, length)
-    ids = torch.tensor(tokenizer(read_text(path), verbose=False)["input_ids"], dtype=torch.long)
+    text, digest = read_text(path)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
     if len(ids) < length:
         raise SourceError(
             f"'{os.fspath(path)}' has {len(ids):,} tokens, expected at least a window of {length:,}",
@@ -142,7 +144,6 @@ def read_windows_by(
     }
     if cut is Convention.HALVES and _begins_with_bos(tokenizer):
         windows[:, 0] = tokenizer.bos_token_id
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return TokenWindows(windows, Path(path).name, digest, len(ids), cut, first_scored.get(cut, ()))
 
 
