@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from int8convert.checkpoint.hub.bounded_answer import raise_for_status
 from int8convert.checkpoint.hub.failures import translating_errors
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.layout import quoted
@@ -89,7 +90,7 @@ class HubFile:
         """The pieces of a range; of a server that ignores Range, what is behind at most so many bytes."""
         import httpx2
         from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, get_session
 
         url = hf_hub_url(self.repository, self.name, revision=self.commit)
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
@@ -102,7 +103,7 @@ class HubFile:
         ):
             if response.status_code == 416:
                 raise PassingError("the server has fewer bytes of it than the Hub lists")
-            hf_raise_for_status(response)
+            raise_for_status(response)
             n_skipped = begin if self._is_whole(response, begin) else 0
             if n_skipped > most_skipped:
                 raise PassingError("the server ignores Range requests")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
+from int8convert.checkpoint.hub.byte_counter import byte_counter
 from int8convert.checkpoint.hub.header_file import Evidence
 from int8convert.checkpoint.hub.hub_file import HubFile
 from int8convert.checkpoint.hub.repository import ContentCheck
@@ -61,25 +61,9 @@ def download_file(
             cache_dir=cache_dir,
             local_dir=local_dir,
             force_download=is_forced,
-            tqdm_class=_counter_of(on_bytes),
+            tqdm_class=byte_counter(on_bytes),
         )
     )
-
-
-def _counter_of(on_bytes: Callable[[int], None]) -> Any:
-    """A progress bar for the Hub's client that shows nothing, and tells how many bytes have come."""
-    from tqdm.auto import tqdm
-
-    class Counter(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **{**options, "disable": True})
-            self._n_come = options.get("initial", 0) or 0
-
-        def update(self, n: float | None = 1) -> None:
-            self._n_come += n or 0
-            on_bytes(int(self._n_come))
-
-    return Counter
 
 
 def is_content(path: Path, file: HubFile) -> bool:

@@ -11,20 +11,34 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
+from int8convert.checkpoint.hub.bounded_answer import get_json
+from int8convert.checkpoint.hub.byte_counter import byte_counter, is_too_long
 from int8convert.checkpoint.hub.failures import call_hub, endpoint
-from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted
+from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, MAX_CARRIED_BYTES, quoted
+from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, DiskFullError, HubConnectionError, HubError, OutputError
 
 _FETCHES_AT_ONCE = 4
 _MAIN = "main"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NO_HUB = "name another repository; if HF_ENDPOINT names a mirror, unset it"
+
+MAX_FILES = 200_000
+"""Files of a repository. The Hub advises against more than 100,000."""
+
+MAX_PAGES = 1_000
+"""Pages of a list of files. The Hub puts 1,000 files on one."""
+
 _TRIES = 3
 """For a small file that comes with wrong bytes."""
 
@@ -110,47 +124,69 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
     Raises:
         HubError: it is not there, or not for this token, or the Hub is not reached.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
 
-    found = call_hub(
-        lambda: HfApi().model_info(name, revision=revision, timeout=_answer_s()), f"looking for {quoted(name)}", name
-    )
-    if found.sha is None:
+    subject = f"looking for {quoted(name)}"
+    route = f"{endpoint()}/api/models/{name}" + (f"/revision/{quote(revision, safe='')}" if revision else "")
+
+    def look() -> tuple[str, str | None, bool]:
+        validate_repo_id(name)
+        found, _ = get_json(route, subject)
+        if not isinstance(found, dict) or not isinstance(found.get("id"), str):
+            raise ValueError("no repository of the Hub")
+        validate_repo_id(found["id"])
+        return found["id"], found.get("sha"), bool(found.get("private"))
+
+    found_name, commit, is_private = call_hub(look, subject, name)
+    if commit is None:
         raise HubError(f"{quoted(name)} has no commit", "it is empty; name one that holds a checkpoint")
-    commit = found.sha
-    return Repository(found.id, commit, revision or _MAIN, bool(found.private), _list_files(found.id, commit))
-
-
-def _answer_s() -> float:
-    """How long to wait for an answer; of its own accord the client waits for ever."""
-    from huggingface_hub import constants
-
-    return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise HubError(f"{quoted(name)} is at {quoted(str(commit), 60)}, expected a commit of 40 hex digits", _NO_HUB)
+    return Repository(found_name, commit, revision or _MAIN, is_private, _list_files(found_name, commit))
 
 
 def _list_files(name: str, commit: str) -> dict[str, RepositoryFile]:
     """As the client's `list_repo_tree`, which takes no time limit, and tries for minutes on its own."""
     route = f"{endpoint()}/api/models/{name}/tree/{commit}"
+    subject = f"listing {quoted(name)}"
     query: str | None = "recursive=true"
-    files = {}
+    asked: set[str] = set()
+    files: dict[str, RepositoryFile] = {}
     while query is not None:
-        entries, query = call_hub(partial(_list_page, f"{route}?{query}"), f"listing {quoted(name)}", name)
-        for entry in entries:
-            if entry["type"] == "file":
-                sha256 = entry["lfs"]["oid"] if entry.get("lfs") else None
-                files[entry["path"]] = RepositoryFile(entry["path"], entry["size"], sha256, entry["oid"])
+        if query in asked or len(asked) == MAX_PAGES or len(files) > MAX_FILES:
+            what = "names a page again" if query in asked else f"has more than {MAX_FILES:,} files"
+            raise HubError(f"the list of files of {quoted(name)} {what}", _NO_HUB)
+        asked.add(query)
+        found, query = call_hub(partial(_list_page, f"{route}?{query}", subject), subject, name)
+        files |= {file.name: file for file in found}
     return files
 
 
-def _list_page(url: str) -> tuple[list[dict[str, Any]], str | None]:
-    """The entries of a page, and the query of the next one. Of its address no more: a mirror hands on the Hub's own,
-    and the token must not follow it there."""
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+def _list_page(url: str, subject: str) -> tuple[list[RepositoryFile], str | None]:
+    """The files of a page, folders left out, and the query of the next one."""
+    entries, query = get_json(url, subject)
+    if not isinstance(entries, list):
+        raise ValueError("no list of files")
+    return [file for entry in entries if (file := _parse_entry(entry)) is not None], query
 
-    answer = get_session().get(url, headers=build_hf_headers(), timeout=_answer_s())
-    hf_raise_for_status(answer)
-    following = answer.links.get("next", {}).get("url")
-    return answer.json(), urlsplit(following).query if following else None
+
+def _parse_entry(entry: Any) -> RepositoryFile | None:
+    """A file of the list; None of a folder.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    match entry:
+        case {"type": "file", "path": str(path), "size": int(size), "oid": str(blob_id), **others}:
+            lfs = others.get("lfs")
+            sha256 = lfs.get("oid") if isinstance(lfs, dict) else None
+            is_known = sha256 is None or (isinstance(sha256, str) and _SHA256.fullmatch(sha256))
+            parts = path.split("/")
+            if is_size(size) and is_known and path.isprintable() and not {"", ".", ".."} & {*parts}:
+                return RepositoryFile(path, size, sha256, blob_id)
+        case {"type": str(kind)} if kind != "file":
+            return None
+    raise ValueError("no entry of a list of files")
 
 
 def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: Path | None = None) -> Path:
@@ -161,8 +197,17 @@ def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: P
 
     Raises:
         HubError: one cannot be had.
-        CorruptFileError: one comes with wrong bytes again and again.
+        CorruptFileError: one is too large to be a small file, or comes with wrong bytes again and again.
     """
+    names = list(names)
+    for name in names:
+        n_bytes = repository.files[name].n_bytes
+        if n_bytes > MAX_CARRIED_BYTES:
+            raise CorruptFileError(
+                f"{quoted(name)} of {quoted(repository.name)} has {n_bytes:,} bytes, expected at most "
+                f"{MAX_CARRIED_BYTES:,}",
+                "name another repository, or another --revision of it; nothing was written",
+            )
     with ThreadPoolExecutor(_FETCHES_AT_ONCE) as pool:
         paths = dict(zip(names, pool.map(lambda name: _fetch(repository, name, cache_dir), names), strict=True))
     if not paths:
@@ -212,20 +257,41 @@ def _cache_error(error: OSError, cache_dir: Path | None) -> OutputError:
     )
 
 
+class _TooLongError(Exception):
+    """The server sends more bytes than it lists. Stays in this module."""
+
+
 def _fetch(repository: Repository, name: str, cache_dir: Path | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     subject = f"fetching {quoted(name)} of {quoted(repository.name)}"
-    download = partial(hf_hub_download, repository.name, name, revision=repository.commit, cache_dir=cache_dir)
+    file = repository.files[name]
+
+    def stop_at_its_end(n_bytes: int) -> None:
+        if is_too_long(n_bytes, file.n_bytes):
+            raise _TooLongError
+
+    download = partial(
+        hf_hub_download,
+        repository.name,
+        name,
+        revision=repository.commit,
+        cache_dir=cache_dir,
+        tqdm_class=byte_counter(stop_at_its_end),
+    )
+    path = None
     for n_tries in range(_TRIES):
         try:
             path = Path(call_hub(partial(download, force_download=n_tries > 0), subject, repository.name))
+        except _TooLongError:
+            continue
         except OSError as error:
             raise _cache_error(error, cache_dir) from error
-        if repository.files[name].is_content(path.read_bytes()):
+        if file.is_content(path.read_bytes()):
             return path
-    path.resolve().unlink()  # for the next program would take it from the cache
-    path.unlink()
+    if path is not None:
+        path.resolve().unlink()  # for the next program would take it from the cache
+        path.unlink()
     raise CorruptFileError(
         f"{quoted(name)} of {quoted(repository.name)} came {_TRIES} times with other bytes than the Hub lists",
         "a proxy or a disk on the way is broken; nothing was written",

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from int8convert.checkpoint.file_reader import FileReader
+from int8convert.checkpoint.hub.byte_counter import is_too_long
 from int8convert.checkpoint.hub.failures import translating_client_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
 from int8convert.checkpoint.hub.local_copy import cached_path, download_file, holds_evidence, is_content, is_in_cache
@@ -32,7 +33,7 @@ from int8convert.checkpoint.hub.shard_check import ShardCheck
 from int8convert.checkpoint.hub.shard_stream import FetchProgress
 from int8convert.checkpoint.hub.source import RemoteShard
 from int8convert.checkpoint.layout import quoted
-from int8convert.checkpoint.shard_access import HashingReader, LocalShards, OrderedReader
+from int8convert.checkpoint.shard_access import DamagedShardError, HashingReader, LocalShards, OrderedReader
 from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import DiskFullError, HubConnectionError, HubError, OutputError
 
@@ -174,6 +175,9 @@ class ShardDownload:
 
         def on_bytes(n_bytes: int) -> None:
             if self._is_closed:
+                raise _Stopped
+            if is_too_long(n_bytes, shard.n_bytes):
+                failures.append(DamagedShardError(shard, "the server sends more bytes than the Hub lists"))
                 raise _Stopped
             nonlocal farthest
             if n_bytes > farthest:  # what comes once more, after it all began anew, is no progress

@@ -1,0 +1,36 @@
+"""How many bytes the Hub's own client has downloaded, told by what it takes for a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_SLACK_BYTES = 1 << 20
+"""For files of no size worth mentioning."""
+
+
+def is_too_long(n_bytes: int, n_listed: int) -> bool:
+    """Whether a server has sent more of a file than it lists. Some versions of the client count twice what they fetch
+    again after a connection broke off, so only more than twice the size is too much.
+    """
+    return n_bytes > 2 * n_listed + _SLACK_BYTES
+
+
+def byte_counter(on_bytes: Callable[[int], None]) -> Any:
+    """A class of progress bars for the client that show nothing, and tell how many bytes have come.
+
+    Args:
+        on_bytes: what it raises ends the download, if not at once.
+    """
+    from tqdm.auto import tqdm
+
+    class Counter(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+            self._n_come = options.get("initial", 0) or 0
+
+        def update(self, n: float | None = 1) -> None:
+            self._n_come += n or 0
+            on_bytes(int(self._n_come))
+
+    return Counter
