@@ -86,13 +86,20 @@ def parse_json_object(
     Raises:
         CorruptFileError: it is none.
     """
-    value = _parse(encoded, what, hint, allow_nan, allow_lone_surrogates)
+    value = _parse(encoded, what, hint, allow_nan, allow_lone_surrogates, parse_int)
     if not isinstance(value, dict):
         raise CorruptFileError(f"{what} holds a JSON {type(value).__name__}, not an object", hint)
     return value
 
 
-def _parse(encoded: bytes, what: str, hint: str, allow_nan: bool, allow_lone_surrogates: bool = False) -> Any:
+def _parse(
+    encoded: bytes,
+    what: str,
+    hint: str,
+    allow_nan: bool,
+    allow_lone_surrogates: bool = False,
+    parse_int: Callable[[str], Any] = int,
+) -> Any:
     n_containers = encoded.count(b"{") + encoded.count(b"[")  # and braces in names, of which there are few
     if n_containers > MAX_JSON_CONTAINERS:
         raise CorruptFileError(
