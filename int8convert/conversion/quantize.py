@@ -129,8 +129,8 @@ def quantize(
             the same options, unless `overwrite`.
         skip: modules that stay 16-bit; full names or dotted tails, with shell wildcards.
         only: if given, no other modules become int8.
-        format: "bitsandbytes", which transformers loads, or "compressed-tensors", which vLLM and SGLang serve, int8
-            experts included.
+        format: "bitsandbytes", which transformers loads, or "compressed-tensors", which vLLM serves, int8 experts
+            included. SGLang serves those with `--quantization w8a8_int8`.
         threshold: magnitude from which a feature dimension counts as outlier; written for the loader, it does not
             change the weights.
         min_coverage: share of the parameters, 0 to 1, that must become int8; None refuses only a conversion that leaves

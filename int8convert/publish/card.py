@@ -144,7 +144,9 @@ def _hardware(output: FinishedOutput, found: Inspection) -> str:
     else:
         speed = (
             "This layout is for vLLM and SGLang, which quantize all activations to 8 bits, outliers as well. "
-            "transformers decompresses the weights to 16 bits when it loads them, and cannot load int8 experts."
+            "SGLang 0.5.23 serves int8 experts of it with `--quantization w8a8_int8` alone. "
+            "transformers decompresses the weights to 16 bits when it loads them, and cannot load int8 experts. "
+            "It rounds the scales, which are in float32 here, to the model's dtype: by up to 0.4 % in bf16."
         )
     return f"## Hardware\n\n{_gpus(found)}\n\n{speed}"
 
