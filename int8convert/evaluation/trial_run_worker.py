@@ -108,14 +108,13 @@ def _without_codes(value: Any, name: str) -> Any:
 class HollowInt8Linear(nn.Linear):
     """Stands in for the int8 layer of a loader."""
 
-    def __init__(self, name: str, module: Any, record: Record, has_scb: bool) -> None:
+    def __init__(self, name: str, module: Any, record: Record) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         is_conv1d = isinstance(module, Conv1D)
         self.in_features, self.out_features = module.weight.shape if is_conv1d else module.weight.shape[::-1]
         codes: Any = _constant((self.out_features, self.in_features), torch.int8).as_subclass(Codes)
         codes.module_name, codes.record = name, record
-        if has_scb:
-            codes.SCB = _constant((self.out_features,), torch.float32)  # as bitsandbytes has it; RWKV looks there
+        codes.SCB = _constant((self.out_features,), torch.float32)  # as int8 weights have it; RWKV divides it
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.bias = module.bias
         self._name, self._record = name, record
@@ -249,8 +248,7 @@ def try_model(directory: str, output_format: OutputFormat, trusts_code: bool) ->
     replaced = loader_replaces(model, block, output_format)
     _assign_is_quantized(model)  # as the loader does; Jamba then calls a layer whose weight it would read
     for name in replaced:
-        is_bitsandbytes = output_format is OutputFormat.BITSANDBYTES
-        model.set_submodule(name, HollowInt8Linear(name, model.get_submodule(name), record, is_bitsandbytes))
+        model.set_submodule(name, HollowInt8Linear(name, model.get_submodule(name), record))
     error = _attempt(model, record)
     found = list(record.mistakes.items())
     not_run = None

@@ -25,6 +25,7 @@ from torch import nn
 
 from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD
 from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.errors import FormatError
 from int8convert.runtime.peft_guard import guard_adapters
 
 MAX_FOUND_COLUMNS = 256
@@ -122,7 +123,19 @@ class Int8Linear(nn.Linear):
         layer.weight_format.zero_()
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        layer.show_scale()
         return layer
+
+    def show_scale(self) -> None:
+        """Give the weight its scale as the attribute `SCB`, as bitsandbytes does.
+
+        RWKV's code divides that scale in place. Without one it would divide the codes, which integers do not take. A
+        layer with stored columns shows none: their weights would stay undivided.
+        """
+        if self.outlier_columns.numel():
+            self.weight.__dict__.pop("SCB", None)
+            return
+        self.weight.SCB = self.SCB if self.layout is OutputFormat.BITSANDBYTES else self.weight_scale  # type: ignore[attr-defined]
 
     @property
     def weight_absmax(self) -> torch.Tensor:
@@ -140,19 +153,24 @@ class Int8Linear(nn.Linear):
         """Store the columns that stay 16-bit, [n], and their weights before quantization, [out_features, n]."""
         self.outlier_columns = columns.to(self.weight.device, torch.int32)
         self.outlier_weight = weight.to(self.weight.device)
+        self.show_scale()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> y [..., out_features], in the dtype of x; `input` is nn.Linear's name for it.
 
         Raises:
-            TypeError: x is of an integer dtype: model code that casts its input to the dtype of a layer's weight does
+            FormatError: x is of an integer dtype. Model code that casts its input to the dtype of a layer's weight does
                 that to it.
         """
         from cuda_kernels import ops
 
         x = input
         if not x.is_floating_point():
-            raise TypeError(f"the input of an int8 Linear is {x.dtype}, expected a float: leave this module 16-bit")
+            raise FormatError(
+                f"an int8 Linear of {self.in_features:,} x {self.out_features:,} got an input of {x.dtype}, expected a "
+                "float: the model's code casts it to the dtype of a weight",
+                "convert the source again with --skip LAYER; int8convert verify names the layer",
+            )
         stored = self.outlier_columns if self.mode.uses_stored else self.outlier_columns[:0]
         stored_weight = self.outlier_weight if self.mode.uses_stored else self.outlier_weight[:, :0]
         capacity = min(MAX_FOUND_COLUMNS, self.in_features) if self.mode.finds and self.threshold > 0 else 0
@@ -178,6 +196,7 @@ class Int8Linear(nn.Linear):
         moved = fn(scale.data)
         kept = moved if moved.dtype == torch.float32 else scale.data.to(moved.device)
         self._parameters[name] = nn.Parameter(kept, requires_grad=False)
+        self.show_scale()  # not the one of before, which may be on another device
         return self
 
     def extra_repr(self) -> str:

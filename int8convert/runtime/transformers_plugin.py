@@ -165,6 +165,7 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, Int8Linear):
                 module.requires_grad_(False)
+                module.show_scale()
                 order = getattr(module, "weight_format", None)
                 if order is None or order.device.type == "meta":
                     continue

@@ -9,6 +9,7 @@ import torch
 
 import int8convert
 from int8convert.checkpoint.output_format import OutputFormat
+from int8convert.errors import FormatError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -203,7 +204,7 @@ def test_inputs_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
 
 
 def test_input_cast_to_the_dtype_of_the_weight_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"input of an int8 Linear is torch\.int8, expected a float"):
+    with pytest.raises(FormatError, match=r"got an input of torch\.int8, expected a float"):
         layer_for(OutlierMode.NONE, torch.float32)(torch.ones(1, 96, dtype=torch.int8))
 
 

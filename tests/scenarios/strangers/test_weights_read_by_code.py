@@ -14,7 +14,7 @@ from safetensors import safe_open
 import int8convert
 from int8convert import Int8ConvertConfig
 from tests.family_models import build_family, families
-from tests.scenarios.strangers.makers import convert
+from tests.scenarios.strangers.makers import change, convert
 
 pytestmark = [pytest.mark.usefixtures("map_in_process"), pytest.mark.filterwarnings("ignore")]
 
@@ -102,3 +102,19 @@ def test_what_is_quantized_in_memory_or_while_it_loads_runs_too(tmp_path: Path) 
     loaded = transformers.Siglip2VisionModel.from_pretrained(source, quantization_config=Int8ConvertConfig())
     for changed in (int8convert.quantize_(model), loaded):
         assert torch.nn.functional.cosine_similarity(first_output(changed, PATCHES), expected, 0) > 0.99
+
+
+@pytest.mark.parametrize("output_format", ["bitsandbytes", "compressed-tensors"])
+def test_rwkv_divides_the_scale_in_place_of_the_codes(output_format: str, tmp_path: Path) -> None:
+    source = save(family("causal/rwkv"), tmp_path / "source")
+    change(source / "config.json", rescale_every=1)  # a layer further on is divided by a larger power of two
+    out = convert(source, tmp_path / "out", format=output_format)
+    expected = first_output(transformers.RwkvForCausalLM.from_pretrained(source), TOKENS)
+    model = int8convert.load(out)
+    layer = model.rwkv.blocks[1].attention.output
+    layer.float()  # gives the layer another scale
+    before = layer.weight_absmax.clone()
+    assert torch.nn.functional.cosine_similarity(first_output(model, TOKENS), expected, 0) > 0.99
+    assert torch.equal(layer.weight_absmax, before / 2)
+    layer.set_outliers(torch.tensor([1]), torch.ones(layer.out_features, 1))
+    assert not hasattr(layer.weight, "SCB")
