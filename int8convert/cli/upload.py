@@ -102,6 +102,9 @@ def _print_report(report: UploadReport) -> None:
         note(f"{report.repository} has a README.md not written by int8convert: it is kept; --overwrite replaces it")
     if not report.is_verified:
         note("not verified, as the model card says")
+    vouches = "verify does not vouch for it" if report.is_verified else "the conversion did not write it"
+    for name in report.left:
+        note(f"{name} is left here: {vouches}")
     for name in report.deleted:
         note(f"{name} {'would be' if report.is_dry_run else 'was'} removed: it is no part of this checkpoint")
     if report.is_dry_run:

@@ -252,8 +252,8 @@ class _Comparison:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        self.hashes |= hash_beside(self._examined)
         source = self._plan.source
+        self.hashes |= hash_beside(self._examined, source)
         return (
             self._check("files", len(self._out.shards) if self._records else 0),
             self._check("tensors", self.layout.n_expected),

@@ -67,7 +67,13 @@ def _strange(examined: ExaminedCheckpoint, source: CheckpointSource, provenance:
         yield Finding(name, "no such file: neither the source has it nor the conversion writes it", "one")
 
 
-def hash_beside(examined: ExaminedCheckpoint) -> dict[str, str]:
-    """The sha256 of every file beside the weights that lies here, but for those that are written afterwards."""
-    paths = {name: examined.path_of(name) for name in examined.names - examined.weight_files - _NOT_VOUCHED_FOR}
+def hash_beside(examined: ExaminedCheckpoint, source: CheckpointSource) -> dict[str, str]:
+    """The sha256 of the files beside the weights that were looked at and lie here.
+
+    Not of those that are written afterwards, nor of those that no loader reads and the source has not: notes, pictures,
+    the pages of `verify --report`.
+    """
+    carried = {path.relative_to(source.directory).as_posix() for path in source.carried}
+    names = {name for name in examined.names - examined.weight_files if name in carried or not is_inert(name)}
+    paths = {name: examined.path_of(name) for name in names - _NOT_VOUCHED_FOR}
     return {name: file_sha256(path) for name, path in sorted(paths.items()) if isinstance(path, Path)}

@@ -118,7 +118,7 @@ def _outliers(output: FinishedOutput) -> str:
     block = output.config.get("quantization_config")
     threshold = block.get("llm_int8_threshold") if isinstance(block, dict) else None
     said = []
-    if isinstance(threshold, int | float):
+    if isinstance(threshold, int | float) and 0 <= threshold < 3e38:  # an integer may have more digits than a float
         said.append(f"Input features with a magnitude of {threshold:g} or more are multiplied in 16 bits.")
     stored = read_stored_columns(output)
     if stored is not None:

@@ -1,4 +1,9 @@
-"""What may be published: a conversion of ours that is finished, whole on the disk, and verified."""
+"""What may be published: a conversion of ours that is finished, whole on the disk, and verified.
+
+Published are the files that verify.json vouches for, in the very bytes that it names. Of an output that is not
+verified, and is to be published all the same, it is those that the manifest names: the conversion wrote them, though
+nobody has compared them since. Whatever else lies there stays there, or is an error if a loader might take it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,26 @@ from typing import Any
 
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.json_file import read_config, read_json_object
-from int8convert.checkpoint.layout import CONFIG_NAME, OWN_FOLDER, VERIFY_FILE, quoted
+from int8convert.checkpoint.layout import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    OUTLIERS_FILE,
+    OWN_FOLDER,
+    VERIFY_FILE,
+    quoted,
+)
+from int8convert.checkpoint.loader_files import is_inert
 from int8convert.checkpoint.manifest import NOT_PUBLISHED, Manifest, ShardRecord
+from int8convert.checkpoint.present_files import PresentFiles, find_present
+from int8convert.checkpoint.recorded_request import read_recorded_request
+from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
 
 _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
 """Of our own folder: what only this machine, or a conversion that goes on, needs."""
 
+_OF_EVERY_OUTPUT = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE, VERIFY_FILE})
 _MAX_FAILURES = 3
 
 NEVER_VERIFIED = "it was not verified"
@@ -29,6 +47,7 @@ class FinishedOutput:
     Attributes:
         config, manifest: the parsed files.
         records: of its shards.
+        present: the files that lie there.
         verify: the parsed verify.json; None if there is none that is about these bytes and passed.
         unverified: why not, as a phrase; "" if there is.
         is_damaged: its weight files were not those of the manifest when it was verified.
@@ -38,6 +57,7 @@ class FinishedOutput:
     config: dict[str, Any] = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
     records: tuple[ShardRecord, ...] = field(repr=False)
+    present: PresentFiles = field(repr=False)
     verify: dict[str, Any] | None = field(repr=False)
     unverified: str
     is_damaged: bool = False
@@ -50,24 +70,38 @@ class FinishedOutput:
 
     def files(self) -> dict[str, Path]:
         """Name in the repository -> path of all that is published, but for the model card."""
-        paths = (path for path in sorted(self.path.rglob("*")) if path.is_file())
-        named = {path.relative_to(self.path).as_posix(): path for path in paths}
-        return {name: path for name, path in named.items() if _is_published(name)}
+        if self.verify is not None:
+            names = {*self.verify["files"], VERIFY_FILE}
+        else:
+            carried = self.manifest.get("carried")
+            names = {*_OF_EVERY_OUTPUT, *(carried if isinstance(carried, dict) else ())}
+            names |= {record.file_name for record in self.records}
+        return {name: path for name, path in self.present.files.items() if name in names and name != CARD_NAME}
+
+    def left(self) -> tuple[str, ...]:
+        """Names of the files that are not published, but for those of our own folder that stay here always."""
+        published = self.files()
+        return tuple(
+            name for name in self.present.files if name not in published and name != CARD_NAME and not _is_private(name)
+        )
+
+    def hash_files(self) -> dict[str, str]:
+        """Name -> sha256 of all that is published, but for the model card; see `check_shards` for the weights."""
+        known = {record.file_name: record.sha256 for record in self.records}
+        return {name: known.get(name) or file_sha256(path) for name, path in self.files().items()}
 
 
-def _is_published(name: str) -> bool:
+def _is_private(name: str) -> bool:
     parts = name.split("/")
-    if any(part.startswith(".") for part in parts) or name.endswith(".incomplete"):
-        return False
-    return not (parts[0] == OWN_FOLDER and parts[1] in _NOT_PUBLISHED)
+    return parts[0] == OWN_FOLDER and len(parts) > 1 and parts[1] in _NOT_PUBLISHED
 
 
 def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
     """Look at an output, and see that it is finished and its shards have their sizes.
 
     Raises:
-        OutputError: it is no finished conversion of ours.
-        CorruptFileError: a shard is not there, or of another size.
+        OutputError: it is no finished conversion of ours, or holds a link out of it, or a pipe.
+        CorruptFileError: a shard is not there, or of another size; or the manifest is not understood.
     """
     path = Path(out)
     manifest = Manifest(path)
@@ -78,40 +112,50 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
             f"{shown} is {'an unfinished conversion' if is_begun else 'no output of int8convert quantize'}",
             f"{'run the same quantize again to finish it' if is_begun else 'name one'}; nothing was sent",
         )
-    records = tuple(manifest.read_records().values())
+    present = find_present(path)
+    for name, why in present.refused.items():
+        raise OutputError(f"{quoted(name)} in {shown} is {why}", "remove it; nothing was sent")
+    try:
+        read_recorded_request(path)
+    except CorruptFileError as error:
+        error.hint += "; nothing was sent"
+        raise
+    records = tuple(manifest.read_finished_records().values())
     for record in records:
-        shard = path / record.file_name
-        n_bytes = shard.stat().st_size if shard.is_file() else None
+        shard = present.files.get(record.file_name)
+        n_bytes = shard.stat().st_size if shard is not None else None
         if n_bytes != record.n_bytes:
             found = "no such file" if n_bytes is None else f"{n_bytes:,} bytes"
             raise CorruptFileError(
                 f"{quoted(record.file_name)} in {shown}: expected {record.n_bytes:,} bytes, found {found}",
                 "run the same quantize again, which makes what is missing; nothing was sent",
             )
-    verify, unverified, is_damaged = _read_verify(path, {record.file_name: record.sha256 for record in records})
-    whole = read_json_object(path / OWN_FOLDER / "manifest.json")
-    return FinishedOutput(path, read_config(path / CONFIG_NAME), whole, records, verify, unverified, is_damaged)
+    shards = {record.file_name: record.sha256 for record in records}
+    verify, unverified, is_damaged = _read_verify(present, shards)
+    whole = read_json_object(path / MANIFEST_NAME, allow_lone_surrogates=True)
+    config = read_config(path / CONFIG_NAME)
+    return FinishedOutput(path, config, whole, records, present, verify, unverified, is_damaged)
 
 
 def read_published(out: Path) -> FinishedOutput:
     """As `read_finished`, of an output whose shards are not here any longer, and which was not verified."""
     manifest = Manifest(out)
-    records = tuple(manifest.read_records().values())
-    whole = read_json_object(out / OWN_FOLDER / "manifest.json")
-    return FinishedOutput(out, read_config(out / CONFIG_NAME), whole, records, None, NEVER_VERIFIED)
+    records = tuple(manifest.read_finished_records().values())
+    whole = read_json_object(out / MANIFEST_NAME, allow_lone_surrogates=True)
+    config = read_config(out / CONFIG_NAME)
+    return FinishedOutput(out, config, whole, records, find_present(out), None, NEVER_VERIFIED)
 
 
-def _read_verify(path: Path, shards: Mapping[str, str]) -> tuple[dict[str, Any] | None, str, bool]:
+def _read_verify(present: PresentFiles, shards: Mapping[str, str]) -> tuple[dict[str, Any] | None, str, bool]:
     """Three attributes of `FinishedOutput`: verify, unverified, is_damaged.
 
     Args:
         shards: weight file -> sha256, as the manifest has it; `check_shards` compares the files with that.
     """
-    file = path / VERIFY_FILE
-    if not file.is_file():
+    if VERIFY_FILE not in present.files:
         return None, NEVER_VERIFIED, False
     try:
-        report = read_json_object(file)
+        report = read_json_object(present.files[VERIFY_FILE])
     except (CorruptFileError, SourceError):
         return None, "its verify.json cannot be read", False
     if report.get("is_passed") is not True:
@@ -119,17 +163,24 @@ def _read_verify(path: Path, shards: Mapping[str, str]) -> tuple[dict[str, Any] 
         lines = [quoted(line, 300)[1:-1] for line in found if isinstance(line, str)] if isinstance(found, list) else []
         what = f": {'; '.join(lines[:_MAX_FAILURES])}" if lines else ""
         return None, f"it did not pass when it was verified{what}", any(line.startswith("files: ") for line in lines)
-    described = report.get("files")
-    described = described if isinstance(described, dict) else {}
-    names = {*described, CONFIG_NAME, f"{OWN_FOLDER}/manifest.json"}
-    outliers = f"{OWN_FOLDER}/outliers.safetensors"
-    names |= {outliers} if (path / outliers).is_file() else set()
-    for name in sorted(names):
-        there = path / name
-        found = shards.get(name) or (file_sha256(there) if there.is_file() else "")
-        if not found or found != described.get(name):
-            return None, f"{quoted(name)} is not the one that was verified", False
-    return report, "", False
+    vouched = report.get("files")
+    vouched = vouched if isinstance(vouched, dict) else {}
+    unverified = _first_unverified(present, vouched, shards)
+    return (report, "", False) if not unverified else (None, unverified, False)
+
+
+def _first_unverified(present: PresentFiles, vouched: Mapping[str, Any], shards: Mapping[str, str]) -> str:
+    """The first file that verify.json does not vouch for as it is now, as a phrase; "" if there is none."""
+    for name in sorted({*vouched, *shards, CONFIG_NAME, MANIFEST_NAME}):
+        path = present.files.get(name)
+        if path is None:
+            return f"{quoted(name)} was verified and is gone"
+        if (shards.get(name) or file_sha256(path)) != vouched.get(name):
+            return f"{quoted(name)} is not the one that was verified"
+    for name in present.files.keys() - vouched.keys() - {VERIFY_FILE, CARD_NAME}:
+        if not is_inert(name) and not _is_private(name):
+            return f"{quoted(name)} is none of the files that were verified"
+    return ""
 
 
 def check_verified(output: FinishedOutput) -> None:

@@ -131,7 +131,7 @@ class HubPublisher:
         from huggingface_hub import CommitOperationAdd
 
         additions = [
-            self._target.send(record.file_name, path),
+            self._target.send(record.file_name, path, record.sha256),
             CommitOperationAdd(f"{_RECORDS_FOLDER}{record.file_name}.json", _encode(asdict(record))),
         ]
         if not self._has_begun:
@@ -148,7 +148,7 @@ class HubPublisher:
         state = find_repository(self._target.name, self._target.branch)
         shards = {record.file_name: record for record in output.records}
         self._check(shards, state.files)
-        files = {name: path for name, path in output.files().items() if name not in shards and name != CARD_NAME}
+        files = {name: path for name, path in output.files().items() if name not in shards}
         additions = [self._target.send(name, path) for name, path in files.items()]
         kept = {*shards, *files}
         stale = [

@@ -19,7 +19,7 @@ from int8convert.checkpoint.hub.repository import Repository, RepositoryFile, fe
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CARD_NAME
 from int8convert.checkpoint.source_name import looks_like_repository
-from int8convert.errors import HubAccessError, HubConnectionError, HubError, HubMissingError
+from int8convert.errors import CorruptFileError, HubAccessError, HubConnectionError, HubError, HubMissingError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
@@ -166,12 +166,16 @@ class Target:
         if self.branch != MAIN:
             call_hub(lambda: api.create_branch(self.name, branch=self.branch, exist_ok=True), subject, self.name)
 
-    def send(self, name: str, path: Path) -> CommitOperationAdd:
+    def send(self, name: str, path: Path, sha256: str | None = None) -> CommitOperationAdd:
         """Have the server keep a file's bytes, if it is a large one; what it keeps already is not sent.
+
+        Args:
+            sha256: what the file must hold; None takes what is there.
 
         Returns: what a commit needs to name them.
 
         Raises:
+            CorruptFileError: it holds something else.
             HubError: it does not arrive.
         """
         from huggingface_hub import CommitOperationAdd, HfApi
@@ -180,6 +184,10 @@ class Target:
         patience = Patience(f"sending {quoted(name)} to {quoted(self.name)}", transfer_patience_s())
         while True:
             addition = CommitOperationAdd(name, str(path))
+            if sha256 is not None and addition.upload_info.sha256.hex() != sha256:
+                raise CorruptFileError(
+                    f"{quoted(name)} was changed after it was compared", "run the same command again; nothing was sent"
+                )
             try:
                 with translating_client_errors(self.name), _translating_transfer(self.name):
                     HfApi().preupload_lfs_files(

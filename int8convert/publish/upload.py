@@ -1,7 +1,7 @@
 """`upload`: a finished output becomes a repository on the Hub, and is seen to have arrived.
 
-1. The output must be finished, verified, and byte for byte what its manifest says; the repository must hold no weights
-   of something else, or be overwritten.
+1. The output must be finished, verified, and byte for byte what its manifest and verify.json say; the repository must
+   hold no weights of something else, or be overwritten.
 2. Its model card is written, unless there is one that somebody wrote, here or there.
 3. Files that the branch does not have with the same bytes are sent, the large ones one by one; then one commit takes
    them over, and removes weights that are no part of the output, which loaders would mix with ours.
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 
 from int8convert import __version__
 from int8convert.checkpoint.atomic import write_text
-from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.hub.repository import Repository, RepositoryFile
 from int8convert.checkpoint.inspection import inspect
 from int8convert.checkpoint.layout import MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights, quoted
@@ -41,6 +41,7 @@ class UploadReport:
         n_files, n_bytes: of the whole.
         n_sent_bytes: of the files that the branch did not have, or would be sent by what was a dry run.
         sent, deleted: names of files.
+        left: names of files in `out` that nobody vouches for, and that are not published.
         keeps_card: whose model card was left as it is: "" for none, "output" for one in `out`, which was sent,
             "repository" for one that was there.
         is_new: the repository or the branch was not there.
@@ -60,6 +61,7 @@ class UploadReport:
     n_sent_bytes: int
     sent: tuple[str, ...]
     deleted: tuple[str, ...]
+    left: tuple[str, ...]
     keeps_card: str
     is_new: bool
     is_private: bool | None
@@ -96,7 +98,7 @@ def upload(
         create_pr: propose the change in place of making it.
         message: of the commit.
         dry_run: tell what would be done.
-        allow_unverified: publish what `verify` has not passed; the model card says so.
+        allow_unverified: publish what the conversion wrote though `verify` has not passed it; the model card says so.
         overwrite: replace weights of something else and a model card of somebody's own that the repository has.
         on_file: told of each file that is on the Hub.
 
@@ -143,9 +145,9 @@ class _Upload:
         check_shards(output)
         found = self.target.find()
         there = dict(found.files) if found is not None else {}
-        files = {name: path for name, path in output.files().items() if name != CARD_NAME}
+        files, hashes = output.files(), output.hash_files()
         sizes = {name: path.stat().st_size for name, path in files.items()}
-        changed = [name for name in sizes if not _is_same(files[name], there.get(name))]
+        changed = [name for name in sizes if not _is_same(files[name], hashes[name], there.get(name))]
         stale = sorted(name for name in there if is_loaded_as_weights(name) and name not in files)
         replaced = sorted(name for name in changed if is_loaded_as_weights(name) and name in there)
         if (stale or replaced) and not self.overwrites and MANIFEST_NAME not in there:
@@ -159,14 +161,15 @@ class _Upload:
         if card is not None:
             files[CARD_NAME] = output.path / CARD_NAME
             sizes[CARD_NAME] = len(card)
+            hashes[CARD_NAME] = hashlib.sha256(card).hexdigest()
             if CARD_NAME not in there or not there[CARD_NAME].is_content(card):
                 changed.append(CARD_NAME)
         commit, url = None, self.target.url
         is_private = found.is_private if found is not None else self.target.is_private
         if not self.is_dry_run:
-            commit, url = self._send(files, sizes, changed, stale)
+            commit, url = self._send(files, hashes, sizes, changed, stale)
             found_after = self.target.find(commit)
-            _check_arrived(self.target, found_after, files)
+            _check_arrived(self.target, found_after, files, hashes)
             is_private = found_after.is_private if found_after is not None else is_private
         return UploadReport(
             out=os.fspath(self.out),
@@ -180,6 +183,7 @@ class _Upload:
             n_sent_bytes=sum(sizes[name] for name in changed),
             sent=tuple(sorted(changed)),
             deleted=tuple(stale),
+            left=output.left(),
             keeps_card=keeps_card,
             is_new=found is None,
             is_private=is_private,
@@ -202,7 +206,12 @@ class _Upload:
         return make_card(output, self.target.name, inspect(output.path)).encode()
 
     def _send(
-        self, files: dict[str, Path], sizes: dict[str, int], changed: list[str], stale: list[str]
+        self,
+        files: dict[str, Path],
+        hashes: dict[str, str],
+        sizes: dict[str, int],
+        changed: list[str],
+        stale: list[str],
     ) -> tuple[str | None, str]:
         """Send the files and commit them; the commit, None if nothing had to be changed, and where to look at it."""
         from huggingface_hub import CommitOperationDelete
@@ -220,7 +229,7 @@ class _Upload:
             return None, self.target.url
         additions = []
         for name in sorted(changed, key=lambda name: sizes[name]):
-            additions.append(self.target.send(name, files[name]))
+            additions.append(self.target.send(name, files[name], hashes[name]))
             tell(name, True)
         deletions = [CommitOperationDelete(name) for name in stale]
         info = self.target.commit(additions, deletions, self.message or f"Upload by int8convert {__version__}")
@@ -254,16 +263,18 @@ def _own_card(path: Path) -> bytes:
     return content
 
 
-def _is_same(path: Path, file: RepositoryFile | None) -> bool:
-    if file is None or file.n_bytes != path.stat().st_size:
-        return False
-    return file_sha256(path) == file.sha256 if file.sha256 is not None else file.is_content(path.read_bytes())
+def _is_same(path: Path, sha256: str, file: RepositoryFile | None) -> bool:
+    """Whether the Hub has a file with this content; small ones it knows by another hash, taken here of the bytes."""
+    if file is None or file.sha256 is not None:
+        return file is not None and file.sha256 == sha256
+    content = path.read_bytes() if file.n_bytes == path.stat().st_size else b""
+    return hashlib.sha256(content).hexdigest() == sha256 and file.is_content(content)
 
 
-def _check_arrived(target: Target, found: Repository | None, files: dict[str, Path]) -> None:
-    """Compare what the Hub lists with what is here."""
+def _check_arrived(target: Target, found: Repository | None, files: dict[str, Path], hashes: dict[str, str]) -> None:
+    """Compare what the Hub lists with what was to be sent."""
     there = found.files if found is not None else {}
-    different = [name for name, path in files.items() if not _is_same(path, there.get(name))]
+    different = [name for name, path in files.items() if not _is_same(path, hashes[name], there.get(name))]
     if different:
         raise HubError(
             f"{quoted(target.name)} has other bytes than were sent for {', '.join(map(quoted, different[:3]))}"

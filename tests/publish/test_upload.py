@@ -243,7 +243,7 @@ def test_pull_request_whose_answer_got_lost_is_not_made_twice(
 ) -> None:
     connect(hub, hub.token)
     int8convert.upload(verified, REPO)
-    (verified / "extra.txt").write_text("x")
+    (verified / "README.md").write_text("# Mine")
 
     def lose(*arguments: Any) -> Response:
         write_routes.commit(*arguments)
@@ -362,7 +362,7 @@ def changed_since(out: Path) -> str:
 
 def verified_before_columns_were_stored(out: Path) -> str:
     (out / "int8convert" / "outliers.safetensors").write_bytes(b"new")
-    return "'int8convert/outliers.safetensors' is not the one that was verified"
+    return "'int8convert/outliers.safetensors' is none of the files that were verified"
 
 
 @pytest.mark.parametrize(

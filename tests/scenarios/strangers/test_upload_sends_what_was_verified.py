@@ -1,0 +1,216 @@
+"""`upload` sends the files that verify.json vouches for, in those bytes; all else is refused or left, by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import int8convert
+from int8convert.checkpoint.layout import MANIFEST_NAME, VERIFY_FILE
+from int8convert.errors import CorruptFileError, Int8ConvertError, OutputError, UnverifiedError
+from int8convert.publish.upload import UploadReport
+from tests.hub_server.fixtures import Connect, connect, hub
+from tests.hub_server.hub import Hub
+from tests.scenarios.strangers.makers import change, passes_exact, write
+from tests.tiny_models import file_bytes
+
+__all__ = ["connect", "hub"]
+
+pytestmark = pytest.mark.usefixtures("map_in_process")
+
+REPO = "me/model"
+FILES = {
+    *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *(MANIFEST_NAME, VERIFY_FILE, "README.md"),
+}
+"""What is published of the output of this folder's fixture."""
+
+
+@pytest.fixture
+def verified(out: Path, hub: Hub, connect: Connect) -> Path:
+    """An output that the exact level passed, and a Hub to send it to."""
+    assert passes_exact(out)
+    connect(hub, hub.token)
+    return out
+
+
+def dry_run(out: Path, **options: Any) -> UploadReport:
+    return int8convert.upload(out, REPO, dry_run=True, **options)
+
+
+CHANGED = {
+    "tokenizer.json": '{"changed": 1}',
+    "tokenizer_config.json": "{}",
+    "generation_config.json": '{"eos_token_id": 99}',
+    "config.json": "{}",
+    MANIFEST_NAME: None,
+    "pytorch_model.bin": "cos\nsystem\n",
+    "modeling_x.py": "import os",
+    "extra.safetensors": "not verified",
+    "Extra.SafeTensors": "not verified",
+    "chat_template.jinja": "{{ 1 }}",
+    "assets/run.py": "import os",
+    "notes.txt": "a vocabulary by its name",
+    ".tokenizer.model": "hidden, and loaded",
+    "int8convert/notes": "in our own folder",
+    "int8convert/outliers.safetensors": "stored since",
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_file_that_was_not_verified_is_refused_by_name(name: str, verified: Path) -> None:
+    content = CHANGED[name]
+    if content is None:
+        manifest = json.loads((verified / name).read_text())
+        content = json.dumps({**manifest, "tool": "another"})
+    write(verified / name, content)
+
+    with pytest.raises(UnverifiedError) as caught:
+        dry_run(verified)
+
+    assert f"'{name}' is no" in caught.value.message and caught.value.hint.endswith("nothing was sent")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_file_that_is_gone_is_refused_by_name(name: str, verified: Path) -> None:
+    (verified / name).unlink()
+    with pytest.raises(UnverifiedError, match=f"'{name}' was verified and is gone"):
+        dry_run(verified)
+
+
+def test_weights_that_were_changed_are_refused(verified: Path) -> None:
+    path = verified / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for options in ({}, {"allow_unverified": True}):
+        with pytest.raises(CorruptFileError, match=r"has sha256 .*, as the manifest says"):
+            dry_run(verified, **options)
+
+
+def test_what_was_verified_is_sent_and_nothing_else(verified: Path, hub: Hub) -> None:
+    left = ("assets/plot.png", "notes.md", "report.html")
+    for name in (*left, ".env", ".cache/token", "int8convert/local.json", "int8convert/lock"):
+        write(verified / name, "of this machine")
+    before = file_bytes(verified)
+
+    assert dry_run(verified).left == left
+    report = int8convert.upload(verified, REPO)
+
+    assert (report.left, report.is_verified) == (left, True)
+    assert hub.repo(REPO).files.keys() == FILES
+    sent = {name: content for name, content in hub.repo(REPO).files.items() if name != "README.md"}
+    assert sent == {name: before[name] for name in sent}
+
+
+def test_files_that_no_loader_reads_are_not_vouched_for(out: Path, hub: Hub, connect: Connect) -> None:
+    """They lay there when verify ran: a page of it holds the places of this machine."""
+    write(out / "report.html", str(out))
+    assert passes_exact(out)
+    connect(hub, hub.token)
+    assert dry_run(out).left == ("report.html",)
+
+
+def test_licence_of_the_source_goes_along(source: Path, tmp_path: Path, hub: Hub, connect: Connect) -> None:
+    write(source / "LICENSE", "MIT")
+    out = tmp_path / "licensed"
+    int8convert.quantize(source, out, on_event=lambda event: None)
+    assert passes_exact(out)
+    connect(hub, hub.token)
+    report = dry_run(out)
+    assert "LICENSE" in report.sent and report.left == ()
+
+
+def test_unverified_output_is_sent_as_the_conversion_wrote_it(out: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+    strange = {"modeling_x.py", "pytorch_model.bin", "notes.md", "special_tokens_map.json", "int8convert/notes"}
+    for name in strange:
+        write(out / name, "x")
+    change(out / "tokenizer_config.json", chat_template="{{ mine }}")
+    with pytest.raises(UnverifiedError, match="it was not verified"):
+        dry_run(out)
+
+    report = int8convert.upload(out, REPO, allow_unverified=True)
+
+    assert set(report.left) == strange and not report.is_verified
+    assert hub.repo(REPO).files.keys() == FILES - {VERIFY_FILE}
+    assert b"mine" in hub.repo(REPO).files["tokenizer_config.json"]
+    assert "**Not verified**" in hub.repo(REPO).files["README.md"].decode()
+
+
+def test_card_of_the_user_s_own_is_sent_as_it_is(verified: Path, hub: Hub) -> None:
+    write(verified / "README.md", "# mine")
+    report = int8convert.upload(verified, REPO)
+    assert report.keeps_card == "output" and hub.repo(REPO).files["README.md"] == b"# mine"
+
+
+LINKS = ["assets/key", "int8convert/key", "notes.txt", "README.md", "tokenizer.json", "model.safetensors", "assets"]
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("allow_unverified", [False, True])
+def test_link_out_of_the_output_is_refused(name: str, allow_unverified: bool, verified: Path) -> None:
+    private = write(verified.parent / "private" / "key", "a private key")
+    (verified / name).unlink(missing_ok=True)
+    (verified / name).parent.mkdir(exist_ok=True)
+    (verified / name).symlink_to(private.parent if name == "assets" else private)
+    if name != "README.md":  # with a card of our own, opening the output to write one would refuse the link
+        write(verified / "README.md", "# mine")
+    with pytest.raises(OutputError) as caught:
+        dry_run(verified, allow_unverified=allow_unverified)
+    assert f"'{name}' in " in caught.value.message and "a link" in caught.value.message
+    assert caught.value.hint == "remove it; nothing was sent"
+
+
+def test_own_folder_that_is_a_link_is_refused(verified: Path) -> None:
+    (verified / "int8convert").rename(verified.parent / "elsewhere")
+    (verified / "int8convert").symlink_to(verified.parent / "elsewhere")
+    with pytest.raises(Int8ConvertError):
+        dry_run(verified)
+
+
+def test_link_within_the_output_is_sent_as_the_file_it_leads_to(out: Path, hub: Hub, connect: Connect) -> None:
+    (out / "tokenizer.json").rename(out / "tokenizer-1.md")
+    (out / "tokenizer.json").symlink_to("tokenizer-1.md")
+    assert passes_exact(out)
+    connect(hub, hub.token)
+    int8convert.upload(out, REPO)
+    assert hub.repo(REPO).files["tokenizer.json"] == (out / "tokenizer-1.md").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["pipe", "assets/pipe", "int8convert/pipe"])
+def test_pipe_is_refused_and_not_opened(name: str, verified: Path) -> None:
+    (verified / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(verified / name)
+    with pytest.raises(OutputError, match=f"'{name}' in .* is a pipe"):
+        dry_run(verified)
+
+
+def test_file_that_changes_while_others_are_sent_is_not_sent(verified: Path, hub: Hub) -> None:
+    def change_config(file: Any) -> None:
+        write(verified / "model.safetensors", "other weights")
+
+    with pytest.raises(CorruptFileError, match=r"'model\.safetensors' was changed after it was compared"):
+        int8convert.upload(verified, REPO, on_file=change_config)
+    assert hub.repo(REPO).files == {}
+
+
+def test_manifest_that_is_not_understood_ends_in_two_lines(verified: Path) -> None:
+    manifest = json.loads((verified / MANIFEST_NAME).read_text())
+    manifest["conversion"]["source"]["files"]["model.safetensors"]["n_bytes"] = 10**400
+    write(verified / MANIFEST_NAME, manifest)
+    with pytest.raises(CorruptFileError, match=r"is not understood: .*n_bytes") as caught:
+        dry_run(verified, allow_unverified=True)
+    assert caught.value.hint.endswith("nothing was sent")
+
+
+def test_report_of_an_older_version_vouches_for_too_little(verified: Path) -> None:
+    content = json.loads((verified / VERIFY_FILE).read_text())
+    names = ("config.json", MANIFEST_NAME)
+    change(verified / VERIFY_FILE, files={name: content["files"][name] for name in names})
+    with pytest.raises(UnverifiedError, match=r"'model\.safetensors' is not the one that was verified"):
+        dry_run(verified)
