@@ -67,12 +67,24 @@ def _missing(model_map: ModelMap, needs: ModelNeeds, source: CheckpointSource, l
     what = f"{first} is" if len(lost) == 1 else f"{len(lost):,} tensors, the first {first}, are"
     absent = next(iter(source.index.absent), None)
     named = f"; the index names {quoted(absent)}, which no file holds" if absent else ""
+    if unnamed := _unnamed_shard(source):
+        named += f"; {quoted(unnamed)} lies beside the other files, and the index does not name it"
     return (
         f"{what} in no weight file, and {model_map.model_class} needs {'it' if len(lost) == 1 else 'them'}: "
         f"loaders would make up the values{named}",
         f"fetch the weight files again; pass --allow-missing {lost[0].rpartition('.')[0] or lost[0]!r} only if it is "
         "to be trained; nothing was written",
     )
+
+
+def _unnamed_shard(source: CheckpointSource) -> str | None:
+    """A file named like the shards of a local checkpoint, which is none of them: part of an index may be lost."""
+    named = {shard.path.name for shard in source.shards}
+    first = min(named)
+    if source.commit is not None or "-of-" not in first:
+        return None
+    beside = (path.name for path in source.directory.iterdir() if path.suffix == source.shards[0].path.suffix)
+    return min((name for name in beside if "-of-" in name and name not in named), default=None)
 
 
 def needs_notes(model_map: ModelMap, source: CheckpointSource) -> Iterator[str]:
@@ -83,7 +95,7 @@ def needs_notes(model_map: ModelMap, source: CheckpointSource) -> Iterator[str]:
         return
     lost = made_up(model_map)
     if lost:
-        yield f"{_first_of(lost)} in no weight file: loaders make up the values, as --allow-missing permits"
+        yield f"{_first_of(lost)} in no weight file: loaders make up the values"
     if needs.counters:
         yield f"{_first_of(needs.counters)} in no weight file: {model_map.model_class} sets the values itself"
     if source.index.absent and not lost:

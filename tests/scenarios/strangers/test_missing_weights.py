@@ -15,7 +15,15 @@ import int8convert
 from int8convert.errors import CorruptFileError, MissingWeightsError, OutputError
 from int8convert.evaluation.exact import ExactReport, verify_exact
 from tests.cli.conftest import Run
-from tests.scenarios.strangers.makers import change, convert, make_model, passes_exact, write_shards
+from tests.scenarios.strangers.makers import (
+    INDEX_NAME,
+    change,
+    convert,
+    make_model,
+    passes_exact,
+    write_index,
+    write_shards,
+)
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
@@ -62,20 +70,34 @@ def test_missing_weights_are_named_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_ends_in_the_same_two_lines(source: Path, run: Run) -> None:
+def test_dry_run_ends_in_the_same_two_lines_after_the_plan(source: Path, run: Run) -> None:
     edit_weights(source, lambda tensors: tensors.pop(NORM))
     code, out, err = run("quantize", source, "--dry-run")
-    assert (code, out) == (1, "")
-    assert "'model.norm.weight' [64] is in no weight file" in err and "nothing was written" in err
+    assert code == 1 and "nothing was written" in out
+    assert "error: 'model.norm.weight' [64] is in no weight file" in err
+    code, out, _ = run("quantize", source, "--dry-run", "--json")
+    plan = json.loads(out)
+    assert (code, plan["error"]["code"], plan["missing"]) == (1, "missing_weights", [NORM])
 
 
 def test_missing_weights_of_an_index_are_said_to_be_in_it(tmp_path: Path) -> None:
     source = make_model(tmp_path / "source", n_shards=2)
-    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index = json.loads((source / INDEX_NAME).read_text())
     shard = source / index["weight_map"][NORM]
     save_file({k: t for k, t in load_file(shard).items() if k != NORM}, shard, {"format": "pt"})
     with pytest.raises(MissingWeightsError, match=r"the index names 'model\.norm\.weight', which no file holds"):
         convert(source, tmp_path / "out")
+
+
+def test_a_shard_that_the_index_does_not_name_is_pointed_out(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", n_shards=3)
+    index = json.loads((source / INDEX_NAME).read_text())["weight_map"]
+    write_index(source, {name: file for name, file in index.items() if not file.startswith("model-00003")})
+    with pytest.raises(MissingWeightsError) as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.message.endswith(
+        "'model-00003-of-00003.safetensors' lies beside the other files, and the index does not name it"
+    )
 
 
 def test_a_head_that_is_yet_to_be_trained_is_allowed_and_said(source: Path, tmp_path: Path, run: Run) -> None:
