@@ -22,10 +22,17 @@
     ├── PromptError               a prompt cannot be put to the model: too long, empty, or no chat for it
     └── DeviceError               the device asked for is not usable here
 
-A class exists because the caller would act differently. Anything else that escapes is a bug and keeps its traceback.
+A class exists because the caller would act differently. What a library raises while it reads or runs a stranger's
+files becomes one of these in `int8convert.checkpoint.library_errors`. Anything else that escapes is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """Text on one line: each character that does not print, such as the first of an escape sequence, is escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Int8ConvertError(Exception):
@@ -34,14 +41,16 @@ class Int8ConvertError(Exception):
     Args:
         message: what, where, expected against found. One line, no final stop.
         hint: the next step, and what is on disk now. One line.
+
+    Both may quote a stranger: characters that do not print are escaped here, for every error.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(printable(message))
+        self.message = printable(message)
+        self.hint = printable(hint)
 
     @property
     def code(self) -> str:

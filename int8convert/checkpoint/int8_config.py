@@ -33,7 +33,10 @@ _CONV1D_MODEL_TYPES = frozenset({"clvp", "clvp_decoder", "decision_transformer",
 """Those of transformers 5.23; a test reads its source for others."""
 
 CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_fc", "c_proj"})
-_MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+MAX_SKIPPED, MAX_NAME_LENGTH = 20_000, 500
+"""Names in a skip list, and characters of one. A list that names each projection of each expert has some thousands."""
+
+_MODULE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
 def read_format(config: Mapping[str, Any], label: str = "the source") -> Int8Format:
@@ -142,6 +145,31 @@ def read_skipped_names(config: Mapping[str, Any], found: Int8Format) -> tuple[st
     if not isinstance(names, list):
         return ("lm_head",)
     return tuple(name for name in names if isinstance(name, str) and _MODULE_NAME.fullmatch(name))
+
+
+def loader_skip_list(block: Mapping[str, Any], key: str = _SKIP_KEY[Int8Format.BITSANDBYTES]) -> list[str] | None:
+    """The names in a block's skip list, as transformers' loader takes them; None where it has none.
+
+    transformers matches each as a regular expression. A stranger's may take for ever, so only plain names pass.
+
+    Raises:
+        SourceError: it is no list of at most MAX_SKIPPED names of modules.
+    """
+    names = block.get(key)
+    if names is None:
+        return None
+    if not isinstance(names, list) or len(names) > MAX_SKIPPED:
+        found = f"{len(names):,} entries" if isinstance(names, list) else _shown(names)
+        raise SourceError(
+            f"{key} in config.json is {found}, expected a list of up to {MAX_SKIPPED:,} names of modules", _NAME_THEM
+        )
+    for name in names:
+        if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH or not _MODULE_NAME.fullmatch(name):
+            raise SourceError(f"{key} in config.json holds {_shown(name)}, expected the name of a module", _NAME_THEM)
+    return names
+
+
+_NAME_THEM = "name the modules in full: transformers would take this for a regular expression"
 
 
 def is_ignored(module_name: str, module_class: type, block: Mapping[str, Any]) -> bool:

@@ -17,26 +17,27 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import typer
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.placement import MAX_GPUS, Placement
 from int8convert.cli.streams import is_terminal
+from int8convert.cli.terminal import PlainConsole, escaping_messages
 from int8convert.errors import Int8ConvertError, OutputError
 
 _WIDTH_OF_A_PIPE = 160
 """Tables in a file or a pipe need not fit the 80 columns rich would assume."""
 
-stdout = Console(
+stdout = PlainConsole(
     highlight=False,
     markup=False,
     emoji=False,
     soft_wrap=True,
     width=None if is_terminal(sys.stdout) else _WIDTH_OF_A_PIPE,
 )
-stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+stderr = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def wants_live_display(quiet: bool, as_json: bool) -> bool:
@@ -105,7 +106,7 @@ def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE, writes: b
         writes: whether the command ever writes anything; else no error needs to say that nothing was written.
     """
     try:
-        with nullcontext() if as_json else telling_waits():
+        with escaping_messages(), nullcontext() if as_json else telling_waits():
             yield
     except Int8ConvertError as error:
         hint = error.hint if writes else error.hint.removesuffix("; nothing was written")

@@ -21,6 +21,7 @@ from int8convert.cli.console import (
     writing_result,
 )
 from int8convert.cli.options import AsJson, check_choice, check_device, check_named
+from int8convert.cli.terminal import plain
 from int8convert.errors import SourceError
 
 if TYPE_CHECKING:
@@ -130,7 +131,10 @@ def _print_notes(report: GenerationReport, max_new_tokens: int) -> None:
 
 
 class _Output:
-    """Model text on stdout as it is: what looks like markup in it is text."""
+    """Model text on stdout as it is: what looks like markup in it is text.
+
+    Only a terminal gets control characters escaped: the model, and the words of its tokenizer, are a stranger's.
+    """
 
     def __init__(self) -> None:
         self._last = "\n"
@@ -138,7 +142,7 @@ class _Output:
     def write(self, text: str) -> None:
         self._last = text[-1:] or self._last  # first: a signal may come as soon as the text is out
         with writing_result():
-            sys.stdout.write(text)
+            sys.stdout.write(plain(text) if sys.stdout.isatty() else text)
 
     @contextmanager
     def ending_its_line(self) -> Iterator[None]:

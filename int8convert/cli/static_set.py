@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def check_calibration(src: str, text: Path, revision: str | None, cache_dir: Path | None) -> None:
     """Refuse a text, or a source without a tokenizer, before hours of conversion."""
     from int8convert.checkpoint.source import open_source
-    from int8convert.evaluation.models import read_usable_tokenizer
+    from int8convert.evaluation.models import open_tokenizer
     from int8convert.evaluation.windows import read_text
 
     read_text(text)
-    read_usable_tokenizer(open_source(src, revision, cache_dir).directory, src)
+    open_tokenizer(open_source(src, revision, cache_dir).directory, label=src).close()
 
 
 def calibrate_output(

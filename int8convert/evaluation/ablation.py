@@ -21,6 +21,7 @@ from torch import nn
 
 from int8convert.runtime.calibration import run_tokens
 from int8convert.runtime.input_statistics import features_of
+from int8convert.runtime.pretrained import model_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ def _predict(model: Any, ids: torch.Tensor) -> tuple[float, float]:
     """Mean top-1 probability, and perplexity."""
     top1 = nll = 0.0
     for window in ids:
-        log_probs = run_tokens(model, window[None]).logits[0, :-1].float().log_softmax(-1)
+        with model_errors(model):
+            log_probs = run_tokens(model, window[None]).logits[0, :-1].float().log_softmax(-1)
         targets = window[1:, None].to(log_probs.device)
         top1 += float(log_probs.amax(-1).exp().sum(dtype=torch.float64))
         nll -= float(log_probs.gather(-1, targets).sum(dtype=torch.float64))

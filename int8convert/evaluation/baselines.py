@@ -46,6 +46,7 @@ from torch import nn
 
 from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD
 from int8convert.runtime.in_memory import modules_to_replace
+from int8convert.runtime.pretrained import model_errors
 
 
 class OutlierWeights(StrEnum):
@@ -234,5 +235,6 @@ def compare_methods(
 
 
 def _log_probs(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    log_probs: torch.Tensor = model(ids[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
+    with model_errors(model):
+        log_probs: torch.Tensor = model(ids[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
     return log_probs

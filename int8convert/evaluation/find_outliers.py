@@ -23,7 +23,7 @@ from torch import nn
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.errors import SourceError
 from int8convert.evaluation.ablation import AblationRun, ablate
-from int8convert.evaluation.models import load_model, load_tokenizer
+from int8convert.evaluation.models import load_model, open_tokenizer
 from int8convert.evaluation.outlier_features import LayerInput, OutlierFeature, describe_inputs, find_features
 from int8convert.evaluation.outlier_values import watching_values
 from int8convert.evaluation.windows import TokenWindows, read_windows
@@ -33,6 +33,7 @@ from int8convert.runtime.device import choose_device
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.input_statistics import InputStatistics, features_of, watching
 from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.pretrained import model_errors
 from int8convert.runtime.tensor_names import live_names
 
 N_WINDOWS = 16
@@ -139,7 +140,8 @@ def find_outliers(
     if not threshold > 0 or n_sequences < 1 or asked < 2 or not 0 <= min_share <= 1 or not budget >= 0:
         raise ValueError("threshold must be positive, n_sequences at least 1, length at least 2, shares from 0 on")
     used = choose_device(device)
-    windows = read_windows(text, load_tokenizer(path), n_sequences, asked)
+    with open_tokenizer(path) as tokenizer:
+        windows = read_windows(text, tokenizer, n_sequences, asked)
     model = load_model(path, used)
     if with_ablation:
         _check_predicts(model)
@@ -223,6 +225,7 @@ def _observe(
 ) -> tuple[dict[str, InputStatistics], tuple[LayerInput, ...], tuple[OutlierFeature, ...]]:
     with watching(layers, threshold) as statistics, watching_values(layers, threshold) as values:
         for ids in windows.ids.split(max(1, _TOKENS_AT_A_TIME // windows.ids.shape[1])):
-            run_tokens(model, ids)
+            with model_errors(model):
+                run_tokens(model, ids)
     inputs = describe_inputs(statistics, values, model.config.get_text_config().hidden_size)
     return statistics, inputs, find_features(inputs, statistics, values)

@@ -23,6 +23,7 @@ from int8convert.evaluation.memory import resident_bytes
 from int8convert.evaluation.models import check_length
 from int8convert.evaluation.progress import Steps
 from int8convert.evaluation.stream_plan import bytes_in_memory
+from int8convert.runtime.pretrained import model_errors
 
 
 def compare_in_memory(task: FidelityTask) -> Measured:
@@ -51,7 +52,8 @@ def compare_in_memory(task: FidelityTask) -> Measured:
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """[positions, vocabulary]."""
-    logits: torch.Tensor = model(ids[None].to(model.device), use_cache=False).logits[0]
+    with model_errors(model):
+        logits: torch.Tensor = model(ids[None].to(model.device), use_cache=False).logits[0]
     return logits
 
 

@@ -39,6 +39,7 @@ from int8convert.evaluation.models import check_length
 from int8convert.evaluation.progress import Steps
 from int8convert.evaluation.stream_plan import LOGITS_AT_A_TIME, plan_stream
 from int8convert.evaluation.windows import TokenWindows
+from int8convert.runtime.pretrained import model_errors
 
 
 class _LayerDone(BaseException):
@@ -96,7 +97,8 @@ class LayerRunner:
         )
 
     def _call(self, ids: torch.Tensor, **options: Any) -> Any:
-        return self._model(ids[None].to(self._model.device), use_cache=False, **options)
+        with model_errors(self._model):
+            return self._model(ids[None].to(self._model.device), use_cache=False, **options)
 
     def _forward(self, i: int, *inputs: Any, **named: Any) -> Any:
         """In place of the forward of layer i."""

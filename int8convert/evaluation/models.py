@@ -6,32 +6,35 @@ import os
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig
 
+from int8convert.checkpoint.library_errors import TRUST_CODE
 from int8convert.checkpoint.source import open_source
 from int8convert.conversion.fp8 import FP8_DTYPES
-from int8convert.errors import CorruptFileError, RemoteCodeError, SourceError
+from int8convert.errors import CorruptFileError, SourceError
 from int8convert.evaluation.windows import TokenWindows
-from int8convert.runtime.load import load, model_class
-from int8convert.runtime.prompts import read_tokenizer
+from int8convert.runtime import pretrained
+from int8convert.runtime.load import load
+from int8convert.runtime.tokenizer_process import TokenizerProcess
 
+_MEND = "mend that, or give the int8 checkpoint made of it"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a checkpoint.
+def open_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False, label: str = "") -> TokenizerProcess:
+    """The tokenizer among a checkpoint's small files, in a process of its own, to be closed.
+
+    Args:
+        label: what the user calls the checkpoint; empty for its path.
 
     Raises:
         SourceError: it has none that transformers can read, or is no checkpoint itself.
+        RemoteCodeError: it is code in the checkpoint, which may not run.
     """
     open_source(path)  # transformers would look for a path that is not there on the hub
-    return read_usable_tokenizer(path, os.fspath(path))
-
-
-def read_usable_tokenizer(directory: str | os.PathLike[str], label: str) -> Any:
-    """The tokenizer among a checkpoint's small files; `label` is what the user calls it. Errors as `load_tokenizer`."""
-    tokenizer = read_tokenizer(directory)
+    label = label or os.fspath(path)
+    tokenizer = TokenizerProcess(os.fspath(path), TRUST_CODE, trust_remote_code, label)
     if tokenizer.vocab_size == 0:  # what transformers makes of no files for some models
+        tokenizer.close()
         raise SourceError(
             f"'{label}' has no tokenizer that transformers can read: its vocabulary is empty",
             "copy the files of the source's tokenizer into it",
@@ -56,17 +59,8 @@ def read_config(path: str | os.PathLike[str], trust_remote_code: bool = False) -
         SourceError: transformers cannot read it.
         RemoteCodeError: its classes are code in the checkpoint, which may not run.
     """
-    name = os.fspath(path)
-    stated = open_source(path).config
-    if stated.get("auto_map") and not trust_remote_code and stated.get("model_type") not in CONFIG_MAPPING:
-        raise RemoteCodeError(
-            f"the model of '{name}' is code in the checkpoint (auto_map in config.json)",
-            "read that code, then pass --trust-remote-code to have it run",
-        )
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise SourceError(*_not_loadable(name, error)) from error
+    open_source(path)  # transformers would look for a path that is not there on the hub
+    return pretrained.read_config(os.fspath(path), _MEND, TRUST_CODE, trust_remote_code)
 
 
 def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: bool = False) -> Any:
@@ -82,16 +76,15 @@ def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: 
     name = os.fspath(path)
     _check_fp8_form(path)
     config = read_config(path, trust_remote_code)
-    try:
-        model, info = model_class(config).from_pretrained(
-            name,
-            dtype=torch.float32 if device == "cpu" else "auto",
-            device_map={"": device},
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise SourceError(*_not_loadable(name, error)) from error
+    model, info = pretrained.load_model(
+        name,
+        config,
+        hint=_MEND,
+        code_hint=TRUST_CODE,
+        trust_remote_code=trust_remote_code,
+        dtype=torch.float32 if device == "cpu" else "auto",
+        device_map={"": device},
+    )
     lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if lacking:
         raise CorruptFileError(
@@ -133,13 +126,6 @@ def _foreign_fp8(path: str | os.PathLike[str]) -> SourceError:
     return SourceError(
         f"'{os.fspath(path)}' is in an FP8 form that transformers loads and cannot run",
         "give the checkpoint in 16 bits that it was made of",
-    )
-
-
-def _not_loadable(name: str, error: Exception) -> tuple[str, str]:
-    return (
-        f"transformers cannot load '{name}': {str(error).splitlines()[0]}",
-        "mend that, or give the int8 checkpoint made of it",
     )
 
 

@@ -13,7 +13,7 @@ from int8convert.evaluation.comparison import FidelityTask
 from int8convert.evaluation.memory import available_bytes, resident_bytes
 from int8convert.evaluation.models import read_config
 from int8convert.evaluation.paired_statistics import BLOCK_ELEMENTS
-from int8convert.runtime.load import model_class
+from int8convert.runtime.pretrained import model_class
 
 _CODE_BYTES = 200_000_000
 """What is imported and compiled while the first measurement runs, and what the allocator keeps: 134 MB measured on

@@ -148,7 +148,7 @@ def verify(
         # Whatever is wrong with the text is said before anything is compared; of a broken checkpoint, what is broken.
         if level is not Level.EXACT and checkpoint is not None:
             found = stack.enter_context(open_text(text, dataset))
-            windows, used = _windows(checkpoint.source, found, n_sequences, length, convention)
+            windows, used = _windows(checkpoint.source, found, n_sequences, length, convention, trust_remote_code)
             source = _open_reference(checkpoint.source, reference)
             checkpoint = replace(checkpoint, source=_at_hand(checkpoint.source, on_hub, on_fetch))
             _at_hand(source, on_hub, on_fetch)
@@ -265,9 +265,14 @@ def kept_parts(report: VerifyReport) -> dict[str, Any]:
 
 
 def _windows(
-    out: CheckpointSource, text: Text, n_sequences: int, length: int | None, convention: str | None
+    out: CheckpointSource,
+    text: Text,
+    n_sequences: int,
+    length: int | None,
+    convention: str | None,
+    trust_remote_code: bool,
 ) -> tuple[TokenWindows, TextUsed]:
-    from int8convert.evaluation.models import read_usable_tokenizer
+    from int8convert.evaluation.models import open_tokenizer
     from int8convert.evaluation.windows import Convention, read_windows_by
 
     cut = Convention(convention) if convention else Convention.CONTIGUOUS if text.is_dataset else Convention.SPREAD
@@ -275,8 +280,8 @@ def _windows(
     if length is None:
         wanted = _DEFAULT_TEXT_LENGTH if text.is_default else DEFAULT_LENGTH
         length = min(wanted, _n_positions(out.config) or wanted)
-    tokenizer = read_usable_tokenizer(out.directory, out.label)
-    windows = read_windows_by(cut, text.path, tokenizer, n_sequences, length)
+    with open_tokenizer(out.directory, trust_remote_code, out.label) as tokenizer:
+        windows = read_windows_by(cut, text.path, tokenizer, n_sequences, length)
     n, length = windows.ids.shape
     used = TextUsed(
         windows.text,

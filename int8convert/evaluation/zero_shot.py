@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import Any
 
+from int8convert.checkpoint.library_errors import TRUST_CODE
 from int8convert.errors import SourceError
 
 DEFAULT_TASKS = ("winogrande", "hellaswag", "piqa", "lambada_openai")
@@ -123,11 +124,14 @@ def load_harness() -> Any:
 def _answer(
     harness: Any, manager: Any, path: str | os.PathLike[str], names: list[str], limit: int | None, device: str
 ) -> dict[str, Any]:
-    from int8convert.evaluation.models import load_model, load_tokenizer
+    from int8convert.evaluation.models import load_model
     from int8convert.runtime.device import choose_device
+    from int8convert.runtime.pretrained import read_tokenizer  # in this process: the harness wants the object itself
 
     model = load_model(path, choose_device(device))
-    runner = harness.models.huggingface.HFLM(pretrained=model, tokenizer=load_tokenizer(path), batch_size=1)
+    runner = harness.models.huggingface.HFLM(
+        pretrained=model, tokenizer=read_tokenizer(os.fspath(path), TRUST_CODE), batch_size=1
+    )
     try:
         result: dict[str, Any] = harness.simple_evaluate(
             runner, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True

@@ -14,12 +14,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from int8convert.errors import PromptError, SourceError
 from int8convert.runtime.device import choose_device
+from int8convert.runtime.generation_settings import StopAtStrings, generation_config, read_ending
 from int8convert.runtime.load import load, read_int8_config
-from int8convert.runtime.prompts import encode, read_tokenizer
+from int8convert.runtime.pretrained import model_errors
+from int8convert.runtime.prompts import encode
+from int8convert.runtime.tokenizer_process import TokenizerProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +61,14 @@ class GenerationReport:
 class _Clock(BaseStreamer):  # type: ignore[misc]
     """Notes when the first new tokens come, and passes the text on as it grows."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+    def __init__(self, tokenizer: TokenizerProcess, on_text: Callable[[str], None] | None) -> None:
         self._tokenizer = tokenizer
         self._on_text = on_text
         self._n_puts = 0
         self._ids: list[int] = []
         self._shown = ""
         self.first_token_at = 0.0
+        self.is_in_callback = False
 
     def put(self, value: torch.Tensor) -> None:
         self._n_puts += 1
@@ -72,20 +78,22 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
             self.first_token_at = time.perf_counter()
         if self._on_text is not None:
             self._ids += value.reshape(-1).tolist()
-            text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            text = self._tokenizer.decode(self._ids)
             # Half of a character is held back, and what changes text that is shown already.
             if text.startswith(self._shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 self._pass_on(text)
 
     def end(self) -> None:
         if self._on_text is not None:
-            self._pass_on(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+            self._pass_on(self._tokenizer.decode(self._ids))
 
     def _pass_on(self, text: str) -> None:
         n_same = next((i for i, pair in enumerate(zip(text, self._shown, strict=False)) if len(set(pair)) > 1), None)
         new = text[len(self._shown) if n_same is None else n_same :]
         if new and self._on_text is not None:
+            self.is_in_callback = True
             self._on_text(new)
+            self.is_in_callback = False
         self._shown = text
 
 
@@ -106,7 +114,8 @@ def generate(
 ) -> GenerationReport:
     """Let an int8 checkpoint continue prompts, all in one batch.
 
-    What the checkpoint's generation_config.json says of sampling and beams is not taken over.
+    Of the checkpoint's generation_config.json only where a text ends is taken over: `eos_token_id`, `bos_token_id`,
+    `decoder_start_token_id` and `stop_strings`. No code of the checkpoint runs.
 
     Args:
         path_or_repo: the checkpoint.
@@ -123,7 +132,8 @@ def generate(
         on_text: told the text as it comes; for a single prompt.
 
     Raises:
-        SourceError: the checkpoint cannot be loaded, has no tokenizer, or is of no model that writes text.
+        SourceError: the checkpoint cannot be loaded or run, has no tokenizer, or is of no model that writes text.
+        RemoteCodeError: it needs code of its own.
         PromptError: a prompt is empty, too long, or there is no chat template for it.
         DeviceError: the device is not there.
         ValueError: no prompts, or several and `on_text`; or a device of another kind.
@@ -132,28 +142,36 @@ def generate(
         raise ValueError("a list of prompts, one at least, and only one where its text is to be passed on as it comes")
     began = time.perf_counter()
     used = choose_device(device)
-    read_int8_config(os.fspath(path_or_repo))
-    tokenizer = read_tokenizer(path_or_repo)
-    inputs = encode(tokenizer, prompts, chat, system).to(used)
-    model = load(path_or_repo, device_map={"": used}, outliers=outliers)
-    max_new_tokens = _room(model, inputs["input_ids"].shape[1], max_new_tokens, path_or_repo)
-    load_s = time.perf_counter() - began
-    if seed is not None:
-        torch.manual_seed(seed)
-    clock = _Clock(tokenizer, on_text)
-    sampling = _sampling(temperature, top_p, top_k)
-    cache = {"cache_implementation": "static"} if used.startswith("cuda") else {}
-    tokens = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-    began = time.perf_counter()
-    ids = model.generate(**inputs, **tokens, **sampling, **_ONE_BY_ONE, **cache, streamer=clock)
-    ended = time.perf_counter()
-    first_new = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    new = [_until_end(row, model.generation_config.eos_token_id) for row in ids[:, first_new:].tolist()]
+    path = os.fspath(path_or_repo)
+    config = read_int8_config(path)
+    ending = read_ending(path, config)
+    with TokenizerProcess(path) as tokenizer:
+        inputs = encode(tokenizer, prompts, chat, system)
+        settings = generation_config(ending, tokenizer.pad_token_id, _sampling(temperature, top_p, top_k))
+        model = load(path, device_map={"": used}, outliers=outliers, generation_config=settings)
+        n_prompt = inputs["input_ids"].shape[1]
+        settings.max_new_tokens = _room(model, n_prompt, max_new_tokens, path)
+        settings.cache_implementation = "static" if used.startswith("cuda") else None
+        _check_known(model, inputs["input_ids"], path)
+        load_s = time.perf_counter() - began
+        if seed is not None:
+            torch.manual_seed(seed)
+        clock = _Clock(tokenizer, on_text)
+        first_new = 1 if model.config.is_encoder_decoder else n_prompt
+        stop = StopAtStrings(tokenizer.decode, first_new, ending.stop_strings)
+        began = time.perf_counter()
+        ids = _run(model, {name: rows.to(used) for name, rows in inputs.items()}, settings, stop, clock)
+        ended = time.perf_counter()
+        new = [
+            _until_end(row[: stop.n_kept.get(i)], ending.eos_token_ids, i in stop.n_kept)
+            for i, row in enumerate(ids[:, first_new:].tolist())
+        ]
+        texts = tuple(tokenizer.decode(row) for row, _ in new)
     n_later = sum(len(row) - 1 for row, _ in new)
     return GenerationReport(
-        texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row, _ in new),
+        texts=texts,
         is_complete=tuple(is_complete for _, is_complete in new),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         n_prompt_tokens=int(inputs["attention_mask"].sum()),
         n_new_tokens=n_later + len(new),
         load_s=load_s,
@@ -164,8 +182,21 @@ def generate(
     )
 
 
-_ONE_BY_ONE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
-"""What a checkpoint's generation_config.json may say otherwise, and a text that is shown as it comes cannot be."""
+def _run(
+    model: Any, inputs: dict[str, torch.Tensor], settings: GenerationConfig, stop: StopAtStrings, clock: _Clock
+) -> torch.Tensor:
+    """Token ids [prompts, tokens]: the prompts and what follows; of an encoder-decoder model what its decoder wrote."""
+    stops = StoppingCriteriaList([stop] if stop.stop_strings else [])
+    try:
+        with model_errors(model):
+            ids: torch.Tensor = model.generate(
+                **inputs, generation_config=settings, stopping_criteria=stops, streamer=clock
+            )
+            return ids
+    except SourceError as error:
+        if clock.is_in_callback and error.__cause__ is not None:
+            raise error.__cause__ from None  # the caller's own, and none of the model's
+        raise
 
 
 def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
@@ -175,11 +206,11 @@ def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
     return {"do_sample": is_drawn, **{name: value if is_drawn else None for name, value in values.items()}}
 
 
-def _room(model: Any, n_prompt_tokens: int, max_new_tokens: int, path_or_repo: str | os.PathLike[str]) -> int:
+def _room(model: Any, n_prompt_tokens: int, max_new_tokens: int, path: str) -> int:
     """How many tokens may follow: what is asked for, or what the model has positions for."""
     if not model.can_generate():
         raise SourceError(
-            f"'{os.fspath(path_or_repo)}' is a {type(model).__name__}, which writes no text",
+            f"'{path}' is a {type(model).__name__}, which writes no text",
             "int8convert.load gives the model itself",
         )
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -194,11 +225,20 @@ def _room(model: Any, n_prompt_tokens: int, max_new_tokens: int, path_or_repo: s
     return min(max_new_tokens, room)
 
 
-def _until_end(ids: list[int], eos_token_id: int | list[int] | None) -> tuple[list[int], bool]:
+def _until_end(ids: list[int], ends: tuple[int, ...], is_stopped: bool) -> tuple[list[int], bool]:
     """A row of new tokens up to its end, padding left out, and whether it came to that."""
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     n = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    return ids[:n], n is not None
+    return ids[:n], is_stopped or n is not None
+
+
+def _check_known(model: Any, ids: torch.Tensor, path: str) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    n_words = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= n_words:
+        raise SourceError(
+            f"the tokenizer of '{path}' makes token {int(ids.max()):,} of a prompt, and the model knows {n_words:,}",
+            "its tokenizer is another model's; copy the files of its own",
+        )
 
 
 def _peak_memory_bytes(device: str) -> int:

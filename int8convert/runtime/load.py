@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import transformers
-from transformers.utils.hub import cached_file
-
 from int8convert.checkpoint.layout import OUTLIERS_FILE
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.runtime.linear import OutlierMode
 from int8convert.runtime.outliers import attach_outliers, read_outliers
+from int8convert.runtime.pretrained import hub_options, load_model, locate_file, read_config
 from int8convert.runtime.transformers_plugin import Int8ConvertConfig
 
 _NOT_NEEDED = "weight_format"
@@ -24,7 +22,9 @@ def load(
     device_map: Any = None,
     outliers: str | None = None,
     threshold: float | None = None,
-    dtype: Any = "auto",
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
     """Load an int8 checkpoint, in the bitsandbytes or the compressed-tensors layout, whoever wrote it.
@@ -37,7 +37,9 @@ def load(
         outliers: "static", "static+guard", "dynamic" or "none", see `int8convert.runtime.linear`; None is static+guard
             where the checkpoint has stored outlier columns, else dynamic.
         threshold: magnitude from which a column is an outlier; None takes the checkpoint's, or 6.
-        dtype: what the rest of the model is held in; "auto" takes what config.json says.
+        dtype: what the rest of the model is held in; None or "auto" takes what config.json says.
+        torch_dtype: the name that `dtype` had before transformers 5.
+        trust_remote_code: code that is part of the checkpoint may run; else a checkpoint that needs it is refused.
         options: for `from_pretrained`.
 
     Returns:
@@ -46,27 +48,28 @@ def load(
     Raises:
         SourceError: there is none, it is not int8, or static outliers are asked for and it has none.
         CorruptFileError: tensors are missing, or some fit nothing in the model.
+        RemoteCodeError: it needs code of the checkpoint, and `trust_remote_code` is False.
+        ValueError: `dtype` and `torch_dtype` differ.
     """
     path = os.fspath(path_or_repo)
-    trusts = {name: options[name] for name in ("trust_remote_code",) if name in options}
-    config = read_int8_config(path, **_hub_options(options), **trusts)
-    block = config.quantization_config
+    hub = hub_options(options)
+    config = read_int8_config(path, trust_remote_code, **hub)
     mode = OutlierMode(outliers) if outliers else None
     run_config = Int8ConvertConfig(outliers, threshold)
-    run_config.for_checkpoint(block)  # what it cannot read is refused before anything is fetched
-    stored = cached_file(path, OUTLIERS_FILE, _raise_exceptions_for_missing_entries=False, **_hub_options(options))
+    run_config.for_checkpoint(config.quantization_config)  # what it cannot read is refused before anything is fetched
+    stored = locate_file(path, OUTLIERS_FILE, **hub)
     if stored is None and mode is not None and mode.uses_stored:
         raise SourceError(
             f"outliers='{mode}' asks for stored outlier columns, and '{path}' has none",
             "int8convert outliers SRC --write finds and stores them; outliers='dynamic' needs none",
         )
-    model, info = model_class(config).from_pretrained(
+    model, info = load_model(
         path,
-        config=config,
+        config,
+        trust_remote_code=trust_remote_code,
         quantization_config=run_config,
         device_map=device_map,
-        dtype=dtype,
-        output_loading_info=True,
+        dtype=_dtype(dtype, torch_dtype),
         **options,
     )
     _check_complete(path, info)
@@ -75,38 +78,28 @@ def load(
     return model
 
 
-def read_int8_config(path: str, **hub_options: Any) -> Any:
+def _dtype(dtype: Any, torch_dtype: Any) -> Any:
+    """The dtype that was asked for by either name."""
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} are two names of one thing: give one")
+    chosen = dtype if dtype is not None else torch_dtype
+    return "auto" if chosen is None else chosen
+
+
+def read_int8_config(path: str, trust_remote_code: bool = False, **hub: Any) -> Any:
     """The transformers config of an int8 checkpoint.
 
     Raises:
         SourceError: there is no such checkpoint, its config cannot be read, or it is not int8.
+        RemoteCodeError: its class is code in the checkpoint, and `trust_remote_code` is False.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, **hub_options)
-    except (OSError, ValueError) as error:
-        is_there = os.path.isdir(path)
-        what = "cannot be read as a checkpoint" if is_there else "is no directory, and no repository within reach"
-        raise SourceError(
-            f"'{path}' {what}: {str(error).splitlines()[0]}",
-            "give the directory that int8convert quantize wrote, or the id of a repository",
-        ) from error
+    config = read_config(path, trust_remote_code=trust_remote_code, **hub)
     if getattr(config, "quantization_config", None) is None:
         raise SourceError(
             f"'{path}' is no int8 checkpoint: its config.json has no quantization_config",
             "int8convert quantize makes one; Int8ConvertConfig for from_pretrained quantizes while it loads",
         )
     return config
-
-
-def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
-    return {name: options[name] for name in names if name in options}
-
-
-def model_class(config: Any) -> Any:
-    """The class the weights were saved from; by the model's type where transformers has none of that name."""
-    architecture = (config.architectures or [""])[0]
-    return getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
 
 
 def _check_complete(path: str, info: dict[str, Any]) -> None:

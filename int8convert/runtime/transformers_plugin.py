@@ -29,7 +29,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
-from int8convert.checkpoint.int8_config import Int8Format, is_ignored, read_format, read_threshold
+from int8convert.checkpoint.int8_config import Int8Format, is_ignored, loader_skip_list, read_format, read_threshold
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.quantization_config import bitsandbytes_block
 from int8convert.errors import FormatError
@@ -76,15 +76,16 @@ class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
             SourceError: it is quantized in a way that this runtime does not read.
             FormatError: it is int8 in a layout that this runtime does not read.
         """
-        block = dict(block) if isinstance(block, Mapping) else block.to_dict()
-        found = read_format({"quantization_config": block})
+        if isinstance(block, QuantizationConfigMixin):
+            block = block.to_dict()
+        found = read_format({"quantization_config": block}, "it")
         if found is Int8Format.TORCHAO:
             raise FormatError(
                 "the runtime reads the bitsandbytes and compressed-tensors layouts, and this checkpoint is torchao's",
                 "int8convert export OUT NEW --format bitsandbytes rewrites the same codes",
             )
         chosen = Int8ConvertConfig(self.outliers, self.threshold)
-        chosen.block = block
+        chosen.block = dict(block)
         chosen.layout = OutputFormat(found)
         return chosen
 
@@ -134,8 +135,12 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         block = self.quantization_config.block or {}
         if self.quantization_config.layout is OutputFormat.COMPRESSED_TENSORS:
             return lambda name, module: isinstance(module, nn.Linear) and not is_ignored(name, type(module), block)
-        skips = self.get_modules_to_not_convert(model, block.get("llm_int8_skip_modules"), model._keep_in_fp32_modules)
-        return lambda name, module: _bitsandbytes_replaces(module) and should_convert_module(name, skips)
+        named = loader_skip_list(block)
+        own = self.get_modules_to_not_convert(model, None if named is None else [], model._keep_in_fp32_modules)
+        skips = _skipping(named or [])
+        return lambda name, module: (
+            _bitsandbytes_replaces(module) and not skips(name) and should_convert_module(name, own)
+        )
 
     def _modules_to_quantize(self, model: Any) -> Callable[[str, nn.Module], bool]:
         """The same for a checkpoint that is not int8, where the names left out are put down for its config.json."""
@@ -237,6 +242,14 @@ def _replace_experts(model: Any, config: Int8ConvertConfig, tensor_names: set[st
         form = experts_form(module)
         if form is not None and names.keys() == form.projections.keys():
             model.set_submodule(name, Int8Experts(module, form, names, config.mode, config.outlier_threshold))
+
+
+def _skipping(names: list[str]) -> Callable[[str], bool]:
+    """transformers' own rule for plain names, see `should_convert_module`: with one expression, not one for each."""
+    if not names:
+        return lambda name: False
+    beginning = re.compile(rf"(?:{'|'.join(names)})(?:(?<=\.)|(?=\.|$))")
+    return lambda name: beginning.match(name) is not None or name.endswith(tuple(names))
 
 
 def _bitsandbytes_replaces(module: nn.Module) -> bool:

@@ -264,11 +264,11 @@ def test_wikitext2_joins_its_lines_by_blank_lines_or_says_what_it_needs(hub_cach
 
 def test_reports_of_the_fidelity_level_are_those_of_measure_fidelity(out: Path, text: Path) -> None:
     from int8convert.evaluation.fidelity import measure_fidelity
-    from int8convert.evaluation.models import load_tokenizer
+    from int8convert.evaluation.models import open_tokenizer
     from int8convert.evaluation.windows import read_windows
 
     report = verify(out, text=text, modes=["weight-only", "none"], **WINDOWS, **LOOSE)
-    windows = read_windows(text, load_tokenizer(out), 4, 32)
+    windows = read_windows(text, open_tokenizer(out), 4, 32)
     expected = measure_fidelity(out.parent / "source", out, windows, modes=["weight-only", "none"], device="cpu")
     assert [values(r) for r in report.fidelity] == [values(r) for r in expected]
     assert [r.mode for r in report.fidelity] == ["weight-only", "none"]

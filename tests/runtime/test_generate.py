@@ -243,7 +243,7 @@ def test_template_that_refuses_a_message(chat: Path, tmp_path: Path) -> None:
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
     (checkpoint / "chat_template.jinja").write_text(refusing)
     assert int8convert.generate(checkpoint, ["x"], max_new_tokens=1).n_new_tokens == 1
-    with pytest.raises(PromptError, match="refuses the messages: no system role") as caught:
+    with pytest.raises(PromptError, match="refuses the messages: TemplateError: no system role") as caught:
         int8convert.generate(checkpoint, ["x"], system="be brief")
     assert caught.value.hint == "leave --system out"
 

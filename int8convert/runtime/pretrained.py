@@ -1,0 +1,220 @@
+"""A stranger's checkpoint in transformers: the one place where its config, tokenizer and model are loaded.
+
+1. config.json is read within bounds, and what would send transformers for code or kernels elsewhere is refused.
+2. transformers loads. It runs code of the checkpoint only where the user said so, asks no question, reads no stdin and
+   prints nothing to stdout.
+3. Whatever it raises is an error of two lines (`int8convert.checkpoint.library_errors`).
+
+Left out on purpose: what the tokenizer's own regular expressions cost, see `int8convert.runtime.tokenizer_process`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import dynamic_module_utils
+from transformers.utils.hub import cached_file
+
+from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
+from int8convert.checkpoint.json_file import read_config as read_bounded_config
+from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted, shard_name
+from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
+from int8convert.checkpoint.safetensors_file import read_safetensors_header
+from int8convert.errors import RemoteCodeError, SourceError
+from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
+
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
+_ATTENTION = ("eager", "sdpa", "flex_attention")
+"""What torch has itself. Other names lead to packages, or to kernels that are fetched from the Hub."""
+
+_CODE_KEYS = ("fusion_config", "kernel_config", "distributed_config")
+"""Entries of config.json by which transformers changes its own classes or fetches code."""
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s options that say where a file is."""
+    return {name: options[name] for name in _HUB_OPTIONS if name in options}
+
+
+def locate_file(path: str, name: str, **hub: Any) -> Path | None:
+    """A file of a checkpoint, which is a directory or a repository; None if it has none of that name.
+
+    Raises:
+        SourceError: the repository is out of reach.
+    """
+    if os.path.isdir(path):
+        file = Path(path) / hub.get("subfolder", "") / name
+        return file if file.is_file() else None
+    with library_errors(f"'{path}' is no directory, and no repository within reach", _NAME_ONE):
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+_NAME_ONE = "give the directory that int8convert quantize wrote, or the id of a repository"
+
+
+def read_config(
+    path: str, hint: str = _NAME_ONE, code_hint: str = RUNS_NO_CODE, trust_remote_code: bool = False, **hub: Any
+) -> Any:
+    """The transformers config of a checkpoint.
+
+    Args:
+        path: a directory, or the id of a repository.
+        hint: what to do where it cannot be read; `code_hint`: where it needs code that may not run.
+        trust_remote_code: the checkpoint's own code may run.
+        hub: see `hub_options`.
+
+    Raises:
+        SourceError: there is no such checkpoint, or its config cannot be read.
+        RemoteCodeError: its classes are code in the checkpoint.
+    """
+    is_there = os.path.isdir(path)
+    what = f"'{path}' cannot be read as a checkpoint" if is_there else f"'{path}' is no directory, and no repository"
+    file = locate_file(path, CONFIG_NAME, **hub)
+    stated = {} if file is None else read_bounded_config(file)
+    refuse_code(stated)
+    check_layer_counts(stated)
+    if stated.get("auto_map") and not trust_remote_code:
+        model_type = stated.get("model_type")
+        if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+            raise RemoteCodeError(
+                f"the model of '{path}' is code in the checkpoint (auto_map in config.json)", code_hint
+            )
+    with library_errors(what if is_there else f"{what} within reach", hint, code_hint), asking_nobody():
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
+
+
+def refuse_code(stated: Any) -> None:
+    """Refuse what of a config.json would make transformers fetch kernels or change its own classes.
+
+    Raises:
+        SourceError: it holds such an entry, at any depth.
+    """
+    if isinstance(stated, list):
+        for each in stated:
+            refuse_code(each)
+    if not isinstance(stated, dict):
+        return
+    for name, value in stated.items():
+        is_choice = name.strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation")
+        choices = value.values() if isinstance(value, dict) else [value]
+        foreign = next((each for each in choices if isinstance(each, str) and set("/:") & set(each)), None)
+        if (is_choice and foreign is not None) or (name in _CODE_KEYS and value):
+            shown = f"{quoted(name)} = {quoted(foreign)}" if foreign is not None else quoted(name)
+            raise SourceError(
+                f"config.json names code from elsewhere to run the model with: {shown}",
+                "remove that entry from config.json, if you trust the rest",
+            )
+        refuse_code(value)
+
+
+def attention_options(stated: Any) -> dict[str, Any]:
+    """What `from_pretrained` is told of attention: nothing, or to choose itself where config.json names a package."""
+    chosen = getattr(stated, "_attn_implementation", None)
+    return {} if chosen is None or chosen in _ATTENTION else {"attn_implementation": None}
+
+
+def model_class(config: Any) -> Any:
+    """The class the weights were saved from; by the model's type where transformers has none of that name."""
+    names = config.architectures if isinstance(config.architectures, list) else []
+    name = names[0] if names and isinstance(names[0], str) else ""
+    found = getattr(transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModelForCausalLM
+
+
+def load_model(
+    path: str,
+    config: Any,
+    *,
+    hint: str = "write or fetch the checkpoint again",
+    code_hint: str = RUNS_NO_CODE,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
+    """What `from_pretrained` returns for a checkpoint: the model, and what it says of missing or unexpected weights.
+
+    Args:
+        config: what `read_config` returned for it.
+        hint, code_hint: as there.
+        options: for `from_pretrained`.
+
+    Raises:
+        SourceError: transformers cannot load it.
+        RemoteCodeError: it needs code of the checkpoint.
+        CorruptFileError: the model of config.json is larger than what its weight files could fill.
+    """
+    n_tensors, n_elements = _stored(path)
+    every = {**attention_options(config), **options}
+    boundary = library_errors(f"'{path}' cannot be loaded", hint, code_hint)
+    with boundary, asking_nobody(), bounded_build(n_tensors, n_elements):
+        return model_class(config).from_pretrained(
+            path, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **every
+        )
+
+
+def model_errors(model: Any) -> AbstractContextManager[None]:
+    """Around calls of a checkpoint's model: what they raise becomes a SourceError, see `library_errors`."""
+    return library_errors(
+        f"{type(model).__name__} cannot be run",
+        "its config.json does not describe the model of its weights; write or fetch the checkpoint again",
+    )
+
+
+def _stored(path: str) -> tuple[int, int] | tuple[None, None]:
+    """Tensors and elements in a checkpoint's safetensors files; None if these are not here, or not named as usual."""
+    directory = Path(path)
+    single = shard_name(0, 1)
+    names = [single]
+    if (directory / INDEX_NAME).is_file() and not (directory / single).is_file():
+        weight_map = read_json_object(directory / INDEX_NAME, MAX_INDEX_BYTES).get("weight_map")
+        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    files = [directory / name for name in names]
+    if not files or not all(file.is_file() for file in files):
+        return None, None
+    tensors = [tensor for file in files for tensor in read_safetensors_header(file)]
+    return len(tensors), sum(tensor.n_elements for tensor in tensors)
+
+
+def read_tokenizer(path: str, code_hint: str = RUNS_NO_CODE, trust_remote_code: bool = False, label: str = "") -> Any:
+    """The tokenizer of a checkpoint, which pads to the left: what follows a prompt follows its last token.
+
+    Raises:
+        SourceError: there is none.
+        RemoteCodeError: it is code in the checkpoint.
+    """
+    what = f"'{label or path}' has no tokenizer that transformers can read"
+    hint = "copy the files of the source's tokenizer into it"
+    with library_errors(what, hint, code_hint), asking_nobody():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, padding_side="left", trust_remote_code=trust_remote_code
+        )
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+            raise TypeError(f"{type(tokenizer).__name__} is no tokenizer")
+        if tokenizer.pad_token_id is None:
+            # Any will do: no token looks at padding.
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
+
+
+@contextmanager
+def asking_nobody() -> Iterator[None]:
+    """No question of transformers reaches the user, nothing is read from stdin, and stdout stays ours.
+
+    Where it is told neither to run code nor not to, it asks and waits: for parts of a model, whatever it was told of
+    the whole.
+    """
+    stdin, wait_s = sys.stdin, dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    sys.stdin, dynamic_module_utils.TIME_OUT_REMOTE_CODE = io.StringIO(), 0
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdin, dynamic_module_utils.TIME_OUT_REMOTE_CODE = stdin, wait_s
