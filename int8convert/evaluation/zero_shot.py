@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import Any
 
-from int8convert.checkpoint.library_errors import TRUST_CODE
+from int8convert.checkpoint.library_errors import TRUST_CODE, library_errors
 from int8convert.errors import SourceError
 
 DEFAULT_TASKS = ("winogrande", "hellaswag", "piqa", "lambada_openai")
@@ -126,21 +126,17 @@ def _answer(
 ) -> dict[str, Any]:
     from int8convert.evaluation.models import load_model
     from int8convert.runtime.device import choose_device
-    from int8convert.runtime.pretrained import read_tokenizer  # in this process: the harness wants the object itself
+    from int8convert.runtime.pretrained import asking_nobody, read_tokenizer
 
     model = load_model(path, choose_device(device))
-    runner = harness.models.huggingface.HFLM(
-        pretrained=model, tokenizer=read_tokenizer(os.fspath(path), TRUST_CODE), batch_size=1
-    )
-    try:
+    tokenizer = read_tokenizer(os.fspath(path), TRUST_CODE)  # in this process: the harness wants the object itself
+    runner = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    what = f"the tasks cannot be run on '{os.fspath(path)}'"
+    hint = "fetch their data once where there is a network, or name tasks of your own with --tasks-path DIR"
+    with library_errors(what, hint, TRUST_CODE), asking_nobody():
         result: dict[str, Any] = harness.simple_evaluate(
             runner, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True
         )
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"the tasks cannot be run on '{os.fspath(path)}': {(str(error).splitlines() or [type(error).__name__])[0]}",
-            "fetch their data once where there is a network, or name tasks of your own with --tasks-path DIR",
-        ) from error
     return result
 
 
