@@ -214,7 +214,8 @@ def _reply(connection: Connection, answer: Callable[[], Any]) -> None:
 
 
 def _encode(tokenizer: Any, text: str | list[str], options: dict[str, Any]) -> dict[str, Any]:
-    encoded = tokenizer(text, return_token_type_ids=False, return_attention_mask=True, verbose=False, **options)
+    usual = {"return_token_type_ids": False, "return_attention_mask": True, "verbose": False}
+    encoded = tokenizer(text, **{**usual, **options})
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 

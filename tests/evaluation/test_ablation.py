@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from int8convert.errors import SourceError
 from int8convert.evaluation.ablation import ablate, zeroing
 from tests.evaluation.outlier_models import SCALED, SHIFTED, outlier_model
 
@@ -84,7 +85,7 @@ def test_columns_are_zero_for_these_layers_alone_and_only_as_long_as_it_lasts(mo
 
 def test_hooks_are_gone_after_an_error(model: Any) -> None:
     layers = states(model)
-    with pytest.raises(IndexError):
+    with pytest.raises(SourceError, match="OPTForCausalLM cannot be run: IndexError"):
         ablate(model, layers, torch.tensor([[9999, 1]]), [1])
     assert all(len(module._forward_pre_hooks) == 0 for module in layers.values())
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("map_in_process")
 MEASURE = """
 import dataclasses, json, resource, sys, torch, transformers
 from pathlib import Path
+from int8convert.errors import Int8ConvertError
 from int8convert.evaluation import memory
 from int8convert.evaluation.fidelity import measure_fidelity
 from int8convert.evaluation.windows import TokenWindows
@@ -37,7 +38,7 @@ steps = []
 try:
     measure_fidelity(large, large_int8, windows, stream=False)
     fits = True
-except (MemoryError, RuntimeError):
+except (MemoryError, Int8ConvertError):
     fits = False
 print(json.dumps({**dataclasses.asdict(report), "planned": steps[0].peak_memory_bytes, "fits": fits}))
 """
