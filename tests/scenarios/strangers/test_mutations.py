@@ -29,7 +29,7 @@ from int8convert.cli.app import main
 from int8convert.runtime import tokenizer_process
 from tests.attacks.open_measured import time_limit
 from tests.conftest import InProcessMap
-from tests.scenarios.strangers.makers import convert
+from tests.scenarios.strangers.makers import convert, make_model
 from tests.scenarios.strangers.mutations import mutate
 
 N_CASES = int(os.environ.get("INT8CONVERT_FUZZ_CASES", "240"))
@@ -53,7 +53,7 @@ class Whole:
 
     def command_lines(self, out: Path) -> list[list[str]]:
         """The commands that read an OUT, as cheap as they can be."""
-        few = ["--text", str(self.text), "--length", "8", "--sequences", "1"]
+        few = ["--text", str(self.text), "--length", "8", "--sequences", "3"]
         verify = ["verify", str(out), "--reference", str(self.source), "--max-dnll", "9", "--max-kl", "9"]
         generate = ["generate", str(out), "w5 w6", "--max-new-tokens", "2"]
         return [
@@ -63,15 +63,15 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Outputs with a chat template and stored columns: in one file, and in shards with an index."""
-    source, out = made
     folder = tmp_path_factory.mktemp("whole")
+    source = make_model(folder / "source")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MAP, InProcessMap)
-        outs = Path(shutil.copytree(out, folder / "one")), convert(source, folder / "shards", max_shard_size="100KB")
+        outs = convert(source, folder / "one"), convert(source, folder / "shards", max_shard_size="100KB")
         for each in outs:
-            (each / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
             columns = {"model.layers.0.mlp.up_proj": [1, 5], "model.layers.1.self_attn.q_proj": [0]}
             int8convert.store_outliers(source, each, columns)
     assert len(list(outs[1].glob("model-*.safetensors"))) > 1 and (outs[1] / OUTLIERS_FILE).is_file()
@@ -161,4 +161,4 @@ def test_mutants_end_in_a_result_or_in_two_lines(
             print(f"\n{N_CASES:,} cases from {FIRST_CASE:,}: {dict(tally)}, slowest {slowest}", flush=True)
     assert not failures, "\n".join([f"{len(failures)} of {N_CASES} cases", *failures[:20]])
     # A test whose mutants all end alike finds nothing.
-    assert min(tally[each] for each in ("generate 0", "generate 1", "verify 0", "verify 1", "verify 3")) > N_CASES / 50
+    assert min(tally[each] for each in ("generate 0", "generate 1", "verify 0", "verify 1", "verify 3")) > N_CASES / 100
