@@ -24,7 +24,7 @@ from rich.text import Text
 from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.placement import MAX_GPUS, Placement
 from int8convert.cli.streams import is_terminal
-from int8convert.cli.terminal import PlainConsole, escaping_messages
+from int8convert.cli.terminal import PlainConsole, escaping_messages, plain
 from int8convert.errors import Int8ConvertError, OutputError
 
 _WIDTH_OF_A_PIPE = 160
@@ -229,9 +229,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         parts = [word for cell in cells for word in cell.split()] if is_text else cells
         justify: JustifyMethod = "right" if i else "left"
         min_width = max(map(len, parts))
-        table.add_column(column, justify=justify, header_style="dim", min_width=min_width, no_wrap=not is_text)
+        table.add_column(plain(column), justify=justify, header_style="dim", min_width=min_width, no_wrap=not is_text)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     print_line("", head=title)  # a title of the table's own would wrap at the table's width
     with writing_result():
         stdout.print(table, soft_wrap=False, crop=False)
