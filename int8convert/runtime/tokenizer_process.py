@@ -86,7 +86,10 @@ class TokenizerProcess:
             _serve(theirs, lambda: read_tokenizer(path, code_hint, trust_remote_code, label))
         theirs.close()
         self.close = weakref.finalize(self, _end, self._pid, self._connection)
-        facts = self._receive(LOAD_S, self._name, _COPY_THEM)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            facts = self._receive(LOAD_S, self._name, _COPY_THEM)
+            stack.pop_all()
         self.vocab_size: int = facts["vocab_size"]
         self.pad_token_id: int | None = facts["pad_token_id"]
         self.bos_token_id: int | None = facts["bos_token_id"]

@@ -128,8 +128,9 @@ def test_process_ends_with_its_owner(out: Path) -> None:
 def test_tokenizer_that_cannot_be_read_leaves_no_process(out: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (out / name).unlink()
-    with pytest.raises(SourceError, match="has no tokenizer that transformers can read"):
+    with pytest.raises(SourceError, match="has no tokenizer that transformers can read") as caught:
         TokenizerProcess(str(out))
+    assert caught.value.__traceback__ is not None  # which holds what it came through
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
