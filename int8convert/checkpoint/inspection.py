@@ -96,7 +96,7 @@ def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest:
     Raises:
         Int8ConvertError: there is no checkpoint, or it is broken.
     """
-    return inspect_source(open_source(path, revision), manifest)
+    return inspect_source(open_source(path, revision, ignores_adapter=True), manifest)
 
 
 def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -> Inspection:

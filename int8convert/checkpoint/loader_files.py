@@ -8,7 +8,8 @@ transformers' `from_pretrained`, given a checkpoint and no further argument, tak
    is of `WEIGHTS`: safetensors before `.bin`, and a single file before an index. For the classes of `EXTRA_WEIGHTS`,
    further files on top, which is refused here.
 3. An adapter: where peft is installed and adapter_config.json lies beside the weights, it is added to them. From the
-   Hub, the adapter's base model is loaded in place of the weights.
+   Hub, the adapter's base model is loaded in place of the weights. A conversion takes the weights alone and says so,
+   for the same files load in another way where peft is not installed. Commands that load a model refuse it.
 4. A local directory with `shard-00001-model-00001-of-00001.safetensors` is a distributed checkpoint: transformers takes
    every safetensors file in it.
 
@@ -101,7 +102,7 @@ def find_loader_files(listing: Listing, ignores_adapter: bool = False) -> Loader
     """Find what transformers takes from a checkpoint.
 
     Args:
-        ignores_adapter: an adapter beside the weights is no error: it is going to be merged, or found elsewhere.
+        ignores_adapter: the weights alone are meant, whatever adapter lies beside them.
 
     Raises:
         SourceError: there are no weights, or loaders take something that cannot be converted.
@@ -202,17 +203,11 @@ def _check_extra_weights(listing: Listing, config: Mapping[str, Any]) -> None:
 
 
 def _adapter_beside(listing: Listing) -> SourceError:
-    if listing.is_remote:
-        return SourceError(
-            f"{quoted(listing.label, 200)} holds {ADAPTER_CONFIG} beside its weights: where peft is installed, "
-            "transformers loads the adapter and its base model in their place",
-            f"fetch it by `hf download {listing.label} --local-dir DIR`, and remove {ADAPTER_CONFIG} from DIR, or pass "
-            f"--lora DIR to merge the adapter; {_NOTHING}",
-        )
+    does = "loads the adapter and its base model in their place" if listing.is_remote else "adds that adapter to them"
     return SourceError(
         f"{quoted(listing.label, 200)} holds {ADAPTER_CONFIG} beside its weights: where peft is installed, "
-        "transformers adds that adapter to them",
-        f"pass --lora {quoted(listing.label, 200)} to merge it, or remove {ADAPTER_CONFIG}; {_NOTHING}",
+        f"transformers {does}",
+        f"name a checkpoint without {ADAPTER_CONFIG}: remove it, or merge the adapter by quantize --lora",
     )
 
 

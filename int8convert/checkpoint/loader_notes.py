@@ -44,8 +44,6 @@ def find_notes(listing: Listing, config_name: str | None, config: Mapping[str, A
         yield f"configuration_files is left out of '{CONFIG_NAME}': transformers {version('transformers')} reads none"
     if config.get("transformers_weights") is not None:
         yield f"transformers_weights is left out of '{CONFIG_NAME}': the weights it names are converted"
-    if ADAPTER_CONFIG in listing.root:
-        yield f"'{ADAPTER_CONFIG}' is left out: its adapter is merged"
     configs = sorted(name for name in listing.root if is_versioned_config(name) and name != config_name)
     if configs:
         yield f"left out, because transformers reads {quoted(config_name or CONFIG_NAME)}: {_listed(configs)}"
@@ -63,6 +61,26 @@ def note_aside(root: Iterable[str], taken: Collection[str]) -> Iterator[str]:
     aside = sorted(name for name in root if is_loaded_as_weights(name) and name not in taken and name != ADAPTER_CONFIG)
     if aside:
         yield f"left aside, because transformers loads {quoted(next(iter(taken)))}: {_listed(aside)}"
+
+
+def note_adapter(is_remote: bool, is_merged: bool) -> str:
+    """Say what becomes of an adapter beside the weights.
+
+    Args:
+        is_remote: the checkpoint is a repository on the Hub.
+        is_merged: the adapter is merged into the weights.
+    """
+    if is_merged:
+        return f"'{ADAPTER_CONFIG}' is left out: its adapter is merged"
+    if is_remote:
+        return (
+            "the adapter beside the weights is left out: where peft is installed, transformers loads it, on its own "
+            "base model, in place of these weights; to merge it, fetch the repository, and pass --lora DIR"
+        )
+    return (
+        "the adapter beside the weights is left out: where peft is installed, transformers adds it to them; "
+        "the same directory given as --lora merges it"
+    )
 
 
 def note_large(names: Iterable[str]) -> Iterator[str]:

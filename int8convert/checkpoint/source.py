@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from int8convert.checkpoint.file_reader import FileIdentity, FileReader
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
 from int8convert.checkpoint.layout import (
+    ADAPTER_CONFIG,
     CONFIG_NAME,
     MAX_CARRIED_BYTES,
     REQUEST_FILE,
@@ -113,6 +114,7 @@ class CheckpointSource:
         carried: small files that go along unchanged.
         commit: of the repository on the Hub that `label` names; None of a directory.
         notes: what the user should know of files that are left aside.
+        has_adapter: an adapter lies beside the weights, which is not part of them here.
         index: where the index and the weight files differ; the shards hold what loaders take.
         config_name: the file `config` was read from.
     """
@@ -124,6 +126,7 @@ class CheckpointSource:
     carried: tuple[Path, ...] = field(repr=False)
     commit: str | None = None
     notes: tuple[str, ...] = ()
+    has_adapter: bool = False
     index: IndexDifferences = field(default=AS_INDEXED, repr=False)
     config_name: str = CONFIG_NAME
 
@@ -201,6 +204,7 @@ def _open_directory(directory: Path, label: str, ignores_adapter: bool) -> Check
         shards=shards,
         carried=tuple(path for path in carried if path not in left),
         notes=(*files.notes, *note_aside(listing.root, taken), *note_large(sorted(path.name for path in left))),
+        has_adapter=ADAPTER_CONFIG in listing.root,
         index=differences,
         config_name=files.config_name or CONFIG_NAME,
     )

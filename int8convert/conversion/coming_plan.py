@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from int8convert.checkpoint.adapter import Adapter
+from int8convert.checkpoint.loader_notes import note_adapter
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.coverage import check_coverage, coverage_note
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
@@ -34,7 +37,7 @@ class PlanInTheMaking:
         self._process = ModelMapProcess(source, replace(modules, skip=(*modules.skip, *kept_modules)))
         self._waiter = ThreadPoolExecutor(1)
         self._plan = self._waiter.submit(
-            lambda: _with_note(make_plan(source, self._map(source, kept_modules), max_shard_bytes, adapter))
+            lambda: _with_note(make_plan(source, self._map(source, kept_modules, adapter), max_shard_bytes, adapter))
         )
 
     def __enter__(self) -> PlanInTheMaking:
@@ -52,9 +55,16 @@ class PlanInTheMaking:
         """Wait for the plan."""
         return self._plan.result()
 
-    def _map(self, source: CheckpointSource, kept_modules: tuple[str, ...]) -> ModelMap:
+    def _map(self, source: CheckpointSource, kept_modules: tuple[str, ...], adapter: Adapter | None) -> ModelMap:
         found = _with_reason(self._process.result(), kept_modules)
-        return replace(found, notes=(*found.notes, *source.notes, *needs_notes(found, source)))
+        notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source))
+        return replace(found, notes=notes)
+
+
+def _adapter_notes(source: CheckpointSource, adapter: Adapter | None) -> Iterator[str]:
+    if source.has_adapter:
+        is_merged = adapter is not None and os.path.realpath(adapter.directory) == os.path.realpath(source.directory)
+        yield note_adapter(source.commit is not None, is_merged)
 
 
 def _with_note(plan: ConversionPlan) -> ConversionPlan:

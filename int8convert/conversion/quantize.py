@@ -84,7 +84,7 @@ def plan_unchecked(
 ) -> ConversionPlan:
     """As `plan`, also of a checkpoint that does not give its model what it needs; see `model_map.ModelNeeds`."""
     max_shard_bytes = parse_size(max_shard_size)
-    source = open_source(src, revision, Path(cache_dir) if cache_dir is not None else None, _is_same(lora, src))
+    source = open_source(src, revision, Path(cache_dir) if cache_dir is not None else None, ignores_adapter=True)
     check_config(source.config, is_fp8(source))
     modules = ModuleFilter(tuple(skip), tuple(only), OutputFormat(format), trust_remote_code)
     adapter = open_adapter(lora) if lora is not None else None
@@ -170,7 +170,7 @@ def quantize(
     device_used = choose_device(device)
     cache = Path(cache_dir) if cache_dir is not None else None
     reading = Reading(Reader(reader), cache)
-    source = open_source(src, revision, cache, _is_same(lora, src))
+    source = open_source(src, revision, cache, ignores_adapter=True)
     check_config(source.config, is_fp8(source))
     options: dict[str, Any] = {
         "skip": list(skip),
@@ -208,11 +208,6 @@ def quantize(
     if is_gone:
         output.remove_empty()
     return report.build(done_plan, None if is_gone else str(out), device_used.name, time.perf_counter() - began)
-
-
-def _is_same(lora: str | os.PathLike[str] | None, src: str | os.PathLike[str]) -> bool:
-    """Whether the adapter that is merged is the one beside the source's weights."""
-    return lora is not None and os.path.realpath(lora) == os.path.realpath(src)
 
 
 def parse_size(size: int | str | None) -> int | None:

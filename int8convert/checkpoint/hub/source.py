@@ -26,6 +26,7 @@ from int8convert.checkpoint.hub.repository import (
 )
 from int8convert.checkpoint.json_file import check_config_bytes, read_config_value
 from int8convert.checkpoint.layout import (
+    ADAPTER_CONFIG,
     CONFIG_NAME,
     MAX_CARRIED_BYTES,
     REQUEST_FILE,
@@ -144,6 +145,7 @@ def open_repository(
         carried=carried_paths(directory, carried),
         commit=repository.commit,
         notes=(*taken.notes, *aside, *note_large(file_name for file_name in sizes if file_name not in carried)),
+        has_adapter=ADAPTER_CONFIG in listing.root,
         index=differences,
         config_name=taken.config_name or CONFIG_NAME,
     )

@@ -20,6 +20,7 @@ import int8convert
 from int8convert.checkpoint.source import open_source
 from int8convert.conversion.report import ConversionReport
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.evaluation.models import read_config
 from tests.scenarios.strangers.makers import change, convert, make_model, passes_exact, write, write_shards
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -182,22 +183,35 @@ def adapter(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft's own
-def test_adapter_beside_the_weights_is_refused_or_merged(source: Path, adapter: Path, tmp_path: Path) -> None:
+def test_adapter_beside_the_weights_is_left_out_or_merged(
+    source: Path, adapter: Path, out: Path, tmp_path: Path
+) -> None:
     merged = convert(source, tmp_path / "expected", lora=adapter)
     for path in adapter.glob("adapter_*"):
         shutil.copy(path, source)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source)
     assert model.peft_config, "transformers adds it to the weights"
-    for options in ({}, {"lora": adapter}):
-        with pytest.raises(SourceError, match=r"holds adapter_config\.json beside its weights") as caught:
-            quantize(source, tmp_path / "new", **options)
-        assert caught.value.hint == (
-            f"pass --lora '{source}' to merge it, or remove adapter_config.json; nothing was written"
-        )
-    report = quantize(source, tmp_path / "new", lora=source)
-    assert equal(tmp_path / "new", merged)
-    assert not list((tmp_path / "new").glob("adapter*"))
+    report = quantize(source, tmp_path / "alone")
+    assert equal(tmp_path / "alone", out)
+    assert not list((tmp_path / "alone").glob("adapter*"))
+    note = (
+        "the adapter beside the weights is left out: where peft is installed, transformers adds it to them; "
+        "the same directory given as --lora merges it"
+    )
+    assert note in report.notes
+    assert passes_exact(tmp_path / "alone")
+    report = quantize(source, tmp_path / "merged", lora=source)
+    assert equal(tmp_path / "merged", merged)
+    assert not list((tmp_path / "merged").glob("adapter*"))
     assert "'adapter_config.json' is left out: its adapter is merged" in report.notes
+
+
+def test_model_with_an_adapter_beside_it_is_not_loaded_for_a_comparison(source: Path, adapter: Path) -> None:
+    """transformers would run the weights with the adapter, and the conversion is of the weights."""
+    shutil.copy(adapter / "adapter_config.json", source)
+    with pytest.raises(SourceError, match=r"holds adapter_config\.json beside its weights") as caught:
+        read_config(source)
+    assert caught.value.hint.startswith("name a checkpoint without adapter_config.json")
 
 
 def test_adapter_weights_without_their_config_are_left_aside(source: Path, adapter: Path, out: Path) -> None:
