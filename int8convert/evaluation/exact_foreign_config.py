@@ -1,6 +1,7 @@
 """What may differ in config.json of checkpoints that other tools wrote, of which no manifest tells how they came about.
 
-transformers writes config.json from the loaded model when it saves: the entries below, beside those of the source.
+transformers writes config.json from the loaded model when it saves: the entries below, beside those of the source, and
+these in the form of its own version. So where two configs differ, they are compared as the model's class reads them.
 Everything else must be the source's. `exact_foreign_files` is the same for the files beside.
 """
 
@@ -10,6 +11,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from int8convert.evaluation.as_loaded import as_loaded
+
 Difference = tuple[str, str, str]
 """The name of an entry, what was expected, what was found."""
 
@@ -18,6 +21,12 @@ WRITTEN_BY_OTHERS = frozenset(
 )
 """Entries, at any depth, that saving a model writes from how it was loaded. None of them changes what is computed from
 int8 weights: what was kept may be in another float dtype, and that is compared tensor by tensor."""
+
+_SENDS_ELSEWHERE = frozenset({"auto_map", "configuration_files", "transformers_weights", "custom_pipelines"})
+"""Entries by which a loader takes code or files; no class of transformers reads them."""
+
+_MOST_ADDED = 200
+"""Entries beside the source's for which it is asked whether the model's class looks at them."""
 
 _DTYPES = ("float16", "bfloat16", "float32")
 
@@ -29,7 +38,8 @@ def foreign_block(block: Mapping[str, Any]) -> Iterator[Difference]:
     groups = block.get("config_groups")
     for name, group in groups.items() if isinstance(groups, dict) else ():
         targets = group.get("targets") if isinstance(group, dict) else None
-        if any(not isinstance(target, str) or target.startswith("re:") for target in targets or ()):
+        named = targets if isinstance(targets, list) else []
+        if any(not isinstance(target, str) or target.startswith("re:") for target in named):
             yield f"quantization_config.config_groups.{name}", "plain names as targets", "an expression"
 
 
@@ -38,10 +48,23 @@ def foreign_entries(found: Mapping[str, Any], source: Mapping[str, Any]) -> Iter
     dtype = found.get("dtype") or found.get("torch_dtype")
     if dtype is not None and dtype not in _DTYPES:
         yield "dtype", f"one of {', '.join(_DTYPES)}", str(dtype)[:40]
-    one, other = _comparable(found), _comparable(source)
-    for key in sorted(one.keys() | other.keys()):
-        if one.get(key, ...) != other.get(key, ...):
-            yield key, _shown(other.get(key)), _shown(one.get(key))
+    differing = _differing(found, source)
+    added = sorted(differing - source.keys())
+    if differing and len(added) <= _MOST_ADDED:
+        plain, original = _without(found), _without(source)
+        lacking = [{name: value for name, value in plain.items() if name != key} for key in added]
+        one, other, *others = as_loaded([plain, original, *lacking])
+        # What the class does not look at, another loader or version may: a base of the rotation by its older name.
+        ignored = {key for key, loaded in zip(added, others, strict=True) if loaded == one} - other.keys()
+        differing = (differing & _SENDS_ELSEWHERE) | ignored | _differing(one, other)
+        found, source = {**found, **one}, {**source, **other}
+    for key in sorted(differing):
+        yield key, _shown(source, key), _shown(found, key)
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    found, expected = _comparable(one), _comparable(other)
+    return {key for key in found.keys() | expected.keys() if found.get(key, ...) != expected.get(key, ...)}
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, str]:
@@ -55,5 +78,5 @@ def _without(value: Any) -> Any:
     return {key: _without(entry) for key, entry in value.items() if key not in WRITTEN_BY_OTHERS}
 
 
-def _shown(value: str | None) -> str:
-    return "no such entry" if value is None else value[:80]
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    return json.dumps(config[key])[:80] if key in config else "no such entry"

@@ -196,7 +196,7 @@ def test_stored_outlier_columns_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("opt", torch.float16), ("llama", torch.bfloat16), ("gpt2", torch.float16), ("t5", torch.float16)],
+    [(name, torch.bfloat16 if name == "llama" else torch.float16) for name in MODELS],
 )
 def test_what_transformers_and_bitsandbytes_write_passes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")

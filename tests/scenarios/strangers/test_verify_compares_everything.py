@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 import int8convert
 from int8convert.checkpoint.layout import MANIFEST_NAME
 from int8convert.errors import SourceError
+from int8convert.evaluation.as_loaded_worker import read_as_loaded
 from int8convert.evaluation.exact import verify_exact
+from int8convert.evaluation.exact_foreign_config import foreign_entries
 from tests.scenarios.strangers.makers import (
     INDEX_NAME,
     Spoil,
@@ -244,9 +246,26 @@ def foreign(out: Path) -> Path:
     return out
 
 
+@pytest.fixture
+def read_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs are read by their class in this process, and as they are where that refuses."""
+
+    def as_loaded(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            return [read_as_loaded(config) for config in configs]
+        except Exception:  # as the child's end would be taken
+            return configs
+
+    monkeypatch.setattr("int8convert.evaluation.exact_foreign_config.as_loaded", as_loaded)
+
+
 FOREIGN: dict[str, tuple[Spoil, str]] = {
     "another entry": (spoil_entries("config.json", rms_norm_eps=1e-3), "config"),
     "code in config.json": (spoil_entries("config.json", auto_map={"AutoModel": "a.B"}), "config"),
+    "an entry that no class knows": (spoil_entries("config.json", x=1), "config"),
+    "an entry of the wrong type": (spoil_entries("config.json", num_hidden_layers="2"), "config"),
+    "a default that was changed": (spoil_entries("config.json", attention_bias=True), "config"),
+    "another base of the rotation": (spoil_entries("config.json", rope_theta=500.0), "config"),
     "an expression": (skipping("lm_head", ".*q_proj"), "config"),
     "fp16 weights": (lambda out: change_block(out, llm_int8_has_fp16_weight=True), "config"),
     "a dtype that is none": (spoil_entries("config.json", dtype="int8"), "config"),
@@ -270,12 +289,37 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
 }
 
 
+@pytest.mark.usefixtures("read_in_process")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_without_a_manifest_the_same_is_found(name: str, foreign: Path, source: Path) -> None:
     spoil, check = FOREIGN[name]
     assert found_in(foreign, source) == {}
     spoil(foreign)
     assert found_in(foreign, source).keys() == {check}
+
+
+OLD_FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "the base of the rotation by its old name": (("rope_parameters",), {"rope_theta": 10000.0, "rope_scaling": None}),
+    "without what the class takes by default": (("attention_bias", "mlp_bias", "head_dim", "pretraining_tp"), {}),
+    "with an old dtype": (("dtype",), {"torch_dtype": "float16", "_name_or_path": "me/x"}),
+}
+
+
+@pytest.mark.usefixtures("read_in_process")
+@pytest.mark.parametrize("name", OLD_FORMS)
+def test_source_in_the_form_of_an_older_version_is_the_same(name: str, foreign: Path, source: Path) -> None:
+    without, with_ = OLD_FORMS[name]
+    config = json.loads((source / "config.json").read_text())
+    write(source / "config.json", {key: value for key, value in config.items() if key not in without} | with_)
+    assert found_in(foreign, source) == {}
+
+
+def test_configs_are_read_by_their_class_in_a_process_of_its_own(foreign: Path) -> None:
+    config = json.loads((foreign / "config.json").read_text())
+    old = {key: value for key, value in config.items() if key != "rope_parameters"} | {"rope_theta": 10000.0}
+    assert list(foreign_entries(config, old)) == []
+    assert [key for key, _, _ in foreign_entries(config, {**old, "rope_theta": 5.0})] == ["rope_parameters"]
+    assert [key for key, _, _ in foreign_entries(config, {**config, "model_type": "none such"})] == ["model_type"]
 
 
 def test_saved_template_is_the_source_s_wherever_it_stands(foreign: Path, source: Path) -> None:

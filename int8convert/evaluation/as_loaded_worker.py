@@ -1,0 +1,32 @@
+"""Child process of `as_loaded`: config.json as transformers' own class of the model reads it.
+
+Two versions of transformers write one config in two forms: entries are renamed, gathered or filled in with defaults.
+Read by the class, both forms are the same. No code of a checkpoint is run; what the class raises ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def read_as_loaded(config: dict[str, Any]) -> dict[str, Any]:
+    """Return all entries that transformers takes a config to have.
+
+    Raises: whatever the model's config class raises; KeyError if transformers knows none.
+    """
+    import transformers
+
+    found = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict()
+    answer: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return answer
+
+
+def main() -> None:
+    stdout, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not end up in the answer
+    json.dump([read_as_loaded(config) for config in json.load(sys.stdin)], stdout)
+
+
+if __name__ == "__main__":
+    main()
