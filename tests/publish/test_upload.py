@@ -100,20 +100,21 @@ def test_weights_of_something_else_are_removed_and_other_files_are_not(
     verified: Path, hub: Hub, connect: Connect
 ) -> None:
     others = {"notes.txt": b"mine", "model-q4.gguf": b"mine", "onnx/model.safetensors": b"mine"}
-    hub.add_repo(REPO, {"pytorch_model.bin": b"old", "model-00001-of-00009.safetensors": b"old", **others})
+    old = ("adapter_config.json", "model-00001-of-00009.safetensors", "pytorch_model.bin")
+    hub.add_repo(REPO, {**dict.fromkeys(old, b"old"), **others})
     connect(hub, hub.token)
     before = hub.repo(REPO).files
     with pytest.raises(errors.OutputError) as caught:
         int8convert.upload(verified, REPO)
     assert (caught.value.message, caught.value.hint) == (
-        f"'{REPO}' holds weights of something else: 'model-00001-of-00009.safetensors' and 1 more",
+        f"'{REPO}' holds weights of something else: 'adapter_config.json' and 2 more",
         "name another repository, or pass --overwrite to replace them; nothing was sent",
     )
     assert hub.repo(REPO).files == before
 
     report = int8convert.upload(verified, REPO, overwrite=True)
 
-    assert report.deleted == ("model-00001-of-00009.safetensors", "pytorch_model.bin")
+    assert report.deleted == old
     assert hub.repo(REPO).files == published(verified) | others
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +167,18 @@ class RepositoryListing:
         self.label = label
         self.root = frozenset(name for name in repository.files if "/" not in name)
 
+    @cached_property
+    def _by_folder(self) -> dict[str, list[str]]:
+        """The files of each folder of the root, those of its own folders included."""
+        found: dict[str, list[str]] = {}
+        for name in self._repository.files:
+            found.setdefault(name.partition("/")[0], []).append(name)
+        return found
+
     def files_under(self, folder: str) -> list[str]:
         """See `Listing`."""
-        return [name for name in self._repository.files if name.startswith(f"{folder}/")]
+        files = self._by_folder.get(folder.partition("/")[0], [])
+        return [name for name in files if name.startswith(f"{folder}/")]
 
     def read(self, name: str) -> dict[str, Any] | list[Any]:
         """See `Listing`."""
