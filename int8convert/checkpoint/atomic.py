@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.layout import open_regular, quoted
 from int8convert.errors import OutputError
 
 INCOMPLETE_SUFFIX = ".incomplete"
@@ -80,7 +80,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content, but not its permissions or times, whole or not at all."""
-    with source.open("rb") as original, open(create_file(temporary_path(target)), "wb") as copy:
+    with open(open_regular(source), "rb") as original, open(create_file(temporary_path(target)), "wb") as copy:
         shutil.copyfileobj(original, copy)
     rename_into_place(target)
 

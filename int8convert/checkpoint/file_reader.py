@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.layout import open_regular, quoted
 from int8convert.checkpoint.safetensors_file import read_exactly
 from int8convert.errors import CorruptFileError
 
@@ -62,9 +62,9 @@ def open_unchanged(path: Path, identity: FileIdentity | None) -> int:
         identity: what the file must be; None takes any.
 
     Raises:
-        CorruptFileError: it is another file, or was changed.
+        CorruptFileError: it is no file, another file, or was changed.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = open_regular(path)
     try:
         if identity is not None:
             identity.check(fd, path.name)

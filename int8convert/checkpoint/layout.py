@@ -107,6 +107,26 @@ def find_file(directory: Path, name: str) -> Path | None:
     return path
 
 
+def open_regular(path: Path) -> int:
+    """Open a file of a stranger's directory for reading; return its descriptor.
+
+    A named pipe, a socket or a device is not opened: a pipe waits for a writer, and opening a device can act on it.
+
+    Raises:
+        CorruptFileError: the path leads to no regular file.
+        OSError: the file cannot be read.
+    """
+    if stat.S_ISREG(path.stat().st_mode):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # in case it has been replaced since
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+    raise CorruptFileError(
+        f"{quoted(path.name)} is a directory, pipe, socket or device, expected a file",
+        "fetch the file again, or remove it; nothing was written",
+    )
+
+
 def refuse_pointer(content: bytes, name: str) -> None:
     """Refuse a file that Git LFS has not fetched: it holds a note of where the content is, which would be copied.
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.layout import find_file
+from int8convert.checkpoint.layout import find_file, open_regular
 from int8convert.checkpoint.source import CARD_NAME
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -22,13 +22,21 @@ def read_source_card(directory: Path) -> dict[str, Any]:
     """
     import yaml
 
+    class LoaderWithoutAliases(yaml.SafeLoader):  # type: ignore[misc]
+        """Aliases can double a text as often as the card has lines. No card needs one."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias")
+            return super().compose_node(parent, index)
+
     path = find_file(directory, CARD_NAME)
     if path is None:
         return {}
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with open(open_regular(path), encoding="utf-8", errors="replace") as file:
         block = _FRONT_MATTER.match(file.read(_MAX_LENGTH))
     try:
-        entries = yaml.safe_load(block[1]) if block else {}
+        entries = yaml.load(block[1], LoaderWithoutAliases) if block else {}
     except (yaml.YAMLError, ValueError, RecursionError):  # a stranger's text
         return {}
     found = entries if isinstance(entries, dict) else {}

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from int8convert.checkpoint.layout import POINTER_START_BYTES, quoted, refuse_pointer
+from int8convert.checkpoint.layout import POINTER_START_BYTES, open_regular, quoted, refuse_pointer
 from int8convert.checkpoint.stored_tensor import (
     DTYPE_BYTES,
     StoredTensor,
@@ -43,7 +43,7 @@ Places = Callable[[Storage], tuple[int, int]]
 
 def read_pickle_header(path: Path) -> tuple[StoredTensor, ...]:
     """As `find_pickle_tensors`, of a local file."""
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         return find_pickle_tensors(file, os.fstat(file.fileno()).st_size, path.name)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from int8convert.checkpoint.json_file import parse_json_object
-from int8convert.checkpoint.layout import POINTER_START_BYTES, quoted, refuse_pointer
+from int8convert.checkpoint.layout import POINTER_START_BYTES, open_regular, quoted, refuse_pointer
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, check_tensor_name, is_shape, is_size
 from int8convert.errors import CorruptFileError
 
@@ -34,7 +34,7 @@ _REFETCH = "fetch this file again and rerun the same command; nothing was writte
 
 def read_safetensors_header(path: Path) -> tuple[StoredTensor, ...]:
     """As `find_safetensors_tensors`, of a local file."""
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         return find_safetensors_tensors(file, os.fstat(file.fileno()).st_size, path.name)
 
 
@@ -60,7 +60,7 @@ def read_safetensors_metadata(path: Path) -> dict[str, str]:
     Raises:
         CorruptFileError: the header is good no longer.
     """
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         file_bytes = os.fstat(file.fileno()).st_size
         header_json = _read_header_json(file, file_bytes, path.name)
     parse_safetensors_header(header_json, file_bytes, path.name)

@@ -26,6 +26,7 @@ from int8convert.checkpoint.layout import (
     REQUEST_FILE,
     carried_paths,
     find_file,
+    open_regular,
     quoted,
 )
 from int8convert.checkpoint.listing import DirectoryListing
@@ -244,7 +245,7 @@ def read_shard(path: Path) -> SourceShard:
     Raises:
         CorruptFileError: it is none, or contradicts itself.
     """
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         identity = FileIdentity.of(file.fileno())
         find_tensors = find_safetensors_tensors if path.suffix == ".safetensors" else find_pickle_tensors
         tensors = find_tensors(file, identity.n_bytes, path.name)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.layout import OUTLIERS_FILE, find_file
 from int8convert.checkpoint.source import CheckpointSource, read_shard
 from int8convert.conversion.int8_source import PlacedTensor
 from int8convert.conversion.tensors import values_dtype
@@ -35,8 +34,8 @@ def pair_outliers(out: CheckpointSource, layout: Layout, is_known: bool) -> Pair
     Args:
         is_known: a manifest tells how the checkpoint came about; then the columns have the source's dtype.
     """
-    path = Path(out.directory / OUTLIERS_FILE)
-    if not path.is_file():
+    path = find_file(out.directory, OUTLIERS_FILE)
+    if path is None:
         return PairedOutliers()
     try:
         shard = read_shard(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from int8convert.checkpoint.json_file import parse_json_object
-from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.layout import OUTLIERS_FILE, find_file
 from int8convert.checkpoint.safetensors_file import read_safetensors_header, read_safetensors_metadata
 from int8convert.errors import CorruptFileError
 from int8convert.publish.card_text import code
@@ -29,8 +29,8 @@ class StoredColumns:
 
 def read_stored_columns(output: FinishedOutput) -> StoredColumns | None:
     """What is stored; None if nothing is."""
-    path = output.path / OUTLIERS_FILE
-    if not path.is_file():
+    path = find_file(output.path, OUTLIERS_FILE)
+    if path is None:
         return None
     columns = [tensor for tensor in read_safetensors_header(path) if tensor.name.endswith(".outlier_columns")]
     encoded = read_safetensors_metadata(path).get("calibration", "")

@@ -53,3 +53,9 @@ def test_missing_card_is_no_card(tmp_path: Path) -> None:
 def test_card_that_is_no_text_is_no_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\xfe\n---\n" + bytes(range(256)))
     assert read_source_card(tmp_path) in ({}, {"license": "\ufffd\ufffd"})
+
+
+def test_card_that_multiplies_itself_is_not_expanded(tmp_path: Path) -> None:
+    """Each of 40 entries merges the one before it twice: 2**40 in the last."""
+    entries = [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40)]
+    assert card(tmp_path, "\n".join(["---", "license: mit", "a0: &a0 {x: y}", *entries, "---", ""])) == {}
