@@ -128,20 +128,20 @@ def verify_exact(
     checkpoint = examined.source
     found = _format(checkpoint)
     provenance = find_provenance(checkpoint, reference, lora)
-    # A module that was left alone for its values is not planned as int8, and must then hold such values.
-    planned = plan_unchecked(
-        provenance.reference,
-        skip=(*provenance.skip, *provenance.kept_for_values),
-        only=provenance.only,
-        format=provenance.format,
-        lora=provenance.lora,
-        trust_remote_code=trust_remote_code,
-        revision=provenance.revision,
-    )
-    for reading in filter(None, map(hub_reading, (checkpoint, planned.source))):
-        on_hub(reading)
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
     with TrialRun(checkpoint, trust_remote_code) as trial:
+        # A module that was left alone for its values is not planned as int8, and must then hold such values.
+        planned = plan_unchecked(
+            provenance.reference,
+            skip=(*provenance.skip, *provenance.kept_for_values),
+            only=provenance.only,
+            format=provenance.format,
+            lora=provenance.lora,
+            trust_remote_code=trust_remote_code,
+            revision=provenance.revision,
+        )
+        for reading in filter(None, map(hub_reading, (checkpoint, planned.source))):
+            on_hub(reading)
         comparison = _Comparison(examined, planned, provenance)
         checks = comparison.run(n_workers, on_progress or (lambda done, total: None))
         runs, not_tried = trial.result()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import suppress
 from typing import Any
 
 from int8convert.checkpoint.int8_config import Int8Format, read_format
+from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.worker_process import start_worker
 from int8convert.evaluation.checks import Check, Finding, make_check
@@ -33,7 +35,13 @@ class TrialRun:
         self._child = self._start() if self._format is not Int8Format.TORCHAO else None
 
     def _start(self) -> subprocess.Popen[str]:
-        return start_worker("int8convert.evaluation.trial_run_worker")
+        child = start_worker("int8convert.evaluation.trial_run_worker")
+        # Asked at once, so that the child works while its answer is not waited for. The request fits in the pipe.
+        assert child.stdin is not None
+        with suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(json.dumps(self._request))
+        child.stdin = None
+        return child
 
     def __enter__(self) -> TrialRun:
         return self
@@ -51,12 +59,12 @@ class TrialRun:
 
     def _ask(self, child: subprocess.Popen[str]) -> dict[str, Any]:
         try:
-            output, complaints = child.communicate(json.dumps(self._request), timeout=LIMIT_S)
+            output, complaints = child.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             return not_tried(f"it was not through after {LIMIT_S:.0f} s")
         if child.returncode != 0:
             last = (complaints.strip().splitlines() or [f"the process ended with status {child.returncode}"])[-1]
-            return not_tried(last[:200])
+            return not_tried(quoted(last, 200))
         answer: dict[str, Any] = json.loads(output)
         return answer
 
