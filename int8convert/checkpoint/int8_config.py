@@ -6,7 +6,7 @@ A config is a stranger's: no entry is taken to be of the type it should be, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -167,6 +167,20 @@ def loader_skip_list(block: Mapping[str, Any], key: str = _SKIP_KEY[Int8Format.B
         if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH or not _MODULE_NAME.fullmatch(name):
             raise SourceError(f"{key} in config.json holds {_shown(name)}, expected the name of a module", _NAME_THEM)
     return names
+
+
+def skipping(names: list[str]) -> Callable[[str], bool]:
+    """Whether the loader leaves a module alone, by the names of `loader_skip_list`.
+
+    transformers' rule for plain names, with one expression in place of one for each: a name matches from the start of a
+    module's name up to a dot or its end, or at its end.
+
+    Source: transformers/quantizers/quantizers_utils.py, `should_convert_module`, version 5.24.
+    """
+    if not names:
+        return lambda name: False
+    beginning = re.compile(rf"(?:{'|'.join(names)})(?:(?<=\.)|(?=\.|$))")
+    return lambda name: beginning.match(name) is not None or name.endswith(tuple(names))
 
 
 _NAME_THEM = "name the modules in full: transformers would take this for a regular expression"

@@ -7,6 +7,7 @@ transformers' own class of the architecture comes first. Only where it has none 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_tie_weights
 from transformers.models.auto import modeling_auto
 
+from int8convert.checkpoint.build_bounds import bounded_build, check_layer_counts
 from int8convert.checkpoint.layout import quoted
 from int8convert.conversion.model_experts import CheckpointTensor
+from int8convert.errors import CorruptFileError
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -49,10 +52,20 @@ def build_model(
 
     Raises:
         UntrustedCodeError: there is no other class than one in the checkpoint's own code.
-        RefusedError: that code has no such class, or raises.
+        RefusedError: that code has no such class, or raises; or the model is larger than the tensors could fill.
         LookupError: there is no class at all.
     """
     stated = json.loads((Path(directory) / "config.json").read_bytes())
+    try:
+        check_layer_counts(stated)
+        return _build(directory, stated, tensors, trusts_code)
+    except CorruptFileError as error:
+        raise RefusedError(error.message, f"{error.hint}; nothing was written") from error
+
+
+def _build(
+    directory: str, stated: dict[str, Any], tensors: list[CheckpointTensor], trusts_code: bool
+) -> tuple[Any, torch.dtype, list[str]]:
     architecture = stated["architectures"][0]
     own_code = stated.get("auto_map")
     if own_code and trusts_code and not hasattr(transformers, architecture):
@@ -69,8 +82,13 @@ def build_model(
         model_class, notes = _class_of_transformers(config, architecture)
     dtype = _load_dtype(config, tensors)
     torch.set_default_dtype(dtype)
+    for choice in ("_attn_implementation", "_experts_implementation"):
+        if getattr(config, choice, None) not in (None, "eager", "sdpa"):
+            setattr(config, choice, None)  # names a package, or kernels that would be fetched: nothing is run here
+    n_elements = sum(math.prod(tensor.shape) for tensor in tensors)
+    bounds = bounded_build(len(tensors) or None, n_elements or None)
     # As loaders build it: tied weights still apart, so that the last parameter is the one they take for the last.
-    with torch.device("meta"), no_tie_weights():
+    with torch.device("meta"), no_tie_weights(), bounds:
         return model_class(config).eval(), dtype, notes
 
 

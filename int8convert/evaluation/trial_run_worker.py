@@ -31,10 +31,11 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.base import _assign_is_quantized
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from int8convert.checkpoint.int8_config import is_ignored
+from int8convert.checkpoint.int8_config import is_ignored, loader_skip_list, skipping
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.conversion.model_build import RefusedError, build_model
+from int8convert.errors import SourceError
 
 N_TOKENS = 8
 FILLING = 0.01
@@ -165,13 +166,15 @@ def loader_replaces(model: Any, block: dict[str, Any], output_format: OutputForm
     if output_format is OutputFormat.COMPRESSED_TENSORS:
         linear = (name for name, module in modules.items() if isinstance(module, nn.Linear))
         return [name for name in linear if not is_ignored(name, type(modules[name]), block)]
-    skips = HfQuantizer.get_modules_to_not_convert(
-        model, block.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
-    )
+    named = loader_skip_list(block)
+    own = HfQuantizer.get_modules_to_not_convert(model, None if named is None else [], model._keep_in_fp32_modules)
+    skips = skipping(named or [])
     return [
         name
         for name, module in modules.items()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skips)
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and not skips(name)
+        and should_convert_module(name, own)
     ]
 
 
@@ -289,7 +292,7 @@ def _attempt(model: Any, record: Record) -> str | None:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return try_model(request["directory"], OutputFormat(request["format"]), request["trusts_code"])
-    except RefusedError as error:
+    except (RefusedError, SourceError) as error:
         return {"n_replaced": 0, "n_called": 0, "found": [], "not_run": str(error.args[0])}
 
 

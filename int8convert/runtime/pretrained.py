@@ -22,13 +22,13 @@ import transformers
 from transformers import dynamic_module_utils
 from transformers.utils.hub import cached_file
 
+from int8convert.checkpoint.build_bounds import bounded_build, check_layer_counts
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
 from int8convert.checkpoint.json_file import read_config as read_bounded_config
 from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted, shard_name
 from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.errors import RemoteCodeError, SourceError
-from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 _ATTENTION = ("eager", "sdpa", "flex_attention")

@@ -29,7 +29,14 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
-from int8convert.checkpoint.int8_config import Int8Format, is_ignored, loader_skip_list, read_format, read_threshold
+from int8convert.checkpoint.int8_config import (
+    Int8Format,
+    is_ignored,
+    loader_skip_list,
+    read_format,
+    read_threshold,
+    skipping,
+)
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.quantization_config import bitsandbytes_block
 from int8convert.errors import FormatError
@@ -137,7 +144,7 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
             return lambda name, module: isinstance(module, nn.Linear) and not is_ignored(name, type(module), block)
         named = loader_skip_list(block)
         own = self.get_modules_to_not_convert(model, None if named is None else [], model._keep_in_fp32_modules)
-        skips = _skipping(named or [])
+        skips = skipping(named or [])
         return lambda name, module: (
             _bitsandbytes_replaces(module) and not skips(name) and should_convert_module(name, own)
         )
@@ -242,14 +249,6 @@ def _replace_experts(model: Any, config: Int8ConvertConfig, tensor_names: set[st
         form = experts_form(module)
         if form is not None and names.keys() == form.projections.keys():
             model.set_submodule(name, Int8Experts(module, form, names, config.mode, config.outlier_threshold))
-
-
-def _skipping(names: list[str]) -> Callable[[str], bool]:
-    """transformers' own rule for plain names, see `should_convert_module`: with one expression, not one for each."""
-    if not names:
-        return lambda name: False
-    beginning = re.compile(rf"(?:{'|'.join(names)})(?:(?<=\.)|(?=\.|$))")
-    return lambda name: beginning.match(name) is not None or name.endswith(tuple(names))
 
 
 def _bitsandbytes_replaces(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import transformers
 
 import int8convert
-from int8convert.errors import Int8ConvertError, RemoteCodeError, SourceError
+from int8convert.checkpoint.int8_config import skipping
+from int8convert.errors import Int8ConvertError, ModelMapError, RemoteCodeError, SourceError
+from int8convert.evaluation.verify import verify
 from int8convert.runtime.pretrained import asking_nobody, load_model, read_config
 from int8convert.runtime.tokenizer_process import TokenizerProcess
 from tests.cli.conftest import Run
@@ -167,8 +170,6 @@ def test_skip_list_of_anything_but_names_is_refused(names: Any, out: Path) -> No
 def test_plain_names_are_skipped_by_transformers_own_rule() -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from int8convert.runtime.transformers_plugin import _skipping
-
     modules = [
         "lm_head",
         "model.layers.1",
@@ -182,7 +183,7 @@ def test_plain_names_are_skipped_by_transformers_own_rule() -> None:
     lists = [[], ["lm_head"], ["model.layers.1"], ["mlp"], ["layers.1", "ab"], ["b"], ["a.b"], ["model", "x.lm_head"]]
     for names in lists:
         expected = [not should_convert_module(module, names) for module in modules]
-        assert [_skipping(names)(module) for module in modules] == expected, names
+        assert [skipping(names)(module) for module in modules] == expected, names
 
 
 @pytest.mark.parametrize(
@@ -221,3 +222,27 @@ def test_bound_is_of_this_load_alone(out: Path) -> None:
     load_model(str(out), read_config(str(out)), device_map="cpu", quantization_config=int8convert.Int8ConvertConfig())
     with torch.device("meta"):
         assert torch.nn.Linear(10**6, 10**6).weight.numel() == 10**12
+
+
+@pytest.mark.usefixtures("map_in_process")
+def test_conversion_bounds_the_model_it_maps(source: Path, tmp_path: Path) -> None:
+    """The map is made by a class of transformers, too, in a process with no time limit."""
+    for entries in ({"num_hidden_layers": 10**9}, {"vocab_size": 10**10}, {"num_hidden_layers": 9000}):
+        spoiled = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(source, spoiled)
+        change(spoiled / "config.json", **entries)
+        with pytest.raises(ModelMapError, match=r"expected at most 10,000|which its weight files cannot fill"):
+            int8convert.plan(spoiled)
+
+
+@pytest.mark.usefixtures("map_in_process")
+def test_conversion_needs_no_kernels_that_config_json_names(source: Path) -> None:
+    plain = int8convert.plan(source).model_map
+    change(source / "config.json", attn_implementation="some/kernels", experts_implementation="some/experts")
+    assert int8convert.plan(source).model_map == plain
+
+
+@pytest.mark.usefixtures("map_in_process")
+def test_verify_matches_no_expression_of_a_skip_list(out: Path, source: Path) -> None:
+    change_block(out, llm_int8_skip_modules=["lm_head", "(([a-z._0-9])+)+X"])
+    assert not verify(out, level="exact", reference=source).is_passed
