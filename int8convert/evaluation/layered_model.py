@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import PreTrainedModel, load_state_dict
 
 from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.evaluation.comparison import decoder_layers
 from int8convert.runtime.linear import Int8Linear
@@ -146,7 +147,7 @@ class LayeredModel:
         path = self._path / OUTLIERS_FILE
         if not path.is_file() or not any(isinstance(module, Int8Linear) for module in self.model.modules()):
             return {}
-        with safe_open(path, framework="pt") as file:
+        with safe_open(utf8_path(path), framework="pt") as file:
             stored = {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118, not a mapping
         return {live: name for name, live in live_names(self.model, stored).items()}
 
@@ -156,7 +157,7 @@ class LayeredModel:
         if not names:
             return
         stored = {}
-        with safe_open(self._path / OUTLIERS_FILE, framework="pt") as file:
+        with safe_open(utf8_path(self._path / OUTLIERS_FILE), framework="pt") as file:
             for name in names.values():
                 columns, weight = (file.get_tensor(f"{name}.{leaf}") for leaf in ("outlier_columns", "outlier_weight"))
                 stored[name] = StoredOutliers(columns.to(torch.int32), weight)
@@ -199,7 +200,7 @@ def _open_lazily(files: list[str]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for file in files:
         if file.endswith(".safetensors"):
-            opened: Any = safe_open(file, framework="pt", backend="pread")
+            opened: Any = safe_open(utf8_path(file), framework="pt", backend="pread")
             tensors |= {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118, not a mapping
         else:
             tensors |= load_state_dict(file)

@@ -23,6 +23,7 @@ from cuda_kernels.reference import N_STEPS
 from int8convert.checkpoint.atomic import create_file, make_folder, rename_into_place, temporary_path
 from int8convert.checkpoint.layout import MAX_STEPS_AWAY, OUTLIERS_FILE, quoted
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
+from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import CorruptFileError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.tensor_names import live_names
@@ -50,7 +51,7 @@ def read_outliers(path: str | os.PathLike[str]) -> dict[str, StoredOutliers]:
         CorruptFileError: the file is damaged, or holds something else.
     """
     read_safetensors_header(Path(path))  # says what is wrong with a file that is none
-    tensors = load_file(path)
+    tensors = load_file(utf8_path(path))
     modules = {name.rpartition(".")[0] for name in tensors}
     found = {}
     for module_name in sorted(modules):

@@ -28,6 +28,7 @@ from int8convert.checkpoint.json_file import read_config as read_bounded_config
 from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted, shard_name
 from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
+from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import RemoteCodeError, SourceError
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
@@ -88,7 +89,7 @@ def read_config(
                 f"the model of '{path}' is code in the checkpoint (auto_map in config.json)", code_hint
             )
     with library_errors(what if is_there else f"{what} within reach", hint, code_hint), asking_nobody():
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
+        return transformers.AutoConfig.from_pretrained(utf8_path(path), trust_remote_code=trust_remote_code, **hub)
 
 
 def refuse_code(stated: Any) -> None:
@@ -156,7 +157,7 @@ def load_model(
     boundary = library_errors(f"'{path}' cannot be loaded", hint, code_hint)
     with boundary, asking_nobody(), bounded_build(n_tensors, n_elements):
         return model_class(config).from_pretrained(
-            path, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **every
+            utf8_path(path), config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **every
         )
 
 
@@ -194,7 +195,7 @@ def read_tokenizer(path: str, code_hint: str = RUNS_NO_CODE, trust_remote_code: 
     hint = "copy the files of the source's tokenizer into it"
     with library_errors(what, hint, code_hint), asking_nobody():
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            path, padding_side="left", trust_remote_code=trust_remote_code
+            utf8_path(path), padding_side="left", trust_remote_code=trust_remote_code
         )
         if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
             raise TypeError(f"{type(tokenizer).__name__} is no tokenizer")

@@ -29,6 +29,7 @@ MAY_WRITE = {
     "int8convert/checkpoint/lock.py": "a lock is not written whole or not at all",
     "int8convert/runtime/outliers.py": "safetensors writes into a file that atomic has made",
     "int8convert/evaluation/texts.py": "a temporary folder that nobody else can write to",
+    "int8convert/checkpoint/utf8_path.py": "a link in such a folder",
     "int8convert/evaluation/memory.py": "a file of the kernel",
 }
 
