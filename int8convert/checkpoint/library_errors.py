@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from int8convert.checkpoint.layout import quoted
-from int8convert.errors import Int8ConvertError, RemoteCodeError, SourceError
+from int8convert.errors import DeviceError, Int8ConvertError, RemoteCodeError, SourceError
 
 RUNS_NO_CODE = "code of a checkpoint is not run here; read it, then load it by int8convert.load(trust_remote_code=True)"
 TRUST_CODE = "read that code, then pass --trust-remote-code to have it run"
@@ -20,6 +20,9 @@ TRUST_CODE = "read that code, then pass --trust-remote-code to have it run"
 _MAX_LENGTH = 300
 _WANTS_CODE = "trust_remote_code=True"
 """What transformers' errors name where a class is code in the checkpoint and that code may not run."""
+
+_NO_MEMORY = "OutOfMemoryError"
+"""torch's class for a GPU's memory. For the CPU's, and for files it maps, a RuntimeError says "allocate memory"."""
 
 _RUST_PANIC = "PanicException"
 """The class of errors that tokenizers and safetensors do not expect themselves; a BaseException by its own choice."""
@@ -38,6 +41,7 @@ def library_errors(what: str, hint: str, code_hint: str = RUNS_NO_CODE) -> Itera
 
     Raises:
         RemoteCodeError: the library says that it would have to run code of the checkpoint.
+        DeviceError: there was not enough memory for what it was to do.
         SourceError: it raised anything else.
     """
     try:
@@ -47,6 +51,8 @@ def library_errors(what: str, hint: str, code_hint: str = RUNS_NO_CODE) -> Itera
     except Exception as error:
         if _WANTS_CODE in str(error):
             raise RemoteCodeError(f"{what}: it needs code that is part of the checkpoint", code_hint) from error
+        if type(error).__name__ == _NO_MEMORY or "allocate memory" in str(error):
+            raise DeviceError(f"{what}: {describe(error)}", "free memory, or use a device that has more") from error
         raise SourceError(f"{what}: {describe(error)}", hint) from error
     except BaseException as error:
         if type(error).__name__ != _RUST_PANIC:

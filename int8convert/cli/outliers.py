@@ -85,7 +85,7 @@ def outliers(
         ),
     ] = "auto",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run SRC's own code to find its weights, as for quantize.")
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with CHECKPOINT or SRC.")
     ] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes.")] = False,
@@ -114,6 +114,7 @@ def outliers(
             budget=budget / 100,
             module_names=int8_modules(write) if write is not None else None,
             device=device,
+            trust_remote_code=trust_remote_code,
         )
         stored = None
         if write is not None:

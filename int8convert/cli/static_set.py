@@ -32,7 +32,9 @@ def calibrate_output(
     from int8convert.evaluation.find_outliers import find_outliers
 
     try:
-        report = find_outliers(out, text, module_names=int8_modules(out), device=device)
+        report = find_outliers(
+            out, text, module_names=int8_modules(out), device=device, trust_remote_code=trust_remote_code
+        )
         return store(report, src, out, lora, trust_remote_code)
     except Int8ConvertError as error:
         error.hint = (

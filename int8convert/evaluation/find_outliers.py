@@ -113,6 +113,7 @@ def find_outliers(
     budget: float = BUDGET,
     module_names: Iterable[str] | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> OutlierReport:
     """Run a text through a checkpoint and report its outliers.
 
@@ -130,6 +131,7 @@ def find_outliers(
         module_names: the modules to look at, as an int8 checkpoint's tensors name them; None takes those that are int8
             or would be.
         device: "auto", "cpu" or "cuda[:n]".
+        trust_remote_code: code in the checkpoint may run.
 
     Raises:
         Int8ConvertError: checkpoint or text cannot be read, or the device is not there.
@@ -140,9 +142,9 @@ def find_outliers(
     if not threshold > 0 or n_sequences < 1 or asked < 2 or not 0 <= min_share <= 1 or not budget >= 0:
         raise ValueError("threshold must be positive, n_sequences at least 1, length at least 2, shares from 0 on")
     used = choose_device(device)
-    with open_tokenizer(path) as tokenizer:
+    with open_tokenizer(path, trust_remote_code) as tokenizer:
         windows = read_windows(text, tokenizer, n_sequences, asked)
-    model = load_model(path, used)
+    model = load_model(path, used, trust_remote_code=trust_remote_code)
     if with_ablation:
         _check_predicts(model)
     layers = _layers(model, module_names)
@@ -200,7 +202,7 @@ def _fit(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
             "its tokenizer is another model's; copy the files of its own",
         )
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if n_positions is None or windows.ids.shape[1] <= n_positions:
+    if not isinstance(n_positions, int) or windows.ids.shape[1] <= n_positions:
         return windows
     if may_cut:
         return replace(windows, ids=windows.ids[:, :n_positions])

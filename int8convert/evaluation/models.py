@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from int8convert.checkpoint.int8_config import loader_skip_list
 from int8convert.checkpoint.library_errors import TRUST_CODE
 from int8convert.checkpoint.source import open_source
 from int8convert.conversion.fp8 import FP8_DTYPES
@@ -111,10 +112,16 @@ def settle_dtype(module: torch.nn.Module, path: str | os.PathLike[str], device: 
 
 
 def _check_fp8_form(path: str | os.PathLike[str]) -> None:
-    """Refuse FP8 whose scales have a name that transformers does not look for: it would take the codes for weights."""
+    """Refuse FP8 whose scales have a name that transformers does not look for: it would take the codes for weights.
+
+    Also a list of modules that holds expressions, which transformers would match.
+    """
     source = open_source(path)
     block = source.config.get("quantization_config")
-    if not isinstance(block, dict) or block.get("quant_method") != "fp8":
+    if not isinstance(block, dict):
+        return
+    loader_skip_list(block, "modules_to_not_convert")
+    if block.get("quant_method") != "fp8":
         return
     tensors = [tensor for shard in source.shards for tensor in shard.tensors]
     names = {tensor.name for tensor in tensors}
@@ -136,7 +143,7 @@ def check_length(model: Any, windows: TokenWindows) -> None:
         SourceError: it does not.
     """
     n_positions = getattr(model.config, "max_position_embeddings", None)
-    if n_positions is not None and windows.ids.shape[1] > n_positions:
+    if isinstance(n_positions, int) and windows.ids.shape[1] > n_positions:
         raise SourceError(
             f"the model takes {n_positions:,} tokens, and the windows have {windows.ids.shape[1]:,}",
             f"pass --length {n_positions} or less",

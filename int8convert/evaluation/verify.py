@@ -194,7 +194,15 @@ def verify(
     if report.is_passed and level is Level.TASKS:
         from int8convert.evaluation.zero_shot import measure_tasks
 
-        found_tasks = measure_tasks(place, here, tasks, tasks_path=tasks_path, limit=task_limit, device=device)
+        found_tasks = measure_tasks(
+            place,
+            here,
+            tasks,
+            tasks_path=tasks_path,
+            limit=task_limit,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
         report = replace(report, tasks=found_tasks)
     report = replace(report, files=dict(exact.files), elapsed_s=time.perf_counter() - began)
     return report if exact.commit is not None else with_earlier_failures(report)

@@ -72,6 +72,7 @@ def measure_tasks(
     tasks_path: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[TaskReport, ...]:
     """Let an int8 checkpoint and its source answer the same questions.
 
@@ -81,6 +82,7 @@ def measure_tasks(
         tasks_path: a folder of tasks in the harness's form, in place of its own.
         limit: so many questions of each task; None is all.
         device: "auto", "cpu" or "cuda[:n]".
+        trust_remote_code: code in the checkpoints may run.
 
     Raises:
         SourceError: the harness is not installed, a task is not to be had, or a checkpoint cannot be loaded.
@@ -98,7 +100,7 @@ def measure_tasks(
         )
     found = []
     for path in (reference, out):
-        found.append(_answer(harness, manager, path, names, limit, device))
+        found.append(_answer(harness, manager, path, names, limit, device, trust_remote_code))
         gc.collect()  # one model in memory at a time
     return tuple(report for name in sorted(found[0]["samples"]) for report in _pair(name, *found))
 
@@ -122,14 +124,22 @@ def load_harness() -> Any:
 
 
 def _answer(
-    harness: Any, manager: Any, path: str | os.PathLike[str], names: list[str], limit: int | None, device: str
+    harness: Any,
+    manager: Any,
+    path: str | os.PathLike[str],
+    names: list[str],
+    limit: int | None,
+    device: str,
+    trusts_code: bool,
 ) -> dict[str, Any]:
     from int8convert.evaluation.models import load_model
     from int8convert.runtime.device import choose_device
     from int8convert.runtime.pretrained import asking_nobody, read_tokenizer
 
-    model = load_model(path, choose_device(device))
-    tokenizer = read_tokenizer(os.fspath(path), TRUST_CODE)  # in this process: the harness wants the object itself
+    model = load_model(path, choose_device(device), trust_remote_code=trusts_code)
+    tokenizer = read_tokenizer(
+        os.fspath(path), TRUST_CODE, trusts_code
+    )  # in this process: the harness wants the object itself
     runner = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     what = f"the tasks cannot be run on '{os.fspath(path)}'"
     hint = "fetch their data once where there is a network, or name tasks of your own with --tasks-path DIR"

@@ -16,6 +16,7 @@ import transformers
 import int8convert
 from int8convert.checkpoint.int8_config import skipping
 from int8convert.errors import Int8ConvertError, ModelMapError, RemoteCodeError, SourceError
+from int8convert.evaluation.models import load_model as load_reference
 from int8convert.evaluation.verify import verify
 from int8convert.runtime.pretrained import asking_nobody, load_model, read_config
 from int8convert.runtime.tokenizer_process import TokenizerProcess
@@ -246,3 +247,11 @@ def test_conversion_needs_no_kernels_that_config_json_names(source: Path) -> Non
 def test_verify_matches_no_expression_of_a_skip_list(out: Path, source: Path) -> None:
     change_block(out, llm_int8_skip_modules=["lm_head", "(([a-z._0-9])+)+X"])
     assert not verify(out, level="exact", reference=source).is_passed
+
+
+def test_reference_in_fp8_brings_no_expressions(source: Path) -> None:
+    """transformers loads such a source by itself, and would match them."""
+    block = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["(([a-z._0-9])+)+X"]}
+    change(source / "config.json", quantization_config=block)
+    with pytest.raises(SourceError, match=r"modules_to_not_convert in config\.json holds"):
+        load_reference(source, "cpu")

@@ -16,7 +16,7 @@ from int8convert.checkpoint.library_errors import library_errors
 from int8convert.cli.console import print_line, print_table, stderr
 from int8convert.cli.generate import _Output
 from int8convert.cli.terminal import PlainConsole, escaping_messages, plain
-from int8convert.errors import Int8ConvertError, RemoteCodeError, SourceError, printable
+from int8convert.errors import DeviceError, Int8ConvertError, RemoteCodeError, SourceError, printable
 from tests.cli.conftest import Run
 from tests.scenarios.strangers.makers import Spoil, change, change_block, spoil_entries, spoil_text
 
@@ -76,10 +76,14 @@ def test_boundary_lets_our_own_errors_and_the_ends_of_the_process_pass() -> None
         assert caught.value is error
 
 
-def test_boundary_knows_panics_of_rust_and_the_wish_for_code() -> None:
+def test_boundary_knows_panics_of_rust_a_lack_of_memory_and_the_wish_for_code() -> None:
     panic = type("PanicException", (BaseException,), {})
     with pytest.raises(SourceError, match="it fails: PanicException: at x"), library_errors("it fails", "do that"):
         raise panic("at x")
+    for error in (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), RuntimeError("can't allocate memory: 9 TB")):
+        with pytest.raises(DeviceError) as no_memory, library_errors("it fails", "do that"):
+            raise error
+        assert no_memory.value.hint == "free memory, or use a device that has more"
     with pytest.raises(RemoteCodeError) as caught, library_errors("it fails", "do that", "trust it"):
         raise ValueError("Please pass the argument `trust_remote_code=True` to allow custom code to be run.")
     assert caught.value.hint == "trust it"
