@@ -143,7 +143,7 @@ def export(
         n_written_bytes=plan.n_written_bytes,
         n_int8_weights=len(checkpoint.weights),
         n_changed_scales=n_changed,
-        notes=plan.notes,
+        notes=(*source.notes, *plan.notes),
         elapsed_s=time.perf_counter() - began,
     )
 

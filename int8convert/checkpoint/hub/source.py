@@ -32,6 +32,7 @@ from int8convert.checkpoint.layout import (
     MAX_CARRIED_BYTES,
     REQUEST_FILE,
     carried_paths,
+    find_file,
     quoted,
 )
 from int8convert.checkpoint.loader_files import find_loader_files
@@ -130,6 +131,7 @@ def open_repository(
     read = {CONFIG_NAME, CARD_NAME, taken.config_name or CONFIG_NAME, *([taken.weights] if taken.is_indexed else [])}
     small = sorted(file_name for file_name in read if file_name in repository.files)
     directory = fetch_small_files(repository, [*small, *carried], cache_dir)
+    find_file(directory, CARD_NAME)  # as of a directory: refused now, not when all is converted
     weight_map = read_weight_map(found_file(directory, taken.weights), taken.suffix) if taken.is_indexed else {}
     names = _listed(repository, weight_map, taken.weights) if weight_map else [taken.weights]
     files = [hub_file(repository, repository.files[file_name]) for file_name in names]

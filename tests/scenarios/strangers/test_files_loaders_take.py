@@ -373,3 +373,12 @@ def test_output_that_sends_loaders_elsewhere_does_not_pass(spoil: Callable[[Path
         assert not passes_exact(out)
     except SourceError as error:
         assert error.message and error.hint
+
+
+def test_export_takes_what_loaders_take_and_says_what_it_leaves(out: Path, older: Path, tmp_path: Path) -> None:
+    write_shards(out, load_file(older / SINGLE), 2)
+    report = int8convert.export(out, tmp_path / "new", format="torchao")
+    assert f"left aside, because transformers loads '{SINGLE}'" in " ".join(report.notes)
+    assert torch.equal(
+        weights(tmp_path / "new")["model.embed_tokens.weight"], load_file(out / SINGLE)["model.embed_tokens.weight"]
+    )
