@@ -6,13 +6,35 @@ import re
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.layout import find_file, open_regular
+from int8convert.checkpoint.layout import find_file, open_regular, quoted
 from int8convert.checkpoint.source import CARD_NAME
+from int8convert.errors import CorruptFileError
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
 _MAX_LENGTH = 100_000
+
+MAX_CARD_BYTES = 10_000_000
+"""Bytes of a model card. Long ones have 0.1 MB."""
+
 _MAX_TEXT = 200
+
+
+def read_card(path: Path) -> bytes:
+    """The whole of a model card.
+
+    Raises:
+        CorruptFileError: it is no file, or larger than any card.
+        OSError: it cannot be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        content = file.read(MAX_CARD_BYTES + 1)
+    if len(content) > MAX_CARD_BYTES:
+        raise CorruptFileError(
+            f"the model card {quoted(str(path), 200)} has more than {MAX_CARD_BYTES:,} bytes",
+            "make it shorter, or remove it to have one written; nothing was sent",
+        )
+    return content
 
 
 def read_source_card(directory: Path) -> dict[str, Any]:

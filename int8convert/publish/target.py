@@ -17,6 +17,7 @@ from int8convert.checkpoint.hub.failures import call_hub, endpoint, translating_
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
 from int8convert.checkpoint.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
 from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.model_card import read_card
 from int8convert.checkpoint.source import CARD_NAME
 from int8convert.checkpoint.source_name import looks_like_repository
 from int8convert.errors import CorruptFileError, HubAccessError, HubConnectionError, HubError, HubMissingError
@@ -122,7 +123,7 @@ class Target:
         if found is None or CARD_NAME not in found.files:
             return False
         card = fetch_small_files(found, [CARD_NAME]) / CARD_NAME
-        return CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
+        return CARD_MARK.encode() not in read_card(card)
 
     @property
     def has_token(self) -> bool:

@@ -22,6 +22,7 @@ from int8convert.checkpoint.hub.repository import Repository, RepositoryFile
 from int8convert.checkpoint.inspection import inspect
 from int8convert.checkpoint.layout import MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights, quoted
 from int8convert.checkpoint.lock import DirectoryLock
+from int8convert.checkpoint.model_card import read_card
 from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import HubError, OutputError
 from int8convert.publish.card import make_card
@@ -248,11 +249,11 @@ def _foreign_weights(repository: str, names: list[str]) -> OutputError:
 
 def _has_own_card(card: Path) -> bool:
     """Whether somebody wrote a model card, who was not us."""
-    return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
+    return card.is_file() and CARD_MARK.encode() not in read_card(card)
 
 
 def _own_card(path: Path) -> bytes:
-    content = path.read_bytes()
+    content = read_card(path)
     try:
         content.decode()
     except UnicodeDecodeError:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from int8convert.checkpoint.model_card import read_source_card
+from int8convert.checkpoint.model_card import read_card, read_source_card
+from int8convert.errors import CorruptFileError
 
 
 def card(tmp_path: Path, text: str) -> dict[str, Any]:
@@ -59,3 +60,13 @@ def test_card_that_multiplies_itself_is_not_expanded(tmp_path: Path) -> None:
     """Each of 40 entries merges the one before it twice: 2**40 in the last."""
     entries = [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40)]
     assert card(tmp_path, "\n".join(["---", "license: mit", "a0: &a0 {x: y}", *entries, "---", ""])) == {}
+
+
+def test_card_without_end_is_read_to_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("int8convert.checkpoint.model_card.MAX_CARD_BYTES", 1000)
+    path = tmp_path / "README.md"
+    path.write_bytes(b"x" * 1000)
+    assert read_card(path) == b"x" * 1000
+    path.write_bytes(b"x" * 1001)
+    with pytest.raises(CorruptFileError, match="has more than 1,000 bytes"):
+        read_card(path)

@@ -12,7 +12,7 @@ import pytest
 
 from int8convert.checkpoint.hub import bounded_answer, patience, repository
 from int8convert.checkpoint.hub.byte_counter import is_too_long
-from int8convert.checkpoint.hub.repository import RepositoryFile, fetch_small_files, find_repository
+from int8convert.checkpoint.hub.repository import RepositoryFile, discard_cached, fetch_small_files, find_repository
 from int8convert.errors import CorruptFileError, HubConnectionError, HubError
 
 COMMIT = "c" * 40
@@ -193,3 +193,23 @@ def test_small_file_that_is_large_is_not_fetched(serve: Serve, tmp_path: Path) -
 
 def test_file_may_be_fetched_twice_and_no_more() -> None:
     assert [is_too_long(n, 10_000_000) for n in (10_000_000, 20_000_000, 21_100_000)] == [False, False, True]
+
+
+@pytest.mark.parametrize("place", ["blob", "shared blob", "elsewhere", "file"])
+def test_wrong_file_is_removed_from_the_cache_and_from_nowhere_else(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "hub/models--org--name/snapshots" / COMMIT / "1_Pooling/config.json"
+    targets = {
+        "blob": tmp_path / "hub/models--org--name/blobs/x",
+        "shared blob": tmp_path / "hub/blobs/ab/x",
+        "elsewhere": tmp_path / "private",
+        "file": path,
+    }
+    target = targets[place]
+    for folder in (path.parent, target.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    target.write_text("x")
+    if target != path:
+        path.symlink_to(target)
+    discard_cached(path)
+    assert not path.is_symlink() and not path.exists()
+    assert target.exists() == (place == "elsewhere")

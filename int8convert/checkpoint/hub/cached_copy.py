@@ -17,7 +17,7 @@ from int8convert.checkpoint.hub.failures import translating_client_errors
 from int8convert.checkpoint.hub.hub_file import HubFile
 from int8convert.checkpoint.hub.local_copy import cached_path, is_content
 from int8convert.checkpoint.hub.patience import PassingError, Patience, transfer_patience_s
-from int8convert.checkpoint.hub.repository import find_repository
+from int8convert.checkpoint.hub.repository import discard_cached, find_repository
 from int8convert.checkpoint.hub.source import RemoteShard, hub_file
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
@@ -105,8 +105,7 @@ def _fetch(file: HubFile) -> None:
         except PassingError as trouble:
             patience.wait(trouble)
     if not is_content(path, file):
-        path.resolve().unlink()
-        path.unlink()
+        discard_cached(path)
         raise CorruptFileError(
             f"{quoted(file.name)} of {quoted(file.repository)} came with other bytes than the Hub lists",
             "it was removed; the same command fetches it again",

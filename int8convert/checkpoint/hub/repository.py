@@ -257,6 +257,19 @@ def _cache_error(error: OSError, cache_dir: Path | None) -> OutputError:
     )
 
 
+def discard_cached(path: Path) -> None:
+    """Remove a file with wrong bytes from the Hub's cache, where the next program would take it.
+
+    In the cache a file is a link to a blob, which goes too. A link that leads out of the cache is removed alone.
+    """
+    blob = path.resolve()
+    path.unlink()
+    repository = next((folder.parent for folder in path.absolute().parents if folder.name == "snapshots"), None)
+    roots = [folder.resolve() / "blobs" for folder in (repository, repository.parent)] if repository else []
+    if any(blob.is_relative_to(root) for root in roots):
+        blob.unlink(missing_ok=True)
+
+
 class _TooLongError(Exception):
     """The server sends more bytes than it lists. Stays in this module."""
 
@@ -287,11 +300,10 @@ def _fetch(repository: Repository, name: str, cache_dir: Path | None) -> Path:
             continue
         except OSError as error:
             raise _cache_error(error, cache_dir) from error
-        if file.is_content(path.read_bytes()):
+        if path.stat().st_size == file.n_bytes and file.is_content(path.read_bytes()):
             return path
     if path is not None:
-        path.resolve().unlink()  # for the next program would take it from the cache
-        path.unlink()
+        discard_cached(path)
     raise CorruptFileError(
         f"{quoted(name)} of {quoted(repository.name)} came {_TRIES} times with other bytes than the Hub lists",
         "a proxy or a disk on the way is broken; nothing was written",
