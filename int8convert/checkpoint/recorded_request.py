@@ -69,8 +69,11 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
     if path is None:
         return None
     whole = read_json_object(path, allow_lone_surrogates=True)
-    if whole.get("schema") != _SCHEMA:
+    if type(whole.get("schema")) is not int or whole["schema"] != _SCHEMA:
         raise _not_understood("schema", f"{_SCHEMA}", whole.get("schema"))
+    carried = _Entries(whole).object("carried") if "carried" in whole else {}
+    for name in carried:
+        _Entries(carried, "carried.").text(name)
     request = _Entries(whole).object("conversion")
     source = _Entries(request).object("source")
     _check_source(source)

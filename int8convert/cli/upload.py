@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from int8convert.publish.target import FileSent
     from int8convert.publish.upload import UploadReport
 
+_MOST_LEFT = 20
+"""Files that are named, of those that are not published."""
+
 HELP = """Publish a converted checkpoint on the Hub, with a model card, and see that it arrived.
 
 OUT must be finished and verified. Files that REPO has already are not sent again, so after an interruption the same
@@ -103,8 +106,10 @@ def _print_report(report: UploadReport) -> None:
     if not report.is_verified:
         note("not verified, as the model card says")
     vouches = "verify does not vouch for it" if report.is_verified else "the conversion did not write it"
-    for name in report.left:
+    for name in report.left[:_MOST_LEFT]:
         note(f"{name} is left here: {vouches}")
+    if len(report.left) > _MOST_LEFT:
+        note(f"and {len(report.left) - _MOST_LEFT:,} more files are left here; --json names them")
     for name in report.deleted:
         note(f"{name} {'would be' if report.is_dry_run else 'was'} removed: it is no part of this checkpoint")
     if report.is_dry_run:

@@ -62,7 +62,7 @@ def _print_exact(exact: ExactReport) -> None:
         head="Exact",
     )
     if exact.compared:
-        print_line(f"compared with {exact.compared}")
+        print_line(f"compared with {exact.reference}{_at(exact.reference_commit)}: {exact.compared}")
     print_table(
         "",
         ("check", "looked at", "found", ""),

@@ -169,9 +169,9 @@ def _compared(source: CheckpointSource, provenance: Provenance) -> str:
     files = f"{n_files:,} weight {'file' if n_files == 1 else 'files'}, config.json"
     carried = f" and {len(source.carried):,} other files" if source.carried else ""
     if not provenance.is_known:
-        return f"{files}{carried} of the source; no manifest tells what the conversion wrote"
+        return f"{files}{carried}; no manifest tells what the conversion wrote"
     exports = f", through {len(provenance.exports)} exports" if provenance.exports else ""
-    return f"{files}{carried} of the source, as its manifest says it was converted{exports}"
+    return f"{files}{carried}, as its manifest says they were converted{exports}"
 
 
 def _format(out: CheckpointSource) -> Int8Format:

@@ -46,7 +46,7 @@ def card_metadata(output: FinishedOutput, repository: str) -> str:
     pipeline = found.get("pipeline_tag") or pipeline_of(output)
     if pipeline:
         entries["pipeline_tag"] = pipeline
-    layout = str((output.config.get("quantization_config") or {}).get("quant_method") or "bitsandbytes")
+    layout = output.quant_method or "bitsandbytes"
     entries["tags"] = ["int8", "llm.int8", "8-bit", layout]
     results = _results(output, str(pipeline or "text-generation"))
     if results:

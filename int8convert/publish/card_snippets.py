@@ -19,7 +19,7 @@ _GENERATING = ("text-generation", "text2text-generation")
 
 def snippets(output: FinishedOutput, repository: str) -> str:
     """The section on loading."""
-    method = str((output.config.get("quantization_config") or {}).get("quant_method") or "")
+    method = output.quant_method
     pipeline = pipeline_of(output)
     auto_class = _AUTO_CLASSES.get(pipeline or "", "AutoModel")
     generates = pipeline in _GENERATING and (output.path / "tokenizer_config.json").is_file()

@@ -30,6 +30,7 @@ from int8convert.checkpoint.present_files import PresentFiles, find_present
 from int8convert.checkpoint.recorded_request import read_recorded_request
 from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
+from int8convert.publish.recorded_report import read_recorded_report
 
 _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
 """Of our own folder: what only this machine, or a conversion that goes on, needs."""
@@ -67,6 +68,12 @@ class FinishedOutput:
         """What was asked of the conversion."""
         found = self.manifest.get("conversion")
         return found if isinstance(found, dict) else {}
+
+    @property
+    def quant_method(self) -> str:
+        """The layout that config.json names; "" if it names none."""
+        block = self.config.get("quantization_config")
+        return str(block.get("quant_method") or "") if isinstance(block, dict) else ""
 
     def files(self) -> dict[str, Path]:
         """Name in the repository -> path of all that is published, but for the model card."""
@@ -166,7 +173,10 @@ def _read_verify(present: PresentFiles, shards: Mapping[str, str]) -> tuple[dict
     vouched = report.get("files")
     vouched = vouched if isinstance(vouched, dict) else {}
     unverified = _first_unverified(present, vouched, shards)
-    return (report, "", False) if not unverified else (None, unverified, False)
+    whole = read_recorded_report(report)
+    if not unverified and whole is None:
+        unverified = "its verify.json holds what verify does not write"
+    return (whole, "", False) if not unverified else (None, unverified, False)
 
 
 def _first_unverified(present: PresentFiles, vouched: Mapping[str, Any], shards: Mapping[str, str]) -> str:

@@ -151,6 +151,17 @@ def test_failure_that_was_measured_again_is_not_told_twice(measured: VerifyRepor
     assert [f.measured for f in record(exact_only(measured)).standing] == [{"dynamic": 124}, {"dynamic": 123}]
 
 
+def test_failure_of_stricter_gates_outlives_a_failure_of_looser_ones(measured: VerifyReport) -> None:
+    """Else two runs that fail would be cleared by one that passes the looser of their gates."""
+    middle = Gates(0.5, 1e-7)
+    record(replace(measured, gates=STRICT))
+    assert not record(replace(measured, gates=middle)).is_passed
+    nearer = replace(measured, gates=middle, fidelity=tuple(replace(run, mean_kl=1e-8) for run in measured.fidelity))
+    report = record(nearer)
+    assert report.is_passed
+    assert [(f.gates, f.status) for f in report.earlier_failures] == [(STRICT, Status.OVERRULED)]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", OUTLIERS_FILE])
 def test_failure_is_of_the_files_that_were_measured(name: str, measured: VerifyReport) -> None:
     record(replace(measured, gates=STRICT))

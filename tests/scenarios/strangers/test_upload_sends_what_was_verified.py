@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import math
 import os
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import int8convert
+from int8convert.checkpoint.inspection import inspect
 from int8convert.checkpoint.layout import MANIFEST_NAME, VERIFY_FILE
 from int8convert.errors import CorruptFileError, Int8ConvertError, OutputError, UnverifiedError
+from int8convert.evaluation.gates import Gates
+from int8convert.evaluation.verify import verify, write_report
+from int8convert.publish.card import make_card
+from int8convert.publish.finished import read_finished
 from int8convert.publish.upload import UploadReport
 from tests.hub_server.fixtures import Connect, connect, hub
 from tests.hub_server.hub import Hub
@@ -214,3 +224,43 @@ def test_report_of_an_older_version_vouches_for_too_little(verified: Path) -> No
     change(verified / VERIFY_FILE, files={name: content["files"][name] for name in names})
     with pytest.raises(UnverifiedError, match=r"'model\.safetensors' is not the one that was verified"):
         dry_run(verified)
+
+
+def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all entries of a JSON value; of lists, the first two."""
+    if path:
+        yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from places_in(entry, (*path, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copy
+
+
+@pytest.mark.parametrize("name", [VERIFY_FILE, MANIFEST_NAME, "config.json"])
+@pytest.mark.parametrize("nonsense", [10**400, "x", [1], {"a": None}], ids=["digits", "text", "list", "object"])
+def test_card_of_nonsense_says_what_is_known_or_ends_in_two_lines(name: str, nonsense: Any, out: Path) -> None:
+    """Forty entries, one at a time; what is spoiled agrees with the sha256 that verify.json names."""
+    report = verify(out, n_sequences=2, length=16, device="cpu", gates=Gates(9.0, 9.0))
+    write_report(report)
+    content = json.loads((out / name).read_text())
+    recorded = json.loads((out / VERIFY_FILE).read_text())
+    places = list(places_in(content))
+    for path in random.Random(name).sample(places, min(40, len(places))):
+        write(out / name, replaced(content, path, nonsense))
+        if name != VERIFY_FILE:
+            digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
+            write(out / VERIFY_FILE, {**recorded, "files": {**recorded["files"], name: digest}})
+        with contextlib.suppress(Int8ConvertError):
+            assert make_card(read_finished(out), REPO, inspect(out)).startswith("---")
+
+
+def test_gate_without_a_limit_is_a_number(out: Path) -> None:
+    write_report(verify(out, n_sequences=2, length=16, device="cpu", gates=Gates(math.inf, 9.0)))
+    assert "--max-dnll inf" in make_card(read_finished(out), REPO, inspect(out))

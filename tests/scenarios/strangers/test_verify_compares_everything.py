@@ -179,6 +179,9 @@ def in_source_files(**entries: Any) -> Callable[[dict[str, Any]], None]:
 
 NOT_UNDERSTOOD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a later schema": (lambda manifest: manifest.update(schema=2), "schema: expected 1, found '2'"),
+    "truth for a schema": (lambda manifest: manifest.update(schema=True), "schema: expected 1, found 'True'"),
+    "files that are no files": (lambda m: m.update(carried=["x"]), "carried: expected an object, found a JSON list"),
+    "a sha256 that is none": (lambda m: m["carried"].update(x=1), "carried.x: expected a text, found '1'"),
     "a later arithmetic": (in_conversion(arithmetic=2), "arithmetic: expected 1, found '2'"),
     "an unknown format": (in_conversion(format="int3"), "format: expected one of bitsandbytes"),
     "no options": (in_conversion(options=None), "options: expected an object, found nothing"),
