@@ -60,7 +60,7 @@ class ModelNeeds:
     Attributes:
         n_parameters: elements of the model's parameters; tied ones count once, buffers do not count.
         missing: parameter or persistent buffer -> its shape; loaders would make them up.
-        counters: of the missing, the integer buffers: positions and counts, which the class sets itself.
+        counters: of the missing, buffers of positions and counts, which the class sets itself.
         unexpected: names of tensors the model has no use for, without those its class declares it may meet.
         mismatched: parameter -> the shape that the checkpoint gives, and the shape it has; None where the tensors it is
             made of do not fit together.

@@ -24,6 +24,9 @@ from int8convert.conversion.model_experts import CheckpointTensor
 from int8convert.conversion.model_keys import ModelKeys
 from int8convert.conversion.model_map import ModelNeeds, Shape
 
+COUNTERS = ("position_ids", "num_batches_tracked")
+"""Buffers that older checkpoints lack and that say nothing: positions, and how many batches were seen in training."""
+
 
 @dataclass
 class _Loading:
@@ -66,7 +69,7 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
     return ModelNeeds(
         n_parameters=n_parameters,
         missing=missing,
-        counters=tuple(name for name in missing if name not in parameters and _is_whole(needed[name])),
+        counters=tuple(name for name in missing if name.endswith(COUNTERS)),
         unexpected=tuple(sorted({key_of.get(name, name) for name in info.unexpected_keys}, key=dot_natural_key)),
         mismatched=mismatched,
     )
@@ -109,7 +112,3 @@ def _arrive(model: Any, needed: dict[str, Any], name: str, value: torch.Tensor, 
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_floating_point()

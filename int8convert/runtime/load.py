@@ -12,8 +12,9 @@ from int8convert.runtime.outliers import attach_outliers, read_outliers
 from int8convert.runtime.pretrained import hub_options, load_model, locate_file, read_config
 from int8convert.runtime.transformers_plugin import Int8ConvertConfig
 
-_NOT_NEEDED = "weight_format"
-"""Checkpoints of early bitsandbytes have none; ours is zero then, which is what it would say."""
+_NOT_NEEDED = ("weight_format", "position_ids", "num_batches_tracked")
+"""Checkpoints of early bitsandbytes have no format; ours is zero then, which is what it would say. Buffers of positions
+and of counts are set by the class."""
 
 
 def load(

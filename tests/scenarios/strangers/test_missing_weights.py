@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 import int8convert
 from int8convert.errors import CorruptFileError, MissingWeightsError, OutputError
 from int8convert.evaluation.exact import ExactReport, verify_exact
+from int8convert.runtime.load import load
 from tests.cli.conftest import Run
+from tests.family_models import build_family, families
 from tests.scenarios.strangers.makers import (
     INDEX_NAME,
     change,
@@ -185,6 +187,42 @@ def test_verify_finds_another_shape(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def family_without(name: str, tail: str, directory: Path) -> Path:
+    """A tiny model of a family, saved without the tensors whose names end so."""
+    family = next(family for family in families() if family.name == name)
+    build_family(family).save_pretrained(directory)
+    before = load_file(directory / "model.safetensors")
+    edit_weights(directory, lambda tensors: [tensors.pop(name) for name in before if name.endswith(tail)])
+    assert len(load_file(directory / "model.safetensors")) < len(before)
+    return directory
+
+
+def test_positions_that_the_class_sets_are_a_note(tmp_path: Path) -> None:
+    source = family_without("masked/mra", "position_ids", tmp_path / "source")
+    plan = int8convert.plan(source)
+    assert plan.model_map.notes == (
+        "'mra.embeddings.position_ids' is in no weight file: MraForMaskedLM sets the values itself",
+    )
+    assert plan.to_json()["missing"] == ["mra.embeddings.position_ids"]
+    report = verify_exact(convert(source, tmp_path / "out", min_coverage=0))
+    assert findings(report, "needs") == []
+    assert load(tmp_path / "out").config.model_type == "mra"
+
+
+def test_a_table_of_integers_that_was_learned_is_not(tmp_path: Path) -> None:
+    source = family_without("causal/deepseek_v4", "tid2eid", tmp_path / "source")
+    with pytest.raises(MissingWeightsError, match=r"^'model\.layers\.0\.mlp\.gate\.tid2eid'"):
+        int8convert.plan(source)
+
+
+@pytest.mark.parametrize("lost", ["experts.1.down_proj.weight", "experts.3.gate_proj.weight"])
+def test_one_expert_without_its_weights(lost: str, tmp_path: Path) -> None:
+    """The experts are merged on loading, so what is there is one too short, or does not fit together."""
+    source = family_without("causal/qwen3_moe", f"layers.0.mlp.{lost}", tmp_path / "source")
+    with pytest.raises(CorruptFileError, match=r"'model\.layers\.0\.mlp\.experts\.\w+_proj'.*expected \[4, "):
+        int8convert.plan(source, allow_missing=["*"])
+
+
 def test_output_without_a_head_loads_with_the_head_16_bit(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     out = convert(as_classifier(source), tmp_path / "out", allow_missing=["score"])
