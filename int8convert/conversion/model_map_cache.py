@@ -74,7 +74,8 @@ class ModelMapCache:
 def _code() -> list[Path]:
     """The files that decide what a map says."""
     conversion = Path(__file__).parent
-    return [*sorted(conversion.glob("*.py")), conversion.parent / "runtime/weight_readers.py"]
+    runtime = conversion.parent / "runtime"
+    return [*sorted(conversion.glob("*.py")), runtime / "weight_readers.py", runtime / "linear_subclasses.py"]
 
 
 def _sha256(data: bytes) -> str:

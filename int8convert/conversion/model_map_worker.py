@@ -35,6 +35,7 @@ from int8convert.conversion.model_keys import LoadedInto, ModelKeys
 from int8convert.conversion.model_map import Action, ModuleFilter
 from int8convert.conversion.model_needs import find_needs
 from int8convert.conversion.name_rules import QUANTIZABLE_DTYPES
+from int8convert.runtime.linear_subclasses import computes_as_linear
 from int8convert.runtime.weight_readers import ReadKind, modules_with_read_weights
 
 _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
@@ -117,6 +118,7 @@ class TensorChoice:
                 and should_convert_module(module_name, self._default_skips)
                 and module_name not in self._routers
                 and module_name not in self._read_by_code
+                and computes_as_linear(self._module_by_name[module_name])
                 and self._loader_finds(tensor.name, module_name)
             ):
                 found[module_name] = tensor.name
@@ -298,6 +300,8 @@ class TensorChoice:
             return "user skip" if not self.modules.allows(module_name) else "covered by a skipped name"
         if tensor.dtype not in QUANTIZABLE_DTYPES or tensor.shape != tuple(module.weight.shape):
             return f"{tensor.dtype} {list(tensor.shape)} does not fit the model"
+        if not computes_as_linear(module):
+            return f"{type(module).__name__}: computes something else than a Linear"
         if module_name in self._read_by_code:
             return str(self._read_by_code[module_name])
         if not self._loader_finds(tensor.name, module_name):

@@ -60,6 +60,7 @@ class Record:
         mistakes: module name -> what was found, for the layers without content.
         int8_made: (module, operation) that gave an int8 tensor. Some models do that by themselves.
         called: names of the layers without content that were called.
+        n_passes: forward passes that came to their end.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class Record:
         self.mistakes: dict[str, str] = {}
         self.int8_made: dict[tuple[str, str], None] = {}
         self.called: set[str] = set()
+        self.n_passes = 0
 
     @property
     def place(self) -> str:
@@ -218,6 +220,7 @@ def run_tokens(model: Any, record: Record) -> None:
     inputs = _tokens(model)
     with torch.no_grad(), _following(model, record), Watch(record):
         output = model(**inputs)
+        record.n_passes = 1
         if model.config.is_encoder_decoder:
             return
         held = output if isinstance(output, dict) else {}
@@ -229,7 +232,8 @@ def run_tokens(model: Any, record: Record) -> None:
 def _tokens(model: Any) -> dict[str, torch.Tensor]:
     """Tokens without those that stand for an image or the like."""
     config = model.config.to_dict()
-    n = model.get_input_embeddings().weight.shape[0]
+    embedding = getattr(model.get_input_embeddings(), "weight", None)  # of MusicGen, a list of several
+    n = embedding.shape[0] if embedding is not None else model.config.get_text_config().vocab_size
     special = set(_token_ids(config))
     ids = [i for i in range(min(n, N_TOKENS + 64 + len(special))) if i not in special][-N_TOKENS:]
     tokens = torch.tensor([ids])
@@ -265,7 +269,7 @@ def try_model(directory: str, output_format: OutputFormat, trusts_code: bool) ->
                 if (place, name) not in plain.int8_made
             ]
         if plain_error is not None:
-            not_run = plain_error
+            not_run = plain_error if not record.n_passes else None  # of a cache alone that does not stand constants
         elif error is not None and not found:
             found = [(record.place, error)]
     return {"n_replaced": len(replaced), "n_called": len(record.called), "found": found, "not_run": not_run}

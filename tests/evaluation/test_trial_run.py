@@ -51,7 +51,7 @@ def try_out(out: Path, output_format: str = "bitsandbytes") -> dict[str, Any]:
         torch.set_default_dtype(before)
 
 
-RUN = ["causal/llama", "causal/gpt2", "causal/rwkv", "causal/jamba", "causal/qwen3_moe", "seq2seq/t5", "masked/bert"]
+RUN = ["causal/llama", "causal/gpt2", "causal/rwkv", "causal/jamba", "causal/cpmant", "seq2seq/t5", "masked/bert"]
 BREAK = {
     "causal/hy_v4": ("indexer.weights_proj", "an input of torch.int8"),
     "causal/dots3_note_text": ("indexer.weights_proj", "an input of torch.int8"),

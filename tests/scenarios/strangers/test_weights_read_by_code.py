@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 import int8convert
 from int8convert import Int8ConvertConfig
+from int8convert.runtime.linear_subclasses import computes_as_linear
 from tests.family_models import build_family, families
 from tests.scenarios.strangers.makers import change, convert
 
@@ -102,6 +103,21 @@ def test_what_is_quantized_in_memory_or_while_it_loads_runs_too(tmp_path: Path) 
     loaded = transformers.Siglip2VisionModel.from_pretrained(source, quantization_config=Int8ConvertConfig())
     for changed in (int8convert.quantize_(model), loaded):
         assert torch.nn.functional.cosine_similarity(first_output(changed, PATCHES), expected, 0) > 0.99
+
+
+def test_subclass_that_computes_something_else_stays_16_bit(tmp_path: Path) -> None:
+    source = save(family("causal/deepseek_v4"), tmp_path / "source")
+    out = convert(source, tmp_path / "out", format="compressed-tensors")
+    expected = first_output(transformers.DeepseekV4ForCausalLM.from_pretrained(source), TOKENS)
+    assert torch.nn.functional.cosine_similarity(first_output(int8convert.load(out), TOKENS), expected, 0) > 0.99
+    tensors = int8convert.plan(source, format="compressed-tensors").model_map.tensors
+    reason = "DeepseekV4GroupedLinear: computes something else than a Linear"
+    assert any(mapped.reason == reason for mapped in tensors.values())
+
+
+def test_subclass_that_computes_the_same_in_other_words_is_a_linear() -> None:
+    falcon = transformers.models.falcon.modeling_falcon.FalconLinear
+    assert computes_as_linear(falcon(8, 4)) and computes_as_linear(falcon(8, 4, bias=False))
 
 
 @pytest.mark.parametrize("output_format", ["bitsandbytes", "compressed-tensors"])
