@@ -44,7 +44,8 @@ MAX_OWN_ELEMENTS = 65_536
 """Elements up to which a tensor has memory of its own. Some model code writes into its buffers, which are small."""
 
 _FACTS = frozenset({"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "layout", "is_cuda", "is_leaf"}) | {
-    *("grad", "grad_fn", "size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "element_size")
+    *("grad", "grad_fn", "size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "element_size"),
+    *("is_complex", "_has_compatible_shallow_copy_type"),
 }
 """What may be asked of codes without reading them."""
 
@@ -84,19 +85,22 @@ class Codes(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = _name(func)
-        if name in _SAME:
+        kwargs = kwargs or {}
+        # `module.to(torch.float32)`, as in Switch's router, leaves integers as they are.
+        is_moved = name == "to" and not any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
+        if name in _SAME or is_moved:
             return args[0]
         if name in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
         args = _without_codes(args, name)
-        return func(*args, **{key: _without_codes(value, name) for key, value in (kwargs or {}).items()})
+        return func(*args, **{key: _without_codes(value, name) for key, value in kwargs.items()})
 
 
 def _name(func: Any) -> str:
     """The name of an operation, or of the attribute that is read."""
     name = getattr(func, "__name__", "")
-    return str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name or "an operation"
+    return str(getattr(func.__self__, "__name__", name)) if name in ("__get__", "__set__") else name or "an operation"
 
 
 def _without_codes(value: Any, name: str) -> Any:

@@ -51,7 +51,16 @@ def try_out(out: Path, output_format: str = "bitsandbytes") -> dict[str, Any]:
         torch.set_default_dtype(before)
 
 
-RUN = ["causal/llama", "causal/gpt2", "causal/rwkv", "causal/jamba", "causal/cpmant", "seq2seq/t5", "masked/bert"]
+RUN = [
+    "causal/llama",
+    "causal/gpt2",
+    "causal/rwkv",
+    "causal/jamba",
+    "causal/cpmant",
+    "seq2seq/switch_transformers",
+    "seq2seq/t5",
+    "masked/bert",
+]
 BREAK = {
     "causal/hy_v4": ("indexer.weights_proj", "an input of torch.int8"),
     "causal/dots3_note_text": ("indexer.weights_proj", "an input of torch.int8"),
@@ -86,7 +95,7 @@ def test_verdict_is_that_of_bitsandbytes_with_the_weights(name: str, tmp_path: P
     assert found["not_run"] is None
     assert runs_in_bitsandbytes(out, tmp_path / "source") == (found["found"] == []) == (name in RUN)
     if name in RUN:
-        assert found["n_called"] == found["n_replaced"] > 0
+        assert 0 < found["n_called"] <= found["n_replaced"]  # a few tokens do not reach every expert
     else:
         module, what = BREAK[name]
         first, its = found["found"][0]
