@@ -97,3 +97,16 @@ def test_oldest_maps_are_forgotten(
         remember(llama, ModuleFilter(skip=(pattern,)))
     assert len(list(own_cache.rglob("*.json"))) == 2
     assert is_known(llama, ModuleFilter(skip=("v_proj",))) and not is_known(llama, ModuleFilter(skip=("q_proj",)))
+
+
+def test_user_without_a_home_has_no_cache_and_gets_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user without an entry in /etc/passwd; '~' would be a folder in the working directory."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    monkeypatch.chdir(tmp_path)
+    assert model_map_cache.cache_folder() is None
+    cache = model_map_cache.ModelMapCache(open_source(save_checkpoint("opt", tmp_path / "source")), ModuleFilter())
+    cache.write({"tensors": {}})
+    assert cache.read() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
