@@ -65,7 +65,7 @@ class ExactReport:
             is a defect or not: a checkpoint of other origin may have been computed otherwise.
         n_read_bytes: of both checkpoints.
         notes: what the user should know of how this was measured.
-        files: every file of the first that was looked at, but for those on the Hub -> sha256.
+        files: every file of the first that was looked at -> sha256.
         compared: what it was compared with, for people.
     """
 
@@ -281,8 +281,7 @@ class _Comparison:
 
     def _hash(self, shard: SourceShard) -> Finding | None:
         sha256 = hash_shard(shard)
-        if self._out.commit is None:
-            self.hashes[shard.path.name] = sha256
+        self.hashes[shard.path.name] = sha256
         return compare_sha256(shard, sha256, self._records.get(shard.path.name))
 
     def _compare(self, pair: Pair) -> TensorResult:

@@ -31,7 +31,8 @@ def open_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False
         SourceError: it has none that transformers can read, or is no checkpoint itself.
         RemoteCodeError: it is code in the checkpoint, which may not run.
     """
-    open_source(path)  # transformers would look for a path that is not there on the hub
+    if not os.path.isdir(path):  # transformers would look for it on the Hub; of a repository, its weights may be there
+        open_source(path)
     label = label or os.fspath(path)
     tokenizer = TokenizerProcess(os.fspath(path), TRUST_CODE, trust_remote_code, label)
     if tokenizer.vocab_size == 0:  # what transformers makes of no files for some models
