@@ -38,6 +38,8 @@ def variants(model: Any, tensors: Tensors) -> Iterator[tuple[str, Tensors]]:
     norm = _key(model, tensors, lambda module: "Norm" in type(module).__name__)
     yield "whole", tensors
     yield "extra", {**tensors, "some.extra.weight": torch.ones(2, 3)}
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
+        yield "old buffer", {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     for what, key in (("linear", linear), ("norm", norm)):
         if key is not None:
             yield f"no {what}", {name: tensor for name, tensor in tensors.items() if name != key}

@@ -37,7 +37,7 @@ def test_plan_and_loader_agree_on_every_spoiled_checkpoint(name: str, tmp_path: 
         seen.add(variant)
         expects = {"no": said.missing, "wide": said.mismatched, "extra": said.unexpected}
         kind = variant.partition(" ")[0]
-        if kind == "whole":
+        if kind in ("whole", "old"):  # transformers lets old checkpoints have buffers it dropped
             assert not (said.missing or said.unexpected or said.mismatched)
         elif variant != "no expert":  # which leaves the merged tensor there, one expert too short
             assert expects[kind], variant
