@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from collections.abc import Callable
@@ -42,6 +43,13 @@ def read_json_object(
     """
     hint = "fetch this file again; nothing was written"
     return parse_json_object(_read(path, max_bytes), quoted(path.name), hint, allow_nan, allow_lone_surrogates)
+
+
+def read_hashed_json(path: Path) -> tuple[dict[str, Any], str]:
+    """As `read_json_object`, with the sha256 of the very bytes that were parsed."""
+    content = _read(path, MAX_JSON_BYTES)
+    value = parse_json_object(content, quoted(path.name), "fetch this file again; nothing was written", allow_nan=True)
+    return value, hashlib.sha256(content).hexdigest()
 
 
 def check_config_bytes(name: str, n_bytes: int) -> None:

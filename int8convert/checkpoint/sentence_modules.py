@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from int8convert.checkpoint.layout import CONFIG_NAME, quoted
 from int8convert.checkpoint.listing import Listing
 from int8convert.errors import SourceError
 
 MODULES = "modules.json"
+
+ROUTER = "router_config.json"
+"""Of a `Router` module: the folders of its own modules."""
 
 MAX_MODULES = 100
 """Modules of a sentence encoder. Real ones have under ten."""
@@ -27,7 +32,7 @@ def module_folders(listing: Listing) -> tuple[str, ...]:
             f"fetch this file again, or remove it; {_NOTHING}",
         )
     for path in paths:
-        if path.startswith("/") or ".." in path.split("/"):
+        if _is_outside(path):
             raise SourceError(
                 f"'{MODULES}' names the folder {quoted(path)}, outside the checkpoint",
                 "fetch this file again, or remove it; nothing outside the checkpoint was read",
@@ -42,14 +47,44 @@ def module_folders(listing: Listing) -> tuple[str, ...]:
 
 
 def _module_paths(listing: Listing) -> tuple[str, ...]:
-    """Distinct folders of modules.json, in its order; none where that is no list of modules, which nobody loads."""
+    """Distinct folders of modules.json, in its order; none where that is no list of modules, which nobody loads.
+
+    Each is spelled in one way, `a/b`: here and on the Hub a listing has no other. A router's own folders are among
+    them, or its modules would be left behind.
+    """
     if MODULES not in listing.root:
         return ()
     modules = listing.read(MODULES)
     entries = modules if isinstance(modules, list) else []
-    paths = (entry.get("path") for entry in entries if isinstance(entry, dict))
-    folders = (path.rstrip("/") for path in paths if isinstance(path, str))
-    return tuple(dict.fromkeys(folder for folder in folders if folder not in ("", ".")))
+    paths: dict[str, None] = {}
+    for entry in entries:
+        path = entry.get("path") if isinstance(entry, dict) else None
+        if isinstance(path, str) and _plain(path) not in paths:
+            paths.update(dict.fromkeys(_plain(inner) for inner in (path, *_routed(listing, _plain(path)))))
+    return tuple(path for path in paths if path not in ("", "."))
+
+
+def _plain(path: str) -> str:
+    """A folder without `./`, `//` and what ends in them; one that leads outside keeps its `..` and first `/`."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    return f"{'/' if path.startswith('/') else ''}{'/'.join(parts)}"
+
+
+def _routed(listing: Listing, folder: str) -> Iterator[str]:
+    """The folders that a router in a folder, or in the root, sends its texts to."""
+    within = f"{folder}/" if folder not in ("", ".") else ""
+    if _is_outside(folder) or f"{within}{ROUTER}" not in (listing.files_under(folder) if within else listing.root):
+        return
+    router = listing.read(f"{within}{ROUTER}")
+    structure = router.get("structure") if isinstance(router, dict) else None
+    routes = structure.values() if isinstance(structure, dict) else ()
+    for route in routes:
+        yield from (f"{within}{name}" for name in (route if isinstance(route, list) else ()) if isinstance(name, str))
+
+
+def _is_outside(path: str) -> bool:
+    """Return whether a folder's path leads out of the checkpoint."""
+    return path.startswith("/") or ".." in path.split("/")
 
 
 def inner_model(listing: Listing) -> str | None:

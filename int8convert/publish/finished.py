@@ -1,8 +1,9 @@
 """What may be published: a conversion of ours that is finished, whole on the disk, and verified.
 
 Published are the files that verify.json vouches for, in the very bytes that it names. Of an output that is not
-verified, and is to be published all the same, it is those that the manifest names: the conversion wrote them, though
-nobody has compared them since. Whatever else lies there stays there, or is an error if a loader might take it.
+verified, and is to be published all the same, it is those that the manifest names, carried files only in the bytes
+that it names: the conversion wrote them, though nobody has compared them since. Whatever else lies there stays there,
+or is an error if a loader might take it. The hashes are fixed before anything is sent; see `Target.send`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.hashing import file_sha256
-from int8convert.checkpoint.json_file import read_config, read_json_object
+from int8convert.checkpoint.json_file import read_config, read_hashed_json, read_json_object
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -35,7 +36,7 @@ from int8convert.publish.recorded_report import read_recorded_report
 _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
 """Of our own folder: what only this machine, or a conversion that goes on, needs."""
 
-_OF_EVERY_OUTPUT = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE, VERIFY_FILE})
+_OF_EVERY_OUTPUT = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE})
 _MAX_FAILURES = 3
 
 NEVER_VERIFIED = "it was not verified"
@@ -49,6 +50,7 @@ class FinishedOutput:
         config, manifest: the parsed files.
         records: of its shards.
         present: the files that lie there.
+        hashes: name in the repository -> the sha256 in which a file is published, of all but the model card.
         verify: the parsed verify.json; None if there is none that is about these bytes and passed.
         unverified: why not, as a phrase; "" if there is.
         is_damaged: its weight files were not those of the manifest when it was verified.
@@ -59,6 +61,7 @@ class FinishedOutput:
     manifest: dict[str, Any] = field(repr=False)
     records: tuple[ShardRecord, ...] = field(repr=False)
     present: PresentFiles = field(repr=False)
+    hashes: Mapping[str, str] = field(repr=False)
     verify: dict[str, Any] | None = field(repr=False)
     unverified: str
     is_damaged: bool = False
@@ -77,13 +80,7 @@ class FinishedOutput:
 
     def files(self) -> dict[str, Path]:
         """Name in the repository -> path of all that is published, but for the model card."""
-        if self.verify is not None:
-            names = {*self.verify["files"], VERIFY_FILE}
-        else:
-            carried = self.manifest.get("carried")
-            names = {*_OF_EVERY_OUTPUT, *(carried if isinstance(carried, dict) else ())}
-            names |= {record.file_name for record in self.records}
-        return {name: path for name, path in self.present.files.items() if name in names and name != CARD_NAME}
+        return {name: path for name, path in self.present.files.items() if name in self.hashes}
 
     def left(self) -> tuple[str, ...]:
         """Names of the files that are not published, but for those of our own folder that stay here always."""
@@ -91,11 +88,6 @@ class FinishedOutput:
         return tuple(
             name for name in self.present.files if name not in published and name != CARD_NAME and not _is_private(name)
         )
-
-    def hash_files(self) -> dict[str, str]:
-        """Name -> sha256 of all that is published, but for the model card; see `check_shards` for the weights."""
-        known = {record.file_name: record.sha256 for record in self.records}
-        return {name: known.get(name) or file_sha256(path) for name, path in self.files().items()}
 
 
 def _is_private(name: str) -> bool:
@@ -138,10 +130,14 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
                 "run the same quantize again, which makes what is missing; nothing was sent",
             )
     shards = {record.file_name: record.sha256 for record in records}
-    verify, unverified, is_damaged = _read_verify(present, shards)
+    recorded = _read_verify(present, shards)
     whole = read_json_object(path / MANIFEST_NAME, allow_lone_surrogates=True)
     config = read_config(path / CONFIG_NAME)
-    return FinishedOutput(path, config, whole, records, present, verify, unverified, is_damaged)
+    hashes = recorded.vouched if recorded.verify is not None else _as_converted(present, whole, shards)
+    hashes = {name: sha256 for name, sha256 in {**hashes, **recorded.own}.items() if name != CARD_NAME}
+    return FinishedOutput(
+        path, config, whole, records, present, hashes, recorded.verify, recorded.unverified, recorded.is_damaged
+    )
 
 
 def read_published(out: Path) -> FinishedOutput:
@@ -150,33 +146,64 @@ def read_published(out: Path) -> FinishedOutput:
     records = tuple(manifest.read_finished_records().values())
     whole = read_json_object(out / MANIFEST_NAME, allow_lone_surrogates=True)
     config = read_config(out / CONFIG_NAME)
-    return FinishedOutput(out, config, whole, records, find_present(out), None, NEVER_VERIFIED)
+    present = find_present(out)
+    hashes = _as_converted(present, whole, {record.file_name: record.sha256 for record in records})
+    return FinishedOutput(out, config, whole, records, present, hashes, None, NEVER_VERIFIED)
 
 
-def _read_verify(present: PresentFiles, shards: Mapping[str, str]) -> tuple[dict[str, Any] | None, str, bool]:
-    """Three attributes of `FinishedOutput`: verify, unverified, is_damaged.
+def _as_converted(present: PresentFiles, manifest: Mapping[str, Any], shards: Mapping[str, str]) -> dict[str, str]:
+    """The files that are as the conversion wrote them, by its manifest -> their sha256.
+
+    Of config.json and the other files that each output has, the manifest holds no hash: they are as they are now.
+    """
+    told = manifest.get("carried")
+    carried = told if isinstance(told, dict) else {}
+    now = {name: file_sha256(present.files[name]) for name in {*carried, *_OF_EVERY_OUTPUT} & present.files.keys()}
+    return {**{name: found for name, found in now.items() if carried.get(name, found) == found}, **shards}
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordedReport:
+    """What verify.json means for the files that are there: attributes of `FinishedOutput`, and
+
+    Attributes:
+        own: its name -> its sha256, as it was read, if it is about these bytes; else it is not published.
+        vouched: file -> sha256, as it says.
+    """
+
+    verify: dict[str, Any] | None
+    unverified: str
+    is_damaged: bool = False
+    own: Mapping[str, str] = field(default_factory=dict)
+    vouched: Mapping[str, str] = field(default_factory=dict)
+
+
+def _read_verify(present: PresentFiles, shards: Mapping[str, str]) -> _RecordedReport:
+    """Read verify.json, once.
 
     Args:
         shards: weight file -> sha256, as the manifest has it; `check_shards` compares the files with that.
     """
     if VERIFY_FILE not in present.files:
-        return None, NEVER_VERIFIED, False
+        return _RecordedReport(None, NEVER_VERIFIED)
     try:
-        report = read_json_object(present.files[VERIFY_FILE])
+        report, sha256 = read_hashed_json(present.files[VERIFY_FILE])
     except (CorruptFileError, SourceError):
-        return None, "its verify.json cannot be read", False
+        return _RecordedReport(None, "its verify.json cannot be read")
+    told = report.get("files")
+    vouched = told if isinstance(told, dict) else {}
+    unverified = _first_unverified(present, vouched, shards)
+    own = {VERIFY_FILE: sha256} if not unverified else {}
     if report.get("is_passed") is not True:
         found = report.get("failures")
         lines = [quoted(line, 300)[1:-1] for line in found if isinstance(line, str)] if isinstance(found, list) else []
         what = f": {'; '.join(lines[:_MAX_FAILURES])}" if lines else ""
-        return None, f"it did not pass when it was verified{what}", any(line.startswith("files: ") for line in lines)
-    vouched = report.get("files")
-    vouched = vouched if isinstance(vouched, dict) else {}
-    unverified = _first_unverified(present, vouched, shards)
+        is_damaged = any(line.startswith("files: ") for line in lines)
+        return _RecordedReport(None, f"it did not pass when it was verified{what}", is_damaged, own if lines else {})
     whole = read_recorded_report(report)
     if not unverified and whole is None:
-        unverified = "its verify.json holds what verify does not write"
-    return (whole, "", False) if not unverified else (None, unverified, False)
+        return _RecordedReport(None, "its verify.json holds what verify does not write")
+    return _RecordedReport(None if unverified else whole, unverified, False, own, vouched)
 
 
 def _first_unverified(present: PresentFiles, vouched: Mapping[str, Any], shards: Mapping[str, str]) -> str:

@@ -146,7 +146,8 @@ class _Upload:
         check_shards(output)
         found = self.target.find()
         there = dict(found.files) if found is not None else {}
-        files, hashes = output.files(), output.hash_files()
+        files = output.files()
+        hashes = {name: output.hashes[name] for name in files}
         sizes = {name: path.stat().st_size for name, path in files.items()}
         changed = [name for name in sizes if not _is_same(files[name], hashes[name], there.get(name))]
         stale = sorted(name for name in there if is_loaded_as_weights(name) and name not in files)

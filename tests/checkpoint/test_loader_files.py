@@ -128,3 +128,51 @@ def test_weights_that_vllm_takes(root: tuple[str, ...], taken: tuple[str, ...]) 
 )
 def test_files_that_would_be_loaded_in_place_of_an_output(name: str, is_loaded: bool) -> None:
     assert is_loaded_as_weights(name) is is_loaded
+
+
+SPELLINGS = ["0_Transformer", "./0_Transformer", "0_Transformer/.", "0_Transformer//", ".//0_Transformer/./"]
+
+
+@pytest.mark.parametrize("path", SPELLINGS)
+def test_inner_model_is_refused_however_its_folder_is_spelled(path: str) -> None:
+    files = {
+        "model.safetensors": None,
+        "modules.json": [{"path": path}],
+        "0_Transformer/config.json": {"model_type": "bert"},
+        "0_Transformer/model.safetensors": None,
+    }
+    assert "the model in '0_Transformer'" in refusal(files).message
+
+
+@pytest.mark.parametrize("path", ["2_Dense", "./2_Dense", "2_Dense/.", "./2_Dense//"])
+def test_folder_of_a_module_is_carried_however_it_is_spelled(path: str) -> None:
+    files = {"model.safetensors": None, "modules.json": [{"path": path}], "2_Dense/model.safetensors": None}
+    assert find_loader_files(MadeUp(files, True)).carried == ("2_Dense/model.safetensors", "modules.json")
+
+
+def routed(folder: str, structure: Any, **inner: Any) -> dict[str, Any]:
+    within = f"{folder}/" if folder else ""
+    modules = {"model.safetensors": None, "modules.json": [{"path": f"./{folder}"}]}
+    files = {f"{within}router_config.json": {"structure": structure}}
+    return {**modules, **files, **{f"{within}query_0/{name}": value for name, value in inner.items()}}
+
+
+@pytest.mark.parametrize("folder", ["", "0_Router"])
+def test_modules_of_a_router_are_carried(folder: str) -> None:
+    files = routed(folder, {"query": ["./query_0"], "document": [""]}, weights=None)
+    assert set(find_loader_files(MadeUp(files, True)).carried) == files.keys() - {"model.safetensors"}
+
+
+@pytest.mark.parametrize("folder", ["", "0_Router"])
+def test_inner_model_of_a_router_is_refused(folder: str) -> None:
+    files = routed(folder, {"query": ["query_0"]}, **{"config.json": {"model_type": "bert"}})
+    assert "query_0'" in refusal(files).message
+
+
+def test_router_that_leads_outside_is_refused() -> None:
+    assert "outside the checkpoint" in refusal(routed("", {"query": ["../x"]})).message
+
+
+@pytest.mark.parametrize("structure", [7, {"a": 3}, {"a": [None, {}]}])
+def test_router_of_other_types_leads_nowhere(structure: Any) -> None:
+    assert "modules.json" in find_loader_files(MadeUp(routed("0_Router", structure), True)).carried

@@ -22,6 +22,7 @@ from int8convert.evaluation.gates import Gates
 from int8convert.evaluation.verify import verify, write_report
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_finished
+from int8convert.publish.target import Target
 from int8convert.publish.upload import UploadReport
 from tests.hub_server.fixtures import Connect, connect, hub
 from tests.hub_server.hub import Hub
@@ -140,7 +141,6 @@ def test_unverified_output_is_sent_as_the_conversion_wrote_it(out: Path, hub: Hu
     strange = {"modeling_x.py", "pytorch_model.bin", "notes.md", "special_tokens_map.json", "int8convert/notes"}
     for name in strange:
         write(out / name, "x")
-    change(out / "tokenizer_config.json", chat_template="{{ mine }}")
     with pytest.raises(UnverifiedError, match="it was not verified"):
         dry_run(out)
 
@@ -148,8 +148,53 @@ def test_unverified_output_is_sent_as_the_conversion_wrote_it(out: Path, hub: Hu
 
     assert set(report.left) == strange and not report.is_verified
     assert hub.repo(REPO).files.keys() == FILES - {VERIFY_FILE}
-    assert b"mine" in hub.repo(REPO).files["tokenizer_config.json"]
     assert "**Not verified**" in hub.repo(REPO).files["README.md"].decode()
+
+
+def test_unverified_output_leaves_carried_files_that_were_changed(verified: Path, hub: Hub) -> None:
+    """And the verify.json that passed other bytes than these."""
+    write(verified / "tokenizer_config.json", "private")
+    report = int8convert.upload(verified, REPO, allow_unverified=True)
+    assert set(report.left) == {"tokenizer_config.json", VERIFY_FILE} and not report.is_verified
+    assert hub.repo(REPO).files.keys() == FILES - {"tokenizer_config.json", VERIFY_FILE}
+
+
+RECORDED: dict[str, tuple[Any, bool]] = {
+    "failed": ({"is_passed": False, "failures": ["beside: x"]}, True),
+    "failed on other bytes": ({"is_passed": False, "failures": ["x"], "files": {"config.json": "0" * 64}}, False),
+    "failed without a reason": ({"is_passed": False, "failures": []}, False),
+    "not as verify writes it": ({"text": 7}, False),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_report_is_sent_only_if_it_is_about_these_bytes(name: str, verified: Path) -> None:
+    entries, is_sent = RECORDED[name]
+    change(verified / VERIFY_FILE, **entries)
+    report = dry_run(verified, allow_unverified=True)
+    assert (VERIFY_FILE in report.sent, VERIFY_FILE in report.left) == (is_sent, not is_sent)
+
+
+def test_report_that_cannot_be_read_is_left(verified: Path) -> None:
+    write(verified / VERIFY_FILE, "{")
+    assert dry_run(verified, allow_unverified=True).left == (VERIFY_FILE,)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", MANIFEST_NAME, VERIFY_FILE])
+@pytest.mark.parametrize("allow_unverified", [False, True])
+def test_file_that_changes_while_the_hub_is_asked_is_not_sent(
+    name: str, allow_unverified: bool, verified: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = Target.find
+
+    def change_and_find(self: Target, *arguments: Any) -> Any:
+        change(verified / name, private=True)
+        return find(self, *arguments)
+
+    monkeypatch.setattr(Target, "find", change_and_find)
+    with pytest.raises(CorruptFileError, match=r"was changed after it was compared"):
+        int8convert.upload(verified, REPO, allow_unverified=allow_unverified)
+    assert hub.repo(REPO).files == {}
 
 
 def test_card_of_the_user_s_own_is_sent_as_it_is(verified: Path, hub: Hub) -> None:
