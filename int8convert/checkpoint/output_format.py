@@ -13,6 +13,11 @@ TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]
 _N_STEPS = np.float32(127)
 
 
+_COMPRESSED_LEAVES = (
+    *("weight_scale", "weight_zero_point", "weight_g_idx", "weight_packed", "weight_shape", "weight_global_scale"),
+)
+
+
 class OutputFormat(StrEnum):
     """Where the scale of an int8 weight stands, and as what.
 
@@ -29,6 +34,15 @@ class OutputFormat(StrEnum):
         if self is OutputFormat.BITSANDBYTES:
             return {name: ("I8", shape), f"{module}.SCB": ("F32", shape[:1]), f"{module}.weight_format": ("U8", ())}
         return {name: ("I8", shape), f"{module}.weight_scale": ("F32", (shape[0], 1))}
+
+    def names_beside(self, name: str) -> list[str]:
+        """The names that the loader reads as part of an int8 weight, those it does without included.
+
+        A tensor of such a name that means something else would change the layer.
+        """
+        module = name.removesuffix(".weight")
+        leaves = ("SCB", "weight_format") if self is OutputFormat.BITSANDBYTES else _COMPRESSED_LEAVES
+        return [f"{module}.{leaf}" for leaf in leaves]
 
     def scale_tensors(self, name: str, absmax: npt.NDArray[np.float32]) -> dict[str, memoryview]:
         """The bytes of the tensors beside the codes."""

@@ -2,7 +2,7 @@
 
 With an FP8 block in config.json, codes without a scale are an error: loaders would make the scale up. So is a scale
 whose weight is no FP8: a loader multiplies by it, and whether somebody did so before is not known. Without such a block
-codes without a scale are a plain cast, and mean what they say.
+codes without a scale are a plain cast, and mean what they say, if no matrix of the checkpoint has one.
 
 What it does not know: scales under names that no loader has. A neighbour that looks like one is named in the error.
 """
@@ -25,6 +25,9 @@ _UNUSED_SUFFIXES = (
     *(".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale", ".qscale_act"),
 )
 """Scales of activations and caches, which nothing of the int8 form needs."""
+
+_SCALE_WORDS = ("scale", "amax")
+"""What the names of scales hold; an amax is a scale times the largest code."""
 
 _DEFAULT_BLOCK = (128, 128)
 _NO_BLOCK: Mapping[str, Any] = {}
@@ -53,7 +56,7 @@ def find_scales(source: CheckpointSource) -> dict[str, Fp8Scale]:
         elif found and block and len(weight.shape) == 2 and not _is_left_alone(name, block):
             raise _already_scaled(weight, found[0])
     if lost:
-        _check_plain(lost, places, block)
+        _check_plain(lost, places, block, is_scaled=bool(scales))
     return scales
 
 
@@ -85,16 +88,22 @@ def _scale_names(name: str, block: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name.removesuffix('weight')}qscale_weight"
 
 
-def _check_plain(lost: list[str], places: Places, block: Mapping[str, Any]) -> None:
-    """Refuse FP8 matrices without a scale that are no plain casts."""
+def _check_plain(lost: list[str], places: Places, block: Mapping[str, Any], is_scaled: bool) -> None:
+    """Refuse FP8 matrices without a scale that are no plain casts.
+
+    Args:
+        is_scaled: other matrices have one. Whoever cast to FP8 cast the whole checkpoint, or wrote a block that says
+            which modules were left out.
+    """
     neighbours: dict[str, list[str]] = {}
     for name in places:
         module, _, leaf = name.rpartition(".")
-        if "scale" in leaf:
+        if any(word in leaf for word in _SCALE_WORDS):
             neighbours.setdefault(module, []).append(name)
     for name in lost:
         beside = neighbours.get(name.rpartition(".")[0], []) + neighbours.get(name, [])
-        is_cast = _is_left_alone(name, block) if block else all(other.endswith(_UNUSED_SUFFIXES) for other in beside)
+        is_plain = not is_scaled and all(other.endswith(_UNUSED_SUFFIXES) for other in beside)
+        is_cast = _is_left_alone(name, block) if block else is_plain
         if not is_cast:
             there = f"found {', '.join(map(quoted, beside[:3]))}" if beside else "found none"
             weight = places[name][0]

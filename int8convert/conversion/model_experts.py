@@ -18,11 +18,17 @@ from int8convert.conversion.model_keys import LoadedInto
 
 @dataclass(frozen=True)
 class CheckpointTensor:
+    """One tensor as the model sees it.
+
+    Attributes:
+        place: where its elements lie (file, storage, offset, strides, stored dtype), for comparison alone; None where
+            no other tensor can lie there, as in safetensors.
+    """
+
     name: str
     dtype: str
     shape: tuple[int, ...]
-    storage: int | None
-    offset: int
+    place: list[Any] | None
 
 
 _PROJECTIONS = {

@@ -64,6 +64,7 @@ class ModelNeeds:
         unexpected: names of tensors the model has no use for, without those its class declares it may meet.
         mismatched: parameter -> the shape that the checkpoint gives, and the shape it has; None where the tensors it is
             made of do not fit together.
+        integers: tensor of the checkpoint that goes into a float parameter -> its dtype, which is none of floats.
     """
 
     n_parameters: int
@@ -71,6 +72,7 @@ class ModelNeeds:
     counters: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: dict[str, tuple[Shape | None, Shape]]
+    integers: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,11 @@ class ModelMapCache:
             "code": [_sha256(path.read_bytes()) for path in _code()],
             "versions": [platform.python_version(), _version("torch"), _version("transformers")],
             "config": source.config,
-            "tensors": [[t.name, t.dtype, t.shape, t.storage, t.offset] for s in source.shards for t in s.tensors],
+            "tensors": [
+                [s.path.name, t.name, t.dtype, t.shape, t.storage, t.offset, t.strides]
+                for s in source.shards
+                for t in s.tensors
+            ],
             "skip": modules.skip,
             "only": modules.only,
             "output_format": modules.output_format,

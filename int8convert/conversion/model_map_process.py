@@ -74,11 +74,26 @@ def _exception_in(complaints: str) -> tuple[str, str]:
     return found[-1] if found else ("", "")
 
 
+def tensor_places(source: CheckpointSource) -> dict[str, list[Any]]:
+    """Tensor name -> where its elements lie, of those that may share them: equal for two that read the same bytes.
+
+    The file counts, since each counts its storages from its own start, and so do the strides: a transposed view has
+    the same storage, and in a square one the same shape.
+    """
+    return {
+        t.name: [shard.path.name, t.storage, t.offset, t.strides and list(t.strides), t.dtype]
+        for shard in source.shards
+        for t in shard.tensors
+        if t.storage is not None
+    }
+
+
 def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str, Any]:
     """What the child is asked, as a JSON object."""
+    places = tensor_places(source)
     return {
         "directory": str(source.directory),
-        "tensors": [[t.name, t.dtype, list(t.shape), t.storage, t.offset] for t in as_loaded(source)],
+        "tensors": [[t.name, t.dtype, list(t.shape), places.get(t.name)] for t in as_loaded(source)],
         "skip": modules.skip,
         "only": modules.only,
         "output_format": modules.output_format,
@@ -112,7 +127,12 @@ def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelM
 
 
 def _needs(
-    n_parameters: int, missing: dict[str, Any], counters: list[str], unexpected: list[str], mismatched: dict[str, Any]
+    n_parameters: int,
+    missing: dict[str, Any],
+    counters: list[str],
+    unexpected: list[str],
+    mismatched: dict[str, Any],
+    integers: dict[str, str],
 ) -> ModelNeeds:
     return ModelNeeds(
         n_parameters=n_parameters,
@@ -120,6 +140,7 @@ def _needs(
         counters=tuple(counters),
         unexpected=tuple(unexpected),
         mismatched={name: (found and tuple(found), tuple(has)) for name, (found, has) in mismatched.items()},
+        integers=integers,
     )
 
 

@@ -262,8 +262,8 @@ class TensorChoice:
         return (
             original is not None
             and original.name != tensor.name
-            and original.storage is not None
-            and (original.storage, original.offset, original.shape) == (tensor.storage, tensor.offset, tensor.shape)
+            and original.place is not None
+            and (original.place, original.shape) == (tensor.place, tensor.shape)
         )
 
     def _reason_to_keep(self, tensor: CheckpointTensor, into: LoadedInto, module_name: str, leaf: str) -> str:
@@ -310,7 +310,7 @@ class TensorChoice:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    tensors = [CheckpointTensor(n, d, tuple(shape), st, offset) for n, d, shape, st, offset in request["tensors"]]
+    tensors = [CheckpointTensor(name, dtype, tuple(shape), place) for name, dtype, shape, place in request["tensors"]]
     try:
         model, dtype, notes = build_model(request["directory"], tensors, request["trusts_code"])
     except RefusedError as error:

@@ -28,6 +28,9 @@ COUNTERS = ("position_ids", "num_batches_tracked")
 """Buffers that older checkpoints lack and that say nothing: positions, and how many batches were seen in training."""
 
 
+_INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+
+
 @dataclass
 class _Loading:
     """What transformers keeps of a load, by its names: its own methods read and change it."""
@@ -48,6 +51,7 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
     needed = model.state_dict()
     parameters = dict(model.named_parameters())
     n_parameters = sum(p.numel() for name, p in parameters.items() if name not in model.all_tied_weights_keys)
+    integers = _integers(needed, keys, tensors)
     info = _Loading(set(needed))
     key_of: dict[str, str] = {}
     transforms = _collect(keys, tensors, info, key_of)
@@ -67,6 +71,7 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
     mismatched |= {name: (None, _shape(needed[name])) for name in sorted(info.conversion_errors)}
     missing = {name: _shape(needed[name]) for name in sorted(info.missing_keys, key=dot_natural_key)}
     return ModelNeeds(
+        integers=integers,
         n_parameters=n_parameters,
         missing=missing,
         counters=tuple(name for name in missing if name.endswith(COUNTERS)),
@@ -108,6 +113,21 @@ def _arrive(model: Any, needed: dict[str, Any], name: str, value: torch.Tensor, 
         info.mismatched_keys.add((name, tuple(value.shape), tuple(needed[name].shape)))
     elif model.is_custom_code():  # such a class may hold one module under two names
         model.get_parameter_or_buffer(name)._is_hf_initialized = True
+
+
+def _integers(needed: dict[str, Any], keys: ModelKeys, tensors: list[CheckpointTensor]) -> dict[str, str]:
+    """The tensors without a float dtype whose parameter has one, and their dtypes.
+
+    A plain load casts them. The loaders of int8 checkpoints take them as stored, so the model would compute in them.
+    """
+    found = {}
+    for tensor in tensors:
+        into = keys.loaded[tensor.name]
+        if into is not None and tensor.dtype in _INTEGERS:
+            parameter = needed.get(into.parameter)
+            if isinstance(parameter, torch.Tensor) and parameter.is_floating_point():
+                found[tensor.name] = tensor.dtype
+    return found
 
 
 def _shape(value: Any) -> tuple[int, ...]:

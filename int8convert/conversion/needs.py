@@ -37,12 +37,15 @@ def check_needs(model_map: ModelMap, source: CheckpointSource, allow_missing: Se
         allow_missing: patterns of the tensors that the loader is to make up.
 
     Raises:
-        CorruptFileError: a parameter has another shape than the model's, which no loader takes.
+        CorruptFileError: a parameter has another shape than the model's, which no loader takes, or is stored as
+            integers, which stand for other values if they are codes.
         MissingWeightsError: a parameter is in no file, and no pattern allows that.
     """
     needs = model_map.needs
     if needs is not None and needs.mismatched:
         raise CorruptFileError(*_mismatch(model_map, needs))
+    if needs is not None and needs.integers:
+        raise CorruptFileError(*_integers(model_map, needs))
     lost = [name for name in made_up(model_map) if not is_allowed(name, allow_missing)]
     if needs is not None and lost:
         raise MissingWeightsError(*_missing(model_map, needs, source, lost))
@@ -59,6 +62,17 @@ def _mismatch(model_map: ModelMap, needs: ModelNeeds) -> tuple[str, str]:
     return (
         f"{given}, expected {list(has)} for the {model_map.model_class} of config.json{others}",
         "fetch config.json and the weights of one version; nothing was written",
+    )
+
+
+def _integers(model_map: ModelMap, needs: ModelNeeds) -> tuple[str, str]:
+    name, dtype = next(iter(needs.integers.items()))
+    others = f", and {len(needs.integers) - 1:,} more are integers" if len(needs.integers) > 1 else ""
+    lost = ": most likely codes that have lost their scale" if dtype in ("I8", "U8") else ""
+    return (
+        f"{quoted(name)} is stored as {dtype}, expected floats for the {model_map.model_class} of config.json"
+        f"{others}{lost}",
+        "fetch the weights again, or convert the 16-bit checkpoint they were made from; nothing was written",
     )
 
 

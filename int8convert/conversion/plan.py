@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from int8convert.checkpoint.adapter import Adapter
-from int8convert.checkpoint.layout import shard_name
+from int8convert.checkpoint.layout import quoted, shard_name
 from int8convert.checkpoint.output_format import OutputFormat, TensorSpecs
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, contiguous_strides
@@ -255,13 +255,21 @@ def make_plan(
 
 
 def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
-    for name in tensor.output_specs():
+    """Refuse a name that is written twice, or that the loader would read as part of an int8 weight of another name.
+
+    Args:
+        seen: the names of the tensors before, and those beside their int8 weights; this tensor's are added.
+    """
+    written = set(tensor.output_specs())
+    beside = set(tensor.format.names_beside(tensor.output_name)) if tensor.is_quantized else set()
+    for name in sorted(written | beside):
         if name in seen:
             raise CorruptFileError(
-                f"two tensors of the source would both be written as {name!r}, one of them {tensor.source.name!r}",
+                f"two tensors of the source would both be written as {quoted(name)}, or read as part of one int8 "
+                f"weight; one of them is {quoted(tensor.source.name)}",
                 "the checkpoint holds the same weights twice, or quantized ones; nothing was written",
             )
-        seen.add(name)
+    seen |= written | beside
 
 
 def _pieces(stored: StoredTensor, mapped: MappedTensor) -> Iterator[tuple[StoredTensor, MappedTensor]]:

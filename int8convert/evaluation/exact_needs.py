@@ -37,6 +37,8 @@ def _lacking(model_map: ModelMap, provenance: Provenance) -> Iterator[Finding]:
     for name, (found, has) in needs.mismatched.items():
         given = "tensors that do not fit together" if found is None else str(list(found))
         yield Finding(name, f"{list(has)}, which {model_map.model_class} has", given)
+    for name, dtype in needs.integers.items():
+        yield Finding(name, f"floats in the source, as {model_map.model_class} has them", dtype)
 
 
 def _misplaced(index: IndexDifferences) -> Iterator[Finding]:

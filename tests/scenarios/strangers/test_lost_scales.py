@@ -49,6 +49,12 @@ def rename_scales(directory: Path, name: str) -> None:
     write(directory, {k.removesuffix(suffix) + name if k.endswith(suffix) else k: t for k, t in tensors.items()})
 
 
+def remove_block(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 def refused(source: Path, out: Path, **options: Any) -> str:
     with pytest.raises(CorruptFileError) as caught:
         convert(source, out, **options)
@@ -79,9 +85,7 @@ def test_scales_under_the_names_transformers_knows_are_the_same_weights(name: st
 def test_plain_casts_without_a_block_are_what_they_say(fp8: Path, tmp_path: Path) -> None:
     tensors = {k: t for k, t in read_tensors(fp8).items() if not k.endswith("scale_inv")}
     write(fp8, tensors)
-    config = json.loads((fp8 / "config.json").read_text())
-    config.pop("quantization_config")
-    (fp8 / "config.json").write_text(json.dumps(config))
+    remove_block(fp8)
     found = read_tensors(convert(fp8, tmp_path / "out"))
     assert torch.equal(found[f"{MODULE}.SCB"], tensors[DOWN].float().abs().amax(1))
 
@@ -90,9 +94,7 @@ def test_plain_casts_without_a_block_are_what_they_say(fp8: Path, tmp_path: Path
 def test_without_a_block_scales_of_other_tools_are_not_passed_over(name: str, fp8: Path, tmp_path: Path) -> None:
     """As ComfyUI names them, and DeepSeek: no loader would use them, so the codes would be taken for weights."""
     rename_scales(fp8, name)
-    config = json.loads((fp8 / "config.json").read_text())
-    config.pop("quantization_config")
-    (fp8 / "config.json").write_text(json.dumps(config))
+    remove_block(fp8)
     assert f".{name}'" in refused(fp8, tmp_path / "out").rpartition("found ")[2]
 
 
@@ -135,3 +137,20 @@ def test_plan_and_run_say_the_same(how: str, fp8: Path, tmp_path: Path) -> None:
     write(fp8, tensors)
     with pytest.raises(CorruptFileError, match="has no scale"):
         int8convert.plan(fp8) if how == "dry run" else convert(fp8, tmp_path / "out")
+
+
+@pytest.mark.parametrize("neighbour", ["", "weight_amax"])
+def test_without_a_block_one_lost_scale_among_others_is_no_plain_cast(
+    neighbour: str, fp8: Path, tmp_path: Path
+) -> None:
+    tensors = {k: t[:1, :1] if k.endswith("scale_inv") else t for k, t in read_tensors(fp8).items()}
+    scale = tensors.pop(f"{DOWN}_scale_inv")
+    write(fp8, tensors | ({f"{MODULE}.{neighbour}": scale} if neighbour else {}))
+    remove_block(fp8)
+    assert f"the FP8 matrix '{DOWN}', F8_E4M3 [64, 128], has no scale" in refused(fp8, tmp_path / "out")
+
+
+def test_without_a_block_an_amax_beside_codes_is_named(fp8: Path, tmp_path: Path) -> None:
+    rename_scales(fp8, "weight_amax")
+    remove_block(fp8)
+    assert ".weight_amax'" in refused(fp8, tmp_path / "out").rpartition("found ")[2]
