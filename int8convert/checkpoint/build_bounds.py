@@ -31,8 +31,8 @@ MAX_MODULES = 1_000_000
 
 _MODULES_PER_TENSOR, _SPARE_MODULES = 20, 20_000
 _ELEMENTS_PER_STORED, _SPARE_ELEMENTS = 8, 500_000_000
-"""Elements a model may have for one in its files, and beyond: a quantizer registers a weight again, some buffers are in
-no file. Twenty modules hold one tensor where experts are fused."""
+"""Elements allowed per stored element, and extra elements allowed in all; likewise for modules per stored tensor. A
+quantizer registers a weight again, some buffers are in no file, and twenty modules hold one tensor of fused experts."""
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 

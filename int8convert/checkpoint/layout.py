@@ -61,6 +61,11 @@ def shard_name(i: int, n: int) -> str:
     return "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun: "1 file", "2,000 files". For nouns whose plural ends in s."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def quoted(text: str, max_length: int = 100) -> str:
     """Somebody else's text between quotes, on one line: what does not print is escaped, what is long is cut."""
     shown = repr(text[: max_length + 1])

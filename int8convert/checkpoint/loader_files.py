@@ -78,7 +78,7 @@ class LoaderFiles:
         config: that config's entries; {} if there is none.
         weights: the weight file, or the index of shards.
         carried: small files that belong beside the converted weights, by their paths with `/`.
-        notes: what the user should know of files that are left aside.
+        notes: messages on files that are not converted.
     """
 
     config_name: str | None

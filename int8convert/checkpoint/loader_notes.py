@@ -1,4 +1,4 @@
-"""What a user should know of a source's files that other loaders take, or that are left aside."""
+"""Notes on a source's files that other loaders take, or that are not converted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from int8convert.checkpoint.loader_config import is_versioned_config
 
 
 def vllm_weights(root: Collection[str]) -> tuple[str, ...]:
-    """Return what vLLM takes from a root, where that can be told from names: weight files, or the index it goes by.
+    """Return the weight files, or the index, that vLLM takes from a root. () where names do not decide.
 
     Files of Mistral's own format come first, if params.json is there. Else it is every `*.safetensors`, or those that
-    the index names, even beside a model.safetensors. `transformers_weights` and adapters beside the weights it ignores.
+    the index names, even beside a model.safetensors. vLLM ignores `transformers_weights`, and adapters beside the
+    weights.
 
     Source: vLLM 0.32, `DefaultModelLoader._prepare_weights`, `filter_duplicate_safetensors_files`, `get_config`.
     """
@@ -49,7 +50,7 @@ def find_notes(listing: Listing, config_name: str | None, config: Mapping[str, A
         yield f"left out, because transformers reads {quoted(config_name or CONFIG_NAME)}: {_listed(configs)}"
     taken = vllm_weights(listing.root)
     if taken and taken != (weights,):
-        yield f"vLLM loads other weights of this source than transformers, whose are converted: {_listed(taken)}"
+        yield f"transformers' choice of weight files is converted; vLLM would load from this source: {_listed(taken)}"
 
 
 def note_aside(root: Iterable[str], taken: Collection[str]) -> Iterator[str]:
@@ -60,11 +61,11 @@ def note_aside(root: Iterable[str], taken: Collection[str]) -> Iterator[str]:
     """
     aside = sorted(name for name in root if is_loaded_as_weights(name) and name not in taken and name != ADAPTER_CONFIG)
     if aside:
-        yield f"left aside, because transformers loads {quoted(next(iter(taken)))}: {_listed(aside)}"
+        yield f"not converted, because transformers loads {quoted(next(iter(taken)))}: {_listed(aside)}"
 
 
 def note_adapter(is_remote: bool, is_merged: bool) -> str:
-    """Say what becomes of an adapter beside the weights.
+    """Say whether an adapter beside the weights is merged or left out.
 
     Args:
         is_remote: the checkpoint is a repository on the Hub.
@@ -85,7 +86,7 @@ def note_adapter(is_remote: bool, is_merged: bool) -> str:
 
 def note_large(names: Iterable[str]) -> Iterator[str]:
     """Say which small files are too large to be carried over."""
-    return (f"{quoted(name)} is left behind: it is too large to belong to a checkpoint" for name in names)
+    return (f"{quoted(name)} is not copied: it is too large to belong to a checkpoint" for name in names)
 
 
 def _listed(names: Collection[str]) -> str:

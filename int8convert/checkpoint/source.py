@@ -114,7 +114,7 @@ class CheckpointSource:
         shards: its weight files.
         carried: small files that go along unchanged.
         commit: of the repository on the Hub that `label` names; None of a directory.
-        notes: what the user should know of files that are left aside.
+        notes: messages on files that are not converted.
         has_adapter: an adapter lies beside the weights, which is not part of them here.
         index: where the index and the weight files differ; the shards hold what loaders take.
         config_name: the file `config` was read from.

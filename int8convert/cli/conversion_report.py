@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from int8convert.checkpoint.layout import counted
 from int8convert.cli.console import (
     format_bytes,
     format_percent,
@@ -46,11 +47,16 @@ def print_report(report: ConversionReport, place: str | None) -> None:
     )
     print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
     for name, n in report.non_finite.items():
-        note(f"'{name}' was kept and holds {n:,} values that are NaN or infinite")
+        note(f"'{name}' was kept and holds {counted(n, 'NaN or infinite value')}")
     if report.zero_rows:
         name, n = next(iter(report.zero_rows.items()))
-        more = f", and many of {len(report.zero_rows) - 1:,} other tensors" if len(report.zero_rows) > 1 else ""
-        note(f"{n:,} rows of '{name}' hold nothing but zeros{more}: the source may be half written")
+        more = (
+            f", and many in {counted(len(report.zero_rows) - 1, 'other tensor')}" if len(report.zero_rows) > 1 else ""
+        )
+        note(
+            f"{counted(n, 'row')} of '{name}' {'holds' if n == 1 else 'hold'} nothing but zeros{more}: "
+            "the source may be half written"
+        )
 
 
 def _decibels(value: float) -> str:

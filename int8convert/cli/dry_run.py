@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
-    """What does not become int8, by reason: tensors and parameters."""
+    """Print what does not become int8, by reason: tensors and parameters."""
     print_table(
         "Not int8",
         ("reason", "tensors", "parameters", "share"),
@@ -145,7 +145,7 @@ def _print_sizes(conversion_plan: ConversionPlan) -> None:
     as_source = place((tensor.source.name, tensor.source.n_bytes) for tensor in conversion_plan.tensors)
     as_int8 = place((tensor.output_name, tensor.output_bytes) for tensor in conversion_plan.tensors)
     now, then = format_gpus(as_source), format_gpus(as_int8)
-    print_line(f"GPUs that hold it: {then}{f'; as it is now, {now}' if now != then else ', as they do now'}")
+    print_line(f"GPUs for the int8 weights: {then} (for SRC: {now if now != then else 'the same'})")
 
 
 def _print_costs(costs: ConversionCosts, disk: DiskCosts, fetch: FetchCosts | None) -> None:
@@ -154,7 +154,7 @@ def _print_costs(costs: ConversionCosts, disk: DiskCosts, fetch: FetchCosts | No
     print_line(
         f"time: {seconds} of arithmetic on {costs.n_workers} threads"
         f"{'' if costs.device == 'cpu' else f' and {costs.device}, copies included'}, "
-        f"measured now on this machine; {'the network' if fetch else 'the disk'} decides the rest"
+        f"measured now on this machine; {'downloading and writing' if fetch else 'reading and writing'} come on top"
     )
     if fetch is None:
         return
@@ -167,7 +167,7 @@ def _print_costs(costs: ConversionCosts, disk: DiskCosts, fetch: FetchCosts | No
     if not fetch.n_bytes:
         print_line("network: nothing is to be fetched, all of it is in the cache")
         return
-    time = "; --bandwidth tells how long that takes"
+    time = "; pass --bandwidth to see how long that takes"
     if fetch.bytes_per_s and fetch.seconds is not None:
         time = f": {format_seconds(fetch.seconds)} at {format_bytes(fetch.bytes_per_s)}/s"
     print_line(f"network: {format_bytes(fetch.n_bytes)}{time}")

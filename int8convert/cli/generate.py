@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HELP = """Let an int8 checkpoint continue a prompt.
 
 OUT is an int8 checkpoint in the bitsandbytes or compressed-tensors layout, a directory or a repository's id. The text
-goes to stdout as it comes; what it took, to stderr.
+goes to stdout as it is generated; speed and memory go to stderr.
 
 \b
 Examples:
@@ -50,18 +50,23 @@ def _check_outliers(mode: str | None) -> str | None:
 
 def generate(
     out: Annotated[str, typer.Argument(metavar="OUT", callback=check_named, help="The int8 checkpoint.")],
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to continue.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
     file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prompts, one on each line, as one batch; --json keeps texts apart."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most, for each prompt.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens written for each prompt.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Of the drawing of tokens; 0 takes the likeliest one, always.")
+        float, typer.Option(min=0.0, metavar="X", help="Sampling temperature; 0 always takes the likeliest token.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that make up this share.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many tokens; 0 from all.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Of the drawing.")] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, metavar="X", help="Sample from the likeliest tokens of this total probability."),
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Sample from this many likeliest tokens; 0 from all.")
+    ] = 0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Random seed for sampling.")] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: where there is one.")
     ] = None,
@@ -75,10 +80,13 @@ def generate(
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(callback=check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n].")
+        str,
+        typer.Option(
+            metavar="DEVICE", callback=check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n]."
+        ),
     ] = "auto",
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the text.")] = False,
 ) -> None:
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give one prompt, or --file with several", param_hint="PROMPT")

@@ -38,7 +38,7 @@ HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bi
 SRC is a directory with config.json and weights as safetensors or pytorch_model*.bin, which is only read; or the name
 of a repository on the Hub, whose weights are read shard by shard without keeping them. OUT gets int8 weights with their
 scales, everything else unchanged, and the small files that belong to a checkpoint. Interrupted, killed or out of disk:
-the same command resumes behind the finished shards.
+the same command resumes after the finished shards.
 
 \b
 Examples:
@@ -94,11 +94,17 @@ def quantize(
     ] = None,
     format: Annotated[
         str,
-        typer.Option(callback=_check_format, help="bitsandbytes, for transformers; or compressed-tensors, for vLLM."),
+        typer.Option(
+            metavar="FORMAT",
+            callback=_check_format,
+            help="bitsandbytes, for transformers; or compressed-tensors, for vLLM.",
+        ),
     ] = "bitsandbytes",
     threshold: Annotated[
         float,
-        typer.Option(min=0.0, envvar="INT8CONVERT_THRESHOLD", help="Outlier threshold written for the loader."),
+        typer.Option(
+            min=0.0, metavar="X", envvar="INT8CONVERT_THRESHOLD", help="Outlier threshold written for the loader."
+        ),
     ] = 6.0,
     min_coverage: Annotated[
         float | None,
@@ -111,11 +117,15 @@ def quantize(
     ] = None,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", callback=check_size, help="Such as 5GB; default: one shard for each of SRC's."),
+        typer.Option(
+            metavar="SIZE",
+            callback=check_size,
+            help="Largest output shard, e.g. 5GB; default: one shard for each of SRC's.",
+        ),
     ] = None,
     on_nonfinite: Annotated[
         str,
-        typer.Option(callback=_check_policy, help="Weights no int8 can hold: error, or keep 16-bit."),
+        typer.Option(metavar="POLICY", callback=_check_policy, help="Weights no int8 can hold: error, or keep 16-bit."),
     ] = "error",
     lora: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Merge this PEFT adapter's directory into the weights.")
@@ -136,11 +146,13 @@ def quantize(
         bool, typer.Option("--trust-remote-code", help="Run SRC's own code if transformers has no class for the model.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, envvar="INT8CONVERT_WORKERS", help="Threads; default: one for each core.")
+        int | None,
+        typer.Option(min=1, metavar="N", envvar="INT8CONVERT_WORKERS", help="Threads; default: one for each core."),
     ] = None,
     device: Annotated[
         str,
         typer.Option(
+            metavar="DEVICE",
             callback=check_device,
             envvar="INT8CONVERT_DEVICE",
             help="Where rows are quantized: cpu, cuda[:n], or auto, which is the CPU.",
@@ -152,10 +164,11 @@ def quantize(
     reader: Annotated[
         str,
         typer.Option(
+            metavar="READER",
             callback=_check_reader,
             envvar="INT8CONVERT_READER",
-            help="Of weights on the Hub: stream, which takes no disk beside OUT; download, which takes two of SRC's "
-            "shards; or auto, by the room there is.",
+            help="How to read Hub weights: stream (no extra disk), download (up to two shards on disk), or auto "
+            "(whichever fits).",
         ),
     ] = "auto",
     cache_dir: Annotated[
@@ -164,7 +177,7 @@ def quantize(
     bandwidth: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", callback=check_bandwidth, help="With --dry-run: bytes a second from the Hub, as 50MB."
+            metavar="SIZE", callback=check_bandwidth, help="With --dry-run: bytes a second from the Hub, e.g. 50MB."
         ),
     ] = None,
     upload: Annotated[
@@ -174,11 +187,13 @@ def quantize(
     keep: Annotated[bool, typer.Option("--keep", help="With --upload: keep OUT, too.")] = False,
     max_disk: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", callback=check_size, help="With --upload: take no more of the disk, as 20GB."),
+        typer.Option(metavar="SIZE", callback=check_size, help="With --upload: use at most this much disk, e.g. 20GB."),
     ] = None,
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="With --upload, of a repository that is made; default: the account's."),
+        typer.Option(
+            "--private/--public", help="With --upload: who sees a new repository; default: the account's setting."
+        ),
     ] = None,
     no_xet: Annotated[bool, typer.Option("--no-xet", help="Do not use the Hub's xet protocol.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT, or REPO.")] = False,
@@ -252,9 +267,9 @@ def quantize(
 
 
 def _check_combination(context: typer.Context, src: str) -> None:
-    """Refuse what would be without effect, or contradicts itself.
+    """Refuse options that contradict each other or have no effect.
 
-    A variable of the environment is there for all commands: it may be of no concern to this one.
+    Environment variables are exempt: they are set for all commands.
     """
     given = {
         name
@@ -269,12 +284,12 @@ def _check_combination(context: typer.Context, src: str) -> None:
             option = "--public" if context.params[name] is False else _option(name)
             raise UsageError(f"{option} needs {'--upload REPO' if needed == 'upload' else '--dry-run'}")
     if {"keep", "max_disk"} <= given:
-        raise UsageError("--max-disk bounds what lies here, --keep keeps all of it: give one of them")
+        raise UsageError("--max-disk limits the local disk; --keep keeps all of OUT: give one of them")
     if {"upload", "calibrate"} <= given:
-        raise UsageError("--calibrate stores columns behind the last shard: convert with it, then int8convert upload")
+        raise UsageError("--calibrate stores columns after the last shard: convert with it, then int8convert upload")
     for name in ("revision", "reader", "cache_dir", "bandwidth"):
         if name in given and Path(src).exists():
-            raise UsageError(f"{_option(name)} is of a SRC on the Hub, and {src!r} is here")
+            raise UsageError(f"{_option(name)} applies to Hub sources only; {src!r} is a local path")
 
 
 def _option(parameter: str) -> str:

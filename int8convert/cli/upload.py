@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from int8convert.publish.upload import UploadReport
 
 _MOST_LEFT = 20
-"""Files that are named, of those that are not published."""
+"""Most unpublished files that are named."""
 
-HELP = """Publish a converted checkpoint on the Hub, with a model card, and see that it arrived.
+HELP = """Publish a converted checkpoint on the Hub, with a model card, and check that it arrived.
 
 OUT must be finished and verified. Files that REPO has already are not sent again, so after an interruption the same
-command goes on. Weights in REPO that are no part of OUT are removed: those of an earlier conversion by themselves,
-others with --overwrite. README.md becomes a model card, unless there is one that somebody wrote, in OUT or in REPO. The
+command resumes. Weights in REPO that are no part of OUT are removed: those of an earlier conversion always,
+others with --overwrite. README.md becomes a model card, unless OUT or REPO has one that int8convert did not write. The
 token is the one of `hf auth login`, or HF_TOKEN.
 
 \b
@@ -41,32 +41,32 @@ Examples:
 Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 """
 
-INTERRUPTED = "REPO is as it was; files that were sent stay with the server, and the same command goes on behind them"
+INTERRUPTED = "REPO is as it was; files that were sent stay with the server, and the same command resumes after them"
 
 
 def upload(
     out: Annotated[str, typer.Argument(metavar="OUT", callback=check_named, help="An output of quantize or export.")],
     repository: Annotated[
         str,
-        typer.Argument(metavar="REPO", callback=check_named, help="ORGANIZATION/NAME; made if it is not there."),
+        typer.Argument(metavar="REPO", callback=check_named, help="ORGANIZATION/NAME; created if missing."),
     ],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Make REPO so, or fail if it is not; default: as it comes."),
+        typer.Option("--private/--public", help="Make REPO so, or fail if it is not; default: leave it as it is."),
     ] = None,
-    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Made if it is not there.")] = "main",
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Branch to write to; created if missing.")] = "main",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
     message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Of the commit; default: Upload by int8convert VERSION.")
+        str | None, typer.Option(metavar="TEXT", help="Commit message; default: Upload by int8convert VERSION.")
     ] = None,
     no_xet: Annotated[bool, typer.Option("--no-xet", help="Send by HTTP, for servers without xet.")] = False,
     allow_unverified: Annotated[
-        bool, typer.Option("--allow-unverified", help="Publish what verify has not passed; the card tells.")
+        bool, typer.Option("--allow-unverified", help="Publish what verify has not passed; the model card says so.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace weights of something else, and a model card, in REPO.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be sent; change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent; change nothing.")] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:

@@ -78,8 +78,9 @@ def verify(
     level: Annotated[
         str,
         typer.Option(
+            metavar="LEVEL",
             help="exact: tensors alone; fidelity: and then both models on a text; tasks: and then on zero-shot tasks, "
-            "which needs int8convert[eval]."
+            "which needs int8convert[eval].",
         ),
     ] = "fidelity",
     text: Annotated[
@@ -89,9 +90,12 @@ def verify(
         str | None, typer.Option(metavar="NAME", help="wikitext2 or c4, from the Hugging Face Hub or its cache.")
     ] = None,
     max_dnll: Annotated[
-        float, typer.Option(min=0.0, help="Gate: upper 95 % bound of the difference in log-likelihood, nats a token.")
+        float,
+        typer.Option(
+            min=0.0, metavar="X", help="Gate: upper 95 % bound of the difference in log-likelihood, nats a token."
+        ),
     ] = 0.01,
-    max_kl: Annotated[float, typer.Option(min=0.0, help="Gate: mean KL divergence, nats a token.")] = 0.01,
+    max_kl: Annotated[float, typer.Option(min=0.0, metavar="X", help="Gate: mean KL divergence, nats a token.")] = 0.01,
     sequences: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text to run.")] = 16,
     length: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Tokens of each; default: 2048, or what the model takes.")
@@ -99,8 +103,9 @@ def verify(
     convention: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             help="How the text is cut: spread, contiguous, strided or halves; default: contiguous, as "
-            "published figures are, for a dataset, else spread."
+            "published figures are, for a dataset, else spread.",
         ),
     ] = None,
     thresholds: Annotated[
@@ -114,19 +119,27 @@ def verify(
     ] = False,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="TASK,..", help="Of lm-eval; default: winogrande, hellaswag, piqa and lambada_openai."),
+        typer.Option(
+            metavar="TASK,..", help="Tasks of lm-eval; default: winogrande, hellaswag, piqa and lambada_openai."
+        ),
     ] = None,
     tasks_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Tasks of your own, in lm-eval's YAML; may run code in them.")
     ] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Questions of each task.")] = None,
     min_task_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Gate: a task done worse fails below this p of McNemar's test.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, metavar="P", help="Gate: a worse task score fails if McNemar's p is below this."
+        ),
     ] = 0.001,
     device: Annotated[
         str,
         typer.Option(
-            callback=check_device, envvar="INT8CONVERT_DEVICE", help="Where the models run: auto, cpu or cuda[:n]."
+            metavar="DEVICE",
+            callback=check_device,
+            envvar="INT8CONVERT_DEVICE",
+            help="Where the models run: auto, cpu or cuda[:n].",
         ),
     ] = "auto",
     lora: Annotated[

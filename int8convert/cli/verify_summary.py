@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from int8convert.checkpoint.layout import counted
 from int8convert.cli.console import (
     format_bytes,
     format_percent,
@@ -18,26 +19,26 @@ from int8convert.evaluation.verify_report import METHOD_COLUMNS, METHODS_TITLE, 
 if TYPE_CHECKING:
     from int8convert.evaluation.exact import ExactReport
     from int8convert.evaluation.fidelity import FidelityReport
-    from int8convert.evaluation.verify_report import VerifyReport
+    from int8convert.evaluation.verify_report import TextUsed, VerifyReport
     from int8convert.evaluation.zero_shot import TaskReport
 
 
 def print_report(report: VerifyReport) -> None:
-    """What failed comes first."""
+    """Print the report, failures first."""
     verdict, style = ("passed", "bold green") if report.is_passed else ("failed", "bold red")
     print_line(f": {verdict}", head=f"{report.out}{_at(report.exact.commit)}", style=style)
     for failure in report.failures:
         print_line(f"  {failure}")
     for earlier in report.earlier_failures:
         if earlier.status is Status.STANDS:
-            note(f"this run does not answer that; once it passes, this does: {earlier.command(report.out)}")
+            note(f"this run does not clear that failure; passing this command does: {earlier.command(report.out)}")
         elif earlier.status is Status.OVERRULED:
-            note(f"the gates are looser than those that failed, as the model card will say: {earlier.failures[0]}")
+            note(f"passed with looser gates than an earlier failed run; the model card says so: {earlier.failures[0]}")
     for text in report.exact.notes:
         note(text)
     _print_exact(report.exact)
     if report.text is not None:
-        print_line(f": {report.text.description}; {report.text.convention}", head="Fidelity")
+        print_line(f": {_measured_on(report.text, report.fidelity)}", head="Fidelity")
         _print_fidelity(report.fidelity)
         _print_sweep(report.sweep)
         if report.methods:
@@ -50,14 +51,14 @@ def print_report(report: VerifyReport) -> None:
 
 
 def _at(commit: str | None) -> str:
-    """Of a repository on the Hub, at which commit; of a directory nothing."""
+    """Return " at COMMIT" for a repository on the Hub, "" for a directory."""
     return f" at {commit[:12]}" if commit is not None else ""
 
 
 def _print_exact(exact: ExactReport) -> None:
     source = f" of {exact.reference!s}{_at(exact.reference_commit)}" if exact.reference_commit else ""
     print_line(
-        f": {exact.n_int8_weights:,} int8 weights{source}, {format_bytes(exact.n_read_bytes)} in "
+        f": {counted(exact.n_int8_weights, 'int8 weight')}{source}, {format_bytes(exact.n_read_bytes)} in "
         f"{format_seconds(exact.elapsed_s)}",
         head="Exact",
     )
@@ -73,9 +74,18 @@ def _print_exact(exact: ExactReport) -> None:
     )
     if exact.n_different_codes or exact.n_different_scales:
         print_line(
-            f"{exact.n_different_codes:,} codes and {exact.n_different_scales:,} scales differ from the reference "
-            "rounding"
+            f"{counted(exact.n_different_codes, 'code')} and {counted(exact.n_different_scales, 'scale')} differ from "
+            "the reference rounding"
         )
+
+
+def _measured_on(text: TextUsed, reports: tuple[FidelityReport, ...]) -> str:
+    cut = text.convention.partition(":")[0]
+    scored = f"; {counted(reports[0].n_tokens, 'token')} scored" if reports else ""
+    return (
+        f"{text.description} ({counted(text.n_text_tokens, 'token')}), {counted(text.n_sequences, 'window')} of "
+        f"{text.length:,}, {cut}{scored}"
+    )
 
 
 def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:

@@ -74,13 +74,13 @@ def as_loaded(source: CheckpointSource) -> list[StoredTensor]:
 
 
 def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The one in config.json; empty if there is none."""
+    """Return config.json's quantization block, or {}."""
     block = config.get("quantization_config")
     return block if isinstance(block, dict) else _NO_BLOCK
 
 
 def _scale_names(name: str, block: Mapping[str, Any]) -> Iterator[str]:
-    """Under which a weight's scale may be. The last two are DeepSeek V4's and Mistral's, which transformers renames."""
+    """Names a weight's scale may have. The last two are DeepSeek V4's and Mistral's, which transformers renames."""
     yield f"{name}_scale_inv"
     yield f"{name}_scale"
     if block.get("quant_method") == "fp8" and name.endswith(".weight"):

@@ -1,12 +1,12 @@
 """Failed measurements on record: a later run does not replace them unless it measures the same again, and passes.
 
 verify.json holds what the last run found. A run at a lower level, on fewer tokens or on another text says nothing of
-what an earlier one measured, so a failure of that one goes along from report to report:
+what an earlier one measured, so a failure is copied into each later report:
 
 - it is cleared by a run on the same text and at least as many tokens (of tasks: questions) that keeps the broken gates;
 - it is overruled by such a run that keeps gates of its own, if those are looser; then the checkpoint passes, and
-  verify.json and the model card tell of both;
-- it is of other files while weights, config.json or stored columns are not those that were measured;
+  verify.json and the model card name both;
+- it does not apply while weights, config.json or stored columns are not those that were measured;
 - else it stands, and the checkpoint does not pass, whatever the later run found.
 
 A verify.json that is removed takes its failures with it: then the checkpoint is not verified.
@@ -55,7 +55,7 @@ class EarlierFailure:
         level: "fidelity" or "tasks".
         tool: the version that measured.
         failures: one line for each gate that was broken.
-        gates: those it had to keep.
+        gates: the gates the run had to keep.
         text: of the fidelity level, what the models read: entries of `TextUsed`.
         measured: what broke a gate -> how much it was measured on: a mode and its tokens, a task's metric and its
             questions.
@@ -72,14 +72,14 @@ class EarlierFailure:
     status: Status = Status.STANDS
 
     def lines(self) -> Iterator[str]:
-        """For people: what failed, and on how much."""
+        """Yield one readable line per broken gate, with the amount measured."""
         amounts = " and ".join(f"{n:,}" for n in sorted(set(self.measured.values())))
         what = "questions" if self.level == "tasks" else f"tokens of {self.text.get('name')}"
         for line in self.failures:
             yield f"an earlier run, on {amounts} {what}: {line}"
 
     def command(self, out: str) -> str:
-        """The command that clears it, once that passes."""
+        """Return the command that clears the failure once it passes."""
         words = ["int8convert", "verify", out]
         if self.level == "tasks":
             names = dict.fromkeys(name.partition(" ")[0] for name in self.measured)
@@ -107,7 +107,7 @@ def read_earlier(out: Path) -> dict[str, Any]:
 
 
 def judge_earlier(report: VerifyReport, earlier: Mapping[str, Any], kept: Sequence[str]) -> tuple[EarlierFailure, ...]:
-    """Return the failures that an earlier verify.json tells of and the report does not clear.
+    """Return the failures in an earlier verify.json that the report does not clear.
 
     Args:
         report: of the run just made.
@@ -150,7 +150,7 @@ def _judge(failure: EarlierFailure, report: VerifyReport, kept: Sequence[str]) -
 
 
 _Checker = Callable[[Gates], bool]
-"""Whether what a run measured keeps some gates."""
+"""Function that says whether a run kept the given gates."""
 
 
 def _fidelity_checker(failure: EarlierFailure, report: VerifyReport) -> _Checker | None:
@@ -174,7 +174,7 @@ def _is_as_strict(gates: Gates, other: Gates) -> bool:
 
 
 def _of_last_run(earlier: Mapping[str, Any]) -> Iterator[EarlierFailure]:
-    """The gates that the last run broke."""
+    """Yield the gates that the last run broke."""
     lines = _texts(earlier.get("failures"))
     runs = [run for run in _list(earlier.get("fidelity")) if any(_is_of(line, run) for line in lines)]
     tasks = [
@@ -206,7 +206,7 @@ def _carried_along(earlier: Mapping[str, Any]) -> Iterator[EarlierFailure]:
 
 
 def _parse(told: Mapping[str, Any]) -> EarlierFailure | None:
-    """A failure from its JSON; None if it is none, as what nobody can clear would be."""
+    """Return a failure from its JSON; None if malformed or impossible to clear."""
     failures = _texts(told.get("failures"))[:_MAX_LINES]
     gates, text, measured, files = (_object(told.get(name)) for name in ("gates", "text", "measured", "files"))
     limits = {gate.name: _number(gates.get(gate.name, gate.default)) for gate in fields(Gates)}

@@ -1,6 +1,6 @@
 """The exact level of `verify`: an int8 checkpoint against its source, tensor by tensor, with no model run.
 
-1. The manifest tells the source and the options of the conversion; from them the plan is made anew, as `quantize` makes
+1. The manifest tells the source and the options of the conversion; from them the plan is rebuilt, as `quantize` makes
    it, which says what each tensor must have become (`exact_layout`), and what the model lacks (`exact_needs`).
 2. Every weight file is hashed and compared with the manifest, while other threads compare the tensors in it: codes and
    scales with what rounding the source gives, everything else byte for byte (`exact_tensors`, `exact_rows`).
@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from int8convert.checkpoint.int8_config import Int8Format, read_format
-from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.layout import counted, quoted
 from int8convert.checkpoint.manifest import describe_source
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.conversion.plan import ConversionPlan
@@ -164,13 +164,12 @@ def verify_exact(
 
 
 def _compared(source: CheckpointSource, provenance: Provenance) -> str:
-    """What the checkpoint was compared with: how much of the source, and by which rule."""
-    n_files = len(source.shards)
-    files = f"{n_files:,} weight {'file' if n_files == 1 else 'files'}, config.json"
-    carried = f" and {len(source.carried):,} other files" if source.carried else ""
+    """Return what the checkpoint was compared with: how much of the source, and by which rule."""
+    files = f"{counted(len(source.shards), 'weight file')}, config.json"
+    carried = f" and {counted(len(source.carried), 'other file')}" if source.carried else ""
     if not provenance.is_known:
         return f"{files}{carried}; no manifest tells what the conversion wrote"
-    exports = f", through {len(provenance.exports)} exports" if provenance.exports else ""
+    exports = f", through {counted(len(provenance.exports), 'export')}" if provenance.exports else ""
     return f"{files}{carried}, as its manifest says they were converted{exports}"
 
 

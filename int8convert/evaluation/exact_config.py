@@ -1,6 +1,6 @@
 """config.json of an int8 checkpoint, entry by entry, against the one that its conversion writes.
 
-With a manifest of ours the whole file is made anew from the source's, by the functions that `quantize` and `export`
+With a manifest of ours the whole file is rebuilt from the source's, by the functions that `quantize` and `export`
 call, and every entry must be the same. Without one, the source's own entries must be there, see `exact_foreign_config`.
 
 Names in the lists of modules that a loader leaves alone are compared as names. An entry that is an expression is a
@@ -39,7 +39,7 @@ def check_config(out: CheckpointSource, plan: ConversionPlan, provenance: Proven
     """Compare config.json with what the conversion writes.
 
     Args:
-        plan: of the conversion, made anew.
+        plan: the conversion's plan, rebuilt.
         int8_modules: those the checkpoint holds as int8.
     """
     expected = _expected_config(plan, provenance)

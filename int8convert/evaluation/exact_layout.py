@@ -1,6 +1,6 @@
 """Which tensors an int8 checkpoint must hold, by the plan its source gives; and which of them are there.
 
-The plan is made anew from the source, with the options the manifest names. A tensor that is there as promised is paired
+The plan is rebuilt from the source, with the options the manifest names. A tensor that is there as promised is paired
 with what it was made of, to be compared; whatever else is missing, too many, or of another dtype or shape is a finding.
 
 What may differ without being one, where no manifest tells what was asked for: modules that config.json says stay

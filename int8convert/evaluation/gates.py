@@ -18,7 +18,7 @@ class Gates:
     Attributes:
         max_dnll: upper bound of the 95 % interval of the mean difference in negative log-likelihood, nats a token.
         max_kl: mean Kullback-Leibler divergence from the source's predictions, nats a token.
-        min_task_p: a task that fewer questions are answered right in fails if chance does that less often, 0 to 1.
+        min_task_p: p-value below which a worse task score fails, 0 to 1.
     """
 
     max_dnll: float = 0.01

@@ -6,7 +6,7 @@
    memory, whatever the model's size, and model code takes its usual way on the CPU.
 3. Run a forward pass, and where there is a cache, a second one with one more token. Write down each integer input of an
    int8 layer, each look at its codes, and each operation that gives int8.
-4. What the model does with its own Linear layers, too, is no finding: the second run is one of those.
+4. A second run with ordinary Linear layers removes findings the model causes by itself.
 
 Where the model does not run even so (it wants images or sound, or its code does not stand constants), the answer says
 why. Not known: layers that a text does not reach, and code that branches on values.
@@ -54,7 +54,7 @@ _SAME = frozenset({"detach", "requires_grad_", "data"})
 
 
 class Record:
-    """What model code did that int8 layers do not stand.
+    """What model code did that int8 layers do not support.
 
     Attributes:
         running: names of the modules whose forward runs, the innermost last.

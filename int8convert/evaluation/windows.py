@@ -74,7 +74,7 @@ class TokenWindows:
         """What perplexity means here, in words."""
         n, length = self.ids.shape
         return (
-            f"{self.cut}: {n:,} windows of {length:,} tokens out of {self.n_text_tokens:,} of {self.text}, "
+            f"{self.cut}: {n:,} windows of {length:,} tokens (of {self.n_text_tokens:,} in {self.text}), "
             f"{self.n_scored:,} tokens scored; perplexity is exp of their mean negative log-likelihood"
         )
 

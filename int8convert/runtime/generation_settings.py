@@ -1,7 +1,7 @@
 """What `generate` takes from a checkpoint's generation_config.json: where a text ends, and nothing else.
 
 transformers has some eighty entries there, of which many change which token is chosen (`sequence_bias`,
-`repetition_penalty`), load code, or end in an error. So the settings are made anew, and three token ids and the stop
+`repetition_penalty`), load code, or end in an error. So the settings are rebuilt, and three token ids and the stop
 strings are taken over, each checked. Ids outside the vocabulary, which no model can write, are left out.
 """
 

@@ -117,7 +117,7 @@ def refuse_code(stated: Any) -> None:
 
 
 def attention_options(stated: Any) -> dict[str, Any]:
-    """What `from_pretrained` is told of attention: nothing, or to choose itself where config.json names a package."""
+    """Attention arguments for `from_pretrained`: {}, or automatic choice where config.json names a package."""
     chosen = getattr(stated, "_attn_implementation", None)
     return {} if chosen is None or chosen in _ATTENTION else {"attn_implementation": None}
 
@@ -209,8 +209,7 @@ def read_tokenizer(path: str, code_hint: str = RUNS_NO_CODE, trust_remote_code: 
 def asking_nobody() -> Iterator[None]:
     """No question of transformers reaches the user, nothing is read from stdin, and stdout stays ours.
 
-    Where it is told neither to run code nor not to, it asks and waits: for parts of a model, whatever it was told of
-    the whole.
+    transformers prompts if `trust_remote_code` is unset, and for sub-models even if it is set.
     """
     stdin, wait_s = sys.stdin, dynamic_module_utils.TIME_OUT_REMOTE_CODE
     sys.stdin, dynamic_module_utils.TIME_OUT_REMOTE_CODE = io.StringIO(), 0

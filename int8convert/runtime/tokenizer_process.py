@@ -40,11 +40,12 @@ TEMPLATE_S = 10.0
 
 ANSWER_S = 30.0
 CHARACTERS_PER_S = 10_000
-"""Seconds to encode or decode anything, and characters for each second beyond. Tokenizers take a million a second, the
+"""Seconds per request, and characters allowed per further second. Tokenizers take a million a second, the
 slowest in Python 50,000."""
 
 MAX_BYTES = 4_000_000_000
-"""Memory the child may take beyond what it was born with. A tokenizer of 262,144 words takes 1 GB while it loads."""
+"""Bytes of memory the child may take beyond what it starts with. A tokenizer of 262,144 words takes 1 GB while it
+loads."""
 
 MAX_ANSWER_BYTES = 500_000_000
 

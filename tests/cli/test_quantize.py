@@ -141,7 +141,7 @@ def test_dry_run_of_an_upload_tells_its_disk_and_asks_nothing_of_the_repository(
 
 def test_dry_run_of_a_tiny_model_has_no_noise(run: Run, source: Path) -> None:
     _, out, _ = run("quantize", source, "--dry-run")
-    assert "GPUs that hold it: 1 x 24 GB, as they do now\n" in out
+    assert "GPUs for the int8 weights: 1 x 24 GB (for SRC: the same)\n" in out
     assert "time: under 0.1 s of arithmetic" in out
 
 

@@ -249,7 +249,7 @@ def test_command_says_that_an_earlier_failure_stands_and_what_clears_it(run: Run
     assert lines[0] == f"{own_out}: failed"
     assert lines[1].startswith("  an earlier run, on 62 tokens of text.txt: fidelity (dynamic): mean KL is ")
     command = f"int8convert verify {own_out} --text text.txt --sequences 2 --length 32 --max-dnll 9 --max-kl 1e-09"
-    assert f"note: this run does not answer that; once it passes, this does: {command}" in err
+    assert f"note: this run does not clear that failure; passing this command does: {command}" in err
     code, printed, _ = run("verify", own_out, *window, "--max-kl", "9", "--json")
     assert code == 0 and json.loads(printed)["earlier_failures"][0]["status"] == "overruled"
     assert run("verify", own_out, "--level", "exact", "--json")[0] == 0

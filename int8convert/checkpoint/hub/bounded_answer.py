@@ -1,4 +1,4 @@
-"""Answers of the Hub, or of whatever stands for it, read up to a bound. What names no end would fill the memory."""
+"""Reads answers of the Hub, or of a mirror, up to a bound. An endless answer would fill memory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ MAX_ANSWER_BYTES = 32_000_000
 """Bytes of JSON in one answer. A page of a list has 1,000 files and takes 0.4 MB."""
 
 _MAX_ERROR_BYTES = 1 << 16
-"""Bytes read of an answer that is an error, for the server's words."""
+"""Bytes read of an error answer, for its message."""
 
 
 def get_json(url: str, subject: str) -> tuple[Any, str | None]:
-    """The JSON value of an answer, and the query of the next page where there is one.
+    """Return the JSON value of an answer, and the query of the next page, or None.
 
-    Of the next page's address no more than the query is taken: a mirror hands on the Hub's own address, and the token
-    must not follow it there.
+    Only the query of the next page's address is used: a mirror may pass on the Hub's own address, and the token must
+    not be sent there.
 
     Args:
         subject: what is done, for the error: "listing 'a/b'".
 
     Raises:
         HubError: the answer is larger than any of the Hub's.
-        ValueError: the answer is no JSON.
+        ValueError: the answer is not JSON.
     """
     from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -46,14 +46,14 @@ def get_json(url: str, subject: str) -> tuple[Any, str | None]:
 
 
 def answer_s() -> float:
-    """Seconds to wait for an answer. Of its own accord the client waits for ever."""
+    """Return the seconds to wait for an answer. Without it the client waits forever."""
     from huggingface_hub import constants
 
     return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 def raise_for_status(response: httpx2.Response) -> None:
-    """As the client's `hf_raise_for_status`, which reads the whole body of an error.
+    """Raise for an HTTP error, like `hf_raise_for_status`, but read only the start of the body.
 
     Args:
         response: not read yet.

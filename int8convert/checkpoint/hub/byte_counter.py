@@ -1,4 +1,4 @@
-"""How many bytes the Hub's own client has downloaded, told by what it takes for a progress bar."""
+"""Counts bytes downloaded by the Hub client, through its progress bar."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 _SLACK_BYTES = 1 << 20
-"""For files of no size worth mentioning."""
+"""Bytes of slack for tiny files."""
 
 
 def is_too_long(n_bytes: int, n_listed: int) -> bool:
-    """Whether a server has sent more of a file than it lists. Some versions of the client count twice what they fetch
-    again after a connection broke off, so only more than twice the size is too much.
+    """Return whether a server has sent more of a file than it lists.
+
+    Some versions of the client count twice what they fetch again after a broken connection, so only more than twice
+    the size is too much.
     """
     return n_bytes > 2 * n_listed + _SLACK_BYTES
 
 
 def byte_counter(on_bytes: Callable[[int], None]) -> Any:
-    """A class of progress bars for the client that show nothing, and tell how many bytes have come.
+    """Return a progress bar class for the client that shows nothing and reports the bytes received.
 
     Args:
-        on_bytes: what it raises ends the download, if not at once.
+        on_bytes: called with the number of bytes; what it raises ends the download, though not at once.
     """
     from tqdm.auto import tqdm
 

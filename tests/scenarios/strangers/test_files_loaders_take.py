@@ -58,8 +58,8 @@ def test_single_file_beside_an_index_is_what_is_converted(source: Path, older: P
     report = quantize(source, tmp_path / "new")
     assert equal(tmp_path / "new", out)
     assert report.notes[-2:] == (
-        f"vLLM loads other weights of this source than transformers, whose are converted: '{INDEX}'",
-        f"left aside, because transformers loads '{SINGLE}': 'model-00001-of-00002.safetensors', "
+        f"transformers' choice of weight files is converted; vLLM would load from this source: '{INDEX}'",
+        f"not converted, because transformers loads '{SINGLE}': 'model-00001-of-00002.safetensors', "
         f"'model-00002-of-00002.safetensors', '{INDEX}'",
     )
     manifest = json.loads((tmp_path / "new" / "int8convert" / "manifest.json").read_text())
@@ -143,7 +143,7 @@ def test_weights_that_the_config_names_are_converted(n_shards: int, source: Path
     assert torch.equal(weights(tmp_path / "new")["model.norm.weight"], loaded)
     assert "transformers_weights" not in json.loads((tmp_path / "new" / "config.json").read_text())
     assert any("transformers_weights is left out" in note for note in report.notes)
-    assert any(note.startswith(f"left aside, because transformers loads '{named}'") for note in report.notes)
+    assert any(note.startswith(f"not converted, because transformers loads '{named}'") for note in report.notes)
     assert passes_exact(tmp_path / "new")
 
 
@@ -219,7 +219,7 @@ def test_adapter_weights_without_their_config_are_left_aside(source: Path, adapt
     shutil.copy(adapter / "adapter_model.safetensors", source)
     report = quantize(source, source.parent / "new")
     assert equal(source.parent / "new", out)
-    assert f"left aside, because transformers loads '{SINGLE}': 'adapter_model.safetensors'" in report.notes
+    assert f"not converted, because transformers loads '{SINGLE}': 'adapter_model.safetensors'" in report.notes
     assert any(note.startswith("vLLM loads other weights of this source than transformers") for note in report.notes)
 
 
@@ -240,7 +240,7 @@ def test_variant_is_left_aside_or_named(source: Path, out: Path) -> None:
     shutil.copy(source / SINGLE, source / "model.fp16.safetensors")
     report = quantize(source, source.parent / "new")
     assert equal(source.parent / "new", out)
-    assert f"left aside, because transformers loads '{SINGLE}': 'model.fp16.safetensors'" in report.notes
+    assert f"not converted, because transformers loads '{SINGLE}': 'model.fp16.safetensors'" in report.notes
     (source / SINGLE).unlink()
     with pytest.raises(SourceError, match="holds no weights") as caught:
         open_source(source)
@@ -256,8 +256,8 @@ def test_format_of_mistral_is_left_aside_and_told(source: Path, older: Path, out
     assert equal(source.parent / "new", out)
     assert not (source.parent / "new" / "consolidated.safetensors").exists()
     assert (
-        "vLLM loads other weights of this source than transformers, whose are converted: 'consolidated.safetensors'"
-        in report.notes
+        "transformers' choice of weight files is converted; vLLM would load from this source: "
+        "'consolidated.safetensors'" in report.notes
     )
 
 
@@ -378,7 +378,7 @@ def test_output_that_sends_loaders_elsewhere_does_not_pass(spoil: Callable[[Path
 def test_export_takes_what_loaders_take_and_says_what_it_leaves(out: Path, older: Path, tmp_path: Path) -> None:
     write_shards(out, load_file(older / SINGLE), 2)
     report = int8convert.export(out, tmp_path / "new", format="torchao")
-    assert f"left aside, because transformers loads '{SINGLE}'" in " ".join(report.notes)
+    assert f"not converted, because transformers loads '{SINGLE}'" in " ".join(report.notes)
     assert torch.equal(
         weights(tmp_path / "new")["model.embed_tokens.weight"], load_file(out / SINGLE)["model.embed_tokens.weight"]
     )

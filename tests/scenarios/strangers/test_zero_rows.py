@@ -62,7 +62,7 @@ def test_it_is_said_and_a_resumed_conversion_says_it_again(source: Path, tmp_pat
     zero(source, DOWN, 0, 64)
     code, _, err = run("quantize", source, tmp_path / "out")
     assert code == 0
-    assert f"64 rows of '{DOWN}' hold nothing but zeros, and many of 1 other tensors" in " ".join(err.split())
+    assert f"64 rows of '{DOWN}' hold nothing but zeros, and many in 1 other tensor:" in " ".join(err.split())
     again = json.loads(run("quantize", source, tmp_path / "out", "--json")[1])
     assert (again["n_done_shards"], again["zero_rows"]) == (1, {DOWN: 64, UP: 64})
 
