@@ -112,6 +112,17 @@ def find_file(directory: Path, name: str) -> Path | None:
     return path
 
 
+def check_files(directory: Path) -> None:
+    """Check the files of a checkpoint's root before a library opens them: it would follow any link and wait for a pipe.
+
+    Raises:
+        SourceError, CorruptFileError: as `find_file`, of the first file that is not as it should be.
+    """
+    for entry in sorted(directory.iterdir()):
+        if not entry.name.startswith(".") and not entry.is_dir():
+            find_file(directory, entry.name)
+
+
 def open_regular(path: Path) -> int:
     """Open a file of a stranger's directory for reading; return its descriptor.
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from fnmatch import fnmatchcase
 from typing import Any
 
 from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.module_pattern import matches
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.conversion.expert_layouts import ExpertLayout
 from int8convert.errors import AlreadyQuantizedError, ModelMapError, PatternError
@@ -133,11 +133,6 @@ class ModuleFilter:
                         f"{option} {pattern!r} matches no module that could become int8",
                         f"patterns match full module names or dotted tails, such as {examples}; nothing was written",
                     )
-
-
-def matches(module_name: str, pattern: str) -> bool:
-    """Whether a pattern matches a module's full name or a dotted tail of it."""
-    return fnmatchcase(module_name, pattern) or fnmatchcase(module_name, f"*.{pattern}")
 
 
 def check_config(config: dict[str, Any], is_decodable: bool = False) -> None:

@@ -9,19 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.module_pattern import is_allowed
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.model_map import ModelMap, ModelNeeds, matches
+from int8convert.conversion.model_map import ModelMap, ModelNeeds
 from int8convert.errors import CorruptFileError, MissingWeightsError
-
-
-def is_allowed(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a missing tensor is one that the user allows to be missing.
-
-    Args:
-        patterns: as `ModuleFilter` has them, for the tensor's name or that of its module.
-    """
-    module = name.rpartition(".")[0]
-    return any(matches(name, pattern) or matches(module, pattern) for pattern in patterns)
 
 
 def made_up(model_map: ModelMap) -> list[str]:

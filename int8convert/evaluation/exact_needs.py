@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from int8convert.checkpoint.module_pattern import is_allowed
 from int8convert.checkpoint.shard_index import IndexDifferences
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.model_map import ModelMap
-from int8convert.conversion.needs import is_allowed, made_up
+from int8convert.conversion.needs import made_up
 from int8convert.evaluation.checks import Check, Finding, make_check
 from int8convert.evaluation.provenance import Provenance
 

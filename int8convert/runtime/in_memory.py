@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.checkpoint.module_pattern import matches
 from int8convert.errors import CoverageError, NonFiniteWeightError, PatternError
 from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_path
 from int8convert.runtime.linear import Int8Linear, OutlierMode
@@ -95,7 +95,7 @@ def modules_to_replace(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
             "Linear layers in float16, bfloat16 or float32 can, GPT-2's Conv1D and nn.MultiheadAttention",
         )
     for pattern in skip:
-        if not any(_matches(name, pattern) for name in modules):
+        if not any(matches(name, pattern) for name in modules):
             raise PatternError(f"skip {pattern!r} matches no module that could become int8", "nothing was changed")
     # torch's layers read weights on their fast path, which `leave_fast_path` closes.
     read = modules_with_read_weights(model, reads_of_torch=False)
@@ -103,7 +103,7 @@ def modules_to_replace(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
     return [
         name
         for name in _without_default_skips(model, modules)
-        if not any(_matches(name, pattern) for pattern in skip)
+        if not any(matches(name, pattern) for pattern in skip)
         and name not in read
         and shared.isdisjoint(map(id, modules[name].parameters()))
     ]
@@ -123,10 +123,6 @@ def _without_default_skips(model: nn.Module, names: Iterable[str]) -> list[str]:
 
     skips = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]  # type: ignore[misc]
     return [name for name in names if should_convert_module(name, skips)]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def _is_conv1d(module: Any) -> bool:

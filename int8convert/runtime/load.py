@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.module_pattern import is_allowed
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.runtime.linear import OutlierMode
 from int8convert.runtime.outliers import attach_outliers, read_outliers
@@ -15,6 +17,9 @@ from int8convert.runtime.transformers_plugin import Int8ConvertConfig
 _NOT_NEEDED = ("weight_format", "position_ids", "num_batches_tracked")
 """Checkpoints of early bitsandbytes have no format; ours is zero then, which is what it would say. Buffers of positions
 and of counts are set by the class."""
+
+_INT8_PARTS = (".SCB", ".weight_format", ".weight_scale", ".weight_zero_point")
+"""Tensors that only an int8 layer has. Where the model has no such layer, the codes beside them are lost."""
 
 
 def load(
@@ -26,6 +31,7 @@ def load(
     dtype: Any = None,
     torch_dtype: Any = None,
     trust_remote_code: bool = False,
+    allow_missing: Sequence[str] = (),
     **options: Any,
 ) -> Any:
     """Load an int8 checkpoint, in the bitsandbytes or the compressed-tensors layout, whoever wrote it.
@@ -41,6 +47,8 @@ def load(
         dtype: what the rest of the model is held in; None or "auto" takes what config.json says.
         torch_dtype: the name that `dtype` had before transformers 5.
         trust_remote_code: code that is part of the checkpoint may run; else a checkpoint that needs it is refused.
+        allow_missing: patterns, as `quantize` has them, of tensors that the checkpoint may lack; transformers makes up
+            their values.
         options: for `from_pretrained`.
 
     Returns:
@@ -48,7 +56,8 @@ def load(
 
     Raises:
         SourceError: there is none, it is not int8, or static outliers are asked for and it has none.
-        CorruptFileError: tensors are missing, or some fit nothing in the model.
+        CorruptFileError: tensors are missing, or int8 ones fit nothing in the model. Others of no use to the model are
+            left aside, as transformers does.
         RemoteCodeError: it needs code of the checkpoint, and `trust_remote_code` is False.
         ValueError: `dtype` and `torch_dtype` differ.
     """
@@ -73,7 +82,7 @@ def load(
         dtype=_dtype(dtype, torch_dtype),
         **options,
     )
-    _check_complete(path, info)
+    _check_complete(path, info, allow_missing)
     if stored is not None:
         attach_outliers(model, read_outliers(stored), mode or OutlierMode.STATIC_GUARD)
     return model
@@ -103,18 +112,21 @@ def read_int8_config(path: str, trust_remote_code: bool = False, **hub: Any) -> 
     return config
 
 
-def _check_complete(path: str, info: dict[str, Any]) -> None:
+def _check_complete(path: str, info: dict[str, Any], allow_missing: Sequence[str]) -> None:
     """transformers warns of missing weights and makes them up; here they are an error."""
-    missing = sorted(name for name in info["missing_keys"] if not name.endswith(_NOT_NEEDED))
+    missing = [name for name in info["missing_keys"] if not name.endswith(_NOT_NEEDED)]
+    missing = sorted(name for name in missing if not is_allowed(name, allow_missing))
+    unexpected = sorted(name for name in info["unexpected_keys"] if name.endswith(_INT8_PARTS))
     wrong = sorted(name if isinstance(name, str) else name[0] for name in info["mismatched_keys"])
     for what, names in (
         ("has no", missing),
-        ("holds, and the model has no,", sorted(info["unexpected_keys"])),
+        ("holds, and the model has no,", unexpected),
         ("has in a shape that does not fit", wrong),
     ):
         if names:
             rest = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            raise CorruptFileError(
-                f"'{path}' {what} '{names[0]}'{rest}",
-                "its config.json and its weights do not belong together; write or fetch the checkpoint again",
-            )
+            hint = "its config.json and its weights do not belong together; write or fetch the checkpoint again"
+            if names is missing:
+                module = names[0].rpartition(".")[0] or names[0]
+                hint = f"fetch the checkpoint again; pass allow_missing=[{module!r}] only if it is to be trained"
+            raise CorruptFileError(f"'{path}' {what} '{names[0]}'{rest}", hint)

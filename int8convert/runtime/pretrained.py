@@ -25,7 +25,7 @@ from transformers.utils.hub import cached_file
 from int8convert.checkpoint.build_bounds import bounded_build, check_layer_counts
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
 from int8convert.checkpoint.json_file import read_config as read_bounded_config
-from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, quoted, shard_name
+from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, check_files, quoted, shard_name
 from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.utf8_path import utf8_path
@@ -73,10 +73,12 @@ def read_config(
         hub: see `hub_options`.
 
     Raises:
-        SourceError: there is no such checkpoint, or its config cannot be read.
+        SourceError: there is no such checkpoint, its config cannot be read, or a file of it is no regular file.
         RemoteCodeError: its classes are code in the checkpoint.
     """
     is_there = os.path.isdir(path)
+    if is_there:
+        check_files(Path(path))
     what = f"'{path}' cannot be read as a checkpoint" if is_there else f"'{path}' is no directory, and no repository"
     file = locate_file(path, CONFIG_NAME, **hub)
     stated = {} if file is None else read_bounded_config(file)
@@ -193,6 +195,8 @@ def read_tokenizer(path: str, code_hint: str = RUNS_NO_CODE, trust_remote_code: 
     """
     what = f"'{label or path}' has no tokenizer that transformers can read"
     hint = "copy the files of the source's tokenizer into it"
+    if os.path.isdir(path):
+        check_files(Path(path))
     with library_errors(what, hint, code_hint), asking_nobody():
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             utf8_path(path), padding_side="left", trust_remote_code=trust_remote_code

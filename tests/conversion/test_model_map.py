@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from int8convert.checkpoint.module_pattern import matches
 from int8convert.checkpoint.source import open_source
-from int8convert.conversion.model_map import Action, ModelMap, ModuleFilter, check_config, matches
+from int8convert.conversion.model_map import Action, ModelMap, ModuleFilter, check_config
 from int8convert.conversion.model_map_process import ModelMapProcess
 from int8convert.errors import AlreadyQuantizedError, ModelMapError, PatternError
 from tests.conftest import InProcessMap
