@@ -45,13 +45,6 @@ def read_json_object(
     return parse_json_object(_read(path, max_bytes), quoted(path.name), hint, allow_nan, allow_lone_surrogates)
 
 
-def read_hashed_json(path: Path) -> tuple[dict[str, Any], str]:
-    """As `read_json_object`, with the sha256 of the very bytes that were parsed."""
-    content = _read(path, MAX_JSON_BYTES)
-    value = parse_json_object(content, quoted(path.name), "fetch this file again; nothing was written", allow_nan=True)
-    return value, hashlib.sha256(content).hexdigest()
-
-
 def check_config_bytes(name: str, n_bytes: int) -> None:
     """Refuse a small JSON file that is too large for one; raises a CorruptFileError."""
     _check_bytes(name, n_bytes, MAX_CONFIG_BYTES)
@@ -63,6 +56,22 @@ def _check_bytes(name: str, n_bytes: int, max_bytes: int) -> None:
             f"{quoted(name)} has {n_bytes:,} bytes, expected at most {max_bytes:,}",
             "this is not the file transformers writes; fetch it again",
         )
+
+
+def read_own_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that int8convert wrote, or a stranger in its name; raises as `read_json_object`.
+
+    Paths in it may hold `\\udce9` and the like, by which a name that is not UTF-8 is written down.
+    """
+    return read_own_hashed_json(path)[0]
+
+
+def read_own_hashed_json(path: Path) -> tuple[dict[str, Any], str]:
+    """As `read_own_json`, with the sha256 of the very bytes that were parsed."""
+    content = _read(path, MAX_JSON_BYTES)
+    hint = "fetch this file again; nothing was written"
+    value = parse_json_object(content, quoted(path.name), hint, allow_nan=True, allow_lone_surrogates=True)
+    return value, hashlib.sha256(content).hexdigest()
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

@@ -61,7 +61,8 @@ def library_errors(what: str, hint: str, code_hint: str = RUNS_NO_CODE) -> Itera
 
 
 def describe(error: BaseException) -> str:
-    """The class of an exception and the first line of its message, escaped and cut."""
-    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    """The class of an exception and the first line of its message, with the next where it ends in a colon; escaped."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    first_line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     return quoted(text, _MAX_LENGTH)[1:-1]

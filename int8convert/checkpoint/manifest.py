@@ -22,7 +22,7 @@ from typing import Any
 
 from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, make_folder, write_json
 from int8convert.checkpoint.file_reader import FileIdentity
-from int8convert.checkpoint.json_file import read_json_object
+from int8convert.checkpoint.json_file import read_own_json
 from int8convert.checkpoint.layout import OWN_FOLDER, find_file, quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import is_size
@@ -106,9 +106,9 @@ class Manifest:
         """What was asked of the conversion that is there, finished or not; None if there is none."""
         try:
             if (begun := self._find(_REQUEST_NAME)) is not None:
-                return read_json_object(begun)
+                return read_own_json(begun)
             if (finished := self._find(_MANIFEST_NAME)) is not None:
-                request = read_json_object(finished).get("conversion")
+                request = read_own_json(finished).get("conversion")
                 return request if isinstance(request, dict) else None
         except CorruptFileError:
             pass  # not written by us
@@ -121,7 +121,7 @@ class Manifest:
             return None
         for name in (_LOCAL_NAME, _MANIFEST_NAME):
             if (path := self._find(name)) is not None:
-                named = read_json_object(path, allow_lone_surrogates=True).get("source")
+                named = read_own_json(path).get("source")
                 if isinstance(named, str):
                     return named
         return None
@@ -157,7 +157,7 @@ class Manifest:
     def read_finished_records(self) -> dict[str, ShardRecord]:
         """File name -> record of the manifest's shards, whatever an unfinished conversion has left beside it."""
         finished = self._find(_MANIFEST_NAME)
-        entries = read_json_object(finished).get("shards") if finished is not None else []
+        entries = read_own_json(finished).get("shards") if finished is not None else []
         found = map(parse_record, entries if isinstance(entries, list) else [])
         return {record.file_name: record for record in found if record}
 
@@ -165,7 +165,7 @@ class Manifest:
         for entry in sorted(self.records_folder.glob("*.json")):
             path = self._find(f"{_RECORDS_FOLDER}/{entry.name}")
             try:
-                record = parse_record(read_json_object(path)) if path is not None else None
+                record = parse_record(read_own_json(path)) if path is not None else None
             except CorruptFileError:
                 continue
             if record is not None:

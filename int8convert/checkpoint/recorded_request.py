@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.int8_config import Int8Format
-from int8convert.checkpoint.json_file import read_json_object
+from int8convert.checkpoint.json_file import read_own_json
 from int8convert.checkpoint.layout import MANIFEST_NAME, find_file, quoted
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION
 from int8convert.checkpoint.output_format import OutputFormat
@@ -68,7 +68,7 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
         return None  # a link or a pipe is no manifest; whoever looks at all files says so
     if path is None:
         return None
-    whole = read_json_object(path, allow_lone_surrogates=True)
+    whole = read_own_json(path)
     if type(whole.get("schema")) is not int or whole["schema"] != _SCHEMA:
         raise _not_understood("schema", f"{_SCHEMA}", whole.get("schema"))
     carried = _Entries(whole).object("carried") if "carried" in whole else {}

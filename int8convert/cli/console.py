@@ -25,7 +25,7 @@ from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.placement import MAX_GPUS, Placement
 from int8convert.cli.streams import is_terminal
 from int8convert.cli.terminal import PlainConsole, escaping_messages, plain
-from int8convert.errors import Int8ConvertError, OutputError
+from int8convert.errors import Int8ConvertError, OutputError, SourceError
 
 _WIDTH_OF_A_PIPE = 160
 """Tables in a file or a pipe need not fit the 80 columns rich would assume."""
@@ -107,6 +107,7 @@ def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE, writes: b
     """
     try:
         with escaping_messages(), nullcontext() if as_json else telling_waits():
+            _check_current_directory()
             yield
     except Int8ConvertError as error:
         hint = error.hint if writes else error.hint.removesuffix("; nothing was written")
@@ -116,6 +117,16 @@ def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE, writes: b
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as stop:
         raise typer.Exit(tell_interruption(stop, as_json, interrupted_hint)) from None
+
+
+def _check_current_directory() -> None:
+    """Refuse to run in a directory that was deleted: libraries ask for its path while they are imported."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise SourceError(
+            "the current directory was deleted", "change to another directory, and run the same command there"
+        ) from None
 
 
 def tell_interruption(stop: KeyboardInterrupt, as_json: bool, hint: str) -> int:

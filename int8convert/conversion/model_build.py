@@ -19,10 +19,13 @@ from transformers.models.auto import modeling_auto
 
 from int8convert.checkpoint.build_bounds import bounded_build, check_layer_counts
 from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.library_errors import library_errors
 from int8convert.conversion.model_experts import CheckpointTensor
-from int8convert.errors import CorruptFileError
+from int8convert.errors import CorruptFileError, SourceError
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_FETCH_CONFIG = "fetch config.json again, or correct that entry; nothing was written"
 
 # Where config.json names a class that transformers no longer has, the model type still leads to one. In this order:
 # the first mapping that knows the type wins.
@@ -78,9 +81,11 @@ def _build(
                 f"transformers {transformers.__version__} has no such class",
                 "read that code, then pass --trust-remote-code to have it run; nothing was written",
             )
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = _read_config(directory, stated)
         model_class, notes = _class_of_transformers(config, architecture)
     dtype = _load_dtype(config, tensors)
+    if not dtype.is_floating_point:
+        raise RefusedError(f"'config.json' has the dtype {dtype}, expected a float such as float16", _FETCH_CONFIG)
     torch.set_default_dtype(dtype)
     for choice in ("_attn_implementation", "_experts_implementation"):
         if getattr(config, choice, None) not in (None, "eager", "sdpa"):
@@ -90,6 +95,18 @@ def _build(
     # As loaders build it: tied weights still apart, so that the last parameter is the one they take for the last.
     with torch.device("meta"), no_tie_weights(), bounds:
         return model_class(config).eval(), dtype, notes
+
+
+def _read_config(directory: str, stated: dict[str, Any]) -> Any:
+    """The config as transformers reads it. What it refuses of a model it knows, no loader of the output would take."""
+    try:
+        with library_errors(f"transformers {transformers.__version__} cannot read 'config.json'", _FETCH_CONFIG):
+            return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except SourceError as error:
+        model_type = stated.get("model_type")
+        if isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING:
+            raise RefusedError(error.message, error.hint) from error
+        raise (error.__cause__ or error) from None
 
 
 def _class_of_transformers(config: Any, architecture: str) -> tuple[Any, list[str]]:

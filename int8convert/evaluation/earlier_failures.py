@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from int8convert.checkpoint.json_file import read_json_object
+from int8convert.checkpoint.json_file import read_own_json
 from int8convert.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, VERIFY_FILE, find_file, quoted
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.evaluation.gates import Gates
@@ -103,7 +103,7 @@ def read_earlier(out: Path) -> dict[str, Any]:
         CorruptFileError, SourceError: it cannot be read.
     """
     path = find_file(out, VERIFY_FILE)
-    return read_json_object(path) if path is not None else {}
+    return read_own_json(path) if path is not None else {}
 
 
 def judge_earlier(report: VerifyReport, earlier: Mapping[str, Any], kept: Sequence[str]) -> tuple[EarlierFailure, ...]:

@@ -16,6 +16,7 @@ from int8convert.checkpoint.int8_config import Int8Format, read_format
 from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.worker_process import start_worker
+from int8convert.errors import SourceError
 from int8convert.evaluation.checks import Check, Finding, make_check
 
 LIMIT_S = 600.0
@@ -52,7 +53,11 @@ class TrialRun:
             self._child.wait()
 
     def result(self) -> tuple[Check, list[str]]:
-        """The check, and notes on what was not tried."""
+        """Wait for the check, and notes on what was not tried.
+
+        Raises:
+            SourceError: the child died, or took too long.
+        """
         if self._child is None:
             return make_check("runs", 0, []), []
         return read_answer(self._ask(self._child))
@@ -61,12 +66,20 @@ class TrialRun:
         try:
             output, complaints = child.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
-            return not_tried(f"it was not through after {LIMIT_S:.0f} s")
+            raise _not_measured(f"it was not through after {LIMIT_S:.0f} s") from None
         if child.returncode != 0:
             last = (complaints.strip().splitlines() or [f"the process ended with status {child.returncode}"])[-1]
-            return not_tried(quoted(last, 200))
+            raise _not_measured(quoted(last, 200))
         answer: dict[str, Any] = json.loads(output)
         return answer
+
+
+def _not_measured(reason: str) -> SourceError:
+    """The error for a child that died or was stopped: a check that did not run must not count as passed."""
+    return SourceError(
+        f"whether the model of config.json runs could not be tried: {reason}",
+        "free memory, and run verify again; nothing was measured",
+    )
 
 
 def not_tried(reason: str) -> dict[str, Any]:

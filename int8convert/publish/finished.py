@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.hashing import file_sha256
-from int8convert.checkpoint.json_file import read_config, read_hashed_json, read_json_object
+from int8convert.checkpoint.json_file import read_config, read_own_hashed_json, read_own_json
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -131,7 +131,7 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
             )
     shards = {record.file_name: record.sha256 for record in records}
     recorded = _read_verify(present, shards)
-    whole = read_json_object(path / MANIFEST_NAME, allow_lone_surrogates=True)
+    whole = read_own_json(path / MANIFEST_NAME)
     config = read_config(path / CONFIG_NAME)
     hashes = recorded.vouched if recorded.verify is not None else _as_converted(present, whole, shards)
     hashes = {name: sha256 for name, sha256 in {**hashes, **recorded.own}.items() if name != CARD_NAME}
@@ -144,7 +144,7 @@ def read_published(out: Path) -> FinishedOutput:
     """As `read_finished`, of an output whose shards are not here any longer, and which was not verified."""
     manifest = Manifest(out)
     records = tuple(manifest.read_finished_records().values())
-    whole = read_json_object(out / MANIFEST_NAME, allow_lone_surrogates=True)
+    whole = read_own_json(out / MANIFEST_NAME)
     config = read_config(out / CONFIG_NAME)
     present = find_present(out)
     hashes = _as_converted(present, whole, {record.file_name: record.sha256 for record in records})
@@ -187,7 +187,7 @@ def _read_verify(present: PresentFiles, shards: Mapping[str, str]) -> _RecordedR
     if VERIFY_FILE not in present.files:
         return _RecordedReport(None, NEVER_VERIFIED)
     try:
-        report, sha256 = read_hashed_json(present.files[VERIFY_FILE])
+        report, sha256 = read_own_hashed_json(present.files[VERIFY_FILE])
     except (CorruptFileError, SourceError):
         return _RecordedReport(None, "its verify.json cannot be read")
     told = report.get("files")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from int8convert.checkpoint.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
 from int8convert.checkpoint.hub.source import open_repository
 from int8convert.checkpoint.inspection import inspect_source
-from int8convert.checkpoint.json_file import read_json_object
+from int8convert.checkpoint.json_file import read_own_json
 from int8convert.checkpoint.layout import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -116,10 +116,10 @@ class HubPublisher:
         if _REQUEST_NAME in found.files:
             names = [_REQUEST_NAME, *filter(_is_record, found.files)]
             folder = fetch_small_files(found, names)
-            values = [read_json_object(folder / name) for name in names[1:]]
-            request = read_json_object(folder / _REQUEST_NAME)
+            values = [read_own_json(folder / name) for name in names[1:]]
+            request = read_own_json(folder / _REQUEST_NAME)
         elif MANIFEST_NAME in found.files:
-            manifest = read_json_object(fetch_small_files(found, [MANIFEST_NAME]) / MANIFEST_NAME)
+            manifest = read_own_json(fetch_small_files(found, [MANIFEST_NAME]) / MANIFEST_NAME)
             values, request = manifest.get("shards") or [], manifest.get("conversion") or {}
         else:
             return None, {}

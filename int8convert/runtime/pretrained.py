@@ -25,7 +25,15 @@ from transformers.utils.hub import cached_file
 from int8convert.checkpoint.build_bounds import bounded_build, check_layer_counts
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
 from int8convert.checkpoint.json_file import read_config as read_bounded_config
-from int8convert.checkpoint.layout import CONFIG_NAME, INDEX_NAME, check_files, quoted, shard_name
+from int8convert.checkpoint.layout import (
+    ADAPTER_CONFIG,
+    CONFIG_NAME,
+    INDEX_NAME,
+    check_files,
+    find_file,
+    quoted,
+    shard_name,
+)
 from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.utf8_path import utf8_path
@@ -48,11 +56,10 @@ def locate_file(path: str, name: str, **hub: Any) -> Path | None:
     """A file of a checkpoint, which is a directory or a repository; None if it has none of that name.
 
     Raises:
-        SourceError: the repository is out of reach.
+        SourceError: the repository is out of reach, or what has that name is no regular file of the checkpoint.
     """
     if os.path.isdir(path):
-        file = Path(path) / hub.get("subfolder", "") / name
-        return file if file.is_file() else None
+        return find_file(Path(path) / (hub.get("subfolder") or ""), name)
     with library_errors(f"'{path}' is no directory, and no repository within reach", _NAME_ONE):
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
     return None if found is None else Path(found)
@@ -150,10 +157,15 @@ def load_model(
         options: for `from_pretrained`.
 
     Raises:
-        SourceError: transformers cannot load it.
+        SourceError: transformers cannot load it, or would load an adapter with it.
         RemoteCodeError: it needs code of the checkpoint.
         CorruptFileError: the model of config.json is larger than what its weight files could fill.
     """
+    if locate_file(path, ADAPTER_CONFIG, **hub_options(options)) is not None:
+        raise SourceError(
+            f"'{path}' holds {ADAPTER_CONFIG}: transformers would add that adapter to the weights",
+            f"remove {ADAPTER_CONFIG}; PEFT can add an adapter to the model that is loaded then",
+        )
     n_tensors, n_elements = _stored(path)
     every = {**attention_options(config), **options}
     boundary = library_errors(f"'{path}' cannot be loaded", hint, code_hint)

@@ -251,8 +251,8 @@ def test_missing_and_foreign_tensors_are_errors_and_not_made_up(tmp_path: Path) 
     save_file(less, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(CorruptFileError, match=r"has no 'model\.layers\.1\.mlp\.up_proj\.SCB'"):
         int8convert.load(out)
-    save_file({**tensors, "model.layers.1.mlp.extra": torch.zeros(2)}, out / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CorruptFileError, match=r"holds, and the model has no, 'model\.layers\.1\.mlp\.extra'"):
+    save_file({**tensors, "model.layers.1.mlp.extra.SCB": torch.zeros(2)}, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CorruptFileError, match=r"holds, and the model has no, 'model\.layers\.1\.mlp\.extra\.SCB'"):
         int8convert.load(out)
     save_file(
         {**tensors, "model.layers.1.mlp.up_proj.SCB": torch.zeros(3)}, out / "model.safetensors", {"format": "pt"}
