@@ -33,6 +33,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8convert.checkpoint.int8_config import is_ignored, loader_skip_list, skipping
 from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.library_errors import library_errors
 from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.conversion.model_build import RefusedError, build_model
 from int8convert.errors import SourceError
@@ -280,7 +281,11 @@ def try_model(directory: str, output_format: OutputFormat, trusts_code: bool) ->
 
 
 def _build(directory: str, trusts_code: bool) -> Any:
-    model, dtype, _ = build_model(directory, [], trusts_code)
+    with library_errors("its model cannot be built", "fetch config.json again"):
+        try:
+            model, dtype, _ = build_model(directory, [], trusts_code)
+        except RefusedError as error:
+            raise SourceError(*error.args) from error
     torch.set_default_dtype(dtype)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others put all experts' weights together, which takes memory
@@ -300,8 +305,8 @@ def _attempt(model: Any, record: Record) -> str | None:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return try_model(request["directory"], OutputFormat(request["format"]), request["trusts_code"])
-    except (RefusedError, SourceError) as error:
-        return {"n_replaced": 0, "n_called": 0, "found": [], "not_run": str(error.args[0])}
+    except SourceError as error:
+        return {"n_replaced": 0, "n_called": 0, "found": [], "not_run": error.message}
 
 
 def main() -> None:
