@@ -3,7 +3,8 @@
 verify.json holds what the last run found. A run at a lower level, on fewer tokens or on another text says nothing of
 what an earlier one measured, so a failure is copied into each later report:
 
-- it is cleared by a run on the same text and at least as many tokens (of tasks: questions) that keeps the broken gates;
+- it is cleared by a run on the same text, in windows cut in the same way and as long, and at least as many tokens (of
+  tasks: questions) that keeps the broken gates;
 - it is overruled by such a run that keeps gates of its own, if those are looser; then the checkpoint passes, and
   verify.json and the model card name both;
 - it does not apply while weights, config.json or stored columns are not those that were measured;
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from int8convert.evaluation.verify_report import VerifyReport
 
 _MOST = 20
-"""Failures kept in one report; those of other files go first."""
+"""Failures of other files that are kept in one report, the latest. Beyond as many of these files, those go that are
+cleared with another."""
 
 _MAX_LINES = 10
 _TEXT_ENTRIES = ("name", "sha256", "dataset", "is_default", "n_sequences", "length", "convention")
@@ -116,8 +118,38 @@ def judge_earlier(report: VerifyReport, earlier: Mapping[str, Any], kept: Sequen
     """
     found = [*_carried_along(earlier), *_of_last_run(earlier)]
     judged = [failure for failure in (_judge(failure, report, kept) for failure in found) if failure is not None]
-    judged.sort(key=lambda failure: failure.status is not Status.OTHER_FILES)
-    return tuple(judged[-_MOST:])
+    others = [failure for failure in judged if failure.status is Status.OTHER_FILES]
+    ours = [failure for failure in judged if failure.status is not Status.OTHER_FILES]
+    if len(ours) > _MOST:
+        ours = _without_weaker(ours)
+    return (*others[-_MOST:], *ours)
+
+
+def _without_weaker(failures: Sequence[EarlierFailure]) -> list[EarlierFailure]:
+    """Leave out what is cleared whenever another one is; the last of those that are the same stays."""
+    kept: list[EarlierFailure] = []
+    for failure in reversed(failures):
+        if not any(_is_implied(failure, other) for other in kept):
+            kept = [other for other in kept if not _is_implied(other, failure)] + [failure]
+    return kept[::-1]
+
+
+def _is_implied(failure: EarlierFailure, other: EarlierFailure) -> bool:
+    """Whether a run that clears the other one clears this, too."""
+    is_on_less = all(other.measured.get(name, 0) >= n for name, n in failure.measured.items())
+    is_alike = failure.level == other.level and failure.status is other.status and failure.files == other.files
+    is_covered = failure.level == "tasks" or _is_as_hard(other.text, failure.text)
+    return is_alike and is_on_less and is_covered and _is_as_strict(other.gates, failure.gates)
+
+
+def _is_as_hard(text: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a model reads the same text as the other time, cut in the same way, in windows that are as long.
+
+    Entries that an early version did not write are not compared.
+    """
+    is_same = all(text.get(name) == other[name] for name in ("sha256", "convention") if name in other)
+    length, needed = text.get("length"), other.get("length", 0)
+    return is_same and "sha256" in other and is_size(length) and (not is_size(needed) or length >= needed)
 
 
 def is_same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
@@ -155,7 +187,7 @@ _Checker = Callable[[Gates], bool]
 
 def _fidelity_checker(failure: EarlierFailure, report: VerifyReport) -> _Checker | None:
     runs = {run.mode: run for run in report.fidelity}
-    if report.text is None or report.text.sha256 != failure.text.get("sha256"):
+    if report.text is None or not _is_as_hard(asdict(report.text), failure.text):
         return None
     if not all(mode in runs and runs[mode].n_tokens >= n for mode, n in failure.measured.items()):
         return None

@@ -62,7 +62,7 @@ def _strange(examined: ExaminedCheckpoint, source: CheckpointSource, provenance:
     expected = {CONFIG_NAME, *_OWN, *carried, *examined.weight_files}
     expected |= {INDEX_NAME} if has_index(examined.source) else set()
     for name in sorted(examined.names - expected):
-        if is_inert(name) or (not provenance.is_known and is_saved_by_others(name)):
+        if is_inert(name) or (not provenance.is_known and is_saved_by_others(name, carried)):
             continue
         yield Finding(name, "no such file: neither the source has it nor the conversion writes it", "one")
 

@@ -8,7 +8,7 @@ that the source has not is taken if transformers writes it from what the source 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,14 @@ from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import CorruptFileError
 from int8convert.evaluation.checks import Finding
 from int8convert.evaluation.examined import ExaminedCheckpoint
+from int8convert.evaluation.foreign_tokenizer import compare_tokenizers
 
 _TOKENIZER, _TOKENIZER_CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _SPECIAL_TOKENS, _ADDED_TOKENS, _GENERATION = "special_tokens_map.json", "added_tokens.json", "generation_config.json"
+
+_PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_PARTS = frozenset({"image_processor", "feature_extractor", "video_processor"})
+"""Of processor_config.json: what preprocessor_config.json says in checkpoints that older versions saved."""
 
 _REWRITTEN = {
     _TOKENIZER_CONFIG: frozenset(
@@ -31,9 +36,10 @@ _REWRITTEN = {
             *("add_eos_token", "add_prefix_space", "backend", "chat_template", "clean_up_tokenization_spaces"),
             *("is_local", "legacy", "local_files_only", "name_or_path", "padding_side", "sp_model_kwargs"),
             *("spaces_between_special_tokens", "special_tokens_map_file", "tokenizer_class", "tokenizer_file"),
-            *("use_default_system_prompt", "use_fast", "transformers_version"),
+            *("use_default_system_prompt", "use_fast", "transformers_version", "processor_class"),
         }
     ),
+    _PREPROCESSOR: frozenset({"processor_class"}),
     _GENERATION: frozenset({"_from_model_config", "transformers_version", "use_cache"}),
 }
 """File -> entries that saving adds, drops or spells in another way. What tokens they stand for is in tokenizer.json."""
@@ -47,9 +53,16 @@ _SAVED = frozenset(
 """Files that transformers writes when it saves a model or a tokenizer, whether the source has them or not."""
 
 
-def is_saved_by_others(name: str) -> bool:
-    """Return whether a file may be there though the source has it not; what it says is then compared."""
-    return name in _SAVED
+_TOKENIZER_FILES = tuple(sorted(_SAVED - {_GENERATION, _TEMPLATE}))
+
+
+def is_saved_by_others(name: str, originals: Collection[str]) -> bool:
+    """Return whether a file may be there though the source has it not; what it says is then compared.
+
+    Args:
+        originals: names of the source's small files.
+    """
+    return name in _SAVED or (name == _PROCESSOR and _PREPROCESSOR in originals)
 
 
 def check_foreign_files(examined: ExaminedCheckpoint, source: CheckpointSource) -> tuple[int, list[Finding]]:
@@ -58,7 +71,7 @@ def check_foreign_files(examined: ExaminedCheckpoint, source: CheckpointSource) 
     pair = _Pair(examined, originals, source.config)
     findings: list[Finding] = []
     n_checked = 0
-    for name in sorted((originals.keys() | _SAVED) & examined.names):
+    for name in sorted((originals.keys() | _SAVED | {_PROCESSOR}) & examined.names):
         copy, original = examined.path_of(name), originals.get(name)
         if copy is None or is_inert(name) or name == _TEMPLATE:
             continue
@@ -70,6 +83,8 @@ def check_foreign_files(examined: ExaminedCheckpoint, source: CheckpointSource) 
         except CorruptFileError as error:
             findings.append(Finding(name, "what the source has", error.message))
     findings += pair.compare_templates()
+    if not findings:  # what is found already may well have changed how texts are read
+        findings += pair.compare_readings(source.directory)
     return n_checked, findings
 
 
@@ -86,15 +101,26 @@ class _Pair:
         if name.endswith(".json"):
             found = read_json_object(copy)
             expected = read_json_object(original) if original is not None else self._derived(name)
-            if expected is not None:
+            if expected is not None and name == _PROCESSOR and original is None:
+                yield from _processor_differences(found, expected)
+            elif expected is not None:
                 yield from _differences(name, found, expected, is_derived=original is None)
         elif original is not None:
             yield Finding(name, "the source's content", "another")
+
+    def compare_readings(self, directory: Path) -> Iterator[Finding]:
+        """Have both tokenizers read texts, where there are two and their files are not the same."""
+        both = {name: (self.examined.path_of(name), self.originals.get(name)) for name in _TOKENIZER_FILES}
+        copies, originals = ([pair[i] for pair in both.values() if pair[i] is not None] for i in (0, 1))
+        if copies and originals and any(map(_is_other, both.values())):
+            yield from compare_tokenizers(self.examined.source.directory, directory)
 
     def _derived(self, name: str) -> Mapping[str, Any] | None:
         """What transformers writes a file from that the source has not; None if there is nothing to compare with."""
         if name == _GENERATION:
             return self.config
+        if name == _PROCESSOR:
+            return self._read(_PREPROCESSOR)
         if name == _SPECIAL_TOKENS:
             return self._read(_TOKENIZER_CONFIG)
         tokenizer = self._read(_TOKENIZER)
@@ -137,6 +163,27 @@ def _differences(
         one, other = (_canonical(key, values.get(key)) for values in (found, expected))
         if one != other:
             yield Finding(f"{name}: {key[:60]!r}", f"{other[:60]}", f"{one[:60]}")
+
+
+def _is_other(pair: tuple[Path | None, Path | None]) -> bool:
+    one, other = pair
+    if one is None or other is None:
+        return one is not other
+    return file_sha256(one) != file_sha256(other)
+
+
+def _processor_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Finding]:
+    """Numbers, switches and lists that differ; versions spell classes and sizes in other ways."""
+    for key in sorted(found.keys() - _PARTS - {"processor_class"}):
+        yield Finding(f"{_PROCESSOR}: {key[:60]!r}", "no such entry", json.dumps(found[key])[:60])
+    for part in sorted(found.keys() & _PARTS):
+        entries = found[part] if isinstance(found[part], dict) else {"": found[part]}
+        if "auto_map" in entries:
+            yield Finding(f"{_PROCESSOR}: 'auto_map'", "no such entry", json.dumps(entries["auto_map"])[:60])
+        for key in sorted(entries.keys() & expected.keys()):
+            one, other = entries[key], expected[key]
+            if type(one) is type(other) and isinstance(one, int | float | list) and one != other:
+                yield Finding(f"{_PROCESSOR}: {key[:60]!r}", json.dumps(other)[:60], json.dumps(one)[:60])
 
 
 def _canonical(key: str, value: Any) -> str:

@@ -198,8 +198,17 @@ def _stored(path: str) -> tuple[int, int] | tuple[None, None]:
     return len(tensors), sum(tensor.n_elements for tensor in tensors)
 
 
-def read_tokenizer(path: str, code_hint: str = RUNS_NO_CODE, trust_remote_code: bool = False, label: str = "") -> Any:
+def read_tokenizer(
+    path: str,
+    code_hint: str = RUNS_NO_CODE,
+    trust_remote_code: bool = False,
+    label: str = "",
+    is_as_stated: bool = False,
+) -> Any:
     """The tokenizer of a checkpoint, which pads to the left: what follows a prompt follows its last token.
+
+    Args:
+        is_as_stated: it pads as the checkpoint says, or not at all.
 
     Raises:
         SourceError: there is none.
@@ -211,11 +220,11 @@ def read_tokenizer(path: str, code_hint: str = RUNS_NO_CODE, trust_remote_code: 
         check_files(Path(path))
     with library_errors(what, hint, code_hint), asking_nobody():
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            utf8_path(path), padding_side="left", trust_remote_code=trust_remote_code
+            utf8_path(path), trust_remote_code=trust_remote_code, **({} if is_as_stated else {"padding_side": "left"})
         )
         if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
             raise TypeError(f"{type(tokenizer).__name__} is no tokenizer")
-        if tokenizer.pad_token_id is None:
+        if tokenizer.pad_token_id is None and not is_as_stated:
             # Any will do: no token looks at padding.
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer

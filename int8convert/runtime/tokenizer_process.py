@@ -61,12 +61,15 @@ class TokenizerProcess:
         vocab_size: without added tokens; 0 is what transformers makes of no files for some models.
         pad_token_id, bos_token_id, eos_token_id: None where it has none.
         has_template: whether it has a chat template.
+        padding_side: "left" or "right".
+        special_tokens, special_ids: by what they are, such as "eos_token"; ids of those that the vocabulary has.
 
     Args:
         path: a directory, or the id of a repository.
         code_hint: what to do where it needs code that may not run.
         label: what the user calls it; empty for the path.
         trust_remote_code: its code may run, in that process.
+        is_as_stated: it pads as the checkpoint says, not as prompts need it.
 
     Raises:
         SourceError: there is no tokenizer that transformers can read within bounds.
@@ -74,7 +77,12 @@ class TokenizerProcess:
     """
 
     def __init__(
-        self, path: str, code_hint: str = RUNS_NO_CODE, trust_remote_code: bool = False, label: str = ""
+        self,
+        path: str,
+        code_hint: str = RUNS_NO_CODE,
+        trust_remote_code: bool = False,
+        label: str = "",
+        is_as_stated: bool = False,
     ) -> None:
         self._name = f"the tokenizer of '{label or path}'"
         self._connection, theirs = multiprocessing.Pipe()
@@ -84,7 +92,7 @@ class TokenizerProcess:
             self._pid = os.fork()
         if self._pid == 0:
             self._connection.close()
-            _serve(theirs, lambda: read_tokenizer(path, code_hint, trust_remote_code, label))
+            _serve(theirs, lambda: read_tokenizer(path, code_hint, trust_remote_code, label, is_as_stated))
         theirs.close()
         self.close = weakref.finalize(self, _end, self._pid, self._connection)
         with contextlib.ExitStack() as stack:
@@ -96,6 +104,9 @@ class TokenizerProcess:
         self.bos_token_id: int | None = facts["bos_token_id"]
         self.eos_token_id: int | None = facts["eos_token_id"]
         self.has_template: bool = facts["has_template"]
+        self.padding_side: str = facts["padding_side"]
+        self.special_tokens: dict[str, str] = facts["special_tokens"]
+        self.special_ids: dict[str, int | None] = facts["special_ids"]
 
     def __enter__(self) -> Self:
         return self
@@ -179,7 +190,8 @@ def _serve(connection: Connection, build: Callable[[], Any]) -> NoReturn:
             tokenizer = build()
             ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
             ids = {name: value if type(value) is int else None for name, value in ids.items()}
-            return {**ids, "vocab_size": tokenizer.vocab_size, "has_template": bool(tokenizer.chat_template)}
+            facts = {"vocab_size": tokenizer.vocab_size, "has_template": bool(tokenizer.chat_template)}
+            return {**ids, **facts, **_special(tokenizer)}
 
         _reply(connection, start)
         while True:
@@ -215,6 +227,14 @@ def _reply(connection: Connection, answer: Callable[[], Any]) -> None:
         message = f"the tokenizer takes more than {MAX_BYTES / 1e9:.0f} GB of memory"
         encoded = json.dumps({"error": ["SourceError", message, ""]}).encode()
     connection.send_bytes(encoded)
+
+
+def _special(tokenizer: Any) -> dict[str, Any]:
+    named = tokenizer.special_tokens_map.items()
+    tokens = {name: str(token) for name, token in named if isinstance(name, str) and not isinstance(token, list)}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+    padding_side = str(tokenizer.padding_side)
+    return {"special_tokens": tokens, "special_ids": ids, "padding_side": padding_side}
 
 
 def _encode(tokenizer: Any, text: str | list[str], options: dict[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,17 @@ def other_text(report: VerifyReport) -> VerifyReport:
     return replace(report, text=replace(report.text, sha256="0" * 64))
 
 
+def shorter_windows(report: VerifyReport) -> VerifyReport:
+    """More tokens in all, and each with less before it."""
+    assert report.text is not None
+    return replace(more_tokens(report), text=replace(report.text, n_sequences=333, length=4))
+
+
+def other_windows(report: VerifyReport) -> VerifyReport:
+    assert report.text is not None
+    return replace(more_tokens(report), text=replace(report.text, convention="another"))
+
+
 def other_mode(report: VerifyReport) -> VerifyReport:
     return replace(report, fidelity=tuple(replace(run, mode="weight-only") for run in report.fidelity))
 
@@ -102,6 +113,8 @@ LATER: dict[str, tuple[list[Run_], bool, list[Status]]] = {
     "a checkpoint that did not open first": ([not_opened, exact_only], False, [Status.STANDS]),
     "fewer tokens": ([fewer_tokens], False, [Status.STANDS]),
     "another text": ([other_text], False, [Status.STANDS]),
+    "shorter windows": ([shorter_windows], False, [Status.STANDS]),
+    "windows that are cut in another way": ([other_windows], False, [Status.STANDS]),
     "another arithmetic": ([other_mode], False, [Status.STANDS]),
     "looser gates": ([unchanged], True, [Status.OVERRULED]),
     "looser gates, then a lower level": ([unchanged, exact_only, exact_only], True, [Status.OVERRULED]),
@@ -149,6 +162,29 @@ def test_failure_that_was_measured_again_is_not_told_twice(measured: VerifyRepor
     assert len(record(exact_only(measured)).standing) == 1
     record(replace(fewer_tokens(measured), gates=STRICT))
     assert [f.measured for f in record(exact_only(measured)).standing] == [{"dynamic": 124}, {"dynamic": 123}]
+
+
+def test_no_number_of_later_failures_drops_one_that_stands(measured: VerifyReport) -> None:
+    record(replace(measured, gates=STRICT))
+    for n in range(25):
+        assert measured.text is not None
+        record(replace(measured, gates=STRICT, text=replace(measured.text, sha256=f"{n:064}")))
+    assert len(record(exact_only(measured)).standing) == 26
+
+
+def test_of_many_failures_on_one_text_those_stay_that_clear_the_others(measured: VerifyReport) -> None:
+    for n in [*range(50, 75), *range(30, 50)]:
+        runs = tuple(replace(run, n_tokens=n) for run in measured.fidelity)
+        record(replace(measured, gates=STRICT, fidelity=runs))
+    assert {"dynamic": 74} in [failure.measured for failure in record(exact_only(measured)).standing]
+    assert len(record(exact_only(measured)).standing) <= 20
+
+
+def test_failures_of_other_files_are_bounded(measured: VerifyReport) -> None:
+    for n in range(25):
+        record(replace(measured, gates=STRICT, files={**measured.files, "config.json": f"{n:064}"}))
+    report = record(exact_only(measured))
+    assert report.is_passed and len(report.earlier_failures) == 20
 
 
 def test_failure_of_stricter_gates_outlives_a_failure_of_looser_ones(measured: VerifyReport) -> None:

@@ -266,7 +266,7 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
     "another entry": (spoil_entries("config.json", rms_norm_eps=1e-3), "config"),
     "code in config.json": (spoil_entries("config.json", auto_map={"AutoModel": "a.B"}), "config"),
     "an entry that no class knows": (spoil_entries("config.json", x=1), "config"),
-    "an entry of the wrong type": (spoil_entries("config.json", num_hidden_layers="2"), "config"),
+    "an entry of the wrong type": (spoil_entries("config.json", num_hidden_layers="2"), "carried config"),
     "a default that was changed": (spoil_entries("config.json", attention_bias=True), "config"),
     "another base of the rotation": (spoil_entries("config.json", rope_theta=500.0), "config"),
     "an expression": (skipping("lm_head", ".*q_proj"), "config"),
@@ -282,6 +282,11 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
     "a template in a file": (BESIDE["chat_template.jinja"], "carried"),
     "another end in the token map": (BESIDE["special_tokens_map.json"], "carried"),
     "a token that is added": (BESIDE["added_tokens.json"], "carried"),
+    "another class of tokenizer": (spoil_entries("tokenizer_config.json", tokenizer_class="LlamaTokenizer"), "carried"),
+    "GPT-2's class of tokenizer": (spoil_entries("tokenizer_config.json", tokenizer_class="GPT2Tokenizer"), "carried"),
+    "BERT's class of tokenizer": (spoil_entries("tokenizer_config.json", tokenizer_class="BertTokenizer"), "carried"),
+    "another side of padding": (spoil_entries("tokenizer_config.json", padding_side="left"), "carried"),
+    "a processor": (spoil_entries("processor_config.json", image_processor={}), "beside"),
     "another end of generation": (spoil_entries("generation_config.json", eos_token_id=5), "carried"),
     "code": (BESIDE["modeling_x.py"], "beside"),
     "code in a folder": (BESIDE["custom_generate/generate.py"], "beside"),
@@ -298,7 +303,7 @@ def test_without_a_manifest_the_same_is_found(name: str, foreign: Path, source: 
     spoil, check = FOREIGN[name]
     assert found_in(foreign, source) == {}
     spoil(foreign)
-    assert found_in(foreign, source).keys() == {check}
+    assert found_in(foreign, source).keys() == set(check.split())
 
 
 OLD_FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -330,6 +335,22 @@ def test_saved_template_is_the_source_s_wherever_it_stands(foreign: Path, source
     assert found_in(foreign, source)["carried"].startswith("chat_template.jinja: expected the source's chat template")
     write(foreign / "chat_template.jinja", "{{ messages }}")
     assert found_in(foreign, source) == {}
+
+
+IMAGES = {"do_resize": True, "image_mean": [0.5, 0.5], "size": 224, "feature_extractor_type": "CLIPFeatureExtractor"}
+
+
+def test_processor_is_saved_in_the_form_of_a_later_version(foreign: Path, source: Path) -> None:
+    write(source / "preprocessor_config.json", IMAGES)
+    change(foreign / "tokenizer_config.json", processor_class="CLIPProcessor")
+    later = {**IMAGES, "size": {"shortest_edge": 224}, "image_processor_type": "CLIPImageProcessor"}
+    write(foreign / "processor_config.json", {"image_processor": later, "processor_class": "CLIPProcessor"})
+    assert found_in(foreign, source) == {}
+    for entries in ({"image_mean": [0.4, 0.5]}, {"do_resize": False}, {"auto_map": {"AutoImageProcessor": "a.B"}}):
+        write(foreign / "processor_config.json", {"image_processor": {**later, **entries}})
+        assert "processor_config.json: " in found_in(foreign, source)["carried"]
+    write(foreign / "processor_config.json", {"image_processor": later, "auto_map": {}})
+    assert "'auto_map'" in found_in(foreign, source)["carried"]
 
 
 def test_files_that_were_looked_at_are_named_with_their_sha256(out: Path) -> None:
