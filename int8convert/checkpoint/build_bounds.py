@@ -59,7 +59,7 @@ def check_layer_counts(stated: Mapping[str, Any]) -> None:
 
 
 def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
-    """The objects in a JSON value, itself among them."""
+    """Yield the objects in a JSON value, including the value itself."""
     if isinstance(value, Mapping):
         yield value
     children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
@@ -69,10 +69,10 @@ def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
 
 @contextmanager
 def bounded_build(n_tensors: int | None, n_elements: int | None) -> Iterator[None]:
-    """Stop this thread's models that grow beyond what files can fill, as long as this lasts.
+    """Context in which a model built by this thread raises once it grows beyond what files can fill.
 
     Args:
-        n_tensors, n_elements: of the checkpoint's weight files; None where they are not known yet.
+        n_tensors, n_elements: counts in the checkpoint's weight files; None if not known yet.
 
     Raises:
         CorruptFileError: a model exceeds them.
@@ -96,7 +96,7 @@ def _size(tensor: Any) -> int:
 
 
 class _Budget:
-    """A hook of torch's that counts what it is called for."""
+    """Return a torch hook that counts its calls."""
 
     def __init__(self, what: str, most: int, size: Callable[[Any], int]) -> None:
         self._what, self._most, self._size = what, most, size

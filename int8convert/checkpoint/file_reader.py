@@ -1,4 +1,4 @@
-"""Reading local files that were looked at before: by `pread`, and only while they are the files that were looked at."""
+"""Reads local files by `pread`, and only while they are the files whose headers were read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from int8convert.errors import CorruptFileError
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """Which file a path led to, and in what state.
+    """Identity and state of the file at a path.
 
     Attributes:
         device, inode: the file's place on its disk; another file of the same name has another.
@@ -77,7 +77,7 @@ def open_unchanged(path: Path, identity: FileIdentity | None) -> int:
 class FileReader:
     """A `ShardReader` of a file.
 
-    By `pread`, not by a memory map: a file that shrinks under a map kills the process without a word, and copying from
+    By `pread`, not by a memory map: a file that shrinks under a map kills the process with SIGBUS, and copying from
     the page cache into a buffer that stays in the core's cache costs less than the page faults do.
 
     Args:

@@ -1,7 +1,7 @@
 """The one boundary around what libraries raise while they read or run a stranger's files.
 
-transformers, torch, tokenizers and jinja raise nearly every class there is on files that are damaged or were made to
-trip them up. No list of classes is complete, so the boundary takes all of them, and names the class in the error. It
+transformers, torch, tokenizers and jinja raise nearly every class there is on damaged or
+hostile files. No list of classes is complete, so the boundary takes all of them, and names the class in the error. It
 stands around calls of a library, never around our own work: a bug of ours keeps its traceback.
 """
 
@@ -19,20 +19,21 @@ TRUST_CODE = "read that code, then pass --trust-remote-code to have it run"
 
 _MAX_LENGTH = 300
 _WANTS_CODE = "trust_remote_code=True"
-"""What transformers' errors name where a class is code in the checkpoint and that code may not run."""
+"""Text in transformers' errors where a class is code in the checkpoint and may not run."""
 
 _NO_MEMORY = "OutOfMemoryError"
-"""torch's class for a GPU's memory. For the CPU's, and for files it maps, a RuntimeError says "allocate memory"."""
+"""Name of torch's error for exhausted GPU memory. For the CPU and for mapped files, a RuntimeError says "allocate
+memory"."""
 
 _RUST_PANIC = "PanicException"
-"""The class of errors that tokenizers and safetensors do not expect themselves; a BaseException by its own choice."""
+"""Class name of Rust panics in tokenizers and safetensors. It derives from BaseException."""
 
 
 @contextmanager
 def library_errors(what: str, hint: str, code_hint: str = RUNS_NO_CODE) -> Iterator[None]:
     """Turn what a library raises into an error of two lines.
 
-    Errors of our own tree, MemoryError and what ends the process pass.
+    Int8ConvertError, MemoryError and exceptions that end the process pass through.
 
     Args:
         what: the beginning of the message, such as "'out' cannot be read as a checkpoint".
@@ -41,7 +42,7 @@ def library_errors(what: str, hint: str, code_hint: str = RUNS_NO_CODE) -> Itera
 
     Raises:
         RemoteCodeError: the library says that it would have to run code of the checkpoint.
-        DeviceError: there was not enough memory for what it was to do.
+        DeviceError: there was not enough memory.
         SourceError: it raised anything else.
     """
     try:
@@ -61,7 +62,7 @@ def library_errors(what: str, hint: str, code_hint: str = RUNS_NO_CODE) -> Itera
 
 
 def describe(error: BaseException) -> str:
-    """The class of an exception and the first line of its message, with the next where it ends in a colon; escaped."""
+    """Return an exception's class and first line, with the second if the first ends in a colon; escaped."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     first_line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

@@ -44,7 +44,7 @@ def _read_object(listing: Listing, name: str) -> dict[str, Any]:
 
 
 def _versioned_config(names: Any, own_version: str) -> str:
-    """The config that a version of transformers chooses; it sorts versions as texts, and so does this."""
+    """Return the config that a version of transformers chooses. Versions are sorted as texts, as transformers does."""
     from packaging.version import InvalidVersion, Version
 
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -73,7 +73,7 @@ def is_versioned_config(name: str) -> bool:
 
 
 def check_nested(config: Mapping[str, Any]) -> None:
-    """Refuse `transformers_weights` of a part: of which part transformers takes the entry depends on the class."""
+    """Refuse `transformers_weights` in a nested config: which nested config transformers reads depends on the class."""
     for key, part in config.items():
         if isinstance(part, dict) and part.get("transformers_weights") is not None:
             raise SourceError(
@@ -84,5 +84,5 @@ def check_nested(config: Mapping[str, Any]) -> None:
 
 
 def without_detours(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's entries but for those that send transformers to other files."""
+    """Return a config's entries without those that send transformers to other files."""
     return {key: value for key, value in config.items() if key not in DETOURS}

@@ -7,7 +7,7 @@ transformers' `from_pretrained`, given a checkpoint and no further argument, tak
 2. The weights: the file, or the index of shards, that the config names as `transformers_weights`; else the first there
    is of `WEIGHTS`: safetensors before `.bin`, and a single file before an index. For the classes of `EXTRA_WEIGHTS`,
    further files on top, which is refused here.
-3. An adapter: where peft is installed and adapter_config.json lies beside the weights, it is added to them. From the
+3. An adapter: where peft is installed and adapter_config.json is beside the weights, it is added to them. From the
    Hub, the adapter's base model is loaded in place of the weights. A conversion takes the weights alone and says so,
    for the same files load in another way where peft is not installed. Commands that load a model refuse it.
 4. A local directory with `shard-00001-model-00001-of-00001.safetensors` is a distributed checkpoint: transformers takes
@@ -19,7 +19,7 @@ sentence-transformers takes the folders that modules.json names. vLLM differs, s
 Source: transformers 5.24, `_get_resolved_checkpoint_files`, `PreTrainedConfig.get_config_dict`, `maybe_load_adapters`,
 `is_sharded_checkpoint`. A test asks transformers itself about generated directories.
 
-Costs one pass over the names of the root. No file is opened here but by the listing's `read`.
+Costs one pass over the names of the root. Files are opened only by the listing's `read`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def find_loader_files(listing: Listing, ignores_adapter: bool = False) -> Loader
     """Find what transformers takes from a checkpoint.
 
     Args:
-        ignores_adapter: the weights alone are meant, whatever adapter lies beside them.
+        ignores_adapter: the weights alone are meant, even if an adapter is beside them.
 
     Raises:
         SourceError: there are no weights, or loaders take something that cannot be converted.
@@ -152,7 +152,7 @@ def _weights(listing: Listing, config: Mapping[str, Any]) -> str:
 
 
 def _no_weights(listing: Listing) -> SourceError:
-    """The error for a checkpoint from which transformers would load nothing."""
+    """Return the error for a checkpoint from which transformers would load nothing."""
     label = quoted(listing.label, 200)
     if ADAPTER_CONFIG in listing.root:
         where = "DIR" if listing.is_remote else listing.label

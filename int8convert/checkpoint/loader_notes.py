@@ -85,7 +85,7 @@ def note_adapter(is_remote: bool, is_merged: bool) -> str:
 
 
 def note_large(names: Iterable[str]) -> Iterator[str]:
-    """Say which small files are too large to be carried over."""
+    """Say which small files are too large to be copied."""
     return (f"{quoted(name)} is not copied: it is too large to belong to a checkpoint" for name in names)
 
 

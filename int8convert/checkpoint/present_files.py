@@ -1,6 +1,6 @@
-"""Which files lie in a checkpoint's directory, found without following a link out of it and without opening a pipe.
+"""Lists the files in a checkpoint's directory, without following a link out of it and without opening a pipe.
 
-Left out are files that no loader reads and nobody publishes: hidden ones, and what a writer has not finished.
+Hidden files that no loader reads, and unfinished files, are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class PresentFiles:
 
     Attributes:
         files: a file's path in the directory, with `/` -> where it is; each is a regular file of the checkpoint.
-        refused: what else lies there -> why it is none: a link that leads elsewhere or to a folder, a pipe, a device.
+        refused: every other entry -> why it is no file of the checkpoint: a link that leads elsewhere or to a folder, a
+            pipe, a device.
     """
 
     files: Mapping[str, Path] = field(repr=False)
@@ -69,6 +70,6 @@ def _sort_in(directory: Path, name: str, files: dict[str, Path], refused: dict[s
 
 
 def is_listed(name: str) -> bool:
-    """Return whether a file counts: not one that is unfinished, nor a hidden one that no loader reads."""
+    """Return whether a file counts. Unfinished files, and hidden files that no loader reads, do not."""
     is_hidden = any(part.startswith(".") for part in name.split("/"))
     return not name.endswith(INCOMPLETE_SUFFIX) and not (is_hidden and is_inert(name))

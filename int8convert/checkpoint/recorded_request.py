@@ -1,7 +1,7 @@
-"""What a finished manifest says its checkpoint was made from and with: every value of the type and size it must have.
+"""Reads from a finished manifest what its checkpoint was made from and with, and checks each value's type and size.
 
-A manifest may be a stranger's. It is read here once, as a whole; whoever needs an entry takes it from `RecordedRequest`
-and never from the JSON. An entry that is missing, of another type, out of range or unknown makes the manifest one that
+A manifest may be a stranger's. It is read here once, as a whole; other modules take entries from `RecordedRequest`,
+never from the JSON. An entry that is missing, of another type, out of range or unknown makes the manifest one that
 is not understood, which is an error and not the same as no manifest.
 
 Not here: the records of the shards, which `manifest.parse_record` reads by the same rule.
@@ -52,7 +52,7 @@ class RecordedRequest:
 
     @property
     def commit(self) -> str | None:
-        """The commit of the repository it was made from; None if that was a directory."""
+        """The commit of the repository it was made from; None for a directory."""
         return self.source.get("commit")
 
 
@@ -65,7 +65,7 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
     try:
         path = find_file(out, MANIFEST_NAME)
     except SourceError:
-        return None  # a link or a pipe is no manifest; whoever looks at all files says so
+        return None  # a link or a pipe is no manifest; the check of all files reports it
     if path is None:
         return None
     whole = read_own_json(path)
@@ -140,7 +140,7 @@ class _Entries:
         return str(self._take(name, f"one of {', '.join(allowed)}", lambda value: value in allowed))
 
     def number(self, name: str) -> float:
-        """A float, not negative; integers of any length are compared before they become floats."""
+        """Return a float that is not negative. Integers of any length are compared before they become floats."""
 
         def is_number(value: Any) -> bool:
             return type(value) in (int, float) and (0 <= value <= _LARGEST or value == float("inf"))
@@ -167,7 +167,7 @@ def _not_understood(name: str, expected: str, found: Any) -> CorruptFileError:
 
 
 def _short(value: Any) -> str:
-    """A value of a stranger in a few characters; a number of thousands of digits has no decimal form in Python."""
+    """Return an untrusted value in a few characters. Python refuses to print integers of thousands of digits."""
     if type(value) is int and abs(value) > 10**30:
         return f"an integer of {value.bit_length():,} bits"
     return quoted(str(value), 60) if isinstance(value, str | int | float) else f"a JSON {type(value).__name__}"

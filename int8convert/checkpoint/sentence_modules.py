@@ -11,7 +11,7 @@ from int8convert.errors import SourceError
 MODULES = "modules.json"
 
 ROUTER = "router_config.json"
-"""Of a `Router` module: the folders of its own modules."""
+"""Name of the `Router` file that lists the folders of its own modules."""
 
 MAX_MODULES = 100
 """Modules of a sentence encoder. Real ones have under ten."""
@@ -20,7 +20,7 @@ _NOTHING = "nothing was written"
 
 
 def module_folders(listing: Listing) -> tuple[str, ...]:
-    """The folders that sentence-transformers loads beside the root.
+    """Return the folders that sentence-transformers loads beside the root.
 
     Raises:
         SourceError: one is outside the checkpoint, or holds a model that is loaded in place of the root's.
@@ -47,10 +47,9 @@ def module_folders(listing: Listing) -> tuple[str, ...]:
 
 
 def _module_paths(listing: Listing) -> tuple[str, ...]:
-    """Distinct folders of modules.json, in its order; none where that is no list of modules, which nobody loads.
+    """Return the distinct folders of modules.json, in its order; () if modules.json is not a list.
 
-    Each is spelled in one way, `a/b`: here and on the Hub a listing has no other. A router's own folders are among
-    them, or its modules would be left behind.
+    Each is spelled `a/b`, as in every listing. A router's own folders are among them, so that its modules are copied.
     """
     if MODULES not in listing.root:
         return ()
@@ -65,13 +64,13 @@ def _module_paths(listing: Listing) -> tuple[str, ...]:
 
 
 def _plain(path: str) -> str:
-    """A folder without `./`, `//` and what ends in them; one that leads outside keeps its `..` and first `/`."""
+    """Return a folder's path in the form `a/b`. A path that leads outside keeps its `..` and first `/`."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     return f"{'/' if path.startswith('/') else ''}{'/'.join(parts)}"
 
 
 def _routed(listing: Listing, folder: str) -> Iterator[str]:
-    """The folders that a router in a folder, or in the root, sends its texts to."""
+    """Yield the folders that a router in a folder, or in the root, sends its texts to."""
     within = f"{folder}/" if folder not in ("", ".") else ""
     if _is_outside(folder) or f"{within}{ROUTER}" not in (listing.files_under(folder) if within else listing.root):
         return
@@ -88,7 +87,7 @@ def _is_outside(path: str) -> bool:
 
 
 def inner_model(listing: Listing) -> str | None:
-    """The first folder of modules.json that holds a transformers model of its own."""
+    """Return the first folder of modules.json that holds a transformers model of its own."""
     for folder in _module_paths(listing)[:MAX_MODULES]:
         name = f"{folder}/{CONFIG_NAME}"
         if name in listing.files_under(folder):

@@ -1,9 +1,9 @@
-"""What an index of shards says, beside what the shards hold.
+"""Compares an index of shards with what the shards hold.
 
 Loaders take the file names from the index and every tensor from those files; where the index puts a tensor does not
-matter to them. So a difference is nothing that stops a conversion by itself:
+matter to them. So a difference alone does not stop a conversion:
 
-- *absent*: no file holds the tensor. If the model needs it, that is for `conversion.needs` to say.
+- *absent*: no file holds the tensor. `conversion.needs` decides whether the model needs it.
 - *moved*: the tensor is in another file that the index names. It is read from there.
 - *repeated*: several files hold it. transformers reads the files in the order of their names, and each tensor replaces
   the one before it: the last file counts, whatever the index says. vLLM does the same, with the numbers in the names
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from int8convert.checkpoint.source import SourceShard
 
 _COMPARED_BYTES = 1 << 30
-"""Bytes of repeated tensors that are compared at most: a source of nothing but those must not delay the plan."""
+"""Most bytes of repeated tensors that are compared, so that repeated tensors cannot delay the plan."""
 
 _BLOCK_BYTES = 1 << 20
 
@@ -51,7 +51,7 @@ class RepeatedTensor:
 
     @property
     def taken_by_vllm(self) -> str:
-        """The file vLLM takes the tensor from."""
+        """File vLLM takes the tensor from."""
         return max(self.files, key=_natural_order)
 
     @property
@@ -59,7 +59,7 @@ class RepeatedTensor:
         return sum(stored.n_bytes for _, stored in self.places)
 
     def is_equal(self) -> bool | None:
-        """Whether all places hold the same bytes; None where that would take a download, or a rearrangement."""
+        """Return whether all places hold the same bytes; None if that would need a download or a rearrangement."""
         (_, last), others = self.places[-1], self.places[:-1]
         if any((stored.dtype, stored.shape) != (last.dtype, last.shape) for _, stored in others):
             return False
@@ -83,7 +83,7 @@ class IndexDifferences:
     repeated: tuple[RepeatedTensor, ...]
 
     def notes(self) -> Iterator[str]:
-        """What a user should know of what is moved or repeated, one note for each kind."""
+        """Yield notes on moved and repeated tensors, one for each kind."""
         if self.moved:
             name, (said, found) = next(iter(self.moved.items()))
             yield (
@@ -111,7 +111,7 @@ class IndexDifferences:
         )
 
     def _all_equal(self) -> bool | None:
-        """Whether all repeated tensors are equal; None if that is not known."""
+        """Return whether all repeated tensors are equal; None if unknown."""
         if sum(repeated.n_bytes for repeated in self.repeated) > _COMPARED_BYTES:
             return None
         answers = [repeated.is_equal() for repeated in self.repeated]
@@ -125,7 +125,7 @@ AS_INDEXED = IndexDifferences({}, {}, ())
 def compare_index(
     weight_map: Mapping[str, str], shards: Sequence[SourceShard]
 ) -> tuple[tuple[SourceShard, ...], IndexDifferences]:
-    """Compare an index with its shards, and leave in the shards the tensors that loaders take.
+    """Compare an index with its shards, and keep in the shards the tensors that loaders take.
 
     Args:
         weight_map: tensor name -> file name.
@@ -133,7 +133,7 @@ def compare_index(
 
     Returns:
         the shards, each tensor in the last one that holds it; and what differs. A tensor that the index does not name
-        is taken along: loaders read whole shards.
+        is kept: loaders read whole shards.
     """
     places: dict[str, list[tuple[SourceShard, StoredTensor]]] = {}
     for shard in shards:

@@ -1,4 +1,4 @@
-"""Paths for libraries that take UTF-8 alone, as tokenizers and safetensors do. A path on Linux may be any bytes."""
+"""Paths for libraries that accept only UTF-8, such as tokenizers and safetensors. A Linux path may be any bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def utf8_path(path: str | os.PathLike[str]) -> str:
-    """The same file or directory under a path in UTF-8: itself, or a link that lasts as long as the process."""
+    """Return a UTF-8 path of the same file: the path itself, or a link that lasts as long as the process."""
     name = os.fspath(path)
     try:
         name.encode()

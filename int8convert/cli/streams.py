@@ -1,7 +1,7 @@
 """The three standard streams, made usable before anything else opens a file.
 
 A daemon, cron or a container may start the command with some of them closed. The next file to be opened would then get
-the number 0, 1 or 2, and whatever prints to that number would write into a checkpoint.
+the number 0, 1 or 2, and output printed to that number would be written into a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MODES = {"stdin": "r", "stdout": "w", "stderr": "w"}
 
 
 def open_missing_streams() -> None:
-    """Lead closed standard streams to /dev/null, and let stdout and stderr print every name.
+    """Point closed standard streams to /dev/null, and let stdout and stderr print every name.
 
     A character that the terminal's encoding lacks, such as an accent in a C locale or a byte of a path that is not
     UTF-8, is printed as its escape.
@@ -37,5 +37,5 @@ def open_missing_streams() -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a standard stream is a terminal; a closed one is None."""
+    """Return whether a standard stream is a terminal. A closed stream is None."""
     return stream is not None and stream.isatty()

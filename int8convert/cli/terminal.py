@@ -1,4 +1,4 @@
-"""Control characters of a stranger's text are escaped before they reach the terminal, whoever prints them.
+"""Escapes control characters of untrusted text before they reach the terminal.
 
 A model type, a tensor's name or what a template raises can hold escape sequences, which clear the screen, rename the
 window or answer in the user's name. Our own errors escape them (`int8convert.errors`). Here is the last line of
@@ -26,12 +26,12 @@ _ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROLS if chr(code) not 
 
 
 def plain(text: str) -> str:
-    """Text with its control characters, newline and tab excepted, as escapes that print."""
+    """Return text with its control characters escaped, except newline and tab."""
     return text.translate(_ESCAPES)
 
 
 class PlainConsole(Console):
-    """A console that adds colours of its own and lets none through that come with the text."""
+    """Console that adds its own colours and removes those that come with the text."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -40,7 +40,7 @@ class PlainConsole(Console):
 
 @contextmanager
 def escaping_messages() -> Iterator[None]:
-    """Escape what libraries log and warn of, and the traceback of an exception that comes through."""
+    """Escape libraries' log records and warnings, and the traceback of an uncaught exception."""
     make_record, format_warning, hook = logging.getLogRecordFactory(), warnings.formatwarning, sys.excepthook
 
     def make_plain_record(*args: Any, **options: Any) -> logging.LogRecord:

@@ -1,8 +1,8 @@
-"""Whether enough of a model becomes int8 for the output to be worth writing.
+"""Decides whether enough of a model becomes int8 for the output to be worth writing.
 
-Two shares tell it. The share of all parameters is what the user sees; in a small model with a large vocabulary most
+Two shares are used. The share of all parameters is what the user sees; in a small model with a large vocabulary most
 parameters are embeddings, so it is low for a good reason (37 % of Gemma 3 270M). The share of Linear weights leaves out
-what no LLM.int8() model has as int8. Only that one is held against a plan nobody set a bar for.
+what no LLM.int8() model has as int8. Without --min-coverage, only this share can refuse a plan.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ MIN_LINEAR_SHARE = 0.2
 """Share of the Linear weights below which nearly all of them stay 16-bit, as Mixtral's experts do (97 %)."""
 
 _NEVER_INT8 = ("embedding", "output head", "not a matrix product", "router", "not used by", "keep in fp32", "user skip")
-"""How reasons begin that are the model's or the user's, not a limit of the format."""
+"""Beginnings of reasons that are the model's or the user's, not limits of the format."""
 
 
 def linear_share(plan: ConversionPlan) -> float:
-    """Share of the Linear weights, by parameters, that become int8; 0 to 1."""
+    """Return the share of the Linear weights, by parameters, that become int8; 0 to 1."""
     kept = sum(n for reason, (_, n) in plan.kept_by_reason().items() if not reason.startswith(_NEVER_INT8))
     return plan.n_int8_parameters / max(1, plan.n_int8_parameters + kept)
 
 
 def coverage_note(plan: ConversionPlan) -> str | None:
-    """What the user should know of a plan that leaves much as it is."""
+    """Return a note on a plan that leaves much in 16 bits, or None."""
     if plan.coverage >= LOW_COVERAGE:
         return None
     return f"{100 * plan.coverage:.1f} % of the parameters become int8; what stays 16-bit: {_reasons(plan)}"
@@ -43,7 +43,7 @@ def check_coverage(plan: ConversionPlan, min_coverage: float | None) -> None:
             nearly all Linear weights 16-bit, and one of name rules with low coverage.
 
     Raises:
-        CoverageError: with what stays and why.
+        CoverageError: too little becomes int8; the message says what stays and why.
     """
     if not plan.n_int8_parameters:
         raise CoverageError("none of the parameters would become int8", _hint(plan, None))
@@ -71,7 +71,7 @@ def check_coverage(plan: ConversionPlan, min_coverage: float | None) -> None:
 
 
 def _reasons(plan: ConversionPlan) -> str:
-    """The reasons that keep the most parameters."""
+    """Return the reasons that keep the most parameters."""
     return "; ".join(
         f"{reason}: {100 * n / max(1, plan.n_parameters):.0f} %"
         for reason, (_, n) in list(plan.kept_by_reason().items())[:3]
@@ -79,7 +79,7 @@ def _reasons(plan: ConversionPlan) -> str:
 
 
 def _hint(plan: ConversionPlan, passing: float | None) -> str:
-    """What stays and why, and what lets more become int8 or lets the plan pass."""
+    """Return what stays and why, and what lets more become int8 or lets the plan pass."""
     lets_pass = f", --min-coverage {math.floor(100 * passing)} lets it pass" if passing is not None else ""
     is_held = any("bitsandbytes loader" in reason for reason in plan.kept_by_reason())
     other = "; --format compressed-tensors holds such modules as int8" if is_held else ""

@@ -1,7 +1,7 @@
-"""Which scale belongs to which FP8 matrix, by their names; and what a checkpoint looks like once it is decoded.
+"""Matches scales to FP8 matrices by name, and lists a checkpoint's tensors as they are after decoding.
 
 With an FP8 block in config.json, codes without a scale are an error: loaders would make the scale up. So is a scale
-whose weight is no FP8: a loader multiplies by it, and whether somebody did so before is not known. Without such a block
+whose weight is no FP8: a loader multiplies by it, and whether that was done before is not known. Without such a block
 codes without a scale are a plain cast, and mean what they say, if no matrix of the checkpoint has one.
 
 What it does not know: scales under names that no loader has. A neighbour that looks like one is named in the error.
@@ -61,7 +61,7 @@ def find_scales(source: CheckpointSource) -> dict[str, Fp8Scale]:
 
 
 def as_loaded(source: CheckpointSource) -> list[StoredTensor]:
-    """The tensors a model sees: FP8 codes as the bf16 weights they stand for, without what only serves that form."""
+    """Return the tensors a model sees: FP8 codes become the bf16 weights they stand for, without their scales."""
     scales = find_scales(source)
     block = _quantization_block(source.config)
     serving = {scale for name in scales for scale in _scale_names(name, block)}
@@ -123,7 +123,7 @@ def _already_scaled(weight: StoredTensor, scale: StoredTensor) -> CorruptFileErr
 
 
 def _is_left_alone(name: str, block: Mapping[str, Any]) -> bool:
-    """Whether config.json leaves a weight's module out of the FP8 form, so that loaders take it as it is."""
+    """Return whether config.json excludes a weight's module from FP8, so that loaders take it as stored."""
     module = name.rpartition(".")[0]
     names = block.get("modules_to_not_convert")
     listed = [entry for entry in names if isinstance(entry, str)] if isinstance(names, list) else []

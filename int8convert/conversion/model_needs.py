@@ -1,4 +1,4 @@
-"""Which parameters a model gets from a checkpoint, and which it does not: transformers' loading, on the meta device.
+"""Finds which parameters a model gets from a checkpoint, by transformers' loading on the meta device.
 
 1. Each checkpoint tensor, as a shape without values, goes where `ModelKeys` says that transformers puts it.
 2. transformers' own conversions merge and split them.
@@ -25,7 +25,7 @@ from int8convert.conversion.model_keys import ModelKeys
 from int8convert.conversion.model_map import ModelNeeds, Shape
 
 COUNTERS = ("position_ids", "num_batches_tracked")
-"""Buffers that older checkpoints lack and that say nothing: positions, and how many batches were seen in training."""
+"""Buffers that older checkpoints lack and that do not matter: positions, and the number of batches seen in training."""
 
 
 _INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
@@ -33,7 +33,7 @@ _INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I
 
 @dataclass
 class _Loading:
-    """What transformers keeps of a load, by its names: its own methods read and change it."""
+    """State of a load, with transformers' attribute names: its methods read and change it."""
 
     missing_keys: set[str]
     unexpected_keys: set[str] = field(default_factory=set)

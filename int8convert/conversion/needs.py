@@ -1,7 +1,7 @@
-"""What a checkpoint lacks of its model, said in notes and errors.
+"""Notes and errors about weights that a checkpoint lacks.
 
-The model map knows it (`model_map.ModelNeeds`). Here it is judged: an output that looks whole must not make a loader
-invent weights. Where name rules made the map, nothing is known of the model, and nothing is judged.
+The model map knows them (`model_map.ModelNeeds`); this module judges them. An output that looks whole must not make a
+loader invent weights. Where name rules made the map, nothing is known of the model, and nothing is judged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from int8convert.errors import CorruptFileError, MissingWeightsError
 
 
 def made_up(model_map: ModelMap) -> list[str]:
-    """The missing tensors whose values a loader would make up, in the model's order."""
+    """Return the missing tensors whose values a loader would make up, in the model's order."""
     needs = model_map.needs
     return [name for name in needs.missing if name not in needs.counters] if needs else []
 
@@ -83,7 +83,7 @@ def _missing(model_map: ModelMap, needs: ModelNeeds, source: CheckpointSource, l
 
 
 def _unnamed_shard(source: CheckpointSource) -> str | None:
-    """A file named like the shards of a local checkpoint, which is none of them: part of an index may be lost."""
+    """Return a file that is named like the local shards and is not in the index, which may be incomplete; or None."""
     named = {shard.path.name for shard in source.shards}
     first = min(named)
     if source.commit is not None or "-of-" not in first:
@@ -93,7 +93,7 @@ def _unnamed_shard(source: CheckpointSource) -> str | None:
 
 
 def needs_notes(model_map: ModelMap, source: CheckpointSource) -> Iterator[str]:
-    """What a user should know of tensors that are missing, without use, or elsewhere than the index says."""
+    """Yield notes on tensors that are missing, unused, or elsewhere than the index says."""
     yield from source.index.notes()
     needs = model_map.needs
     if needs is None:
@@ -111,7 +111,7 @@ def needs_notes(model_map: ModelMap, source: CheckpointSource) -> Iterator[str]:
 
 
 def _first_of(names: Sequence[str], verb: str = "is") -> str:
-    """The first name and how many more there are, as the subject of a sentence."""
+    """Return the first name and how many more there are, as the subject of a sentence."""
     if len(names) == 1:
         return f"{quoted(names[0])} {verb}".rstrip()
     return f"{quoted(names[0])} and {len(names) - 1:,} more {'are' if verb else ''}".rstrip()

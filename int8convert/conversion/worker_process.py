@@ -1,4 +1,4 @@
-"""A child process in which transformers works on a stranger's config, apart from the process that reads and writes."""
+"""Child process in which transformers works on an untrusted config, apart from the process that reads and writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 def start_worker(module: str) -> subprocess.Popen[str]:
     """Start a module of this package, with pipes for a request in JSON and its answer.
 
-    The child asks no network, sees no GPU, and imports nothing from the current directory.
+    The child uses no network, sees no GPU, and imports nothing from the current directory.
     """
     package_root = str(Path(__file__).parents[2])
     # -P: a torch.py in the current directory, which may be the checkpoint itself, must not be imported.

@@ -1,4 +1,4 @@
-"""Two forms of one config.json, brought to the same by transformers' own class in a child process."""
+"""Normalizes forms of one config.json by transformers' own class, in a child process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIMIT_S = 120.0
 
 
 def as_loaded(configs: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return configs as transformers reads them; as they are where it knows no class of the model, or that refuses."""
+    """Return configs as transformers reads them; unchanged if it knows no class of the model, or if that refuses."""
     plain = [dict(config) for config in configs]
     child = start_worker("int8convert.evaluation.as_loaded_worker")
     try:

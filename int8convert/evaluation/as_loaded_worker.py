@@ -12,7 +12,7 @@ from typing import Any
 
 
 def read_as_loaded(config: dict[str, Any]) -> dict[str, Any]:
-    """Return all entries that transformers takes a config to have.
+    """Return all entries a config has once transformers has read it.
 
     Raises: whatever the model's config class raises; KeyError if transformers knows none.
     """

@@ -10,7 +10,7 @@ what an earlier one measured, so a failure is copied into each later report:
 - it does not apply while weights, config.json or stored columns are not those that were measured;
 - else it stands, and the checkpoint does not pass, whatever the later run found.
 
-A verify.json that is removed takes its failures with it: then the checkpoint is not verified.
+Removing verify.json removes its failures; the checkpoint is then not verified.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class EarlierFailure:
     Attributes:
         level: "fidelity" or "tasks".
         tool: the version that measured.
-        failures: one line for each gate that was broken.
+        failures: one line for each broken gate.
         gates: the gates the run had to keep.
         text: of the fidelity level, what the models read: entries of `TextUsed`.
         measured: what broke a gate -> how much it was measured on: a mode and its tokens, a task's metric and its
             questions.
-        files: those that decide what the model computes -> sha256.
+        files: file that decides what the model computes -> sha256.
     """
 
     level: str
@@ -112,7 +112,7 @@ def judge_earlier(report: VerifyReport, earlier: Mapping[str, Any], kept: Sequen
     """Return the failures in an earlier verify.json that the report does not clear.
 
     Args:
-        report: of the run just made.
+        report: the report of the current run.
         earlier: the parsed verify.json that was there before.
         kept: the parts of it that are kept in the new one, as those that passed are.
     """
@@ -153,7 +153,7 @@ def _is_as_hard(text: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def is_same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Return whether two lists of files and their sha256 are of the same weights, config and stored columns."""
+    """Return whether two lists of files and their sha256 have the same weights, config and stored columns."""
     names = _deciding(one) | _deciding(other)
     if not all(any(name.endswith(".safetensors") and "/" not in name for name in files) for files in (one, other)):
         # Written by an early version, which named the manifest in the place of the weights.
@@ -264,7 +264,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A gate from its JSON, where an infinite one is a text; None if it is none."""
+    """Return a gate from its JSON, where infinity is a text; None if malformed."""
     if value in ("inf", "-inf"):
         return float(value)
     if type(value) not in (int, float) or abs(value) > 1e308 or math.isnan(value):

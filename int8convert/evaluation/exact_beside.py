@@ -1,7 +1,7 @@
 """The files beside the weights of an int8 checkpoint: those carried over from the source, and any other.
 
 Loaders take what is in a directory: a template, a token map, code, an adapter, a pickle. So a file that neither the
-source has nor the conversion writes is a finding, whatever it is called, but for files that no loader reads.
+source has nor the conversion writes is a finding, whatever its name. Files that no loader reads are exempt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from int8convert.evaluation.provenance import Provenance
 
 _OWN = (MANIFEST_NAME, VERIFY_FILE, OUTLIERS_FILE, LOCAL_FILE, LOCK_FILE)
 _NOT_VOUCHED_FOR = frozenset({VERIFY_FILE, LOCAL_FILE, LOCK_FILE, CARD_NAME})
-"""What is written after the comparison, or stays on this machine."""
+"""Files that are written after the comparison, or stay on this machine."""
 
 
 def check_carried(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Check:
@@ -51,7 +51,7 @@ def check_carried(examined: ExaminedCheckpoint, source: CheckpointSource, proven
 
 
 def check_beside(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Check:
-    """Find what lies in the checkpoint and should not."""
+    """Find files that should not be in the checkpoint."""
     findings = [Finding(name, "a file of this checkpoint", why) for name, why in examined.refused.items()]
     findings += _strange(examined, source, provenance)
     return make_check("beside", max(1, len(examined.names)), findings)
@@ -68,10 +68,10 @@ def _strange(examined: ExaminedCheckpoint, source: CheckpointSource, provenance:
 
 
 def hash_beside(examined: ExaminedCheckpoint, source: CheckpointSource) -> dict[str, str]:
-    """The sha256 of the files beside the weights that were looked at and lie here.
+    """Return the sha256 of the local files beside the weights that were compared.
 
-    Not of those that are written afterwards, nor of those that no loader reads and the source has not: notes, pictures,
-    the pages of `verify --report`.
+    Files that are written afterwards are left out, and files that no loader reads and the source does not have: notes,
+    pictures, the pages of `verify --report`.
     """
     carried = {path.relative_to(source.directory).as_posix() for path in source.carried}
     names = {name for name in examined.names - examined.weight_files if name in carried or not is_inert(name)}

@@ -31,7 +31,7 @@ from int8convert.evaluation.provenance import Provenance
 BLOCK = "quantization_config"
 _LIST_KEYS = ("llm_int8_skip_modules", "ignore", "modules_to_not_convert")
 _BY_PARTS = (Int8Format.BITSANDBYTES, Int8Format.TORCHAO)
-"""Formats whose loaders read a name in their list as a beginning or an end of others, too."""
+"""Formats whose loaders also match a listed name as a prefix or suffix of others."""
 _PLAIN_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
@@ -40,7 +40,7 @@ def check_config(out: CheckpointSource, plan: ConversionPlan, provenance: Proven
 
     Args:
         plan: the conversion's plan, rebuilt.
-        int8_modules: those the checkpoint holds as int8.
+        int8_modules: names of the modules the checkpoint holds as int8.
     """
     expected = _expected_config(plan, provenance)
     findings = [*_threshold(out, expected), *_lists(out, expected, int8_modules)]
@@ -55,7 +55,7 @@ def check_config(out: CheckpointSource, plan: ConversionPlan, provenance: Proven
 
 
 def _expected_config(plan: ConversionPlan, provenance: Provenance) -> dict[str, Any] | None:
-    """What quantize, and the exports after it, write; None where no manifest tells."""
+    """Return what quantize, and the exports after it, write; None without a manifest."""
     if not provenance.is_known or provenance.threshold is None:
         return None
     config = converted_config(plan, provenance.threshold)
@@ -80,7 +80,7 @@ def _threshold(out: CheckpointSource, expected: Mapping[str, Any] | None) -> Ite
 
 
 def _lists(out: CheckpointSource, expected: Mapping[str, Any] | None, int8_modules: Iterable[str]) -> Iterator[Finding]:
-    """The names of modules that loaders leave alone: the first thing that is wrong with them.
+    """Yield the first fault in the names of modules that loaders leave alone.
 
     A loader that leaves an int8 module alone reads codes as weights; one that does not leave alone a 16-bit module
     looks for scales that are not there.
@@ -136,7 +136,7 @@ def _differences(
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are the same in JSON: True is not 1, 6 not 6.0, and NaN is NaN."""
+    """Return whether two values are the same in JSON: True is not 1, 6 not 6.0, and NaN is NaN."""
     if one is ... or other is ...:
         return one is other
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
@@ -147,7 +147,7 @@ def _entry(key: str, expected: str, found: str) -> Finding:
 
 
 def shown(value: Any) -> str:
-    """A value of config.json in a few characters."""
+    """Return a value of config.json in a few characters."""
     if type(value) is int and abs(value) > 10**30:  # Python writes no integer of thousands of digits
         return f"an integer of {value.bit_length():,} bits"
     return quoted(str(value), 80) if value is not None else "no such entry"

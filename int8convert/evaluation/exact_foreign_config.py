@@ -1,4 +1,4 @@
-"""What may differ in config.json of checkpoints that other tools wrote, of which no manifest tells how they came about.
+"""What may differ in config.json of checkpoints that other tools wrote, without a manifest.
 
 transformers writes config.json from the loaded model when it saves: the entries below, beside those of the source, and
 these in the form of its own version. So where two configs differ, they are compared as the model's class reads them.
@@ -26,7 +26,7 @@ _SENDS_ELSEWHERE = frozenset({"auto_map", "configuration_files", "transformers_w
 """Entries by which a loader takes code or files; no class of transformers reads them."""
 
 _MOST_ADDED = 200
-"""Entries beside the source's for which it is asked whether the model's class looks at them."""
+"""Entries beside the source's that count only if the model's class reads them."""
 
 _DTYPES = ("float16", "bfloat16", "float32")
 
@@ -100,7 +100,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def foreign_entries(found: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[Difference]:
-    """Entries that differ from the source's, but for `WRITTEN_BY_OTHERS`."""
+    """Yield entries that differ from the source's, except `WRITTEN_BY_OTHERS`."""
     dtype = found.get("dtype") or found.get("torch_dtype")
     if dtype is not None and dtype not in _DTYPES:
         yield "dtype", f"one of {', '.join(_DTYPES)}", str(dtype)[:40]

@@ -1,8 +1,8 @@
 """Small files of checkpoints that other tools wrote: what saving them again changes, and what it must not.
 
-transformers saves a tokenizer in the form of its own version: other entries, templates in a file of their own. Compared
-is what is left without those entries; files that it does not write itself must be the source's, byte for byte. A file
-that the source has not is taken if transformers writes it from what the source has, and if it says the same.
+transformers saves a tokenizer in the form of its own version: other entries, templates in a file of their own. The
+rest is compared. Files that transformers does not write itself must be the source's, byte for byte. A file
+that the source does not have is accepted if transformers writes it from what the source has, and if it says the same.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def check_foreign_files(examined: ExaminedCheckpoint, source: CheckpointSource) 
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A checkpoint with no manifest, and the small files and the config of its source."""
+    """A checkpoint without a manifest, and the small files and the config of its source."""
 
     examined: ExaminedCheckpoint
     originals: Mapping[str, Path] = field(repr=False)
@@ -116,7 +116,7 @@ class _Pair:
             yield from compare_tokenizers(self.examined.source.directory, directory)
 
     def _derived(self, name: str) -> Mapping[str, Any] | None:
-        """What transformers writes a file from that the source has not; None if there is nothing to compare with."""
+        """Return what transformers derives a file from that the source does not have; None if nothing."""
         if name == _GENERATION:
             return self.config
         if name == _PROCESSOR:
@@ -156,7 +156,7 @@ def _template(paths: Mapping[str, Path | None]) -> Any:
 def _differences(
     name: str, found: Mapping[str, Any], expected: Mapping[str, Any], is_derived: bool
 ) -> Iterator[Finding]:
-    """Entries that differ; of a file that was derived from another, entries that the other has not are left aside."""
+    """Yield the entries that differ. For a derived file, entries that the original does not have are ignored."""
     left_out = _REWRITTEN.get(name, frozenset())
     keys = found.keys() if is_derived else found.keys() | expected.keys()
     for key in sorted(keys - left_out):
@@ -187,7 +187,7 @@ def _processor_differences(found: Mapping[str, Any], expected: Mapping[str, Any]
 
 
 def _canonical(key: str, value: Any) -> str:
-    """An entry's JSON, without what differs between two versions that mean the same."""
+    """Return an entry's JSON, without differences of form between versions."""
     if key == "model" and isinstance(value, dict):  # of tokenizer.json; later versions write more of its defaults
         value = {name: entry for name, entry in value.items() if entry is not None and entry is not False}
         merges = value.get("merges")

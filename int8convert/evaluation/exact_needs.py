@@ -1,7 +1,7 @@
-"""Whether an int8 checkpoint gives its model all that it needs, once, and from the files its index names.
+"""Checks that an int8 checkpoint gives its model every weight, once, and from the files its index names.
 
 The plan of the source says what the source lacks (`model_map.ModelNeeds`); that the checkpoint holds all the rest is
-for the check of its tensors (`exact_layout`). So together they tell of every parameter of the model.
+for the check of its tensors (`exact_layout`). Together they cover every parameter of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def check_needs(out: CheckpointSource, model_map: ModelMap, provenance: Provenan
     """Find weights that loaders would make up or take from elsewhere than the index says.
 
     Args:
-        model_map: of the source. Where name rules made it, nothing is known of what the model needs.
+        model_map: the source's. Where name rules made it, nothing is known of what the model needs.
     """
     n_tensors = sum(len(shard.tensors) for shard in out.shards)
     return make_check("needs", n_tensors, [*_lacking(model_map, provenance), *_misplaced(out.index)])
@@ -52,7 +52,7 @@ def _misplaced(index: IndexDifferences) -> Iterator[Finding]:
 
 
 def allowed_note(model_map: ModelMap, provenance: Provenance) -> str | None:
-    """What the conversion was allowed to leave out, as a sentence; None if nothing."""
+    """Return what the conversion was allowed to leave out, as a sentence; None if nothing."""
     allowed = [name for name in made_up(model_map) if is_allowed(name, provenance.allow_missing)]
     if not allowed:
         return None

@@ -26,7 +26,7 @@ class Gates:
     min_task_p: float = 0.001
 
     def task_failures(self, report: TaskReport) -> Iterator[str]:
-        """Whether a task is done worse, and not by chance."""
+        """Yield a line if a task's score is worse, and not by chance."""
         if report.is_worse and report.p_value is not None and report.p_value < self.min_task_p:
             yield (
                 f"tasks: {report.task} {report.metric} is {report.int8:.4f}, expected {report.reference:.4f} as of the "
@@ -35,7 +35,7 @@ class Gates:
             )
 
     def failures(self, report: FidelityReport) -> Iterator[str]:
-        """What exceeds them; a number that is none does, too."""
+        """Yield a line for each gate that is exceeded. NaN exceeds a gate."""
         upper = report.delta_nll_interval[1]
         if not upper <= self.max_dnll:
             yield (

@@ -1,4 +1,4 @@
-"""Whether an int8 checkpoint runs, tried without its weights in a child process (`trial_run_worker`).
+"""Tries whether an int8 checkpoint runs, without its weights, in a child process (`trial_run_worker`).
 
 What loads may still not run, or run wrong: model code that casts an input to the dtype of a weight gets int8 for it.
 The child takes a few seconds for the import of transformers, beside the comparison of the weights, and little memory,
@@ -20,7 +20,7 @@ from int8convert.errors import SourceError
 from int8convert.evaluation.checks import Check, Finding, make_check
 
 LIMIT_S = 600.0
-"""Seconds after which the child is stopped: a stranger's config may ask for a model without end."""
+"""Seconds after which the child is stopped. An untrusted config may ask for an endless model."""
 
 
 class TrialRun:
@@ -87,7 +87,7 @@ def not_tried(reason: str) -> dict[str, Any]:
 
 
 def read_answer(answer: dict[str, Any]) -> tuple[Check, list[str]]:
-    """The check and notes in a child's answer."""
+    """Return the check and notes in a child's answer."""
     findings = [Finding(module, "a module that runs as int8", found) for module, found in answer["found"]]
     check = make_check("runs", answer["n_called"], findings)
     if answer["not_run"]:

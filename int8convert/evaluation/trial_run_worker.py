@@ -1,15 +1,15 @@
-"""The child process behind `TrialRun`: an int8 model runs a few tokens without its weights.
+"""The child process of `TrialRun`: an int8 model runs a few tokens without its weights.
 
 1. Build the model of config.json on the meta device, and put layers without content where the loader of the format puts
    int8 ones. Such a layer has int8 codes for `weight`, demands a floating input, and returns a constant.
 2. Give every other weight a constant in place of its values: one number, shown in the weight's shape. That takes no
    memory, whatever the model's size, and model code takes its usual way on the CPU.
-3. Run a forward pass, and where there is a cache, a second one with one more token. Write down each integer input of an
+3. Run a forward pass, and where there is a cache, a second one with one more token. Record each integer input of an
    int8 layer, each look at its codes, and each operation that gives int8.
 4. A second run with ordinary Linear layers removes findings the model causes by itself.
 
-Where the model does not run even so (it wants images or sound, or its code does not stand constants), the answer says
-why. Not known: layers that a text does not reach, and code that branches on values.
+If the model still does not run (it needs images or sound, or its code rejects constants), the answer says why.
+Not known: layers that a text does not reach, and code that branches on values.
 
 Request and answer are one JSON object each, on stdin and stdout.
 """
@@ -48,10 +48,10 @@ _FACTS = frozenset({"dtype", "device", "shape", "ndim", "is_meta", "requires_gra
     *("grad", "grad_fn", "size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "element_size"),
     *("is_complex", "_has_compatible_shallow_copy_type"),
 }
-"""What may be asked of codes without reading them."""
+"""Attributes that do not read the codes."""
 
 _SAME = frozenset({"detach", "requires_grad_", "data"})
-"""What gives the same codes again."""
+"""Attributes that return the same codes."""
 
 
 class Record:
@@ -62,7 +62,7 @@ class Record:
         mistakes: module name -> what was found, for the layers without content.
         int8_made: (module, operation) that gave an int8 tensor. Some models do that by themselves.
         called: names of the layers without content that were called.
-        n_passes: forward passes that came to their end.
+        n_passes: completed forward passes.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Record:
 
 
 class Codes(torch.Tensor):
-    """The codes of a layer without content. Model code that reads them gets floats instead, and is written down."""
+    """The codes of a layer without content. Model code that reads them gets floats instead, and is recorded."""
 
     module_name: str
     record: Record
@@ -99,7 +99,7 @@ class Codes(torch.Tensor):
 
 
 def _name(func: Any) -> str:
-    """The name of an operation, or of the attribute that is read."""
+    """Return the name of an operation, or of the attribute that is read."""
     name = getattr(func, "__name__", "")
     return str(getattr(func.__self__, "__name__", name)) if name in ("__get__", "__set__") else name or "an operation"
 
@@ -138,7 +138,7 @@ class HollowInt8Linear(nn.Linear):
 
 
 class Watch(TorchFunctionMode):
-    """Computes no Linear product, and writes down what gives int8."""
+    """Skips Linear products, and records operations that give int8."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def _constant(shape: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def loader_replaces(model: Any, block: dict[str, Any], output_format: OutputFormat) -> list[str]:
-    """Names of the modules in whose place the loader puts int8 ones, by the block in config.json."""
+    """Return the names of the modules that the loader replaces by int8 ones, by the block in config.json."""
     modules = dict(model.named_modules())
     if output_format is OutputFormat.COMPRESSED_TENSORS:
         linear = (name for name, module in modules.items() if isinstance(module, nn.Linear))
@@ -199,7 +199,7 @@ def _fill(model: Any) -> None:
 
 @contextmanager
 def _following(model: Any, record: Record) -> Iterator[None]:
-    """Keep `record.running`; what it holds after an error is where that came from."""
+    """Maintain `record.running`. After an error it holds the place of the error."""
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
 
     def enter(module: Any, _: Any) -> None:
@@ -235,7 +235,7 @@ def run_tokens(model: Any, record: Record) -> None:
 
 
 def _tokens(model: Any) -> dict[str, torch.Tensor]:
-    """Tokens without those that stand for an image or the like."""
+    """Return tokens without those that stand for an image or the like."""
     config = model.config.to_dict()
     embedding = getattr(model.get_input_embeddings(), "weight", None)  # of MusicGen, a list of several
     n = embedding.shape[0] if embedding is not None else model.config.get_text_config().vocab_size

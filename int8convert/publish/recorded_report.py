@@ -1,7 +1,7 @@
-"""verify.json as the model card reads it: every entry of the type and size that `verify` writes, or none of it.
+"""Reads verify.json for the model card: every entry has the type and size that `verify` writes, or none is used.
 
-The file may be a stranger's. Whoever describes a checkpoint takes numbers from it as they are, so they are looked at
-once, here. Entries that are missing are taken for unknown; an early version wrote fewer.
+The file may be a stranger's. The card takes numbers from it unchanged, so they are checked
+once, here. Missing entries count as unknown; an early version wrote fewer.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _NUMBERS = frozenset(
     }
 )
 _NOT_FINITE = ("inf", "-inf", "nan")
-"""Numbers that JSON has not, as verify.json spells them."""
+"""Numbers that JSON cannot hold, as verify.json spells them."""
 
 
 def read_recorded_report(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a parsed verify.json with its gates as numbers; None if it is none that `verify` writes."""
+    """Return a parsed verify.json with its gates as numbers; None if `verify` did not write it."""
     gates, exact = report.get("gates", {}), report.get("exact", {})
     text, runs, tasks = report.get("text"), report.get("fidelity", []), report.get("tasks", [])
     objects = [gates, exact, {} if text is None else text]

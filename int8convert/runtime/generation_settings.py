@@ -22,7 +22,7 @@ from int8convert.runtime.pretrained import locate_file
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 100, 1000
-"""Stop strings, and characters of one."""
+"""Most stop strings, and most characters of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Ending:
 
 
 def read_ending(path: str, config: Any) -> Ending:
-    """What a checkpoint says of where texts end; its model config where it has no generation_config.json.
+    """Return where a checkpoint's texts end, from generation_config.json or else its model config.
 
     Args:
         path: a directory, or the id of a repository.
@@ -104,7 +104,7 @@ def _shown(value: Any) -> str:
 
 
 def generation_config(ending: Ending, pad_token_id: int | None, sampling: Mapping[str, Any]) -> GenerationConfig:
-    """Settings in which nothing but these arguments makes a difference."""
+    """Return settings that depend on these arguments only."""
     return GenerationConfig(
         bos_token_id=ending.bos_token_id,
         eos_token_id=list(ending.eos_token_ids) or None,
@@ -122,7 +122,7 @@ class StopAtStrings(StoppingCriteria):  # type: ignore[misc]
         decode: token ids to text.
         n_before: tokens of each row before the new ones.
         stop_strings: see `Ending`.
-        n_kept: row -> its new tokens up to the stop string, for rows that came to one.
+        n_kept: row -> its new tokens up to the stop string, for rows that reached one.
     """
 
     decode: Callable[[list[int]], str]

@@ -1,4 +1,4 @@
-"""Whether a subclass of nn.Linear computes what nn.Linear does: an int8 layer in its place computes that.
+"""Checks that a subclass of nn.Linear computes what nn.Linear does, as an int8 layer in its place would.
 
 Falcon's does, in other words. DeepSeek V4's multiplies groups of its input by parts of its weight.
 """
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 def computes_as_linear(module: Any) -> bool:
-    """Whether x @ weight^T + bias is what a module computes; True of every module that keeps nn.Linear's `forward`.
+    """Return whether a module computes x @ weight^T + bias. True of every module that keeps nn.Linear's `forward`.
 
     The `forward` of a subclass is run on a small weight with the module's other attributes. Does not know code that
     takes another way for other sizes.

@@ -1,11 +1,11 @@
-"""A stranger's checkpoint in transformers: the one place where its config, tokenizer and model are loaded.
+"""Loads the config, tokenizer and model of an untrusted checkpoint in transformers; the only place that does.
 
 1. config.json is read within bounds, and what would send transformers for code or kernels elsewhere is refused.
 2. transformers loads. It runs code of the checkpoint only where the user said so, asks no question, reads no stdin and
    prints nothing to stdout.
 3. Whatever it raises is an error of two lines (`int8convert.checkpoint.library_errors`).
 
-Left out on purpose: what the tokenizer's own regular expressions cost, see `int8convert.runtime.tokenizer_process`.
+Not bounded here: the cost of the tokenizer's regular expressions, see `int8convert.runtime.tokenizer_process`.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from int8convert.errors import RemoteCodeError, SourceError
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 _ATTENTION = ("eager", "sdpa", "flex_attention")
-"""What torch has itself. Other names lead to packages, or to kernels that are fetched from the Hub."""
+"""Attention implementations in torch itself. Other names lead to packages, or to kernels fetched from the Hub."""
 
 _CODE_KEYS = ("fusion_config", "kernel_config", "distributed_config")
 """Entries of config.json by which transformers changes its own classes or fetches code."""
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s options that say where a file is."""
+    """Return those of `from_pretrained`'s options that say where a file is."""
     return {name: options[name] for name in _HUB_OPTIONS if name in options}
 
 
 def locate_file(path: str, name: str, **hub: Any) -> Path | None:
-    """A file of a checkpoint, which is a directory or a repository; None if it has none of that name.
+    """Return a file of a checkpoint, which is a directory or a repository; None if it has no file of that name.
 
     Raises:
         SourceError: the repository is out of reach, or what has that name is no regular file of the checkpoint.
@@ -71,7 +71,7 @@ _NAME_ONE = "give the directory that int8convert quantize wrote, or the id of a 
 def read_config(
     path: str, hint: str = _NAME_ONE, code_hint: str = RUNS_NO_CODE, trust_remote_code: bool = False, **hub: Any
 ) -> Any:
-    """The transformers config of a checkpoint.
+    """Return the transformers config of a checkpoint.
 
     Args:
         path: a directory, or the id of a repository.
@@ -102,7 +102,7 @@ def read_config(
 
 
 def refuse_code(stated: Any) -> None:
-    """Refuse what of a config.json would make transformers fetch kernels or change its own classes.
+    """Refuse entries of config.json that make transformers fetch kernels or change its own classes.
 
     Raises:
         SourceError: it holds such an entry, at any depth.
@@ -132,7 +132,7 @@ def attention_options(stated: Any) -> dict[str, Any]:
 
 
 def model_class(config: Any) -> Any:
-    """The class the weights were saved from; by the model's type where transformers has none of that name."""
+    """Return the class the weights were saved from, or AutoModelForCausalLM if transformers does not have it."""
     names = config.architectures if isinstance(config.architectures, list) else []
     name = names[0] if names and isinstance(names[0], str) else ""
     found = getattr(transformers, name, None)
@@ -149,7 +149,7 @@ def load_model(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
-    """What `from_pretrained` returns for a checkpoint: the model, and what it says of missing or unexpected weights.
+    """Return what `from_pretrained` does for a checkpoint: the model, and its missing and unexpected weights.
 
     Args:
         config: what `read_config` returned for it.
@@ -176,7 +176,7 @@ def load_model(
 
 
 def model_errors(model: Any) -> AbstractContextManager[None]:
-    """Around calls of a checkpoint's model: what they raise becomes a SourceError, see `library_errors`."""
+    """Context for calls of a checkpoint's model: what they raise becomes a SourceError, see `library_errors`."""
     return library_errors(
         f"{type(model).__name__} cannot be run",
         "its config.json does not describe the model of its weights; write or fetch the checkpoint again",
@@ -184,7 +184,7 @@ def model_errors(model: Any) -> AbstractContextManager[None]:
 
 
 def _stored(path: str) -> tuple[int, int] | tuple[None, None]:
-    """Tensors and elements in a checkpoint's safetensors files; None if these are not here, or not named as usual."""
+    """Return the numbers of tensors and elements in local safetensors files; None without files of the usual names."""
     directory = Path(path)
     single = shard_name(0, 1)
     names = [single]
@@ -232,7 +232,7 @@ def read_tokenizer(
 
 @contextmanager
 def asking_nobody() -> Iterator[None]:
-    """No question of transformers reaches the user, nothing is read from stdin, and stdout stays ours.
+    """Context in which transformers cannot prompt, read stdin or write to stdout.
 
     transformers prompts if `trust_remote_code` is unset, and for sub-models even if it is set.
     """

@@ -1,11 +1,11 @@
-"""A stranger's tokenizer and chat template, in a process of its own that is killed where it takes too long.
+"""Runs an untrusted tokenizer and chat template in a process of its own, which is killed if it takes too long.
 
 A tokenizer.json brings regular expressions, a chat template is a program with loops, and no library bounds either: both
-can run for ever or fill the memory. A thread cannot be stopped, so a fork of this process loads and runs them.
+can run forever or fill the memory. A thread cannot be stopped, so a fork of this process loads and runs them.
 
 1. The child loads the tokenizer. Its stdin, stdout and stderr lead nowhere: no question and no message gets out.
 2. It answers one request after the other, in JSON. The system bounds its memory, this process the time of each answer.
-3. It ends when this object is closed, or with this process.
+3. It ends when the object is closed, or with this process.
 
 Costs some ten milliseconds to start: a fork has the libraries loaded already. It copies no memory, but the tables of
 what is mapped, so it starts before a model is loaded.
@@ -115,7 +115,7 @@ class TokenizerProcess:
         self.close()
 
     def __call__(self, text: str | Sequence[str], **options: Any) -> dict[str, Any]:
-        """`input_ids` and `attention_mask`, as lists.
+        """Return `input_ids` and `attention_mask`, as lists.
 
         Args:
             text: one, or a batch.
@@ -132,12 +132,12 @@ class TokenizerProcess:
         return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens; errors as for a call."""
+        """Return the text of token ids, without special tokens. Raises as a call does."""
         text: str = self._ask("decode", ANSWER_S, {"ids": list(ids)})
         return text
 
     def render(self, chats: Sequence[Sequence[dict[str, str]]], hint: str) -> list[str]:
-        """Chats as the template writes them, up to where the model answers.
+        """Return chats as the template writes them, up to where the model answers.
 
         Raises:
             PromptError: the template refuses the messages, fails, or exceeds its bounds; with this hint.
@@ -180,7 +180,7 @@ def _end(pid: int, connection: Connection) -> None:
 
 
 def _serve(connection: Connection, build: Callable[[], Any]) -> NoReturn:
-    """The child's whole life."""
+    """Run the child: load the tokenizer, then answer requests."""
     try:
         _confine()
         tokenizer: Any = None
@@ -202,7 +202,7 @@ def _serve(connection: Connection, build: Callable[[], Any]) -> NoReturn:
 
 
 def _confine() -> None:
-    """No terminal, no more memory than it may take, and no signal but those that end it."""
+    """Detach the child from the terminal, bound its memory, ignore SIGINT, and let SIGTERM end it."""
     gc.freeze()  # what the parent had is not this process's to clean up
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
