@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,7 +67,10 @@ def find_pickle_tensors(
     try:
         is_zip = start.startswith(b"PK\x03\x04")  # as torch tells them apart
         entries, data = _read_zip(file, file_bytes, is_remote) if is_zip else _read_legacy(file, file_bytes)
-        tensors = [_describe(name, tensor, data, file_bytes) for name, tensor in entries.items()]
+        tensors = [
+            replace(_describe(name, tensor, data, file_bytes), rank=rank)
+            for rank, (name, tensor) in enumerate(entries.items())
+        ]
     except RefusedError as refused:
         raise CorruptFileError(
             f"{quoted(file_name)} cannot be read as a weights-only pickle: {refused}",

@@ -118,6 +118,7 @@ class CheckpointSource:
         has_adapter: an adapter lies beside the weights, which is not part of them here.
         index: where the index and the weight files differ; the shards hold what loaders take.
         config_name: the file `config` was read from.
+        index_dtype: what the index says of the weights' dtype, as a stranger wrote it.
     """
 
     label: str
@@ -130,6 +131,7 @@ class CheckpointSource:
     has_adapter: bool = False
     index: IndexDifferences = field(default=AS_INDEXED, repr=False)
     config_name: str = CONFIG_NAME
+    index_dtype: str | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -208,6 +210,7 @@ def _open_directory(directory: Path, label: str, ignores_adapter: bool) -> Check
         has_adapter=ADAPTER_CONFIG in listing.root,
         index=differences,
         config_name=files.config_name or CONFIG_NAME,
+        index_dtype=read_index_dtype(found_file(directory, files.weights)) if files.is_indexed else None,
     )
 
 
@@ -275,6 +278,13 @@ def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
                 "shards lie beside their index; nothing outside the checkpoint was read",
             )
     return weight_map
+
+
+def read_index_dtype(index: Path) -> str | None:
+    """The dtype in an index's metadata, which transformers loads in where config.json states none; None without."""
+    metadata = read_json_object(index, MAX_INDEX_BYTES, allow_nan=False).get("metadata")
+    dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
+    return dtype if isinstance(dtype, str) else None
 
 
 def _shard_names(directory: Path, weight_map: dict[str, str], index_name: str) -> list[str]:

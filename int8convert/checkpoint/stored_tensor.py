@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -56,6 +56,7 @@ class StoredTensor:
         offset: bytes from the start of the file to the element at index 0, 0, ...
         strides: in elements, one a dimension; None for the ordinary contiguous row-major layout.
         storage: which storage of a pickle it views; tensors that share one may be tied. None in safetensors.
+        rank: its place in the order of a pickle's entries. 0 in safetensors, which loaders list by name.
     """
 
     name: str
@@ -64,6 +65,7 @@ class StoredTensor:
     offset: int
     strides: tuple[int, ...] | None = None
     storage: int | None = None
+    rank: int = field(default=0, compare=False)
 
     @property
     def n_elements(self) -> int:

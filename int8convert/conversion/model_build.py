@@ -46,28 +46,30 @@ class UntrustedCodeError(RefusedError):
 
 
 def build_model(
-    directory: str, tensors: list[CheckpointTensor], trusts_code: bool
+    directory: str, tensors: list[CheckpointTensor], trusts_code: bool, weights_dtype: str = "float32"
 ) -> tuple[Any, torch.dtype, list[str]]:
     """The model of the config in a directory, the dtype it loads in, and notes on how its class was found.
 
     Args:
         trusts_code: the checkpoint's own code may be run, where transformers has no class of the architecture's name.
+        weights_dtype: the dtype it loads in where its config has none, see `weights_dtype`.
 
     Raises:
         UntrustedCodeError: there is no other class than one in the checkpoint's own code.
-        RefusedError: that code has no such class, or raises; or the model is larger than the tensors could fill.
+        RefusedError: that code has no such class, or raises; or the model is larger than the tensors could fill; or
+            there is no such dtype.
         LookupError: there is no class at all.
     """
     stated = json.loads((Path(directory) / "config.json").read_bytes())
     try:
         check_layer_counts(stated)
-        return _build(directory, stated, tensors, trusts_code)
+        return _build(directory, stated, tensors, trusts_code, weights_dtype)
     except CorruptFileError as error:
         raise RefusedError(error.message, f"{error.hint}; nothing was written") from error
 
 
 def _build(
-    directory: str, stated: dict[str, Any], tensors: list[CheckpointTensor], trusts_code: bool
+    directory: str, stated: dict[str, Any], tensors: list[CheckpointTensor], trusts_code: bool, weights_dtype: str
 ) -> tuple[Any, torch.dtype, list[str]]:
     architecture = stated["architectures"][0]
     own_code = stated.get("auto_map")
@@ -83,7 +85,7 @@ def _build(
             )
         config = _read_config(directory, stated)
         model_class, notes = _class_of_transformers(config, architecture)
-    dtype = _load_dtype(config, tensors)
+    dtype = _load_dtype(config, weights_dtype)
     if not dtype.is_floating_point:
         raise RefusedError(f"'config.json' has the dtype {dtype}, expected a float such as float16", _FETCH_CONFIG)
     torch.set_default_dtype(dtype)
@@ -139,10 +141,14 @@ def _class_of_the_checkpoint(directory: str, architecture: str, own_code: Any) -
         ) from error
 
 
-def _load_dtype(config: Any, tensors: list[CheckpointTensor]) -> torch.dtype:
-    """The dtype `from_pretrained` loads the source in: the config's, else that of the first tensor of a float dtype."""
-    if config.dtype is not None:
-        dtype: torch.dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
-        return dtype
-    stored = (TORCH_DTYPE[tensor.dtype] for tensor in tensors if tensor.dtype in TORCH_DTYPE)
-    return next(stored, torch.float32)
+def _load_dtype(config: Any, weights_dtype: str) -> torch.dtype:
+    """The dtype `from_pretrained` loads the source in: the config's, else that of its weights."""
+    stated = weights_dtype if config.dtype is None else config.dtype
+    dtype: Any = getattr(torch, stated, None) if isinstance(stated, str) else stated
+    if config.dtype is None and dtype not in TORCH_DTYPE.values():
+        raise RefusedError(
+            f"the index of the weights gives as dtype {quoted(weights_dtype)}, expected one such as 'float16'",
+            "fetch the index again, or state the dtype in config.json; nothing was written",
+        )
+    found: torch.dtype = dtype
+    return found

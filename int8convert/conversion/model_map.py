@@ -60,6 +60,8 @@ class ModelNeeds:
     Attributes:
         n_parameters: elements of the model's parameters; tied ones count once, buffers do not count.
         missing: parameter or persistent buffer -> its shape; loaders would make them up.
+        defaulted: parameter or persistent buffer that is missing too, and that its class declares it can do without:
+            loaders leave it as the class makes it. Counters, tied parameters and rotary frequencies aside.
         counters: of the missing, buffers of positions and counts, which the class sets itself.
         unexpected: names of tensors the model has no use for, without those its class declares it may meet.
         mismatched: parameter -> the shape that the checkpoint gives, and the shape it has; None where the tensors it is
@@ -69,6 +71,7 @@ class ModelNeeds:
 
     n_parameters: int
     missing: dict[str, Shape]
+    defaulted: tuple[str, ...]
     counters: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: dict[str, tuple[Shape | None, Shape]]

@@ -20,6 +20,7 @@ from int8convert.checkpoint.atomic import write_json
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.fp8_scales import as_loaded
 from int8convert.conversion.model_map import ModuleFilter
+from int8convert.conversion.weights_dtype import dtype_of_weights
 
 MAX_MAPS = 100
 
@@ -39,6 +40,7 @@ class ModelMapCache:
             "code": [_sha256(path.read_bytes()) for path in _code()],
             "versions": [platform.python_version(), _version("torch"), _version("transformers")],
             "config": source.config,
+            "dtype": dtype_of_weights(source),
             "tensors": [
                 [s.path.name, t.name, t.dtype, t.shape, t.storage, t.offset, t.strides]
                 for s in source.shards

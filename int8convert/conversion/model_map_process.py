@@ -15,6 +15,7 @@ from int8convert.conversion.expert_layouts import ExpertLayout
 from int8convert.conversion.fp8_scales import as_loaded
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModelNeeds, ModuleFilter
 from int8convert.conversion.model_map_cache import ModelMapCache
+from int8convert.conversion.weights_dtype import dtype_of_weights
 from int8convert.conversion.worker_process import start_worker
 from int8convert.errors import ModelMapError, RemoteCodeError
 
@@ -93,6 +94,7 @@ def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str,
     places = tensor_places(source)
     return {
         "directory": str(source.directory),
+        "dtype": dtype_of_weights(source),
         "tensors": [[t.name, t.dtype, list(t.shape), places.get(t.name)] for t in as_loaded(source)],
         "skip": modules.skip,
         "only": modules.only,
@@ -133,6 +135,7 @@ def _needs(
     unexpected: list[str],
     mismatched: dict[str, Any],
     integers: dict[str, str],
+    defaulted: list[str],
 ) -> ModelNeeds:
     return ModelNeeds(
         n_parameters=n_parameters,
@@ -141,6 +144,7 @@ def _needs(
         unexpected=tuple(unexpected),
         mismatched={name: (found and tuple(found), tuple(has)) for name, (found, has) in mismatched.items()},
         integers=integers,
+        defaulted=tuple(defaulted),
     )
 
 
@@ -155,5 +159,5 @@ def _map_by_name_rules(source: CheckpointSource, modules: ModuleFilter, why: str
     from int8convert.conversion.name_rules import map_by_name
 
     architecture = source.config["architectures"][0]
-    dtype = source.config.get("dtype") or source.config.get("torch_dtype")
+    dtype = source.config.get("dtype") or source.config.get("torch_dtype") or dtype_of_weights(source)
     return map_by_name(as_loaded(source), modules, dtype, f"transformers cannot build {architecture} ({why[:200]})")

@@ -312,7 +312,7 @@ class TensorChoice:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     tensors = [CheckpointTensor(name, dtype, tuple(shape), place) for name, dtype, shape, place in request["tensors"]]
     try:
-        model, dtype, notes = build_model(request["directory"], tensors, request["trusts_code"])
+        model, dtype, notes = build_model(request["directory"], tensors, request["trusts_code"], request["dtype"])
     except RefusedError as error:
         return {"untrusted" if isinstance(error, UntrustedCodeError) else "refused": error.args}
     if request["output_format"] == OutputFormat.BITSANDBYTES and (replaced := replaced_by_loader(model)):

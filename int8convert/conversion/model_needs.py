@@ -28,6 +28,7 @@ COUNTERS = ("position_ids", "num_batches_tracked")
 """Buffers that older checkpoints lack and that do not matter: positions, and the number of batches seen in training."""
 
 
+_SAYING_NOTHING = (*COUNTERS, "inv_freq")
 _INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 
@@ -64,6 +65,7 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
             _arrive(model, needed, name, value[0] if isinstance(value, list) else value, info)
     model.mark_tied_weights_as_initialized(info)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    missing_before = info.missing_keys
     model._adjust_missing_and_unexpected_keys(info)
     mismatched: dict[str, tuple[Shape | None, Shape]] = {
         name: (found, wanted) for name, found, wanted in sorted(info.mismatched_keys)
@@ -74,6 +76,11 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
         integers=integers,
         n_parameters=n_parameters,
         missing=missing,
+        defaulted=tuple(
+            name
+            for name in sorted(missing_before - info.missing_keys, key=dot_natural_key)
+            if not name.endswith(_SAYING_NOTHING) and name not in model.all_tied_weights_keys
+        ),
         counters=tuple(name for name in missing if name.endswith(COUNTERS)),
         unexpected=tuple(sorted({key_of.get(name, name) for name in info.unexpected_keys}, key=dot_natural_key)),
         mismatched=mismatched,

@@ -12,7 +12,7 @@ from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.model_map import Action, MappedTensor, ModelMap, ModuleFilter
 
 QUANTIZABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-_CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MIN_FEATURES = 32
 """Below this, a matrix is a projection of some few numbers, and its int8 form saves nothing."""
 
@@ -59,7 +59,7 @@ def map_by_name(tensors: Sequence[StoredTensor], modules: ModuleFilter, dtype: s
             skipped.append(module_name)
     return ModelMap(
         model_class=None,
-        dtype=dtype or next((_CONFIG_DTYPE[t.dtype] for t in tensors if t.dtype in _CONFIG_DTYPE), "float32"),
+        dtype=dtype or next((CONFIG_DTYPE[t.dtype] for t in tensors if t.dtype in CONFIG_DTYPE), "float32"),
         tensors=mapped,
         skip_modules=tuple(sorted(skipped)),
         output_format=modules.output_format,

@@ -103,6 +103,11 @@ def needs_notes(model_map: ModelMap, source: CheckpointSource) -> Iterator[str]:
         yield f"{_first_of(lost)} in no weight file: loaders make up the values"
     if needs.counters:
         yield f"{_first_of(needs.counters)} in no weight file: {model_map.model_class} sets the values itself"
+    if needs.defaulted:
+        yield (
+            f"{_first_of(needs.defaulted)} in no weight file: {model_map.model_class} allows that, and loaders leave "
+            "the values that the class begins with"
+        )
     if source.index.absent and not lost:
         absent = list(source.index.absent)
         yield f"the index names {_first_of(absent, '')}, which no file holds: {model_map.model_class} does without"

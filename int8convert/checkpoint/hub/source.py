@@ -47,6 +47,7 @@ from int8convert.checkpoint.source import (
     SourceShard,
     found_file,
     open_directory,
+    read_index_dtype,
     read_weight_map,
     unfinished,
 )
@@ -151,6 +152,7 @@ def open_repository(
         has_adapter=ADAPTER_CONFIG in listing.root,
         index=differences,
         config_name=taken.config_name or CONFIG_NAME,
+        index_dtype=read_index_dtype(found_file(directory, taken.weights)) if taken.is_indexed else None,
     )
 
 

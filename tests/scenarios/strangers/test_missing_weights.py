@@ -209,6 +209,19 @@ def test_positions_that_the_class_sets_are_a_note(tmp_path: Path) -> None:
     assert load(tmp_path / "out").config.model_type == "mra"
 
 
+def test_a_learned_buffer_that_the_class_can_do_without_is_a_note(tmp_path: Path) -> None:
+    source = family_without("causal/axk1", "e_score_correction_bias", tmp_path / "source")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    plan = int8convert.plan(source)
+    assert plan.to_json()["missing"] == []
+    assert (
+        f"'{name}' is in no weight file: AXK1ForCausalLM allows that, and loaders leave the values that the class "
+        "begins with"
+    ) in plan.model_map.notes
+    convert(source, tmp_path / "out")
+    assert name in (tmp_path / "out" / "int8convert" / "manifest.json").read_text()
+
+
 def test_a_table_of_integers_that_was_learned_is_not(tmp_path: Path) -> None:
     source = family_without("causal/deepseek_v4", "tid2eid", tmp_path / "source")
     with pytest.raises(MissingWeightsError, match=r"^'model\.layers\.0\.mlp\.gate\.tid2eid'"):
