@@ -57,7 +57,7 @@ _TOKENIZER_FILES = tuple(sorted(_SAVED - {_GENERATION, _TEMPLATE}))
 
 
 def is_saved_by_others(name: str, originals: Collection[str]) -> bool:
-    """Return whether a file may be there though the source has it not; what it says is then compared.
+    """Return whether a file is allowed though the source does not have it. Its content is then compared.
 
     Args:
         originals: names of the source's small files.
@@ -109,7 +109,7 @@ class _Pair:
             yield Finding(name, "the source's content", "another")
 
     def compare_readings(self, directory: Path) -> Iterator[Finding]:
-        """Have both tokenizers read texts, where there are two and their files are not the same."""
+        """Compare how both tokenizers read texts, if there are two and their files differ."""
         both = {name: (self.examined.path_of(name), self.originals.get(name)) for name in _TOKENIZER_FILES}
         copies, originals = ([pair[i] for pair in both.values() if pair[i] is not None] for i in (0, 1))
         if copies and originals and any(map(_is_other, both.values())):

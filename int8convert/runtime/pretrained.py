@@ -205,7 +205,7 @@ def read_tokenizer(
     label: str = "",
     is_as_stated: bool = False,
 ) -> Any:
-    """The tokenizer of a checkpoint, which pads to the left: what follows a prompt follows its last token.
+    """Return the tokenizer of a checkpoint. It pads to the left, so that new tokens follow a prompt's last one.
 
     Args:
         is_as_stated: it pads as the checkpoint says, or not at all.
