@@ -107,7 +107,7 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
     except OSError as error:
         raise AdapterError(
             f"the adapter {quoted(str(path), 300)} cannot be read: {error.strerror}",
-            "see that you may read the directory and its disk is well; nothing was written",
+            "check that you may read the directory and that its disk works; nothing was written",
         ) from error
 
 

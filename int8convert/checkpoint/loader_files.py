@@ -159,7 +159,8 @@ def _no_weights(listing: Listing) -> SourceError:
         fetch = f"fetch it by `hf download {listing.label} --local-dir DIR`, " if listing.is_remote else ""
         return SourceError(
             f"{label} is a LoRA adapter and no model: it holds {ADAPTER_CONFIG} and no weights of a model",
-            f"{fetch}name the model it was trained on as SRC, and pass --lora {quoted(where, 200)}; {_NOTHING}",
+            f"{fetch}run `int8convert quantize MODEL OUT --lora {quoted(where, 200)}`; MODEL is the model it was "
+            f"trained on; {_NOTHING}",
         )
     inner = inner_model(listing)
     if inner is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -260,7 +261,7 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
         option = _OPTIONS.get(path[0], f"--{path[0].replace('_', '-')}")
         if path[1:]:
             return f"{option} was another: its {quoted(path[1])} differs"
-        return f"{option} was {_phrase(old)}, is now {_phrase(new)}"
+        return f"{_given(option, old)} then, {_given(option, new)} now"
     return f"{key} was {_phrase(old)}, is now {_phrase(new)}"
 
 
@@ -293,6 +294,18 @@ def _source_difference(path: list[str], old: Any, new: Any, before: Mapping[str,
     if path[2:] == ["mtime_ns"]:
         return f"{file} was changed since, by its time of change"
     return f"{file} holds other tensors now"
+
+
+def _given(option: str, value: Any) -> str:
+    """An option as on the command line, by the value that it led to."""
+    if value is None or value is False or value == []:
+        return f"no {option}"
+    if isinstance(value, dict):  # of an adapter's files
+        return f"{option} of another one"
+    if value is True:
+        return option
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{option} {shlex.quote(str(each))}" for each in values)[:200]
 
 
 def _place(source: Mapping[str, Any]) -> str:

@@ -183,14 +183,14 @@ def open_directory(directory: Path, label: str, ignores_adapter: bool = False) -
         where = f"{quoted(os.path.basename(error.filename))} in " if isinstance(error.filename, str) else ""
         raise SourceError(
             f"{where}{quoted(label, 300)} cannot be read: {error.strerror}",
-            "see that you may read the directory and its disk is well; nothing was written",
+            "check that you may read the directory and that its disk works; nothing was written",
         ) from error
 
 
 def _open_directory(directory: Path, label: str, ignores_adapter: bool) -> CheckpointSource:
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
-        raise SourceError(f"{quoted(label, 300)} is not a checkpoint directory: {found}", naming_hint(label, directory))
+        raise SourceError(f"{quoted(label, 300)} is not a checkpoint directory: {found}", naming_hint(label))
     listing = DirectoryListing(directory, label)
     if CONFIG_NAME not in listing.root and find_file(directory, REQUEST_FILE) is not None:
         raise unfinished(label)

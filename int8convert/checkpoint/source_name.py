@@ -29,16 +29,10 @@ def looks_like_repository(name: str) -> bool:
     return _REPOSITORY_NAME.fullmatch(name) is not None
 
 
-def naming_hint(label: str, path: Path) -> str:
+def naming_hint(label: str) -> str:
     """What to name in place of something that is no directory."""
     if address := _REPOSITORY_ADDRESS.fullmatch(label):
         revision = address["revision"]
         there = f"{address['name']}, with --revision {unquote(revision)}" if revision else address["name"]
-        return f"name it {there}; nothing was written"
-    hint = (
-        "give a directory with config.json and model*.safetensors or pytorch_model*.bin, or ORGANIZATION/NAME of a "
-        "repository on the Hub"
-    )
-    if re.fullmatch(_NAME_PART, label, re.ASCII) and not path.exists():
-        return f"{hint}, which has two parts, as openai-community/gpt2; nothing was written"
-    return f"{hint}; nothing was written"
+        return f"name it {there}"
+    return "give a checkpoint directory, or ORGANIZATION/NAME on the Hub, such as openai-community/gpt2"

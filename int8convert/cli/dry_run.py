@@ -149,7 +149,9 @@ def _print_sizes(conversion_plan: ConversionPlan) -> None:
 
 
 def _print_costs(costs: ConversionCosts, disk: DiskCosts, fetch: FetchCosts | None) -> None:
-    print_line(f"memory: at most about {format_bytes(costs.peak_memory_bytes)}")
+    has_peak = costs.peak_memory_bytes > costs.work_memory_bytes
+    peak = f" ({format_bytes(costs.peak_memory_bytes)} while transformers maps the model)" if has_peak else ""
+    print_line(f"memory: at most about {format_bytes(costs.work_memory_bytes)}{peak}")
     seconds = f"at least {format_seconds(costs.kernel_s)}" if costs.kernel_s >= 0.1 else "under 0.1 s"
     print_line(
         f"time: {seconds} of arithmetic on {costs.n_workers} threads"

@@ -55,7 +55,7 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in NEW.")] = False,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; notes are printed.")] = False,
 ) -> None:
     with reporting_errors(as_json, _INTERRUPTED):
         from int8convert.checkpoint.int8_config import Int8Format
@@ -64,10 +64,10 @@ def export(
 
         check_choice(format, Int8Format, "--format")
         check_choice(dequantize, DTYPES, "--dequantize")
-        try:
-            conversion.check_choice(format, dequantize, max_shard_size)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        if format and dequantize:
+            raise UsageError("give --format or --dequantize, not both")
+        if not (format or dequantize or max_shard_size):
+            raise UsageError("give --format, --dequantize or --max-shard-size")
 
         def show(event: ShardExported) -> None:
             if not (quiet or as_json):
@@ -85,10 +85,10 @@ def export(
         if as_json:
             print_json(report.to_json())
         else:
-            _print_report(report, quiet)
+            _print_report(report)
 
 
-def _print_report(report: ExportReport, quiet: bool) -> None:
+def _print_report(report: ExportReport) -> None:
     print_line(
         f": {report.n_int8_weights} int8 weights of {report.source_format} as {report.format or report.dtype}",
         head=report.out,
@@ -97,8 +97,6 @@ def _print_report(report: ExportReport, quiet: bool) -> None:
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
         f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)}"
     )
-    if quiet:
-        return
     for text in report.notes:
         note(text)
     if report.n_changed_scales:

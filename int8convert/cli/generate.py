@@ -119,8 +119,8 @@ def generate(
             for text in report.texts:
                 output.write(f"{text}\n")
     if not quiet and not as_json:
-        if temperature == 0 and (top_p < 1 or top_k > 0):
-            note("--top-p and --top-k change nothing at --temperature 0, which draws nothing")
+        if temperature == 0 and (seed is not None or top_p < 1 or top_k > 0):
+            note("--seed, --top-p and --top-k change nothing at --temperature 0, which draws nothing")
         _print_notes(report, max_new_tokens)
 
 

@@ -18,7 +18,7 @@ from int8convert.cli.console import (
     quieting_hub,
     reporting_errors,
 )
-from int8convert.cli.options import AsJson, check_named
+from int8convert.cli.options import AsJson, check_named, check_remote
 
 HELP = """Show what is in a checkpoint, source or output: tensors, dtypes, how much of it is int8.
 
@@ -45,6 +45,8 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
+    if revision is not None:
+        check_remote("--revision", path, "PATH")
     with reporting_errors(as_json, "nothing is changed by inspect", writes=False), quieting_hub():
         from int8convert.checkpoint.inspection import inspect as run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +37,22 @@ def check_choice(value: str | None, choices: Iterable[str], option: str | None =
     *others, last = choices
     if value is not None and value not in (*others, last):
         raise typer.BadParameter(f"it is {', '.join(others)} or {last}, not {value!r}", param_hint=option)
+
+
+def given_options(context: typer.Context) -> list[str]:
+    """Names of the parameters on the command line; a variable of the environment may be of no concern to a command."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def check_remote(option: str, path: str, what: str) -> None:
+    """Refuse an option of a repository on the Hub where a directory is named.
+
+    Args:
+        what: the argument that `path` is, as the help has it.
+    """
+    if Path(path).exists():
+        raise UsageError(f"{option} applies to {what} on the Hub only; {path!r} is a local path")
 
 
 def check_size(size: str | None) -> str | None:

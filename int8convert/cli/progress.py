@@ -83,13 +83,20 @@ def showing_progress(quiet: bool, as_json: bool, check: bool) -> Iterator[EventS
         check: whether finished shards are compared with their sha256.
     """
     done = f"is done from an earlier run{', sha256 checked' if check else ''}"
-    if quiet or as_json:
+    if as_json:
         yield lambda _event: None
+    elif quiet:
+        yield _print_notes
     elif wants_live_display(quiet, as_json):
         with _live_progress(done) as sink:
             yield sink
     else:
         yield _plain_progress(done)
+
+
+def _print_notes(event: Event) -> None:
+    for text in notes_of(event):
+        note(text)
 
 
 def _announce(plan: ConversionPlan) -> None:
@@ -105,8 +112,7 @@ def _plain_progress(done: str) -> EventSink:
 
     def on_event(event: Event) -> None:
         counter.add(event)
-        for text in notes_of(event):
-            note(text)
+        _print_notes(event)
         match event:
             case PlanMade(plan):
                 _announce(plan)
@@ -136,8 +142,7 @@ def _live_progress(done: str) -> Iterator[EventSink]:
 
     def on_event(event: Event) -> None:
         counter.add(event)
-        for text in notes_of(event):
-            note(text)
+        _print_notes(event)
         match event:
             case PlanMade(plan):
                 _announce(plan)

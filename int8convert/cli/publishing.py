@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from int8convert.checkpoint.source_name import is_repository_name
 from int8convert.cli.console import format_bytes, note, print_line, stderr
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def published(publishing: Publishing) -> dict[str, Any]:
     return {"url": publisher.url, "commit": publisher.commit, "keeps_card": publisher.keeps_card}
 
 
-def print_published(repository: str, there: dict[str, Any]) -> None:
-    """`there` is what `published` gives."""
+def print_published(repository: str, there: dict[str, Any], src: str) -> None:
+    """Tell where the shards of SRC went; `there` is what `published` gives."""
     print_line(f"commit: {there['commit']}; all shards compared by hash")
     if there["keeps_card"]:
         note(f"{repository} has a README.md not written by int8convert: it is kept; --overwrite replaces it")
-    note(f"not verified: int8convert verify {repository} --level exact compares it with its source, both there")
+    where = "" if is_repository_name(src) else " on a machine that has the source"
+    note(f"not verified yet: run `int8convert verify {repository} --level exact`{where}")

@@ -27,7 +27,9 @@ from int8convert.cli.options import (
     check_choice,
     check_device,
     check_named,
+    check_remote,
     check_size,
+    given_options,
 )
 from int8convert.cli.publishing import make_publishing, print_published, published
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
@@ -35,10 +37,10 @@ from int8convert.evaluation.texts import reusable_file
 
 HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
 
-SRC is a directory with config.json and weights as safetensors or pytorch_model*.bin, which is only read; or the name
-of a repository on the Hub, whose weights are read shard by shard without keeping them. OUT gets int8 weights with their
-scales, everything else unchanged, and the small files that belong to a checkpoint. Interrupted, killed or out of disk:
-the same command resumes after the finished shards.
+SRC is a directory with config.json and weights as safetensors or pytorch_model*.bin, whose files are only read; or the
+name of a repository on the Hub, whose weights are read shard by shard without keeping them. OUT gets int8 weights with
+their scales, everything else unchanged, and the small files that belong to a checkpoint. Interrupted, killed or out of
+disk: the same command resumes after the finished shards.
 
 \b
 Examples:
@@ -200,7 +202,7 @@ def quantize(
     check: Annotated[bool, typer.Option("--check", help="When resuming, check finished shards by sha256.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone.")] = False,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; notes are printed.")] = False,
 ) -> None:
     if no_xet:
         os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which it is not yet
@@ -261,21 +263,14 @@ def quantize(
             return
         print_report(report, there["url"] if there else report.out)
         if upload is not None and there is not None:
-            print_published(upload, there)
+            print_published(upload, there, src)
         if stored is not None:
             print_stored(stored)
 
 
 def _check_combination(context: typer.Context, src: str) -> None:
-    """Refuse options that contradict each other or have no effect.
-
-    Environment variables are exempt: they are set for all commands.
-    """
-    given = {
-        name
-        for name in context.params
-        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    }
+    """Refuse options that contradict each other or have no effect."""
+    given = set(given_options(context))
     if not given & {"out", "upload", "dry_run"}:
         raise UsageError("OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO")
     needs = {"keep": "upload", "max_disk": "upload", "private": "upload", "bandwidth": "dry_run"}
@@ -288,8 +283,8 @@ def _check_combination(context: typer.Context, src: str) -> None:
     if {"upload", "calibrate"} <= given:
         raise UsageError("--calibrate stores columns after the last shard: convert with it, then int8convert upload")
     for name in ("revision", "reader", "cache_dir", "bandwidth"):
-        if name in given and Path(src).exists():
-            raise UsageError(f"{_option(name)} applies to Hub sources only; {src!r} is a local path")
+        if name in given:
+            check_remote(_option(name), src, "SRC")
 
 
 def _option(parameter: str) -> str:

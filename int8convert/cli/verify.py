@@ -21,7 +21,15 @@ from int8convert.cli.console import (
     stderr,
     wants_live_display,
 )
-from int8convert.cli.options import AsJson, check_choice, check_device, check_named
+from int8convert.cli.options import (
+    AsJson,
+    UsageError,
+    check_choice,
+    check_device,
+    check_named,
+    check_remote,
+    given_options,
+)
 from int8convert.evaluation.texts import reusable_file
 
 if TYPE_CHECKING:
@@ -47,6 +55,13 @@ FAILED = 3
 
 _INTERRUPTED = "nothing was written; a verify.json that was there is still there"
 _LEVELS = ("exact", "fidelity", "tasks")
+_OF_TASKS = ("tasks", "tasks_path", "task_limit", "min_task_p")
+_OF_MODELS = (
+    *("text", "dataset", "max_dnll", "max_kl", "sequences", "length", "convention", "thresholds", "compare_methods"),
+    "stream",
+)
+"""Options of the levels "tasks", and "fidelity" and above."""
+
 _DATASETS = ("wikitext2", "c4")
 _CONVENTIONS = ("spread", "contiguous", "strided", "halves")
 
@@ -63,6 +78,7 @@ def _numbers(value: str | None) -> tuple[float, ...]:
 
 
 def verify(
+    context: typer.Context,
     out: Annotated[
         str,
         typer.Argument(
@@ -156,16 +172,21 @@ def verify(
         Path | None, typer.Option(metavar="DIR", help="Also write the pictures, as PNG and SVG.")
     ] = None,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, and no notes but those on the verdict.")
+    ] = False,
 ) -> None:
     check_choice(level, _LEVELS, "--level")
+    _check_effect(context, level)
+    if revision is not None:
+        check_remote("--revision", out, "OUT")
     check_choice(dataset, _DATASETS, "--dataset")
     check_choice(convention, _CONVENTIONS, "--convention")
     swept = _numbers(thresholds)
     if text is not None and dataset is not None:
         raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
-    if compare_methods and (stream or level == "exact"):
-        raise typer.BadParameter("needs the source in memory, and a model that is run", param_hint="--compare-methods")
+    if compare_methods and stream:
+        raise typer.BadParameter("needs the source in memory", param_hint="--compare-methods")
     with (
         reporting_errors(as_json, _INTERRUPTED),
         quieting_hub(),
@@ -238,6 +259,16 @@ def verify(
                     note(f"written: {path}")
         if not report.is_passed:
             raise typer.Exit(FAILED)
+
+
+def _check_effect(context: typer.Context, level: str) -> None:
+    """Refuse options that a lower level than theirs does nothing with."""
+    for name in given_options(context):
+        option = f"--{name.replace('_', '-')}"
+        if name in _OF_TASKS and level != "tasks":
+            raise UsageError(f"{option} has no effect at --level {level}: it needs --level tasks")
+        if name in _OF_MODELS and level == "exact":
+            raise UsageError(f"{option} has no effect at --level exact, which runs no model")
 
 
 def _write_pages(

@@ -58,7 +58,7 @@ def reading(file_name: str) -> Iterator[None]:
     except OSError as error:
         raise SourceError(
             f"'{file_name}' of the source cannot be read: {error.strerror}",
-            "see that the source is still there and its disk is well, and rerun the same command",
+            "check that you may read the source and that its disk works, then rerun the same command",
         ) from error
 
 

@@ -46,41 +46,55 @@ def check_coverage(plan: ConversionPlan, min_coverage: float | None) -> None:
         CoverageError: too little becomes int8; the message says what stays and why.
     """
     if not plan.n_int8_parameters:
-        raise CoverageError("none of the parameters would become int8", _hint(plan, None))
+        raise CoverageError(_with_reasons("none of the parameters would become int8", plan), _hint(plan, None))
     if min_coverage is not None:
         if plan.coverage < min_coverage:
             raise CoverageError(
-                f"only {100 * plan.coverage:.1f} % of the parameters would become int8, "
-                f"at least {100 * min_coverage:g} % are asked for",
+                _with_reasons(
+                    f"only {100 * plan.coverage:.1f} % of the parameters would become int8; --min-coverage asks for "
+                    f"{100 * min_coverage:g} %",
+                    plan,
+                ),
                 _hint(plan, plan.coverage),
             )
         return
     share = linear_share(plan)
     if share < MIN_LINEAR_SHARE:
         raise CoverageError(
-            f"only {100 * share:.1f} % of the Linear weights would become int8, expected at least "
-            f"{100 * MIN_LINEAR_SHARE:g} %",
+            _with_reasons(
+                f"only {100 * share:.1f} % of the Linear weights would become int8, expected at least "
+                f"{100 * MIN_LINEAR_SHARE:g} %",
+                plan,
+            ),
             _hint(plan, plan.coverage),
         )
     if plan.model_map.model_class is None and plan.coverage < LOW_COVERAGE:
         raise CoverageError(
-            f"the model's class is unknown, and by their names only {100 * plan.coverage:.1f} % of the parameters "
-            f"would become int8, expected at least {100 * LOW_COVERAGE:g} %",
+            _with_reasons(
+                f"the model's class is unknown, and by their names only {100 * plan.coverage:.1f} % of the parameters "
+                f"would become int8, expected at least {100 * LOW_COVERAGE:g} %",
+                plan,
+            ),
             _hint(plan, plan.coverage),
         )
 
 
 def _reasons(plan: ConversionPlan) -> str:
-    """Return the reasons that keep the most parameters."""
-    return "; ".join(
-        f"{reason}: {100 * n / max(1, plan.n_parameters):.0f} %"
-        for reason, (_, n) in list(plan.kept_by_reason().items())[:3]
-    )
+    """The reasons that keep the most parameters, but for those that keep next to none."""
+    shares = ((reason, round(100 * n / max(1, plan.n_parameters))) for reason, (_, n) in plan.kept_by_reason().items())
+    return ", ".join([f"{reason} {share} %" for reason, share in shares if share][:3])
+
+
+def _with_reasons(message: str, plan: ConversionPlan) -> str:
+    reasons = _reasons(plan)
+    return f"{message} (16-bit: {reasons})" if reasons else message
 
 
 def _hint(plan: ConversionPlan, passing: float | None) -> str:
-    """Return what stays and why, and what lets more become int8 or lets the plan pass."""
-    lets_pass = f", --min-coverage {math.floor(100 * passing)} lets it pass" if passing is not None else ""
-    is_held = any("bitsandbytes loader" in reason for reason in plan.kept_by_reason())
-    other = "; --format compressed-tensors holds such modules as int8" if is_held else ""
-    return f"what stays 16-bit: {_reasons(plan)}; --dry-run lists it{lets_pass}{other}; nothing was written"
+    """What lets more become int8, or lets the plan pass."""
+    ways = []
+    if any("bitsandbytes loader" in reason for reason in plan.kept_by_reason()):
+        ways.append("pass --format compressed-tensors, which holds such modules as int8")
+    if passing is not None:
+        ways.append(f"pass --min-coverage {math.floor(100 * passing)} to accept it")
+    return f"{', or '.join(ways) or 'name a checkpoint with Linear weights'}; nothing was written"

@@ -42,6 +42,7 @@ class ConversionCosts:
     """An estimate.
 
     peak_memory_bytes: resident set of all processes together, without the page cache.
+    work_memory_bytes: the same once transformers has mapped the model, which it does in the first seconds.
     kernel_s: seconds of arithmetic on `n_workers` threads, and of copies to and from a CUDA device; a lower bound,
         reading and writing come on top.
     """
@@ -50,6 +51,7 @@ class ConversionCosts:
     peak_memory_bytes: int
     kernel_s: float
     device: str
+    work_memory_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,9 +65,10 @@ def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) ->
     largest_block = max(
         (largest_block_bytes(tensor.source) for tensor in plan.tensors if _is_in_rows(tensor)), default=BLOCK_BYTES
     )
-    memory = base_bytes + max(MODEL_MAP_BYTES, n_workers * 3 * largest_block)
+    block_bytes = n_workers * 3 * largest_block
+    peak_bytes, work_bytes = base_bytes + max(MODEL_MAP_BYTES, block_bytes), base_bytes + block_bytes
     int8_bytes = sum(tensor.source.n_bytes for tensor in plan.tensors if tensor.is_quantized)
-    return ConversionCosts(n_workers, memory, int8_bytes / bytes_per_s / n_workers, device.name)
+    return ConversionCosts(n_workers, peak_bytes, int8_bytes / bytes_per_s / n_workers, device.name, work_bytes)
 
 
 @dataclass(frozen=True, slots=True)

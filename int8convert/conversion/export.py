@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
@@ -24,6 +25,7 @@ from int8convert.checkpoint.manifest import ShardRecord, describe_source
 from int8convert.checkpoint.quantization_config import build_index
 from int8convert.checkpoint.safetensors_file import METADATA_NAME
 from int8convert.checkpoint.source import open_source
+from int8convert.checkpoint.source_name import is_repository_name
 from int8convert.checkpoint.writer import ShardWriter
 from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_export_plan
 from int8convert.conversion.export_tensors import ItemWriter, Target
@@ -105,12 +107,13 @@ def export(
     began = time.perf_counter()
     check_choice(format, dequantize, max_shard_size)
     max_shard_bytes = parse_size(max_shard_size)
-    source = open_source(src)
-    if source.commit is not None:  # whose shards would be read by range, which has no hash
+    if is_repository_name(src):  # its shards would be read by range, which has no hash
         raise SourceError(
-            f"{quoted(source.label)} is a repository on the Hub, and export takes directories",
-            f"fetch it, by `hf download {source.label} --local-dir DIR`, and name DIR; nothing was written",
+            f"no directory {quoted(str(src), 200)} is here, and export takes directories, not repositories on the Hub",
+            f"fetch the repository by `hf download {src} --local-dir DIR`, and name DIR; nothing was written",
         )
+    source = open_source(src)
+    _check_outside(Path(out), source.directory)
     checkpoint = open_int8_checkpoint(source)
     wanted = Int8Format(format) if format else None if dequantize else checkpoint.format
     plan = make_export_plan(
@@ -158,6 +161,15 @@ def check_choice(format: str | None, dequantize: str | None, max_shard_size: int
         raise ValueError("format and dequantize exclude each other: one is of int8 weights, the other has none")
     if format is None and dequantize is None and max_shard_size is None:
         raise ValueError("nothing to change: give a format, dequantize or max_shard_size")
+
+
+def _check_outside(new: Path, out: Path) -> None:
+    """Refuse to write into the checkpoint that is read: `verify` would find files there that are none of its own."""
+    if any(folder.exists() and folder.samefile(out) for folder in new.resolve().parents):
+        raise OutputError(
+            f"NEW {quoted(str(new), 200)} lies inside OUT {quoted(str(out), 200)}",
+            "name a directory outside OUT; nothing was written",
+        )
 
 
 @contextmanager

@@ -299,7 +299,7 @@ class SourceReaders:
         except OSError as error:
             raise SourceError(
                 f"{quoted(shard.path.name)} of the source cannot be read: {error.strerror}",
-                "see that the source is still there and its disk is well, and rerun the same command",
+                "check that you may read the source and that its disk works, then rerun the same command",
             ) from error
 
     def read_all(self, tensor: PlacedTensor) -> npt.NDArray[np.uint8]:

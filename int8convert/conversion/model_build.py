@@ -84,7 +84,7 @@ def _build(
                 "read that code, then pass --trust-remote-code to have it run; nothing was written",
             )
         config = _read_config(directory, stated)
-        model_class, notes = _class_of_transformers(config, architecture)
+        model_class, notes = _class_of_transformers(config, architecture, has_code=bool(own_code))
     dtype = _load_dtype(config, weights_dtype)
     if not dtype.is_floating_point:
         raise RefusedError(f"'config.json' has the dtype {dtype}, expected a float such as float16", _FETCH_CONFIG)
@@ -111,14 +111,17 @@ def _read_config(directory: str, stated: dict[str, Any]) -> Any:
         raise (error.__cause__ or error) from None
 
 
-def _class_of_transformers(config: Any, architecture: str) -> tuple[Any, list[str]]:
+def _class_of_transformers(config: Any, architecture: str, has_code: bool) -> tuple[Any, list[str]]:
     model_class = getattr(transformers, architecture, None)
     if model_class is not None:
         return model_class, []
     model_class = next((classes[type(config)] for classes in _AUTO_MAPPINGS.values() if type(config) in classes), None)
     if model_class is None:
         raise LookupError(f"no class for {architecture}")
-    return model_class, [f"config.json names {architecture}, unknown to transformers: read as {model_class.__name__}"]
+    note = f"config.json names {architecture}, unknown to transformers: read as {model_class.__name__}"
+    if has_code:
+        note += "; the checkpoint's own code (auto_map) was not run, and the two may differ"
+    return model_class, [note]
 
 
 def _class_of_the_checkpoint(directory: str, architecture: str, own_code: Any) -> tuple[Any, Any]:

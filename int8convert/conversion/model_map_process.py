@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from textwrap import shorten
 from typing import Any
 
+from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.expert_layouts import ExpertLayout
 from int8convert.conversion.fp8_scales import as_loaded
@@ -155,9 +157,16 @@ def _mapped_tensor(
     return MappedTensor(Action(action), reason, output_name, output_dtype, layout)
 
 
+def _why(architecture: str, model_type: Any, complaint: str) -> str:
+    """Why there is no class, in our words where that is known: the library's name ways out that are none here."""
+    if "does not recognize this architecture" in complaint and isinstance(model_type, str):
+        return f"transformers does not know the model type {quoted(model_type, 60)}"
+    return f"transformers cannot build {architecture} ({shorten(complaint, 200, placeholder=' ...')})"
+
+
 def _map_by_name_rules(source: CheckpointSource, modules: ModuleFilter, why: str) -> ModelMap:
     from int8convert.conversion.name_rules import map_by_name
 
     architecture = source.config["architectures"][0]
     dtype = source.config.get("dtype") or source.config.get("torch_dtype") or dtype_of_weights(source)
-    return map_by_name(as_loaded(source), modules, dtype, f"transformers cannot build {architecture} ({why[:200]})")
+    return map_by_name(as_loaded(source), modules, dtype, _why(architecture, source.config.get("model_type"), why))

@@ -63,7 +63,7 @@ def map_by_name(tensors: Sequence[StoredTensor], modules: ModuleFilter, dtype: s
         tensors=mapped,
         skip_modules=tuple(sorted(skipped)),
         output_format=modules.output_format,
-        notes=(f"{why}: Linear weights were chosen by name and shape; check the list with --dry-run",),
+        notes=(f"{why}: Linear weights were chosen by name and shape; check the plan before converting",),
     )
 
 

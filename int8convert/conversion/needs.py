@@ -12,7 +12,7 @@ from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.module_pattern import is_allowed
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.model_map import ModelMap, ModelNeeds
-from int8convert.errors import CorruptFileError, MissingWeightsError
+from int8convert.errors import CorruptFileError, MissingWeightsError, PatternError
 
 
 def made_up(model_map: ModelMap) -> list[str]:
@@ -31,15 +31,26 @@ def check_needs(model_map: ModelMap, source: CheckpointSource, allow_missing: Se
         CorruptFileError: a parameter has another shape than the model's, which no loader takes, or is stored as
             integers, which stand for other values if they are codes.
         MissingWeightsError: a parameter is in no file, and no pattern allows that.
+        PatternError: a pattern matches no tensor that is missing: most likely a typing error.
     """
     needs = model_map.needs
     if needs is not None and needs.mismatched:
         raise CorruptFileError(*_mismatch(model_map, needs))
     if needs is not None and needs.integers:
         raise CorruptFileError(*_integers(model_map, needs))
+    for pattern in allow_missing if needs is not None else ():
+        if needs is not None and not any(is_allowed(name, [pattern]) for name in needs.missing):
+            raise PatternError(f"--allow-missing {pattern!r} matches no tensor that the source lacks", _lacking(needs))
     lost = [name for name in made_up(model_map) if not is_allowed(name, allow_missing)]
     if needs is not None and lost:
         raise MissingWeightsError(*_missing(model_map, needs, source, lost))
+
+
+def _lacking(needs: ModelNeeds) -> str:
+    """The hint for a pattern that matches none of the missing tensors."""
+    if not needs.missing:
+        return "leave --allow-missing out: the source lacks no tensor; nothing was written"
+    return f"it lacks {', '.join(map(quoted, list(needs.missing)[:3]))}; name one of these; nothing was written"
 
 
 def _mismatch(model_map: ModelMap, needs: ModelNeeds) -> tuple[str, str]:

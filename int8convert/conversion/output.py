@@ -132,7 +132,7 @@ class OutputDirectory:
         kind = "a conversion" if self.is_complete else "an unfinished conversion"
         raise OutputError(
             f"OUT '{self.path}' holds {kind} that differs: {first_difference(there, self._request)}",
-            "name another directory, or pass --overwrite to begin anew; nothing was written",
+            "name another directory, or pass --overwrite to replace it; nothing was written",
         )
 
     def _is_leftover(self, entry: Path) -> bool:

@@ -149,10 +149,10 @@ class TensorQuantization:
         outside = ~(np.abs(values) <= FP16_MAX)
         module_name = self._tensor.output_name.removesuffix(".weight")
         raise NonFiniteWeightError(
-            f"{self._tensor.source.name!r} in '{self.file_name}' holds {values[outside][0]} at row {begin + row:,}, "
-            f"column {int(np.argmax(outside)):,}{self._count_outside()}: "
-            f"no int8 form, or none that computes in fp16, whose largest number is {FP16_MAX:,.0f}",
-            f"mend the checkpoint, or keep such modules 16-bit with --on-nonfinite keep or --skip '{module_name}'",
+            f"{self._tensor.source.name!r} in '{self.file_name}' holds {_shown(values[outside][0])} at row "
+            f"{begin + row:,}, column {int(np.argmax(outside)):,}{self._count_outside()}; "
+            f"int8 rows need finite values up to {FP16_MAX:,.0f}",
+            "pass --on-nonfinite keep to leave such modules 16-bit, or fetch the checkpoint again",
             module_name,
         )
 
@@ -166,7 +166,7 @@ class TensorQuantization:
         for begin, end in self.blocks():
             values = widen(self._rows.values(self.read(begin, end, scratch), begin, end), self._rows.dtype)
             count += int(np.count_nonzero(~(np.abs(values) <= FP16_MAX)))
-        return f" (one of {count:,} such)"
+        return f" ({count:,} such value{'s' if count != 1 else ''})"
 
     @property
     def file_name(self) -> str:
@@ -181,6 +181,10 @@ class TensorQuantization:
         sqnr_db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
         n_zero_rows = int(np.count_nonzero(self._absmax == 0))
         return TensorQuantized(self._tensor, sqnr_db, float(self._absmax.min()), float(self._absmax.max()), n_zero_rows)
+
+
+def _shown(value: Any) -> str:
+    return "NaN" if np.isnan(value) else "infinity" if value == np.inf else f"{value:g}"
 
 
 TensorTask = TensorCopy | TensorQuantization

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from int8convert.checkpoint.json_file import read_own_json
 from int8convert.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, VERIFY_FILE, find_file, quoted
 from int8convert.checkpoint.stored_tensor import is_size
+from int8convert.checkpoint.verify_command import gate_options, task_options, text_options
 from int8convert.evaluation.gates import Gates
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ cleared with another."""
 
 _MAX_LINES = 10
 _TEXT_ENTRIES = ("name", "sha256", "dataset", "is_default", "n_sequences", "length", "convention")
-_USUAL = Gates()
-_GATE_OPTIONS = (("max_dnll", "--max-dnll"), ("max_kl", "--max-kl"), ("min_task_p", "--min-task-p"))
 
 
 class Status(StrEnum):
@@ -82,20 +81,12 @@ class EarlierFailure:
 
     def command(self, out: str) -> str:
         """Return the command that clears the failure once it passes."""
-        words = ["int8convert", "verify", out]
-        if self.level == "tasks":
-            names = dict.fromkeys(name.partition(" ")[0] for name in self.measured)
-            words += ["--level", "tasks", "--tasks", ",".join(names)]
+        has_tasks = self.level == "tasks"
+        if has_tasks:
+            words = task_options(name.partition(" ")[0] for name in self.measured)
         else:
-            if self.text.get("dataset"):
-                words += ["--dataset", str(self.text["dataset"])]
-            elif not self.text.get("is_default"):
-                words += ["--text", str(self.text.get("name"))]
-            words += ["--sequences", str(self.text.get("n_sequences")), "--length", str(self.text.get("length"))]
-        for name, option in _GATE_OPTIONS:
-            if getattr(self.gates, name) != getattr(_USUAL, name):
-                words += [option, f"{getattr(self.gates, name):g}"]
-        return shlex.join(words)
+            words = text_options(self.text, str(self.text.get("name")))
+        return shlex.join(["int8convert", "verify", out, *words, *gate_options(asdict(self.gates), has_tasks)])
 
 
 def read_earlier(out: Path) -> dict[str, Any]:

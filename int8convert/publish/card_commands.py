@@ -8,6 +8,7 @@ from typing import Any
 
 from int8convert.checkpoint.int8_config import Int8Format
 from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.verify_command import gate_options, task_options, text_options
 from int8convert.publish.card_source import source_repository
 from int8convert.publish.card_stored_columns import read_stored_columns
 from int8convert.publish.card_text import code, plain
@@ -15,7 +16,6 @@ from int8convert.publish.finished import FinishedOutput
 
 _MAX_COMMAND = 10_000
 _FILE_NAME = re.compile(r"\w[\w. -]{0,99}", re.ASCII)
-_USUAL_GATES = (("max_dnll", 0.01, "--max-dnll"), ("max_kl", 0.01, "--max-kl"), ("min_task_p", 0.001, "--min-task-p"))
 
 
 def reproduce(output: FinishedOutput, repository: str) -> str:
@@ -95,20 +95,11 @@ def _verify(output: FinishedOutput, measured: list[str]) -> list[str]:
     text = verify.get("text") if verify is not None else None
     if verify is None or not isinstance(text, dict):
         return [*words, "--level", "exact"] if verify is not None or _options(output).get("lora") else words
-    dataset = text.get("dataset")
-    if dataset:
-        words += ["--dataset", str(dataset)]
-    elif not text.get("is_default"):
-        words += ["--text", _text_name(text)]
-    words += ["--sequences", str(text.get("n_sequences")), "--length", str(text.get("length"))]
+    words += text_options(text, _text_name(text))
     cut = str(text.get("convention")).partition(":")[0]
-    if cut.isalpha() and cut != ("contiguous" if dataset else "spread"):
+    if cut.isalpha() and cut != ("contiguous" if text.get("dataset") else "spread"):
         words += ["--convention", cut]
     tasks = {str(task.get("task")): None for task in verify.get("tasks") or [] if isinstance(task, dict)}
     if tasks:
-        words += ["--level", "tasks", "--tasks", ",".join(tasks)]
-    gates = verify.get("gates") or {}
-    for key, usual, flag in _USUAL_GATES:
-        if gates.get(key, usual) != usual:
-            words += [flag, f"{gates[key]:g}"]
-    return words
+        words += task_options(tasks)
+    return words + gate_options(verify.get("gates") or {}, bool(tasks))

@@ -31,6 +31,7 @@ from int8convert.checkpoint.present_files import PresentFiles, find_present
 from int8convert.checkpoint.recorded_request import read_recorded_request
 from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
+from int8convert.publish.recorded_failure import clearing_command
 from int8convert.publish.recorded_report import read_recorded_report
 
 _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
@@ -39,7 +40,7 @@ _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
 _OF_EVERY_OUTPUT = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE})
 _MAX_FAILURES = 3
 
-NEVER_VERIFIED = "it was not verified"
+NEVER_VERIFIED = "not verified yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,9 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
         )
     present = find_present(path)
     for name, why in present.refused.items():
-        raise OutputError(f"{quoted(name)} in {shown} is {why}", "remove it; nothing was sent")
+        is_needed = why.startswith("a link") and "folder" not in why and not is_inert(name) and "/" not in name
+        way_out = "replace the link with a copy of the file" if is_needed else "remove it"
+        raise OutputError(f"{quoted(name)} in {shown} is {why}", f"{way_out}; nothing was sent")
     try:
         read_recorded_request(path)
     except CorruptFileError as error:
@@ -228,11 +231,12 @@ def check_verified(output: FinishedOutput) -> None:
     """
     if not output.unverified:
         return
-    hint = f"run int8convert verify {output.path}, or pass --allow-unverified, which the model card will tell"
+    command = clearing_command(output.path)
+    hint = f"run `{command}`, or pass --allow-unverified; the model card then says so"
     if output.is_damaged:  # which `check_shards` would refuse all the same
-        hint = f"remove what is named, run the same quantize again, and int8convert verify {output.path}"
+        hint = f"remove what is named, run the same quantize again, then `{command}`"
     raise UnverifiedError(
-        f"{quoted(str(output.path), 200)} is not to be published: {output.unverified}",
+        f"{quoted(str(output.path), 200)} cannot be published: {output.unverified}",
         f"{hint}; nothing was sent",
     )
 

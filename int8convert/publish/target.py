@@ -102,9 +102,9 @@ class Target:
         except HubMissingError:
             return None
         if self.is_private is not None and found.is_private != self.is_private:
-            asked, there = ("private", "public") if self.is_private else ("public", "private")
+            asked, there = ("--private", "public") if self.is_private else ("--public", "private")
             raise HubAccessError(
-                f"{quoted(self.name)} is there and {there}, asked for is a {asked} one",
+                f"{quoted(self.name)} exists and is {there}, but {asked} was given",
                 f"change that at {endpoint()}/{self.name}/settings, or leave the option out; nothing was sent",
             )
         return found
@@ -132,22 +132,31 @@ class Target:
 
         return get_token() is not None
 
+    def check_online(self, why: str) -> None:
+        """See that the user allows the network.
+
+        Args:
+            why: what it is needed for, as a clause.
+
+        Raises:
+            HubConnectionError: HF_HUB_OFFLINE is set.
+        """
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            raise HubConnectionError(f"HF_HUB_OFFLINE is set; {why}", "unset HF_HUB_OFFLINE; nothing was sent")
+
     def check_access(self) -> None:
         """See, without asking the Hub, that there is a network and a token.
 
         Raises:
             HubError: there is not.
         """
-        from huggingface_hub import constants
-
-        if constants.HF_HUB_OFFLINE:
-            raise HubConnectionError(
-                "HF_HUB_OFFLINE is set, and what is sent goes over the network", "unset it; nothing was sent"
-            )
+        self.check_online("what is sent goes over the network")
         if not self.has_token:
             owner = self.name.partition("/")[0]
             raise HubAccessError(
-                f"no token is set, and {quoted(self.name)} is not to be written to without one",
+                f"no token is set; writing to {quoted(self.name)} needs one",
                 f"log in by `hf auth login`, or set HF_TOKEN to one that may write to {quoted(owner)}; "
                 "nothing was sent",
             )

@@ -112,6 +112,7 @@ def upload(
     target = Target(repository, revision, private, create_pr)
     job = _Upload(out, target, message, allow_unverified, overwrite, on_file, is_dry_run=dry_run)
     if dry_run:
+        target.check_online("a dry run asks the Hub what REPO holds")
         return job.run()
     target.check_access()
     try:

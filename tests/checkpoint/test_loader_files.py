@@ -74,8 +74,8 @@ def test_adapter_on_the_hub_is_told_how_it_is_had() -> None:
         "'someone/model' is a LoRA adapter and no model: it holds adapter_config.json and no weights of a model"
     )
     assert error.hint == (
-        "fetch it by `hf download someone/model --local-dir DIR`, name the model it was trained on as SRC, and pass "
-        "--lora 'DIR'; nothing was written"
+        "fetch it by `hf download someone/model --local-dir DIR`, run `int8convert quantize MODEL OUT --lora "
+        "'DIR'`; MODEL is the model it was trained on; nothing was written"
     )
 
 

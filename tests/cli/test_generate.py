@@ -119,7 +119,10 @@ def test_text_at_the_end_of_the_positions_is_told(run: Run, tmp_path: Path) -> N
 def test_limits_on_a_draw_that_is_none_are_told(run: Run, reciter: Path) -> None:
     code, out, err = run("generate", reciter, "n", "--top-p", "0.9")
     assert (code, out) == (0, RECITED[1:] + "\n")
-    assert err.splitlines()[0] == "note: --top-p and --top-k change nothing at --temperature 0, which draws nothing"
+    assert (
+        err.splitlines()[0]
+        == "note: --seed, --top-p and --top-k change nothing at --temperature 0, which draws nothing"
+    )
     _, _, err = run("generate", reciter, "n", "--top-p", "0.9", "--temperature", "0.1")
     assert len(err.splitlines()) == 1
 

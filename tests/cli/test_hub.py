@@ -97,8 +97,8 @@ def test_upload_tells_files_and_ends_with_url_and_commit(source: Path, hub: Hub,
     code, out, err = run("upload", tmp_path / "out", REPO)
     assert (code, out) == (1, "")
     assert err == (
-        f"error: '{tmp_path / 'out'}' is not to be published: it was not verified\n"
-        f"hint: run int8convert verify {tmp_path / 'out'}, or pass --allow-unverified, which the model card will tell; "
+        f"error: '{tmp_path / 'out'}' cannot be published: not verified yet\n"
+        f"hint: run `int8convert verify {tmp_path / 'out'}`, or pass --allow-unverified; the model card then says so; "
         "nothing was sent\n"
     )
     assert run("verify", tmp_path / "out", "--level", "exact", "--quiet")[0] == 0
@@ -141,7 +141,7 @@ def test_errors_of_the_hub_are_two_lines_and_one_object(source: Path, hub: Hub, 
     assert json.loads(out)["error"]["code"] == "hub_missing"
     assert err == (
         f"error: {hub.endpoint} has no repository 'org/nothing' that this token may see\n"
-        "hint: mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN; "
+        "hint: check the name (ORGANIZATION/NAME); for a private one log in by `hf auth login` or set HF_TOKEN; "
         "no directory 'org/nothing' is here either\n"
     )
     assert not (tmp_path / "out").exists()

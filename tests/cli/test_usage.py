@@ -133,3 +133,50 @@ def test_signal_while_arguments_are_read_is_told_like_a_later_one(
 def test_inspect_does_not_say_that_it_wrote_nothing(run: Run, tmp_path: Path) -> None:
     code, out, err = run("inspect", tmp_path / "nowhere", "--json")
     assert code == 1 and "nothing was written" not in err + out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "t.txt"], "--text has no effect at --level exact, which runs no model"),
+        (["--max-kl", "1"], "--max-kl has no effect at --level exact, which runs no model"),
+        (["--length", "32"], "--length has no effect at --level exact, which runs no model"),
+        (["--tasks", "piqa"], "--tasks has no effect at --level exact: it needs --level tasks"),
+    ],
+)
+def test_options_of_the_higher_levels_are_refused_at_the_exact_one(options: list[str], message: str, run: Run) -> None:
+    code, out, err = run("verify", "X", "--level", "exact", *options)
+    assert (code, out, said(err)) == (2, "", message)
+
+
+@pytest.mark.parametrize(("command", "what"), [("verify", "OUT"), ("inspect", "PATH")])
+def test_revision_of_a_directory_is_refused(command: str, what: str, run: Run, tmp_path: Path) -> None:
+    code, _, err = run(command, tmp_path, "--revision", "main")
+    assert code == 2 and said(err).startswith(f"--revision applies to {what} on the Hub only; ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --format, --dequantize or --max-shard-size"),
+        (["--format", "torchao", "--dequantize", "float16"], "give --format or --dequantize, not both"),
+    ],
+)
+def test_export_names_its_options_as_the_command_line_has_them(options: list[str], message: str, run: Run) -> None:
+    code, _, err = run("export", "X", "Y", *options)
+    assert (code, said(err)) == (2, message)
+
+
+def test_allowed_weights_that_are_not_missing_are_an_error(run: Run, tmp_path: Path) -> None:
+    source = save_checkpoint("opt", tmp_path / "source")
+    code, _, err = run("quantize", source, tmp_path / "out", "--allow-missing", "scroe")
+    assert code == 1 and "--allow-missing 'scroe' matches no tensor that the source lacks" in err
+    assert "hint: leave --allow-missing out: the source lacks no tensor" in err
+
+
+def test_quiet_keeps_the_notes(run: Run, tmp_path: Path) -> None:
+    source = save_checkpoint("opt", tmp_path / "source")
+    (source / "adapter_config.json").write_text("{}")
+    code, _, err = run("quantize", source, tmp_path / "out", "-q")
+    assert code == 0 and "note: the adapter beside the weights is left out" in err
+    assert "shard 1 of" not in err

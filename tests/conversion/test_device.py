@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_are_found_as_on_the_cpu(
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     messages = []
     for device in ("cpu", "cuda"):
-        with pytest.raises(NonFiniteWeightError, match="holds nan at row 5, column 3") as caught:
+        with pytest.raises(NonFiniteWeightError, match="holds NaN at row 5, column 3") as caught:
             convert(source, tmp_path / device, device=device, workers=1)
         messages.append(caught.value.message)
     assert messages[0] == messages[1]

@@ -313,3 +313,12 @@ def test_wrong_arguments(options: Any, match: str, int8: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match=match):
         int8convert.export(int8, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_new_inside_the_checkpoint_that_is_read_is_refused(int8: Path) -> None:
+    before = file_bytes(int8).keys()
+    for new in (int8 / "new", int8 / "deeper" / "new"):
+        with pytest.raises(errors.OutputError, match=r"^NEW '.*new' lies inside OUT '") as caught:
+            int8convert.export(int8, new, dequantize="float16")
+        assert caught.value.hint == "name a directory outside OUT; nothing was written"
+    assert file_bytes(int8).keys() == before

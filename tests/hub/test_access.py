@@ -77,7 +77,7 @@ def test_private_one_without_a_token(hub: Hub, connect: Connect, tmp_path: Path)
     connect(hub)
     assert refusal(HubMissingError, NAME, tmp_path / "out") == (
         f"{hub.endpoint} has no repository 'org/name' that is public, and no token is set",
-        "mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN; "
+        "check the name (ORGANIZATION/NAME); for a private one log in by `hf auth login` or set HF_TOKEN; "
         "no directory 'org/name' is here either",
     )
 
@@ -87,7 +87,7 @@ def test_private_one_with_another_s_token(hub: Hub, connect: Connect, tmp_path: 
     connect(hub, hub.stranger_token)
     assert refusal(HubMissingError, NAME, tmp_path / "out") == (
         f"{hub.endpoint} has no repository 'org/name' that this token may see",
-        "mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN; "
+        "check the name (ORGANIZATION/NAME); for a private one log in by `hf auth login` or set HF_TOKEN; "
         "no directory 'org/name' is here either",
     )
 
@@ -174,7 +174,7 @@ def test_no_network(hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch,
     hub.stop()
     assert refusal(HubConnectionError, NAME, tmp_path / "out") == (
         "looking for 'org/name' got no further in 0 s: no connection to 127.0.0.1: '[Errno 111] Connection refused'",
-        "see that the network and the Hub are well, and run the same command again",
+        "check the network connection, then rerun the same command",
     )
 
 

@@ -28,7 +28,7 @@ TIMEOUT_S = 0.3
 PATIENCE_S = 1.0
 SOON_S = 60
 """Far more than patience even on a busy machine, and far less than what a server here asks for."""
-AGAIN = "see that the network and the Hub are well, and run the same command again"
+AGAIN = "check the network connection, then rerun the same command"
 
 REASONS = {
     FaultKind.CUT: "the connection broke off",

@@ -84,7 +84,7 @@ def test_repository_is_no_source_of_an_export(hub: Hub, connect: Connect, tmp_pa
     int8convert.quantize(source, tmp_path / "int8", on_event=lambda event: None)
     add(hub, tmp_path / "int8", "me/int8")
     connect(hub)
-    with pytest.raises(SourceError, match="'me/int8' is a repository on the Hub, and export takes directories"):
+    with pytest.raises(SourceError, match="no directory 'me/int8' is here, and export takes directories"):
         int8convert.export("me/int8", tmp_path / "new", format="compressed-tensors")
     assert not (tmp_path / "new").exists()
 

@@ -17,6 +17,7 @@ import int8convert
 from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.evaluation.verify import write_report
+from int8convert.publish.finished import check_verified, read_finished
 from int8convert.publish.target import FileSent
 from tests.hub_server import write_routes
 from tests.hub_server.faults import FaultKind
@@ -173,7 +174,7 @@ def test_repository_that_is_not_as_private_as_asked_is_refused(
     for is_dry in (True, False):
         with pytest.raises(errors.HubAccessError) as caught:
             int8convert.upload(verified, REPO, private=private, dry_run=is_dry)
-        assert caught.value.message == f"'{REPO}' is there and {there}, asked for is a {asked} one"
+        assert caught.value.message == f"'{REPO}' exists and is {there}, but --{asked} was given"
     assert not hub.repo(REPO).files
 
 
@@ -190,7 +191,7 @@ def test_report_tells_who_will_see_it(verified: Path, hub: Hub, connect: Connect
 def test_without_a_token_nothing_is_tried(verified: Path, hub: Hub, connect: Connect) -> None:
     connect(hub)
 
-    with pytest.raises(errors.HubAccessError, match=f"no token is set, and '{REPO}' is not to be written to"):
+    with pytest.raises(errors.HubAccessError, match=f"no token is set; writing to '{REPO}' needs one"):
         int8convert.upload(verified, REPO)
 
     assert not hub.log.requests()
@@ -346,19 +347,19 @@ def flipped_bit(out: Path) -> str:
 
 def not_verified(out: Path) -> str:
     (out / "int8convert" / "verify.json").unlink()
-    return "is not to be published: it was not verified"
+    return "cannot be published: not verified yet"
 
 
 def failed(out: Path) -> str:
     path = out / "int8convert" / "verify.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "is_passed": False}))
-    return "is not to be published: it did not pass when it was verified"
+    return "cannot be published: it did not pass when it was verified"
 
 
 def changed_since(out: Path) -> str:
     config = out / "config.json"
     config.write_text(config.read_text().replace("6.0", "5.0"))
-    return "is not to be published: 'config.json' is not the one that was verified"
+    return "cannot be published: 'config.json' is not the one that was verified"
 
 
 def verified_before_columns_were_stored(out: Path) -> str:
@@ -384,6 +385,35 @@ def test_refused_before_anything_is_sent(
 
     assert caught.value.hint.endswith("nothing was sent")
     assert not hub.log.requests()
+
+
+def test_failed_gate_is_answered_by_the_same_measurement(verified: Path) -> None:
+    path = verified / "int8convert" / "verify.json"
+    failed = {
+        "failures": ["fidelity (dynamic): mean KL is 0.1, expected at most 0"],
+        "text": {"name": "t.txt", "is_default": False, "n_sequences": 2, "length": 32},
+        "gates": {"max_dnll": 0.01, "max_kl": 0.0, "min_task_p": 0.001},
+    }
+    report = json.loads(path.read_text()) | {"is_passed": False}
+    command = f"run `int8convert verify {verified} --text t.txt --sequences 2 --length 32 --max-kl 0`"
+    for told in (failed, {"failures": [], "earlier_failures": [{**failed, "status": "stands"}]}):
+        path.write_text(json.dumps(report | told))
+        with pytest.raises(errors.UnverifiedError) as caught:
+            check_verified(read_finished(verified))
+        assert caught.value.hint == (
+            f"{command}, or pass --allow-unverified; the model card then says so; nothing was sent"
+        )
+    path.write_text(json.dumps(report | failed | {"text": {"n_sequences": "; rm"}}))
+    with pytest.raises(errors.UnverifiedError) as caught:
+        check_verified(read_finished(verified))
+    assert caught.value.hint.startswith(f"run `int8convert verify {verified}`, or pass")
+
+
+def test_dry_run_offline_is_told_that_it_asks_the_hub(verified: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(errors.HubConnectionError, match="a dry run asks the Hub what REPO holds") as caught:
+        int8convert.upload(verified, REPO, dry_run=True)
+    assert caught.value.hint == "unset HF_HUB_OFFLINE; nothing was sent"
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])

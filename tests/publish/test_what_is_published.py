@@ -42,7 +42,7 @@ def test_report_that_names_nothing_proves_nothing(
     connect(hub, hub.token)
     path = verified / "int8convert" / "verify.json"
     path.write_bytes(report if isinstance(report, bytes) else json.dumps(report).encode())
-    with pytest.raises(errors.UnverifiedError, match=f"is not to be published: {why}"):
+    with pytest.raises(errors.UnverifiedError, match=f"cannot be published: {why}"):
         int8convert.upload(verified, REPO)
     assert not hub.log.requests()
 

@@ -237,7 +237,7 @@ def _not_found(response: object, name: str) -> HubError:
     who = "that this token may see" if get_token() else "that is public, and no token is set"
     return HubMissingError(
         f"{endpoint()} has no repository {quoted(name)} {who}",
-        "mind the name, ORGANIZATION/NAME; for a private one log in by `hf auth login` or set HF_TOKEN",
+        "check the name (ORGANIZATION/NAME); for a private one log in by `hf auth login` or set HF_TOKEN",
     )
 
 

@@ -109,7 +109,7 @@ class Patience:
     def _give_up(self, passed_s: float, trouble: PassingError) -> NoReturn:
         raise HubConnectionError(
             f"{self._subject} got no further in {passed_s:.0f} s: {trouble}",
-            "see that the network and the Hub are well, and run the same command again",
+            "check the network connection, then rerun the same command",
         )
 
 

@@ -228,7 +228,7 @@ def test_adapter_weights_without_their_config_are_left_aside(source: Path, adapt
 def test_adapter_in_place_of_a_model_is_told_the_option(adapter: Path) -> None:
     with pytest.raises(SourceError, match="is a LoRA adapter and no model") as caught:
         open_source(adapter)
-    assert f"name the model it was trained on as SRC, and pass --lora '{adapter}'" in caught.value.hint
+    assert f"run `int8convert quantize MODEL OUT --lora '{adapter}'`" in caught.value.hint
 
 
 def test_part_of_a_distributed_checkpoint_is_refused(source: Path) -> None:

@@ -141,7 +141,7 @@ def test_unverified_output_is_sent_as_the_conversion_wrote_it(out: Path, hub: Hu
     strange = {"modeling_x.py", "pytorch_model.bin", "notes.md", "special_tokens_map.json", "int8convert/notes"}
     for name in strange:
         write(out / name, "x")
-    with pytest.raises(UnverifiedError, match="it was not verified"):
+    with pytest.raises(UnverifiedError, match="not verified yet"):
         dry_run(out)
 
     report = int8convert.upload(out, REPO, allow_unverified=True)
@@ -218,7 +218,11 @@ def test_link_out_of_the_output_is_refused(name: str, allow_unverified: bool, ve
     with pytest.raises(OutputError) as caught:
         dry_run(verified, allow_unverified=allow_unverified)
     assert f"'{name}' in " in caught.value.message and "a link" in caught.value.message
-    assert caught.value.hint == "remove it; nothing was sent"
+    needed = name in ("notes.txt", "tokenizer.json", "model.safetensors")
+    assert (
+        caught.value.hint
+        == f"{'replace the link with a copy of the file' if needed else 'remove it'}; nothing was sent"
+    )
 
 
 def test_own_folder_that_is_a_link_is_refused(verified: Path) -> None:
