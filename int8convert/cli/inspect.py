@@ -46,7 +46,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     if revision is not None:
-        check_remote("--revision", path, "PATH")
+        check_remote("--revision", path, "checkpoints")
     with reporting_errors(as_json, "nothing is changed by inspect", writes=False), quieting_hub():
         from int8convert.checkpoint.inspection import inspect as run
 

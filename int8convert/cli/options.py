@@ -49,10 +49,10 @@ def check_remote(option: str, path: str, what: str) -> None:
     """Refuse an option of a repository on the Hub where a directory is named.
 
     Args:
-        what: the argument that `path` is, as the help has it.
+        what: what the command takes, in the plural.
     """
     if Path(path).exists():
-        raise UsageError(f"{option} applies to {what} on the Hub only; {path!r} is a local path")
+        raise UsageError(f"{option} applies to Hub {what} only; {path!r} is a local path")
 
 
 def check_size(size: str | None) -> str | None:

@@ -284,7 +284,7 @@ def _check_combination(context: typer.Context, src: str) -> None:
         raise UsageError("--calibrate stores columns after the last shard: convert with it, then int8convert upload")
     for name in ("revision", "reader", "cache_dir", "bandwidth"):
         if name in given:
-            check_remote(_option(name), src, "SRC")
+            check_remote(_option(name), src, "sources")
 
 
 def _option(parameter: str) -> str:

@@ -179,7 +179,7 @@ def verify(
     check_choice(level, _LEVELS, "--level")
     _check_effect(context, level)
     if revision is not None:
-        check_remote("--revision", out, "OUT")
+        check_remote("--revision", out, "checkpoints")
     check_choice(dataset, _DATASETS, "--dataset")
     check_choice(convention, _CONVENTIONS, "--convention")
     swept = _numbers(thresholds)
