@@ -125,7 +125,7 @@ def test_large_file_of_no_known_kind_is_left_behind_and_told(tmp_path: Path, mon
     convert(source, tmp_path / "out", on_event=events.append)
     plans = [event.plan for event in events if isinstance(event, PlanMade)]
     assert not (tmp_path / "out" / "video").exists() and (tmp_path / "out" / "tokenizer.json").exists()
-    assert plans[0].model_map.notes == ("'video' is left behind: it is too large to belong to a checkpoint",)
+    assert plans[0].model_map.notes == ("'video' is not copied: it is too large to belong to a checkpoint",)
 
 
 def test_config_tells_the_loader_everything(tmp_path: Path) -> None:
