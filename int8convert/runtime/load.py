@@ -70,8 +70,8 @@ def load(
     stored = locate_file(path, OUTLIERS_FILE, **hub)
     if stored is None and mode is not None and mode.uses_stored:
         raise SourceError(
-            f"outliers='{mode}' asks for stored outlier columns, and '{path}' has none",
-            "int8convert outliers SRC --write finds and stores them; outliers='dynamic' needs none",
+            f"outliers {mode} needs stored columns, and '{path}' has none",
+            f"run `int8convert outliers SRC --text FILE --write {path}`, or choose the outliers dynamic",
         )
     model, info = load_model(
         path,
@@ -107,7 +107,7 @@ def read_int8_config(path: str, trust_remote_code: bool = False, **hub: Any) -> 
     if getattr(config, "quantization_config", None) is None:
         raise SourceError(
             f"'{path}' is no int8 checkpoint: its config.json has no quantization_config",
-            "int8convert quantize makes one; Int8ConvertConfig for from_pretrained quantizes while it loads",
+            f"convert it first: `int8convert quantize {path} OUT`",
         )
     return config
 

@@ -309,5 +309,5 @@ def test_prompts_that_are_no_list_of_prompts(llama: Path) -> None:
 
 
 def test_outliers_that_are_not_stored(llama: Path) -> None:
-    with pytest.raises(SourceError, match="asks for stored outlier columns"):
+    with pytest.raises(SourceError, match="needs stored columns"):
         int8convert.generate(llama, PROMPTS[:1], outliers="static")

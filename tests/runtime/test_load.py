@@ -203,7 +203,7 @@ def test_outlier_columns_of_the_checkpoint_are_stored_in_the_layers_and_saved_ag
 
 
 def test_static_outliers_are_refused_where_none_are_stored(llama: Path) -> None:
-    with pytest.raises(SourceError, match=r"asks for stored outlier columns, and .* has none"):
+    with pytest.raises(SourceError, match=r"needs stored columns, and .* has none"):
         int8convert.load(llama, outliers="static")
 
 
