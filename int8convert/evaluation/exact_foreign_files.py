@@ -20,7 +20,6 @@ from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import CorruptFileError
 from int8convert.evaluation.checks import Finding
 from int8convert.evaluation.examined import ExaminedCheckpoint
-from int8convert.evaluation.foreign_tokenizer import compare_tokenizers
 
 _TOKENIZER, _TOKENIZER_CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _SPECIAL_TOKENS, _ADDED_TOKENS, _GENERATION = "special_tokens_map.json", "added_tokens.json", "generation_config.json"
@@ -113,6 +112,8 @@ class _Pair:
         both = {name: (self.examined.path_of(name), self.originals.get(name)) for name in _TOKENIZER_FILES}
         copies, originals = ([pair[i] for pair in both.values() if pair[i] is not None] for i in (0, 1))
         if copies and originals and any(map(_is_other, both.values())):
+            from int8convert.evaluation.foreign_tokenizer import compare_tokenizers  # imports transformers
+
             yield from compare_tokenizers(self.examined.source.directory, directory)
 
     def _derived(self, name: str) -> Mapping[str, Any] | None:

@@ -106,7 +106,7 @@ def test_conv1d_has_no_form_in_it(tmp_path: Path) -> None:
     source = save_checkpoint("gpt2", tmp_path / "source")
     with pytest.raises(CoverageError) as caught:
         convert(source, tmp_path / "out", min_coverage=0)
-    assert "Conv1D: compressed-tensors has no form for it" in caught.value.hint
+    assert "Conv1D: compressed-tensors has no form for it" in caught.value.message
     assert not (tmp_path / "out").exists()
 
 

@@ -194,7 +194,7 @@ def test_auto_says_once_what_it_chose_and_who_chooses_is_told_nothing(
     source = save_checkpoint("opt", tmp_path / "source")
     _, out, err = run("quantize", source, tmp_path / "auto")
     assert err.count("quantizing on cpu: ") == 1 and " on cpu, " in out
-    for i, option in enumerate((["--device", "cpu"], ["--quiet"], ["--json"])):
+    for i, option in enumerate((["--device", "cpu"], ["--json"])):
         _, _, err = run("quantize", source, tmp_path / f"{i}", *option)
         assert "quantizing on" not in err
 

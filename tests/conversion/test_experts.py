@@ -186,7 +186,7 @@ def test_default_format_stops_and_names_the_one_that_holds_experts(tmp_path: Pat
     build("mixtral").save_pretrained(tmp_path / "source")
     with pytest.raises(CoverageError) as caught:
         int8convert.quantize(tmp_path / "source", tmp_path / "out", on_event=lambda event: None)
-    assert "experts: not replaced by the bitsandbytes loader" in caught.value.hint
+    assert "experts: not replaced by the bitsandbytes loader" in caught.value.message
     assert "--format compressed-tensors" in caught.value.hint
     assert not (tmp_path / "out").exists()
 

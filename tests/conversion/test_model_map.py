@@ -109,7 +109,7 @@ def test_model_type_unknown_to_transformers_is_mapped_by_name_and_said_aloud(tmp
     process = ModelMapProcess(open_source(directory), ModuleFilter())
     found = process.result()
     assert found.model_class is None
-    assert "NovelForCausalLM" in found.notes[0] and "name and shape" in found.notes[0]
+    assert "'novel'" in found.notes[0] and "name and shape" in found.notes[0]
     assert quantized(found) == expected
     assert set(found.skip_modules) == {"lm_head", "model.embed_tokens"}
 

@@ -54,11 +54,16 @@ class Whole:
     def command_lines(self, out: Path) -> list[list[str]]:
         """The commands that read an OUT, as cheap as they can be."""
         few = ["--text", str(self.text), "--length", "8", "--sequences", "3"]
-        verify = ["verify", str(out), "--reference", str(self.source), "--max-dnll", "9", "--max-kl", "9"]
+        verify = ["verify", str(out), "--reference", str(self.source)]
+        few_of_verify = [*few, "--max-dnll", "9", "--max-kl", "9"]
         generate = ["generate", str(out), "w5 w6", "--max-new-tokens", "2"]
         return [
             *(generate, [*generate, "--json", "--no-chat"], ["outliers", str(out), *few]),
-            *([*verify, "--level", "exact", "--json"], [*verify, *few, "--json"], [*verify, *few, "--stream"]),
+            *(
+                [*verify, "--level", "exact", "--json"],
+                [*verify, *few_of_verify, "--json"],
+                [*verify, *few_of_verify, "--stream"],
+            ),
         ]
 
 

@@ -49,7 +49,7 @@ def written_over(path: Path) -> None:
 REPLACED = {
     other_file: "replaced by another file",
     link_out: "replaced by another file",
-    pipe: "replaced by another file",
+    pipe: None,  # is no file at all
     written_over: "changed",
 }
 
@@ -67,6 +67,9 @@ def test_replaced_file_is_noticed_however_it_is_opened(replace: Callable[[Path],
     for open_again in opening:
         with pytest.raises(CorruptFileError) as caught:
             open_again()
+        if REPLACED[replace] is None:
+            assert caught.value.message == f"'{WEIGHTS}' is a directory, pipe, socket or device, expected a file"
+            continue
         assert caught.value.message.startswith(f"'{WEIGHTS}' was {REPLACED[replace]} since its header was read")
         assert caught.value.hint == "leave the checkpoint alone while it is read, and rerun the same command"
 

@@ -89,7 +89,7 @@ def test_prompts_are_read_once(out: Path, pipe: MakePipe, run: Run) -> None:
 def test_exact_level_opens_no_text(out: Path, tmp_path: Path, run: Run) -> None:
     os.mkfifo(tmp_path / "nobody writes here")
     code, _, errors = run("verify", out, "--level", "exact", "--text", tmp_path / "nobody writes here")
-    assert code == 0, errors
+    assert code == 2 and "--text has no effect at --level exact" in errors, errors
 
 
 def test_files_are_used_where_they_are(tmp_path: Path) -> None:
