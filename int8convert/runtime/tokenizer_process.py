@@ -182,7 +182,7 @@ def _end(pid: int, connection: Connection) -> None:
 def _serve(connection: Connection, build: Callable[[], Any]) -> NoReturn:
     """Run the child: load the tokenizer, then answer requests."""
     try:
-        _confine()
+        _confine(connection.fileno())
         tokenizer: Any = None
 
         def start() -> dict[str, Any]:
@@ -201,12 +201,15 @@ def _serve(connection: Connection, build: Callable[[], Any]) -> NoReturn:
         os._exit(0)  # whatever happened: this is no place to go back to
 
 
-def _confine() -> None:
+def _confine(kept: int) -> None:
     """Detach the child from the terminal, bound its memory, ignore SIGINT, and let SIGTERM end it."""
     gc.freeze()  # what the parent had is not this process's to clean up
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nowhere, fd)
+    # A pipe of the parent's that stayed open here would never come to its end for whoever reads it.
+    os.closerange(3, kept)
+    os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the parent's are not here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
