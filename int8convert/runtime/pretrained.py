@@ -88,6 +88,8 @@ def read_config(
         check_files(Path(path))
     what = f"'{path}' cannot be read as a checkpoint" if is_there else f"'{path}' is no directory, and no repository"
     file = locate_file(path, CONFIG_NAME, **hub)
+    if file is None and is_there:
+        raise SourceError(f"'{path}' holds no {CONFIG_NAME}", hint)
     stated = {} if file is None else read_bounded_config(file)
     refuse_code(stated)
     check_layer_counts(stated)
