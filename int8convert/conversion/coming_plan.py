@@ -11,6 +11,7 @@ from int8convert.checkpoint.adapter import Adapter
 from int8convert.checkpoint.loader_notes import note_adapter
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.coverage import check_coverage, coverage_note
+from int8convert.conversion.fp8_scales import check_unscaled
 from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.model_map_process import ModelMapProcess
 from int8convert.conversion.needs import check_needs, needs_notes
@@ -57,6 +58,7 @@ class PlanInTheMaking:
 
     def _map(self, source: CheckpointSource, kept_modules: tuple[str, ...], adapter: Adapter | None) -> ModelMap:
         found = _with_reason(self._process.result(), kept_modules)
+        check_unscaled(source, found)
         notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source))
         return replace(found, notes=notes)
 

@@ -93,15 +93,21 @@ def fp8_values(dtype: str) -> npt.NDArray[np.float32]:
 
 
 class Fp8Decoder:
-    """Turns codes of one matrix into float32 weights. Its scale, if it has one, is in memory. For several threads."""
+    """Turns codes of one tensor into float32 weights. Its scale, if it has one, is in memory. For several threads."""
 
     def __init__(self, dtype: str, scale: Fp8Scale | None) -> None:
         self._values = fp8_values(dtype)
-        self._scale = scale.read() if scale is not None else np.ones((1, 1), np.float32)
-        self._block = scale.block if scale is not None else (1 << 62, 1 << 62)
+        self._scale = scale.read() if scale is not None else None
+        self._block = scale.block if scale is not None else (0, 0)
 
     def decode(self, codes: npt.NDArray[np.uint8], first_row: int) -> npt.NDArray[np.float32]:
-        """float32 [rows, columns] of codes [rows, columns] that begin at row `first_row` of the matrix."""
+        """Return the float32 weights of codes, in their shape.
+
+        Args:
+            codes: of any shape without a scale; with one, [rows, columns], of which the first is row `first_row`.
+        """
+        if self._scale is None:
+            return self._values[codes]
         weight = np.empty(codes.shape, np.float32)
         cpu.dequantize_fp8(codes, self._values, self._scale, first_row, *self._block, weight)
         return weight

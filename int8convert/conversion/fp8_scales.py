@@ -1,8 +1,9 @@
 """Matches scales to FP8 matrices by name, and lists a checkpoint's tensors as they are after decoding.
 
-With an FP8 block in config.json, codes without a scale are an error: loaders would make the scale up. So is a scale
-whose weight is no FP8: a loader multiplies by it, and whether that was done before is not known. Without such a block
-codes without a scale are a plain cast, and mean what they say, if no matrix of the checkpoint has one.
+With an FP8 block in config.json, codes of a Linear module without a scale are an error: loaders would make the scale
+up. So is a scale whose weight is no FP8: a loader multiplies by it, and whether that was done before is not known.
+Without such a block codes without a scale are a plain cast, and mean what they say, if no matrix of the checkpoint has
+one. Codes of embeddings and of other modules that are not Linear are always a plain cast.
 
 What it does not know: scales under names that no loader has. A neighbour that looks like one is named in the error.
 """
@@ -19,6 +20,7 @@ from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.floats import NUMPY_DTYPE
 from int8convert.conversion.fp8 import FP8_DTYPES, Fp8Scale
+from int8convert.conversion.model_map import Action, ModelMap
 from int8convert.errors import CorruptFileError
 
 _UNUSED_SUFFIXES = (
@@ -39,25 +41,39 @@ def find_scales(source: CheckpointSource) -> dict[str, Fp8Scale]:
     """Weight name -> scale, of the FP8 matrices that have one.
 
     Raises:
-        CorruptFileError: a scale does not fit its weight, a matrix has lost its scale, or a scale its matrix.
+        CorruptFileError: a scale does not fit its weight, or its weight holds no FP8 codes.
     """
-    places: Places = {tensor.name: (tensor, shard) for shard in source.shards for tensor in shard.tensors}
+    places = _places(source)
     block = _quantization_block(source.config)
     size = _block_size(block)
     scales = {}
-    lost = []
     for name, (weight, _) in places.items():
         found = next((places[scale] for scale in _scale_names(name, block) if scale in places), None)
         if weight.dtype in FP8_DTYPES:
             if found is not None:
                 scales[name] = Fp8Scale(*found, _block_of(weight, found[0], size))
-            elif len(weight.shape) > 1:
-                lost.append(name)
         elif found and block and len(weight.shape) == 2 and not _is_left_alone(name, block):
             raise _already_scaled(weight, found[0])
-    if lost:
-        _check_plain(lost, places, block, is_scaled=bool(scales))
     return scales
+
+
+def check_unscaled(source: CheckpointSource, model_map: ModelMap) -> None:
+    """Check that the FP8 matrices without a scale are plain casts.
+
+    Raises:
+        CorruptFileError: a matrix of a Linear module or of experts has lost its scale.
+    """
+    scales = find_scales(source)
+    places = _places(source)
+    skipped = {f"{module}.weight" for module in model_map.skip_modules}
+    unscaled = []
+    for name, (weight, _) in places.items():
+        if weight.dtype in FP8_DTYPES and len(weight.shape) > 1 and name not in scales:
+            mapped = model_map.tensors[name]
+            if mapped.action not in (Action.KEEP, Action.DROP) or mapped.output_name in skipped:
+                unscaled.append(name)
+    if unscaled:
+        _check_plain(unscaled, places, _quantization_block(source.config), is_scaled=bool(scales))
 
 
 def as_loaded(source: CheckpointSource) -> list[StoredTensor]:
@@ -71,6 +87,10 @@ def as_loaded(source: CheckpointSource) -> list[StoredTensor]:
         for tensor in shard.tensors
         if not (scales and (tensor.name in serving or tensor.name.endswith(_UNUSED_SUFFIXES)))
     ]
+
+
+def _places(source: CheckpointSource) -> Places:
+    return {tensor.name: (tensor, shard) for shard in source.shards for tensor in shard.tensors}
 
 
 def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -88,7 +108,7 @@ def _scale_names(name: str, block: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name.removesuffix('weight')}qscale_weight"
 
 
-def _check_plain(lost: list[str], places: Places, block: Mapping[str, Any], is_scaled: bool) -> None:
+def _check_plain(unscaled: list[str], places: Places, block: Mapping[str, Any], is_scaled: bool) -> None:
     """Refuse FP8 matrices without a scale that are no plain casts.
 
     Args:
@@ -100,7 +120,7 @@ def _check_plain(lost: list[str], places: Places, block: Mapping[str, Any], is_s
         module, _, leaf = name.rpartition(".")
         if any(word in leaf for word in _SCALE_WORDS):
             neighbours.setdefault(module, []).append(name)
-    for name in lost:
+    for name in unscaled:
         beside = neighbours.get(name.rpartition(".")[0], []) + neighbours.get(name, [])
         is_plain = not is_scaled and all(other.endswith(_UNUSED_SUFFIXES) for other in beside)
         is_cast = _is_left_alone(name, block) if block else is_plain

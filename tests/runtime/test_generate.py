@@ -254,7 +254,7 @@ def test_no_such_directory(tmp_path: Path) -> None:
 
 
 def test_directory_without_a_config(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="holds no config.json"):
+    with pytest.raises(SourceError, match=r"holds no config\.json"):
         int8convert.generate(tmp_path, PROMPTS[:1])
 
 

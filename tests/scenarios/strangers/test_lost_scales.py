@@ -107,6 +107,20 @@ def test_a_module_that_is_no_fp8_by_the_config_is_a_cast(fp8: Path, tmp_path: Pa
     assert torch.equal(found[f"{MODULE}.SCB"], tensors[DOWN].float().abs().amax(1))
 
 
+@pytest.mark.parametrize("has_block", [True, False])
+def test_codes_of_other_modules_are_a_cast(has_block: bool, fp8: Path, tmp_path: Path) -> None:
+    """A loader replaces Linear modules only; it reads the codes of others as numbers."""
+    names = ("model.embed_tokens.weight", "model.norm.weight")
+    tensors = read_tensors(fp8)
+    tensors |= {name: tensors[name].to(torch.float8_e4m3fn) for name in names}
+    if not has_block:
+        tensors = {k: t[:1, :1] if k.endswith("scale_inv") else t for k, t in tensors.items()}
+        remove_block(fp8)
+    write(fp8, tensors)
+    found = read_tensors(convert(fp8, tmp_path / "out"))
+    assert all(torch.equal(found[name].float(), tensors[name].float()) for name in names)
+
+
 def test_codes_that_were_widened_beside_their_scale(fp8: Path, tmp_path: Path) -> None:
     """A loader multiplies by the scale, so the weights would be off by it."""
     tensors = read_tensors(fp8)
