@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from int8convert.conversion.export import ExportReport, export
-    from int8convert.conversion.outlier_columns import store_outliers
-    from int8convert.conversion.plan import ConversionPlan
     from int8convert.conversion.quantize import plan, quantize
     from int8convert.conversion.report import ConversionReport
     from int8convert.errors import Int8ConvertError
-    from int8convert.evaluation.find_outliers import OutlierReport, find_outliers
-    from int8convert.evaluation.verify import verify
-    from int8convert.evaluation.verify_report import VerifyReport
+    from int8convert.outliers.calibration import calibrate
+    from int8convert.outliers.find import OutlierReport, find_outliers
+    from int8convert.outliers.store import store_outliers
+    from int8convert.planning.plan import ConversionPlan
     from int8convert.publish.upload import UploadReport, upload
-    from int8convert.runtime.calibration import calibrate
     from int8convert.runtime.generate import GenerationReport, generate
     from int8convert.runtime.in_memory import quantize_
     from int8convert.runtime.linear import Int8Linear
     from int8convert.runtime.load import load
     from int8convert.runtime.transformers_plugin import Int8ConvertConfig
+    from int8convert.verification.verify import verify
+    from int8convert.verification.verify_report import VerifyReport
 
 __version__ = "0.1.0"
 
@@ -58,27 +58,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ConversionPlan": "int8convert.conversion.plan",
+    "ConversionPlan": "int8convert.planning.plan",
     "ConversionReport": "int8convert.conversion.report",
     "ExportReport": "int8convert.conversion.export",
     "GenerationReport": "int8convert.runtime.generate",
     "Int8ConvertConfig": "int8convert.runtime.transformers_plugin",
     "Int8ConvertError": "int8convert.errors",
     "Int8Linear": "int8convert.runtime.linear",
-    "OutlierReport": "int8convert.evaluation.find_outliers",
+    "OutlierReport": "int8convert.outliers.find",
     "UploadReport": "int8convert.publish.upload",
-    "VerifyReport": "int8convert.evaluation.verify_report",
-    "calibrate": "int8convert.runtime.calibration",
+    "VerifyReport": "int8convert.verification.verify_report",
+    "calibrate": "int8convert.outliers.calibration",
     "export": "int8convert.conversion.export",
-    "find_outliers": "int8convert.evaluation.find_outliers",
+    "find_outliers": "int8convert.outliers.find",
     "generate": "int8convert.runtime.generate",
     "load": "int8convert.runtime.load",
     "plan": "int8convert.conversion.quantize",
     "quantize": "int8convert.conversion.quantize",
     "quantize_": "int8convert.runtime.in_memory",
-    "store_outliers": "int8convert.conversion.outlier_columns",
+    "store_outliers": "int8convert.outliers.store",
     "upload": "int8convert.publish.upload",
-    "verify": "int8convert.evaluation.verify",
+    "verify": "int8convert.verification.verify",
 }
 
 

@@ -28,16 +28,16 @@ from bench_rounds import ensure_checkpoint
 from hub_look_alike import NAME as OPT_66B
 from hub_look_alike import add_opt_66b
 from measure_command import Measurement, measure_command, warm_page_cache
-from tests.hub_server.hub import Hub
+from tests.tools.hub_server.hub import Hub
 
 NAME = "bench/model"
 READERS = ("stream", "download")
 FETCH = """
 import sys
 from pathlib import Path
-from int8convert.checkpoint.hub.shard_download import ShardDownload
-from int8convert.checkpoint.hub.shard_stream import ShardStream
-from int8convert.checkpoint.source import open_source
+from int8convert.hub.download import ShardDownload
+from int8convert.hub.stream import ShardStream
+from int8convert.sources import open_source
 name, reader, folder = sys.argv[1:]
 shards = open_source(name).shards
 if reader == "stream":

@@ -2,8 +2,8 @@
 """Every text family transformers knows: a tiny model of it, converted here and by bitsandbytes, and the two compared.
 
 How it goes:
-1. `tests/family_models.py` lists the families and builds a tiny, seeded model of each.
-2. `tests/family_check.py` converts and compares one; it says which outcomes there are.
+1. `tests/tools/family_models.py` lists the families and builds a tiny, seeded model of each.
+2. `tests/tools/family_check.py` converts and compares one; it says which outcomes there are.
 3. Each family gets a forked process and a time limit, so that one that crashes or hangs ends as a line of the table.
 
 What it costs: some six seconds and up to 2 GB of memory for a family and process; nothing is downloaded.
@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from tests.family_check import FamilyResult, Outcome, check_family, map_in_this_process
-from tests.family_models import Family, families
+from tests.tools.family_check import FamilyResult, Outcome, check_family, map_in_this_process
+from tests.tools.family_models import Family, families
 
 COLOUR = {
     Outcome.MATCHES: "green",

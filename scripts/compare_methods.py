@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from int8convert.evaluation.baselines import compare_methods
+from int8convert.verification.baselines import compare_methods
 from outlier_injection import Outliers
 from small_model import load_heldout, load_model, prepare_source, prepare_trained
 from train_small_model import TrainingSettings

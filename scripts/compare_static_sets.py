@@ -20,7 +20,7 @@ import torch
 from transformers import OPTForCausalLM
 
 import int8convert
-from int8convert.runtime.column_choice import BUDGET, MIN_SHARE
+from int8convert.outliers.choice import BUDGET, MIN_SHARE
 from outlier_injection import Outliers
 from small_model import N_HELD_OUT_SEQUENCES, load_heldout, load_model, prepare_source, prepare_trained
 from train_small_model import TrainingSettings

@@ -14,7 +14,7 @@ then with the one in C, and that is judged. (They differ: the one in Python take
 
 What it costs: the standard library, safetensors and this package; no torch. About 5,000 headers a second and core.
 
-Left out on purpose: files on the disk; `tests/test_fuzz.py` mutates those.
+Left out on purpose: files on the disk; `tests/scenarios/test_fuzz.py` mutates those.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ with atheris.instrument_imports(include=["int8convert"]):
     from int8convert.checkpoint.stored_tensor import StoredTensor
     from int8convert.errors import CorruptFileError
 
-from tests.attacks.mutate import mutate_json_text
+from tests.tools.attacks.mutate import mutate_json_text
 
 DEFAULTS = {
     "-max_total_time": "60",

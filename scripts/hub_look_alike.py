@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from make_checkpoint import SHAPES, build_config, list_tensors, split_into_shards
-from tests.hub_server.blobs import KnownFile
-from tests.hub_server.hub import Hub
+from tests.tools.hub_server.blobs import KnownFile
+from tests.tools.hub_server.hub import Hub
 
 NAME = "facebook/opt-66b"
 

@@ -19,10 +19,10 @@ from hypothesis import settings
 
 from cuda_kernels.launch import unavailable
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.model_map import ModelMap, ModuleFilter
-from int8convert.conversion.model_map_process import parse_worker_answer, worker_request
-from int8convert.evaluation.checks import Check
-from int8convert.evaluation.trial_run import TrialRun, not_tried, read_answer
+from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
+from int8convert.planning.model_map.process import parse_worker_answer, worker_request
+from int8convert.verification.checks import Check
+from int8convert.verification.exact.trial_run import TrialRun, not_tried, read_answer
 
 # Tests never time: a machine with other work is slow, and not wrong.
 settings.register_profile("untimed", deadline=None)
@@ -42,7 +42,7 @@ class InProcessMap:
         self._source, self._modules = source, modules
 
     def result(self) -> ModelMap:
-        from int8convert.conversion.model_map_worker import answer
+        from int8convert.planning.model_map.worker import answer
 
         before = torch.get_default_dtype()
         try:
@@ -61,7 +61,7 @@ class InProcessTrial(TrialRun):
         return None
 
     def result(self) -> tuple[Check, list[str]]:
-        from int8convert.evaluation.trial_run_worker import answer
+        from int8convert.verification.exact.trial_run_worker import answer
 
         before = torch.get_default_dtype()
         try:
@@ -87,14 +87,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Conversions in this test make their model map in this process."""
-    monkeypatch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", InProcessMap)
+    monkeypatch.setattr("int8convert.planning.pending_plan.ModelMapProcess", InProcessMap)
     yield
 
 
 @pytest.fixture(autouse=True)
 def trial_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verifications run their tokens in this process; a child would take seconds to start, each time."""
-    monkeypatch.setattr("int8convert.evaluation.exact.TrialRun", InProcessTrial)
+    monkeypatch.setattr("int8convert.verification.exact.level.TrialRun", InProcessTrial)
 
 
 @pytest.fixture(autouse=True)

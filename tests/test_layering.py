@@ -5,65 +5,89 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-ALLOWED = {
-    "errors": set(),
-    "checkpoint": {"errors"},
-    "conversion": {"runtime", "checkpoint", "cuda_kernels", "errors", "version"},
-    "runtime": {"checkpoint", "cuda_kernels", "errors"},
-    "evaluation": {"conversion", "runtime", "checkpoint", "cuda_kernels", "errors", "version"},
-    "publish": {"checkpoint", "errors", "version"},
-    "cli": {"publish", "conversion", "evaluation", "runtime", "checkpoint", "errors", "version"},
-    "cuda_kernels": set(),
-}
-"""Package -> what it may import of ours, beside itself."""
+ORDER = (
+    *("cli", "verification", "outliers", "conversion", "publish", "planning", "runtime"),
+    *("inspection", "sources", "hub", "decoding", "formats", "checkpoint", "patterns", "errors"),
+)
+"""The packages and modules of int8convert: each imports only itself and what follows it."""
 
 ONLY_IN = {"typer": "int8convert/cli", "rich": "int8convert/cli", "click": "nowhere"}
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def package_of(module: str) -> str:
-    if module == "int8convert":
-        return "version"  # the top level exports nothing else a layer may want
-    return module.split(".")[1] if module.startswith("int8convert.") else module.split(".")[0]
+    """Return the package that a module of ours is in; "" is the top level, which exports the public names."""
+    return module.removeprefix("int8convert").strip(".").split(".")[0]
 
 
-def imports(path: Path) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(tree: ast.Module, names: set[str]) -> Iterator[str]:
+    """Yield the modules that a file imports anywhere; where it imports from a package, the module in it.
+
+    Args:
+        names: all modules of ours.
+    """
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.append(node.module or "")
-    return found
+            assert node.level == 0, "relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in names else node.module or ""
 
 
 def sources() -> list[Path]:
     return sorted([*(ROOT / "int8convert").rglob("*.py"), *(ROOT / "cuda_kernels").rglob("*.py")])
 
 
+NAMES = {module_name(path) for path in sources()}
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_follow_the_arrows(path: Path) -> None:
-    relative = path.relative_to(ROOT)
-    in_top_level = len(relative.parts) == 2 and relative.parts[0] == "int8convert" and relative.stem != "errors"
-    own = relative.parts[0] if relative.parts[0] == "cuda_kernels" else relative.with_suffix("").parts[1]
-    for module in imports(path):
+    own = module_name(path)
+    in_kernels = own.startswith("cuda_kernels")
+    is_top = not in_kernels and package_of(own) in ("", "__main__")
+    for module in imports(ast.parse(path.read_text()), NAMES):
         top = module.split(".")[0]
         if top in ONLY_IN:
-            assert str(relative).startswith(ONLY_IN[top]), f"{relative} imports {module}"
-        if top in ("int8convert", "cuda_kernels") and not in_top_level:
-            assert package_of(module) in ALLOWED[own] | {own}, f"{relative} imports {module}"
+            assert str(path.relative_to(ROOT)).startswith(ONLY_IN[top]), f"{own} imports {module}"
+        if top != "int8convert" or is_top or module == "int8convert":
+            continue
+        assert not in_kernels, f"{own} imports {module}"
+        to_right = ORDER[ORDER.index(package_of(own)) :]
+        assert package_of(module) in to_right, f"{own} imports {module}"
 
 
-def test_every_arrow_checked_exists() -> None:
-    """The table above names real packages, so that a renamed one does not go unchecked."""
-    for name in ALLOWED:
-        assert (ROOT / name).is_dir() or (ROOT / "int8convert" / name).is_dir() or name == "errors"
+def test_no_circle_of_imports() -> None:
+    """Imports of every kind count, but for those that only type checkers follow."""
+    graph = {module_name(path): {*imports(without_types(path), NAMES)} & NAMES for path in sources()}
+    TopologicalSorter({name: found - {name, "int8convert"} for name, found in graph.items()}).prepare()
+
+
+def without_types(path: Path) -> ast.Module:
+    """Parse a file, without what it imports for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return tree
+
+
+def test_every_package_has_its_place() -> None:
+    """A package that is not in the order would go unchecked."""
+    assert {package_of(name) for name in NAMES if name.startswith("int8convert")} == {"", "__main__", *ORDER}
 
 
 def run_python(code: str) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.layout import open_regular, quoted
+from int8convert.checkpoint.names import open_regular, quoted
 from int8convert.errors import OutputError
 
 INCOMPLETE_SUFFIX = ".incomplete"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.layout import quoted, refuse_pointer
+from int8convert.checkpoint.names import quoted, refuse_pointer
 from int8convert.errors import CorruptFileError
 
 MAX_JSON_BYTES = 200_000_000

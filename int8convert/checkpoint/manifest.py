@@ -24,7 +24,7 @@ from typing import Any
 from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, make_folder, write_json
 from int8convert.checkpoint.file_reader import FileIdentity
 from int8convert.checkpoint.json_file import read_own_json
-from int8convert.checkpoint.layout import OWN_FOLDER, find_file, quoted
+from int8convert.checkpoint.names import OWN_FOLDER, find_file, quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.layout import find_file, open_regular, quoted
-from int8convert.checkpoint.source import CARD_NAME
+from int8convert.checkpoint.names import CARD_NAME, find_file, open_regular, quoted
 from int8convert.errors import CorruptFileError
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")

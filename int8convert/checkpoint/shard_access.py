@@ -2,7 +2,7 @@
 
 Whoever converts opens a shard, reads its blocks in the order of its bytes, says which it is through with, and finishes
 it: then its sha256 is known, and compared with the one expected. `LocalShards` is that for files that are there;
-`int8convert.checkpoint.hub` has it for files that are not: `shard_stream`, `shard_download`.
+`int8convert.hub` has it for files that are not: `shard_stream`, `shard_download`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from int8convert.checkpoint.file_reader import FileReader
 from int8convert.checkpoint.hashing import OrderedSha256, expected_sha256
-from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import ShardReader, SourceShard
 from int8convert.errors import CorruptFileError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from int8convert.checkpoint.layout import quoted
+from int8convert.checkpoint.names import quoted
 from int8convert.errors import CorruptFileError
 
 DTYPE_BYTES: dict[str, int] = {

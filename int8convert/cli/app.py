@@ -9,10 +9,10 @@ import sys
 import typer
 
 from int8convert import __version__
-from int8convert.checkpoint.hub.patience import interrupted
 from int8convert.cli import export, generate, inspect, outliers, quantize, upload, verify
 from int8convert.cli.console import interrupt, print_json_error, tell_interruption, terminate
 from int8convert.cli.streams import open_missing_streams
+from int8convert.hub.retry import interrupted
 
 app = typer.Typer(
     name="int8convert",

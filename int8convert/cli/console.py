@@ -21,11 +21,11 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from int8convert.checkpoint.hub import patience
 from int8convert.checkpoint.placement import MAX_GPUS, Placement
 from int8convert.cli.streams import is_terminal
 from int8convert.cli.terminal import PlainConsole, escaping_messages, plain
 from int8convert.errors import Int8ConvertError, OutputError, SourceError
+from int8convert.hub import retry
 
 _WIDTH_OF_A_PIPE = 160
 """Tables in a file or a pipe need not fit the 80 columns rich would assume."""
@@ -167,13 +167,13 @@ class TerminatedError(KeyboardInterrupt):
 
 def terminate(signal_number: int, frame: object) -> None:
     """The handler for SIGTERM."""
-    patience.interrupted.set()
+    retry.interrupted.set()
     raise TerminatedError
 
 
 def interrupt(signal_number: int, frame: object) -> None:
     """The handler for SIGINT."""
-    patience.interrupted.set()
+    retry.interrupted.set()
     raise KeyboardInterrupt
 
 
@@ -188,11 +188,11 @@ class _Notes(logging.Handler):
 def telling_waits() -> Iterator[None]:
     """A note of each wait for the Hub that a person would notice."""
     handler = _Notes()
-    patience.tells.addHandler(handler)
+    retry.tells.addHandler(handler)
     try:
         yield
     finally:
-        patience.tells.removeHandler(handler)
+        retry.tells.removeHandler(handler)
 
 
 def note(message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.layout import counted
+from int8convert.checkpoint.names import counted
 from int8convert.cli.console import (
     format_bytes,
     format_percent,

@@ -21,10 +21,10 @@ from int8convert.cli.console import (
 from int8convert.errors import Int8ConvertError
 
 if TYPE_CHECKING:
-    from int8convert.conversion.coming_plan import PlanRequirements
-    from int8convert.conversion.estimate import ConversionCosts, DiskCosts, FetchCosts
-    from int8convert.conversion.plan import ConversionPlan
-    from int8convert.conversion.publishing import Publishing
+    from int8convert.conversion.cost import ConversionCosts, DiskCosts, FetchCosts
+    from int8convert.conversion.destination import Publishing
+    from int8convert.planning.pending_plan import PlanRequirements
+    from int8convert.planning.plan import ConversionPlan
 
 
 def print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
@@ -56,11 +56,11 @@ def print_plan(
     Raises:
         Int8ConvertError: there is no plan; or `quantize` would refuse it, after it was printed.
     """
-    from int8convert.conversion.coming_plan import PlanRequirements
+    from int8convert.conversion.cost import estimate, estimate_disk, estimate_fetch
     from int8convert.conversion.device import choose_device
-    from int8convert.conversion.estimate import estimate, estimate_disk, estimate_fetch
     from int8convert.conversion.quantize import parse_size, plan_unchecked
-    from int8convert.conversion.reader_choice import Reader
+    from int8convert.conversion.readers import Reader
+    from int8convert.planning.pending_plan import PlanRequirements
 
     chosen = choose_device(device)
     requirements = PlanRequirements(min_coverage, tuple(options["allow_missing"]))

@@ -58,9 +58,9 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; notes are printed.")] = False,
 ) -> None:
     with reporting_errors(as_json, _INTERRUPTED):
-        from int8convert.checkpoint.int8_config import Int8Format
         from int8convert.conversion import export as conversion
-        from int8convert.conversion.int8_source import DTYPES
+        from int8convert.formats.int8_checkpoint import DTYPES
+        from int8convert.formats.int8_config import Int8Format
 
         check_choice(format, Int8Format, "--format")
         check_choice(dequantize, DTYPES, "--dequantize")

@@ -48,7 +48,7 @@ def inspect(
     if revision is not None:
         check_remote("--revision", path, "checkpoints")
     with reporting_errors(as_json, "nothing is changed by inspect", writes=False), quieting_hub():
-        from int8convert.checkpoint.inspection import inspect as run
+        from int8convert.inspection import inspect as run
 
         found = run(path, revision)
         if as_json:

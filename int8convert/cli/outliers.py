@@ -25,7 +25,7 @@ from int8convert.cli.static_set import print_stored, store
 from int8convert.errors import SourceError
 
 if TYPE_CHECKING:
-    from int8convert.evaluation.find_outliers import OutlierReport
+    from int8convert.outliers.find import OutlierReport
 
 HELP = """Find a model's outlier feature dimensions by running a text through it, and store their columns in 16 bits.
 
@@ -98,11 +98,11 @@ def outliers(
     with reporting_errors(as_json, _INTERRUPTED), quieting_libraries(is_live):
         taken_from = _find_source(checkpoint, write, source) if write is not None else ""
         if figures is not None:
-            from int8convert.evaluation.outlier_figures import prepare_folder
+            from int8convert.outliers.figures import prepare_folder
 
             prepare_folder(figures)
-        from int8convert.conversion.outlier_columns import int8_modules
-        from int8convert.evaluation.find_outliers import find_outliers
+        from int8convert.outliers.find import find_outliers
+        from int8convert.outliers.store import int8_modules
 
         report = find_outliers(
             checkpoint,
@@ -134,8 +134,8 @@ def outliers(
 def _find_source(checkpoint: str, out: str, source: str | None) -> str:
     """Where the 16-bit weights are."""
     from int8convert.checkpoint.manifest import Manifest
-    from int8convert.checkpoint.source import open_source
-    from int8convert.evaluation.models import is_int8
+    from int8convert.runtime.models import is_int8
+    from int8convert.sources import open_source
 
     if source is not None or not is_int8(checkpoint):
         return open_source(source or checkpoint).label
@@ -155,7 +155,7 @@ def _find_source(checkpoint: str, out: str, source: str | None) -> str:
 
 
 def _draw(report: OutlierReport, folder: Path) -> list[str]:
-    from int8convert.evaluation.outlier_figures import draw_figures
+    from int8convert.outliers.figures import draw_figures
 
     return [str(path) for path in draw_figures(report, folder)]
 

@@ -27,8 +27,8 @@ from int8convert.conversion.events import (
     TensorKept,
     TensorQuantized,
 )
-from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.report import notes_of
+from int8convert.planning.plan import ConversionPlan
 
 _WIDE, _MEDIUM = 100, 80
 """Columns of a terminal that has room for all numbers, and for all but what is fetched."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from int8convert.checkpoint.source_name import is_repository_name
 from int8convert.cli.console import format_bytes, note, print_line, stderr
+from int8convert.sources import is_repository_name
 
 if TYPE_CHECKING:
-    from int8convert.conversion.publishing import Publishing
-    from int8convert.publish.target import FileSent
+    from int8convert.conversion.destination import Publishing
+    from int8convert.hub.branch import FileSent
 
 
 def make_publishing(
     repository: str, private: bool | None, keep: bool, max_disk: str | None, is_quiet: bool
 ) -> Publishing:
     """Where finished shards go, by the options."""
-    from int8convert.conversion.publishing import Publishing
+    from int8convert.conversion.destination import Publishing
     from int8convert.conversion.quantize import parse_size
     from int8convert.publish.shard_publisher import HubPublisher
 

@@ -33,7 +33,7 @@ from int8convert.cli.options import (
 )
 from int8convert.cli.publishing import make_publishing, print_published, published
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
-from int8convert.evaluation.texts import reusable_file
+from int8convert.runtime.text.texts import reusable_file
 
 HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
 
@@ -54,7 +54,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 
 
 def _check_format(name: str) -> str:
-    from int8convert.checkpoint.output_format import OutputFormat
+    from int8convert.formats.output_format import OutputFormat
 
     check_choice(name, OutputFormat)
     return name
@@ -66,7 +66,7 @@ def _check_policy(policy: str) -> str:
 
 
 def _check_reader(name: str) -> str:
-    from int8convert.conversion.reader_choice import Reader
+    from int8convert.conversion.readers import Reader
 
     check_choice(name, Reader)
     return name

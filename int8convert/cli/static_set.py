@@ -10,15 +10,15 @@ from int8convert.cli.console import format_bytes, print_line
 from int8convert.errors import Int8ConvertError
 
 if TYPE_CHECKING:
-    from int8convert.conversion.outlier_columns import StaticSet
-    from int8convert.evaluation.find_outliers import OutlierReport
+    from int8convert.outliers.find import OutlierReport
+    from int8convert.outliers.store import StaticSet
 
 
 def check_calibration(src: str, text: Path, revision: str | None, cache_dir: Path | None) -> None:
     """Refuse a text, or a source without a tokenizer, before hours of conversion."""
-    from int8convert.checkpoint.source import open_source
-    from int8convert.evaluation.models import open_tokenizer
-    from int8convert.evaluation.windows import read_text
+    from int8convert.runtime.models import open_tokenizer
+    from int8convert.runtime.text.windows import read_text
+    from int8convert.sources import open_source
 
     read_text(text)
     open_tokenizer(open_source(src, revision, cache_dir).directory, label=src).close()
@@ -28,8 +28,8 @@ def calibrate_output(
     src: str, out: str, text: Path, lora: str | None, trust_remote_code: bool, device: str
 ) -> StaticSet:
     """Run a text through a checkpoint that has just been converted, and store the columns that matter most in it."""
-    from int8convert.conversion.outlier_columns import int8_modules
-    from int8convert.evaluation.find_outliers import find_outliers
+    from int8convert.outliers.find import find_outliers
+    from int8convert.outliers.store import int8_modules
 
     try:
         report = find_outliers(
@@ -46,7 +46,7 @@ def calibrate_output(
 
 def store(report: OutlierReport, src: str, out: str, lora: str | None, trust_remote_code: bool) -> StaticSet:
     """Take the columns a report found worth storing from the source, and store them in `out`."""
-    from int8convert.conversion.outlier_columns import store_outliers
+    from int8convert.outliers.store import store_outliers
 
     return store_outliers(
         src,

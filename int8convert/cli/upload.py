@@ -20,7 +20,7 @@ from int8convert.cli.console import (
 from int8convert.cli.options import AsJson, check_named
 
 if TYPE_CHECKING:
-    from int8convert.publish.target import FileSent
+    from int8convert.hub.branch import FileSent
     from int8convert.publish.upload import UploadReport
 
 _MOST_LEFT = 20

@@ -30,12 +30,12 @@ from int8convert.cli.options import (
     check_remote,
     given_options,
 )
-from int8convert.evaluation.texts import reusable_file
+from int8convert.runtime.text.texts import reusable_file
 
 if TYPE_CHECKING:
-    from int8convert.evaluation.examined import HubReading
-    from int8convert.evaluation.progress import FidelityProgress
-    from int8convert.evaluation.verify_report import VerifyReport
+    from int8convert.verification.fidelity.progress import FidelityProgress
+    from int8convert.verification.opened import HubReading
+    from int8convert.verification.verify_report import VerifyReport
 
 HELP = """Compare an int8 checkpoint with what it was made of, and say whether it passes.
 
@@ -192,9 +192,9 @@ def verify(
         quieting_hub(),
         reusable_file(None if level == "exact" else text) as reusable,
     ):
-        from int8convert.evaluation.gates import Gates
-        from int8convert.evaluation.verify import kept_parts, write_report
-        from int8convert.evaluation.verify import verify as run
+        from int8convert.verification.gates import Gates
+        from int8convert.verification.verify import kept_parts, write_report
+        from int8convert.verification.verify import verify as run
 
         is_live = wants_live_display(quiet, as_json)
         is_drawn = report_file is not None or figures is not None
@@ -204,7 +204,7 @@ def verify(
         bars = redirect_stderr(io.StringIO()) if is_silent else nullcontext()
         with _showing_bytes(is_live) as on_exact, libraries, bars:
             if is_drawn:
-                from int8convert.evaluation.report import prepare
+                from int8convert.verification.page import prepare
 
                 prepare(report_file, figures)
             report = run(
@@ -275,13 +275,13 @@ def _write_pages(
     report: VerifyReport, page: Path | None, folder: Path | None, text: Path | None, dataset: str | None, device: str
 ) -> None:
     """The page and its pictures; with the outliers on the same text, where the models fit in memory."""
-    from int8convert.checkpoint.source import open_source
-    from int8convert.evaluation.report import draw_pictures, write_page, write_pictures
+    from int8convert.sources import open_source
+    from int8convert.verification.page import draw_pictures, write_page, write_pictures
 
     outliers = None
     if report.fidelity and not report.fidelity[0].streamed:
-        from int8convert.evaluation.find_outliers import find_outliers
-        from int8convert.evaluation.texts import open_text
+        from int8convert.outliers.find import find_outliers
+        from int8convert.runtime.text.texts import open_text
 
         with open_text(text, dataset) as found:
             outliers = find_outliers(open_source(report.out, report.exact.commit).directory, found.path, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.layout import counted
+from int8convert.checkpoint.names import counted
 from int8convert.cli.console import (
     format_bytes,
     format_percent,
@@ -13,14 +13,14 @@ from int8convert.cli.console import (
     print_line,
     print_table,
 )
-from int8convert.evaluation.earlier_failures import Status
-from int8convert.evaluation.verify_report import METHOD_COLUMNS, METHODS_TITLE, fidelity_rows, method_rows
+from int8convert.verification.earlier_failures import Status
+from int8convert.verification.verify_report import METHOD_COLUMNS, METHODS_TITLE, fidelity_rows, method_rows
 
 if TYPE_CHECKING:
-    from int8convert.evaluation.exact import ExactReport
-    from int8convert.evaluation.fidelity import FidelityReport
-    from int8convert.evaluation.verify_report import TextUsed, VerifyReport
-    from int8convert.evaluation.zero_shot import TaskReport
+    from int8convert.verification.exact.level import ExactReport
+    from int8convert.verification.fidelity.level import FidelityReport
+    from int8convert.verification.tasks import TaskReport
+    from int8convert.verification.verify_report import TextUsed, VerifyReport
 
 
 def print_report(report: VerifyReport) -> None:

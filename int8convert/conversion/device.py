@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from int8convert.conversion.blocks import Scratch
+from int8convert.checkpoint.rows import Scratch
 from int8convert.errors import DeviceError
 
 
@@ -75,7 +75,7 @@ def make_scratch(device: Device) -> Scratch:
     """
     if device.is_cpu:
         return Scratch()
-    from int8convert.conversion.cuda_scratch import CudaScratch, CudaStream, telling_of
+    from int8convert.conversion.gpu import CudaScratch, CudaStream, telling_of
 
     with telling_of(device.name):
         return CudaScratch(device.name, CudaStream(device.name))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from int8convert.checkpoint.source import SourceShard
 from int8convert.conversion.device import CPU, Device
-from int8convert.conversion.plan import ConversionPlan, PlannedShard, PlannedTensor
-from int8convert.conversion.reader_choice import ReaderChoice
+from int8convert.conversion.readers import ReaderChoice
+from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,20 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
-from int8convert.checkpoint.int8_config import Int8Format
-from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import ShardRecord, describe_source
-from int8convert.checkpoint.quantization_config import build_index
+from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.safetensors_file import METADATA_NAME
-from int8convert.checkpoint.source import open_source
-from int8convert.checkpoint.source_name import is_repository_name
-from int8convert.checkpoint.writer import ShardWriter
+from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_export_plan
 from int8convert.conversion.export_tensors import ItemWriter, Target
-from int8convert.conversion.int8_source import DTYPES, SourceReaders, open_int8_checkpoint
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.quantize import parse_size
 from int8convert.errors import Int8ConvertError, OutputError, SourceError
+from int8convert.formats.int8_checkpoint import DTYPES, SourceReaders, open_int8_checkpoint
+from int8convert.formats.int8_config import Int8Format
+from int8convert.formats.quantization_config import build_index
+from int8convert.sources import is_repository_name, open_source
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,24 +10,24 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from int8convert.checkpoint.int8_config import CONV1D_NAMES, Int8Format, read_threshold
-from int8convert.checkpoint.layout import quoted, shard_name
-from int8convert.checkpoint.output_format import TensorSpecs
-from int8convert.checkpoint.quantization_config import (
+from int8convert.checkpoint.names import quoted, shard_name
+from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
+from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
+from int8convert.conversion.export_tensors import Target
+from int8convert.conversion.quantize import DEFAULT_THRESHOLD
+from int8convert.errors import CorruptFileError, FormatError
+from int8convert.formats.int8_checkpoint import DTYPES, Int8Checkpoint, Int8Weight, PlacedTensor
+from int8convert.formats.int8_config import CONV1D_NAMES, Int8Format, read_threshold
+from int8convert.formats.output_format import TensorSpecs
+from int8convert.formats.quantization_config import (
     bitsandbytes_config,
     compressed_tensors_config,
     plain_config,
     torchao_config,
 )
-from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
-from int8convert.checkpoint.source import CheckpointSource
-from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
-from int8convert.checkpoint.writer import order_for_alignment, planned_shard_bytes
-from int8convert.conversion.export_tensors import Target
-from int8convert.conversion.int8_source import DTYPES, Int8Checkpoint, Int8Weight, PlacedTensor
-from int8convert.conversion.quantize import DEFAULT_THRESHOLD
-from int8convert.conversion.torchao_metadata import torchao_metadata
-from int8convert.errors import CorruptFileError, FormatError
+from int8convert.formats.torchao_metadata import torchao_metadata
 
 Item = Int8Weight | PlacedTensor
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from int8convert.checkpoint.int8_config import Int8Format
-from int8convert.checkpoint.output_format import TensorSpecs
-from int8convert.checkpoint.writer import ShardWriter
-from int8convert.conversion import scales
-from int8convert.conversion.blocks import BLOCK_BYTES, Scratch, row_ranges
-from int8convert.conversion.floats import convert_floats
-from int8convert.conversion.int8_source import NAMES, Int8Weight, PlacedTensor, SourceReaders
+from int8convert.checkpoint.floats import convert_floats
+from int8convert.checkpoint.rows import BLOCK_BYTES, Scratch, row_ranges
+from int8convert.checkpoint.shard_writer import ShardWriter
+from int8convert.formats import scales
+from int8convert.formats.int8_checkpoint import NAMES, Int8Weight, PlacedTensor, SourceReaders
+from int8convert.formats.int8_config import Int8Format
+from int8convert.formats.output_format import TensorSpecs
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ from dataclasses import replace
 from functools import partial
 
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.committer import ConvertedShard
+from int8convert.conversion.commit import ConvertedShard
 from int8convert.conversion.events import Event, ShardStarted, TensorKept, TensorQuantized
-from int8convert.conversion.fp8_scales import as_loaded
-from int8convert.conversion.model_map import ModuleFilter
-from int8convert.conversion.name_rules import map_by_name
 from int8convert.conversion.pipeline import Pipeline, ShardAbandonedError
-from int8convert.conversion.plan import ConversionPlan, PlannedShard, make_plan
-from int8convert.conversion.reading_order import ReadingOrder
+from int8convert.decoding.fp8_scales import as_loaded
 from int8convert.errors import Int8ConvertError
+from int8convert.planning.model_map.model_map import ModuleFilter
+from int8convert.planning.name_rules import map_by_name
+from int8convert.planning.plan import ConversionPlan, PlannedShard, make_plan
+from int8convert.planning.reading_order import ReadingOrder
 
 
 def guess_plan(source: CheckpointSource, modules: ModuleFilter, max_shard_bytes: int | None) -> ConversionPlan | None:

@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
-from int8convert.checkpoint.adapter import Adapter
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, describe_source
 from int8convert.checkpoint.model_card import read_source_card
-from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
-from int8convert.conversion.coming_plan import PlanInTheMaking, PlanRequirements
-from int8convert.conversion.committer import AfterCommit, ConvertedShard
+from int8convert.conversion.commit import AfterCommit, ConvertedShard
+from int8convert.conversion.destination import Publishing, plan_disk
 from int8convert.conversion.device import Device
 from int8convert.conversion.events import EventSink, PlanMade, SourceFetched
 from int8convert.conversion.head_start import HeadStart, guess_plan
-from int8convert.conversion.model_map import ModuleFilter
-from int8convert.conversion.needs import made_up
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.pipeline import Pipeline
-from int8convert.conversion.plan import ConversionPlan, PlannedShard
-from int8convert.conversion.publishing import Publishing, plan_disk
-from int8convert.conversion.reader_choice import Reader, access_maker, choose_reader, is_remote
-from int8convert.conversion.reading_order import MakeAccess, ReadingOrder
+from int8convert.conversion.readers import Reader, access_maker, choose_reader, is_remote
 from int8convert.errors import DiskFullError, Int8ConvertError, OutputError
+from int8convert.formats.output_format import OutputFormat
+from int8convert.planning.adapter import Adapter
+from int8convert.planning.model_map.model_map import ModuleFilter
+from int8convert.planning.needs import made_up
+from int8convert.planning.pending_plan import PlanInTheMaking, PlanRequirements
+from int8convert.planning.plan import ConversionPlan, PlannedShard
+from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
 _TOLD_EVERY_BYTES = 4 << 20
 """Of what is fetched: pieces come by the ten thousand a second."""

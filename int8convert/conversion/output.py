@@ -23,7 +23,10 @@ from int8convert.checkpoint.atomic import (
     write_json,
 )
 from int8convert.checkpoint.hashing import file_sha256
-from int8convert.checkpoint.layout import (
+from int8convert.checkpoint.loaders.files import is_carried_folder
+from int8convert.checkpoint.lock import DirectoryLock
+from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
+from int8convert.checkpoint.names import (
     CONFIG_NAME,
     INDEX_NAME,
     OUTLIERS_FILE,
@@ -32,14 +35,11 @@ from int8convert.checkpoint.layout import (
     is_weight_file,
     shard_name,
 )
-from int8convert.checkpoint.loader_files import is_carried_folder
-from int8convert.checkpoint.lock import DirectoryLock
-from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
-from int8convert.checkpoint.quantization_config import build_index
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.output_config import converted_config
-from int8convert.conversion.plan import ConversionPlan, output_weight_map
 from int8convert.errors import DiskFullError, OutputError
+from int8convert.formats.quantization_config import build_index
+from int8convert.planning.output_config import converted_config
+from int8convert.planning.plan import ConversionPlan, output_weight_map
 
 _LOCK_NAME = "lock"
 _INCOMING_NAME = "incoming"

@@ -22,18 +22,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from int8convert.checkpoint.layout import quoted
 from int8convert.checkpoint.manifest import Manifest, ShardRecord
+from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.shard_access import DamagedShardError, LocalShards, ShardAccess
-from int8convert.checkpoint.writer import ShardWriter
-from int8convert.conversion.committer import AfterCommit, Committer, ConvertedShard
+from int8convert.checkpoint.shard_writer import ShardWriter
+from int8convert.conversion.commit import AfterCommit, Committer, ConvertedShard
 from int8convert.conversion.device import CPU, Device, make_scratch
 from int8convert.conversion.events import Event, EventSink, ShardRepeated, ShardSkipped, ShardStarted
-from int8convert.conversion.plan import ConversionPlan, PlannedShard
-from int8convert.conversion.reading_order import MakeAccess, ReadingOrder
 from int8convert.conversion.records import replay_events
 from int8convert.conversion.shard_blocks import ShardBlocks
 from int8convert.errors import CorruptFileError, NonFiniteWeightError
+from int8convert.planning.plan import ConversionPlan, PlannedShard
+from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
 _TRIES = 3
 """For a source shard that comes with wrong bytes."""

@@ -11,23 +11,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.adapter import open_adapter
-from int8convert.checkpoint.output_format import OutputFormat
-from int8convert.checkpoint.source import open_source
-from int8convert.conversion.coming_plan import PlanInTheMaking, PlanRequirements
+from int8convert.conversion.destination import Publishing
 from int8convert.conversion.device import choose_device
 from int8convert.conversion.events import Event, EventSink
-from int8convert.conversion.fp8 import is_fp8
 from int8convert.conversion.job import Conversion, Reading, conversion_request
-from int8convert.conversion.model_map import ModuleFilter, check_config
-from int8convert.conversion.needs import check_needs
 from int8convert.conversion.output import OutputDirectory
-from int8convert.conversion.plan import ConversionPlan
 from int8convert.conversion.progress_bar import showing_bar
-from int8convert.conversion.publishing import Publishing
-from int8convert.conversion.reader_choice import Reader
+from int8convert.conversion.readers import Reader
 from int8convert.conversion.report import ConversionReport, ReportBuilder
+from int8convert.decoding.fp8 import is_fp8
 from int8convert.errors import NonFiniteWeightError
+from int8convert.formats.output_format import OutputFormat
+from int8convert.planning.adapter import open_adapter
+from int8convert.planning.model_map.model_map import ModuleFilter, check_config
+from int8convert.planning.needs import check_needs
+from int8convert.planning.pending_plan import PlanInTheMaking, PlanRequirements
+from int8convert.planning.plan import ConversionPlan
+from int8convert.sources import open_source
 
 DEFAULT_THRESHOLD = 6.0
 """Feature dimensions with a magnitude at or above it stay 16-bit: LLM.int8(), arXiv:2208.07339, Sec. 3.2."""

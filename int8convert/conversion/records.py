@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from int8convert.checkpoint.manifest import ShardRecord, TensorRecord
 from int8convert.conversion.events import TensorKept, TensorQuantized
-from int8convert.conversion.plan import PlannedShard
+from int8convert.planning.plan import PlannedShard
 
 _DECIMALS = 3
 """Of decibels: the last digits of a float32 sum depend on the width of a processor's vectors."""

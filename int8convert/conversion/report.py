@@ -15,8 +15,8 @@ from int8convert.conversion.events import (
     TensorKept,
     TensorQuantized,
 )
-from int8convert.conversion.plan import ConversionPlan
-from int8convert.conversion.reader_choice import ReaderChoice
+from int8convert.conversion.readers import ReaderChoice
+from int8convert.planning.plan import ConversionPlan
 
 _MANY_ZEROS = 1 / 8
 """Share of a matrix's rows from which zeros are told of; padded vocabularies and pruned channels have fewer."""

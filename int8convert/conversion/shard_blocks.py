@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from int8convert.checkpoint.rows import Scratch
 from int8convert.checkpoint.shard_access import OrderedReader, ShardAccess
-from int8convert.conversion.blocks import Scratch
-from int8convert.conversion.committer import ConvertedShard, reading
+from int8convert.conversion.commit import ConvertedShard, reading
 from int8convert.conversion.events import EventSink
-from int8convert.conversion.plan import PlannedShard, PlannedTensor
-from int8convert.conversion.reading_order import ReadingOrder
 from int8convert.conversion.tensors import BlockCounter, tensor_task
+from int8convert.planning.plan import PlannedShard, PlannedTensor
+from int8convert.planning.reading_order import ReadingOrder
 
 
 class Turns:

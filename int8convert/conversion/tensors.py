@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cuda_kernels.reference import N_STEPS
+from int8convert.checkpoint.floats import convert_floats, count_non_finite, kernel_bits, widen
+from int8convert.checkpoint.rows import Block, Scratch, as_array, read_rows, row_ranges
+from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
-from int8convert.checkpoint.writer import ShardWriter
-from int8convert.conversion.blocks import Block, Scratch, as_array, read_rows, row_ranges
 from int8convert.conversion.events import TensorKept, TensorQuantized
-from int8convert.conversion.floats import convert_floats, count_non_finite, kernel_bits, widen
-from int8convert.conversion.fp8 import FP8_DTYPES, Fp8Decoder
-from int8convert.conversion.plan import PlannedTensor
+from int8convert.decoding.fp8 import FP8_DTYPES, Fp8Decoder
 from int8convert.errors import NonFiniteWeightError
+from int8convert.planning.plan import PlannedTensor
 
 FP16_MAX = 65504.0
 """bitsandbytes computes in fp16: a row with a larger weight would come out as infinity or zero there."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from int8convert.checkpoint.inspection import Inspection
-from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.checkpoint.placement import MAX_GPUS
+from int8convert.hub.branch import CARD_MARK
+from int8convert.inspection import Inspection
 from int8convert.publish.card_commands import reproduce
 from int8convert.publish.card_fidelity import fidelity
 from int8convert.publish.card_metadata import card_metadata
@@ -20,7 +21,6 @@ from int8convert.publish.card_source import licence, named_source, source_reposi
 from int8convert.publish.card_stored_columns import read_stored_columns
 from int8convert.publish.card_text import code, count, percent, plain, size, table
 from int8convert.publish.finished import FinishedOutput
-from int8convert.publish.target import CARD_MARK
 
 _PAPER = "[LLM.int8(), arXiv:2208.07339](https://arxiv.org/abs/2208.07339)"
 _TOOL = (

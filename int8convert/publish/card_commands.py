@@ -6,13 +6,13 @@ import re
 from shlex import join
 from typing import Any
 
-from int8convert.checkpoint.int8_config import Int8Format
-from int8convert.checkpoint.layout import OUTLIERS_FILE
-from int8convert.checkpoint.verify_command import gate_options, task_options, text_options
+from int8convert.checkpoint.names import OUTLIERS_FILE
+from int8convert.formats.int8_config import Int8Format
 from int8convert.publish.card_source import source_repository
 from int8convert.publish.card_stored_columns import read_stored_columns
 from int8convert.publish.card_text import code, plain
 from int8convert.publish.finished import FinishedOutput
+from int8convert.publish.verify_command import gate_options, task_options, text_options
 
 _MAX_COMMAND = 10_000
 _FILE_NAME = re.compile(r"\w[\w. -]{0,99}", re.ASCII)

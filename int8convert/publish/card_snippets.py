@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.publish.card_metadata import pipeline_of
 from int8convert.publish.finished import FinishedOutput
 

@@ -23,7 +23,7 @@ def source_repository(output: FinishedOutput) -> str | None:
 
 def named_source(output: FinishedOutput) -> str:
     """The source by its name, with a link if it has a page: on the Hub in use now, which should be the one it is on."""
-    from int8convert.checkpoint.hub.failures import endpoint
+    from int8convert.hub.errors import endpoint
 
     name = source_repository(output)
     if name is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from int8convert.checkpoint.json_file import parse_json_object
-from int8convert.checkpoint.layout import OUTLIERS_FILE, find_file
+from int8convert.checkpoint.names import OUTLIERS_FILE, find_file
 from int8convert.checkpoint.safetensors_file import read_safetensors_header, read_safetensors_metadata
 from int8convert.errors import CorruptFileError
 from int8convert.publish.card_text import code

@@ -16,7 +16,11 @@ from typing import Any
 
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.json_file import read_config, read_own_hashed_json, read_own_json
-from int8convert.checkpoint.layout import (
+from int8convert.checkpoint.loaders.files import is_inert
+from int8convert.checkpoint.loaders.present_files import PresentFiles, find_present
+from int8convert.checkpoint.manifest import NOT_PUBLISHED, Manifest, ShardRecord
+from int8convert.checkpoint.names import (
+    CARD_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
@@ -25,12 +29,8 @@ from int8convert.checkpoint.layout import (
     VERIFY_FILE,
     quoted,
 )
-from int8convert.checkpoint.loader_files import is_inert
-from int8convert.checkpoint.manifest import NOT_PUBLISHED, Manifest, ShardRecord
-from int8convert.checkpoint.present_files import PresentFiles, find_present
-from int8convert.checkpoint.recorded_request import read_recorded_request
-from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
+from int8convert.planning.recorded_request import read_recorded_request
 from int8convert.publish.recorded_failure import clearing_command
 from int8convert.publish.recorded_report import read_recorded_report
 

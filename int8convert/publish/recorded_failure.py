@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.json_file import read_own_json
-from int8convert.checkpoint.layout import VERIFY_FILE, find_file
+from int8convert.checkpoint.names import VERIFY_FILE, find_file
 from int8convert.checkpoint.stored_tensor import is_size
-from int8convert.checkpoint.verify_command import gate_options, task_options, text_options
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.publish.verify_command import gate_options, task_options, text_options
 
 
 def clearing_command(out: Path) -> str:

@@ -17,11 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from int8convert.checkpoint.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
-from int8convert.checkpoint.hub.source import open_repository
-from int8convert.checkpoint.inspection import inspect_source
 from int8convert.checkpoint.json_file import read_own_json
-from int8convert.checkpoint.layout import (
+from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference, parse_record
+from int8convert.checkpoint.names import (
+    CARD_NAME,
     CONFIG_NAME,
     MANIFEST_NAME,
     OWN_FOLDER,
@@ -29,12 +28,13 @@ from int8convert.checkpoint.layout import (
     is_loaded_as_weights,
     quoted,
 )
-from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference, parse_record
-from int8convert.checkpoint.source import CARD_NAME
 from int8convert.errors import HubError, OutputError
+from int8convert.hub.branch import MAIN, FileSent, SentSink, Target
+from int8convert.hub.open_repository import open_repository
+from int8convert.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
+from int8convert.inspection import inspect_source
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_published
-from int8convert.publish.target import MAIN, FileSent, SentSink, Target
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -18,16 +18,15 @@ from typing import Any
 
 from int8convert import __version__
 from int8convert.checkpoint.atomic import write_text
-from int8convert.checkpoint.hub.repository import Repository, RepositoryFile
-from int8convert.checkpoint.inspection import inspect
-from int8convert.checkpoint.layout import MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights, quoted
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.model_card import read_card
-from int8convert.checkpoint.source import CARD_NAME
+from int8convert.checkpoint.names import CARD_NAME, MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights, quoted
 from int8convert.errors import HubError, OutputError
+from int8convert.hub.branch import CARD_MARK, MAIN, FileSent, SentSink, Target
+from int8convert.hub.repository import Repository, RepositoryFile
+from int8convert.inspection import inspect
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import FinishedOutput, check_shards, check_verified, read_finished
-from int8convert.publish.target import CARD_MARK, MAIN, FileSent, SentSink, Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
-from int8convert.checkpoint.module_pattern import matches
 from int8convert.errors import CoverageError, NonFiniteWeightError, PatternError
+from int8convert.patterns import matches
 from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_path
 from int8convert.runtime.linear import Int8Linear, OutlierMode
-from int8convert.runtime.outliers import StoredOutliers
 from int8convert.runtime.saving import describe_for_saving
+from int8convert.runtime.stored_columns import StoredOutliers
 from int8convert.runtime.weight_readers import modules_with_read_weights
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD
-from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.errors import FormatError
+from int8convert.formats.output_format import OutputFormat
 from int8convert.runtime.peft_guard import guard_adapters
 
 MAX_FOUND_COLUMNS = 256

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from int8convert.checkpoint.layout import OUTLIERS_FILE
-from int8convert.checkpoint.module_pattern import is_allowed
+from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.patterns import is_allowed
 from int8convert.runtime.linear import OutlierMode
-from int8convert.runtime.outliers import attach_outliers, read_outliers
 from int8convert.runtime.pretrained import hub_options, load_model, locate_file, read_config
+from int8convert.runtime.stored_columns import attach_outliers, read_outliers
 from int8convert.runtime.transformers_plugin import Int8ConvertConfig
 
 _NOT_NEEDED = ("weight_format", "position_ids", "num_batches_tracked")

@@ -5,7 +5,7 @@
    prints nothing to stdout.
 3. Whatever it raises is an error of two lines (`int8convert.checkpoint.library_errors`).
 
-Not bounded here: the cost of the tokenizer's regular expressions, see `int8convert.runtime.tokenizer_process`.
+Not bounded here: the cost of the tokenizer's regular expressions, see `int8convert.runtime.text.tokenizer_process`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import transformers
 from transformers import dynamic_module_utils
 from transformers.utils.hub import cached_file
 
-from int8convert.checkpoint.build_bounds import bounded_build, check_layer_counts
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
 from int8convert.checkpoint.json_file import read_config as read_bounded_config
-from int8convert.checkpoint.layout import (
+from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
+from int8convert.checkpoint.names import (
     ADAPTER_CONFIG,
     CONFIG_NAME,
     INDEX_NAME,
@@ -34,10 +34,10 @@ from int8convert.checkpoint.layout import (
     quoted,
     shard_name,
 )
-from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import RemoteCodeError, SourceError
+from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 _ATTENTION = ("eager", "sdpa", "flex_attention")

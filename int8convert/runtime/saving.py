@@ -10,10 +10,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from int8convert.checkpoint.quantization_config import bitsandbytes_block
 from int8convert.errors import FormatError
+from int8convert.formats.quantization_config import bitsandbytes_block
 from int8convert.runtime.linear import Int8Linear
-from int8convert.runtime.outliers import StoredOutliers, save_with_outliers
+from int8convert.runtime.stored_columns import StoredOutliers, save_with_outliers
 
 
 def describe_for_saving(

@@ -29,7 +29,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
-from int8convert.checkpoint.int8_config import (
+from int8convert.errors import FormatError
+from int8convert.formats.int8_config import (
     Int8Format,
     is_ignored,
     loader_skip_list,
@@ -37,9 +38,8 @@ from int8convert.checkpoint.int8_config import (
     read_threshold,
     skipping,
 )
-from int8convert.checkpoint.output_format import OutputFormat
-from int8convert.checkpoint.quantization_config import bitsandbytes_block
-from int8convert.errors import FormatError
+from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.quantization_config import bitsandbytes_block
 from int8convert.runtime.experts import Int8Experts, experts_form, experts_in
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.weight_readers import modules_with_read_weights

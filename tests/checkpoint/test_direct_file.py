@@ -15,7 +15,7 @@ import pytest
 
 from int8convert.checkpoint import direct_file
 from int8convert.checkpoint.direct_file import CHUNK_BYTES, MAX_WAITING, DirectFile
-from int8convert.checkpoint.writer import order_for_alignment
+from int8convert.checkpoint.shard_writer import order_for_alignment
 
 
 def pieces(n_bytes: int, chance: random.Random, largest: int) -> list[tuple[int, int]]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from int8convert.checkpoint.layout import INDEX_NAME, is_loaded_as_weights
-from int8convert.checkpoint.loader_files import find_loader_files, is_inert
-from int8convert.checkpoint.loader_notes import vllm_weights
-from int8convert.checkpoint.sentence_modules import MAX_MODULES
+from int8convert.checkpoint.loaders.files import find_loader_files, is_inert
+from int8convert.checkpoint.loaders.notes import vllm_weights
+from int8convert.checkpoint.loaders.sentence_modules import MAX_MODULES
+from int8convert.checkpoint.names import INDEX_NAME, is_loaded_as_weights
 from int8convert.errors import SourceError
 
 

@@ -21,14 +21,14 @@ from transformers.integrations.peft import maybe_load_adapters
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from int8convert.checkpoint.hub.repository import find_repository
-from int8convert.checkpoint.hub.source import RepositoryListing
 from int8convert.checkpoint.json_file import read_json_object
-from int8convert.checkpoint.listing import DirectoryListing, Listing
-from int8convert.checkpoint.loader_files import EXTRA_WEIGHTS, find_loader_files
+from int8convert.checkpoint.loaders.files import EXTRA_WEIGHTS, find_loader_files
+from int8convert.checkpoint.loaders.listing import DirectoryListing, Listing
 from int8convert.errors import SourceError
-from tests.hub_server.fixtures import connect, hub  # noqa: F401, fixtures
-from tests.hub_server.hub import Hub
+from int8convert.hub.open_repository import RepositoryListing
+from int8convert.hub.repository import find_repository
+from tests.tools.hub_server.fixtures import connect, hub  # noqa: F401, fixtures
+from tests.tools.hub_server.hub import Hub
 
 N_CASES = 600
 N_HUB_CASES = 24

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from int8convert.checkpoint.atomic import copy_file
+from int8convert.checkpoint.directory import read_shard
 from int8convert.checkpoint.file_reader import FileReader
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.json_file import read_json_object
-from int8convert.checkpoint.layout import open_regular
-from int8convert.checkpoint.pickle_file import read_pickle_header
+from int8convert.checkpoint.names import open_regular
+from int8convert.checkpoint.pickle.reader import read_pickle_header
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
-from int8convert.checkpoint.source import read_shard
 from int8convert.errors import CorruptFileError
 
 READERS: list[Callable[[Path], object]] = [

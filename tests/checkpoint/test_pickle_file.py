@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from int8convert.checkpoint.file_reader import FileReader
-from int8convert.checkpoint.pickle_file import read_pickle_header
+from int8convert.checkpoint.pickle.reader import read_pickle_header
+from int8convert.checkpoint.rows import Scratch, as_array, read_rows
 from int8convert.checkpoint.stored_tensor import StoredTensor
-from int8convert.conversion.blocks import Scratch, as_array, read_rows
 from int8convert.errors import CorruptFileError
 
 NUMPY = {"F16": np.float16, "F32": np.float32, "I64": np.int64}

@@ -16,7 +16,7 @@ import pytest
 
 from int8convert.cli.app import main
 from tests.cli.conftest import Run
-from tests.tiny_models import file_bytes, save_checkpoint
+from tests.tools.tiny_models import file_bytes, save_checkpoint
 
 COMMANDS = ("quantize", "inspect", "export", "verify", "outliers", "upload", "generate")
 

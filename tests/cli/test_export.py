@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.cli.conftest import Run
-from tests.tiny_models import file_bytes, save_checkpoint
+from tests.tools.tiny_models import file_bytes, save_checkpoint
 
 
 @pytest.fixture

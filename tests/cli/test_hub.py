@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from int8convert.checkpoint.hub import patience
+from int8convert.hub import retry
 from tests.cli.conftest import Run
 from tests.hub.repositories import NAME, add, opt_pickles
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect, connect, hub
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.hub_server.repositories import Visibility
-from tests.tiny_models import file_bytes
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect, connect, hub
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.hub_server.repositories import Visibility
+from tests.tools.tiny_models import file_bytes
 
 __all__ = ["connect", "hub"]
 
@@ -27,8 +27,8 @@ REPO = "me/opt-66b-int8"
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 1.0)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 1.0)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "1")
 
 

@@ -15,11 +15,11 @@ import pytest
 
 from tests.hub.client_process import ROOT
 from tests.hub.repositories import NAME, add
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import hub
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.tiny_models import save_checkpoint
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import hub
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import save_checkpoint
 
 __all__ = ["hub"]
 

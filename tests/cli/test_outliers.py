@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import int8convert
-from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.names import OUTLIERS_FILE
 from tests.cli.conftest import Run
-from tests.evaluation.outlier_models import SCALED, SHIFTED, convert, outlier_model, save
+from tests.outliers.outlier_models import SCALED, SHIFTED, convert, outlier_model, save
 from tests.runtime.language_models import SENTENCES, build_tokenizer
-from tests.tiny_models import file_bytes, read_tensors, save_checkpoint
+from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("map_in_process"),
@@ -204,7 +204,7 @@ def test_figures_without_matplotlib_are_refused_before_the_work(
     run: Run, text: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("int8convert.evaluation.find_outliers.load_model", None)
+    monkeypatch.setattr("int8convert.outliers.find.load_model", None)
     code, _, err = run("outliers", source, "--text", text, "--figures", tmp_path / "figures")
     assert code == 1 and "pip install 'int8convert[report]'" in err
 

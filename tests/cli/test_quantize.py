@@ -21,9 +21,9 @@ from int8convert.conversion import device
 from int8convert.conversion.events import PlanMade, ShardStarted, SourceFetched, TensorKept
 from tests.cli.conftest import Run
 from tests.hub.repositories import NAME, add, opt_pickles
-from tests.hub_server.fixtures import Connect, connect, hub
-from tests.hub_server.hub import Hub
-from tests.tiny_models import save_checkpoint
+from tests.tools.hub_server.fixtures import Connect, connect, hub
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import save_checkpoint
 
 __all__ = ["connect", "hub"]
 

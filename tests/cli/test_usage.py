@@ -14,7 +14,7 @@ import pytest
 from int8convert.cli.console import TerminatedError
 from int8convert.conversion import quantize
 from tests.cli.conftest import Run
-from tests.tiny_models import save_checkpoint
+from tests.tools.tiny_models import save_checkpoint
 
 
 def said(err: str) -> str:

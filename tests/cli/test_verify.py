@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from int8convert.checkpoint.layout import VERIFY_FILE
-from int8convert.checkpoint.source import read_shard
-from int8convert.evaluation.baselines import METHODS
+from int8convert.checkpoint.directory import read_shard
+from int8convert.checkpoint.names import VERIFY_FILE
+from int8convert.verification.baselines import METHODS
 from tests.cli.conftest import Run
-from tests.evaluation.outlier_models import convert, outlier_model, save
+from tests.outliers.outlier_models import convert, outlier_model, save
 from tests.runtime.language_models import SENTENCES, build_tokenizer
-from tests.tiny_models import file_bytes
+from tests.tools.tiny_models import file_bytes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -244,7 +244,7 @@ def test_exact_level_loads_no_torch(out: Path) -> None:
     import subprocess
 
     code = (
-        "import sys; from int8convert.evaluation.verify import verify\n"
+        "import sys; from int8convert.verification.verify import verify\n"
         f"report = verify({str(out)!r}, level='exact')\n"
         "print(report.is_passed, 'torch' in sys.modules)"
     )

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 import int8convert
-from int8convert.checkpoint.layout import VERIFY_FILE
-from int8convert.checkpoint.source import read_shard
+from int8convert.checkpoint.directory import read_shard
+from int8convert.checkpoint.names import VERIFY_FILE
 from tests.cli.conftest import Run
-from tests.evaluation.outlier_models import outlier_model, save
 from tests.hub.repositories import NAME, add, opt_pickles
-from tests.hub_server.fixtures import Connect, connect, hub
-from tests.hub_server.hub import Hub
+from tests.outliers.outlier_models import outlier_model, save
 from tests.runtime.language_models import build_tokenizer
-from tests.tiny_models import file_bytes
+from tests.tools.hub_server.fixtures import Connect, connect, hub
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes
 
 __all__ = ["connect", "hub"]
 
@@ -158,7 +158,7 @@ def test_weights_that_no_index_names_are_found_without_fetching_them(run: Run, o
 def test_weight_file_whose_sha256_the_hub_does_not_list_is_read_for_it(
     run: Run, out: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from int8convert.checkpoint.hub.source import RemoteShard
+    from int8convert.hub.open_repository import RemoteShard
 
     monkeypatch.setattr(RemoteShard, "sha256", property(lambda shard: None))
 

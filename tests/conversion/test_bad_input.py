@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.conversion.events import Event
-from tests.tiny_models import file_bytes, read_tensors, save_checkpoint
+from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -13,7 +13,7 @@ import transformers
 
 import int8convert
 from cuda_kernels.cpu import row_quantize
-from tests.tiny_models import build_model, read_tensors, save_as_pickles, save_checkpoint
+from tests.tools.tiny_models import build_model, read_tensors, save_as_pickles, save_checkpoint
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

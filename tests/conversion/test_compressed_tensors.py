@@ -12,9 +12,9 @@ import transformers
 
 import int8convert
 from int8convert.errors import CoverageError
-from int8convert.evaluation.verify import verify
-from tests.family_models import build_family, families
-from tests.tiny_models import build_model, read_tensors, save_checkpoint
+from int8convert.verification.verify import verify
+from tests.tools.family_models import build_family, families
+from tests.tools.tiny_models import build_model, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

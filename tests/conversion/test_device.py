@@ -15,15 +15,16 @@ import torch
 import int8convert
 from cuda_kernels import launch, reference
 from cuda_kernels.launch import CudaError, Launch
-from int8convert.conversion import blocks, cuda_scratch, estimate
-from int8convert.conversion.cuda_scratch import CudaScratch, CudaStream
+from int8convert.checkpoint import rows
+from int8convert.conversion import cost, gpu
 from int8convert.conversion.device import choose_device
+from int8convert.conversion.gpu import CudaScratch, CudaStream
 from int8convert.errors import DeviceError, NonFiniteWeightError
 from tests.cli.conftest import Run, run  # noqa: F401
 from tests.conversion.test_quantize import convert
 from tests.kernels.cuda_backends import interpret
-from tests.ptx import Memory
-from tests.tiny_models import file_bytes, read_tensors, save_checkpoint
+from tests.tools.ptx import Memory
+from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
@@ -77,7 +78,7 @@ def interpreted_gpu(monkeypatch: pytest.MonkeyPatch) -> type[InterpretedStream]:
     class Stream(InterpretedStream):
         made: list[InterpretedStream] = []  # noqa: RUF012
 
-    monkeypatch.setattr(cuda_scratch, "CudaStream", Stream)
+    monkeypatch.setattr(gpu, "CudaStream", Stream)
     monkeypatch.setattr(launch, "unavailable", lambda device: None if not device.index else "there is one")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return Stream
@@ -127,11 +128,11 @@ def test_buffers_grow_for_what_does_not_fit(
     shape: tuple[int, int], interpreted_gpu: type[InterpretedStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row longer than a block of 4 KiB, more rows than sums have room for, and nothing at all."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(cuda_scratch, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(gpu, "BLOCK_BYTES", 4096)
     scratch = scratch_of(interpreted_gpu)
-    for rows, columns in ((3, 64), shape, (3, 64)):
-        values = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float16)
+    for n_rows, n_columns in ((3, 64), shape, (3, 64)):
+        values = np.random.default_rng(n_columns).standard_normal((n_rows, n_columns)).astype(np.float16)
         assert_quantizes(scratch, values.view(np.uint16), values.astype(np.float32))
 
 
@@ -220,7 +221,7 @@ def test_estimate_measures_the_device_asked_for(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(estimate, "_PROBE_SHAPE", (8, 1024))
+    monkeypatch.setattr(cost, "_PROBE_SHAPE", (8, 1024))
     source = save_checkpoint("opt", tmp_path / "source")
     costs = [json.loads(run("quantize", source, "--dry-run", "--json", "--device", d)[1]) for d in ("cpu", "cuda:0")]
     assert [each["device"] for each in costs] == ["cpu", "cuda:0"]

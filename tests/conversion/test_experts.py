@@ -13,9 +13,9 @@ import transformers
 
 import int8convert
 from int8convert.checkpoint.stored_tensor import StoredTensor
-from int8convert.conversion.expert_layouts import ExpertLayout, fits, split
 from int8convert.errors import CoverageError, PatternError
-from tests.tiny_models import read_tensors
+from int8convert.planning.expert_layouts import ExpertLayout, fits, split
+from tests.tools.tiny_models import read_tensors
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import int8convert
-from int8convert.checkpoint.int8_config import CONV1D_NAMES, is_conv1d
 from int8convert.conversion.export import ShardExported
-from tests.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
+from int8convert.formats.int8_config import CONV1D_NAMES, is_conv1d
+from tests.tools.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("map_in_process"),

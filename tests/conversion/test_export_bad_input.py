@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 import int8convert
 from int8convert import errors
-from int8convert.checkpoint.writer import ShardWriter
+from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.export import ShardExported
 from tests.conversion.test_export import make_experts, make_int8, read_config
-from tests.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
+from tests.tools.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

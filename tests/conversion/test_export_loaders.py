@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import int8convert
 from tests.conversion.test_export import assert_same, make_int8, read_config
-from tests.tiny_models import build_model, read_tensors, save_checkpoint
+from tests.tools.tiny_models import build_model, read_tensors, save_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("map_in_process"),

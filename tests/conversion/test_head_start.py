@@ -13,16 +13,17 @@ import pytest
 
 import int8convert
 from int8convert.checkpoint.manifest import Manifest
-from int8convert.checkpoint.source import CheckpointSource, open_source
+from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.events import Event
 from int8convert.conversion.head_start import guess_plan
-from int8convert.conversion.model_map import ModelMap, ModuleFilter
 from int8convert.conversion.pipeline import Pipeline
-from int8convert.conversion.plan import PlannedShard
-from int8convert.conversion.reading_order import ReadingOrder
 from int8convert.errors import CoverageError
+from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
+from int8convert.planning.plan import PlannedShard
+from int8convert.planning.reading_order import ReadingOrder
+from int8convert.sources import open_source
 from tests.conftest import InProcessMap
-from tests.tiny_models import file_bytes, save_as_pickles, save_checkpoint
+from tests.tools.tiny_models import file_bytes, save_as_pickles, save_checkpoint
 
 
 @pytest.fixture
@@ -49,14 +50,14 @@ def n_conversions(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
             return super().result()
 
     monkeypatch.setattr(Pipeline, "convert", convert)
-    monkeypatch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", LateMap)
+    monkeypatch.setattr("int8convert.planning.pending_plan.ModelMapProcess", LateMap)
     return lambda: converted
 
 
 def convert_without_head_start(source: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("int8convert.conversion.job.guess_plan", lambda *arguments: None)
-        monkeypatch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", InProcessMap)
+        monkeypatch.setattr("int8convert.planning.pending_plan.ModelMapProcess", InProcessMap)
         int8convert.quantize(source, out, on_event=lambda event: None)
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import int8convert
 from int8convert.errors import AdapterError, OutputError
-from tests.conversion.test_lora import save_adapter
-from tests.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
+from tests.planning.test_lora import save_adapter
+from tests.tools.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("map_in_process"), pytest.mark.filterwarnings("ignore")]
 
@@ -113,9 +113,9 @@ def test_adapter_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
     adapter = save_adapter("llama", tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
     edit_config(source, architectures=["NovelForCausalLM"], model_type="novel")
     with pytest.MonkeyPatch.context() as patch:
-        from int8convert.conversion.model_map_process import ModelMapProcess
+        from int8convert.planning.model_map.process import ModelMapProcess
 
-        patch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", ModelMapProcess)
+        patch.setattr("int8convert.planning.pending_plan.ModelMapProcess", ModelMapProcess)
         with pytest.raises(AdapterError, match="class is unknown"):
             convert(source, tmp_path / "out", lora=adapter)
     assert not (tmp_path / "out").exists()

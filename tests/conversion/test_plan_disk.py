@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from int8convert.conversion.publishing import DiskBudget, Publishing, plan_disk
+from int8convert.conversion.destination import DiskBudget, Publishing, plan_disk
 from int8convert.errors import DiskFullError
 
 SMALL = 20_000_000

@@ -11,7 +11,7 @@ import tqdm.auto
 from safetensors.torch import save_file
 
 import int8convert
-from tests.tiny_models import read_tensors, save_checkpoint
+from tests.tools.tiny_models import read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 import int8convert
 from cuda_kernels import reference
-from int8convert.conversion.blocks import BLOCK_BYTES
+from int8convert.checkpoint.floats import convert_floats
+from int8convert.checkpoint.rows import BLOCK_BYTES
 from int8convert.conversion.events import Event, PlanMade, ShardFinished, ShardStarted, TensorKept, TensorQuantized
-from int8convert.conversion.floats import convert_floats
 from int8convert.conversion.quantize import parse_size
-from tests.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
+from tests.tools.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -22,10 +22,10 @@ from types import TracebackType
 from typing import Any
 
 import int8convert
-import int8convert.checkpoint.hub.source
-from int8convert.conversion.publishing import Publishing
+import int8convert.hub.open_repository
+from int8convert.conversion.destination import Publishing
 from int8convert.publish.shard_publisher import HubPublisher
-from tests.hub_server.bandwidth import Bandwidth
+from tests.tools.hub_server.bandwidth import Bandwidth
 
 ROOT = Path(__file__).parents[2]
 

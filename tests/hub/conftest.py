@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 
-from int8convert.checkpoint.hub import header_file, patience, shard_stream
-from int8convert.conversion import blocks, reading_order
-from tests.hub_server.fixtures import connect, hub, xet_hub
+from int8convert.checkpoint import rows
+from int8convert.hub import header_file, retry, stream
+from int8convert.planning import reading_order
+from tests.tools.hub_server.fixtures import connect, hub, xet_hub
 
 __all__ = ["connect", "hub", "impatient", "small_pieces", "xet_hub"]
 
@@ -22,8 +23,8 @@ _LONGEST_WAIT_S = 0.02
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits of milliseconds, and few of them: what would be minutes of patience is over in two seconds."""
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 2.0)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
 
 
@@ -33,8 +34,8 @@ def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, _LONGEST_WAIT_S)))
     monkeypatch.setattr(file_download, "time", quick)
     monkeypatch.setattr(_http, "time", quick)
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", _LONGEST_WAIT_S)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 8.0)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", _LONGEST_WAIT_S)
+    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 8.0)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "8")
 
 
@@ -42,10 +43,10 @@ def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers, blocks and the window of the stream so small that a tiny shard is many of them."""
     monkeypatch.setattr(header_file, "_BLOCK_BYTES", 16384)
-    monkeypatch.setattr(shard_stream, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 2048)
     monkeypatch.setattr(reading_order, "_AHEAD_BYTES", 0)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1024)
-    monkeypatch.setattr(blocks, "GATHERED_BYTES", 4096)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(rows, "GATHERED_BYTES", 4096)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 
 import int8convert
 from int8convert.conversion.events import EventSink
-from tests.hub_server.hub import Hub
-from tests.tiny_models import file_bytes
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes
 
 READERS = ("stream", "download")
 

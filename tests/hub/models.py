@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.tiny_models import save_as_pickles
+from tests.tools.tiny_models import save_as_pickles
 
 Files = dict[str, bytes | Path]
 

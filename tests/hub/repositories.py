@@ -9,9 +9,9 @@ from typing import Any
 
 import int8convert
 from int8convert.conversion.events import Event
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.tiny_models import file_bytes, save_as_pickles, save_checkpoint
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes, save_as_pickles, save_checkpoint
 
 NAME = "facebook/opt-66b"
 CARD = b"---\nlicense: other\nlicense_name: opt\nlanguage: en\ntags: [x]\n---\n# OPT\n"

@@ -25,11 +25,11 @@ from int8convert.errors import (
 from tests.hub.client_process import ROOT
 from tests.hub.conversions import READERS, convert
 from tests.hub.models import opt_66b
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.hub_server.repositories import Visibility
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.hub_server.repositories import Visibility
 
 pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 
@@ -169,7 +169,7 @@ def test_name_that_is_no_name(hub: Hub, connect: Connect, tmp_path: Path) -> Non
 
 
 def test_no_network(hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("int8convert.checkpoint.hub.patience.CALL_PATIENCE_S", 0.1)
+    monkeypatch.setattr("int8convert.hub.retry.CALL_PATIENCE_S", 0.1)
     connect(hub)
     hub.stop()
     assert refusal(HubConnectionError, NAME, tmp_path / "out") == (

@@ -10,10 +10,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from int8convert.checkpoint.hub import bounded_answer, patience, repository
-from int8convert.checkpoint.hub.byte_counter import is_too_long
-from int8convert.checkpoint.hub.repository import RepositoryFile, discard_cached, fetch_small_files, find_repository
 from int8convert.errors import CorruptFileError, HubConnectionError, HubError
+from int8convert.hub import bounded_answer, repository, retry
+from int8convert.hub.byte_counter import is_too_long
+from int8convert.hub.repository import RepositoryFile, discard_cached, fetch_small_files, find_repository
 
 COMMIT = "c" * 40
 INFO = {"id": "org/name", "sha": COMMIT, "private": False}
@@ -40,7 +40,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
         return asked
 
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.test")
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 0.0)
+    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 0.0)
     yield run
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from int8convert.checkpoint.hub import cached_copy
-from int8convert.checkpoint.hub.cached_copy import fetch_checkpoint
-from int8convert.checkpoint.hub.source import open_repository
 from int8convert.errors import CorruptFileError, DiskFullError
+from int8convert.hub import cached_copy
+from int8convert.hub.cached_copy import fetch_checkpoint
+from int8convert.hub.open_repository import open_repository
 from tests.hub.models import NAME, opt_66b
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
 
 pytestmark = pytest.mark.usefixtures("quick_waits")
 

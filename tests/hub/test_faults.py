@@ -20,10 +20,10 @@ import pytest
 from int8convert.errors import CorruptFileError, Int8ConvertError
 from tests.hub.conversions import READERS, begin_anew, convert, looks_complete
 from tests.hub.models import NAME, opt_66b
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
 
 pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 

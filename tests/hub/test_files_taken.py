@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from int8convert.checkpoint.source import open_source
 from int8convert.conversion.events import PlanMade
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.sources import open_source
 from tests.hub.repositories import convert, payload
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.hub import Hub
-from tests.tiny_models import save_checkpoint
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import save_checkpoint
 
 NAME = "someone/model"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234567\n"

@@ -14,9 +14,9 @@ from int8convert.errors import HubConnectionError, HubError
 from tests.hub.conversions import READERS, convert
 from tests.hub.forward_proxy import ForwardProxy
 from tests.hub.models import NAME, opt_66b
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.hub import Hub
-from tests.tiny_models import file_bytes
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes
 
 pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 
@@ -82,7 +82,7 @@ def test_proxy_that_refuses_is_told_and_its_password_is_not(
 def test_proxy_that_is_not_there_is_told_and_its_password_is_not(
     model: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("int8convert.checkpoint.hub.patience.CALL_PATIENCE_S", 0.1)
+    monkeypatch.setattr("int8convert.hub.retry.CALL_PATIENCE_S", 0.1)
     with ForwardProxy() as gone:
         address = gone.url()
     go_through(address, monkeypatch)

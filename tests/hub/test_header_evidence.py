@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from int8convert.checkpoint.hub import header_file
-from int8convert.checkpoint.hub.header_file import EvidenceCheck, HeaderFile
-from int8convert.checkpoint.hub.hub_file import HubFile
+from int8convert.hub import header_file
+from int8convert.hub.header_file import EvidenceCheck, HeaderFile
+from int8convert.hub.remote_file import HubFile
 
 CONTENT = bytes(range(200))
 READ = ((0, 10), (95, 20), (180, 20))

@@ -18,12 +18,12 @@ from huggingface_hub import constants
 from int8convert.conversion.events import Event, ShardFinished
 from int8convert.errors import HubConnectionError, SourceError
 from tests.conversion.test_experts import build
-from tests.conversion.test_fp8 import save_fp8
+from tests.decoding.test_fp8 import save_fp8
 from tests.hub.conversions import READERS, convert
 from tests.hub.models import NAME, files_of, opt_66b
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.hub import Hub
-from tests.tiny_models import save_as_pickles, save_checkpoint
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import save_as_pickles, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -13,9 +13,9 @@ from int8convert.checkpoint.manifest import Manifest
 from tests.hub.client_process import ClientProcesses
 from tests.hub.conversions import READERS, begin_anew, looks_complete, places
 from tests.hub.models import NAME, opt_66b
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.tiny_models import file_bytes
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes
 
 N_SHARDS = 5
 BYTES_PER_S = 6e6

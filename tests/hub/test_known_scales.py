@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from int8convert.conversion.events import ShardRepeated
 from tests.hub.repositories import NAME, add, convert
 from tests.hub.test_readers import fp8_with_scales_elsewhere, sha256_of
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.tiny_models import file_bytes
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes
 
 pytestmark = pytest.mark.usefixtures("map_in_process", "quick_waits")
 

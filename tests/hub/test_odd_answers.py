@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import httpx2
 import pytest
 
-from int8convert.checkpoint.hub import hub_file, patience
-from int8convert.checkpoint.hub.hub_file import HubFile
 from int8convert.errors import HubAccessError, HubConnectionError, HubError
+from int8convert.hub import remote_file, retry
+from int8convert.hub.remote_file import HubFile
 
 CONTENT = bytes(range(256)) * 4
 FILE = HubFile("org/name", "c" * 40, "model.safetensors", len(CONTENT), None, "")
@@ -39,8 +39,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.test")
     template = "http://hub.test/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 0.2)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 0.2)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "0.2")
     yield run
     for client in clients:
@@ -108,7 +108,7 @@ def test_whole_file_in_many_pieces_for_a_range_is_skipped_to_its_place(serve: Se
 
 
 def test_no_gigabytes_are_skipped_for_a_small_range(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_file, "_MOST_AHEAD", 99)
+    monkeypatch.setattr(remote_file, "_MOST_AHEAD", 99)
     serve(saying(200, {}, CONTENT))
     with pytest.raises(HubConnectionError, match="the server ignores Range requests"):
         FILE.read_range(100, 50)

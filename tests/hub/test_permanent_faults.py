@@ -15,12 +15,12 @@ from int8convert.conversion.events import SourceFetched
 from int8convert.errors import HubAccessError, HubConnectionError
 from tests.hub.conversions import READERS, convert, looks_complete
 from tests.hub.models import NAME, opt_66b
-from tests.hub_server import storage_routes
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin, Refusal, Response
-from tests.hub_server.hub import Hub
-from tests.hub_server.routing import ROUTES
+from tests.tools.hub_server import storage_routes
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin, Refusal, Response
+from tests.tools.hub_server.hub import Hub
+from tests.tools.hub_server.routing import ROUTES
 
 pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 
@@ -43,7 +43,7 @@ REASONS = {
 
 @pytest.fixture
 def model(hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    monkeypatch.setattr("int8convert.checkpoint.hub.patience.CALL_PATIENCE_S", PATIENCE_S)
+    monkeypatch.setattr("int8convert.hub.retry.CALL_PATIENCE_S", PATIENCE_S)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", str(PATIENCE_S))
     hub.add_repo(NAME, opt_66b(tmp_path / "model"))
     connect(hub, timeout_s=TIMEOUT_S)
@@ -193,7 +193,7 @@ def test_gate_that_a_mirror_on_another_host_tells_of_is_believed(
     instead = [
         replace(route, answer=refuse) if route.answer is storage_routes.get_object else route for route in ROUTES
     ]
-    monkeypatch.setattr("tests.hub_server.routing.ROUTES", tuple(instead))
+    monkeypatch.setattr("tests.tools.hub_server.routing.ROUTES", tuple(instead))
 
     with pytest.raises(HubAccessError, match="is gated"):
         convert(NAME, tmp_path / "out")
@@ -203,7 +203,7 @@ def test_gate_that_a_mirror_on_another_host_tells_of_is_believed(
 def test_waits_are_told_once_a_person_would_notice(
     model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("int8convert.checkpoint.hub.patience._TOLD_FROM_S", 0.5)
+    monkeypatch.setattr("int8convert.hub.retry._TOLD_FROM_S", 0.5)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "10")
     model.faults.add(FaultKind.UNAVAILABLE, origin=Origin.STORAGE, nth=7)
     model.faults.add(FaultKind.TOO_MANY_REQUESTS, origin=Origin.STORAGE, nth=9, seconds=1)

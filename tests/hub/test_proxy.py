@@ -19,9 +19,9 @@ from urllib.request import urlopen
 import pytest
 
 from tests.hub.repositories import NAME, add, convert, fetched_bytes, opt_pickles
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.hub import Hub
-from tests.tiny_models import file_bytes
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from tests.hub.repositories import NAME, add
-from tests.hub_server.hub import Hub
+from tests.tools.hub_server.hub import Hub
 
 MIB = 1 << 20
 

@@ -12,22 +12,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from int8convert.checkpoint.hub.shard_stream import ShardStream
-from int8convert.checkpoint.output_format import OutputFormat
-from int8convert.checkpoint.source import open_source
-from int8convert.conversion.blocks import Block
+from int8convert.checkpoint.rows import Block
 from int8convert.conversion.events import PlanMade, ShardSkipped, SourceFetched
-from int8convert.conversion.fp8_scales import as_loaded
-from int8convert.conversion.model_map import ModuleFilter
-from int8convert.conversion.name_rules import map_by_name
-from int8convert.conversion.plan import make_plan
-from int8convert.conversion.reading_order import ReadingOrder
+from int8convert.decoding.fp8_scales import as_loaded
 from int8convert.errors import DiskFullError, HubConnectionError, HubError
+from int8convert.formats.output_format import OutputFormat
+from int8convert.hub.stream import ShardStream
+from int8convert.planning.model_map.model_map import ModuleFilter
+from int8convert.planning.name_rules import map_by_name
+from int8convert.planning.plan import make_plan
+from int8convert.planning.reading_order import ReadingOrder
+from int8convert.sources import open_source
 from tests.hub.repositories import NAME, add, convert, fetched_bytes, opt_pickles, payload
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.tiny_models import edit_config, file_bytes, read_tensors, save_as_pickles, save_checkpoint
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import edit_config, file_bytes, read_tensors, save_as_pickles, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process", "small_pieces")
 
@@ -187,7 +187,7 @@ def test_only_the_files_needed_are_fetched(hub: Hub, connect: Connect, tmp_path:
 def test_large_file_of_no_known_kind_is_not_fetched(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("int8convert.checkpoint.hub.source.MAX_CARRIED_BYTES", 100_000)
+    monkeypatch.setattr("int8convert.hub.open_repository.MAX_CARRIED_BYTES", 100_000)
     add(hub, opt_pickles(tmp_path), video=b"x" * 100_001)
     connect(hub)
 
@@ -247,7 +247,7 @@ def test_auto_downloads_where_the_disk_has_room_and_streams_where_not(
     add(hub, one_file(tmp_path))
     connect(hub)
     for reserved, expected in ((0, "download"), (1 << 60, "stream")):
-        monkeypatch.setattr("int8convert.conversion.reader_choice._RESERVED_BYTES", reserved)
+        monkeypatch.setattr("int8convert.conversion.readers._RESERVED_BYTES", reserved)
         made = [e for e in convert(NAME, tmp_path / expected) if isinstance(e, PlanMade)]
         assert made[0].reader is not None
         assert made[0].reader.reader == expected
@@ -261,7 +261,7 @@ def test_shard_that_the_client_cannot_download_is_streamed_or_refused_at_once(
     weights = add(hub, one_file(tmp_path))
     connect(hub)
     monkeypatch.setattr("huggingface_hub.constants.MAX_HTTP_DOWNLOAD_SIZE", 1000)
-    monkeypatch.setattr("int8convert.conversion.reader_choice._RESERVED_BYTES", 0)
+    monkeypatch.setattr("int8convert.conversion.readers._RESERVED_BYTES", 0)
     (name,) = weights
 
     with pytest.raises(HubError) as caught:

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from int8convert.checkpoint.hub import shard_download
-from int8convert.checkpoint.hub.shard_stream import ShardStream
-from int8convert.checkpoint.hub.source import open_repository
 from int8convert.conversion.events import ShardRepeated
 from int8convert.errors import DiskFullError, OutputError
+from int8convert.hub import download
+from int8convert.hub.open_repository import open_repository
+from int8convert.hub.stream import ShardStream
 from tests.hub.repositories import NAME, add, convert, opt_pickles
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.tiny_models import file_bytes, save_checkpoint
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process", "small_pieces", "quick_waits")
 
@@ -96,7 +96,7 @@ def test_patience_of_a_download_is_counted_from_its_last_byte(
 ) -> None:
     add(hub, opt_pickles(tmp_path))
     connect(hub)
-    download_file, tries = shard_download.download_file, itertools.count(1)
+    download_file, tries = download.download_file, itertools.count(1)
 
     def failing(*arguments: Any, on_bytes: Callable[[int], None], **options: Any) -> Path:
         n = next(tries)
@@ -105,7 +105,7 @@ def test_patience_of_a_download_is_counted_from_its_last_byte(
             raise OSError("the file is shorter than expected")
         return download_file(*arguments, on_bytes=on_bytes, **options)
 
-    monkeypatch.setattr(shard_download, "download_file", failing)
+    monkeypatch.setattr(download, "download_file", failing)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "0.4")
     convert(NAME, tmp_path / "out", reader="download")
     assert next(tries) == 40 + 3 + 1
@@ -129,7 +129,7 @@ def test_trouble_of_this_disk_is_not_the_network_s(
         next(tries)
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(shard_download, "download_file", failing)
+    monkeypatch.setattr(download, "download_file", failing)
     with pytest.raises(OutputError, match=message) as caught:
         convert(NAME, tmp_path / "out", reader="download")
     assert type(caught.value) is kind
@@ -141,7 +141,7 @@ def test_weights_outside_of_lfs_are_compared_by_git_s_hash(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
 ) -> None:
     """The Hub knows no sha256 of them."""
-    monkeypatch.setattr("tests.hub_server.file_entries.LFS_SUFFIXES", ())
+    monkeypatch.setattr("tests.tools.hub_server.file_entries.LFS_SUFFIXES", ())
     add(hub, save_checkpoint("opt", tmp_path / "source"))
     connect(hub)
     convert(NAME, tmp_path / "right", reader=reader)

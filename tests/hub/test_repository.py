@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import int8convert
-from int8convert.checkpoint.hub import repository
-from int8convert.checkpoint.hub.repository import fetch_small_files, find_repository
 from int8convert.conversion.events import PlanMade
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.hub import repository
+from int8convert.hub.repository import fetch_small_files, find_repository
 from tests.hub.repositories import NAME, add, convert, opt_pickles, payload
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.hub import Hub
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.hub import Hub
 
 pytestmark = pytest.mark.usefixtures("map_in_process", "quick_waits")
 

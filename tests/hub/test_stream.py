@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from int8convert.errors import NonFiniteWeightError
 from tests.hub.repositories import NAME, add, convert, opt_pickles
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.tiny_models import file_bytes, read_tensors, save_checkpoint
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process", "small_pieces", "quick_waits")
 
@@ -47,7 +47,7 @@ def test_very_large_shard_comes_by_several_requests(
     connect(hub)
     convert(NAME, tmp_path / "expected", reader="stream")
     n_headers = len(hub.log.requests("GET", origin=Origin.STORAGE)) - len(weights)
-    monkeypatch.setattr("int8convert.checkpoint.hub.shard_stream._MOST_AT_ONCE", 40_000)
+    monkeypatch.setattr("int8convert.hub.stream._MOST_AT_ONCE", 40_000)
     if ignores_ranges:
         hub.faults.add(FaultKind.RANGE_IGNORED, origin=Origin.STORAGE, nth=n_headers + 1, times=math.inf)
     hub.log.clear()

@@ -12,15 +12,15 @@ from huggingface_hub import hf_hub_download
 
 from int8convert.conversion.events import Event, PlanMade, ShardFinished, ShardRepeated
 from int8convert.errors import CorruptFileError
-from tests.conversion.test_fp8 import save_fp8
+from tests.decoding.test_fp8 import save_fp8
 from tests.hub.conversions import READERS, begin_anew, convert, looks_complete
 from tests.hub.models import NAME, files_of, opt_66b, save_opt
-from tests.hub_server.blobs import KnownFile
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
-from tests.tiny_models import save_checkpoint
+from tests.tools.hub_server.blobs import KnownFile
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 

@@ -23,7 +23,7 @@ from cuda_kernels.int8_operands import Operands
 from cuda_kernels.launch import Launch
 from cuda_kernels.reference import QuantizedActivations, QuantizedRows
 from tests.kernels.outputs import Bits, Outputs
-from tests.ptx import Memory, execute
+from tests.tools.ptx import Memory, execute
 
 # Few plans on many shapes, for every plan is compiled: a second or two each.
 QUANTIZE = activation_quantize.Plan(threads=64, tokens=2, own_tokens=8, mark_tokens=16)

@@ -7,8 +7,8 @@ import pytest
 from cuda_kernels import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
 from cuda_kernels.int8_operands import Operands
 from cuda_kernels.launch import Kernel
-from tests.ptx.contraction import contractions
-from tests.ptx.toolchain import Cubin, assemble
+from tests.tools.ptx.contraction import contractions
+from tests.tools.ptx.toolchain import Cubin, assemble
 
 ADDRESS = 1 << 20
 CAPABILITIES = [(7, 5), (8, 0), (9, 0), (10, 0)]

@@ -12,7 +12,7 @@ from cuda_kernels.intrinsics import high_as_float, larger_magnitudes, load_float
 from cuda_kernels.launch import Kernel, Launch
 from cuda_kernels.reductions import block_max, block_sum, warp_max, warp_sum
 from tests.kernels.cuda_backends import interpret
-from tests.ptx import Memory
+from tests.tools.ptx import Memory
 
 types = cuda.types
 u32 = np.uint32

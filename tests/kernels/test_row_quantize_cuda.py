@@ -13,8 +13,8 @@ from cuda_kernels.launch import Kernel
 from tests.kernels.backends import DTYPES, narrow, widen
 from tests.kernels.cuda_backends import Interpreted, interpret
 from tests.kernels.outputs import Bits
-from tests.ptx import Memory
-from tests.ptx.toolchain import assemble
+from tests.tools.ptx import Memory
+from tests.tools.ptx.toolchain import assemble
 
 CAPABILITIES = [(7, 5), (8, 0), (9, 0), (10, 0)]
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 import int8convert
-from int8convert.checkpoint.hub import patience
-from int8convert.evaluation.gates import Gates
-from int8convert.evaluation.verify import write_report
-from tests.evaluation.outlier_models import outlier_model, save
+from int8convert.hub import retry
+from int8convert.verification.gates import Gates
+from int8convert.verification.verify import write_report
 from tests.hub.repositories import NAME, add, convert, opt_pickles
-from tests.hub_server.fixtures import Connect, connect, hub, xet_hub
-from tests.hub_server.hub import Hub
+from tests.outliers.outlier_models import outlier_model, save
 from tests.runtime.language_models import build_tokenizer
-from tests.tiny_models import file_bytes
+from tests.tools.hub_server.fixtures import Connect, connect, hub, xet_hub
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes
 
 __all__ = ["connect", "expected", "hub", "out", "soon", "source", "verified", "xet_hub"]
 
@@ -25,8 +25,8 @@ LOOSE = Gates(max_dnll=9.0, max_kl=9.0)
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience of seconds, and waits of milliseconds."""
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "CALL_PATIENCE_S", 2.0)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 2.0)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
 
 

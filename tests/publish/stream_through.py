@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from int8convert.conversion.destination import Publishing
 from int8convert.conversion.events import ShardStarted
-from int8convert.conversion.publishing import Publishing
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, convert
-from tests.hub_server.hub import Hub
+from tests.tools.hub_server.hub import Hub
 
 REPO = "me/opt-66b-int8"
 

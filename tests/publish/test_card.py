@@ -16,15 +16,15 @@ import yaml
 from huggingface_hub import ModelCard
 
 import int8convert
-from int8convert.checkpoint.inspection import inspect
 from int8convert.checkpoint.placement import Placement
-from int8convert.evaluation.texts import DEFAULT_TEXT
-from int8convert.evaluation.verify import write_report
+from int8convert.inspection import inspect
 from int8convert.publish.card import CARD_MARK, make_card
 from int8convert.publish.finished import read_finished
+from int8convert.runtime.text.texts import DEFAULT_TEXT
+from int8convert.verification.verify import write_report
 from tests.cli.conftest import Run, run
 from tests.publish.conftest import LOOSE
-from tests.tiny_models import edit_config, save_checkpoint
+from tests.tools.tiny_models import edit_config, save_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

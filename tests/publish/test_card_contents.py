@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from int8convert.checkpoint.inspection import inspect
+from int8convert.inspection import inspect
 from int8convert.publish.card_text import count, plain, size
 from tests.publish.test_card import as_from_the_hub, card_of, edit_manifest
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import int8convert
-from int8convert.evaluation.verify import write_report
-from tests.evaluation.outlier_models import outlier_model, save
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.hub import Hub
-from tests.hub_server.repositories import Visibility
+from int8convert.verification.verify import write_report
+from tests.outliers.outlier_models import outlier_model, save
 from tests.publish.conftest import LOOSE
 from tests.runtime.language_models import build_tokenizer
-from tests.tiny_models import file_bytes, save_as_pickles
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.hub import Hub
+from tests.tools.hub_server.repositories import Visibility
+from tests.tools.tiny_models import file_bytes, save_as_pickles
 
 pytestmark = [
     pytest.mark.usefixtures("map_in_process"),

@@ -11,14 +11,14 @@ from huggingface_hub import close_session
 from safetensors.torch import load_file, save_file
 
 from int8convert import errors
-from int8convert.conversion.publishing import Publishing
+from int8convert.conversion.destination import Publishing
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, add, convert
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.hub import Hub
 from tests.publish.stream_through import REPO, Stopped, at_shard, on_the_hub, stop_at, through
-from tests.tiny_models import file_bytes, save_checkpoint
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
@@ -192,7 +192,7 @@ def test_silent_connection_is_given_up_and_tried_again(
     n_undisturbed = len(hub.log.requests(method, path))
     hub.log.clear()
     close_session()
-    monkeypatch.setattr("int8convert.publish.target._ANSWER_S", 0.5)
+    monkeypatch.setattr("int8convert.hub.branch._ANSWER_S", 0.5)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "8")
     hub.faults.add(FaultKind.STALL, method=method, path=path, seconds=6, after_bytes=0)
 

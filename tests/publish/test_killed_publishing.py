@@ -12,8 +12,8 @@ import pytest
 from tests.hub.client_process import ClientProcesses
 from tests.hub.conversions import begin_anew, places
 from tests.hub.models import NAME, opt_66b
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
 
 N_SHARDS = 5
 BYTES_PER_S = 6e6

@@ -9,15 +9,15 @@ import pytest
 from huggingface_hub import HfApi
 
 from int8convert import errors
+from int8convert.conversion.destination import Publishing
 from int8convert.conversion.events import ShardSkipped
-from int8convert.conversion.publishing import Publishing
+from int8convert.hub.branch import FileSent
 from int8convert.publish.shard_publisher import HubPublisher
-from int8convert.publish.target import FileSent
 from tests.hub.repositories import NAME, convert
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.hub import Hub
-from tests.hub_server.repositories import Visibility
 from tests.publish.stream_through import REPO, Stopped, on_the_hub, stop_at, through
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.hub import Hub
+from tests.tools.hub_server.repositories import Visibility
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -19,16 +19,16 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.manifest import ShardRecord
+from int8convert.conversion.destination import Publishing
 from int8convert.conversion.events import ShardSkipped
-from int8convert.conversion.publishing import Publishing
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, add, convert
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin
-from tests.hub_server.hub import Hub
 from tests.publish.stream_through import REPO, Stopped, on_the_hub, stop_at, through
-from tests.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
@@ -116,7 +116,7 @@ def test_disk_stays_within_its_bound(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sampled all the time: a model of 12 shards through the room of 2; and of 1, one after the other."""
-    monkeypatch.setattr("int8convert.conversion.publishing._SMALL_BYTES", 200_000)
+    monkeypatch.setattr("int8convert.conversion.destination._SMALL_BYTES", 200_000)
     add(hub, save_checkpoint("llama", tmp_path / "safe", max_shard_size="30KB"))
     connect(hub, hub.token)
     convert(NAME, tmp_path / "expected", reader="stream")
@@ -140,7 +140,7 @@ def test_disk_stays_within_its_bound_where_scales_are_in_the_next_shard(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard waits for the one its last scale is in, so two of them are here; planned is as much."""
-    monkeypatch.setattr("int8convert.conversion.publishing._SMALL_BYTES", 60_000)
+    monkeypatch.setattr("int8convert.conversion.destination._SMALL_BYTES", 60_000)
     add(hub, fp8_with_scales_behind(tmp_path))
     connect(hub, hub.token)
     convert(NAME, tmp_path / "expected", reader="stream")
@@ -229,7 +229,7 @@ def test_faults_on_the_way_up_are_mended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At requests and bytes drawn from seeds. A stall is longer than an answer is waited for."""
-    monkeypatch.setattr("int8convert.publish.target._ANSWER_S", 0.4)
+    monkeypatch.setattr("int8convert.hub.branch._ANSWER_S", 0.4)
     monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "10")
     close_session()
     seconds = {FaultKind.STALL: 1.0, FaultKind.TOO_MANY_REQUESTS: 0}.get(kind, 0.05)

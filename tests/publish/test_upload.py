@@ -16,17 +16,17 @@ from huggingface_hub import HfApi
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
-from int8convert.evaluation.verify import write_report
+from int8convert.hub.branch import FileSent
 from int8convert.publish.finished import check_verified, read_finished
-from int8convert.publish.target import FileSent
-from tests.hub_server import write_routes
-from tests.hub_server.faults import FaultKind
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.http_messages import Origin, Response
-from tests.hub_server.hub import Hub
-from tests.hub_server.repositories import Visibility
-from tests.hub_server.routing import ROUTES
-from tests.tiny_models import file_bytes
+from int8convert.verification.verify import write_report
+from tests.tools.hub_server import write_routes
+from tests.tools.hub_server.faults import FaultKind
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.http_messages import Origin, Response
+from tests.tools.hub_server.hub import Hub
+from tests.tools.hub_server.repositories import Visibility
+from tests.tools.hub_server.routing import ROUTES
+from tests.tools.tiny_models import file_bytes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -232,7 +232,7 @@ def test_refusal_of_a_file_is_told_in_the_hubs_words(
         error = {"code": 403, "message": "Private repository storage limit reached"}
         return {"oid": file["oid"], "size": file["size"], "error": error}
 
-    monkeypatch.setattr("tests.hub_server.write_routes._lfs_object", full)
+    monkeypatch.setattr("tests.tools.hub_server.write_routes._lfs_object", full)
     connect(hub, hub.token)
 
     with pytest.raises(errors.HubError, match=r"the Hub does not take it: .*Private repository storage limit reached"):
@@ -252,7 +252,7 @@ def test_pull_request_whose_answer_got_lost_is_not_made_twice(
         return Response(502, b"")
 
     lost = [replace(route, answer=lose) if route.answer is write_routes.commit else route for route in ROUTES]
-    monkeypatch.setattr("tests.hub_server.routing.ROUTES", tuple(lost))
+    monkeypatch.setattr("tests.tools.hub_server.routing.ROUTES", tuple(lost))
 
     with pytest.raises(errors.HubConnectionError, match="may have been made, its answer got lost: status 502"):
         int8convert.upload(verified, REPO, create_pr=True)

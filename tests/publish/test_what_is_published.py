@@ -12,11 +12,11 @@ from huggingface_hub import HfApi
 
 import int8convert
 from int8convert import errors
-from int8convert.evaluation.verify import write_report
-from tests.hub_server.fixtures import Connect
-from tests.hub_server.hub import Hub
+from int8convert.verification.verify import write_report
 from tests.publish.conftest import LOOSE
 from tests.publish.test_upload import REPO, published
+from tests.tools.hub_server.fixtures import Connect
+from tests.tools.hub_server.hub import Hub
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

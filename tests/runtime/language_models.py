@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import int8convert
-from tests.tiny_models import build_model
+from tests.tools.tiny_models import build_model
 
 SENTENCES = [
     "The cat sat on the mat, and the dog lay by the door.",
@@ -42,7 +42,7 @@ def build_tokenizer(chat_template: str | None = None) -> Any:
 
 
 def language_model(name: str, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of `tests.tiny_models` with the vocabulary of a tokenizer."""
+    """A model of `tests.tools.tiny_models` with the vocabulary of a tokenizer."""
     model = build_model(name, dtype)
     torch.manual_seed(1)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -14,7 +14,7 @@ import int8convert
 from int8convert.runtime.experts import Int8Experts
 from int8convert.runtime.linear import Int8Linear
 from tests.conversion.test_experts import FAMILIES, N_EXPERTS
-from tests.tiny_models import read_tensors
+from tests.tools.tiny_models import read_tensors
 
 pytestmark = [
     pytest.mark.usefixtures("map_in_process"),

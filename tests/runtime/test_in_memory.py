@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 import int8convert
 from int8convert.errors import CoverageError, FormatError, NonFiniteWeightError, PatternError
 from int8convert.runtime.linear import Int8Linear
-from int8convert.runtime.outliers import StoredOutliers
+from int8convert.runtime.stored_columns import StoredOutliers
 from tests.runtime.float_twin import int8_names
-from tests.tiny_models import build_model, read_tensors, save_checkpoint
+from tests.tools.tiny_models import build_model, read_tensors, save_checkpoint
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 TOKENS = torch.arange(3, 43).reshape(2, 20)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import int8convert
-from int8convert.checkpoint.output_format import OutputFormat
 from int8convert.errors import FormatError
+from int8convert.formats.output_format import OutputFormat
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import save_file
 
 import int8convert
-from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.errors import CorruptFileError, FormatError, SourceError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
-from tests.tiny_models import build_model, edit_config, read_tensors, save_checkpoint
+from tests.tools.tiny_models import build_model, edit_config, read_tensors, save_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("map_in_process"),

@@ -19,7 +19,7 @@ import int8convert
 from int8convert.errors import AdapterError
 from int8convert.runtime.linear import Int8Linear
 from tests.runtime.float_twin import exact_products, float_twin, int8_names
-from tests.tiny_models import build_model, save_checkpoint
+from tests.tools.tiny_models import build_model, save_checkpoint
 
 peft = pytest.importorskip("peft")
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.cli.conftest import run  # noqa: F401, a fixture
 from tests.conftest import InProcessMap
-from tests.evaluation.conftest import one_thread  # noqa: F401, a fixture
 from tests.scenarios.strangers.makers import convert, make_model
+from tests.verification.conftest import one_thread  # noqa: F401, a fixture
 
 Copy = Callable[[Path], Path]
 
@@ -22,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
     folder = tmp_path_factory.mktemp("strangers")
     source = make_model(folder / "source")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("int8convert.conversion.coming_plan.ModelMapProcess", InProcessMap)
+        patch.setattr("int8convert.planning.pending_plan.ModelMapProcess", InProcessMap)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield source, convert(source, folder / "out")
 

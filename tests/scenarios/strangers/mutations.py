@@ -10,8 +10,8 @@ from typing import Any
 
 import transformers
 
-from int8convert.checkpoint.layout import MANIFEST_NAME, OUTLIERS_FILE
-from tests.attacks.mutate import mutate_bytes, mutate_json_text, odd_value
+from int8convert.checkpoint.names import MANIFEST_NAME, OUTLIERS_FILE
+from tests.tools.attacks.mutate import mutate_bytes, mutate_json_text, odd_value
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 

@@ -17,10 +17,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import int8convert
-from int8convert.checkpoint.source import open_source
 from int8convert.conversion.report import ConversionReport
 from int8convert.errors import CorruptFileError, SourceError
-from int8convert.evaluation.models import read_config
+from int8convert.runtime.models import read_config
+from int8convert.sources import open_source
 from tests.scenarios.strangers.makers import change, convert, make_model, passes_exact, write, write_shards
 
 pytestmark = pytest.mark.usefixtures("map_in_process")

@@ -12,8 +12,8 @@ import transformers
 
 import int8convert
 from int8convert.errors import CorruptFileError, SourceError
-from int8convert.runtime.generation_settings import Ending, generation_config, read_ending
 from int8convert.runtime.pretrained import read_config
+from int8convert.runtime.text.generation_settings import Ending, generation_config, read_ending
 from tests.scenarios.strangers.makers import change, write
 
 PROMPT = [39, 40]

@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import int8convert
-from int8convert.checkpoint.source import open_source
-from int8convert.evaluation.exact import verify_exact
+from int8convert.sources import open_source
+from int8convert.verification.exact.level import verify_exact
 from tests.scenarios.strangers.makers import INDEX_NAME, convert, make_model, write_index
-from tests.tiny_models import read_tensors
+from tests.tools.tiny_models import read_tensors
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.errors import CorruptFileError
-from int8convert.evaluation.exact import verify_exact
+from int8convert.verification.exact.level import verify_exact
 from tests.scenarios.strangers.makers import convert, make_model
 
 pytestmark = pytest.mark.usefixtures("map_in_process")

@@ -9,7 +9,7 @@ import pytest
 import int8convert
 from int8convert.checkpoint.model_card import read_source_card
 from int8convert.errors import CorruptFileError
-from int8convert.evaluation.exact import verify_exact
+from int8convert.verification.exact.level import verify_exact
 from tests.scenarios.strangers.conftest import Copy
 from tests.scenarios.strangers.makers import make_model, write
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from int8convert.checkpoint.atomic import write_text
-from int8convert.conversion.outlier_columns import store_outliers
 from int8convert.conversion.quantize import quantize
 from int8convert.errors import Int8ConvertError, OutputError, SourceError
-from int8convert.evaluation.verify import verify, write_report
+from int8convert.outliers.store import store_outliers
 from int8convert.publish.upload import upload
-from int8convert.runtime.outliers import write_outliers
+from int8convert.runtime.stored_columns import write_outliers
+from int8convert.verification.verify import verify, write_report
 from tests.scenarios.strangers.makers import change, convert, passes_exact
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -120,7 +120,7 @@ def test_linked_folders_and_locks_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In two lines, by each command that would write there; nothing outside is written, emptied or removed."""
-    monkeypatch.setattr("int8convert.publish.target.Target.check_access", lambda target: None)
+    monkeypatch.setattr("int8convert.hub.branch.Target.check_access", lambda target: None)
     spoil(out, private)
     is_written = {"quantize", "quantize --overwrite"} if spoil in (records_folder, incoming) else set(COMMANDS)
     if spoil is lock_link:

@@ -10,7 +10,7 @@ import torch
 import int8convert
 from int8convert.errors import CorruptFileError
 from tests.scenarios.strangers.makers import convert, make_model, write_shards
-from tests.tiny_models import read_tensors
+from tests.tools.tiny_models import read_tensors
 
 pytestmark = [pytest.mark.usefixtures("map_in_process"), pytest.mark.filterwarnings("ignore")]
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.errors import CorruptFileError, MissingWeightsError
-from tests.conversion.test_fp8 import save_fp8
+from tests.decoding.test_fp8 import save_fp8
 from tests.scenarios.strangers.makers import change, change_block, convert, make_model
-from tests.tiny_models import read_tensors
+from tests.tools.tiny_models import read_tensors
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

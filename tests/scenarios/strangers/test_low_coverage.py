@@ -12,8 +12,8 @@ import torch
 import transformers
 
 import int8convert
-from int8convert.conversion.coverage import check_coverage
 from int8convert.errors import CoverageError
+from int8convert.planning.coverage import check_coverage
 from tests.cli.conftest import Run
 from tests.scenarios.strangers.makers import convert
 

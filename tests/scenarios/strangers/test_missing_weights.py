@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.errors import CorruptFileError, MissingWeightsError, OutputError
-from int8convert.evaluation.exact import ExactReport, verify_exact
 from int8convert.runtime.load import load
+from int8convert.verification.exact.level import ExactReport, verify_exact
 from tests.cli.conftest import Run
-from tests.family_models import build_family, families
 from tests.scenarios.strangers.makers import (
     INDEX_NAME,
     change,
@@ -26,6 +25,7 @@ from tests.scenarios.strangers.makers import (
     write_index,
     write_shards,
 )
+from tests.tools.family_models import build_family, families
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

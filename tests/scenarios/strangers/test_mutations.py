@@ -24,13 +24,13 @@ from pathlib import Path
 import pytest
 
 import int8convert
-from int8convert.checkpoint.layout import OUTLIERS_FILE
+from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.cli.app import main
-from int8convert.runtime import tokenizer_process
-from tests.attacks.open_measured import time_limit
+from int8convert.runtime.text import tokenizer_process
 from tests.conftest import InProcessMap
 from tests.scenarios.strangers.makers import convert, make_model
 from tests.scenarios.strangers.mutations import mutate
+from tests.tools.attacks.open_measured import time_limit
 
 N_CASES = int(os.environ.get("INT8CONVERT_FUZZ_CASES", "240"))
 FIRST_CASE = int(os.environ.get("INT8CONVERT_FUZZ_FIRST", "0"))
@@ -40,7 +40,7 @@ MAX_CASE_S = 60
 MAX_ADDRESS_BYTES = 8_000_000_000
 """Beyond what the process has mapped when the cases begin: what asks for more fails."""
 
-MAP = "int8convert.conversion.coming_plan.ModelMapProcess"
+MAP = "int8convert.planning.pending_plan.ModelMapProcess"
 
 
 @dataclass(frozen=True, slots=True)

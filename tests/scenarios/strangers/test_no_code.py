@@ -14,12 +14,12 @@ import pytest
 import transformers
 
 import int8convert
-from int8convert.checkpoint.int8_config import skipping
 from int8convert.errors import Int8ConvertError, ModelMapError, RemoteCodeError, SourceError
-from int8convert.evaluation.models import load_model as load_reference
-from int8convert.evaluation.verify import verify
+from int8convert.formats.int8_config import skipping
+from int8convert.runtime.models import load_model as load_reference
 from int8convert.runtime.pretrained import asking_nobody, load_model, read_config
-from int8convert.runtime.tokenizer_process import TokenizerProcess
+from int8convert.runtime.text.tokenizer_process import TokenizerProcess
+from int8convert.verification.verify import verify
 from tests.cli.conftest import Run
 from tests.scenarios.strangers.makers import change, change_block
 

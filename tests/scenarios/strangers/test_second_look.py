@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from int8convert.checkpoint.source import open_source
 from int8convert.errors import ModelMapError, SourceError
-from int8convert.evaluation.earlier_failures import read_earlier
-from int8convert.evaluation.trial_run import TrialRun
 from int8convert.publish.finished import read_finished
 from int8convert.runtime.generate import generate
 from int8convert.runtime.load import load
+from int8convert.sources import open_source
+from int8convert.verification.earlier_failures import read_earlier
+from int8convert.verification.exact.trial_run import TrialRun
 from tests.cli.conftest import Run
 from tests.scenarios.strangers.makers import change, convert, passes_exact, write
 

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.scenarios.strangers.makers import change, convert, make_model, passes_exact, write
-from tests.tiny_models import read_tensors
+from tests.tools.tiny_models import read_tensors
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -10,8 +10,8 @@ import pytest
 
 import int8convert
 from int8convert.errors import Int8ConvertError, PromptError, SourceError
-from int8convert.runtime import tokenizer_process
-from int8convert.runtime.tokenizer_process import TokenizerProcess
+from int8convert.runtime.text import tokenizer_process
+from int8convert.runtime.text.tokenizer_process import TokenizerProcess
 from tests.cli.conftest import Run
 from tests.scenarios.strangers.makers import change
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from int8convert.errors import SourceError
-from int8convert.evaluation.find_outliers import find_outliers
-from int8convert.evaluation.texts import reusable_file
-from int8convert.evaluation.verify import verify
-from int8convert.evaluation.windows import read_text
+from int8convert.outliers.find import find_outliers
+from int8convert.runtime.text.texts import reusable_file
+from int8convert.runtime.text.windows import read_text
+from int8convert.verification.verify import verify
 from tests.cli.conftest import Run
 
 TEXT = "w5 w6 w7 w9 w11\n" * 120

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import int8convert
 from int8convert.errors import ModelMapError
 from tests.scenarios.strangers.makers import INDEX_NAME, change, convert, make_model
-from tests.tiny_models import read_tensors
+from tests.tools.tiny_models import read_tensors
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 

@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 
 import int8convert
-from int8convert.checkpoint.inspection import inspect
-from int8convert.checkpoint.layout import MANIFEST_NAME, VERIFY_FILE
+from int8convert.checkpoint.names import MANIFEST_NAME, VERIFY_FILE
 from int8convert.errors import CorruptFileError, Int8ConvertError, OutputError, UnverifiedError
-from int8convert.evaluation.gates import Gates
-from int8convert.evaluation.verify import verify, write_report
+from int8convert.hub.branch import Target
+from int8convert.inspection import inspect
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_finished
-from int8convert.publish.target import Target
 from int8convert.publish.upload import UploadReport
-from tests.hub_server.fixtures import Connect, connect, hub
-from tests.hub_server.hub import Hub
+from int8convert.verification.gates import Gates
+from int8convert.verification.verify import verify, write_report
 from tests.scenarios.strangers.makers import change, passes_exact, write
-from tests.tiny_models import file_bytes
+from tests.tools.hub_server.fixtures import Connect, connect, hub
+from tests.tools.hub_server.hub import Hub
+from tests.tools.tiny_models import file_bytes
 
 __all__ = ["connect", "hub"]
 

@@ -14,11 +14,11 @@ import transformers
 from safetensors.torch import load_file
 
 import int8convert
-from int8convert.checkpoint.layout import MANIFEST_NAME
+from int8convert.checkpoint.names import MANIFEST_NAME
 from int8convert.errors import SourceError
-from int8convert.evaluation.as_loaded_worker import read_as_loaded
-from int8convert.evaluation.exact import verify_exact
-from int8convert.evaluation.exact_foreign_config import foreign_entries
+from int8convert.verification.exact.as_loaded_worker import read_as_loaded
+from int8convert.verification.exact.foreign_config import foreign_entries
+from int8convert.verification.exact.level import verify_exact
 from tests.scenarios.strangers.makers import (
     INDEX_NAME,
     Spoil,
@@ -259,7 +259,7 @@ def read_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         except Exception:  # as the child's end would be taken
             return configs
 
-    monkeypatch.setattr("int8convert.evaluation.exact_foreign_config.as_loaded", as_loaded)
+    monkeypatch.setattr("int8convert.verification.exact.foreign_config.as_loaded", as_loaded)
 
 
 FOREIGN: dict[str, tuple[Spoil, str]] = {

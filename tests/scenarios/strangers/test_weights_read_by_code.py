@@ -14,8 +14,8 @@ from safetensors import safe_open
 import int8convert
 from int8convert import Int8ConvertConfig
 from int8convert.runtime.linear_subclasses import computes_as_linear
-from tests.family_models import build_family, families
 from tests.scenarios.strangers.makers import change, convert
+from tests.tools.family_models import build_family, families
 
 pytestmark = [pytest.mark.usefixtures("map_in_process"), pytest.mark.filterwarnings("ignore")]
 

@@ -46,7 +46,7 @@ def test_rows_of_zeros_are_counted(
 
 def test_half_of_a_large_kept_matrix(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By blocks: rows of a kept tensor are not looked at one by one."""
-    monkeypatch.setattr("int8convert.conversion.blocks.BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr("int8convert.checkpoint.rows.BLOCK_BYTES", 1 << 10)
     zero(source, HEAD, 64, 128)
     assert report_of(source, tmp_path / "out").zero_rows == {HEAD: 64}
 

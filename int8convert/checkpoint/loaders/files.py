@@ -1,0 +1,254 @@
+"""Which files of a checkpoint loaders read: one rule, for directories and repositories on the Hub alike.
+
+transformers' `from_pretrained`, given a checkpoint and no further argument, takes:
+
+1. The config: config.json. If that has `configuration_files`, the one of those `config.VERSION.json` with the highest
+   version that is not above transformers' own takes its place.
+2. The weights: the file, or the index of shards, that the config names as `transformers_weights`; else the first there
+   is of `WEIGHTS`: safetensors before `.bin`, and a single file before an index. For the classes of `EXTRA_WEIGHTS`,
+   further files on top, which is refused here.
+3. An adapter: where peft is installed and adapter_config.json is beside the weights, it is added to them. From the
+   Hub, the adapter's base model is loaded in place of the weights. A conversion takes the weights alone and says so,
+   for the same files load in another way where peft is not installed. Commands that load a model refuse it.
+4. A local directory with `shard-00001-model-00001-of-00001.safetensors` is a distributed checkpoint: transformers takes
+   every safetensors file in it.
+
+It never takes variants (`model.fp16.safetensors`), GGUF files, other formats, or weights in folders.
+sentence-transformers takes the folders that modules.json names. vLLM differs, see `loader_notes.vllm_weights`.
+
+Source: transformers 5.24, `_get_resolved_checkpoint_files`, `PreTrainedConfig.get_config_dict`, `maybe_load_adapters`,
+`is_sharded_checkpoint`. A test asks transformers itself about generated directories.
+
+Costs one pass over the names of the root. Files are opened only by the listing's `read`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from int8convert.checkpoint.loaders.config import check_nested, find_config, is_versioned_config
+from int8convert.checkpoint.loaders.listing import Listing
+from int8convert.checkpoint.loaders.notes import find_notes
+from int8convert.checkpoint.loaders.sentence_modules import inner_model, module_folders
+from int8convert.checkpoint.names import (
+    ADAPTER_CONFIG,
+    CONFIG_NAME,
+    INDEX_NAME,
+    OWN_FOLDER,
+    PICKLE_INDEX_NAME,
+    TEMPLATES_FOLDER,
+    is_weight_file,
+    quoted,
+)
+from int8convert.errors import CorruptFileError, SourceError
+
+WEIGHTS = ("model.safetensors", INDEX_NAME, "pytorch_model.bin", PICKLE_INDEX_NAME)
+"""Weight files and indices in the order in which transformers looks for them."""
+
+EXTRA_WEIGHTS: Mapping[str, tuple[str, ...]] = {"jev": ("head.safetensors", "readout.safetensors")}
+"""model_type -> files that transformers loads beside the weights. From `extra_files` of its config classes."""
+
+CODE_FOLDER = "custom_generate"
+
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+_VARIANT = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(?P<variant>[^.]+)\.(safetensors|bin)")
+_NOTHING = "nothing was written"
+
+_NOT_CARRIED = frozenset({CONFIG_NAME, ADAPTER_CONFIG, "README.md", OWN_FOLDER})
+"""The model card of the source describes the source; `upload` writes the converted checkpoint's own. A file named like
+our own folder would be in its way."""
+
+_TEXT_SUFFIXES = (".md", ".rst", ".html", ".pdf")
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".bmp", ".ico", ".tif", ".tiff")
+_INERT_STEMS = frozenset({"readme", "license", "licence", "notice", "copying", "copyright", "authors", "changelog"})
+_LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".jinja", ".py", ".txt")
+"""Endings that loaders look for among all files of a folder: `*.model` finds `.model`, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderFiles:
+    """What transformers takes from a checkpoint.
+
+    Attributes:
+        config_name: the config it reads; None if there is none.
+        config: that config's entries; {} if there is none.
+        weights: the weight file, or the index of shards.
+        carried: small files that belong beside the converted weights, by their paths with `/`.
+        notes: messages on files that are not converted.
+    """
+
+    config_name: str | None
+    config: dict[str, Any] = field(repr=False)
+    weights: str
+    carried: tuple[str, ...] = field(repr=False)
+    notes: tuple[str, ...]
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether `weights` is an index."""
+        return self.weights.endswith(".index.json")
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the weight files."""
+        return ".safetensors" if ".safetensors" in self.weights else ".bin"
+
+
+def find_loader_files(listing: Listing, ignores_adapter: bool = False) -> LoaderFiles:
+    """Find what transformers takes from a checkpoint.
+
+    Args:
+        ignores_adapter: the weights alone are meant, even if an adapter is beside them.
+
+    Raises:
+        SourceError: there are no weights, or loaders take something that cannot be converted.
+        CorruptFileError: config.json cannot be read, or names files that are not there.
+    """
+    config_name, config = find_config(listing)
+    _check_distributed(listing)
+    weights = _weights(listing, config)
+    if ADAPTER_CONFIG in listing.root and not ignores_adapter:
+        raise _adapter_beside(listing)
+    modules = module_folders(listing)
+    _check_extra_weights(listing, config)
+    return LoaderFiles(
+        config_name=config_name,
+        config=config,
+        weights=weights,
+        carried=tuple(sorted(_carried(listing, modules))),
+        notes=tuple(find_notes(listing, config_name, config, weights)),
+    )
+
+
+def _weights(listing: Listing, config: Mapping[str, Any]) -> str:
+    check_nested(config)
+    explicit = config.get("transformers_weights")
+    if explicit is None:
+        found = next((name for name in WEIGHTS if name in listing.root), None)
+        if found is None:
+            raise _no_weights(listing)
+        return found
+    if not isinstance(explicit, str) or not explicit.endswith((".safetensors", ".safetensors.index.json")):
+        shown = quoted(explicit) if isinstance(explicit, str) else f"a {type(explicit).__name__}"
+        raise CorruptFileError(
+            f"'{CONFIG_NAME}' gives as transformers_weights {shown}, expected a safetensors file or an index of such",
+            f"fetch {CONFIG_NAME} again, or remove that entry; {_NOTHING}",
+        )
+    if "/" in explicit or not explicit.isprintable():
+        raise SourceError(
+            f"'{CONFIG_NAME}' has transformers load the weights {quoted(explicit)}, which do not lie beside it",
+            f"move them beside {CONFIG_NAME}, and name them there without a folder; {_NOTHING}",
+        )
+    if explicit not in listing.root:
+        raise CorruptFileError(
+            f"'{CONFIG_NAME}' has transformers load the weights {quoted(explicit)}, which are not there",
+            f"fetch them, or remove transformers_weights from {CONFIG_NAME}; {_NOTHING}",
+        )
+    return explicit
+
+
+def _no_weights(listing: Listing) -> SourceError:
+    """Return the error for a checkpoint from which transformers would load nothing."""
+    label = quoted(listing.label, 200)
+    if ADAPTER_CONFIG in listing.root:
+        where = "DIR" if listing.is_remote else listing.label
+        fetch = f"fetch it by `hf download {listing.label} --local-dir DIR`, " if listing.is_remote else ""
+        return SourceError(
+            f"{label} is a LoRA adapter and no model: it holds {ADAPTER_CONFIG} and no weights of a model",
+            f"{fetch}run `int8convert quantize MODEL OUT --lora {quoted(where, 200)}`; MODEL is the model it was "
+            f"trained on; {_NOTHING}",
+        )
+    inner = inner_model(listing)
+    if inner is not None:
+        return SourceError(
+            f"{label} holds no weights: those of this sentence encoder are in its folder {quoted(inner)}",
+            f"give that folder; what lies beside it is then not carried over; {_NOTHING}",
+        )
+    names = sorted(listing.root)
+    variant = next((found for found in map(_VARIANT.fullmatch, names) if found), None)
+    hint = "give the directory that holds the weight files"
+    if listing.is_remote:
+        hint = "name a repository with a transformers checkpoint"
+    if variant is not None:
+        hint = f"rename {quoted(variant[0])}, which loaders take only if asked for the variant {quoted(variant[3])}"
+    return SourceError(
+        f"{label} holds no weights: expected model.safetensors, pytorch_model.bin or an index of "
+        f"shards, found {', '.join(quoted(name, 40) for name in names[:5]) or 'nothing'}"
+        f"{', ...' if len(names) > 5 else ''}",
+        f"{hint}; {_NOTHING}",
+    )
+
+
+def _check_distributed(listing: Listing) -> None:
+    name = min(filter(_DISTRIBUTED.fullmatch, listing.root), default=None)
+    if name is not None:
+        raise SourceError(
+            f"{quoted(name)} is a part of a distributed checkpoint: because of its name, transformers loads every "
+            "safetensors file of a directory",
+            f"save the model again without distributed_checkpoint, or remove the parts; {_NOTHING}",
+        )
+
+
+def _check_extra_weights(listing: Listing, config: Mapping[str, Any]) -> None:
+    model_type = str(config.get("model_type"))
+    name = next((name for name in EXTRA_WEIGHTS.get(model_type, ()) if name in listing.root), None)
+    if name is not None:
+        raise SourceError(
+            f"transformers loads '{name}' on top of the other weights of a '{model_type}' model",
+            f"save the model again with save_pretrained, which writes one set of weights; {_NOTHING}",
+        )
+
+
+def _adapter_beside(listing: Listing) -> SourceError:
+    does = "loads the adapter and its base model in their place" if listing.is_remote else "adds that adapter to them"
+    return SourceError(
+        f"{quoted(listing.label, 200)} holds {ADAPTER_CONFIG} beside its weights: where peft is installed, "
+        f"transformers {does}",
+        f"name a checkpoint without {ADAPTER_CONFIG}: remove it, or merge the adapter by quantize --lora",
+    )
+
+
+def _carried(listing: Listing, modules: Iterable[str]) -> set[str]:
+    """Tokenizer, templates, licence, code, and the modules of a sentence encoder, their small weights included."""
+    carried = {name for name in listing.root if is_carried(name)}
+    for folder in (TEMPLATES_FOLDER, CODE_FOLDER, *modules):
+        carried.update(name for name in listing.files_under(folder) if not name.rpartition("/")[2].startswith("."))
+    return carried
+
+
+def is_carried(name: str) -> bool:
+    """Return whether a file of the root belongs beside the converted weights, too.
+
+    Not what sends a loader to other files or weights, and nothing hidden, which may be private.
+    """
+    return not (name in _NOT_CARRIED or name.startswith(".") or is_versioned_config(name) or is_weight_file(name))
+
+
+def is_carried_folder(name: str) -> bool:
+    """Return whether a folder of the root is one whose files may be carried over, by its usual names."""
+    return name in (TEMPLATES_FOLDER, CODE_FOLDER) or fnmatchcase(name, "[0-9]_*")
+
+
+def is_inert(name: str) -> bool:
+    """Return whether no loader reads a file of a checkpoint: texts about it, pictures, hidden files.
+
+    The list is short on purpose: every other name counts as read. Upper and lower case are the same.
+
+    Args:
+        name: the file's path in the checkpoint, with `/`.
+    """
+    *folders, file_name = name.lower().split("/")
+    if not file_name or ".." in folders:
+        return False
+    if any(folder.startswith(".") and folder != "." for folder in folders):
+        return True
+    if file_name.startswith("."):
+        return not file_name.endswith(_LOADED_SUFFIXES)
+    if file_name.endswith((*_TEXT_SUFFIXES, *_PICTURE_SUFFIXES)):
+        return True
+    stem, _, suffix = file_name.partition(".")
+    return stem.split("-")[0] in _INERT_STEMS and suffix in ("", "txt")

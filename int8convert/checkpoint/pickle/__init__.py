@@ -1,0 +1,1 @@
+"""Shards in pickle files, read without running or importing anything that they name."""

@@ -1,0 +1,212 @@
+"""Converted shards on their way to their names: in order, and only once every byte they were made of is checked.
+
+A thread of its own finishes source shards when their last tensor was read, puts output shards on the disk, names them
+and writes them down, while the next one is converted. A shard made of what may yet turn out to have come with wrong
+bytes waits under its temporary name; if it did, it is dropped, and converted again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+from int8convert.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
+from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
+from int8convert.checkpoint.shard_writer import ShardWriter
+from int8convert.checkpoint.source import SourceShard
+from int8convert.conversion.events import EventSink, ShardFinished, TensorKept, TensorQuantized
+from int8convert.conversion.records import tensor_record
+from int8convert.errors import SourceError
+from int8convert.planning.plan import ConversionPlan
+
+AfterCommit = Callable[[ShardRecord, Path], None]
+"""What is done with a shard that has its name and its record; the conversion goes on when it returns."""
+
+_LOOK_EVERY_S = 0.2
+
+
+class AbandonedError(Exception):
+    """Nobody waits any longer for what is done with a shard. Stays in the committer's thread."""
+
+
+class ConvertedShard:
+    """A shard whose bytes are written under a temporary name, and what is to be written down of it."""
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self.writer = writer
+        self.tensors: dict[str, TensorRecord] = {}
+
+    def write_down(self, event: TensorQuantized | TensorKept) -> None:
+        """Keep what became of a tensor, for the shard's record."""
+        name, record = tensor_record(event)
+        self.tensors[name] = record
+
+    def discard(self) -> None:
+        """Remove what was written; harmless once it has its name."""
+        self.writer.discard()
+
+
+@contextmanager
+def reading(file_name: str) -> Iterator[None]:
+    """Tells trouble with the source from trouble with the output: both are OSErrors."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            f"'{file_name}' of the source cannot be read: {error.strerror}",
+            "check that you may read the source and that its disk works, then rerun the same command",
+        ) from error
+
+
+class Committer:
+    """A context manager, for its thread.
+
+    Args:
+        manifest: where finished shards are written down.
+        out: where they are.
+        plan: what is converted.
+        records: file name -> record of the finished shards; those finished here are added.
+        access: to the source's shards.
+        emit: told of each finished shard.
+        after_commit: see `AfterCommit`.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        out: Path,
+        plan: ConversionPlan,
+        records: dict[str, ShardRecord],
+        access: ShardAccess,
+        emit: EventSink,
+        after_commit: AfterCommit | None,
+    ) -> None:
+        self._manifest = manifest
+        self._out = out
+        self._plan = plan
+        self._access = access
+        self._emit = emit
+        self._after_commit = after_commit
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[int, ConvertedShard]] = deque()
+        self._sha256: dict[str, str] = {}
+        self._is_abandoned = False
+        self.records = records
+        # A source shard is written down with the last output shard made of it, whichever run converts that, and is
+        # done with after the last one that this run converts.
+        self._last_use: dict[str, int] = {}
+        self._last_need: dict[str, int] = {}
+        self._sources: list[dict[str, SourceShard]] = []
+        self._source_of: dict[str, SourceShard] = {}
+        for i, shard in enumerate(plan.shards):
+            sources = {source.path.name: source for tensor in shard.tensors for source in tensor.shards}
+            self._sources.append(sources)
+            self._source_of |= sources
+            self._last_use.update((name, i) for name in sources)
+            if shard.file_name not in records:
+                self._last_need.update((name, i) for name in sources)
+        self._wait_for_scales()
+
+    def _wait_for_scales(self) -> None:
+        """What comes from the Hub for its scales alone comes behind all that is converted."""
+        todo = [i for i, shard in enumerate(self._plan.shards) if shard.file_name not in self.records]
+        converted = {tensor.shard.path.name for i in todo for tensor in self._plan.shards[i].tensors}
+        for name in self._last_need.keys() - converted:
+            if self._access.is_checked(self._source_of[name]):
+                self._last_need[name] = todo[-1]
+
+    def __enter__(self) -> Committer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        for waiting in self._waiting:
+            waiting[1].discard()
+
+    def abandon(self) -> None:
+        """Do nothing more, and wait for nothing that is under way elsewhere."""
+        self._is_abandoned = True
+
+    def submit(self, i: int, one: ConvertedShard) -> Future[None]:
+        """Hand over shard i; the result is there when all that could be done because of it is done."""
+        return self._thread.submit(self._work, i, one)
+
+    def check_source_of(self, output_name: str, i: int) -> None:
+        """Read the source shard of a tensor of shard i to its end, if that tells whether its bytes are right.
+
+        Raises:
+            DamagedShardError: they are not.
+        """
+        for tensor in self._plan.shards[i].tensors:
+            is_open = tensor.shard.path.name not in self._sha256 and self._access.is_checked(tensor.shard)
+            if tensor.output_name == output_name and is_open:
+                self._finish(tensor.shard)
+            if tensor.output_name == output_name and tensor.fp8 is not None and not tensor.fp8.is_as_fetched():
+                raise DamagedShardError(tensor.fp8.shard, "its scales were others when they were read again")
+
+    def _work(self, i: int, one: ConvertedShard) -> None:
+        self._waiting.append((i, one))
+        try:
+            self._go_on()
+            for name in sorted(name for name, last in self._last_need.items() if last == i):
+                source = self._source_of[name]
+                if self._access.is_checked(source) or self._last_use[name] == i:
+                    self._finish(source)
+        except BaseException:
+            one.discard()
+            raise
+        while self._waiting and self._may_have_its_name(self._waiting[0][0]):
+            self._commit(*self._waiting.popleft())
+        for _, waiting in self._waiting:
+            waiting.writer.finish()
+
+    def _finish(self, source: SourceShard) -> None:
+        with reading(source.path.name):
+            self._sha256[source.path.name] = self._access.finish(source)
+
+    def _may_have_its_name(self, i: int) -> bool:
+        return all(
+            name in self._sha256 or not self._access.is_checked(source) for name, source in self._sources[i].items()
+        )
+
+    def _commit(self, i: int, one: ConvertedShard) -> None:
+        shard = self._plan.shards[i]
+        try:
+            sha256 = one.writer.commit()
+        finally:
+            one.discard()
+        read = {name: self._sha256[name] for name in sorted(self._sources[i]) if self._last_use[name] == i}
+        tensors = dict(sorted(one.tensors.items()))
+        record = ShardRecord(shard.file_name, one.writer.n_bytes, sha256, shard.digest(), read, tensors)
+        self._manifest.add(record)
+        if self._after_commit is not None:
+            self._do_after(self._after_commit, record, self._out / shard.file_name)
+        self.records[shard.file_name] = record
+        self._emit(ShardFinished(i, len(self._plan.shards), shard))
+
+    def _do_after(self, after_commit: AfterCommit, record: ShardRecord, path: Path) -> None:
+        """In a thread of its own, which ends with the process: a file on its way up cannot be called back, and whoever
+        presses Ctrl-C does not wait for it."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                after_commit(record, path)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._go_on()
+        threading.Thread(target=run, daemon=True).start()
+        while not wait([done], _LOOK_EVERY_S).done:
+            self._go_on()
+        done.result()
+
+    def _go_on(self) -> None:
+        if self._is_abandoned:
+            raise AbandonedError

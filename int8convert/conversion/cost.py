@@ -1,0 +1,176 @@
+"""What a planned conversion will cost: memory from its parts, quantization from a moment's measurement."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cuda_kernels import cpu
+from int8convert.checkpoint.rows import BLOCK_BYTES, Scratch, largest_block_bytes
+from int8convert.conversion.destination import Publishing, plan_disk
+from int8convert.conversion.device import CPU, Device, make_scratch
+from int8convert.conversion.readers import (
+    Reader,
+    ReaderCosts,
+    choose_reader,
+    download_costs,
+    is_remote,
+    stream_costs,
+)
+from int8convert.hub.download import is_cached
+from int8convert.planning.plan import ConversionPlan, PlannedTensor
+from int8convert.planning.reading_order import ReadingOrder
+
+BASE_BYTES = 255_000_000
+"""Resident set of this process with NumPy, Numba and a compiled kernel and the chunks on their way to the
+disk: 251 MB measured on 26 GB, Linux x86-64, Python 3.11."""
+
+MODEL_MAP_BYTES = 360_000_000
+"""Resident set of the child that builds the model map, alive for the first seconds: 347 MB measured for OPT-1.3B."""
+
+_PROBE_SHAPE = (256, 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionCosts:
+    """An estimate.
+
+    peak_memory_bytes: resident set of all processes together, without the page cache.
+    work_memory_bytes: the same once transformers has mapped the model, which it does in the first seconds.
+    kernel_s: seconds of arithmetic on `n_workers` threads, and of copies to and from a CUDA device; a lower bound,
+        reading and writing come on top.
+    """
+
+    n_workers: int
+    peak_memory_bytes: int
+    kernel_s: float
+    device: str
+    work_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) -> ConversionCosts:
+    """Estimate from the plan; runs the kernel for some milliseconds, on a CUDA device after seconds of set-up."""
+    n_workers = workers or len(os.sched_getaffinity(0))
+    bytes_per_s = _kernel_bytes_per_s(make_scratch(device))
+    base_bytes = BASE_BYTES if device.is_cpu else max(BASE_BYTES, _resident_bytes())
+    largest_block = max(
+        (largest_block_bytes(tensor.source) for tensor in plan.tensors if _is_in_rows(tensor)), default=BLOCK_BYTES
+    )
+    block_bytes = n_workers * 3 * largest_block
+    peak_bytes, work_bytes = base_bytes + max(MODEL_MAP_BYTES, block_bytes), base_bytes + block_bytes
+    int8_bytes = sum(tensor.source.n_bytes for tensor in plan.tensors if tensor.is_quantized)
+    return ConversionCosts(n_workers, peak_bytes, int8_bytes / bytes_per_s / n_workers, device.name, work_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCosts:
+    """What lies on the disk of the output.
+
+    n_bytes: of the output, at most at a time.
+    n_spare_bytes: that it may take beside; negative if that does not fit.
+    """
+
+    n_bytes: int
+    n_spare_bytes: int
+
+
+def estimate_disk(plan: ConversionPlan, out: Path, publishing: Publishing | None) -> DiskCosts:
+    """Estimate for a conversion from its beginning.
+
+    Args:
+        out: where it is written; need not exist.
+        publishing: shards go elsewhere; nothing is asked of its publisher.
+
+    Raises:
+        DiskFullError: shards are too large for the bound that is set.
+    """
+    existing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    n_free = shutil.disk_usage(existing).free
+    if publishing is None or publishing.keeps:
+        n_bytes = plan.n_written_bytes + sum(path.stat().st_size for path in plan.source.carried)
+        return DiskCosts(n_bytes, n_free - n_bytes)
+    n_bytes = plan_disk(plan, (), is_remote(plan.source), n_free, publishing).n_bytes
+    return DiskCosts(n_bytes, min(n_free, publishing.max_disk_bytes or n_free) - n_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchCosts:
+    """What it takes to get the weights from the Hub.
+
+    n_bytes: to be fetched.
+    stream, download: of the two readers, see `ReaderCosts`.
+    bytes_per_s: of the network, as the user says; None if that is not known.
+    reader, reason: which one it would be, and why; the reason is "" if the user asked for it.
+    seconds: at that rate.
+    """
+
+    n_bytes: int
+    stream: ReaderCosts
+    download: ReaderCosts
+    bytes_per_s: int | None
+    reader: Reader
+    reason: str
+
+    @property
+    def seconds(self) -> float | None:
+        return self.n_bytes / self.bytes_per_s if self.bytes_per_s else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": self.seconds}
+
+
+def estimate_fetch(
+    plan: ConversionPlan,
+    n_workers: int,
+    cache_dir: Path | None,
+    bytes_per_s: int | None,
+    asked: Reader,
+    n_spare_bytes: int,
+) -> FetchCosts | None:
+    """Of a plan whose source is on the Hub; None of a local one.
+
+    Args:
+        asked: the reader.
+        n_spare_bytes: on the disk, beside the output.
+    """
+    if not is_remote(plan.source):
+        return None
+    order = ReadingOrder(plan)
+    n_bytes = sum(shard.n_bytes for shard in order.shards if not is_cached(shard, cache_dir))
+    stream, download = stream_costs(order, n_workers), download_costs(order, cache_dir)
+    choice = choose_reader(asked, order, n_workers, cache_dir, n_spare_bytes)
+    return FetchCosts(n_bytes, stream, download, bytes_per_s, choice.reader, choice.reason)
+
+
+def _resident_bytes() -> int:
+    """Of this process, now: with torch, the driver and what it maps, which differs from machine to machine."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _is_in_rows(tensor: PlannedTensor) -> bool:
+    """Whether a block of it cannot be cut anywhere."""
+    return tensor.is_quantized or tensor.source.strides is not None
+
+
+def _kernel_bytes_per_s(scratch: Scratch) -> float:
+    """Source bytes a second of fp16 by one thread, the best of a few runs."""
+    rows, columns = _PROBE_SHAPE
+    bits = scratch.source(2 * rows * columns).view(cpu.BITS_DTYPE["F16"]).reshape(_PROBE_SHAPE)
+    bits[:] = np.random.default_rng(0).standard_normal(_PROBE_SHAPE).astype(np.float16).view(bits.dtype)
+    codes = scratch.codes(bits.size).reshape(_PROBE_SHAPE)
+    absmax, signal, noise = np.empty(rows, np.float32), np.empty(rows), np.empty(rows)
+    fastest = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        scratch.row_quantize(bits, codes, absmax, signal, noise)
+        fastest = min(fastest, time.perf_counter() - began)
+    return bits.nbytes / fastest

@@ -1,0 +1,115 @@
+"""How the shards of a repository on the Hub are to be read: streamed past, or downloaded one by one.
+
+A download takes several connections at once, and the client's faster protocol; but two shards of the source have to lie
+beside the output. A stream takes no disk. So the disk decides, unless the user has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from int8convert.checkpoint.shard_access import ShardAccess
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.decoding.fp8 import fetch_scales
+from int8convert.hub.download import MAX_ON_DISK, ShardDownload, is_cached, is_downloadable
+from int8convert.hub.stream import FetchProgress, ShardStream
+from int8convert.planning.reading_order import MakeAccess, ReadingOrder
+
+_RESERVED_BYTES = 1_000_000_000
+"""That a download leaves free on the disk, when the choice is ours."""
+
+
+class Reader(StrEnum):
+    """What the user asks for."""
+
+    AUTO = "auto"
+    STREAM = "stream"
+    DOWNLOAD = "download"
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderCosts:
+    """What one reader takes.
+
+    disk_bytes: at most, beside the output; of what goes into a cache, all that is not there yet.
+    memory_bytes: beside what the conversion of a local checkpoint takes.
+    """
+
+    disk_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderChoice:
+    """The reader that is used.
+
+    reason: as a phrase that follows its name; "" if the user asked for it.
+    """
+
+    reader: Reader
+    costs: ReaderCosts
+    reason: str = ""
+
+
+def stream_costs(order: ReadingOrder, n_workers: int) -> ReaderCosts:
+    """Of streaming the shards."""
+    return ReaderCosts(0, order.window_bytes(n_workers))
+
+
+def download_costs(order: ReadingOrder, cache_dir: Path | None) -> ReaderCosts:
+    """Of downloading the shards."""
+    sizes = sorted(shard.n_bytes for shard in order.shards if not is_cached(shard, cache_dir))
+    return ReaderCosts(sum(sizes if cache_dir is not None else sizes[-MAX_ON_DISK:]), 0)
+
+
+def choose_reader(
+    asked: Reader, order: ReadingOrder, n_workers: int, cache_dir: Path | None, free_bytes: int
+) -> ReaderChoice:
+    """The reader asked for, or the one that fits.
+
+    Args:
+        order: what is left to be read.
+        cache_dir: given, it is where downloads are to stay.
+        free_bytes: on the disk, the output deducted.
+    """
+    stream, download = stream_costs(order, n_workers), download_costs(order, cache_dir)
+    if asked is Reader.STREAM:
+        return ReaderChoice(asked, stream)
+    if asked is Reader.DOWNLOAD:
+        return ReaderChoice(asked, download)
+    if order.shards and download.disk_bytes == 0:
+        return ReaderChoice(Reader.DOWNLOAD, download, "all of it is in the cache")
+    if not all(is_downloadable(shard.n_bytes) for shard in order.shards):
+        return ReaderChoice(Reader.STREAM, stream, "a shard is larger than the Hub's client downloads without xet")
+    if cache_dir is not None:
+        return ReaderChoice(Reader.DOWNLOAD, download, "--cache-dir is to keep what is fetched")
+    if free_bytes >= download.disk_bytes + _RESERVED_BYTES:
+        return ReaderChoice(Reader.DOWNLOAD, download, "the disk has room for two of its shards beside the output")
+    return ReaderChoice(Reader.STREAM, stream, "the disk has no room for two of its shards beside the output")
+
+
+def access_maker(
+    choice: ReaderChoice, folder: Path, cache_dir: Path | None, n_workers: int, on_progress: FetchProgress
+) -> MakeAccess:
+    """What gives the pipeline access to shards on the Hub.
+
+    Args:
+        folder: for downloads that do not stay.
+    """
+
+    def make(order: ReadingOrder, distrusted: Collection[str]) -> ShardAccess:
+        fetch_scales(order.scales)
+        if choice.reader is Reader.DOWNLOAD:
+            return ShardDownload(order.shards, folder, cache_dir, frozenset(distrusted), on_progress)
+        first = [order.first_needed(shard) for shard in order.shards]
+        return ShardStream(order.shards, first, order.window_bytes(n_workers), on_progress)
+
+    return make
+
+
+def is_remote(source: CheckpointSource) -> bool:
+    """Whether a source's weights are not on this machine."""
+    return any(shard.remote is not None for shard in source.shards)

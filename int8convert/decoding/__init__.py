@@ -1,0 +1,1 @@
+"""Low-bit sources: stored codes and scales to rows of floats."""

@@ -1,0 +1,1 @@
+"""The on-disk contract: int8 checkpoints as bitsandbytes, compressed-tensors and torchao read them."""

@@ -1,0 +1,316 @@
+"""An int8 checkpoint, seen alike in whichever of three formats it is: codes, scales, and what stayed 16-bit.
+
+| | codes, I8 [out, in] | scale | zeros, if there |
+|---|---|---|---|
+| bitsandbytes | `P.weight` | `P.SCB` [out], the absmax | `P.weight_format` |
+| compressed-tensors | `P.weight` | `P.weight_scale` [out, 1] | `P.weight_zero_point` |
+| torchao | `P._weight_qdata` | `P._weight_scale` [out, 1] | `P._weight_zero_point` |
+
+The codes mean the same in all three, so one can be made of another without quantizing anew. That holds for one scale a
+row and no zero point; whatever else these tools can do is refused, and all scales are looked at first, so that nothing
+is written of a checkpoint that is not whole.
+
+Source: bitsandbytes 0.50, compressed-tensors 0.20, torchao 0.18, as they write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from int8convert.checkpoint.floats import widen_bfloat16
+from int8convert.checkpoint.names import quoted
+from int8convert.checkpoint.rows import Scratch, as_array, read_rows
+from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard
+from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
+from int8convert.errors import CorruptFileError, SourceError
+from int8convert.formats.int8_config import Int8Format, is_conv1d, read_format, read_skipped_names
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """What a format appends to a module's name; `zeros` holds nothing but zeros and may be missing."""
+
+    codes: str
+    scale: str
+    zeros: str
+
+
+NAMES: dict[Int8Format, TensorNames] = {
+    Int8Format.BITSANDBYTES: TensorNames(".weight", ".SCB", ".weight_format"),
+    Int8Format.COMPRESSED_TENSORS: TensorNames(".weight", ".weight_scale", ".weight_zero_point"),
+    Int8Format.TORCHAO: TensorNames("._weight_qdata", "._weight_scale", "._weight_zero_point"),
+}
+
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""What a model computes in: config.json's name -> safetensors' name."""
+
+_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_FOREIGN = re.compile(
+    r"\.(SCB|weight_format|(weight|input|output|q|k|v)_(scale|scale_inv|global_scale|zero_point|packed|shape|g_idx))$"
+    r"|\._weight_"
+)
+"""What belongs to quantized weights; left over, it belongs to none that we know."""
+
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
+_FUSED_EXPERTS = re.compile(r"(.*\.experts)\.[^.]+")
+_EMBEDDING_NAMES = frozenset({"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings", "embed_in", "shared"})
+"""Names under which no model has a Linear layer. The others of a checkpoint's matrices may all be some."""
+
+_REFETCH = "fetch the checkpoint again, or convert its 16-bit original; nothing was written"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedTensor:
+    """A tensor and the file it is in."""
+
+    stored: StoredTensor
+    shard: SourceShard = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weight:
+    """The weight of one module.
+
+    Attributes:
+        codes: I8 [out, in], also where the model's own weight is [in, out].
+        scale: a float for each row: the absmax in bitsandbytes' format, the scale in the others.
+        zeros: a zero point or a format number, all zero; None if there is none.
+        is_transposed: whether the model's own weight is [in, out], see `int8_config.is_conv1d`.
+    """
+
+    module_name: str
+    codes: PlacedTensor
+    scale: PlacedTensor
+    zeros: PlacedTensor | None
+    is_transposed: bool
+
+    @property
+    def parts(self) -> tuple[PlacedTensor, ...]:
+        """All its tensors as they lie there."""
+        return (self.codes, self.scale) if self.zeros is None else (self.codes, self.scale, self.zeros)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is one of the numbered experts of a mixture."""
+        return _EXPERT.match(self.module_name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Checkpoint:
+    """An int8 checkpoint to read.
+
+    Attributes:
+        items: its weights and its other tensors, in the order of the files; a weight where its codes are.
+    """
+
+    source: CheckpointSource
+    format: Int8Format
+    items: tuple[Int8Weight | PlacedTensor, ...] = field(repr=False)
+
+    @property
+    def weights(self) -> list[Int8Weight]:
+        return [item for item in self.items if isinstance(item, Int8Weight)]
+
+    @property
+    def kept(self) -> list[PlacedTensor]:
+        """The tensors that are no part of an int8 weight."""
+        return [item for item in self.items if isinstance(item, PlacedTensor)]
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in, as config.json spells it."""
+        named = self.source.config.get("dtype") or self.source.config.get("torch_dtype")
+        if named in tuple(DTYPES):
+            return str(named)
+        spelled = {stored: name for name, stored in DTYPES.items()}
+        return next((spelled[t.stored.dtype] for t in self.kept if t.stored.dtype in spelled), "float16")
+
+    def skip_modules(self) -> list[str]:
+        """Full names of all modules a loader might take for Linear layers of int8 weights, and must not.
+
+        Those of matrices that are no int8; a few of them may be embeddings, which do no harm in such a list. Beside
+        them the names config.json has and no tensor bears, such as an output head tied to the embedding.
+        """
+        matrices = {
+            t.name.removesuffix(".weight")
+            for t in self.kept
+            if t.name.endswith(".weight") and len(t.stored.shape) == 2 and t.stored.dtype in _FLOAT_DTYPES
+        }
+        matrices = {name for name in matrices if name.rpartition(".")[2] not in _EMBEDDING_NAMES}
+        fused = (_FUSED_EXPERTS.fullmatch(t.name) for t in self.kept if len(t.stored.shape) == 3)
+        meant = {name for module_name in matrices for name in _names_for(module_name)}
+        unseen = set(read_skipped_names(self.source.config, self.format)) - meant
+        return sorted(matrices | {match[1] for match in fused if match} | unseen)
+
+
+def _names_for(module_name: str) -> Iterator[str]:
+    """By which names a list of modules to skip may mean this one: itself, what it is in, its last parts."""
+    parts = module_name.split(".")
+    for i in range(len(parts)):
+        yield ".".join(parts[: i + 1])
+        yield ".".join(parts[i:])
+
+
+def open_int8_checkpoint(source: CheckpointSource) -> Int8Checkpoint:
+    """Sort a checkpoint's tensors into weights and others, and look at all scales.
+
+    Raises:
+        SourceError: it is no int8 checkpoint, or of a kind that cannot be read.
+        CorruptFileError: a weight is not whole: a part is missing, has a wrong shape, or is no number.
+    """
+    found = read_format(source.config, quoted(source.label, 300))
+    names = NAMES[found]
+    tensors = {t.name: PlacedTensor(t, shard) for shard in source.shards for t in shard.tensors}
+    weights = {}
+    parts: set[str] = set()
+    for name, tensor in tensors.items():
+        if tensor.stored.dtype == "I8" and name.endswith(names.codes):
+            weights[name] = _find_weight(name.removesuffix(names.codes), names, tensors, source)
+            parts.update(part.name for part in weights[name].parts)
+    others = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    for name, tensor in others.items():
+        if tensor.stored.dtype == "I8" or _FOREIGN.search(name):
+            raise CorruptFileError(
+                f"{quoted(name)} belongs to no int8 weight that a {found} checkpoint with one scale a row has", _REFETCH
+            )
+    if not weights:
+        raise SourceError(
+            f"the source holds no int8 weights, although its config.json names {found}",
+            "look at it with int8convert inspect; nothing was written",
+        )
+    _check_values(found, weights.values())
+    items = (weights.get(name, tensor) for name, tensor in tensors.items() if name in weights or name in others)
+    return Int8Checkpoint(source, found, tuple(items))
+
+
+def _find_weight(
+    module_name: str, names: TensorNames, tensors: Mapping[str, PlacedTensor], source: CheckpointSource
+) -> Int8Weight:
+    codes = tensors[module_name + names.codes]
+    scale = tensors.get(module_name + names.scale)
+    zeros = tensors.get(module_name + names.zeros)
+    if scale is None:
+        raise CorruptFileError(
+            f"{quoted(codes.name)} is int8 and has no {quoted(module_name + names.scale)} beside it", _REFETCH
+        )
+    if len(codes.stored.shape) != 2 or 0 in codes.stored.shape:
+        raise CorruptFileError(
+            f"{quoted(codes.name)} has shape {list(codes.stored.shape)}, expected two dimensions that are not empty",
+            _REFETCH,
+        )
+    n_rows = codes.stored.shape[0]
+    _check_part(scale, n_rows, frozenset(DTYPES.values()))
+    if zeros is not None and zeros.stored.shape != ():
+        _check_part(zeros, n_rows, frozenset(DTYPE_BYTES))
+    for part in (codes, scale, zeros):
+        if part is not None and part.stored.strides is not None:
+            raise SourceError(
+                f"{quoted(part.name)} lies in its file with gaps or transposed, which export does not read",
+                "load the checkpoint and save it as safetensors; nothing was written",
+            )
+    return Int8Weight(module_name, codes, scale, zeros, is_conv1d(module_name, source.config))
+
+
+def _check_part(part: PlacedTensor, n_rows: int, dtypes: frozenset[str]) -> None:
+    """One value for each row."""
+    stored = part.stored
+    if stored.shape not in ((n_rows,), (n_rows, 1)) or stored.dtype not in dtypes:
+        raise CorruptFileError(
+            f"{quoted(part.name)} is {stored.dtype} {list(stored.shape)}, expected one float for each of {n_rows:,} "
+            "rows",
+            _REFETCH,
+        )
+
+
+def _check_values(found: Int8Format, weights: Iterable[Int8Weight]) -> None:
+    """Look at all that is not codes."""
+    with SourceReaders() as readers:
+        for weight in weights:
+            scale = readers.read_scale(weight.scale)
+            is_good = np.isfinite(scale) & (scale >= 0)
+            if not is_good.all():
+                row = int(np.argmin(is_good))
+                raise CorruptFileError(
+                    f"{quoted(weight.scale.name)} holds {scale[row]} at row {row:,}, expected a number not below 0",
+                    _REFETCH,
+                )
+            if weight.zeros is not None and readers.read_all(weight.zeros).any():
+                meaning = "a layout" if found is Int8Format.BITSANDBYTES else "a zero point"
+                raise SourceError(
+                    f"{quoted(weight.zeros.name)} is not zero: the weight has {meaning} that only {found} reads",
+                    "convert the 16-bit original; nothing was written",
+                )
+
+
+class SourceReaders:
+    """Reads tensors, with each shard opened when it is first needed. A context manager."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, ShardReader] = {}
+
+    def __enter__(self) -> SourceReaders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self._opened.values():
+            reader.close()
+
+    def read(self, tensor: PlacedTensor, buffer: memoryview, at: int = 0) -> None:
+        """Fill the buffer with the bytes of a contiguous tensor from byte `at` of it on.
+
+        Raises:
+            SourceError: the file cannot be read.
+        """
+        with self.reading(tensor.shard) as reader:
+            reader.read_into(buffer, tensor.stored.offset + at)
+
+    def read_strided(self, tensor: PlacedTensor, begin: int, end: int, scratch: Scratch) -> npt.NDArray[np.uint8]:
+        """The bytes of some rows of a tensor that lies with gaps, now without.
+
+        Raises:
+            SourceError: the file cannot be read.
+        """
+        with self.reading(tensor.shard) as reader:
+            block = read_rows(tensor.stored, reader, begin, end, scratch)
+        return as_array(tensor.stored, block, begin, end).reshape(-1).view(np.uint8)
+
+    @contextmanager
+    def reading(self, shard: SourceShard) -> Iterator[ShardReader]:
+        """A file to read from as long as this lasts.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        try:
+            if shard.path not in self._opened:
+                self._opened[shard.path] = shard.open()
+            yield self._opened[shard.path]
+        except OSError as error:
+            raise SourceError(
+                f"{quoted(shard.path.name)} of the source cannot be read: {error.strerror}",
+                "check that you may read the source and that its disk works, then rerun the same command",
+            ) from error
+
+    def read_all(self, tensor: PlacedTensor) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor at once."""
+        data = np.empty(tensor.stored.n_bytes, np.uint8)
+        self.read(tensor, data.data)
+        return data
+
+    def read_scale(self, tensor: PlacedTensor) -> npt.NDArray[np.float32]:
+        """A scale or absmax as float32 [rows]; 16-bit ones are widened, which is exact."""
+        data = self.read_all(tensor)
+        if tensor.stored.dtype == "BF16":
+            return widen_bfloat16(data.view(np.int16))
+        return data.view(np.float32 if tensor.stored.dtype == "F32" else np.float16).astype(np.float32)

@@ -1,0 +1,112 @@
+"""A repository's checkpoint as a directory of the Hub's cache, for what needs all of it at hand: running the model.
+
+What is in the cache already is not fetched again; what comes is compared with the hash the Hub lists. Nobody writes
+into the cache but the Hub's own client.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from int8convert.checkpoint.file_reader import FileIdentity
+from int8convert.checkpoint.names import quoted
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.errors import CorruptFileError, DiskFullError
+from int8convert.hub.errors import translating_client_errors
+from int8convert.hub.local_copy import cached_path, is_content
+from int8convert.hub.open_repository import RemoteShard, hub_file
+from int8convert.hub.remote_file import HubFile
+from int8convert.hub.repository import discard_cached, find_repository
+from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
+
+CopyProgress = Callable[[str, int], None]
+"""Told of each weight file that is about to be fetched, and its bytes."""
+
+
+def fetch_beside(source: CheckpointSource, names: Iterable[str]) -> frozenset[str]:
+    """Bring further files of a repository, those it has of these, into the directory of its small files.
+
+    Returns:
+        the names of all files it has; without the network, of those the cache has.
+
+    Raises:
+        HubError, CorruptFileError: as `fetch_checkpoint`.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        paths = (path for path in source.directory.rglob("*") if path.is_file())
+        return frozenset(path.relative_to(source.directory).as_posix() for path in paths)
+    repository = find_repository(source.label, source.commit)
+    for name in names:
+        if name in repository.files:
+            file = hub_file(repository, repository.files[name])
+            if cached_path(file) is None:
+                _fetch(file)
+    return frozenset(repository.files)
+
+
+def reading_cached(source: CheckpointSource) -> CheckpointSource:
+    """The same checkpoint, of which the weight files that the Hub's cache has are read from there."""
+    return replace(source, shards=tuple(map(_reading_cached, source.shards)))
+
+
+def _reading_cached(shard: SourceShard) -> SourceShard:
+    if not isinstance(shard.remote, RemoteShard):
+        return shard
+    path = cached_path(shard.remote.file)
+    return shard if path is None else replace(shard, path=path, remote=None, identity=FileIdentity.of(path))
+
+
+def fetch_checkpoint(source: CheckpointSource, on_file: CopyProgress = lambda name, n: None) -> Path:
+    """The directory of the Hub's cache that holds a repository's config, weights and small files.
+
+    Args:
+        source: the repository, at the commit it was opened at.
+        on_file: told of what is fetched.
+
+    Raises:
+        HubError: it cannot be had.
+        DiskFullError: the cache's disk has no room for it.
+        CorruptFileError: a file comes with other bytes than the Hub lists.
+    """
+    from huggingface_hub import constants
+
+    files = [shard.remote.file for shard in source.shards if isinstance(shard.remote, RemoteShard)]
+    missing = [file for file in files if cached_path(file) is None]
+    needed = sum(file.n_bytes for file in missing)
+    free = shutil.disk_usage(source.directory).free
+    if needed > free:
+        raise DiskFullError(
+            f"the Hub's cache '{constants.HF_HUB_CACHE}' needs {needed:,} bytes for {quoted(source.label)}, "
+            f"its disk has {free:,} free",
+            "set HF_HOME to a larger disk, or make room; --level exact needs none",
+        )
+    for file in missing:
+        on_file(file.name, file.n_bytes)
+        _fetch(file)
+    return source.directory
+
+
+def _fetch(file: HubFile) -> None:
+    from huggingface_hub import hf_hub_download
+
+    patience = Patience(file.subject, transfer_patience_s())
+    download = partial(hf_hub_download, file.repository, file.name, revision=file.commit)
+    while True:
+        try:
+            with translating_client_errors(file.repository):
+                path = Path(download())
+            break
+        except PassingError as trouble:
+            patience.wait(trouble)
+    if not is_content(path, file):
+        discard_cached(path)
+        raise CorruptFileError(
+            f"{quoted(file.name)} of {quoted(file.repository)} came with other bytes than the Hub lists",
+            "it was removed; the same command fetches it again",
+        )

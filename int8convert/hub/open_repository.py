@@ -1,0 +1,222 @@
+"""A repository on the Hub as a source: which of its files are needed, its config, and its shards' headers by range.
+
+Which files these are, `loader_files` tells, as of a directory. The bytes of the weights are not touched here: 66
+billion parameters in 14 `.bin` files cost some hundred small requests and 2 MB.
+
+Without the network (HF_HUB_OFFLINE) a repository is what the Hub's cache has of it, and read like any directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.directory import found_file, open_directory, read_index_dtype, read_weight_map, unfinished
+from int8convert.checkpoint.json_file import check_config_bytes, read_config_value
+from int8convert.checkpoint.loaders.files import find_loader_files
+from int8convert.checkpoint.loaders.notes import note_aside, note_large
+from int8convert.checkpoint.loaders.shard_index import compare_index
+from int8convert.checkpoint.names import (
+    ADAPTER_CONFIG,
+    CARD_NAME,
+    CONFIG_NAME,
+    MAX_CARRIED_BYTES,
+    REQUEST_FILE,
+    carried_paths,
+    find_file,
+    quoted,
+)
+from int8convert.checkpoint.pickle.reader import find_pickle_tensors
+from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
+from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard
+from int8convert.errors import CorruptFileError
+from int8convert.hub.header_file import Evidence, HeaderFile, as_binary_file
+from int8convert.hub.known_ranges import KnownRanges
+from int8convert.hub.remote_file import HubFile, RangeReader
+from int8convert.hub.repository import (
+    Repository,
+    RepositoryFile,
+    fetch_small_files,
+    find_cached,
+    find_repository,
+)
+
+_HEADERS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteShard:
+    """A shard on the Hub. A `RemoteFile` of `int8convert.checkpoint.source`.
+
+    Attributes:
+        file: where it is.
+        evidence: what its header was read from.
+        known: parts that were fetched beforehand.
+    """
+
+    file: HubFile
+    evidence: tuple[Evidence, ...]
+    known: KnownRanges = field(default_factory=KnownRanges, repr=False, compare=False)
+
+    @property
+    def sha256(self) -> str | None:
+        return self.file.sha256
+
+    def open(self) -> ShardReader:
+        return _PartReader(self.known, self.file.open())
+
+    def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self.known.fetch(self.file, ranges)
+
+    def comes_again(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        return self.known.comes_again(self.file, ranges)
+
+
+class _PartReader:
+    """A `ShardReader` that has some of it in memory."""
+
+    def __init__(self, known: KnownRanges, reader: RangeReader) -> None:
+        self._known = known
+        self._reader = reader
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """See `ShardReader`."""
+        if not self._known.read_into(buffer, offset):
+            self._reader.read_into(buffer, offset)
+
+    def close(self) -> None:
+        """See `ShardReader`."""
+        self._reader.close()
+
+
+def open_repository(
+    name: str, revision: str | None = None, cache_dir: Path | None = None, ignores_adapter: bool = False
+) -> CheckpointSource:
+    """Read a repository's config, index and shard headers; no weights.
+
+    Args:
+        name: ORGANIZATION/NAME.
+        revision: a branch, a tag or a commit; None is the main branch.
+        cache_dir: where the small files go; None is the Hub's cache.
+        ignores_adapter: as `open_source`.
+
+    Raises:
+        HubError: it cannot be had.
+        SourceError: it holds no weights.
+        CorruptFileError: its files contradict each other.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _open_cached(name, revision, cache_dir, ignores_adapter)
+    repository = find_repository(name, revision)
+    if REQUEST_FILE in repository.files and CONFIG_NAME not in repository.files:
+        raise unfinished(name)
+    listing = RepositoryListing(repository, name, cache_dir)
+    taken = find_loader_files(listing, ignores_adapter)
+    sizes = {file_name: repository.files[file_name].n_bytes for file_name in taken.carried}
+    carried = [file_name for file_name, n_bytes in sizes.items() if n_bytes <= MAX_CARRIED_BYTES]
+    # The card is read, not carried: it tells the licence.
+    read = {CONFIG_NAME, CARD_NAME, taken.config_name or CONFIG_NAME, *([taken.weights] if taken.is_indexed else [])}
+    small = sorted(file_name for file_name in read if file_name in repository.files)
+    directory = fetch_small_files(repository, [*small, *carried], cache_dir)
+    find_file(directory, CARD_NAME)  # as of a directory: refused now, not when all is converted
+    weight_map = read_weight_map(found_file(directory, taken.weights), taken.suffix) if taken.is_indexed else {}
+    names = _listed(repository, weight_map, taken.weights) if weight_map else [taken.weights]
+    files = [hub_file(repository, repository.files[file_name]) for file_name in names]
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+        shards, differences = compare_index(
+            weight_map, tuple(pool.map(lambda file: _read_shard(file, directory), files))
+        )
+    aside = note_aside(listing.root, (taken.weights, *(file.name for file in files)))
+    return CheckpointSource(
+        label=name,
+        directory=directory,
+        config=taken.config,
+        shards=shards,
+        carried=carried_paths(directory, carried),
+        commit=repository.commit,
+        notes=(*taken.notes, *aside, *note_large(file_name for file_name in sizes if file_name not in carried)),
+        has_adapter=ADAPTER_CONFIG in listing.root,
+        index=differences,
+        config_name=taken.config_name or CONFIG_NAME,
+        index_dtype=read_index_dtype(found_file(directory, taken.weights)) if taken.is_indexed else None,
+    )
+
+
+class RepositoryListing:
+    """A `Listing` of a repository on the Hub. Reads a file by bringing it into the Hub's cache.
+
+    Args:
+        label: what the user calls it.
+    """
+
+    is_remote = True
+
+    def __init__(self, repository: Repository, label: str, cache_dir: Path | None = None) -> None:
+        self._repository = repository
+        self._cache_dir = cache_dir
+        self.label = label
+        self.root = frozenset(name for name in repository.files if "/" not in name)
+
+    @cached_property
+    def _by_folder(self) -> dict[str, list[str]]:
+        """The files of each folder of the root, those of its own folders included."""
+        found: dict[str, list[str]] = {}
+        for name in self._repository.files:
+            found.setdefault(name.partition("/")[0], []).append(name)
+        return found
+
+    def files_under(self, folder: str) -> list[str]:
+        """See `Listing`."""
+        files = self._by_folder.get(folder.partition("/")[0], [])
+        return [name for name in files if name.startswith(f"{folder}/")]
+
+    def read(self, name: str) -> dict[str, Any] | list[Any]:
+        """See `Listing`."""
+        n_bytes = self._repository.files[name].n_bytes
+        check_config_bytes(name, n_bytes)
+        directory = fetch_small_files(self._repository, [name], self._cache_dir)
+        return read_config_value(found_file(directory, name))
+
+
+def _open_cached(name: str, revision: str | None, cache_dir: Path | None, ignores_adapter: bool) -> CheckpointSource:
+    found = find_cached(name, revision, cache_dir)
+    return replace(open_directory(found, name, ignores_adapter), commit=found.name)
+
+
+def _listed(repository: Repository, weight_map: dict[str, str], index_name: str) -> list[str]:
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name not in repository.files:
+            raise CorruptFileError(
+                f"'{index_name}' of {quoted(repository.name)} names shard {quoted(name)}, which is not there",
+                "the repository is not complete; name another --revision of it; nothing was written",
+            )
+    return names
+
+
+def hub_file(repository: Repository, file: RepositoryFile) -> HubFile:
+    """A file of the repository, to be read."""
+    return HubFile(repository.name, repository.commit, file.name, file.n_bytes, file.sha256, file.blob_id)
+
+
+def _read_shard(file: HubFile, directory: Path) -> SourceShard:
+    try:
+        return _read_header(file, directory)
+    except CorruptFileError:
+        return _read_header(file, directory)  # it may have come with wrong bytes
+
+
+def _read_header(file: HubFile, directory: Path) -> SourceShard:
+    header = HeaderFile(file)
+    opened = as_binary_file(header)
+    if file.name.endswith(".safetensors"):
+        tensors = find_safetensors_tensors(opened, file.n_bytes, file.name)
+    else:
+        tensors = find_pickle_tensors(opened, file.n_bytes, file.name, is_remote=True)
+    return SourceShard(directory / file.name, file.n_bytes, tensors, RemoteShard(file, header.evidence()))

@@ -1,0 +1,162 @@
+"""What is in a checkpoint, from its headers and config alone: tensors by pattern, dtypes, how much of it is int8."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.names import quoted
+from int8convert.checkpoint.placement import Placement, place
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.sources import open_source
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_SCALE_SUFFIXES = (
+    *(".SCB", ".weight_format"),  # bitsandbytes
+    *(".weight_scale", ".weight_zero_point"),  # compressed-tensors
+    *("._weight_scale", "._weight_zero_point"),  # torchao
+)
+_MAX_TEXT = 300
+
+
+@dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """Tensors that differ in their layer number only.
+
+    pattern: the name with `*` for the numbers; shape, dtype and reason are the same for all.
+    reason: why they are not int8, as the conversion wrote it down; "" if they are, or nothing is known.
+    """
+
+    pattern: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_tensors: int
+    n_bytes: int
+    reason: str = ""
+
+    @property
+    def n_elements(self) -> int:
+        return self.n_tensors * prod(self.shape)
+
+    @property
+    def is_scale(self) -> bool:
+        """Part of the int8 form of another tensor, and no parameter of the model."""
+        return self.pattern.endswith(_SCALE_SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint at a glance.
+
+    Attributes:
+        quant_method: as config.json names it; None if it names none.
+        n_parameters: elements of all tensors but scales.
+        n_int8_parameters: of them in int8.
+        skip_modules: those config.json tells the loader to leave alone.
+        placements: how many GPUs hold it.
+        commit: of a repository on the Hub; None of a directory.
+    """
+
+    path: str
+    architectures: tuple[str, ...]
+    quant_method: str | None
+    threshold: float | None
+    skip_modules: tuple[str, ...]
+    n_shards: int
+    n_tensors: int
+    n_bytes: int
+    n_parameters: int
+    n_int8_parameters: int
+    n_tensors_by_dtype: dict[str, int]
+    placements: tuple[Placement, ...]
+    groups: tuple[TensorGroup, ...]
+    commit: str | None = None
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters in int8, 0 to 1."""
+        return self.n_int8_parameters / max(1, self.n_parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": 1, **asdict(self), "coverage": self.coverage}
+
+
+def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest: Manifest | None = None) -> Inspection:
+    """Look at a source or an output, in a directory or on the Hub; reads headers and config only.
+
+    Args:
+        revision: of a repository on the Hub.
+        manifest: what tells why tensors stayed 16-bit; None takes the one beside the checkpoint, if it has one.
+
+    Raises:
+        Int8ConvertError: there is no checkpoint, or it is broken.
+    """
+    return inspect_source(open_source(path, revision, ignores_adapter=True), manifest)
+
+
+def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -> Inspection:
+    """The same of one that is open."""
+    tensors = [tensor for shard in source.shards for tensor in shard.tensors]
+    parameters = [tensor for tensor in tensors if not tensor.name.endswith(_SCALE_SUFFIXES)]
+    block = source.config.get("quantization_config")
+    block = block if isinstance(block, dict) else {}
+    method = block.get("quant_method")
+    return Inspection(
+        path=source.label,
+        architectures=_strings(source.config.get("architectures")),
+        quant_method=_clean(method) if isinstance(method, str) else None,
+        threshold=_finite(block.get("llm_int8_threshold")),
+        skip_modules=_strings(block.get("llm_int8_skip_modules") or block.get("ignore")),
+        n_shards=len(source.shards),
+        n_tensors=len(tensors),
+        n_bytes=source.n_bytes,
+        n_parameters=sum(tensor.n_elements for tensor in parameters),
+        n_int8_parameters=sum(tensor.n_elements for tensor in parameters if tensor.dtype == "I8"),
+        n_tensors_by_dtype=dict(Counter(tensor.dtype for tensor in tensors).most_common()),
+        placements=place((tensor.name, tensor.n_bytes) for tensor in tensors),
+        groups=_group(tensors, _reasons(manifest or Manifest(source.directory))),
+        commit=source.commit,
+    )
+
+
+def _finite(value: Any) -> float | None:
+    """A number, if it is one that float32 can hold."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 3e38 else None
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(_clean(item) for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+
+
+def _clean(text: str) -> str:
+    """Text of a stranger's config, to be printed: as it is if it prints and is short."""
+    return text if text.isprintable() and len(text) <= _MAX_TEXT else quoted(text, _MAX_TEXT)
+
+
+def _reasons(manifest: Manifest) -> dict[str, str]:
+    """Tensor name -> why it is not int8, from the manifest of a conversion of ours; empty where there is none."""
+    if not manifest.is_complete:
+        return {}
+    return {
+        name: _clean(record.reason)
+        for shard in manifest.read_records().values()
+        for name, record in shard.tensors.items()
+        if isinstance(record.reason, str)
+    }
+
+
+def _group(tensors: list[StoredTensor], reasons: dict[str, str]) -> tuple[TensorGroup, ...]:
+    groups: dict[tuple[str, str, tuple[int, ...], str], list[StoredTensor]] = {}
+    for tensor in tensors:
+        key = (_NUMBER.sub("*", tensor.name), tensor.dtype, tensor.shape, reasons.get(tensor.name, ""))
+        groups.setdefault(key, []).append(tensor)
+    return tuple(
+        TensorGroup(pattern, dtype, shape, len(members), sum(member.n_bytes for member in members), reason)
+        for (pattern, dtype, shape, reason), members in sorted(groups.items())
+    )

@@ -1,0 +1,116 @@
+"""Which columns of each layer's input to store in 16 bits, found by running text through a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
+from int8convert.outliers.statistics import features_of, watching
+from int8convert.runtime.in_memory import modules_to_replace
+from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.stored_columns import StoredOutliers
+
+MAX_TOKENS = 512
+"""Of each text."""
+
+
+def calibrate(
+    model: Any,
+    texts: Iterable[str | torch.Tensor],
+    *,
+    tokenizer: Any = None,
+    threshold: float = OUTLIER_THRESHOLD,
+    min_share: float = MIN_SHARE,
+    budget: float = BUDGET,
+) -> dict[str, StoredOutliers]:
+    """Find the input columns worth storing, layer by layer; `int8convert.outliers.choice` says which those are.
+
+    On a model in 16 or 32 bits the weights returned are its own, so that `quantize_(model, outliers=...)` stores them
+    exact. An int8 model knows its weights only as codes: its layers then store what these stand for, which makes a
+    token's output independent of its batch but no more faithful, and run with a guard from now on. Columns that they
+    have stored already stay, with the weights they had.
+
+    Does not know what other texts would show: a column that is no outlier in these is left to the guard. Nor does it
+    see into nn.MultiheadAttention, whose int8 form has the guard alone.
+
+    Args:
+        model: with Linear layers; transformers' models, or any module that takes token ids. Runs in evaluation mode.
+        texts: strings, for which a tokenizer is needed, or token ids [tokens] or [batch, tokens]. Cut to MAX_TOKENS or
+            what the model takes; those without any token are left out.
+        tokenizer: transformers'.
+        threshold: magnitude from which a column is an outlier.
+        min_share: share of the tokens, 0 to 1, at which a column has to reach it to be stored for that; at 0, any.
+        budget: bytes for further columns, as a share of those of the int8 weights; at 0, there are none.
+
+    Returns:
+        module name -> its outlier columns and their weights, layers without any included, with none.
+
+    Raises:
+        ValueError: there is no text, or no tokenizer for it.
+    """
+    layers = {name: module for name, module in model.named_modules() if features_of(module) is not None}
+    with torch.no_grad(), watching(layers, threshold) as statistics, _evaluating(model):
+        n_texts = 0
+        for text in [texts] if isinstance(texts, str) else texts:
+            ids = _token_ids(model, text, tokenizer)
+            if ids.numel():
+                run_tokens(model, ids)
+                n_texts += 1
+    if not n_texts:
+        raise ValueError("no text to calibrate with: give at least one that has tokens")
+    int8 = [name for name, module in layers.items() if isinstance(module, Int8Linear)]
+    columns = choose_columns(
+        layers, statistics, min_share=min_share, budget=budget, budgeted=int8 or modules_to_replace(model)
+    )
+    return {name: _outliers(module, columns[name]) for name, module in layers.items()}
+
+
+def run_tokens(model: Any, ids: torch.Tensor) -> Any:
+    """What a model returns for token ids [batch, tokens]; a decoder that wants its own gets the same."""
+    ids = ids.to(next(model.parameters()).device)
+    return model(ids, **({"decoder_input_ids": ids} if _is_encoder_decoder(model) else {}))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, which makes what it leaves larger; then as it was, module by module."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def _token_ids(model: Any, text: str | torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    n_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or MAX_TOKENS
+    n_tokens = min(MAX_TOKENS, n_positions)
+    if isinstance(text, torch.Tensor):
+        return (text if text.dim() == 2 else text[None])[:, :n_tokens]
+    if tokenizer is None:
+        raise ValueError("texts as strings need a tokenizer")
+    return torch.tensor([tokenizer(text, truncation=True, max_length=n_tokens)["input_ids"]], dtype=torch.long)
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _outliers(module: Any, columns: torch.Tensor) -> StoredOutliers:
+    if isinstance(module, Int8Linear):
+        columns = torch.cat((columns, module.outlier_columns.cpu())).unique()
+    at = columns.to(module.weight.device).long()
+    if isinstance(module, Int8Linear):
+        found = StoredOutliers(columns, module.dequantize(module.outlier_weight.dtype)[:, at])
+        module.set_outliers(found.columns, found.weight)
+        module.mode = OutlierMode.STATIC_GUARD
+        return found
+    weight = module.weight.detach()
+    return StoredOutliers(columns, (weight[at].t() if type(module).__name__ == "Conv1D" else weight[:, at]).clone())

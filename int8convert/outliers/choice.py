@@ -1,0 +1,124 @@
+"""Which input columns of each layer to store in 16 bits, so that few bytes take away much of the error.
+
+Rounding to int8 adds to each output of a layer an error whose expected square, summed over the outputs, has a part that
+each input column k brings in by itself:
+
+    error[k] = E[x_k^2] * sum_n w_step[n]^2 / 12   +   E[x_step^2] / 12 * sum_n w[n, k]^2
+
+with w_step[n] = weight_absmax[n] / 127 and x_step = x_absmax / 127 of a token, its outlier columns left out: a rounding
+is spread evenly over one step, whose variance is step^2 / 12. In 16 bits the column brings in none. Hence:
+
+1. Columns that reach the threshold at `min_share` of the tokens are stored: the paper's outlier features are there at
+   6 % or more (Sec. 4.1). Rarer ones are found by the guard when they come, and their weights are good enough for that.
+2. Of all other columns of all layers those are stored that take away most error for their bytes, the error of a layer
+   measured against the variance of its output, until `budget` is spent.
+
+So the memory is bounded, however long the text: more text makes more columns reach the threshold once. The threshold
+in point 2 is none of magnitude, so that models whose activations are all small are served as well.
+
+Measured on a trained model with injected outlier features (scripts/outlier_injection.py), 48 x 256 tokens, mean KL to
+float32, calibrated on 16 other sequences: storing every column that ever reaches 6.0 takes 4.1 % of the int8 bytes and
+leaves 3.9e-5; this rule takes 3.7 % and leaves 3.3e-5, and 4 or 48 sequences change that by 2 %. A threshold of 3.0
+comes to 1.8e-5, with 82 % of the int8 bytes. docs/results/static-set.md has the table.
+
+Does not know how an error travels on through the model: that of the first layer counts as that of the last.
+Source: LLM.int8(), arXiv:2208.07339.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from cuda_kernels.reference import N_STEPS
+from int8convert.outliers.statistics import InputStatistics, features_of
+from int8convert.runtime.linear import Int8Linear
+
+MIN_SHARE = 0.06
+BUDGET = 0.01
+"""Bytes of the columns stored on top of the frequent ones, as a share of the bytes of the int8 weights."""
+
+_STORED_BYTES = 2
+_ROWS_AT_A_TIME = 1024
+
+
+def choose_columns(
+    layers: Mapping[str, Any],
+    statistics: Mapping[str, InputStatistics],
+    *,
+    min_share: float = MIN_SHARE,
+    budget: float = BUDGET,
+    budgeted: Iterable[str] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The columns to store: layer name -> int32 [n], ascending, on the CPU; layers without any included.
+
+    Args:
+        layers: name -> Linear layer, int8 or not, or Conv1D. Of layers whose weight is not in memory (offloaded to the
+            disk) only the frequent columns are chosen.
+        statistics: of these layers, see `input_statistics.watching`.
+        min_share: share of the tokens, 0 to 1; at 0, one token that reaches the threshold is enough.
+        budget: see `BUDGET`.
+        budgeted: layers that count for the budget, and whose columns it buys; None for all.
+    """
+    is_stored = {}
+    for name, seen in statistics.items():
+        is_stored[name] = (seen.share > 0) & (seen.share >= min_share)
+    names = [name for name in (statistics if budgeted is None else budgeted) if name in statistics]
+    _spend(budget, {name: layers[name] for name in names}, statistics, is_stored)
+    return {name: found.nonzero().flatten().to(torch.int32) for name, found in is_stored.items()}
+
+
+def _spend(
+    budget: float,
+    layers: Mapping[str, Any],
+    statistics: Mapping[str, InputStatistics],
+    is_stored: dict[str, torch.Tensor],
+) -> None:
+    """Mark further columns as stored: those with the most error for their bytes, as long as they fit."""
+    sizes = {name: features_of(layer) or (0, 0) for name, layer in layers.items()}
+    n_bytes_left = budget * sum(n_in * n_out for n_in, n_out in sizes.values())
+    places = [name for name, layer in layers.items() if not layer.weight.is_meta]
+    if not places:
+        return
+    n_bytes = torch.cat([torch.full((sizes[name][0],), _STORED_BYTES * sizes[name][1]) for name in places])
+    error = torch.cat([removed_error(layers[name], statistics[name]) for name in places])
+    error[torch.cat([is_stored[name] for name in places])] = 0
+    # Of equals the first of the model: the same text gives the same set.
+    order = (error / n_bytes).argsort(descending=True, stable=True)
+    bought = order[(error[order] > 0) & (n_bytes[order].cumsum(0) <= n_bytes_left)]
+    was_bought = torch.zeros_like(error, dtype=torch.bool).index_fill_(0, bought, True)
+    for name, chosen in zip(places, was_bought.split([sizes[name][0] for name in places]), strict=True):
+        is_stored[name] |= chosen
+
+
+def removed_error(layer: Any, seen: InputStatistics) -> torch.Tensor:
+    """What storing each column takes away: 12 * error[k] of the module's formula / variance of the output; [in].
+
+    0 where nothing is known: no tokens, or an output that never changes or is no number.
+    """
+    weight_squares, step_squares = _weight_squares(layer)
+    variance = seen.output_variance
+    if not seen.n_tokens or not variance > 0:
+        return torch.zeros_like(weight_squares)
+    x_squares, x_step_squares = seen.sum_squares / seen.n_tokens, float(seen.step_squares) / seen.n_tokens
+    error = x_squares * step_squares + x_step_squares * weight_squares
+    return (error / variance).nan_to_num(0, 0, 0)
+
+
+def _weight_squares(layer: Any) -> tuple[torch.Tensor, float]:
+    """The sum of w^2 over each column, float64 [in], and the sum of w_step^2 over all rows; some rows at a time."""
+    is_int8 = isinstance(layer, Int8Linear)
+    weight = layer.weight.detach().t() if type(layer).__name__ == "Conv1D" else layer.weight.detach()
+    column_squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    step_squares = 0.0
+    for begin in range(0, weight.shape[0], _ROWS_AT_A_TIME):
+        rows = slice(begin, begin + _ROWS_AT_A_TIME)
+        values = weight[rows].float()
+        absmax = layer.weight_absmax[rows] if is_int8 else values.abs().amax(1)
+        if is_int8:
+            values = values * (absmax / N_STEPS)[:, None]
+        column_squares += values.square().sum(0, dtype=torch.float64)
+        step_squares += float((absmax / N_STEPS).square().sum(dtype=torch.float64))
+    return column_squares.cpu(), step_squares

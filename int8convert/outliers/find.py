@@ -1,0 +1,233 @@
+"""Outlier features of a checkpoint: text is run through it, once, and everything is counted on the way.
+
+1. Windows from all over a text go through the model, int8 or not.
+2. Hooks gather sums for every input column, and a histogram for columns with outliers.
+3. Out of these come the outlier columns of each layer, the outlier features of the model, and the columns worth
+   storing.
+4. If asked for, the model runs three times more, without these features and without others.
+
+Costs the model in memory; what is gathered is some numbers for each input and output feature.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.errors import SourceError
+from int8convert.outliers.ablation import AblationRun, ablate
+from int8convert.outliers.calibration import run_tokens
+from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
+from int8convert.outliers.features import LayerInput, OutlierFeature, describe_inputs, find_features
+from int8convert.outliers.statistics import InputStatistics, features_of, watching
+from int8convert.outliers.values import watching_values
+from int8convert.runtime.device import choose_device
+from int8convert.runtime.in_memory import modules_to_replace
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.models import load_model, open_tokenizer
+from int8convert.runtime.pretrained import model_errors
+from int8convert.runtime.tensor_names import live_names
+from int8convert.runtime.text.windows import TokenWindows, read_windows
+
+N_WINDOWS = 16
+LENGTH = 256
+_TOKENS_AT_A_TIME = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class OutlierReport:
+    """The outliers of a checkpoint on a text.
+
+    Attributes:
+        path: the checkpoint, as the caller named it.
+        text, text_sha256: file name and hash of the text.
+        n_sequences, length: the windows that were run.
+        threshold: magnitude from which a value counts, in the units of the inputs.
+        n_layers: blocks of the model with inputs that count for the paper's statistics.
+        inputs: what each layer reads; of the layers that are int8, or would be.
+        features: the dimensions that meet the paper's criteria.
+        ablation: what taking them away does; empty if not asked for, or if there are none.
+        min_share, budget: by which columns are worth storing, see `int8convert.outliers.choice`.
+        static_set: layer -> columns worth storing, ascending; layers without any left out.
+        static_set_bytes: of these columns in 16 bits.
+        int8_bytes: of the layers' int8 weights.
+        largest: layer -> the largest magnitude of each column of its input, float32 [in], for pictures.
+    """
+
+    path: str
+    text: str
+    text_sha256: str
+    n_sequences: int
+    length: int
+    threshold: float
+    n_layers: int
+    inputs: tuple[LayerInput, ...]
+    features: tuple[OutlierFeature, ...]
+    ablation: tuple[AblationRun, ...]
+    min_share: float
+    budget: float
+    static_set: dict[str, tuple[int, ...]]
+    static_set_bytes: int
+    int8_bytes: int
+    device: str
+    elapsed_s: float
+    largest: dict[str, torch.Tensor] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; infinity, which JSON has not, becomes null."""
+        fields = {name: getattr(self, name) for name in self.__slots__ if name != "largest"}
+        lists = {name: [asdict(entry) for entry in fields[name]] for name in ("inputs", "features", "ablation")}
+        result: dict[str, Any] = _finite({"schema": 1, **fields, **lists})
+        return result
+
+    def calibration(self) -> dict[str, Any]:
+        """How the static set was chosen, for the file that holds it."""
+        names = ("text", "text_sha256", "n_sequences", "length", "threshold", "min_share", "budget")
+        return {name: getattr(self, name) for name in names}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def find_outliers(
+    path: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    *,
+    threshold: float = OUTLIER_THRESHOLD,
+    n_sequences: int = N_WINDOWS,
+    length: int | None = None,
+    with_ablation: bool = False,
+    min_share: float = MIN_SHARE,
+    budget: float = BUDGET,
+    module_names: Iterable[str] | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> OutlierReport:
+    """Run a text through a checkpoint and report its outliers.
+
+    Does not know what other texts would show; a few thousand tokens show the features that matter, for these are there
+    at nearly every position.
+
+    Args:
+        path: a checkpoint's directory, int8 or not.
+        text: a file in UTF-8.
+        threshold: magnitude from which a value is an outlier.
+        n_sequences, length: windows of so many tokens, from all over the text; None for LENGTH, or less where the
+            model takes less.
+        with_ablation: also measure what taking the features away does.
+        min_share, budget: which columns are worth storing, see `int8convert.outliers.choice`.
+        module_names: the modules to look at, as an int8 checkpoint's tensors name them; None takes those that are int8
+            or would be.
+        device: "auto", "cpu" or "cuda[:n]".
+        trust_remote_code: code in the checkpoint may run.
+
+    Raises:
+        Int8ConvertError: checkpoint or text cannot be read, or the device is not there.
+        ValueError: a number is out of its range.
+    """
+    began = time.perf_counter()
+    asked = LENGTH if length is None else length
+    if not threshold > 0 or n_sequences < 1 or asked < 2 or not 0 <= min_share <= 1 or not budget >= 0:
+        raise ValueError("threshold must be positive, n_sequences at least 1, length at least 2, shares from 0 on")
+    used = choose_device(device)
+    with open_tokenizer(path, trust_remote_code) as tokenizer:
+        windows = read_windows(text, tokenizer, n_sequences, asked)
+    model = load_model(path, used, trust_remote_code=trust_remote_code)
+    if with_ablation:
+        _check_predicts(model)
+    layers = _layers(model, module_names)
+    windows = _fit(model, windows, may_cut=length is None)
+    statistics, inputs, features = _observe(model, layers, windows, threshold)
+    states = {entry.module_name: layers[entry.module_name] for entry in inputs if entry.is_hidden_state}
+    columns = choose_columns(layers, statistics, min_share=min_share, budget=budget)
+    static_set = {name: tuple(found.tolist()) for name, found in columns.items() if found.numel()}
+    sizes = {name: features_of(layer) or (0, 0) for name, layer in layers.items()}
+    return OutlierReport(
+        path=os.fspath(path),
+        text=windows.text,
+        text_sha256=windows.text_sha256,
+        n_sequences=len(windows.ids),
+        length=windows.ids.shape[1],
+        threshold=threshold,
+        n_layers=len({entry.layer for entry in inputs if entry.is_hidden_state}),
+        inputs=inputs,
+        features=features,
+        ablation=ablate(model, states, windows.ids, [f.column for f in features]) if with_ablation and features else (),
+        min_share=min_share,
+        budget=budget,
+        static_set=static_set,
+        static_set_bytes=sum(2 * sizes[name][1] * len(found) for name, found in static_set.items()),
+        int8_bytes=sum(n_in * n_out for n_in, n_out in sizes.values()),
+        device=used,
+        elapsed_s=time.perf_counter() - began,
+        largest={name: seen.largest for name, seen in statistics.items()},
+    )
+
+
+def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Module]:
+    """The layers to look at, by the names the caller uses for them."""
+    if module_names is not None:
+        live = {live: name for name, live in live_names(model, module_names).items()}
+        found = {live[name]: module for name, module in model.named_modules() if name in live}
+    else:
+        int8 = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+        found = {name: model.get_submodule(name) for name in int8 or modules_to_replace(model)}
+    layers = {name: module for name, module in found.items() if features_of(module) is not None}
+    if not layers:
+        raise SourceError(
+            "the model has none of the layers that the int8 checkpoint holds",
+            "name the checkpoint that was converted, or the int8 checkpoint itself; nothing was written",
+        )
+    return layers
+
+
+def _fit(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
+    """The windows, no longer than the model takes; of a tokenizer of another model there are none."""
+    n_tokens = model.get_input_embeddings().num_embeddings
+    if int(windows.ids.max()) >= n_tokens:
+        raise SourceError(
+            f"the text has token {int(windows.ids.max())}, and the model knows only {n_tokens}",
+            "its tokenizer is another model's; copy the files of its own",
+        )
+    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(n_positions, int) or windows.ids.shape[1] <= n_positions:
+        return windows
+    if may_cut:
+        return replace(windows, ids=windows.ids[:, :n_positions])
+    raise SourceError(
+        f"the model takes {n_positions:,} tokens, and the windows have {windows.ids.shape[1]:,}",
+        f"pass --length {n_positions} or less",
+    )
+
+
+def _check_predicts(model: Any) -> None:
+    """Before anything is run."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise SourceError(
+            f"{type(model).__name__} does not predict the next token, by which ablation measures",
+            "leave out --ablate",
+        )
+
+
+@torch.no_grad()
+def _observe(
+    model: Any, layers: Mapping[str, nn.Module], windows: TokenWindows, threshold: float
+) -> tuple[dict[str, InputStatistics], tuple[LayerInput, ...], tuple[OutlierFeature, ...]]:
+    with watching(layers, threshold) as statistics, watching_values(layers, threshold) as values:
+        for ids in windows.ids.split(max(1, _TOKENS_AT_A_TIME // windows.ids.shape[1])):
+            with model_errors(model):
+                run_tokens(model, ids)
+    inputs = describe_inputs(statistics, values, model.config.get_text_config().hidden_size)
+    return statistics, inputs, find_features(inputs, statistics, values)

@@ -1,0 +1,100 @@
+"""Decides whether enough of a model becomes int8 for the output to be worth writing.
+
+Two shares are used. The share of all parameters is what the user sees; in a small model with a large vocabulary most
+parameters are embeddings, so it is low for a good reason (37 % of Gemma 3 270M). The share of Linear weights leaves out
+what no LLM.int8() model has as int8. Without --min-coverage, only this share can refuse a plan.
+"""
+
+from __future__ import annotations
+
+import math
+
+from int8convert.errors import CoverageError
+from int8convert.planning.plan import ConversionPlan
+
+LOW_COVERAGE = 0.5
+"""Share of all parameters below which the plan carries a note. A map by name rules is then taken for a wrong guess."""
+
+MIN_LINEAR_SHARE = 0.2
+"""Share of the Linear weights below which nearly all of them stay 16-bit, as Mixtral's experts do (97 %)."""
+
+_NEVER_INT8 = ("embedding", "output head", "not a matrix product", "router", "not used by", "keep in fp32", "user skip")
+"""Beginnings of reasons that are the model's or the user's, not limits of the format."""
+
+
+def linear_share(plan: ConversionPlan) -> float:
+    """Return the share of the Linear weights, by parameters, that become int8; 0 to 1."""
+    kept = sum(n for reason, (_, n) in plan.kept_by_reason().items() if not reason.startswith(_NEVER_INT8))
+    return plan.n_int8_parameters / max(1, plan.n_int8_parameters + kept)
+
+
+def coverage_note(plan: ConversionPlan) -> str | None:
+    """Return a note on a plan that leaves much in 16 bits, or None."""
+    if plan.coverage >= LOW_COVERAGE:
+        return None
+    return f"{100 * plan.coverage:.1f} % of the parameters become int8; what stays 16-bit: {_reasons(plan)}"
+
+
+def check_coverage(plan: ConversionPlan, min_coverage: float | None) -> None:
+    """Refuse a conversion that would leave nearly everything as it is, or more than the user wants.
+
+    Args:
+        min_coverage: share of the parameters, 0 to 1, that must become int8; None refuses only a plan that leaves
+            nearly all Linear weights 16-bit, and one of name rules with low coverage.
+
+    Raises:
+        CoverageError: too little becomes int8; the message says what stays and why.
+    """
+    if not plan.n_int8_parameters:
+        raise CoverageError(_with_reasons("none of the parameters would become int8", plan), _hint(plan, None))
+    if min_coverage is not None:
+        if plan.coverage < min_coverage:
+            raise CoverageError(
+                _with_reasons(
+                    f"only {100 * plan.coverage:.1f} % of the parameters would become int8; --min-coverage asks for "
+                    f"{100 * min_coverage:g} %",
+                    plan,
+                ),
+                _hint(plan, plan.coverage),
+            )
+        return
+    share = linear_share(plan)
+    if share < MIN_LINEAR_SHARE:
+        raise CoverageError(
+            _with_reasons(
+                f"only {100 * share:.1f} % of the Linear weights would become int8, expected at least "
+                f"{100 * MIN_LINEAR_SHARE:g} %",
+                plan,
+            ),
+            _hint(plan, plan.coverage),
+        )
+    if plan.model_map.model_class is None and plan.coverage < LOW_COVERAGE:
+        raise CoverageError(
+            _with_reasons(
+                f"the model's class is unknown, and by their names only {100 * plan.coverage:.1f} % of the parameters "
+                f"would become int8, expected at least {100 * LOW_COVERAGE:g} %",
+                plan,
+            ),
+            _hint(plan, plan.coverage),
+        )
+
+
+def _reasons(plan: ConversionPlan) -> str:
+    """The reasons that keep the most parameters, but for those that keep next to none."""
+    shares = ((reason, round(100 * n / max(1, plan.n_parameters))) for reason, (_, n) in plan.kept_by_reason().items())
+    return ", ".join([f"{reason} {share} %" for reason, share in shares if share][:3])
+
+
+def _with_reasons(message: str, plan: ConversionPlan) -> str:
+    reasons = _reasons(plan)
+    return f"{message} (16-bit: {reasons})" if reasons else message
+
+
+def _hint(plan: ConversionPlan, passing: float | None) -> str:
+    """What lets more become int8, or lets the plan pass."""
+    ways = []
+    if any("bitsandbytes loader" in reason for reason in plan.kept_by_reason()):
+        ways.append("pass --format compressed-tensors, which holds such modules as int8")
+    if passing is not None:
+        ways.append(f"pass --min-coverage {math.floor(100 * passing)} to accept it")
+    return f"{', or '.join(ways) or 'name a checkpoint with Linear weights'}; nothing was written"

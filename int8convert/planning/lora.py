@@ -1,0 +1,287 @@
+"""Merging a LoRA adapter into a checkpoint's weights, rows at a time.
+
+1. `open_adapter` reads which modules the adapter changes (`int8convert.planning.adapter`).
+2. `place_adapter` finds the checkpoint's tensor for each of them, or refuses an adapter made for another model.
+3. `LoraDelta.load` reads one module's A and B; `LoadedDelta.merge` adds scaling * B @ A to a block of rows.
+
+What it costs: the matrices of the modules that are loaded, `LoraDelta.n_bytes` each, and a block of rows in float32,
+two with DoRA; nothing of the size of a weight.
+
+What it does not promise: the last bits. B @ A is left to BLAS, where they depend on the processor and on how many rows
+are asked for at a time. On one machine, the same blocks give the same bits.
+
+What is left out on purpose: adapters on tied weights, since merged they would change both uses, which the adapter was
+not trained to do; tensors that transformers makes of several of the checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from int8convert.checkpoint.floats import widen
+from int8convert.checkpoint.names import quoted
+from int8convert.checkpoint.rows import read_whole
+from int8convert.checkpoint.source import ShardReader, SourceShard
+from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.errors import AdapterError
+from int8convert.planning.adapter import Adapter, LowRankUpdate, open_adapter
+
+__all__ = ["AdapterPlacement", "BaseTensor", "LoadedDelta", "LoraDelta", "open_adapter", "place_adapter"]
+
+Matrix = npt.NDArray[np.float32]
+
+_CLASS_BY_TASK = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""By PEFT's `task_type`, the class whose head such an adapter brings along."""
+
+_OTHER_MODEL = "give the adapter with the model it was trained on; nothing was written"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTensor:
+    """A tensor of the checkpoint, as the adapter may change it.
+
+    Attributes:
+        name: its key.
+        shape: as stored.
+        is_transposed: stored [in, out], as Conv1D does. To be taken from the module's class: of a square weight,
+            neither the shape nor the adapter's `fan_in_fan_out` says it for sure.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoraDelta:
+    """What an adapter does to one weight.
+
+    Attributes:
+        shape: of the weight in its [out, in] orientation, whichever way it is stored; of an embedding as stored.
+        is_transposed: the weight is stored the other way round.
+    """
+
+    update: LowRankUpdate = field(repr=False)
+    shard: SourceShard = field(repr=False)
+    is_transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.update.shape
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory it takes once loaded."""
+        rows, columns = self.shape
+        return 4 * (self.update.rank * (rows + columns) + (rows if self.update.magnitude is not None else 0))
+
+    def load(self) -> LoadedDelta:
+        """Read its matrices.
+
+        Raises:
+            AdapterError: they hold NaN or infinity.
+            CorruptFileError: the file is not the one whose header was read.
+        """
+        update = self.update
+        reader = self.shard.open()
+        try:
+            a = read_float32(update.a, reader)
+            b = read_float32(update.b, reader)
+            magnitude = None if update.magnitude is None else read_float32(update.magnitude, reader)
+        finally:
+            reader.close()
+        for what, values in (("A", a), ("B", b), ("magnitudes", magnitude)):
+            if values is not None and not np.isfinite(values).all():
+                raise AdapterError(
+                    f"the adapter's {what} for {quoted(update.module_name)} hold NaN or infinity",
+                    "train or fetch the adapter again: merged, it would spoil the whole row of a weight",
+                )
+        left, right = (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if update.is_embedding else (b, a)
+        return LoadedDelta(left, right, update.scaling, magnitude)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDelta:
+    """One module's matrices. Nothing of it changes, so several threads may use it at once.
+
+    Attributes:
+        left: float32 [rows, rank].
+        right: float32 [rank, columns].
+        magnitude: float32 [rows], the length DoRA gives each merged row; None without DoRA.
+    """
+
+    left: Matrix = field(repr=False)
+    right: Matrix = field(repr=False)
+    scaling: float
+    magnitude: Matrix | None = field(repr=False)
+
+    def rows(self, begin: int, end: int) -> Matrix:
+        """scaling * B[begin:end] @ A: the product rounded to float32, then multiplied. Without DoRA's part.
+
+        Returns:
+            float32 [end - begin, columns], the caller's own.
+        """
+        delta = self.left[begin:end] @ self.right
+        delta *= np.float32(self.scaling)
+        return delta
+
+    def merge(self, weight: Matrix, begin: int) -> Matrix:
+        """The merged rows, from those of the base weight: W + scaling * B @ A.
+
+        With DoRA m * (W + D) / |W + D|, the length of each row taken over all its columns, and in PEFT's order:
+        m / |W + D| first. A row of length zero becomes NaN, as it does there.
+
+        Args:
+            weight: float32 [n, columns], the rows from `begin` on; left as it is.
+
+        Returns:
+            float32 [n, columns], the caller's own.
+
+        Source: peft/tuners/lora/layer.py, Linear.merge; variants.py, DoraLinearVariant.merge_unsafe.
+        """
+        merged = self.rows(begin, begin + len(weight))
+        merged += weight
+        if self.magnitude is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                factor = self.magnitude[begin : begin + len(weight)] / np.linalg.norm(merged, axis=1)
+                merged *= factor[:, np.newaxis]
+        return merged
+
+    def transposed(self) -> LoadedDelta:
+        """The same for a weight that stays as it is stored, [in, out].
+
+        Raises:
+            AdapterError: with DoRA, whose lengths are of rows that would be columns.
+        """
+        if self.magnitude is not None:
+            raise AdapterError(
+                "the adapter uses DoRA on a transposed weight that stays 16-bit, which is not merged here",
+                "merge it with PEFT, and convert the merged checkpoint",
+            )
+        left, right = np.ascontiguousarray(self.right.T), np.ascontiguousarray(self.left.T)
+        return LoadedDelta(left, right, self.scaling, None)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlacement:
+    """An adapter on one checkpoint; all by the checkpoint's keys.
+
+    Attributes:
+        deltas: what is added to a tensor.
+        replacements: the tensor of `adapter.shard` to read in a tensor's place, before any delta is added. Its dtype is
+            the adapter's; PEFT rounds it to the model's.
+    """
+
+    adapter: Adapter
+    deltas: Mapping[str, LoraDelta] = field(repr=False)
+    replacements: Mapping[str, StoredTensor] = field(repr=False)
+
+
+def place_adapter(adapter: Adapter, parameters: Mapping[str, BaseTensor]) -> AdapterPlacement:
+    """Find the checkpoint's tensor for all that an adapter changes.
+
+    Args:
+        parameters: the model's parameter name -> the checkpoint's tensor it is loaded from. Tied parameters have the
+            same tensor; those made of several tensors are left out. An adapter may also name a module as the checkpoint
+            does, which differs where a model was renamed or its experts fused since.
+
+    Raises:
+        AdapterError: the adapter is for another model, or changes what is tied.
+    """
+    by_key = {tensor.name: tensor for tensor in parameters.values()}
+    wanted = [*(f"{module}.weight" for module in adapter.updates), *adapter.replacements]
+    found = {name: base for name in wanted if (base := parameters.get(name) or by_key.get(name)) is not None}
+    _check_all_found(adapter, wanted, found, list(by_key))
+    _check_saved_modules(adapter, parameters, found)
+    _check_untied(parameters, found)
+    deltas: dict[str, LoraDelta] = {}
+    for module, update in adapter.updates.items():
+        base = found[f"{module}.weight"]
+        _check_new(base.name, deltas)
+        _check_shape(f"{module}.weight", update.shape[::-1] if base.is_transposed else update.shape, base)
+        deltas[base.name] = LoraDelta(update, adapter.shard, base.is_transposed)
+    replacements: dict[str, StoredTensor] = {}
+    for parameter, replacement in adapter.replacements.items():
+        base = found[parameter]
+        _check_new(base.name, replacements)
+        _check_shape(parameter, replacement.shape, base)
+        replacements[base.name] = replacement
+    return AdapterPlacement(adapter, deltas, replacements)
+
+
+def _check_all_found(adapter: Adapter, wanted: list[str], found: Mapping[str, BaseTensor], keys: list[str]) -> None:
+    lost = [name for name in wanted if name not in found]
+    if lost and found and all(name in adapter.replacements for name in lost):
+        model_class = _CLASS_BY_TASK.get(adapter.config.task_type, "the class it was trained with")
+        raise AdapterError(
+            f"the adapter {quoted(adapter.label)} has a head of its own, {_some(lost)}, which the checkpoint has no "
+            "place for",
+            f"load the checkpoint as {model_class}, merge the adapter with PEFT (merge_and_unload), and convert what "
+            "save_pretrained then writes; nothing was written",
+        )
+    if lost:
+        raise AdapterError(
+            f"{len(lost):,} of {len(wanted):,} tensors the adapter {quoted(adapter.label)} changes are not in the "
+            f"checkpoint: {_some(lost)}; it has {_some(keys)}",
+            _OTHER_MODEL,
+        )
+
+
+def _check_saved_modules(adapter: Adapter, parameters: Mapping[str, BaseTensor], found: Iterable[str]) -> None:
+    """Every parameter of a module in `modules_to_save` is saved; else some of what was trained would be left out."""
+    tails = adapter.config.modules_to_save
+    have = set(found)
+    for parameter in parameters:
+        modules = parameter.split(".")[:-1]
+        names = [".".join(modules[: i + 1]) for i in range(len(modules))]
+        if parameter not in have and any(name.endswith(tails) for name in names):
+            raise AdapterError(
+                f"the adapter's modules_to_save cover {quoted(parameter)}, which its weight file does not hold",
+                "fetch both files again; nothing was written",
+            )
+
+
+def _check_untied(parameters: Mapping[str, BaseTensor], found: Mapping[str, BaseTensor]) -> None:
+    parameters_by_key: dict[str, list[str]] = {}
+    for parameter, base in parameters.items():
+        parameters_by_key.setdefault(base.name, []).append(parameter)
+    for name, base in found.items():
+        tied = parameters_by_key[base.name]
+        if len(tied) > 1:
+            raise AdapterError(
+                f"the adapter changes {quoted(name)}, which is tied: {_some(tied)} are one tensor, and merging would "
+                "change all of them",
+                "untie the base model first: tie_word_embeddings=False and a copy of the weight; nothing was written",
+            )
+
+
+def _check_new(key: str, placed: Mapping[str, object]) -> None:
+    if key in placed:
+        raise AdapterError(
+            f"the adapter changes the tensor {quoted(key)} twice, by two names of its module", _OTHER_MODEL
+        )
+
+
+def _check_shape(parameter: str, shape: tuple[int, ...], base: BaseTensor) -> None:
+    if shape != base.shape:
+        raise AdapterError(
+            f"the adapter's {quoted(parameter)} has shape {list(shape)}, the checkpoint's has {list(base.shape)}",
+            "give the model it was trained on, with the same vocabulary; nothing was written",
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(quoted(name) for name in names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def read_float32(stored: StoredTensor, reader: ShardReader) -> Matrix:
+    """A tensor's values in float32, exact but for F64, which is rounded to nearest even."""
+    return widen(read_whole(stored, reader), stored.dtype)

@@ -1,0 +1,95 @@
+"""Model maps made before, so that the second command on a model does not wait for transformers to start.
+
+The map is a function of config.json, the tensors' headers, the user's patterns, and the code that makes it; all of them
+are in the key. Kept in the user's cache folder, the newest ones; removing the folder costs seconds, nothing else.
+
+What it does not know: an edit in an installed transformers or torch that leaves their version as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.atomic import write_json
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.decoding.fp8_scales import as_loaded
+from int8convert.planning.model_map.model_map import ModuleFilter
+from int8convert.planning.weights_dtype import dtype_of_weights
+
+MAX_MAPS = 100
+
+
+def cache_folder() -> Path | None:
+    """Where the maps are: `int8convert/model_maps` in $XDG_CACHE_HOME, by default ~/.cache; None without a home."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder) / "int8convert" / "model_maps" if os.path.isabs(folder) else None
+
+
+class ModelMapCache:
+    """The remembered answer to one question. A folder that cannot be read or written is a cache that is empty."""
+
+    def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
+        self._names = {tensor.name for tensor in as_loaded(source)}
+        question = {
+            "code": [_sha256(path.read_bytes()) for path in _code()],
+            "versions": [platform.python_version(), _version("torch"), _version("transformers")],
+            "config": source.config,
+            "dtype": dtype_of_weights(source),
+            "tensors": [
+                [s.path.name, t.name, t.dtype, t.shape, t.storage, t.offset, t.strides]
+                for s in source.shards
+                for t in s.tensors
+            ],
+            "skip": modules.skip,
+            "only": modules.only,
+            "output_format": modules.output_format,
+        }
+        folder = cache_folder()
+        self._path = folder / f"{_sha256(json.dumps(question).encode())}.json" if folder is not None else None
+
+    def read(self) -> dict[str, Any] | None:
+        """The answer given before; None if there is none, or it is damaged."""
+        if self._path is None:
+            return None
+        try:
+            answer = json.loads(self._path.read_bytes())
+            return answer if answer["tensors"].keys() == self._names else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+    def write(self, answer: dict[str, Any]) -> None:
+        """Remember an answer; forget the oldest where there are too many."""
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, answer)
+            maps = sorted(self._path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
+            for path in maps[:-MAX_MAPS]:
+                path.unlink(missing_ok=True)
+        except OSError:
+            pass
+
+
+def _code() -> list[Path]:
+    """The files that decide what a map says."""
+    conversion = Path(__file__).parent
+    runtime = conversion.parent / "runtime"
+    return [*sorted(conversion.glob("*.py")), runtime / "weight_readers.py", runtime / "linear_subclasses.py"]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

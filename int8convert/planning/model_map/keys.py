@@ -1,0 +1,105 @@
+"""Checkpoint keys and the parameters they are loaded into, for one model class: transformers' renaming, both ways.
+
+Checkpoints carry the names of their day: a base model's prefix or none, `gamma` for `weight`, `language_model.model.`
+for `model.language_model.`. transformers renames them on loading and renames back on saving, so the output may keep
+the source's names, provided that the int8 loader finds all three tensors of a module under them.
+
+For the child process alone. What it does not know: values, and converters' arithmetic; a tensor that is merged or split
+on loading is marked as that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from int8convert.formats.output_format import OutputFormat
+
+_INT8_PATTERNS = ["weight", "SCB", "weight_format"]
+
+
+@dataclass(frozen=True)
+class LoadedInto:
+    """Where transformers puts a checkpoint tensor: the parameter's name, and whether it is merged or split there."""
+
+    parameter: str
+    pattern: str | None = None
+    """Of the conversion, the source pattern that matched; None for a tensor that is loaded as it is."""
+    converter: Any = None
+    """transformers' own, shared by all tensors of the pattern."""
+
+    @property
+    def is_converted(self) -> bool:
+        return self.pattern is not None
+
+    @property
+    def operations(self) -> tuple[Any, ...]:
+        return tuple(self.converter.operations) if self.is_converted else ()
+
+
+class ModelKeys:
+    """The renaming of one model's keys.
+
+    Args:
+        model: built, on the meta device.
+        names: all keys of the checkpoint.
+
+    Attributes:
+        loaded: key -> the parameter it is loaded into; None where the model has no use for it.
+        unmatched: of those without use, key -> the parameters it would be loaded into if the model had them.
+    """
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        # What the bitsandbytes loader adds, behind the model's own; the operation is never run here.
+        self._int8_converters = [*self._converters, WeightConverter(_INT8_PATTERNS, "weight", [Transpose()])]
+        self._converter_of = {pattern: c for c in self._converters for pattern in c.source_patterns}
+        self._base_prefix = model.base_model_prefix
+        self._parameters = model.state_dict()
+        self.unmatched: dict[str, list[str]] = {}
+        self.loaded = {name: self._load(name) for name in sorted(names, key=dot_natural_key)}
+        # As when a model is saved: what was of use on loading, undone in the opposite order.
+        used = [entry for entry in self._renamings if entry.was_used()]
+        self._reversed = [entry.reverse_transform() for entry in reversed(used)]
+
+    def _load(self, key: str) -> LoadedInto | None:
+        renamed, pattern = self._rename(key, self._converters)
+        converter = None if pattern is None else self._converter_of[pattern]
+        if renamed in self._parameters:
+            return LoadedInto(renamed, pattern, converter)
+        first, *_ = targets = [renamed] if converter is None else converter.target_patterns
+        self.unmatched[key] = [renamed.replace(first, target) for target in targets]
+        return None
+
+    def _rename(self, key: str, converters: list[WeightConverter]) -> tuple[str, str | None]:
+        """The two calls and their order are those of `transformers.core_model_loading`."""
+        renamed, pattern = rename_source_key(key, self._renamings, converters, self._base_prefix, self._parameters)
+        if renamed not in self._parameters and key in self._parameters:
+            renamed, pattern = rename_source_key(key, [], [], self._base_prefix, self._parameters)
+        return str(renamed), pattern
+
+    def output_name(self, key: str, parameter: str) -> str:
+        """The key of a tensor that is copied: as transformers would save it, which mostly is the source's own."""
+        names = (apply_renamings(parameter, self._reversed), key, parameter)
+        return next((name for name in names if self._rename(name, self._int8_converters)[0] == parameter), key)
+
+    def int8_output_name(self, key: str, parameter: str) -> str | None:
+        """The key of a weight that becomes int8; None if the loader would not find weight, scale and format."""
+        for name in (apply_renamings(parameter, self._reversed), key, parameter):
+            parts = OutputFormat.BITSANDBYTES.weight_specs(name, (0, 0))
+            found = [self._rename(part, self._int8_converters) for part in parts]
+            if all(renamed == parameter and pattern in (None, *_INT8_PATTERNS) for renamed, pattern in found):
+                return name
+        return None

@@ -1,0 +1,141 @@
+"""Finds which parameters a model gets from a checkpoint, by transformers' loading on the meta device.
+
+1. Each checkpoint tensor, as a shape without values, goes where `ModelKeys` says that transformers puts it.
+2. transformers' own conversions merge and split them.
+3. What arrives is compared with the model's parameters and persistent buffers, by name and shape.
+4. transformers' own rules take out what is tied, and what a class declares it can do without.
+
+For the child process alone. Costs microseconds a tensor. What it does not know: values. Run it last: tying changes the
+model.
+
+Source: transformers 5.24, `convert_and_load_state_dict_in_model` and `_finalize_model_loading`.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.core_model_loading import SkipParameters, WeightRenaming, dot_natural_key
+
+from int8convert.planning.model_map.experts import CheckpointTensor
+from int8convert.planning.model_map.keys import ModelKeys
+from int8convert.planning.model_map.model_map import ModelNeeds, Shape
+
+COUNTERS = ("position_ids", "num_batches_tracked")
+"""Buffers that older checkpoints lack and that do not matter: positions, and the number of batches seen in training."""
+
+
+_SAYING_NOTHING = (*COUNTERS, "inv_freq")
+_INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+
+
+@dataclass
+class _Loading:
+    """State of a load, with transformers' attribute names: its methods read and change it."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str] = field(default_factory=set)
+    mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
+    conversion_errors: dict[str, str] = field(default_factory=dict)
+
+
+def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> ModelNeeds:
+    """Load a checkpoint's shapes into a model.
+
+    Args:
+        model: on the meta device; its tied parameters are one afterwards.
+        keys: of that model and of these tensors.
+    """
+    needed = model.state_dict()
+    parameters = dict(model.named_parameters())
+    n_parameters = sum(p.numel() for name, p in parameters.items() if name not in model.all_tied_weights_keys)
+    integers = _integers(needed, keys, tensors)
+    info = _Loading(set(needed))
+    key_of: dict[str, str] = {}
+    transforms = _collect(keys, tensors, info, key_of)
+    for first, transform in transforms.items():
+        try:
+            arrived = transform.convert(first, model=model, config=model.config, hf_quantizer=None, loading_info=info)
+        except SkipParameters:
+            continue  # noted in info.conversion_errors
+        for name, value in arrived.items():
+            _arrive(model, needed, name, value[0] if isinstance(value, list) else value, info)
+    model.mark_tied_weights_as_initialized(info)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    missing_before = info.missing_keys
+    model._adjust_missing_and_unexpected_keys(info)
+    mismatched: dict[str, tuple[Shape | None, Shape]] = {
+        name: (found, wanted) for name, found, wanted in sorted(info.mismatched_keys)
+    }
+    mismatched |= {name: (None, _shape(needed[name])) for name in sorted(info.conversion_errors)}
+    missing = {name: _shape(needed[name]) for name in sorted(info.missing_keys, key=dot_natural_key)}
+    return ModelNeeds(
+        integers=integers,
+        n_parameters=n_parameters,
+        missing=missing,
+        defaulted=tuple(
+            name
+            for name in sorted(missing_before - info.missing_keys, key=dot_natural_key)
+            if not name.endswith(_SAYING_NOTHING) and name not in model.all_tied_weights_keys
+        ),
+        counters=tuple(name for name in missing if name.endswith(COUNTERS)),
+        unexpected=tuple(sorted({key_of.get(name, name) for name in info.unexpected_keys}, key=dot_natural_key)),
+        mismatched=mismatched,
+    )
+
+
+def _collect(
+    keys: ModelKeys, tensors: list[CheckpointTensor], info: _Loading, key_of: dict[str, str]
+) -> dict[str, Any]:
+    """Parameter -> what makes it, of transformers' own kind, with the tensors it is made of; unexpected keys go to
+    `info`, and their checkpoint keys to `key_of`."""
+    transforms: dict[str, Any] = {}
+    for tensor in sorted(tensors, key=lambda tensor: dot_natural_key(tensor.name)):
+        into = keys.loaded[tensor.name]
+        if into is None:
+            for name in keys.unmatched[tensor.name]:
+                info.unexpected_keys.add(name)
+                key_of[name] = tensor.name
+            continue
+        transform = transforms.get(into.parameter)
+        if transform is None:
+            is_plain = into.converter is None
+            transform = WeightRenaming(tensor.name, into.parameter) if is_plain else deepcopy(into.converter)
+            transforms[into.parameter] = transform
+        value = torch.empty(tensor.shape, device="meta")
+        transform.add_tensor(into.parameter, tensor.name, into.pattern or tensor.name, value)
+    return transforms
+
+
+def _arrive(model: Any, needed: dict[str, Any], name: str, value: torch.Tensor, info: _Loading) -> None:
+    info.missing_keys.discard(name)
+    if name not in needed:
+        info.unexpected_keys.add(name)  # as the bias of a split projection, in a model without biases
+    elif not isinstance(needed[name], torch.Tensor):
+        return  # extra state of a module, which has no shape
+    elif value.shape != needed[name].shape:
+        info.mismatched_keys.add((name, tuple(value.shape), tuple(needed[name].shape)))
+    elif model.is_custom_code():  # such a class may hold one module under two names
+        model.get_parameter_or_buffer(name)._is_hf_initialized = True
+
+
+def _integers(needed: dict[str, Any], keys: ModelKeys, tensors: list[CheckpointTensor]) -> dict[str, str]:
+    """The tensors without a float dtype whose parameter has one, and their dtypes.
+
+    A plain load casts them. The loaders of int8 checkpoints take them as stored, so the model would compute in them.
+    """
+    found = {}
+    for tensor in tensors:
+        into = keys.loaded[tensor.name]
+        if into is not None and tensor.dtype in _INTEGERS:
+            parameter = needed.get(into.parameter)
+            if isinstance(parameter, torch.Tensor) and parameter.is_floating_point():
+                found[tensor.name] = tensor.dtype
+    return found
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()

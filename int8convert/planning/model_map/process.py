@@ -1,0 +1,172 @@
+"""transformers, asked for the model map of a checkpoint in a process of its own (`model_map_worker`).
+
+That process builds the model on the meta device. It may be as slow to start, as large and as unlucky with a stranger's
+config as it likes, while this one stays small and goes on reading. What it answered is remembered (`model_map_cache`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from textwrap import shorten
+from typing import Any
+
+from int8convert.checkpoint.names import quoted
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.decoding.fp8_scales import as_loaded
+from int8convert.errors import ModelMapError, RemoteCodeError
+from int8convert.planning.expert_layouts import ExpertLayout
+from int8convert.planning.model_map.cache import ModelMapCache
+from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap, ModelNeeds, ModuleFilter
+from int8convert.planning.weights_dtype import dtype_of_weights
+from int8convert.runtime.worker_process import start_worker
+
+
+class ModelMapProcess:
+    """transformers at work on the map of one checkpoint, in a child process; none where the answer is known already.
+
+    Starting it returns at once; `result` waits. Never asks the network, and runs code from the checkpoint only where
+    the user trusts it and transformers has no class of that name.
+    """
+
+    def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
+        self._source = source
+        self._modules = modules
+        self._cache = ModelMapCache(source, modules)
+        self._known = None if modules.trusts_code else self._cache.read()  # what that code does is not in its key
+        self._process = None if self._known else start_worker("int8convert.planning.model_map.worker")
+
+    def result(self) -> ModelMap:
+        """The map, or the name rules' where transformers could not make one.
+
+        Raises:
+            ModelMapError: the child did not get as far as looking at the model.
+            PatternError: a pattern of the user's matches nothing.
+        """
+        if self._process is None:
+            assert self._known is not None
+            return parse_worker_answer(self._known, self._modules)
+        request = worker_request(self._source, self._modules)
+        output, complaints = self._process.communicate(json.dumps(request))
+        if self._process.returncode == 0:
+            answer = json.loads(output)
+            model_map = parse_worker_answer(answer, self._modules)
+            if not self._modules.trusts_code:
+                self._cache.write(answer)
+            return model_map
+        kind, reason = _exception_in(complaints)
+        if self._process.returncode != 1 or kind in ("ImportError", "ModuleNotFoundError", "MemoryError", ""):
+            raise ModelMapError(
+                f"the process that asks transformers for the model ended with status {self._process.returncode}"
+                + (f": {kind}: {reason}" if kind else ""),
+                "see that `python -c 'import torch, transformers'` works and memory is free; nothing was written",
+            )
+        return _map_by_name_rules(self._source, self._modules, reason)
+
+    def stop(self) -> None:
+        """End the child if it still runs."""
+        if self._process is not None:
+            # Not communicate(): the thread that waits in `result` is in the middle of one, and ends it.
+            self._process.kill()
+            self._process.wait()
+
+
+def _exception_in(complaints: str) -> tuple[str, str]:
+    """Class and first line of the exception a traceback ends with; two empty strings if there is none."""
+    found = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception))(?:: (.*))?$", complaints, re.MULTILINE)
+    return found[-1] if found else ("", "")
+
+
+def tensor_places(source: CheckpointSource) -> dict[str, list[Any]]:
+    """Tensor name -> where its elements lie, of those that may share them: equal for two that read the same bytes.
+
+    The file counts, since each counts its storages from its own start, and so do the strides: a transposed view has
+    the same storage, and in a square one the same shape.
+    """
+    return {
+        t.name: [shard.path.name, t.storage, t.offset, t.strides and list(t.strides), t.dtype]
+        for shard in source.shards
+        for t in shard.tensors
+        if t.storage is not None
+    }
+
+
+def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str, Any]:
+    """What the child is asked, as a JSON object."""
+    places = tensor_places(source)
+    return {
+        "directory": str(source.directory),
+        "dtype": dtype_of_weights(source),
+        "tensors": [[t.name, t.dtype, list(t.shape), places.get(t.name)] for t in as_loaded(source)],
+        "skip": modules.skip,
+        "only": modules.only,
+        "output_format": modules.output_format,
+        "trusts_code": modules.trusts_code,
+    }
+
+
+def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelMap:
+    """The map in a child's answer.
+
+    Raises:
+        RemoteCodeError: the model's class is code in the checkpoint, and the user has not said that it may be run.
+        ModelMapError: that code fails, or transformers cannot load what would be written.
+        PatternError: a pattern matches none of the modules the child found.
+    """
+    if "untrusted" in answer:
+        raise RemoteCodeError(*answer["untrusted"])
+    if "refused" in answer:
+        raise ModelMapError(*answer["refused"])
+    modules.check_used(answer["candidates"])
+    return ModelMap(
+        model_class=answer["model_class"],
+        dtype=answer["dtype"],
+        tensors={name: _mapped_tensor(*fields) for name, fields in answer["tensors"].items()},
+        skip_modules=tuple(answer["skip_modules"]),
+        output_format=modules.output_format,
+        parameters={name: (key, is_transposed) for name, (key, is_transposed) in answer["parameters"].items()},
+        notes=tuple(answer["notes"]),
+        needs=_needs(**answer["needs"]),
+    )
+
+
+def _needs(
+    n_parameters: int,
+    missing: dict[str, Any],
+    counters: list[str],
+    unexpected: list[str],
+    mismatched: dict[str, Any],
+    integers: dict[str, str],
+    defaulted: list[str],
+) -> ModelNeeds:
+    return ModelNeeds(
+        n_parameters=n_parameters,
+        missing={name: tuple(shape) for name, shape in missing.items()},
+        counters=tuple(counters),
+        unexpected=tuple(unexpected),
+        mismatched={name: (found and tuple(found), tuple(has)) for name, (found, has) in mismatched.items()},
+        integers=integers,
+        defaulted=tuple(defaulted),
+    )
+
+
+def _mapped_tensor(
+    action: str, reason: str, output_name: str, output_dtype: str, experts: dict[str, Any] | None
+) -> MappedTensor:
+    layout = ExpertLayout(**{**experts, "projections": tuple(experts["projections"])}) if experts else None
+    return MappedTensor(Action(action), reason, output_name, output_dtype, layout)
+
+
+def _why(architecture: str, model_type: Any, complaint: str) -> str:
+    """Why there is no class, in our words where that is known: the library's name ways out that are none here."""
+    if "does not recognize this architecture" in complaint and isinstance(model_type, str):
+        return f"transformers does not know the model type {quoted(model_type, 60)}"
+    return f"transformers cannot build {architecture} ({shorten(complaint, 200, placeholder=' ...')})"
+
+
+def _map_by_name_rules(source: CheckpointSource, modules: ModuleFilter, why: str) -> ModelMap:
+    from int8convert.planning.name_rules import map_by_name
+
+    architecture = source.config["architectures"][0]
+    dtype = source.config.get("dtype") or source.config.get("torch_dtype") or dtype_of_weights(source)
+    return map_by_name(as_loaded(source), modules, dtype, _why(architecture, source.config.get("model_type"), why))

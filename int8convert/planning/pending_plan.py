@@ -1,0 +1,110 @@
+"""The plan of a conversion while it is being made: transformers, in a child process, takes seconds to make it known."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from int8convert.checkpoint.loaders.notes import note_adapter
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.decoding.fp8_scales import check_unscaled
+from int8convert.planning.adapter import Adapter
+from int8convert.planning.coverage import check_coverage, coverage_note
+from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
+from int8convert.planning.model_map.process import ModelMapProcess
+from int8convert.planning.needs import check_needs, needs_notes
+from int8convert.planning.plan import ConversionPlan, make_plan
+
+
+class PlanInTheMaking:
+    """The true plan, once the child that maps the model has answered; a thread waits for it. A context manager.
+
+    Args:
+        source, modules, max_shard_bytes: what is planned.
+        kept_modules: modules that turned out to have no int8 form.
+        adapter: merged into the weights.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        modules: ModuleFilter,
+        max_shard_bytes: int | None,
+        kept_modules: tuple[str, ...],
+        adapter: Adapter | None,
+    ) -> None:
+        self._process = ModelMapProcess(source, replace(modules, skip=(*modules.skip, *kept_modules)))
+        self._waiter = ThreadPoolExecutor(1)
+        self._plan = self._waiter.submit(
+            lambda: _with_note(make_plan(source, self._map(source, kept_modules, adapter), max_shard_bytes, adapter))
+        )
+
+    def __enter__(self) -> PlanInTheMaking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stop()
+        self._waiter.shutdown()
+
+    def peek(self) -> ConversionPlan | None:
+        """The plan if it is there already; raises if an error came instead."""
+        return self._plan.result() if self._plan.done() else None
+
+    def result(self) -> ConversionPlan:
+        """Wait for the plan."""
+        return self._plan.result()
+
+    def _map(self, source: CheckpointSource, kept_modules: tuple[str, ...], adapter: Adapter | None) -> ModelMap:
+        found = _with_reason(self._process.result(), kept_modules)
+        check_unscaled(source, found.linears)
+        notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source))
+        return replace(found, notes=notes)
+
+
+def _adapter_notes(source: CheckpointSource, adapter: Adapter | None) -> Iterator[str]:
+    if source.has_adapter:
+        is_merged = adapter is not None and os.path.realpath(adapter.directory) == os.path.realpath(source.directory)
+        yield note_adapter(source.commit is not None, is_merged)
+
+
+def _with_note(plan: ConversionPlan) -> ConversionPlan:
+    note = coverage_note(plan)
+    if note is None:
+        return plan
+    return replace(plan, model_map=replace(plan.model_map, notes=(*plan.model_map.notes, note)))
+
+
+def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap:
+    tensors = {
+        name: replace(mapped, reason="not finite in int8")
+        if mapped.output_name.removesuffix(".weight") in kept_modules
+        else mapped
+        for name, mapped in model_map.tensors.items()
+    }
+    notes = tuple(f"'{name}' stays 16-bit: its weights are not finite in int8" for name in kept_modules)
+    return replace(model_map, tensors=tensors, notes=model_map.notes + notes)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequirements:
+    """What a plan must satisfy before the first byte is written.
+
+    Attributes:
+        min_coverage: share of the parameters, 0 to 1, that must become int8; None: see `check_coverage`.
+        allow_missing: patterns of tensors that the source may lack.
+    """
+
+    min_coverage: float | None
+    allow_missing: tuple[str, ...] = ()
+
+    def check(self, plan: ConversionPlan) -> None:
+        """Refuse a plan.
+
+        Raises:
+            MissingWeightsError, CorruptFileError: see `needs.check_needs`.
+            CoverageError: see `coverage.check_coverage`.
+        """
+        check_needs(plan.model_map, plan.source, self.allow_missing)
+        check_coverage(plan, self.min_coverage)

@@ -1,0 +1,330 @@
+"""What will happen to each tensor and how large everything gets: pure, from headers, the model map and the options.
+
+`--dry-run` prints a plan; the pipeline obeys one. Nothing here reads weights or writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+from int8convert.checkpoint.names import quoted, shard_name
+from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, contiguous_strides
+from int8convert.decoding.fp8 import Fp8Scale
+from int8convert.decoding.fp8_scales import find_scales
+from int8convert.errors import AdapterError, CorruptFileError
+from int8convert.formats.output_format import OutputFormat, TensorSpecs
+from int8convert.planning.adapter import Adapter
+from int8convert.planning.expert_layouts import split
+from int8convert.planning.lora import AdapterPlacement, BaseTensor, LoraDelta, place_adapter
+from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One source tensor on its way into an output shard.
+
+    Attributes:
+        source: as it will be read; a Conv1D weight as the [out, in] view of its [in, out] bytes.
+        shard: the file it is in.
+        output_name: its key in the output.
+        output_dtype: I8 if it becomes int8 with a scale, else what it is copied as.
+        reason: why it is copied; "" if quantized.
+        format: where its scale will stand.
+        fp8: the scale of its FP8 codes; None if it has none.
+        lora: what an adapter adds to it.
+    """
+
+    source: StoredTensor
+    shard: SourceShard = field(repr=False)
+    output_name: str
+    output_dtype: str
+    reason: str
+    format: OutputFormat
+    fp8: Fp8Scale | None = field(default=None, repr=False)
+    lora: LoraDelta | None = field(default=None, repr=False)
+
+    @property
+    def shards(self) -> tuple[SourceShard, ...]:
+        """The files it is made of: its own, and the one its scale is in."""
+        return (self.shard,) if self.fp8 is None else (self.shard, self.fp8.shard)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.output_dtype == "I8" and self.source.dtype != "I8"
+
+    @property
+    def layer_kind(self) -> str:
+        """The last part of the module's name: q_proj, fc1."""
+        return self.output_name.removesuffix(".weight").rpartition(".")[2]
+
+    def output_specs(self) -> TensorSpecs:
+        """The tensors it becomes."""
+        if not self.is_quantized:
+            return {self.output_name: (self.output_dtype, self.source.shape)}
+        return self.format.weight_specs(self.output_name, self.source.shape)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.output_specs().values())
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """One output file.
+
+    Attributes:
+        file_name: under OUT.
+        tensors: in the order they are read.
+        outputs: what the file holds, in the order of its bytes.
+        n_bytes: of the file, header included.
+    """
+
+    file_name: str
+    tensors: tuple[PlannedTensor, ...] = field(repr=False)
+    outputs: TensorSpecs = field(repr=False)
+    n_bytes: int
+
+    @property
+    def n_read_bytes(self) -> int:
+        return sum(tensor.source.n_bytes for tensor in self.tensors)
+
+    def digest(self) -> str:
+        """A sha256 of all that decides the file's bytes: equal for two plans that write the same, for whatever reasons.
+
+        Does not know the source's bytes, only where they are.
+        """
+        tensors = [
+            [
+                t.shard.path.name,
+                t.source.name,
+                t.source.dtype,
+                t.source.shape,
+                t.source.offset,
+                t.source.strides,
+                t.output_name,
+                t.output_dtype,
+                t.fp8 and [t.fp8.shard.path.name, t.fp8.stored.name, t.fp8.block],
+                t.lora and [t.lora.update.module_name, t.lora.update.scaling],
+            ]
+            for t in self.tensors
+        ]
+        content = json.dumps([self.file_name, list(self.outputs.items()), tensors])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """The whole conversion.
+
+    Attributes:
+        source: what is read.
+        model_map: what decided.
+        shards: what is written.
+        dropped: source names not written, because the same bytes are written under another name.
+    """
+
+    source: CheckpointSource
+    model_map: ModelMap
+    shards: tuple[PlannedShard, ...]
+    dropped: dict[str, str]
+
+    @property
+    def tensors(self) -> Iterator[PlannedTensor]:
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def n_parameters(self) -> int:
+        """Of the model; where its class is not known, of the tensors that are written."""
+        needs = self.model_map.needs
+        return needs.n_parameters if needs else sum(tensor.source.n_elements for tensor in self.tensors)
+
+    @property
+    def n_int8_parameters(self) -> int:
+        return sum(tensor.source.n_elements for tensor in self.tensors if tensor.is_quantized)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters that become int8, 0 to 1."""
+        return self.n_int8_parameters / max(1, self.n_parameters)
+
+    @property
+    def byte_coverage(self) -> float:
+        """Share of the bytes read that become int8, 0 to 1."""
+        return sum(t.source.n_bytes for t in self.tensors if t.is_quantized) / max(1, self.n_read_bytes)
+
+    @property
+    def n_read_bytes(self) -> int:
+        return sum(shard.n_read_bytes for shard in self.shards)
+
+    @property
+    def n_written_bytes(self) -> int:
+        """Bytes of the output shards, headers included."""
+        return sum(shard.n_bytes for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object: totals, shards, what happens to each tensor, and what the checkpoint lacks of the model."""
+        needs = self.model_map.needs
+        return {
+            "source": self.source.label,
+            "commit": self.source.commit,
+            "model_class": self.model_map.model_class,
+            "notes": list(self.model_map.notes),
+            "n_parameters": self.n_parameters,
+            "n_int8_parameters": self.n_int8_parameters,
+            "coverage": self.coverage,
+            "byte_coverage": self.byte_coverage,
+            "n_read_bytes": self.n_read_bytes,
+            "n_written_bytes": self.n_written_bytes,
+            "shards": [
+                {"file_name": s.file_name, "n_read_bytes": s.n_read_bytes, "n_written_bytes": s.n_bytes}
+                for s in self.shards
+            ],
+            "tensors": {
+                t.output_name: {"source": t.source.name, "dtype": t.output_dtype, "reason": t.reason or None}
+                for t in self.tensors
+            },
+            "dropped": self.dropped,
+            "missing": list(needs.missing) if needs else [],
+            "unexpected": list(needs.unexpected) if needs else [],
+            "mismatched": list(needs.mismatched) if needs else [],
+        }
+
+    def kept_by_reason(self) -> dict[str, tuple[int, int]]:
+        """Reason -> (tensors, parameters) that stay as they are, the most parameters first."""
+        kept: dict[str, tuple[int, int]] = {}
+        for tensor in self.tensors:
+            if not tensor.is_quantized:
+                n_tensors, n_parameters = kept.get(tensor.reason, (0, 0))
+                kept[tensor.reason] = (n_tensors + 1, n_parameters + tensor.source.n_elements)
+        return dict(sorted(kept.items(), key=lambda item: -item[1][1]))
+
+
+def make_plan(
+    source: CheckpointSource,
+    model_map: ModelMap,
+    max_shard_bytes: int | None = None,
+    adapter: Adapter | None = None,
+) -> ConversionPlan:
+    """Lay the checkpoint's tensors out into output shards.
+
+    One output shard for each input shard; with `max_shard_bytes`, tensors in the source's order, a new shard where the
+    next would not fit. A single tensor larger than that gets a shard to itself.
+
+    Raises:
+        CorruptFileError: two tensors would be written under one name, or FP8 codes have no fitting scale.
+        AdapterError: the adapter is for another model.
+    """
+    groups: list[list[PlannedTensor]] = []
+    dropped: dict[str, str] = {}
+    scales = find_scales(source)
+    placement = _place(adapter, source, model_map) if adapter is not None else None
+    seen: set[str] = set()
+    group_bytes = 0
+    for shard in source.shards:
+        if max_shard_bytes is None or not groups:
+            groups.append([])
+        for stored in shard.tensors:
+            mapped = model_map.tensors.get(stored.name)
+            if mapped is None or mapped.action is Action.DROP:
+                dropped[stored.name] = mapped.reason if mapped else "decoded with the FP8 weight it belongs to"
+                continue
+            fp8 = scales.get(stored.name)
+            lora = placement.deltas.get(stored.name) if placement else None
+            place = shard
+            if placement and stored.name in placement.replacements:
+                stored, place, fp8 = placement.replacements[stored.name], placement.adapter.shard, None
+            for view, piece in _pieces(stored, mapped):
+                tensor = _plan_tensor(view, place, piece, model_map.output_format, fp8, lora)
+                _check_unique(tensor, seen)
+                if max_shard_bytes is not None and groups[-1] and group_bytes + tensor.output_bytes > max_shard_bytes:
+                    groups.append([])
+                    group_bytes = 0
+                groups[-1].append(tensor)
+                group_bytes += tensor.output_bytes
+    groups = [group for group in groups if group]
+    names = (shard_name(i, len(groups)) for i in range(len(groups)))
+    shards = tuple(_plan_shard(name, group) for name, group in zip(names, groups, strict=True))
+    return ConversionPlan(source, model_map, shards, dropped)
+
+
+def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
+    """Refuse a name that is written twice, or that the loader would read as part of an int8 weight of another name.
+
+    Args:
+        seen: the names of the tensors before, and those beside their int8 weights; this tensor's are added.
+    """
+    written = set(tensor.output_specs())
+    beside = set(tensor.format.names_beside(tensor.output_name)) if tensor.is_quantized else set()
+    for name in sorted(written | beside):
+        if name in seen:
+            raise CorruptFileError(
+                f"two tensors of the source would both be written as {quoted(name)}, or read as part of one int8 "
+                f"weight; one of them is {quoted(tensor.source.name)}",
+                "the checkpoint holds the same weights twice, or quantized ones; nothing was written",
+            )
+    seen |= written | beside
+
+
+def _pieces(stored: StoredTensor, mapped: MappedTensor) -> Iterator[tuple[StoredTensor, MappedTensor]]:
+    """The tensor itself, or the matrices or biases of the experts in it."""
+    if mapped.experts is None:
+        yield stored, mapped
+        return
+    is_weight = mapped.experts.leaf == "weight"
+    action, reason = (Action.QUANTIZE, "") if is_weight else (Action.KEEP, "not a matrix product")
+    for name, view in split(mapped.experts, stored):
+        yield view, MappedTensor(action, reason, name, mapped.output_dtype)
+
+
+def _plan_tensor(
+    stored: StoredTensor,
+    shard: SourceShard,
+    mapped: MappedTensor,
+    output_format: OutputFormat,
+    fp8: Fp8Scale | None,
+    lora: LoraDelta | None,
+) -> PlannedTensor:
+    if mapped.action is Action.QUANTIZE_TRANSPOSED:
+        rows, columns = stored.shape
+        row_stride, column_stride = stored.strides or contiguous_strides(stored.shape)
+        stored = replace(stored, shape=(columns, rows), strides=(column_stride, row_stride))
+    return PlannedTensor(
+        stored, shard, mapped.output_name, mapped.output_dtype, mapped.reason, output_format, fp8, lora
+    )
+
+
+def _place(adapter: Adapter, source: CheckpointSource, model_map: ModelMap) -> AdapterPlacement:
+    shapes = {tensor.name: tensor.shape for shard in source.shards for tensor in shard.tensors}
+    if not model_map.parameters:
+        raise AdapterError(
+            "the model's class is unknown, so which tensors the adapter changes is unknown too",
+            "merge it with PEFT, and convert the merged checkpoint; nothing was written",
+        )
+    bases = {
+        name: BaseTensor(key, shapes[key], is_transposed) for name, (key, is_transposed) in model_map.parameters.items()
+    }
+    mapped = {base.name for base in bases.values()}
+    # What is merged on loading has no parameter of its own; adapters from before that name it as the checkpoint does.
+    bases |= {key: BaseTensor(key, shape) for key, shape in shapes.items() if key not in mapped}
+    return place_adapter(adapter, bases)
+
+
+def _plan_shard(file_name: str, tensors: Iterable[PlannedTensor]) -> PlannedShard:
+    group = tuple(tensors)
+    specs: TensorSpecs = {}
+    for tensor in group:
+        specs.update(tensor.output_specs())
+    outputs = order_for_alignment(specs)
+    return PlannedShard(file_name, group, outputs, planned_shard_bytes(outputs))
+
+
+def output_weight_map(plan: ConversionPlan) -> dict[str, str]:
+    """Output tensor name -> file name."""
+    return {name: shard.file_name for shard in plan.shards for name in shard.outputs}

@@ -1,0 +1,173 @@
+"""Reads from a finished manifest what its checkpoint was made from and with, and checks each value's type and size.
+
+A manifest may be a stranger's. It is read here once, as a whole; other modules take entries from `RecordedRequest`,
+never from the JSON. An entry that is missing, of another type, out of range or unknown makes the manifest one that
+is not understood, which is an error and not the same as no manifest.
+
+Not here: the records of the shards, which `manifest.parse_record` reads by the same rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from int8convert.checkpoint.json_file import read_own_json
+from int8convert.checkpoint.manifest import ARITHMETIC_VERSION
+from int8convert.checkpoint.names import MANIFEST_NAME, find_file, quoted
+from int8convert.checkpoint.stored_tensor import is_size
+from int8convert.errors import CorruptFileError, SourceError
+from int8convert.formats.int8_config import Int8Format
+from int8convert.formats.output_format import OutputFormat
+
+_SCHEMA = 1
+_LARGEST = 1.7976931348623157e308
+_PLAIN_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRequest:
+    """What was asked of the conversion or of the export that wrote a checkpoint.
+
+    Attributes:
+        is_export: made from another int8 checkpoint and not from a 16-bit one.
+        format: an `OutputFormat`; of an export an `Int8Format`, or the dtype it was dequantized to.
+        source: see `manifest.describe_source`.
+        skip, only, threshold, on_nonfinite, max_shard_bytes, allow_missing: the options of `quantize`.
+        lora: what identifies the adapter that was merged; None if none was.
+    """
+
+    is_export: bool
+    format: str
+    source: Mapping[str, Any] = field(repr=False)
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    threshold: float = 0.0
+    on_nonfinite: str = "error"
+    max_shard_bytes: int | None = None
+    lora: Mapping[str, Any] | None = None
+    allow_missing: tuple[str, ...] = ()
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the repository it was made from; None for a directory."""
+        return self.source.get("commit")
+
+
+def read_recorded_request(out: Path) -> RecordedRequest | None:
+    """Read what a finished manifest says was asked for; None if there is no manifest.
+
+    Raises:
+        CorruptFileError: the manifest is there and is not understood.
+    """
+    try:
+        path = find_file(out, MANIFEST_NAME)
+    except SourceError:
+        return None  # a link or a pipe is no manifest; the check of all files reports it
+    if path is None:
+        return None
+    whole = read_own_json(path)
+    if type(whole.get("schema")) is not int or whole["schema"] != _SCHEMA:
+        raise _not_understood("schema", f"{_SCHEMA}", whole.get("schema"))
+    carried = _Entries(whole).object("carried") if "carried" in whole else {}
+    for name in carried:
+        _Entries(carried, "carried.").text(name)
+    request = _Entries(whole).object("conversion")
+    source = _Entries(request).object("source")
+    _check_source(source)
+    if "arithmetic" not in request:
+        allowed = (*Int8Format, *_PLAIN_DTYPES)
+        return RecordedRequest(True, _Entries(request).one_of("format", allowed), source)
+    if type(request["arithmetic"]) is not int or request["arithmetic"] != ARITHMETIC_VERSION:
+        raise _not_understood("arithmetic", f"{ARITHMETIC_VERSION}", request["arithmetic"])
+    options = _Entries(request).object("options")
+    entries = _Entries(options, "options.")
+    entries.check_known({"skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"})
+    return RecordedRequest(
+        is_export=False,
+        format=_Entries(request).one_of("format", tuple(OutputFormat)),
+        source=source,
+        skip=entries.texts("skip"),
+        only=entries.texts("only"),
+        threshold=entries.number("threshold"),
+        on_nonfinite=entries.one_of("on_nonfinite", ("error", "keep")),
+        max_shard_bytes=entries.size("max_shard_bytes"),
+        lora=entries.object("lora") if options.get("lora") is not None else None,
+        allow_missing=entries.texts("allow_missing") if "allow_missing" in options else (),
+    )
+
+
+def _check_source(source: Mapping[str, Any]) -> None:
+    entries = _Entries(source, "source.")
+    for name in ("repository", "commit"):
+        if name in source:
+            entries.text(name)
+    files = entries.object("files")
+    for name in files:
+        file = _Entries(_Entries(files, "source.files.").object(name), f"source.files.{name}.")
+        file.text("header_sha256")
+        if file.size("n_bytes") is None:
+            raise _not_understood(f"source.files.{name}.n_bytes", "a number of bytes", None)
+
+
+class _Entries:
+    """The entries of one JSON object, each taken by its type."""
+
+    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
+        self._values = values
+        self._path = path
+
+    def check_known(self, names: set[str]) -> None:
+        for name in sorted(self._values.keys() - names):
+            raise _not_understood(self._path + name, "no such entry", self._values[name])
+
+    def object(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._take(name, "an object", lambda value: type(value) is dict)
+        return found
+
+    def text(self, name: str) -> str:
+        return str(self._take(name, "a text", lambda value: type(value) is str))
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        def are_texts(value: Any) -> bool:
+            return type(value) is list and all(type(item) is str for item in value)
+
+        return tuple(self._take(name, "a list of texts", are_texts))
+
+    def one_of(self, name: str, allowed: tuple[str, ...]) -> str:
+        return str(self._take(name, f"one of {', '.join(allowed)}", lambda value: value in allowed))
+
+    def number(self, name: str) -> float:
+        """Return a float that is not negative. Integers of any length are compared before they become floats."""
+
+        def is_number(value: Any) -> bool:
+            return type(value) in (int, float) and (0 <= value <= _LARGEST or value == float("inf"))
+
+        return float(self._take(name, "a number, not negative", is_number))
+
+    def size(self, name: str) -> int | None:
+        found: int | None = self._take(name, "a number of bytes", lambda value: value is None or is_size(value))
+        return found
+
+    def _take(self, name: str, expected: str, is_right: Callable[[Any], bool]) -> Any:
+        value = self._values.get(name)
+        if not is_right(value):
+            raise _not_understood(self._path + name, expected, value)
+        return value
+
+
+def _not_understood(name: str, expected: str, found: Any) -> CorruptFileError:
+    shown = "nothing" if found is None else _short(found)
+    return CorruptFileError(
+        f"{quoted(MANIFEST_NAME)} is not understood: {quoted(name)[1:-1]}: expected {expected}, found {shown}",
+        "use the version of int8convert that wrote it, or convert the source again",
+    )
+
+
+def _short(value: Any) -> str:
+    """Return an untrusted value in a few characters. Python refuses to print integers of thousands of digits."""
+    if type(value) is int and abs(value) > 10**30:
+        return f"an integer of {value.bit_length():,} bits"
+    return quoted(str(value), 60) if isinstance(value, str | int | float) else f"a JSON {type(value).__name__}"

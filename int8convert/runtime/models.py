@@ -1,0 +1,151 @@
+"""A checkpoint as a model to measure, int8 or not, and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from int8convert.checkpoint.library_errors import TRUST_CODE
+from int8convert.decoding.fp8 import FP8_DTYPES
+from int8convert.errors import CorruptFileError, SourceError
+from int8convert.formats.int8_config import loader_skip_list
+from int8convert.runtime import pretrained
+from int8convert.runtime.load import load
+from int8convert.runtime.text.tokenizer_process import TokenizerProcess
+from int8convert.runtime.text.windows import TokenWindows
+from int8convert.sources import open_source
+
+_MEND = "mend that, or give the int8 checkpoint made of it"
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def open_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False, label: str = "") -> TokenizerProcess:
+    """The tokenizer among a checkpoint's small files, in a process of its own, to be closed.
+
+    Args:
+        label: what the user calls the checkpoint; empty for its path.
+
+    Raises:
+        SourceError: it has none that transformers can read, or is no checkpoint itself.
+        RemoteCodeError: it is code in the checkpoint, which may not run.
+    """
+    if not os.path.isdir(path):  # transformers would look for it on the Hub; of a repository, its weights may be there
+        open_source(path)
+    label = label or os.fspath(path)
+    tokenizer = TokenizerProcess(os.fspath(path), TRUST_CODE, trust_remote_code, label)
+    if tokenizer.vocab_size == 0:  # what transformers makes of no files for some models
+        tokenizer.close()
+        raise SourceError(
+            f"'{label}' has no tokenizer that transformers can read: its vocabulary is empty",
+            "copy the files of the source's tokenizer into it",
+        )
+    return tokenizer
+
+
+def is_int8(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a checkpoint that is quantized; FP8, which transformers loads by itself, is not meant.
+
+    Raises:
+        SourceError: it holds no checkpoint.
+    """
+    block = open_source(path).config.get("quantization_config")
+    return isinstance(block, dict) and "fp8" not in str(block.get("quant_method"))
+
+
+def read_config(path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The transformers config of a checkpoint.
+
+    Raises:
+        SourceError: transformers cannot read it.
+        RemoteCodeError: its classes are code in the checkpoint, which may not run.
+    """
+    open_source(path)  # transformers would look for a path that is not there on the hub
+    return pretrained.read_config(os.fspath(path), _MEND, TRUST_CODE, trust_remote_code)
+
+
+def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's model in eval mode: int8 as `int8convert.load` has it, others in float32 on the CPU, where 16 bits
+    are slower and less exact, and in their own dtype elsewhere.
+
+    Raises:
+        SourceError: it cannot be loaded.
+        CorruptFileError: weights are missing.
+    """
+    if is_int8(path):
+        return load(path, device_map={"": device}, trust_remote_code=trust_remote_code)
+    name = os.fspath(path)
+    _check_fp8_form(path)
+    config = read_config(path, trust_remote_code)
+    model, info = pretrained.load_model(
+        name,
+        config,
+        hint=_MEND,
+        code_hint=TRUST_CODE,
+        trust_remote_code=trust_remote_code,
+        dtype=torch.float32 if device == "cpu" else "auto",
+        device_map={"": device},
+    )
+    lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    if lacking:
+        raise CorruptFileError(
+            f"'{name}' has no weights, or none of the right shape, for {lacking[0]!r}"
+            + (f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""),
+            "its config.json and its weights do not belong together; fetch the checkpoint again",
+        )
+    settle_dtype(model, path, device)
+    return model.eval()
+
+
+def settle_dtype(module: torch.nn.Module, path: str | os.PathLike[str], device: str) -> None:
+    """Hold a model that is not int8, or a part of it, in float32 on the CPU: of FP8 that transformers decodes while it
+    loads, it leaves what is around as it was.
+
+    Raises:
+        SourceError: weights are still in FP8.
+    """
+    if device != "cpu":
+        return
+    if any(parameter.dtype in _FP8 for parameter in module.parameters()):
+        raise _foreign_fp8(path)
+    torch.nn.Module.float(module)
+
+
+def _check_fp8_form(path: str | os.PathLike[str]) -> None:
+    """Refuse FP8 whose scales have a name that transformers does not look for: it would take the codes for weights.
+
+    Also a list of modules that holds expressions, which transformers would match.
+    """
+    source = open_source(path)
+    block = source.config.get("quantization_config")
+    if not isinstance(block, dict):
+        return
+    loader_skip_list(block, "modules_to_not_convert")
+    if block.get("quant_method") != "fp8":
+        return
+    tensors = [tensor for shard in source.shards for tensor in shard.tensors]
+    names = {tensor.name for tensor in tensors}
+    if any(tensor.dtype in FP8_DTYPES and f"{tensor.name}_scale_inv" not in names for tensor in tensors):
+        raise _foreign_fp8(path)
+
+
+def _foreign_fp8(path: str | os.PathLike[str]) -> SourceError:
+    return SourceError(
+        f"'{os.fspath(path)}' is in an FP8 form that transformers loads and cannot run",
+        "give the checkpoint in 16 bits that it was made of",
+    )
+
+
+def check_length(model: Any, windows: TokenWindows) -> None:
+    """See that the model takes windows of this length.
+
+    Raises:
+        SourceError: it does not.
+    """
+    n_positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(n_positions, int) and windows.ids.shape[1] > n_positions:
+        raise SourceError(
+            f"the model takes {n_positions:,} tokens, and the windows have {windows.ids.shape[1]:,}",
+            f"pass --length {n_positions} or less",
+        )

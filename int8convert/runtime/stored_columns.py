@@ -1,0 +1,146 @@
+"""Stored outlier columns: read from a checkpoint, given to a model's layers, saved with them.
+
+`int8convert/outliers.safetensors` holds, for int8 modules P of the checkpoint, `P.outlier_columns` (int32 [n],
+ascending) and `P.outlier_weight` ([out_features, n], in the source's dtype): the columns before quantization. Its
+metadata may say, under `calibration`, by which text they were chosen. Columns that are no such thing are refused: each
+value must lie within its code's step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cuda_kernels.reference import N_STEPS
+from int8convert.checkpoint.atomic import create_file, make_folder, rename_into_place, temporary_path
+from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE, quoted
+from int8convert.checkpoint.safetensors_file import read_safetensors_header
+from int8convert.checkpoint.utf8_path import utf8_path
+from int8convert.errors import CorruptFileError
+from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.tensor_names import live_names
+
+_WRITE_AGAIN = "write it again with int8convert outliers --write, or remove it"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOutliers:
+    """The columns of one layer that stay 16-bit.
+
+    Attributes:
+        columns: int32 [n], ascending.
+        weight: [out_features, n], before quantization.
+    """
+
+    columns: torch.Tensor
+    weight: torch.Tensor
+
+
+def read_outliers(path: str | os.PathLike[str]) -> dict[str, StoredOutliers]:
+    """Module name -> its stored columns.
+
+    Raises:
+        CorruptFileError: the file is damaged, or holds something else.
+    """
+    read_safetensors_header(Path(path))  # says what is wrong with a file that is none
+    tensors = load_file(utf8_path(path))
+    modules = {name.rpartition(".")[0] for name in tensors}
+    found = {}
+    for module_name in sorted(modules):
+        columns, weight = (tensors.pop(f"{module_name}.{leaf}", None) for leaf in ("outlier_columns", "outlier_weight"))
+        if columns is None or weight is None or not _is_set(columns, weight):
+            raise CorruptFileError(
+                f"'{os.fspath(path)}' holds for {quoted(module_name)} no ascending columns with a weight for each",
+                _WRITE_AGAIN,
+            )
+        found[module_name] = StoredOutliers(columns.to(torch.int32), weight)
+    if tensors:
+        raise CorruptFileError(
+            f"'{os.fspath(path)}' holds {quoted(min(tensors))}, expected outlier columns and their weights",
+            _WRITE_AGAIN,
+        )
+    return found
+
+
+def _is_set(columns: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        columns.dtype in (torch.int32, torch.int64)
+        and weight.is_floating_point()
+        and (columns.dim(), weight.dim()) == (1, 2)
+        and columns.numel() == weight.shape[1]
+        and bool((columns[1:] > columns[:-1]).all() and (columns >= 0).all())
+    )
+
+
+def write_outliers(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the stored columns of a model's int8 layers beside its checkpoint."""
+    tensors = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Int8Linear) and layer.outlier_columns.numel():
+            tensors[f"{name}.outlier_columns"] = layer.outlier_columns.cpu()
+            tensors[f"{name}.outlier_weight"] = layer.outlier_weight.cpu().contiguous()
+    path = Path(directory) / OUTLIERS_FILE
+    make_folder(path.parent)
+    os.close(create_file(temporary_path(path)))  # safetensors opens by name, and would follow a link of that name
+    save_file(tensors, temporary_path(path), {"format": "pt"})
+    rename_into_place(path)
+
+
+def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: OutlierMode) -> None:
+    """Give the int8 layers of a model their stored columns, and the mode to run in; layers of other kinds need none.
+
+    Layers whose codes are on the disk are not compared with their columns.
+
+    Raises:
+        CorruptFileError: they are of another model.
+    """
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, Int8Linear)}
+    names = live_names(model, outliers)
+    for name, stored in outliers.items():
+        if name in modules and name not in layers:
+            continue
+        layer = layers.get(names.get(name, ""))
+        is_fit = layer is not None and stored.weight.shape[0] == layer.out_features
+        if layer is None or not is_fit or (stored.columns.numel() and int(stored.columns[-1]) >= layer.in_features):
+            raise CorruptFileError(
+                f"{OUTLIERS_FILE} has outlier columns for {quoted(name)}, which fit no int8 layer of the model",
+                _WRITE_AGAIN,
+            )
+        _check_belongs(name, layer, stored)
+        layer.set_outliers(stored.columns, stored.weight)
+    for layer in layers.values():
+        layer.mode = mode
+    model.save_pretrained = MethodType(save_with_outliers, model)
+
+
+def _check_belongs(name: str, layer: Int8Linear, stored: StoredOutliers) -> None:
+    """Columns of the right shape that are none of this layer's would be garbage without a word."""
+    if layer.weight.is_meta or not stored.columns.numel():
+        return
+    columns = stored.columns.to(layer.weight.device).long()
+    step = (layer.weight_absmax / N_STEPS)[:, None]
+    away = (stored.weight.to(step) - layer.weight[:, columns] * step).abs() > MAX_STEPS_AWAY * step
+    away |= ~stored.weight.to(step).isfinite()
+    if bool(away.any()):
+        row, i = (int(index) for index in away.nonzero()[0])
+        raise CorruptFileError(
+            f"{OUTLIERS_FILE} holds for {quoted(name)} at row {row:,}, column {int(columns[i]):,} the weight "
+            f"{float(stored.weight[row, i]):.4g}, the checkpoint's int8 weight is "
+            f"{float(layer.weight[row, columns[i]] * step[row, 0]):.4g}",
+            _WRITE_AGAIN,
+        )
+
+
+def save_with_outliers(model: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
+    """`save_pretrained` of a model with stored columns, which are no parameters of other loaders' layers."""
+    type(model).save_pretrained(model, save_directory, **options)
+    write_outliers(model, save_directory)

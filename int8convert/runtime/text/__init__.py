@@ -1,0 +1,1 @@
+"""Text, tokenizers, prompts and windows of tokens."""

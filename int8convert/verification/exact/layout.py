@@ -1,0 +1,200 @@
+"""Which tensors an int8 checkpoint must hold, by the plan its source gives; and which of them are there.
+
+The plan is rebuilt from the source, with the options the manifest names. A tensor that is there as promised is paired
+with what it was made of, to be compared; whatever else is missing, too many, or of another dtype or shape is a finding.
+
+What may differ without being one, where no manifest tells what was asked for: modules that config.json says stay
+16-bit, an output head that is int8 all the same, and the float dtype of what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field, replace
+
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
+from int8convert.formats.int8_checkpoint import NAMES, PlacedTensor
+from int8convert.formats.int8_config import Int8Format, is_ignored_by_name, read_format, read_skipped_names
+from int8convert.planning.plan import ConversionPlan, PlannedTensor
+from int8convert.verification.checks import Finding
+from int8convert.verification.exact.provenance import Provenance
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_CHOICES = ("output head", "last module of the model", "covered by a skipped name", "user skip")
+"""Reasons to keep a module that are a choice: some other tool may have chosen otherwise, and loaders read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Pair:
+    """An int8 weight, and what it was made of.
+
+    Attributes:
+        zeros: a zero point or a format number; None if there is none.
+    """
+
+    planned: PlannedTensor
+    codes: PlacedTensor
+    scale: PlacedTensor
+    zeros: PlacedTensor | None
+
+    @property
+    def module_name(self) -> str:
+        return self.planned.output_name.removesuffix(".weight")
+
+    @property
+    def main(self) -> PlacedTensor:
+        """The tensor by which its place among the files is told."""
+        return self.codes
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPair:
+    """A tensor that is no int8, and what it was made of.
+
+    Attributes:
+        must_be_non_finite: it may be kept only if its values have no int8 form.
+    """
+
+    planned: PlannedTensor
+    tensor: PlacedTensor
+    must_be_non_finite: bool = False
+
+    @property
+    def main(self) -> PlacedTensor:
+        return self.tensor
+
+
+Pair = Int8Pair | KeptPair
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What is there, beside what should be.
+
+    Attributes:
+        pairs: in the order of the checkpoint's files and their bytes.
+        findings: tensors that are missing, too many, or not as promised.
+        n_expected: tensors that should be there.
+        planned_modules: those that should be int8, paired or not.
+    """
+
+    format: Int8Format
+    pairs: tuple[Pair, ...] = field(repr=False)
+    findings: tuple[Finding, ...]
+    n_expected: int
+    planned_modules: frozenset[str] = field(repr=False)
+
+    @property
+    def int8_modules(self) -> set[str]:
+        return {pair.module_name for pair in self.pairs if isinstance(pair, Int8Pair)}
+
+
+def is_left_alone(module: str, names: Iterable[str]) -> bool:
+    """Whether loaders of bitsandbytes' and torchao's formats leave a module alone that such a list names.
+
+    Source: transformers/quantizers/quantizers_utils.py, `should_convert_module`.
+    """
+    return any(f"{module}.".startswith(f"{name}.") or module.endswith(name) for name in names)
+
+
+def lay_out(out: CheckpointSource, plan: ConversionPlan, provenance: Provenance) -> Layout:
+    """Pair the tensors of an int8 checkpoint with those of the plan."""
+    return _Pairing(out, plan, provenance).result()
+
+
+class _Pairing:
+    """The pairing while it is made."""
+
+    def __init__(self, out: CheckpointSource, plan: ConversionPlan, provenance: Provenance) -> None:
+        self._out = out
+        self._plan = plan
+        self._provenance = provenance
+        self._format = read_format(out.config)
+        self._names = NAMES[self._format]
+        self._left = {t.name: PlacedTensor(t, shard) for shard in out.shards for t in shard.tensors}
+        self._pairs: list[Pair] = []
+        self._findings: list[Finding] = []
+        self._n_expected = 0
+        self._modules: set[str] = set()
+
+    def result(self) -> Layout:
+        order = {name: i for i, name in enumerate(self._left)}
+        for planned in self._plan.tensors:
+            if planned.is_quantized:
+                self._place_int8(planned)
+            else:
+                self._place_kept(planned)
+        for name, tensor in self._left.items():
+            self._findings.append(Finding(name, "no such tensor: the source gives none", _shown(tensor)))
+        self._pairs.sort(key=lambda pair: order[pair.main.name])
+        return Layout(
+            self._format, tuple(self._pairs), tuple(self._findings), self._n_expected, frozenset(self._modules)
+        )
+
+    def _place_int8(self, planned: PlannedTensor) -> None:
+        module = planned.output_name.removesuffix(".weight")
+        there = self._left.get(planned.output_name)
+        if there is not None and there.stored.dtype in _FLOATS and self._may_be_kept(module):
+            self._place_kept(replace(planned, output_dtype=there.stored.dtype, reason="named in config.json"))
+            return
+        self._modules.add(module)
+        shape = planned.source.shape
+        codes = self._take(module + self._names.codes, {"I8"}, [shape])
+        dtypes: Set[str] = {"F32"} if self._provenance.is_known else _FLOATS
+        is_absmax = self._format is Int8Format.BITSANDBYTES
+        scale = self._take(module + self._names.scale, dtypes, [shape[:1]] if is_absmax else [(shape[0], 1), shape[:1]])
+        zeros = None
+        # bitsandbytes' own loader needs it; others take zero where there is none.
+        if module + self._names.zeros in self._left or (is_absmax and self._provenance.is_known):
+            zeros = self._take(module + self._names.zeros, set(DTYPE_BYTES), [(), shape[:1], (shape[0], 1)])
+        if codes is not None and scale is not None:
+            self._pairs.append(Int8Pair(planned, codes, scale, zeros))
+
+    def _may_be_kept(self, module: str) -> bool:
+        """Whether config.json tells loaders to leave a module alone, and no manifest says otherwise."""
+        if self._provenance.is_known:
+            return False
+        if self._format is Int8Format.COMPRESSED_TENSORS:
+            return is_ignored_by_name(module, self._out.config["quantization_config"])
+        return is_left_alone(module, read_skipped_names(self._out.config, self._format))
+
+    def _place_kept(self, planned: PlannedTensor) -> None:
+        name = planned.output_name
+        there = self._left.get(name)
+        if there is not None and there.stored.dtype == "I8" and planned.output_dtype in _FLOATS:
+            self._place_other_choice(planned)
+            return
+        dtypes: Set[str] = {planned.output_dtype}
+        if not self._provenance.is_known and planned.output_dtype in _FLOATS:
+            dtypes = _FLOATS
+        tensor = self._take(name, dtypes, [planned.source.shape])
+        if tensor is not None:
+            must_be = name.removesuffix(".weight") in self._provenance.kept_for_values and name.endswith(".weight")
+            self._pairs.append(KeptPair(planned, tensor, must_be))
+
+    def _place_other_choice(self, planned: PlannedTensor) -> None:
+        """int8 where the plan keeps a tensor: a finding, or another tool's choice."""
+        if not self._provenance.is_known and planned.reason.startswith(_CHOICES) and len(planned.source.shape) == 2:
+            self._place_int8(replace(planned, output_dtype="I8", reason=""))
+            return
+        self._n_expected += 1
+        module = planned.output_name.removesuffix(".weight")
+        for name in (planned.output_name, module + self._names.scale, module + self._names.zeros):
+            self._left.pop(name, None)
+        expected = f"{planned.output_dtype}, which stays as it is: {planned.reason}"
+        self._findings.append(Finding(planned.output_name, expected, "int8 codes"))
+
+    def _take(self, name: str, dtypes: Set[str], shapes: Sequence[tuple[int, ...]]) -> PlacedTensor | None:
+        """The tensor of that name; None, and a finding, where there is none or another."""
+        self._n_expected += 1
+        there = self._left.pop(name, None)
+        if there is not None and there.stored.dtype in dtypes and there.stored.shape in shapes:
+            return there
+        expected = f"{min(dtypes) if len(dtypes) == 1 else 'numbers'} {list(shapes[0])}"
+        self._findings.append(Finding(name, expected, _shown(there) if there is not None else "no such tensor"))
+        return None
+
+
+def _shown(tensor: PlacedTensor) -> str:
+    return f"{tensor.stored.dtype} {list(tensor.stored.shape)}"

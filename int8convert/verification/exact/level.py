@@ -1,0 +1,309 @@
+"""The exact level of `verify`: an int8 checkpoint against its source, tensor by tensor, with no model run.
+
+1. The manifest tells the source and the options of the conversion; from them the plan is rebuilt, as `quantize` makes
+   it, which says what each tensor must have become (`exact_layout`), and what the model lacks (`exact_needs`).
+2. Every weight file is hashed and compared with the manifest, while other threads compare the tensors in it: codes and
+   scales with what rounding the source gives, everything else byte for byte (`exact_tensors`, `exact_rows`).
+3. config.json is compared entry by entry with what the conversion writes (`exact_config`), the files carried over with
+   the source's, and whatever else lies there is a finding, unless no loader reads it (`exact_beside`).
+4. Meanwhile a child process runs a few tokens through the model, without its weights (`trial_run`).
+
+Either checkpoint may be on the Hub: its tensors are read by range, and nothing of its weights stays here.
+
+Costs the reading of both checkpoints, once, and a few megabytes for each thread. The arithmetic is written anew in
+NumPy; shared with the converter is how a source is read, and which tensors it plans to make int8.
+
+What it does not know: whether rounding to int8 harms this model. That is for the level above.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from int8convert.checkpoint.manifest import describe_source
+from int8convert.checkpoint.names import counted, quoted
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.conversion.quantize import plan_unchecked
+from int8convert.errors import CorruptFileError, SourceError
+from int8convert.formats.int8_config import Int8Format, read_format
+from int8convert.planning.plan import ConversionPlan
+from int8convert.verification.checks import Check, Finding, make_check
+from int8convert.verification.exact.beside import check_beside, check_carried, hash_beside
+from int8convert.verification.exact.config import check_config
+from int8convert.verification.exact.files import check_files, compare_sha256, hash_shard, read_records
+from int8convert.verification.exact.layout import Int8Pair, Layout, Pair, lay_out
+from int8convert.verification.exact.needs import allowed_note, check_needs
+from int8convert.verification.exact.outliers import pair_outliers
+from int8convert.verification.exact.provenance import Provenance, find_provenance
+from int8convert.verification.exact.rows import RowRules
+from int8convert.verification.exact.tensors import TensorResult, compare_int8, compare_kept
+from int8convert.verification.exact.trial_run import TrialRun
+from int8convert.verification.opened import ExaminedCheckpoint, HubReading, hub_reading, open_examined
+
+Progress = Callable[[int, int], None]
+"""Told of bytes done and bytes in all."""
+
+_VALUE_CHECKS = ("rows", "weights", "codes", "scales", "kept", "outlier columns")
+
+
+@dataclass(frozen=True, slots=True)
+class ExactReport:
+    """The outcome of the exact level.
+
+    Attributes:
+        out, reference: the two checkpoints; no reference where the first could not even be opened.
+        commit, reference_commit: of those that are repositories on the Hub.
+        format: quant_method of the first.
+        checks: all that was looked at; see docs/verify-json.md for each.
+        n_int8_weights: weights that are int8.
+        n_different_codes, n_different_scales: those that differ from what the reference rounding gives, whether that
+            is a defect or not: a checkpoint of other origin may have been computed otherwise.
+        n_read_bytes: of both checkpoints.
+        notes: what the user should know of how this was measured.
+        files: every file of the first that was looked at -> sha256.
+        compared: what it was compared with, for people.
+    """
+
+    out: str
+    reference: str | None
+    format: str
+    checks: tuple[Check, ...]
+    n_int8_weights: int = 0
+    n_different_codes: int = 0
+    n_different_scales: int = 0
+    n_read_bytes: int = 0
+    elapsed_s: float = 0.0
+    notes: tuple[str, ...] = ()
+    commit: str | None = None
+    reference_commit: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
+    compared: str = ""
+
+    @property
+    def is_passed(self) -> bool:
+        return all(check.is_passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"is_passed": self.is_passed, **asdict(self)}
+
+
+def verify_exact(
+    out: str | os.PathLike[str] | ExaminedCheckpoint,
+    *,
+    revision: str | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    on_progress: Progress | None = None,
+    on_hub: Callable[[HubReading], None] = lambda reading: None,
+) -> ExactReport:
+    """Compare an int8 checkpoint with the checkpoint it was made of.
+
+    Args:
+        out: the int8 checkpoint: a directory, or a repository on the Hub, which is read from there; or opened already.
+        revision: of that repository.
+        reference: the source, which on the Hub is read from there; None takes the one the manifest names.
+        lora: the adapter that was merged in the conversion.
+        trust_remote_code: as `quantize` has it.
+        workers: threads; None takes the cores this process may use.
+        on_hub: told of each checkpoint that is read from the Hub, before it is.
+
+    Raises:
+        SourceError: `out` is no int8 checkpoint, or what it was made of is not there.
+        Int8ConvertError: the source cannot be read or planned, or the adapter is another one.
+    """
+    began = time.perf_counter()
+    try:
+        examined = out if isinstance(out, ExaminedCheckpoint) else open_examined(out, revision)
+    except CorruptFileError as error:
+        named = os.fspath(out)  # type: ignore[arg-type]
+        finding = Finding(named, "a checkpoint whose files agree", error.message)
+        return ExactReport(named, None, "", (make_check("files", 1, [finding]),))
+    checkpoint = examined.source
+    found = _format(checkpoint)
+    provenance = find_provenance(checkpoint, reference, lora)
+    n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
+    with TrialRun(checkpoint, trust_remote_code) as trial:
+        # A module that was left alone for its values is not planned as int8, and must then hold such values.
+        planned = plan_unchecked(
+            provenance.reference,
+            skip=(*provenance.skip, *provenance.kept_for_values),
+            only=provenance.only,
+            format=provenance.format,
+            lora=provenance.lora,
+            trust_remote_code=trust_remote_code,
+            revision=provenance.revision,
+        )
+        for reading in filter(None, map(hub_reading, (checkpoint, planned.source))):
+            on_hub(reading)
+        comparison = _Comparison(examined, planned, provenance)
+        checks = comparison.run(n_workers, on_progress or (lambda done, total: None))
+        runs, not_tried = trial.result()
+    return ExactReport(
+        out=checkpoint.label,
+        reference=provenance.reference,
+        format=str(found),
+        checks=(*checks, runs),
+        n_int8_weights=len(comparison.layout.int8_modules),
+        n_different_codes=comparison.totals.n_different_codes,
+        n_different_scales=comparison.totals.n_different_scales,
+        n_read_bytes=comparison.n_bytes,
+        elapsed_s=time.perf_counter() - began,
+        notes=(*_notes(provenance, planned), *not_tried),
+        commit=checkpoint.commit,
+        reference_commit=planned.source.commit,
+        files=comparison.hashes,
+        compared=_compared(planned.source, provenance),
+    )
+
+
+def _compared(source: CheckpointSource, provenance: Provenance) -> str:
+    """Return what the checkpoint was compared with: how much of the source, and by which rule."""
+    files = f"{counted(len(source.shards), 'weight file')}, config.json"
+    carried = f" and {counted(len(source.carried), 'other file')}" if source.carried else ""
+    if not provenance.is_known:
+        return f"{files}{carried}; no manifest tells what the conversion wrote"
+    exports = f", through {counted(len(provenance.exports), 'export')}" if provenance.exports else ""
+    return f"{files}{carried}, as its manifest says they were converted{exports}"
+
+
+def _format(out: CheckpointSource) -> Int8Format:
+    if "quantization_config" not in out.config:
+        what = "its config.json has no quantization_config" if out.config else "it has no config.json"
+        raise SourceError(
+            f"{quoted(out.label, 200)} is no int8 checkpoint: {what}",
+            "give an output of int8convert quantize, or finish the conversion first; nothing was measured",
+        )
+    return read_format(out.config)
+
+
+def _notes(provenance: Provenance, planned: ConversionPlan) -> Iterator[str]:
+    if not provenance.is_known:
+        yield (
+            "no manifest tells how this checkpoint came about: its codes are judged by their distance to the weights, "
+            "and no file by its sha256"
+        )
+    elif provenance.source_files and _identity(describe_source(planned.source)) != _identity(provenance.source_files):
+        yield "the source is not the one of the conversion: its config.json, its files or their headers have changed"
+    if provenance.lora is not None:
+        yield "an adapter was merged, whose last bits no two machines share: codes may differ where weights lie halfway"
+    if (allowed := allowed_note(planned.model_map, provenance)) is not None:
+        yield allowed
+
+
+def _identity(described: Any) -> Any:
+    """What tells two sources apart but the times of their files, which a copy changes."""
+    files = described.get("files")
+    files = files if isinstance(files, dict) else {}
+    sizes = {name: (f.get("n_bytes"), f.get("header_sha256")) for name, f in files.items() if isinstance(f, dict)}
+    return described.get("config_sha256"), sizes
+
+
+def rules_for(provenance: Provenance, found: Int8Format) -> RowRules:
+    """What may differ in a checkpoint of this origin."""
+    stores_absmax = found is Int8Format.BITSANDBYTES
+    if not provenance.is_known:
+        # Kernels on GPUs divide less exactly, and others round to other dtypes first.
+        return RowRules(stores_absmax, 1e-3, False, None, may_be_fp16=True)
+    if provenance.lora is not None:
+        return RowRules(stores_absmax, 0.01, False, 1e-5)
+    # From scale to absmax and back, some move by one unit in the last place, see `conversion.scales`.
+    return RowRules(stores_absmax, 1e-4, True, 2.0**-22) if provenance.is_exported else RowRules(stores_absmax)
+
+
+class _Comparison:
+    """All that is compared.
+
+    Attributes:
+        totals: of all tensors.
+        n_bytes: that are read for it.
+        hashes: see `ExactReport.files`.
+    """
+
+    def __init__(self, examined: ExaminedCheckpoint, planned: ConversionPlan, provenance: Provenance) -> None:
+        out = self._out = examined.source
+        self._examined = examined
+        self.hashes: dict[str, str] = {}
+        self._plan = planned
+        self._provenance = provenance
+        self.layout: Layout = lay_out(out, planned, provenance)
+        self._records = read_records(out)
+        self._outliers = pair_outliers(out, self.layout, provenance.is_known)
+        self._rules = rules_for(provenance, self.layout.format)
+        self.totals = TensorResult()
+        self._findings: dict[str, list[Finding]] = {name: [] for name in ("files", "tensors", *_VALUE_CHECKS)}
+        self.n_bytes = out.n_bytes + planned.n_read_bytes
+
+    def run(self, n_workers: int, on_progress: Progress) -> tuple[Check, ...]:
+        """All checks, those that tell the most first."""
+        self._findings["files"] += check_files(self._examined, self._records, self._provenance)
+        self._findings["tensors"] += self.layout.findings
+        self._findings["outlier columns"] += self._outliers.findings
+        with ThreadPoolExecutor(n_workers) as pool:
+            try:
+                self._collect(self._submit(pool), on_progress)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        source = self._plan.source
+        self.hashes |= hash_beside(self._examined, source)
+        return (
+            self._check("files", len(self._out.shards) if self._records else 0),
+            self._check("tensors", self.layout.n_expected),
+            check_needs(self._out, self._plan.model_map, self._provenance),
+            *(self._check(name, self.totals.n_checked.get(name, 0)) for name in _VALUE_CHECKS),
+            check_config(self._out, self._plan, self._provenance, self.layout.int8_modules),
+            check_carried(self._examined, source, self._provenance),
+            check_beside(self._examined, source, self._provenance),
+        )
+
+    def _check(self, name: str, n_checked: int) -> Check:
+        return make_check(name, n_checked, self._findings[name])
+
+    def _submit(self, pool: ThreadPoolExecutor) -> list[tuple[Future[Any], int]]:
+        """File by file, so that what is hashed and what is compared is read from the disk once."""
+        tasks: list[tuple[Future[Any], int]] = []
+        by_file: dict[str, list[Pair]] = {}
+        for pair in self.layout.pairs:
+            by_file.setdefault(pair.main.shard.path.name, []).append(pair)
+        for shard in self._out.shards:
+            tasks.append((pool.submit(self._hash, shard), shard.n_bytes))
+            for pair in by_file.get(shard.path.name, []):
+                tasks.append((pool.submit(self._compare, pair), pair.planned.source.n_bytes))
+        return tasks
+
+    def _hash(self, shard: SourceShard) -> Finding | None:
+        sha256 = hash_shard(shard)
+        self.hashes[shard.path.name] = sha256
+        return compare_sha256(shard, sha256, self._records.get(shard.path.name))
+
+    def _compare(self, pair: Pair) -> TensorResult:
+        if isinstance(pair, Int8Pair):
+            return compare_int8(pair, self._rules, self._outliers.pairs.get(pair.module_name))
+        return compare_kept(pair)
+
+    def _collect(self, tasks: Iterable[tuple[Future[Any], int]], on_progress: Progress) -> None:
+        """In the order of the files, whichever thread is done first."""
+        n_done = 0
+        for task, n_bytes in tasks:
+            result = task.result()
+            if isinstance(result, TensorResult):
+                self._add(result)
+            elif result is not None:
+                self._findings["files"].append(result)
+            n_done += n_bytes
+            on_progress(n_done, self.n_bytes)
+
+    def _add(self, result: TensorResult) -> None:
+        for name, n in result.n_checked.items():
+            self.totals.n_checked[name] = self.totals.n_checked.get(name, 0) + n
+        for name, finding in result.findings.items():
+            self._findings[name].append(finding)
+        self.totals.n_different_codes += result.n_different_codes
+        self.totals.n_different_scales += result.n_different_scales

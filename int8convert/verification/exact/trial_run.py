@@ -1,0 +1,98 @@
+"""Tries whether an int8 checkpoint runs, without its weights, in a child process (`trial_run_worker`).
+
+What loads may still not run, or run wrong: model code that casts an input to the dtype of a weight gets int8 for it.
+The child takes a few seconds for the import of transformers, beside the comparison of the weights, and little memory,
+whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from contextlib import suppress
+from typing import Any
+
+from int8convert.checkpoint.names import quoted
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.errors import SourceError
+from int8convert.formats.int8_config import Int8Format, read_format
+from int8convert.runtime.worker_process import start_worker
+from int8convert.verification.checks import Check, Finding, make_check
+
+LIMIT_S = 600.0
+"""Seconds after which the child is stopped. An untrusted config may ask for an endless model."""
+
+
+class TrialRun:
+    """A few tokens through a checkpoint's model. Starting it returns at once; `result` waits.
+
+    Does not know what the model computes: its weights are not read. A layer that a text does not reach is not tried.
+    """
+
+    def __init__(self, out: CheckpointSource, trusts_code: bool) -> None:
+        self._format = read_format(out.config)
+        self._request = {"directory": str(out.directory), "format": str(self._format), "trusts_code": trusts_code}
+        # torchao's loader makes weights that look like floats to model code.
+        self._child = self._start() if self._format is not Int8Format.TORCHAO else None
+
+    def _start(self) -> subprocess.Popen[str]:
+        child = start_worker("int8convert.verification.exact.trial_run_worker")
+        # Asked at once, so that the child works while its answer is not waited for. The request fits in the pipe.
+        assert child.stdin is not None
+        with suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(json.dumps(self._request))
+        child.stdin = None
+        return child
+
+    def __enter__(self) -> TrialRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+
+    def result(self) -> tuple[Check, list[str]]:
+        """Wait for the check, and notes on what was not tried.
+
+        Raises:
+            SourceError: the child died, or took too long.
+        """
+        if self._child is None:
+            return make_check("runs", 0, []), []
+        return read_answer(self._ask(self._child))
+
+    def _ask(self, child: subprocess.Popen[str]) -> dict[str, Any]:
+        try:
+            output, complaints = child.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise _not_measured(f"it was not through after {LIMIT_S:.0f} s") from None
+        if child.returncode != 0:
+            last = (complaints.strip().splitlines() or [f"the process ended with status {child.returncode}"])[-1]
+            raise _not_measured(quoted(last, 200))
+        answer: dict[str, Any] = json.loads(output)
+        return answer
+
+
+def _not_measured(reason: str) -> SourceError:
+    """The error for a child that died or was stopped: a check that did not run must not count as passed."""
+    return SourceError(
+        f"whether the model of config.json runs could not be tried: {reason}",
+        "free memory, and run verify again; nothing was measured",
+    )
+
+
+def not_tried(reason: str) -> dict[str, Any]:
+    return {"n_replaced": 0, "n_called": 0, "found": [], "not_run": reason}
+
+
+def read_answer(answer: dict[str, Any]) -> tuple[Check, list[str]]:
+    """Return the check and notes in a child's answer."""
+    findings = [Finding(module, "a module that runs as int8", found) for module, found in answer["found"]]
+    check = make_check("runs", answer["n_called"], findings)
+    if answer["not_run"]:
+        return check, [f"whether its model runs was not tried: without weights, {answer['not_run']}"]
+    n_missed = answer["n_replaced"] - answer["n_called"]
+    if n_missed > 0:
+        return check, [f"a text reaches {answer['n_called']:,} of its int8 layers; {n_missed:,} were not tried"]
+    return check, []

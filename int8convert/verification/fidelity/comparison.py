@@ -1,0 +1,146 @@
+"""What is compared, and what is summed up while reference and int8 model run, side by side or in lockstep."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from int8convert.errors import SourceError
+from int8convert.runtime.load import load
+from int8convert.runtime.models import load_model, settle_dtype
+from int8convert.runtime.text.windows import TokenWindows
+from int8convert.verification.fidelity.arithmetic import Arithmetic, ColumnCount, choose_arithmetics
+from int8convert.verification.fidelity.paired_statistics import PairedStatistics
+from int8convert.verification.fidelity.progress import ProgressHandler
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Sums over all windows.
+
+    Attributes:
+        arithmetic: of the int8 model.
+        statistics: of its predictions.
+        columns: that stayed 16-bit.
+    """
+
+    arithmetic: Arithmetic
+    statistics: PairedStatistics = field(default_factory=PairedStatistics)
+    columns: ColumnCount = field(default_factory=ColumnCount)
+    _squares: dict[str, list[float]] = field(default_factory=dict)
+
+    def add_layer(self, name: str, output: torch.Tensor, reference: torch.Tensor) -> None:
+        """Count what a decoder layer returned for a window, after all the layers before it, int8 as they are."""
+        squares = self._squares.setdefault(name, [0.0, 0.0])
+        exact = reference.to(output.device, torch.float32)
+        squares[0] += float(torch.linalg.vector_norm(output.float() - exact, dtype=torch.float64)) ** 2
+        squares[1] += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
+
+    def layer_errors(self) -> tuple[tuple[str, float], ...]:
+        """Layer -> |output - reference| / |reference|, over all tokens, in the order they ran."""
+        return tuple((name, _ratio(*squares)) for name, squares in self._squares.items())
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityTask:
+    """What `int8convert.verification.fidelity.level.measure_fidelity` was asked for; see there."""
+
+    reference: str | os.PathLike[str]
+    out: str | os.PathLike[str]
+    windows: TokenWindows
+    modes: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    device: str
+    trusts_code: bool
+    on_progress: ProgressHandler | None
+
+    @property
+    def n_arithmetics(self) -> int:
+        """At most."""
+        return max(1, len(self.modes)) * max(1, len(self.thresholds))
+
+    def load_reference(self) -> Any:
+        """A whole model."""
+        return load_model(self.reference, self.device, trust_remote_code=self.trusts_code)
+
+    def settle_reference(self, part: nn.Module) -> None:
+        """What loading it as a whole does to its parts."""
+        settle_dtype(part, self.reference, self.device)
+
+    def load_int8(self) -> Any:
+        """A whole model."""
+        return load(self.out, device_map={"": self.device}, trust_remote_code=self.trusts_code)
+
+    def start_comparisons(self, int8: nn.Module) -> tuple[Comparison, ...]:
+        """One for each arithmetic; errors as `choose_arithmetics` has them."""
+        return tuple(Comparison(choice) for choice in choose_arithmetics(int8, self.modes, self.thresholds))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All comparisons of a measurement.
+
+    Attributes:
+        dtype: of what is not int8 in the int8 model.
+        reference_dtype: of the reference.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    dtype: torch.dtype
+    reference_dtype: torch.dtype
+
+
+def check_vocabulary(logits: torch.Tensor, reference: torch.Tensor) -> None:
+    """See that both models choose from the same tokens.
+
+    Raises:
+        SourceError: they do not.
+    """
+    if logits.shape[-1] != reference.shape[-1]:
+        raise SourceError(
+            f"the int8 model predicts one of {logits.shape[-1]:,} tokens, the reference one of {reference.shape[-1]:,}",
+            "name the checkpoint that was converted",
+        )
+
+
+def _ratio(error: float, size: float) -> float:
+    if error == 0:
+        return 0.0
+    return math.sqrt(error / size) if size else math.inf
+
+
+def decoder_layers(model: Any) -> dict[str, nn.Module]:
+    """The layers that pass on the hidden state, by their names: the largest list of modules that is in no other.
+
+    Raises:
+        SourceError: the model has no such list, or does not predict the next token.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise SourceError(
+            f"{type(model).__name__} does not predict the next token, by which fidelity is measured",
+            "the exact comparison needs no such model",
+        )
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = {name: found for name, found in lists.items() if not _is_inside(name, lists)}
+    if not outermost:
+        raise SourceError(
+            f"{type(model).__name__} has no list of layers, one after the other",
+            "the exact comparison needs none",
+        )
+    largest = max(outermost, key=lambda name: sum(p.numel() for p in outermost[name].parameters()))
+    return {f"{largest}.{i}": layer for i, layer in enumerate(outermost[largest])}
+
+
+def _is_inside(name: str, others: dict[str, nn.ModuleList]) -> bool:
+    return any(name.startswith(f"{other}.") for other in others)
+
+
+def hidden_state(output: Any) -> torch.Tensor:
+    """What a decoder layer passes on, of what it returns."""
+    state: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return state

@@ -1,0 +1,261 @@
+"""A model of which one decoder layer at a time is in memory, with transformers' own loader.
+
+1. `from_pretrained` builds the model without memory, as always, and comes to the loading of the weights. There only
+   what lies outside of the decoder layers is loaded: embeddings, norms. Everything before and after, the choice of
+   int8 layers and the making of buffers among it, is as for a whole model.
+2. `holding` loads the weights of one part, a decoder layer or the output head, by the same function and the same
+   mapping from the checkpoint's names to the model's, and lets go of them after.
+
+Costs the part that is held, and the tensors of it that are on their way from one dtype to the other. Weights are read
+by pread, once each time the part is held. Left out on purpose: layers that share weights, which no part of its own can
+hold; `.bin` files that are no zip archives, which torch reads as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import PreTrainedModel, load_state_dict
+
+from int8convert.checkpoint.names import OUTLIERS_FILE
+from int8convert.checkpoint.utf8_path import utf8_path
+from int8convert.errors import CorruptFileError, SourceError
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.stored_columns import StoredOutliers, attach_outliers
+from int8convert.runtime.tensor_names import live_names
+from int8convert.verification.fidelity.comparison import decoder_layers
+
+_MAY_LACK = "weight_format"
+"""Checkpoints of early bitsandbytes have none, see `int8convert.runtime.load`."""
+
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+"""Of transformers, which looks at it whenever it loads."""
+
+
+class LayeredModel:
+    """A transformers model and the weights of its parts, still in their files.
+
+    Attributes:
+        model: on its device, but for the weights of the parts, which are on the meta device.
+        layers: the decoder layers, by name, in their order.
+        parts: names of what can be held: the layers, and the output head if it is not tied to the embedding.
+        n_loads: how often a part was loaded.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        load: Callable[[], Any],
+        settle: Callable[[nn.Module], None] = lambda module: None,
+    ) -> None:
+        """Load a checkpoint's model, but for its parts.
+
+        Args:
+            path: the checkpoint's directory.
+            load: as a whole, by `from_pretrained`; its errors pass through.
+            settle: what that does to a model when it is loaded; done to each part.
+        """
+        self._settle = settle
+        self._path = Path(path)
+        self._tensors: dict[str, Any] = {}
+        self._keys: dict[str, list[str]] = {}
+        self._load_config: Any = None
+        self.layers: dict[str, nn.Module] = {}
+        self.n_loads = 0
+        with self._deferring():
+            self.model = load()
+        self._outliers = self._find_outliers()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self._keys)
+
+    @property
+    def head(self) -> str | None:
+        """The output head's name, if it is a part."""
+        return next((name for name in self._keys if name not in self.layers), None)
+
+    @contextmanager
+    def holding(self, part: str | None) -> Iterator[None]:
+        """Have a part's weights in memory as long as this lasts; nothing for None.
+
+        Raises:
+            CorruptFileError: the checkpoint has not all of its weights.
+            SourceError: it shares weights with another part.
+        """
+        if part is None:
+            yield
+            return
+        modules = list(self.model.get_submodule(part).modules())
+        before = [(dict(module._parameters), dict(module._buffers)) for module in modules]
+        expected = self._shapes(part)
+        try:
+            self._load_part(part)
+            self._check_part(part, expected)
+            self._attach_outliers(part)
+            self._settle(self.model.get_submodule(part))
+            yield
+        finally:
+            for module, (parameters, buffers) in zip(modules, before, strict=True):
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
+
+    def _load_part(self, part: str) -> None:
+        tensors = {key: self._tensors[key] for key in self._keys[part]}
+        with _without_bars(), _one_after_the_other():
+            convert_and_load_state_dict_in_model(self.model, tensors, self._load_config)
+        if self._load_config.hf_quantizer is not None:
+            self._load_config.hf_quantizer._process_model_after_weight_loading(self.model)
+        self.n_loads += 1
+
+    def _shapes(self, part: str) -> dict[str, torch.Size]:
+        state = self.model.get_submodule(part).state_dict(prefix=f"{part}.")
+        return {name: tensor.shape for name, tensor in state.items()}
+
+    def _check_part(self, part: str, expected: dict[str, torch.Size]) -> None:
+        hint = "its config.json and its weights do not belong together; write or fetch the checkpoint again"
+        for name, tensor in self.model.get_submodule(part).state_dict(prefix=f"{part}.").items():
+            if tensor.shape != expected[name]:
+                raise CorruptFileError(
+                    f"'{self._path}' holds '{name}' in the shape {list(tensor.shape)}, expected {list(expected[name])}",
+                    hint,
+                )
+            if tensor.is_meta and name in self.model.all_tied_weights_keys:
+                raise SourceError(
+                    f"'{name}' of '{self._path}' is a weight of another layer, too: it cannot be run layer by layer",
+                    "such a model is measured with both models in memory",
+                )
+            if tensor.is_meta and not name.endswith(_MAY_LACK):
+                raise CorruptFileError(f"'{self._path}' has no '{name}', or none of the right shape", hint)
+
+    def _find_outliers(self) -> dict[str, str]:
+        """Stored outlier columns: module -> what the file calls it."""
+        path = self._path / OUTLIERS_FILE
+        if not path.is_file() or not any(isinstance(module, Int8Linear) for module in self.model.modules()):
+            return {}
+        with safe_open(utf8_path(path), framework="pt") as file:
+            stored = {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118, not a mapping
+        return {live: name for name, live in live_names(self.model, stored).items()}
+
+    def _attach_outliers(self, part: str) -> None:
+        """Give the part's layers their stored columns anew: with the weights, these were left on the meta device."""
+        names = {live: name for live, name in self._outliers.items() if live.startswith(f"{part}.")}
+        if not names:
+            return
+        stored = {}
+        with safe_open(utf8_path(self._path / OUTLIERS_FILE), framework="pt") as file:
+            for name in names.values():
+                columns, weight = (file.get_tensor(f"{name}.{leaf}") for leaf in ("outlier_columns", "outlier_weight"))
+                stored[name] = StoredOutliers(columns.to(torch.int32), weight)
+        mode = next(module.mode for module in self.model.modules() if isinstance(module, Int8Linear))
+        attach_outliers(self.model, stored, mode)
+
+    @contextmanager
+    def _deferring(self) -> Iterator[None]:
+        """Let `from_pretrained` leave the parts' weights where they are, as long as this lasts."""
+        load_all = PreTrainedModel._load_pretrained_model
+
+        def load_rest(
+            model: Any, state_dict: dict[str, Any] | None, files: list[str], load_config: Any, *_: Any
+        ) -> tuple[Any, Any]:
+            self._load_config = load_config
+            self._tensors = state_dict if state_dict is not None else _open_lazily(files)
+            self.layers = decoder_layers(model)
+            names = [*self.layers, *_own_head(model)]
+            targets = _targets(self._tensors, model, load_config)
+            part_of = {key: _part_of(target, names) for key, target in targets}
+            self._keys = {name: [key for key, part in part_of.items() if part == name] for name in names}
+            rest = {key: tensor for key, tensor in self._tensors.items() if part_of[key] is None}
+            expected = [name for name in model.state_dict() if _part_of(name, names) is None]
+            info, index = load_all(model, rest, None, load_config, expected)
+            info.missing_keys &= set(expected)
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                if _part_of(name, names) is not None:
+                    tensor._is_hf_initialized = True  # else transformers would make weights up, and trip over int8
+            return info, index
+
+        PreTrainedModel._load_pretrained_model = staticmethod(load_rest)
+        try:
+            yield
+        finally:
+            PreTrainedModel._load_pretrained_model = staticmethod(load_all)
+
+
+def _open_lazily(files: list[str]) -> dict[str, Any]:
+    """Tensor name -> what reads it when it is indexed."""
+    tensors: dict[str, Any] = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            opened: Any = safe_open(utf8_path(file), framework="pt", backend="pread")
+            tensors |= {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118, not a mapping
+        else:
+            tensors |= load_state_dict(file)
+    return tensors
+
+
+def _targets(keys: Iterable[str], model: Any, load_config: Any) -> Iterator[tuple[str, str]]:
+    """Each tensor of a checkpoint with the parameter it goes to, the first one of several, as transformers finds it."""
+    mapping = load_config.weight_mapping or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parameters = model.state_dict()
+    for key in keys:
+        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if target not in parameters and key in parameters:
+            target, _ = rename_source_key(key, [], [], model.base_model_prefix, parameters)
+        yield key, target
+
+
+def _own_head(model: Any) -> list[str]:
+    """The name of the output head, unless its weight is that of another module."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head and head is not None), None)
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    return [] if name is None or any(key.startswith(f"{name}.") for key in tied) else [name]
+
+
+def _part_of(name: str, parts: list[str]) -> str | None:
+    return next((part for part in parts if name.startswith(f"{part}.")), None)
+
+
+@contextmanager
+def _one_after_the_other() -> Iterator[None]:
+    """transformers would read with four threads, whose heaps keep what the tensors took: a third more memory at the
+    peak, by chance, and no faster from a disk of 2 GB/s or from memory."""
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar for each call of its loader."""
+    logging = transformers.utils.logging
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,152 @@
+"""How faithful an int8 checkpoint is to the one it was made of: both read the same tokens, and are compared.
+
+1. Every window of the text goes through the reference and through the int8 model, one window at a time, so that no
+   window's outlier columns depend on another's.
+2. At each position the two distributions over the vocabulary are compared; see `paired_statistics`. At each decoder
+   layer the two hidden states are: an error that begins at a layer shows from there on.
+3. If both models fit in memory, they are held there; else they go through the layers in lockstep, see `lockstep`. The
+   results are the same to rounding.
+
+The int8 model is what `int8convert.load` gives, in its own dtype. The reference is computed in float32 on the CPU,
+where 16 bits are slower and less exact, and in its own dtype elsewhere: what the int8 model's 16-bit parts round is in
+the result, too.
+
+Does not know how other texts would come out, and says nothing of tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from int8convert.errors import SourceError
+from int8convert.runtime.device import choose_device
+from int8convert.runtime.text.windows import TokenWindows
+from int8convert.verification.fidelity.comparison import Comparison, FidelityTask
+from int8convert.verification.fidelity.in_memory import compare_in_memory
+from int8convert.verification.fidelity.lockstep import compare_in_lockstep
+from int8convert.verification.fidelity.memory import available_bytes, peak_bytes, start_peak
+from int8convert.verification.fidelity.paired_statistics import Interval
+from int8convert.verification.fidelity.progress import ProgressHandler
+from int8convert.verification.fidelity.stream_plan import USABLE, bytes_in_memory
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityReport:
+    """What one arithmetic of the int8 model does to the predictions.
+
+    Attributes:
+        mode: the arithmetic that ran, one of `int8convert.verification.fidelity.arithmetic.MODES`.
+        threshold: magnitude from which a column is an outlier; None where the mode looks for none.
+        outlier_share: of the columns of the int8 layers' inputs, those that stayed 16-bit, 0 to 1.
+        dtype, reference_dtype: of what is not int8 in the model, and of the reference.
+        layer_errors: decoder layer -> |difference of the hidden states| / |reference's| after it, in the order of the
+            layers, each after all the int8 layers before it.
+        streamed: layer by layer; else both models were in memory.
+        peak_memory_bytes: the most that was resident in this process, files that were mapped included; without what a
+            GPU held.
+        seconds: of the whole measurement, which all its arithmetics share.
+        convention: how the text was cut, which tokens were scored, and how perplexity comes of it.
+
+    All others: see `int8convert.verification.fidelity.paired_statistics.PairedSummary`.
+    """
+
+    mode: str
+    threshold: float | None
+    n_sequences: int
+    n_tokens: int
+    reference_perplexity: float
+    perplexity: float
+    delta_nll: float
+    delta_nll_interval: Interval
+    mean_kl: float
+    mean_kl_interval: Interval
+    median_kl: float
+    p99_kl: float
+    p999_kl: float
+    same_top1: float
+    delta_p: float
+    layer_errors: tuple[tuple[str, float], ...]
+    outlier_share: float
+    dtype: str
+    reference_dtype: str
+    device: str
+    streamed: bool
+    peak_memory_bytes: int
+    seconds: float
+    convention: str
+
+
+@torch.no_grad()
+def measure_fidelity(
+    reference: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    windows: TokenWindows,
+    *,
+    modes: Sequence[str] = (),
+    thresholds: Sequence[float] = (),
+    stream: bool | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    on_progress: ProgressHandler | None = None,
+) -> tuple[FidelityReport, ...]:
+    """Compare an int8 checkpoint with its source on a text.
+
+    Args:
+        reference: the source's directory.
+        out: the int8 checkpoint's directory.
+        windows: the tokens, by the reference's tokenizer.
+        modes: arithmetics, see `verification.fidelity.arithmetic`; none for what `int8convert.load` would run.
+        thresholds: each of these modes at each of these, where it looks for outliers; none for the checkpoint's own.
+        stream: layer by layer, or both models in memory; None is in memory if they fit.
+        device: "auto", "cpu" or "cuda[:n]".
+        trust_remote_code: code in the checkpoints may run.
+        on_progress: told of each step.
+
+    Returns:
+        one report for each arithmetic.
+
+    Raises:
+        Int8ConvertError: a checkpoint cannot be read, does not predict the next token, or has not what a mode needs.
+        ValueError: there is no such mode, or a threshold is negative.
+    """
+    began = time.perf_counter()
+    start_peak()
+    used = choose_device(device)
+    task = FidelityTask(reference, out, windows, tuple(modes), tuple(thresholds), used, trust_remote_code, on_progress)
+    if stream is None:
+        stream = bytes_in_memory(task) > USABLE * available_bytes(used)
+    measured = compare_in_lockstep(task) if stream else compare_in_memory(task)
+    return tuple(
+        FidelityReport(
+            mode=comparison.arithmetic.mode,
+            threshold=comparison.arithmetic.threshold,
+            **_statistics(comparison, reference),
+            layer_errors=comparison.layer_errors(),
+            outlier_share=comparison.columns.share,
+            dtype=str(measured.dtype).removeprefix("torch."),
+            reference_dtype=str(measured.reference_dtype).removeprefix("torch."),
+            device=used,
+            streamed=stream,
+            peak_memory_bytes=peak_bytes(),
+            seconds=time.perf_counter() - began,
+            convention=windows.convention,
+        )
+        for comparison in measured.comparisons
+    )
+
+
+def _statistics(comparison: Comparison, reference: str | os.PathLike[str]) -> dict[str, Any]:
+    summary = asdict(comparison.statistics.summarize())
+    if math.isnan(summary["reference_perplexity"]):
+        raise SourceError(
+            f"'{os.fspath(reference)}' predicts NaN on this text: there is nothing to compare with",
+            "the exact comparison needs no predictions",
+        )
+    return summary

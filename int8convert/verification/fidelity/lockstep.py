@@ -1,0 +1,203 @@
+"""Reference and int8 model layer by layer, for models that do not fit in memory.
+
+1. Of each model only what lies outside of the decoder layers is loaded; see `layered_model`.
+2. For each decoder layer: the reference's weights are loaded, all windows go through, the weights are let go of; then
+   the same with the int8 model, once for each of its arithmetics, and the hidden states are compared.
+3. At the end the output heads are loaded, and give the logits of each window, some positions at a time.
+
+A layer is run by the model's own forward, so that masks, positions and whatever else a layer is given are what the
+model makes of them: layers before the one that runs hand on what is there, the last of them the hidden state that was
+kept, and behind the one that runs the forward is left. So each layer is loaded once, and what it is given is made anew
+for each window, which costs little beside the layer.
+
+Costs of memory: one decoder layer of one of the models, embeddings and heads of both, and the hidden states of all
+windows, which lie in files where they would take too much. Time is that of tokens times layers, and of reading both
+checkpoints once.
+
+Does not know layers that hand on more than one hidden state, by another way than the model's forward: these are
+refused where that shows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from int8convert.errors import SourceError
+from int8convert.runtime.models import check_length
+from int8convert.runtime.pretrained import model_errors
+from int8convert.runtime.text.windows import TokenWindows
+from int8convert.verification.fidelity.arithmetic import running
+from int8convert.verification.fidelity.comparison import (
+    Comparison,
+    FidelityTask,
+    Measured,
+    check_vocabulary,
+    hidden_state,
+)
+from int8convert.verification.fidelity.hidden_states import HiddenStates
+from int8convert.verification.fidelity.layered_model import LayeredModel
+from int8convert.verification.fidelity.progress import Steps
+from int8convert.verification.fidelity.stream_plan import LOGITS_AT_A_TIME, plan_stream
+
+
+class _LayerDone(BaseException):
+    """Leaves a model's forward behind the layer that was to run; no Exception, lest model code catches it."""
+
+
+class LayerRunner:
+    """Runs one decoder layer at a time, or the output head, inside the model's own forward.
+
+    Attributes:
+        n_forwards: how often a decoder layer ran.
+    """
+
+    def __init__(self, layered: LayeredModel) -> None:
+        self._model = layered.model
+        self._layers = list(layered.layers.values())
+        self._forwards = [layer.forward for layer in self._layers]
+        self._current = 0
+        self._state: torch.Tensor | None = None
+        self._output: Any = None
+        self._n_outputs: int | None = None
+        self.n_forwards = 0
+        for i, layer in enumerate(self._layers):
+            layer.forward = partial(self._forward, i)
+
+    def run(self, layer: int, ids: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
+        """What a layer, counted from 0, makes of a window.
+
+        Args:
+            ids: int64 [length].
+            state: what the layer before made of it; None for the first layer.
+        """
+        self._current, self._state = layer, state
+        try:
+            self._call(ids)
+        except _LayerDone:
+            output, self._output, self._state = hidden_state(self._output), None, None
+            return output
+        self._refuse(f"does not run its layer {layer}")
+
+    def logits(self, ids: torch.Tensor, state: torch.Tensor) -> Iterator[torch.Tensor]:
+        """[positions, vocabulary], some positions after the other, from what the last layer made of a window."""
+        self._current, self._state = len(self._layers), state
+        if "logits_to_keep" not in inspect.signature(self._model.forward).parameters:
+            yield self._call(ids).logits[0]
+            return
+        step = max(1, LOGITS_AT_A_TIME // self._model.config.get_text_config().vocab_size)
+        for positions in torch.arange(len(ids)).split(step):
+            yield self._call(ids, logits_to_keep=positions.to(self._model.device)).logits[0]
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise SourceError(
+            f"{type(self._model).__name__} {what}: it cannot be run layer by layer",
+            "such a model is measured with both models in memory",
+        )
+
+    def _call(self, ids: torch.Tensor, **options: Any) -> Any:
+        with model_errors(self._model):
+            return self._model(ids[None].to(self._model.device), use_cache=False, **options)
+
+    def _forward(self, i: int, *inputs: Any, **named: Any) -> Any:
+        """In place of the forward of layer i."""
+        if i == self._current:
+            shared = [value for value in (*inputs, *named.values()) if isinstance(value, MutableMapping | list)]
+            sizes = [len(value) for value in shared]
+            self._output = self._forwards[i](*inputs, **named)
+            if sizes != [len(value) for value in shared]:
+                self._refuse(f"hands on more than a hidden state from its layer {i} to others")
+            self._n_outputs = len(self._output) if isinstance(self._output, tuple) else None
+            self.n_forwards += 1
+            raise _LayerDone
+        received = next(iter((*inputs, *named.values())))
+        state = self._state.to(received.device) if i == self._current - 1 and self._state is not None else received
+        return state if self._n_outputs is None else (state, *(None,) * (self._n_outputs - 1))
+
+
+def compare_in_lockstep(task: FidelityTask) -> Measured:
+    """Run all windows through both models, layer by layer.
+
+    Raises:
+        SourceError: the model cannot be run layer by layer.
+        CorruptFileError: weights are missing, or do not fit.
+        DiskFullError: hidden states have to lie in files, and there is no room.
+    """
+    plan = plan_stream(task)
+    steps = Steps(task.on_progress, True, plan.peak_bytes, plan.n_layers + 1)
+    steps.start()
+    exact = LayeredModel(task.reference, task.load_reference, task.settle_reference)
+    check_length(exact.model, task.windows)
+    int8 = LayeredModel(task.out, task.load_int8)
+    comparisons = task.start_comparisons(int8.model)
+    steps.n_steps = len(exact.layers) + 1
+    folder = tempfile.TemporaryDirectory(prefix="int8convert-") if plan.states_in_files else nullcontext()
+    with folder as path:
+        lockstep = _Lockstep(exact, int8, task.windows, comparisons, Path(path) if path else None)
+        for i, name in enumerate(exact.layers):
+            lockstep.run_layer(i, name)
+            steps.finish(name)
+        lockstep.run_heads()
+        steps.finish("head")
+    return Measured(comparisons, int8.model.dtype, exact.model.dtype)
+
+
+class _Lockstep:
+    """Both models, and the hidden states of all windows."""
+
+    def __init__(
+        self,
+        exact: LayeredModel,
+        int8: LayeredModel,
+        windows: TokenWindows,
+        comparisons: tuple[Comparison, ...],
+        folder: Path | None,
+    ) -> None:
+        self._exact, self._int8 = exact, int8
+        self._exact_runner, self._int8_runner = LayerRunner(exact), LayerRunner(int8)
+        self._windows = windows
+        self._exact_states = HiddenStates(folder)
+        self._int8_states = [(comparison, HiddenStates(folder)) for comparison in comparisons]
+
+    def run_layer(self, i: int, name: str) -> None:
+        """Hand all windows on by one layer."""
+        with self._exact.holding(name):
+            for w, ids in enumerate(self._windows.ids):
+                self._exact_states[w] = self._exact_runner.run(i, ids, self._exact_states[w] if i else None)
+        with self._int8.holding(name):
+            for comparison, states in self._int8_states:
+                with running(self._int8.layers[name], comparison.arithmetic, comparison.columns):
+                    for w, ids in enumerate(self._windows.ids):
+                        states[w] = self._int8_runner.run(i, ids, states[w] if i else None)
+                        comparison.add_layer(name, states[w], self._exact_states[w])
+
+    def run_heads(self) -> None:
+        """Make logits of the last hidden states, and count them."""
+        with self._exact.holding(self._exact.head), self._int8.holding(self._int8.head):
+            for comparison, states in self._int8_states:
+                with running(self._int8.model, comparison.arithmetic, comparison.columns):
+                    for w in range(len(self._windows.ids)):
+                        self._count(comparison, w, states[w])
+
+    def _count(self, comparison: Comparison, w: int, state: torch.Tensor) -> None:
+        ids = self._windows.ids[w]
+        blocks = zip(
+            self._exact_runner.logits(ids, self._exact_states[w]), self._int8_runner.logits(ids, state), strict=True
+        )
+        first, begin = self._windows.scored_from(w) - 1, 0
+        continues = False
+        for exact, int8 in blocks:
+            check_vocabulary(int8, exact)
+            scored = slice(max(first - begin, 0), min(len(exact), len(ids) - 1 - begin))
+            targets = ids[1:][begin : begin + len(exact)][scored]
+            begin += len(exact)
+            if len(targets):
+                comparison.statistics.add(int8[scored], exact[scored], targets, continues=continues)
+                continues = True

@@ -1,0 +1,102 @@
+"""What a comparison takes in memory, from the files' headers: both models at once, or layer by layer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
+from int8convert.runtime.models import read_config
+from int8convert.runtime.pretrained import model_class
+from int8convert.sources import open_source
+from int8convert.verification.fidelity.comparison import FidelityTask
+from int8convert.verification.fidelity.memory import available_bytes, resident_bytes
+from int8convert.verification.fidelity.paired_statistics import BLOCK_ELEMENTS
+
+_CODE_BYTES = 200_000_000
+"""What is imported and compiled while the first measurement runs, and what the allocator keeps: 134 MB measured on
+Linux x86-64, Python 3.11, torch 2.13, transformers 5.23."""
+
+USABLE = 0.9
+"""Share of the memory at hand that a measurement may plan for."""
+
+LOGITS_AT_A_TIME = 1 << 24
+"""Elements of a model's logits that are made at a time when streamed: 64 MiB in float32."""
+
+_STATES_SHARE = 0.25
+"""Share of the memory at hand that hidden states may take; beyond it they lie in files."""
+
+_LAYER = re.compile(r"(?:.*?\.)??(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """A comparison layer by layer.
+
+    Attributes:
+        peak_bytes: that will be resident in this process.
+        n_layers: of the model.
+        states_in_files: hidden states would take too much memory.
+    """
+
+    peak_bytes: int
+    n_layers: int
+    states_in_files: bool
+
+
+def bytes_in_memory(task: FidelityTask) -> int:
+    """What both models and a window on its way through them take."""
+    text = read_config(task.reference, task.trusts_code).get_text_config()
+    window = 4 * task.windows.ids.shape[1] * (text.num_hidden_layers * text.hidden_size + 2 * text.vocab_size)
+    models = sum(_reference_bytes(tensor, task.device) for tensor in _tensors(task.reference))
+    models += sum(tensor.n_bytes for tensor in _tensors(task.out))
+    return models + int(window) + _working_bytes(task)
+
+
+def plan_stream(task: FidelityTask) -> StreamPlan:
+    """What the comparison takes layer by layer, as far as names and shapes tell."""
+    config = read_config(task.reference, task.trusts_code).get_text_config()
+    states = 4 * (1 + task.n_arithmetics) * task.windows.ids.numel() * config.hidden_size
+    in_files = states > _STATES_SHARE * available_bytes("cpu")
+    rest, layers = 0, [0]
+    for path, is_reference in ((task.reference, True), (task.out, False)):
+        held: Counter[int] = Counter()
+        for tensor in _tensors(path):
+            layer = _LAYER.match(tensor.name)
+            n_bytes = _reference_bytes(tensor, task.device) if is_reference else tensor.n_bytes
+            if layer is None:
+                rest += n_bytes
+            else:
+                # Beside what is held: tensors that wait for the change of dtype, or for being put together.
+                held[int(layer[1])] += n_bytes + max(tensor.n_bytes, n_bytes if _is_of_expert(tensor.name) else 0)
+        layers += held.values()
+    peak = resident_bytes() + rest + max(layers) + _working_bytes(task) + (0 if in_files else states)
+    return StreamPlan(peak, int(config.num_hidden_layers), in_files)
+
+
+def _tensors(path: Any) -> list[StoredTensor]:
+    return [tensor for shard in open_source(path).shards for tensor in shard.tensors]
+
+
+def _is_of_expert(name: str) -> bool:
+    return len(re.findall(r"\.\d+(?=\.)", f".{name}")) > 1
+
+
+def _reference_bytes(tensor: StoredTensor, device: str) -> int:
+    """What a tensor of the reference takes in memory: on the CPU it is held in float32."""
+    is_float = tensor.dtype.startswith(("F", "BF"))
+    return tensor.n_elements * (4 if is_float and device == "cpu" else DTYPE_BYTES[tensor.dtype])
+
+
+def _working_bytes(task: FidelityTask) -> int:
+    """Of one window inside one layer: inputs, inner features, a mask; all scores where a model knows no other way. And
+    of one block of logits, with what the statistics make of it."""
+    whole = read_config(task.reference, task.trusts_code)
+    config = whole.get_text_config()
+    length = task.windows.ids.shape[1]
+    n_score_tables = 2 if getattr(model_class(whole), "_supports_sdpa", False) else 3 * config.num_attention_heads
+    layer = 4 * length * (32 * int(config.hidden_size) + length * int(n_score_tables))
+    n_logits = length * int(config.vocab_size)
+    return layer + 6 * 8 * min(BLOCK_ELEMENTS, n_logits) + 4 * 4 * min(LOGITS_AT_A_TIME, n_logits) + _CODE_BYTES

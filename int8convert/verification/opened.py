@@ -1,0 +1,92 @@
+"""The int8 checkpoint that is looked at: a directory, or a repository on the Hub.
+
+Of a repository, config, small files and what a conversion of ours wrote beside the weights are had through the cache of
+the Hub's client. Its weight files are read from there as far as the cache has them, else by range; what the manifest
+says of them is then compared with what the Hub lists, for a range has no hash.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from int8convert.checkpoint.loaders.present_files import find_present, is_listed
+from int8convert.checkpoint.names import MANIFEST_NAME, OUTLIERS_FILE
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.sources import open_source
+
+_OWN_FILES = (MANIFEST_NAME, OUTLIERS_FILE)
+
+
+@dataclass(frozen=True, slots=True)
+class ExaminedCheckpoint:
+    """An int8 checkpoint, opened.
+
+    Attributes:
+        source: its config, headers and small files.
+        names: the files that lie there, by their path with `/`, whether a loader takes them or not.
+        refused: what lies there and is no file of it -> why; see `PresentFiles`.
+    """
+
+    source: CheckpointSource
+    names: frozenset[str] = field(repr=False)
+    refused: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def weight_files(self) -> frozenset[str]:
+        """Names of the safetensors files that lie there, whether its index names them or not."""
+        return frozenset(name for name in self.names if "/" not in name and name.endswith(".safetensors"))
+
+    def path_of(self, name: str) -> Path | None:
+        """Return where a file is; None if it is no file of the checkpoint, or on the Hub and not here."""
+        if name not in self.names or name in self.refused:
+            return None
+        path = self.source.directory / name
+        return path if path.is_file() else None
+
+
+def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> ExaminedCheckpoint:
+    """Read config, index, headers and manifest; no weights.
+
+    Args:
+        revision: of a repository on the Hub.
+
+    Raises:
+        Int8ConvertError: as `open_source`.
+    """
+    source = open_source(out, revision, ignores_adapter=True)  # `exact_beside` finds it
+    if source.commit is None:
+        present = find_present(source.directory)
+        return ExaminedCheckpoint(source, frozenset(present.files), present.refused)
+    from int8convert.hub.cached_copy import fetch_beside, reading_cached
+
+    names = fetch_beside(source, _OWN_FILES)
+    return ExaminedCheckpoint(reading_cached(source), frozenset(filter(is_listed, names)))
+
+
+@dataclass(frozen=True, slots=True)
+class HubReading:
+    """What is about to be read of a repository on the Hub.
+
+    Attributes:
+        n_bytes: of weight files that come over the network; without what the cache of the Hub's client has.
+        is_kept: they go into that cache, whole files; else nothing of them stays here.
+    """
+
+    repository: str
+    commit: str
+    n_bytes: int
+    is_kept: bool
+
+
+def hub_reading(source: CheckpointSource, is_kept: bool = False) -> HubReading | None:
+    """What reading all of a checkpoint takes from the Hub; None of a directory."""
+    if source.commit is None:
+        return None
+    return HubReading(source.label, source.commit, sum(map(_remote_bytes, source.shards)), is_kept)
+
+
+def _remote_bytes(shard: SourceShard) -> int:
+    return shard.n_bytes if shard.remote is not None else 0

@@ -1,0 +1,172 @@
+"""What `verify` found out, and whether that passes; docs/verify-json.md is its form as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from int8convert.sources import is_repository_name
+from int8convert.verification.checks import Check
+from int8convert.verification.earlier_failures import EarlierFailure, Status
+from int8convert.verification.exact.level import ExactReport
+from int8convert.verification.gates import Gates
+
+if TYPE_CHECKING:
+    from int8convert.verification.fidelity.level import FidelityReport
+    from int8convert.verification.method_table import MethodRow
+    from int8convert.verification.tasks import TaskReport
+
+
+METHOD_COLUMNS = ("method", "perplexity", "delta-NLL", "95 % interval", "KL, mean", "same top token")
+METHODS_TITLE = "Methods of the paper's Table 1, simulated on the source; no gate"
+
+
+@dataclass(frozen=True, slots=True)
+class TextUsed:
+    """What was measured on.
+
+    Attributes:
+        name, sha256: of the file.
+        description: what it is, for people.
+        n_text_tokens: of the whole text.
+        n_sequences, length: windows of so many tokens.
+        convention: how they were cut, and what perplexity means then.
+        dataset: its name, of one that others measure on, too; None of a text of one's own.
+    """
+
+    name: str
+    sha256: str
+    description: str
+    is_default: bool
+    n_text_tokens: int
+    n_sequences: int
+    length: int
+    convention: str
+    dataset: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The outcome of `verify`.
+
+    Attributes:
+        out: the int8 checkpoint, as the caller named it.
+        reference: the source: a repository on the Hub, or a directory; None if `out` cannot even be opened.
+        level: the one asked for; the levels below it come first, and one that fails is the last.
+        files: those of the checkpoint that were looked at -> sha256, to tell later whether the report is of what is
+            there.
+        fidelity: one for each arithmetic that was run; empty if that level was not reached.
+        sweep: the same at several outlier thresholds, if asked for; no gate looks at it.
+        methods: the int8 methods of the paper's Table 1, simulated on the source, if asked for; no gate looks at them.
+        tasks: one for each metric of each task; empty if that level was not reached.
+        earlier_failures: what earlier runs measured, failed, and this one does not clear.
+        failures: one line for each thing that is wrong, earlier failures that stand included.
+    """
+
+    tool: str
+    out: str
+    level: str
+    gates: Gates
+    files: dict[str, str]
+    exact: ExactReport
+    text: TextUsed | None = None
+    fidelity: tuple[FidelityReport, ...] = ()
+    sweep: tuple[FidelityReport, ...] = ()
+    methods: tuple[MethodRow, ...] = ()
+    tasks: tuple[TaskReport, ...] = ()
+    reference: str | None = None
+    elapsed_s: float = 0.0
+    earlier_failures: tuple[EarlierFailure, ...] = ()
+    failures: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = [line for check in self.exact.checks if not check.is_passed for line in _describe(check)]
+        found += [line for report in self.fidelity for line in self.gates.failures(report)]
+        found += [line for task in self.tasks for line in self.gates.task_failures(task)]
+        found += [line for earlier in self.standing for line in earlier.lines()]
+        object.__setattr__(self, "failures", tuple(found))
+
+    @property
+    def standing(self) -> tuple[EarlierFailure, ...]:
+        """Earlier failures because of which the checkpoint does not pass, whatever this run found."""
+        return tuple(earlier for earlier in self.earlier_failures if earlier.status is Status.STANDS)
+
+    @property
+    def is_passed(self) -> bool:
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; numbers JSON has not are strings: "inf", "nan"."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        first = {"schema": 1, "is_passed": self.is_passed, "failures": values.pop("failures")}
+        result: dict[str, Any] = _plain({**first, **values})
+        result["exact"]["is_passed"] = self.exact.is_passed
+        del result["exact"]["files"]  # they are those of the whole report
+        return result
+
+    def to_published_json(self) -> dict[str, Any]:
+        """The same without the places of this machine: of directories the last name alone."""
+        result = self.to_json()
+        result["out"] = result["exact"]["out"] = Path(self.out).resolve().name
+        if self.reference is not None:
+            is_repository = is_repository_name(self.reference)
+            result["reference"] = self.reference if is_repository else Path(self.reference).resolve().name
+        result["exact"]["reference"] = result["reference"]
+        return result
+
+
+def fidelity_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[str]]]:
+    """What to show of the fidelity level: label -> the number of each arithmetic, for people."""
+    rows: list[tuple[str, Callable[[FidelityReport], str]]] = [
+        ("outlier threshold", lambda r: "none" if r.threshold is None else f"{r.threshold:g}"),
+        ("columns in 16 bits", lambda r: f"{100 * r.outlier_share:.1f} %"),
+        ("perplexity, source", lambda r: f"{r.reference_perplexity:,.6g}"),
+        ("perplexity, int8", lambda r: f"{r.perplexity:,.6g}"),
+        ("delta-NLL", lambda r: f"{r.delta_nll:+.6f}"),
+        ("  95 % interval", lambda r: f"{r.delta_nll_interval[0]:+.6f} to {r.delta_nll_interval[1]:+.6f}"),
+        ("KL, mean", lambda r: f"{r.mean_kl:.6f}"),
+        ("  95 % interval", lambda r: f"{r.mean_kl_interval[0]:.6f} to {r.mean_kl_interval[1]:.6f}"),
+        ("KL, median", lambda r: f"{r.median_kl:.6f}"),
+        ("KL, 99 %", lambda r: f"{r.p99_kl:.6f}"),
+        ("KL, 99.9 %", lambda r: f"{r.p999_kl:.6f}"),
+        ("same top token", lambda r: f"{100 * r.same_top1:.1f} %"),
+        ("delta-p, rms", lambda r: f"{r.delta_p:.6f}"),
+        ("streamed", lambda r: "yes" if r.streamed else "no"),
+        ("peak memory", lambda r: f"{r.peak_memory_bytes / 1e6:,.0f} MB"),
+        ("time", lambda r: f"{r.seconds:,.1f} s"),
+    ]
+    return [(label, [shown(report) for report in reports]) for label, shown in rows]
+
+
+def method_rows(rows: Sequence[MethodRow]) -> list[tuple[str, ...]]:
+    """What to show of the methods, under `METHOD_COLUMNS`."""
+    return [
+        (
+            *(row.method, f"{row.perplexity:,.6g}", f"{row.delta_nll:+.5f}"),
+            f"{row.delta_nll_interval[0]:+.5f} to {row.delta_nll_interval[1]:+.5f}",
+            *(f"{row.mean_kl:.6f}", f"{100 * row.same_top1:.1f} %"),
+        )
+        for row in rows
+    ]
+
+
+def _describe(check: Check) -> Iterator[str]:
+    """A line for each of the first few findings; the others counted."""
+    n_shown = 3
+    for finding in check.findings[:n_shown]:
+        yield f"{check.name}: {finding}"
+    if check.n_findings > n_shown:
+        yield f"{check.name}: and {check.n_findings - n_shown:,} more tensors or files"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

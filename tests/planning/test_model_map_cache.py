@@ -1,0 +1,112 @@
+"""A map made before is used again for the same question, and for no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from int8convert.planning.model_map import cache
+from int8convert.planning.model_map.model_map import ModuleFilter
+from int8convert.planning.model_map.process import ModelMapProcess, parse_worker_answer, worker_request
+from int8convert.planning.model_map.worker import answer
+from int8convert.sources import open_source
+from tests.tools.tiny_models import edit_config, save_checkpoint
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return save_checkpoint("llama", tmp_path / "llama")
+
+
+def remember(directory: Path, modules: ModuleFilter = ModuleFilter()) -> dict[str, Any]:  # noqa: B008
+    """Put the map into the cache as a child that made it would have."""
+    source = open_source(directory)
+    before = torch.get_default_dtype()
+    made = answer(worker_request(source, modules))
+    torch.set_default_dtype(before)
+    cache.ModelMapCache(source, modules).write(made)
+    return made
+
+
+def is_known(directory: Path, modules: ModuleFilter = ModuleFilter()) -> bool:  # noqa: B008
+    return cache.ModelMapCache(open_source(directory), modules).read() is not None
+
+
+def test_second_process_answers_without_starting_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ModelMapProcess(open_source(llama), ModuleFilter()).result()
+
+    def refuse(module: str) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("int8convert.planning.model_map.process.start_worker", refuse)
+    second = ModelMapProcess(open_source(llama), ModuleFilter())
+    assert second.result() == first
+    second.stop()
+
+
+def test_map_survives_the_way_to_the_disk_and_back(llama: Path) -> None:
+    made = remember(llama)
+    read = cache.ModelMapCache(open_source(llama), ModuleFilter()).read()
+    assert read is not None
+    assert parse_worker_answer(read, ModuleFilter()) == parse_worker_answer(made, ModuleFilter())
+
+
+def test_other_patterns_config_tensors_or_versions_are_another_question(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember(llama)
+    assert is_known(llama)
+    assert not is_known(llama, ModuleFilter(skip=("q_proj",)))
+    assert not is_known(llama, ModuleFilter(only=("q_proj",)))
+    assert not is_known(save_checkpoint("llama", tmp_path / "bf16", torch.bfloat16))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "version", lambda package: "0.0")
+        assert not is_known(llama)
+    edit_config(llama, tie_word_embeddings=True)
+    assert not is_known(llama)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"tensors": []}', b'{"tensors": {"a": 1}}', b"\xff"])
+def test_damaged_entry_is_none(damage: bytes, llama: Path, own_cache: Path) -> None:
+    remember(llama)
+    (entry,) = own_cache.rglob("*.json")
+    entry.write_bytes(damage)
+    assert not is_known(llama)
+
+
+def test_folder_that_cannot_be_is_an_empty_cache(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(llama / "config.json"))
+    remember(llama)
+    assert not is_known(llama)
+
+
+def test_name_rules_are_not_remembered(llama: Path, own_cache: Path) -> None:
+    edit_config(llama, architectures=["NovelForCausalLM"], model_type="novel")
+    assert ModelMapProcess(open_source(llama), ModuleFilter()).result().model_class is None
+    assert not list(own_cache.rglob("*.json"))
+
+
+def test_oldest_maps_are_forgotten(
+    llama: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MAX_MAPS", 2)
+    for pattern in ("q_proj", "k_proj", "v_proj"):
+        remember(llama, ModuleFilter(skip=(pattern,)))
+    assert len(list(own_cache.rglob("*.json"))) == 2
+    assert is_known(llama, ModuleFilter(skip=("v_proj",))) and not is_known(llama, ModuleFilter(skip=("q_proj",)))
+
+
+def test_user_without_a_home_has_no_cache_and_gets_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user without an entry in /etc/passwd; '~' would be a folder in the working directory."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    monkeypatch.chdir(tmp_path)
+    assert cache.cache_folder() is None
+    found = cache.ModelMapCache(open_source(save_checkpoint("opt", tmp_path / "source")), ModuleFilter())
+    found.write({"tensors": {}})
+    assert found.read() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

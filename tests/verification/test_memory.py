@@ -1,0 +1,55 @@
+"""How much memory there is: the least of what system, container and limits leave."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from int8convert.verification.fidelity import memory
+
+
+def test_machine_says_what_is_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    total = memory._read_kilobytes(Path("/proc/meminfo"))["MemTotal"]
+    assert 0 < memory.available_bytes("cpu") <= total
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("100000000", 70_000_000), ("20000000", 0)])
+def test_container_may_say_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.stat").write_text("anon 30000000\nfile 60000000\n")
+    assert memory.available_bytes("cpu") == expected
+
+
+def test_container_without_a_limit_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.stat").write_text("anon 30000000\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.available_bytes("cpu") > 30_000_000
+
+
+@pytest.mark.parametrize(("limit", "used"), [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
+def test_limit_of_the_process_counts_from_what_it_has(limit: str, used: str) -> None:
+    code = (
+        "import resource\nfrom pathlib import Path\nfrom int8convert.verification import memory\n"
+        f"has = memory._read_kilobytes(Path('/proc/self/status'))['{used}']\n"
+        f"resource.setrlimit(resource.{limit}, (has + 50_000_000, resource.RLIM_INFINITY))\n"
+        "print(memory.available_bytes('cpu'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 45_000_000 < int(result.stdout) <= 50_000_000
+
+
+def test_peak_counts_what_has_been_let_go_of() -> None:
+    memory.start_peak()
+    before = memory.resident_bytes()
+    np.ones(8_000_000)
+    assert before + 30_000_000 < memory.peak_bytes() <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory.start_peak()
+    assert memory.peak_bytes() < before + 30_000_000
