@@ -8,8 +8,8 @@ An operation has one name in every backend module, and one meaning, fixed by `re
 - `dequantize_epilogue`: the same from integer products that another library made.
 - `dequantize_fp8`: FP8 weights -> float32.
 
-`reference` is NumPy, slow and obvious; `cpu` is Numba on arrays; a module of an operation's own name is its CUDA
-kernels, which `launch` compiles and runs, and says why it cannot; `ops` has the operations as torch operators, and
-`int8_linear`, which is a layer. Import the module you want: importing this package compiles nothing and asks no device
-anything, and only the CUDA modules need numba-cuda.
+`reference` is NumPy, slow and obvious. `cpu` is Numba on arrays. `cuda` has a module of Numba-CUDA kernels for each
+operation; `cuda.launch` compiles and runs them, or says why it cannot. `ops` has the operations as torch operators, and
+`int8_linear`, which is a layer. Import the module you want: importing this package compiles nothing and queries no
+device. Only `cuda` needs numba-cuda.
 """

@@ -184,7 +184,7 @@ def bench_activation_quantize(ceilings: dict[str, float]) -> Iterator[dict[str, 
 
 def bench_variants(ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
     """The kernels for few tokens cut in other ways, by their planning functions' own parameters."""
-    from cuda_kernels import int8_gemv, int8_skinny
+    from cuda_kernels.cuda import int8_gemv, int8_skinny
 
     for module, tokens in ((int8_gemv, (1, 4, 8)), (int8_skinny, (16, 64))):
         for n_in, n_out in ((9216, 9216), (9216, 36864)):
@@ -200,8 +200,8 @@ def bench_variants(ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
 
 def best_cut(module: Any, layer: Layer) -> dict[str, Any]:
     """Seconds of the default plan, and of the fastest of its neighbours."""
-    from cuda_kernels import int8_operands
-    from cuda_kernels.launch import run
+    from cuda_kernels.cuda import int8_operands
+    from cuda_kernels.cuda.launch import run
 
     codes, *x = ops.activation_quantize(layer.x, layer.columns, 6.0, 0)
     y = torch.empty(layer.n_tokens, layer.n_out, device="cuda", dtype=torch.float16)

@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
     """Versions and the device; no names, no paths."""
     import torch
 
-    from cuda_kernels import launch
+    from cuda_kernels.cuda import launch
 
     found: dict[str, Any] = {"python": platform.python_version(), "kernels_unavailable": launch.unavailable()}
     for package in PACKAGES:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from hypothesis import settings
 
-from cuda_kernels.launch import unavailable
+from cuda_kernels.cuda.launch import unavailable
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
 from int8convert.planning.model_map.process import parse_worker_answer, worker_request

@@ -56,7 +56,7 @@ def choose_device(device: str) -> Device:
         return Device("cpu", pace) if _NVIDIA.exists() else CPU
     import torch
 
-    from cuda_kernels.launch import unavailable
+    from cuda_kernels.cuda.launch import unavailable
 
     reason = unavailable(torch.device(device))
     if reason is not None:

@@ -22,7 +22,7 @@ from int8convert.errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
-    from cuda_kernels.launch import Launch
+    from cuda_kernels.cuda.launch import Launch
 
 _DTYPE_OF_BITS = {bits: dtype for dtype, bits in cpu.BITS_DTYPE.items()}
 
@@ -33,7 +33,7 @@ class CudaStream:
     def __init__(self, name: str) -> None:
         import torch
 
-        from cuda_kernels.row_quantize import kept_bytes_of
+        from cuda_kernels.cuda.row_quantize import kept_bytes_of
 
         self._torch = torch
         self._device = torch.device(name)
@@ -76,7 +76,7 @@ class CudaStream:
         return self._torch.from_numpy(array.reshape(-1).view(np.uint8))
 
     def run(self, launches: Sequence[Launch]) -> None:
-        from cuda_kernels.launch import run
+        from cuda_kernels.cuda.launch import run
 
         run(launches, self._device)
 
@@ -141,7 +141,7 @@ class CudaScratch(Scratch):
             self._sums, self._host_sums = stream.empty(n_sum_bytes), stream.pinned(n_sum_bytes)
 
     def _launches(self, bits: npt.NDArray[Any]) -> list[Launch]:
-        from cuda_kernels.row_quantize import launches
+        from cuda_kernels.cuda.row_quantize import launches
 
         rows, columns = bits.shape
         weight, codes, sums = (self._stream.address(each) for each in (self._weight, self._device_codes, self._sums))

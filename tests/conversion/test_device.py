@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import int8convert
-from cuda_kernels import launch, reference
-from cuda_kernels.launch import CudaError, Launch
+from cuda_kernels import reference
+from cuda_kernels.cuda import launch
+from cuda_kernels.cuda.launch import CudaError, Launch
 from int8convert.checkpoint import rows
 from int8convert.conversion import cost, gpu
 from int8convert.conversion.device import choose_device

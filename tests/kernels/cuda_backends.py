@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cuda_kernels import (
+from cuda_kernels.cuda import (
     activation_quantize,
     dequantize_epilogue,
     int8_gemv,
@@ -18,9 +18,9 @@ from cuda_kernels import (
     int8_skinny,
     row_quantize,
 )
-from cuda_kernels.int8_matmul import Engine
-from cuda_kernels.int8_operands import Operands
-from cuda_kernels.launch import Launch
+from cuda_kernels.cuda.int8_matmul import Engine
+from cuda_kernels.cuda.int8_operands import Operands
+from cuda_kernels.cuda.launch import Launch
 from cuda_kernels.reference import QuantizedActivations, QuantizedRows
 from tests.kernels.outputs import Bits, Outputs
 from tests.tools.ptx import Memory, execute

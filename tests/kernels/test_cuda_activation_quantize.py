@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cuda_kernels.activation_quantize import Plan
+from cuda_kernels.cuda.activation_quantize import Plan
 from cuda_kernels.reference import QuantizedActivations
 from tests.kernels.backends import Reference, narrow, widen
 from tests.kernels.cuda_backends import Interpreted

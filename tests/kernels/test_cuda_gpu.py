@@ -21,7 +21,7 @@ def test_products_of_real_layers_are_within_their_bound(n_tokens: int, n_rows: i
 
 
 def test_a_token_s_output_does_not_depend_on_the_batch() -> None:
-    from cuda_kernels.int8_matmul import int8_matmul
+    from cuda_kernels.cuda.int8_matmul import int8_matmul
 
     product = make_product(512, 2048, 2048, "F16", n_outliers=6, n_found=3, capacity=4)
     weight = (product.weight_codes, product.weight_absmax, product.outlier_weight, product.bias)
@@ -38,8 +38,8 @@ def test_a_token_s_output_does_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize("n_tokens", [1, 8, 16, 512])
 def test_a_captured_layer_gives_the_same_bits_when_replayed(n_tokens: int, capacity: int) -> None:
     """Replayed on other tokens than were there at the capture, and twice."""
-    from cuda_kernels.activation_quantize import activation_quantize
-    from cuda_kernels.int8_matmul import int8_matmul
+    from cuda_kernels.cuda.activation_quantize import activation_quantize
+    from cuda_kernels.cuda.int8_matmul import int8_matmul
 
     torch.manual_seed(0)
     columns = torch.tensor([3, 77, 1000], dtype=torch.int32, device="cuda")
@@ -65,8 +65,8 @@ def test_a_captured_layer_gives_the_same_bits_when_replayed(n_tokens: int, capac
 
 
 def test_nothing_waits_for_the_device() -> None:
-    from cuda_kernels.activation_quantize import activation_quantize
-    from cuda_kernels.int8_matmul import int8_matmul
+    from cuda_kernels.cuda.activation_quantize import activation_quantize
+    from cuda_kernels.cuda.int8_matmul import int8_matmul
 
     x = torch.randn(16, 512, device="cuda").half()
     columns = torch.tensor([1, 2], dtype=torch.int32, device="cuda")

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cuda_kernels import int8_gemv, int8_skinny
-from cuda_kernels.int8_matmul import Engine
+from cuda_kernels.cuda import int8_gemv, int8_skinny
+from cuda_kernels.cuda.int8_matmul import Engine
 from tests.kernels.backends import widen
 from tests.kernels.cuda_backends import GEMV, SKINNY, Interpreted
 from tests.kernels.layers import Product, assert_close, make_product

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cuda_kernels import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
-from cuda_kernels.int8_operands import Operands
-from cuda_kernels.launch import Kernel
+from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
+from cuda_kernels.cuda.int8_operands import Operands
+from cuda_kernels.cuda.launch import Kernel
 from tests.tools.ptx.contraction import contractions
 from tests.tools.ptx.toolchain import Cubin, assemble
 

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from cuda_kernels import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
-from cuda_kernels.int8_matmul import Engine, choose
-from cuda_kernels.int8_operands import Operands
+from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
+from cuda_kernels.cuda.int8_matmul import Engine, choose
+from cuda_kernels.cuda.int8_operands import Operands
 
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 512, 8192]
 WIDTHS = [1, 33, 768, 1024, 2048, 5120, 9216, 12288, 36864]

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from cuda_kernels import activation_quantize, dequantize_epilogue, int8_matmul
-from cuda_kernels.launch import Launch
+from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_matmul
+from cuda_kernels.cuda.launch import Launch
 
 
 class Queue:

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from numba import cuda
 
-from cuda_kernels.intrinsics import high_as_float, larger_magnitudes, load_float, low_as_float, shuffle_up, shuffle_xor
-from cuda_kernels.launch import Kernel, Launch
-from cuda_kernels.reductions import block_max, block_sum, warp_max, warp_sum
+from cuda_kernels.cuda.launch import Kernel, Launch
+from cuda_kernels.cuda.ptx.scalars import (
+    high_as_float,
+    larger_magnitudes,
+    load_float,
+    low_as_float,
+    shuffle_up,
+    shuffle_xor,
+)
+from cuda_kernels.cuda.reductions import block_max, block_sum, warp_max, warp_sum
 from tests.kernels.cuda_backends import interpret
 from tests.tools.ptx import Memory
 

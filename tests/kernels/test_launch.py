@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numba import cuda
 
-from cuda_kernels import launch, ptx_cache
-from cuda_kernels.driver import Arguments, CudaError, Function
-from cuda_kernels.launch import Kernel, Launch, unavailable
+from cuda_kernels.cuda import launch, ptx_cache
+from cuda_kernels.cuda.driver import Arguments, CudaError, Function
+from cuda_kernels.cuda.launch import Kernel, Launch, unavailable
 
 types = cuda.types
 I32 = types.CPointer(types.int32)
@@ -277,7 +277,7 @@ def test_old_devices_and_drivers_are_told_apart(pretended_device: SimpleNamespac
 
 def test_importing_the_door_loads_nothing_heavy() -> None:
     code = (
-        "import sys, cuda_kernels.launch\n"
+        "import sys, cuda_kernels.cuda.launch\n"
         "print(sorted({'torch', 'numba', 'numpy', 'llvmlite', 'cuda'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

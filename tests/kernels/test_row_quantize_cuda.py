@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from cuda_kernels import reference, row_quantize
-from cuda_kernels.launch import Kernel
+from cuda_kernels import reference
+from cuda_kernels.cuda import row_quantize
+from cuda_kernels.cuda.launch import Kernel
 from tests.kernels.backends import DTYPES, narrow, widen
 from tests.kernels.cuda_backends import Interpreted, interpret
 from tests.kernels.outputs import Bits

@@ -18,7 +18,7 @@ import types, torch
 torch.cuda.init = lambda: None
 torch.cuda.get_device_capability = lambda index: (9, 9)
 torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0x55)
-from cuda_kernels import launch
+from cuda_kernels.cuda import launch
 from tests.kernels.test_launch import kernel
 device, one = torch.device("cuda:1"), kernel()
 one._compile = lambda cc: f".visible .entry e{cc[0]}{cc[1]}()"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,33 @@ def test_other_patterns_config_tensors_or_versions_are_another_question(
         assert not is_known(llama)
     edit_config(llama, tie_word_embeddings=True)
     assert not is_known(llama)
+
+
+def test_other_code_is_another_question(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(cache._PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "_PACKAGE", package)
+    remember(llama)
+    for name in ("planning/plan", "conversion/pipeline", "errors"):
+        (package / f"{name}.py").write_text("")
+    assert is_known(llama)
+    for name in cache.SHAPING_MODULES:
+        before = (package / f"{name}.py").read_text()
+        (package / f"{name}.py").write_text(f"{before}# ")
+        assert not is_known(llama), name
+        (package / f"{name}.py").write_text(before)
+    assert is_known(llama)
+
+
+def test_modules_in_the_key_are_those_the_child_imports() -> None:
+    code = (
+        "import sys, int8convert.planning.model_map.worker\n"
+        "print(*(name for name, module in sys.modules.items() if name.startswith('int8convert')"
+        " and not hasattr(module, '__path__')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    names = {name.removeprefix("int8convert.").replace(".", "/") for name in found}
+    assert names - {"errors", "checkpoint/names", "checkpoint/library_errors"} == {*cache.SHAPING_MODULES}
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"tensors": []}', b'{"tensors": {"a": 1}}', b"\xff"])

@@ -1,7 +1,7 @@
 """Model maps made before, so that the second command on a model does not wait for transformers to start.
 
 The map is a function of config.json, the tensors' headers, the user's patterns, and the code that makes it; all of them
-are in the key. Kept in the user's cache folder, the newest ones; removing the folder costs seconds, nothing else.
+are in the key. The newest maps are in the user's cache folder. Removing the folder costs seconds, nothing else.
 
 What it does not know: an edit in an installed transformers or torch that leaves their version as it is.
 """
@@ -24,6 +24,16 @@ from int8convert.planning.weights_dtype import dtype_of_weights
 
 MAX_MAPS = 100
 
+_PACKAGE = Path(__file__).parents[2]
+SHAPING_MODULES = (
+    *(f"planning/model_map/{name}" for name in ("build", "experts", "keys", "model_map", "needs", "worker")),
+    *("planning/expert_layouts", "planning/name_rules"),
+    *("runtime/build_bounds", "runtime/linear_subclasses", "runtime/weight_readers"),
+    *("formats/output_format", "checkpoint/stored_tensor", "patterns"),
+)
+"""The modules of int8convert that decide what a map says: those that the child process imports, without those that only
+name files and report errors."""
+
 
 def cache_folder() -> Path | None:
     """Where the maps are: `int8convert/model_maps` in $XDG_CACHE_HOME, by default ~/.cache; None without a home."""
@@ -37,7 +47,7 @@ class ModelMapCache:
     def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
         self._names = {tensor.name for tensor in as_loaded(source)}
         question = {
-            "code": [_sha256(path.read_bytes()) for path in _code()],
+            "code": [_sha256((_PACKAGE / f"{name}.py").read_bytes()) for name in SHAPING_MODULES],
             "versions": [platform.python_version(), _version("torch"), _version("transformers")],
             "config": source.config,
             "dtype": dtype_of_weights(source),
@@ -75,13 +85,6 @@ class ModelMapCache:
                 path.unlink(missing_ok=True)
         except OSError:
             pass
-
-
-def _code() -> list[Path]:
-    """The files that decide what a map says."""
-    conversion = Path(__file__).parent
-    runtime = conversion.parent / "runtime"
-    return [*sorted(conversion.glob("*.py")), runtime / "weight_readers.py", runtime / "linear_subclasses.py"]
 
 
 def _sha256(data: bytes) -> str:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from numba import cuda
 from numba.cuda import types
 
-from cuda_kernels import int8_operands
-from cuda_kernels import tile_intrinsics as tile
-from cuda_kernels.epilogue import make_epilogue
-from cuda_kernels.int8_operands import Operands, epilogue_arguments, epilogue_types
-from cuda_kernels.launch import Kernel, Launch, run
+from cuda_kernels.cuda import int8_operands
+from cuda_kernels.cuda.epilogue import make_epilogue
+from cuda_kernels.cuda.int8_operands import Operands, epilogue_arguments, epilogue_types
+from cuda_kernels.cuda.launch import Kernel, Launch, run
+from cuda_kernels.cuda.ptx import tiles as tile
 
 if TYPE_CHECKING:
     import torch

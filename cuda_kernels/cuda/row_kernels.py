@@ -12,7 +12,8 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cuda_kernels.intrinsics import (
+from cuda_kernels.cuda.launch import Kernel
+from cuda_kernels.cuda.ptx.scalars import (
     add_rn,
     bits_as_float,
     element_bytes,
@@ -30,8 +31,7 @@ from cuda_kernels.intrinsics import (
     stream_store_4_bytes,
     stream_store_8_bytes,
 )
-from cuda_kernels.launch import Kernel
-from cuda_kernels.reductions import block_max, block_sum, warp_max, warp_sum
+from cuda_kernels.cuda.reductions import block_max, block_sum, warp_max, warp_sum
 from cuda_kernels.reference import N_STEPS
 
 u32, u64, f32 = np.uint32, np.uint64, np.float32

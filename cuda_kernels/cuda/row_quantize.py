@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from cuda_kernels.launch import Launch, most_shared_bytes, run
-from cuda_kernels.row_kernels import BY_VALUES, OF_A_BLOCK, OF_A_WARP, VECTOR_BYTES, WARP_ROW_BYTES, WARPS
+from cuda_kernels.cuda.launch import Launch, most_shared_bytes, run
+from cuda_kernels.cuda.row_kernels import BY_VALUES, OF_A_BLOCK, OF_A_WARP, VECTOR_BYTES, WARP_ROW_BYTES, WARPS
 
 if TYPE_CHECKING:
     import torch

@@ -19,11 +19,11 @@ from numba import cuda
 from numba.cuda import types
 from numpy import uint32
 
-from cuda_kernels import group_intrinsics as group
-from cuda_kernels.group_intrinsics import GROUP
-from cuda_kernels.int8_operands import POINTER
-from cuda_kernels.intrinsics import population_count, shuffle_up
-from cuda_kernels.launch import Kernel
+from cuda_kernels.cuda.int8_operands import POINTER
+from cuda_kernels.cuda.launch import Kernel
+from cuda_kernels.cuda.ptx import groups as group
+from cuda_kernels.cuda.ptx.groups import GROUP
+from cuda_kernels.cuda.ptx.scalars import population_count, shuffle_up
 
 MARK_THREADS = 256
 

@@ -29,13 +29,13 @@ from numba import cuda
 from numba.cuda import types
 from numpy import float32, uint32
 
-from cuda_kernels import group_intrinsics as group
-from cuda_kernels.group_intrinsics import GROUP
-from cuda_kernels.int8_operands import POINTER, format_of
-from cuda_kernels.intrinsics import bits_as_float, multiply_rn, reciprocal_rn, store_8_bytes
-from cuda_kernels.launch import Kernel, Launch, run
-from cuda_kernels.outlier_columns import MARK_THREADS, make_take_found, make_take_stored, mark_kernel
-from cuda_kernels.reductions import block_max
+from cuda_kernels.cuda.int8_operands import POINTER, format_of
+from cuda_kernels.cuda.launch import Kernel, Launch, run
+from cuda_kernels.cuda.outlier_columns import MARK_THREADS, make_take_found, make_take_stored, mark_kernel
+from cuda_kernels.cuda.ptx import groups as group
+from cuda_kernels.cuda.ptx.groups import GROUP
+from cuda_kernels.cuda.ptx.scalars import bits_as_float, multiply_rn, reciprocal_rn, store_8_bytes
+from cuda_kernels.cuda.reductions import block_max
 from cuda_kernels.reference import N_STEPS
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from cuda_kernels.code_generation import I32, I64, call_ptx
-from cuda_kernels.tile_intrinsics import make_tile, values_of
+from cuda_kernels.cuda.ptx.code_generation import I32, I64, call_ptx
+from cuda_kernels.cuda.ptx.tiles import make_tile, values_of
 
 VECTOR = 16
 """Codes a lane reads at once."""

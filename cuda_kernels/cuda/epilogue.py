@@ -24,8 +24,8 @@ from numba import cuda
 from numba.cuda import types
 from numpy import float32, uint32
 
-from cuda_kernels import tile_intrinsics as tile
-from cuda_kernels.intrinsics import load_float, multiply_rn
+from cuda_kernels.cuda.ptx import tiles as tile
+from cuda_kernels.cuda.ptx.scalars import load_float, multiply_rn
 from cuda_kernels.reference import N_STEPS
 
 CHUNK = 8

@@ -26,10 +26,10 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cuda_kernels.epilogue import make_epilogue, shared_products
-from cuda_kernels.int8_operands import Operands, epilogue_arguments, epilogue_types
-from cuda_kernels.launch import Kernel, Launch
-from cuda_kernels.product_intrinsics import VECTOR, Turn, dp4a_tile, load_rows, warp_sums
+from cuda_kernels.cuda.epilogue import make_epilogue, shared_products
+from cuda_kernels.cuda.int8_operands import Operands, epilogue_arguments, epilogue_types
+from cuda_kernels.cuda.launch import Kernel, Launch
+from cuda_kernels.cuda.ptx.products import VECTOR, Turn, dp4a_tile, load_rows, warp_sums
 
 WARPS = 8
 THREADS = 32 * WARPS

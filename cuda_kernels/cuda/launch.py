@@ -17,8 +17,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuda_kernels.driver import Arguments, CudaError, Device, Function, check, held_device
-from cuda_kernels.ptx_cache import remembered
+from cuda_kernels.cuda.driver import Arguments, CudaError, Device, Function, check, held_device
+from cuda_kernels.cuda.ptx_cache import remembered
 
 if TYPE_CHECKING:
     import torch

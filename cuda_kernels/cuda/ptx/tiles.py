@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from cuda_kernels.code_generation import F32, I32, I64, call_ptx, narrow, widen
+from cuda_kernels.cuda.ptx.code_generation import F32, I32, I64, call_ptx, narrow, widen
 
 
 def values_of(builder: Any, tile: Any) -> list[Any]:

@@ -25,11 +25,11 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cuda_kernels.epilogue import make_epilogue, shared_products
-from cuda_kernels.int8_gemv import fitting, make_sweep
-from cuda_kernels.int8_operands import Operands, epilogue_arguments, epilogue_types
-from cuda_kernels.launch import Kernel, Launch
-from cuda_kernels.product_intrinsics import VECTOR, Turn, add_mma_tile, mma_tile
+from cuda_kernels.cuda.epilogue import make_epilogue, shared_products
+from cuda_kernels.cuda.int8_gemv import fitting, make_sweep
+from cuda_kernels.cuda.int8_operands import Operands, epilogue_arguments, epilogue_types
+from cuda_kernels.cuda.launch import Kernel, Launch
+from cuda_kernels.cuda.ptx.products import VECTOR, Turn, add_mma_tile, mma_tile
 
 LEAST_CAPABILITY = (8, 0)
 """The first compute capability with this mma."""

@@ -18,7 +18,7 @@ from numba.cuda.core.errors import TypingError
 from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
-from cuda_kernels.code_generation import (
+from cuda_kernels.cuda.ptx.code_generation import (
     CONSTRAINT,
     F32,
     I32,

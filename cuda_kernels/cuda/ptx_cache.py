@@ -1,8 +1,8 @@
 """PTX made before, so that a process does not wait a second for each of its kernels again.
 
-The PTX is a function of this package's source, the kernel and what it was made with, the compilers and the compute
-capability; all are in the key. Kept in the user's cache folder; removing the folder costs seconds,
-nothing else. The driver keeps the machine code it makes of it in a cache of its own.
+The PTX is a function of the source of this package and of `reference`, the kernel and what it was made with, the
+compilers and the compute capability; all are in the key. The files are in the user's cache folder. Removing the folder
+costs seconds, nothing else. The driver keeps the machine code it makes of the PTX in a cache of its own.
 
 What it does not know: what a kernel from outside this package calls there.
 """
@@ -87,7 +87,8 @@ def _write(path: Path, text: str) -> None:
 
 @functools.cache
 def _package_digest() -> str:
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    folder = Path(__file__).parent
+    sources = [path.read_bytes() for path in (folder.parent / "reference.py", *sorted(folder.rglob("*.py")))]
     return hashlib.sha256(b"".join(sources) + repr([_version(name) for name in _COMPILERS]).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from numba import cuda
 from numba.cuda import types
 
-from cuda_kernels.intrinsics import shuffle_xor
+from cuda_kernels.cuda.ptx.scalars import shuffle_xor
 
 
 @cuda.jit(device=True, inline="always")

@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from cuda_kernels.code_generation import F32, I32, I64, call_ptx, widen
-from cuda_kernels.product_intrinsics import load_before
-from cuda_kernels.tile_intrinsics import make_tile, multiply, values_of
+from cuda_kernels.cuda.ptx.code_generation import F32, I32, I64, call_ptx, widen
+from cuda_kernels.cuda.ptx.products import load_before
+from cuda_kernels.cuda.ptx.tiles import make_tile, multiply, values_of
 
 GROUP = 8
 """Values a thread takes at a time: 16 bytes of a 16-bit format."""

@@ -19,9 +19,9 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from cuda_kernels import dequantize_epilogue, int8_gemv, int8_operands, int8_skinny
-from cuda_kernels.int8_operands import Operands
-from cuda_kernels.launch import run
+from cuda_kernels.cuda import dequantize_epilogue, int8_gemv, int8_operands, int8_skinny
+from cuda_kernels.cuda.int8_operands import Operands
+from cuda_kernels.cuda.launch import run
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""PTX instructions that Numba-CUDA lacks, as functions that kernels call."""
