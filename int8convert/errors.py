@@ -29,6 +29,9 @@ traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def printable(text: str) -> str:
     """Text on one line: each character that does not print, such as the first of an escape sequence, is escaped."""
@@ -40,12 +43,17 @@ class Int8ConvertError(Exception):
 
     Args:
         message: what, where, expected against found. One line, no final stop.
-        hint: the next step, and what is on disk now. One line.
+        hint: the next step. One line.
 
     Both may quote a stranger: characters that do not print are escaped here, for every error.
+
+    Attributes:
+        state: what is on the disk, or on the Hub, now; "" where nothing could have been written. The command line
+            prints it after the hint. See `stating`.
     """
 
     exit_code = 1
+    state = ""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(printable(message))
@@ -57,6 +65,16 @@ class Int8ConvertError(Exception):
         """The stable name used in `--json`: `CorruptFileError` -> `corrupt_file`."""
         words = type(self).__name__.removesuffix("Error")
         return "".join("_" + c.lower() if c.isupper() else c for c in words).lstrip("_")
+
+
+@contextmanager
+def stating(state: str) -> Iterator[None]:
+    """Set the state of errors that pass, unless it is set already."""
+    try:
+        yield
+    except Int8ConvertError as error:
+        error.state = error.state or state
+        raise
 
 
 class SourceError(Int8ConvertError):

@@ -140,7 +140,7 @@ def check_lengths(directory: Path, names: Iterable[str]) -> None:
             raise OutputError(
                 f"{quoted(str(directory), 200)} cannot hold {quoted(name, 40)}: a name may have "
                 f"{max_name_bytes} bytes and a path {MAX_PATH_BYTES:,}, found {longest:,} and {n_bytes:,}",
-                "name another directory with a shorter path, or rename the file; nothing was written",
+                "name another directory with a shorter path, or rename the file",
             )
 
 

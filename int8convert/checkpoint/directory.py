@@ -51,7 +51,7 @@ def open_directory(directory: Path, label: str, ignores_adapter: bool = False) -
         where = f"{quoted(os.path.basename(error.filename))} in " if isinstance(error.filename, str) else ""
         raise SourceError(
             f"{where}{quoted(label, 300)} cannot be read: {error.strerror}",
-            "check that you may read the directory and that its disk works; nothing was written",
+            "check that you may read the directory and that its disk works",
         ) from error
 
 
@@ -86,7 +86,7 @@ def unfinished(label: str) -> SourceError:
     """The error for a conversion of ours that did not come to its end: config.json is written last."""
     return SourceError(
         f"{quoted(label, 300)} is an unfinished conversion",
-        "the quantize command that began it finishes it; nothing was written",
+        "the quantize command that began it finishes it",
     )
 
 
@@ -105,7 +105,7 @@ def found_file(directory: Path, name: str) -> Path:
     if path is None:
         raise CorruptFileError(
             f"{quoted(name)} is not there any more",
-            "leave the checkpoint alone while it is read, and rerun the same command; nothing was written",
+            "leave the checkpoint alone while it is read, and rerun the same command",
         )
     return path
 
@@ -137,7 +137,7 @@ def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
     ):
         raise CorruptFileError(
             f"'{index.name}' has no weight_map from tensor names to file names",
-            "fetch the index again; nothing was written",
+            "fetch the index again",
         )
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name or not file_name.endswith(suffix) or not file_name.isprintable():
@@ -164,7 +164,7 @@ def _shard_names(directory: Path, weight_map: dict[str, str], index_name: str) -
         if path is None:
             raise CorruptFileError(
                 f"'{index_name}' names shard {quoted(file_name)}, which is not there",
-                "fetch the missing shard and rerun the same command; nothing was written",
+                "fetch the missing shard and rerun the same command",
             )
         # Links cost nothing: a thousand of them to one large header would cost the memory of a thousand.
         status = path.stat()
@@ -172,6 +172,6 @@ def _shard_names(directory: Path, weight_map: dict[str, str], index_name: str) -
         if other != file_name:
             raise CorruptFileError(
                 f"'{index_name}' names shards {quoted(other)} and {quoted(file_name)}, which are one file",
-                "fetch the checkpoint again; nothing was written",
+                "fetch the checkpoint again",
             )
     return names

@@ -41,7 +41,7 @@ def read_json_object(
     Raises:
         CorruptFileError: absurdly large, a Git LFS pointer, not JSON, or not an object.
     """
-    hint = "fetch this file again; nothing was written"
+    hint = "fetch this file again"
     return parse_json_object(_read(path, max_bytes), quoted(path.name), hint, allow_nan, allow_lone_surrogates)
 
 
@@ -69,7 +69,7 @@ def read_own_json(path: Path) -> dict[str, Any]:
 def read_own_hashed_json(path: Path) -> tuple[dict[str, Any], str]:
     """As `read_own_json`, with the sha256 of the very bytes that were parsed."""
     content = _read(path, MAX_JSON_BYTES)
-    hint = "fetch this file again; nothing was written"
+    hint = "fetch this file again"
     value = parse_json_object(content, quoted(path.name), hint, allow_nan=True, allow_lone_surrogates=True)
     return value, hashlib.sha256(content).hexdigest()
 
@@ -77,7 +77,7 @@ def read_own_hashed_json(path: Path) -> tuple[dict[str, Any], str]:
 def _read(path: Path, max_bytes: int) -> bytes:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # opening a named pipe waits until somebody writes into it
-        raise CorruptFileError(f"{quoted(path.name)} is no file", "fetch this file again; nothing was written")
+        raise CorruptFileError(f"{quoted(path.name)} is no file", "fetch this file again")
     _check_bytes(path.name, status.st_size, max_bytes)
     content = path.read_bytes()
     refuse_pointer(content, path.name)
@@ -162,14 +162,14 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptFileError(
             f"{quoted(path.name)} holds a JSON {type(value).__name__}, not an object",
-            "fetch this file again; nothing was written",
+            "fetch this file again",
         )
     return value
 
 
 def read_config_value(path: Path) -> dict[str, Any] | list[Any]:
     """Return the content of a small JSON file of a source, an object or not; raises as `read_config`."""
-    hint = "fetch this file again; nothing was written"
+    hint = "fetch this file again"
     value = _parse(_read(path, MAX_CONFIG_BYTES), quoted(path.name), hint, allow_nan=True)
     if not isinstance(value, dict | list):
         raise CorruptFileError(f"{quoted(path.name)} holds a JSON {type(value).__name__}, not an object", hint)

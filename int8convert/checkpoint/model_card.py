@@ -31,7 +31,7 @@ def read_card(path: Path) -> bytes:
     if len(content) > MAX_CARD_BYTES:
         raise CorruptFileError(
             f"the model card {quoted(str(path), 200)} has more than {MAX_CARD_BYTES:,} bytes",
-            "make it shorter, or remove it to have one written; nothing was sent",
+            "make it shorter, or remove it to have one written",
         )
     return content
 

@@ -99,15 +99,13 @@ def find_file(directory: Path, name: str) -> Path | None:
     except OSError as error:
         raise SourceError(
             f"{quoted(name)} is a link that leads nowhere: {error.strerror}",
-            "fetch the file again, or remove the link; nothing was written",
+            "fetch the file again, or remove the link",
         ) from None
     mode = status.st_mode
     if not stat.S_ISREG(mode):
         # Looked at before it is opened: opening a named pipe waits for whoever may one day write into it.
         kind = "directory" if stat.S_ISDIR(mode) else "pipe, socket or device"
-        raise SourceError(
-            f"{quoted(name)} is a {kind}, expected a file", "fetch the file again, or remove it; nothing was written"
-        )
+        raise SourceError(f"{quoted(name)} is a {kind}, expected a file", "fetch the file again, or remove it")
     if status.st_size <= MAX_POINTER_BYTES:
         refuse_pointer(path.read_bytes(), name)
     return path
@@ -143,7 +141,7 @@ def open_regular(path: Path) -> int:
         os.close(fd)
     raise CorruptFileError(
         f"{quoted(path.name)} is a directory, pipe, socket or device, expected a file",
-        "fetch the file again, or remove it; nothing was written",
+        "fetch the file again, or remove it",
     )
 
 
@@ -160,7 +158,7 @@ def refuse_pointer(content: bytes, name: str) -> None:
     if content.startswith(_POINTER_START):
         raise CorruptFileError(
             f"{quoted(name)} is a Git LFS pointer, a note of where the file's content is, not the content",
-            "run `git lfs pull` in the checkpoint, or fetch the file again; nothing was written",
+            "run `git lfs pull` in the checkpoint, or fetch the file again",
         )
 
 
@@ -176,7 +174,7 @@ def check_inside(path: Path, directory: Path, name: str) -> None:
     if not any(target.is_relative_to(allowed) for allowed in roots) and not _is_shared_blob(target, root):
         raise SourceError(
             f"{quoted(name)} is a link to {quoted(str(target))}, outside the checkpoint",
-            "copy that file itself into the checkpoint's directory, or remove the link; nothing was written",
+            "copy that file itself into the checkpoint's directory, or remove the link",
         )
 
 
@@ -225,6 +223,6 @@ def carried_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
         if not path.name.isprintable():  # whoever lists the output would have it act on the terminal
             raise SourceError(
                 f"the name of the file {quoted(path.name)} holds characters that cannot be printed",
-                "rename the file, or remove it; nothing was written",
+                "rename the file, or remove it",
             )
     return carried

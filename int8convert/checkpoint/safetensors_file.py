@@ -29,7 +29,7 @@ MAX_HEADER_BYTES = 32_000_000
 """A header of 100,000 tensors takes 12 MB. The safetensors library stops at 100 MB, but parsed into Python objects that
 could be 3 GB."""
 
-_REFETCH = "fetch this file again and rerun the same command; nothing was written from it"
+_REFETCH = "fetch this file again and rerun the same command"
 
 
 def read_safetensors_header(path: Path) -> tuple[StoredTensor, ...]:
@@ -81,7 +81,7 @@ def _read_header_json(file: BinaryIO, file_bytes: int, file_name: str) -> bytes:
     if n_header > MAX_HEADER_BYTES:
         raise CorruptFileError(
             f"the header of {quoted(file_name)} takes {n_header:,} bytes, expected at most {MAX_HEADER_BYTES:,}",
-            "no model has that many tensors in one file; nothing was written from it",
+            "no model has that many tensors in one file",
         )
     return file.read(n_header)
 
@@ -142,7 +142,7 @@ def _stored_tensor(name: str, entry: Any, data_start: int, file_name: str) -> St
     if dtype not in DTYPE_BYTES:
         raise CorruptFileError(
             f"{quoted(name)} in {quoted(file_name)} has dtype {quoted(dtype, 40)}, which int8convert cannot read",
-            f"known dtypes: {', '.join(DTYPE_BYTES)}; nothing was written",
+            f"known dtypes: {', '.join(DTYPE_BYTES)}",
         )
     if (
         not is_shape(shape, dtype)

@@ -128,5 +128,5 @@ def check_tensor_name(name: str, file_name: str) -> None:
         return
     raise CorruptFileError(
         f"the tensor name {quoted(name)} in {quoted(file_name)} {reason}",
-        "no model has a tensor of that name; fetch the file again, from a source you trust; nothing was written",
+        "no model has a tensor of that name; fetch the file again, from a source you trust",
     )

@@ -98,19 +98,18 @@ RESUMABLE_THERE = (
 
 
 @contextmanager
-def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE, writes: bool = True) -> Iterator[None]:
+def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE) -> Iterator[None]:
     """The one boundary: our own errors become two lines and an exit code; all else is a bug and keeps its traceback.
 
     Args:
         interrupted_hint: what is on the disk after Ctrl-C or SIGTERM.
-        writes: whether the command ever writes anything; else no error needs to say that nothing was written.
     """
     try:
         with escaping_messages(), nullcontext() if as_json else telling_waits():
             _check_current_directory()
             yield
     except Int8ConvertError as error:
-        hint = error.hint if writes else error.hint.removesuffix("; nothing was written")
+        hint = "; ".join(filter(None, (error.hint, error.state)))
         _print_error(error.code, error.message, hint, as_json)
         if os.environ.get("INT8CONVERT_DEBUG"):
             raise

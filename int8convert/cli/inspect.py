@@ -47,7 +47,7 @@ def inspect(
 ) -> None:
     if revision is not None:
         check_remote("--revision", path, "checkpoints")
-    with reporting_errors(as_json, "nothing is changed by inspect", writes=False), quieting_hub():
+    with reporting_errors(as_json, "nothing is changed by inspect"), quieting_hub():
         from int8convert.inspection import inspect as run
 
         found = run(path, revision)

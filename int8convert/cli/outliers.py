@@ -150,7 +150,7 @@ def _find_source(checkpoint: str, out: str, source: str | None) -> str:
         return named
     raise SourceError(
         f"the 16-bit columns come from what '{out}' was made of, and its manifest names {found}",
-        "name that checkpoint with --source SRC; nothing was written",
+        "name that checkpoint with --source SRC",
     )
 
 

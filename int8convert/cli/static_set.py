@@ -37,8 +37,8 @@ def calibrate_output(
         )
         return store(report, src, out, lora, trust_remote_code)
     except Int8ConvertError as error:
-        error.hint = (
-            f"{error.hint.removesuffix('; nothing was written')}; '{out}' is complete but for stored columns, which "
+        error.state = (
+            f"'{out}' is complete but for stored columns, which "
             f"int8convert outliers {out} --text {text} --write {out} adds"
         )
         raise

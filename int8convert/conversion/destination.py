@@ -121,7 +121,7 @@ def plan_disk(
     raise DiskFullError(
         f"shards of {quoted(plan.source.label)} take {budgets[-1].n_bytes:,} bytes of disk at a time, "
         f"{'--max-disk allows' if asked else 'free are'} {limit:,}",
-        "--max-shard-size makes smaller ones, as far as the source's own shards are small; nothing was written",
+        "--max-shard-size makes smaller ones, as far as the source's own shards are small",
     )
 
 

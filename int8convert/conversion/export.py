@@ -27,7 +27,7 @@ from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_e
 from int8convert.conversion.export_tensors import ItemWriter, Target
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.quantize import parse_size
-from int8convert.errors import Int8ConvertError, OutputError, SourceError
+from int8convert.errors import Int8ConvertError, OutputError, SourceError, stating
 from int8convert.formats.int8_checkpoint import DTYPES, SourceReaders, open_int8_checkpoint
 from int8convert.formats.int8_config import Int8Format
 from int8convert.formats.quantization_config import build_index
@@ -74,6 +74,7 @@ class ExportReport:
         return {"schema": 1, **asdict(self)}
 
 
+@stating("nothing was written")
 def export(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -109,7 +110,7 @@ def export(
     if is_repository_name(src):  # its shards would be read by range, which has no hash
         raise SourceError(
             f"no directory {quoted(str(src), 200)} is here, and export takes directories, not repositories on the Hub",
-            f"fetch the repository by `hf download {src} --local-dir DIR`, and name DIR; nothing was written",
+            f"fetch the repository by `hf download {src} --local-dir DIR`, and name DIR",
         )
     source = open_source(src)
     _check_outside(Path(out), source.directory)
@@ -127,7 +128,7 @@ def export(
     if output.is_complete and not overwrite:
         raise OutputError(
             f"OUT '{out}' holds this very export already",
-            "name another directory, or pass --overwrite to write it again; nothing was written",
+            "name another directory, or pass --overwrite to write it again",
         )
     with output.in_use():
         output.check_room(plan)
@@ -167,7 +168,7 @@ def _check_outside(new: Path, out: Path) -> None:
     if any(folder.exists() and folder.samefile(out) for folder in new.resolve().parents):
         raise OutputError(
             f"NEW {quoted(str(new), 200)} lies inside OUT {quoted(str(out), 200)}",
-            "name a directory outside OUT; nothing was written",
+            "name a directory outside OUT",
         )
 
 
@@ -181,7 +182,7 @@ def _leaving_nothing(output: OutputDirectory) -> Iterator[None]:
         if not isinstance(error, OSError | Int8ConvertError):
             raise
         told = as_output_error(error, output.path) if isinstance(error, OSError) else error
-        told.hint += "; what this run had written was removed"
+        told.state = "what this run had written was removed"
         raise told from error
 
 

@@ -132,7 +132,7 @@ def _check_unique(name: str, seen: set[str]) -> None:
     if name in seen:
         raise CorruptFileError(
             f"two tensors of the source would both be written as {quoted(name)}",
-            "the checkpoint holds the same weights twice; nothing was written",
+            "the checkpoint holds the same weights twice",
         )
     seen.add(name)
 
@@ -145,14 +145,14 @@ def _check_target(checkpoint: Int8Checkpoint, target: Target) -> None:
         raise FormatError(
             f"{target.format} has no form for Conv1D layers such as {quoted(conv1d.module_name)}: "
             "its loaders know int8 weights of Linear layers only",
-            "keep the bitsandbytes format, or pass --dequantize; nothing was written",
+            "keep the bitsandbytes format, or pass --dequantize",
         )
     expert = next((weight for weight in checkpoint.weights if weight.is_expert), None)
     if expert is not None and target.format is not Int8Format.COMPRESSED_TENSORS:
         raise FormatError(
             f"{target.format} cannot hold int8 experts such as {quoted(expert.module_name)}: "
             "transformers fuses experts into one parameter, for which it has no int8 form",
-            "keep compressed-tensors, which vLLM serves, or pass --dequantize; nothing was written",
+            "keep compressed-tensors, which vLLM serves, or pass --dequantize",
         )
 
 

@@ -196,7 +196,7 @@ class Conversion:
         if self._output.is_complete and not self._publishing.keeps and len(done) == len(plan.shards):
             raise OutputError(
                 f"OUT '{self._output.path}' is a finished checkpoint, which would be removed once it is sent",
-                "pass --keep, or send it by int8convert upload; nothing was written",
+                "pass --keep, or send it by int8convert upload",
             )
         there = self._publishing.publisher.begin(self._output.request, self._output.overwrites)
         for shard in plan.shards:
@@ -242,7 +242,7 @@ class Conversion:
 
     def _located(self, error: Int8ConvertError) -> Int8ConvertError:
         if self._output.has_begun:
-            error.hint += f"; {self._progress()}"
+            error.state = self._progress()
         return error
 
     def _progress(self) -> str:

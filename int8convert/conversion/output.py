@@ -87,21 +87,21 @@ class OutputDirectory:
         if any(_is_same(resolved, folder) for folder in (source, *source.parents)):
             raise OutputError(
                 f"OUT '{self.path}' is the source itself, or holds it",
-                "name another directory; nothing was written",
+                "name another directory",
             )
         inner = next((folder for folder in (resolved, *resolved.parents) if _is_same(folder.parent, source)), None)
         if inner is not None and (inner.name == OWN_FOLDER or is_carried_folder(inner.name)):
             raise OutputError(
                 f"OUT '{self.path}' lies in '{inner.name}', a folder of the source's own files",
-                "name a directory outside of the source; nothing was written",
+                "name a directory outside of the source",
             )
         if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"OUT '{self.path}' is a file", "name a directory; nothing was written")
+            raise OutputError(f"OUT '{self.path}' is a file", "name a directory")
         parent = next(p for p in (resolved, *resolved.parents) if p.is_dir())
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(
                 f"OUT '{self.path}' cannot be written to: no permission in '{parent}'",
-                "name a directory you may write to; nothing was written",
+                "name a directory you may write to",
             )
 
     def _check_files(self, source: CheckpointSource) -> None:
@@ -127,12 +127,12 @@ class OutputDirectory:
         if there is None:
             raise OutputError(
                 f"OUT '{self.path}' exists and is not empty",
-                "name another directory, or pass --overwrite to replace the checkpoint in it; nothing was written",
+                "name another directory, or pass --overwrite to replace the checkpoint in it",
             )
         kind = "a conversion" if self.is_complete else "an unfinished conversion"
         raise OutputError(
             f"OUT '{self.path}' holds {kind} that differs: {first_difference(there, self._request)}",
-            "name another directory, or pass --overwrite to replace it; nothing was written",
+            "name another directory, or pass --overwrite to replace it",
         )
 
     def _is_leftover(self, entry: Path) -> bool:

@@ -20,7 +20,7 @@ from int8convert.conversion.progress_bar import showing_bar
 from int8convert.conversion.readers import Reader
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.decoding.fp8 import is_fp8
-from int8convert.errors import NonFiniteWeightError
+from int8convert.errors import NonFiniteWeightError, stating
 from int8convert.formats.output_format import OutputFormat
 from int8convert.planning.adapter import open_adapter
 from int8convert.planning.model_map.model_map import ModuleFilter, check_config
@@ -92,6 +92,7 @@ def plan_unchecked(
         return coming.result()
 
 
+@stating("nothing was written")
 def quantize(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -130,7 +130,7 @@ def _check_plain(unscaled: list[str], places: Places, block: Mapping[str, Any], 
             raise CorruptFileError(
                 f"the FP8 matrix {quoted(name)}, {weight.dtype} {list(weight.shape)}, has no scale: expected "
                 f"{quoted(f'{name}_scale_inv')} or {quoted(f'{name}_scale')}, {there}",
-                "fetch the checkpoint again, or convert its 16-bit version; nothing was written",
+                "fetch the checkpoint again, or convert its 16-bit version",
             )
 
 
@@ -138,7 +138,7 @@ def _already_scaled(weight: StoredTensor, scale: StoredTensor) -> CorruptFileErr
     return CorruptFileError(
         f"{quoted(weight.name)} is {weight.dtype}, expected the FP8 codes that {quoted(scale.name)} is the scale of: "
         "whether it was multiplied already is not known",
-        "remove the scales if the weights are whole, and quantization_config with them; nothing was written",
+        "remove the scales if the weights are whole, and quantization_config with them",
     )
 
 
@@ -172,5 +172,5 @@ def _block_of(weight: StoredTensor, scale: StoredTensor, configured: tuple[int, 
     raise CorruptFileError(
         f"{quoted(scale.name)}, {scale.dtype} {list(scale.shape)}, is no scale for {quoted(weight.name)} of shape "
         f"{list(weight.shape)}: expected one value, one a row, or one for each {configured[0]} x {configured[1]} block",
-        "fetch the checkpoint again, or convert its 16-bit version; nothing was written",
+        "fetch the checkpoint again, or convert its 16-bit version",
     )

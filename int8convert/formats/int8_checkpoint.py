@@ -63,7 +63,7 @@ _FUSED_EXPERTS = re.compile(r"(.*\.experts)\.[^.]+")
 _EMBEDDING_NAMES = frozenset({"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings", "embed_in", "shared"})
 """Names under which no model has a Linear layer. The others of a checkpoint's matrices may all be some."""
 
-_REFETCH = "fetch the checkpoint again, or convert its 16-bit original; nothing was written"
+_REFETCH = "fetch the checkpoint again, or convert its 16-bit original"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def open_int8_checkpoint(source: CheckpointSource) -> Int8Checkpoint:
     if not weights:
         raise SourceError(
             f"the source holds no int8 weights, although its config.json names {found}",
-            "look at it with int8convert inspect; nothing was written",
+            "look at it with int8convert inspect",
         )
     _check_values(found, weights.values())
     items = (weights.get(name, tensor) for name, tensor in tensors.items() if name in weights or name in others)
@@ -217,7 +217,7 @@ def _find_weight(
         if part is not None and part.stored.strides is not None:
             raise SourceError(
                 f"{quoted(part.name)} lies in its file with gaps or transposed, which export does not read",
-                "load the checkpoint and save it as safetensors; nothing was written",
+                "load the checkpoint and save it as safetensors",
             )
     return Int8Weight(module_name, codes, scale, zeros, is_conv1d(module_name, source.config))
 
@@ -249,7 +249,7 @@ def _check_values(found: Int8Format, weights: Iterable[Int8Weight]) -> None:
                 meaning = "a layout" if found is Int8Format.BITSANDBYTES else "a zero point"
                 raise SourceError(
                     f"{quoted(weight.zeros.name)} is not zero: the weight has {meaning} that only {found} reads",
-                    "convert the 16-bit original; nothing was written",
+                    "convert the 16-bit original",
                 )
 
 

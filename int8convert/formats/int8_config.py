@@ -53,21 +53,21 @@ def read_format(config: Mapping[str, Any], label: str = "the source") -> Int8For
         missing = "has no quantization_config" if config else "is missing"
         raise SourceError(
             f"{label} is no int8 checkpoint: its config.json {missing}",
-            "give an output of int8convert quantize, or finish the conversion first; nothing was written",
+            "give an output of int8convert quantize, or finish the conversion first",
         )
     method = block.get("quant_method") if isinstance(block, dict) else None
     if method not in tuple(Int8Format):
         raise SourceError(
             f"{label} is quantized by {quoted(method) if isinstance(method, str) else 'an unnamed method'}, "
             f"expected {', '.join(Int8Format)}",
-            "convert the 16-bit checkpoint it was made from; nothing was written",
+            "convert the 16-bit checkpoint it was made from",
         )
     found = Int8Format(method)
     problem = _PROBLEM[found](block)
     if problem:
         raise SourceError(
             f"the source is of a kind of {found} that is not LLM.int8()'s: {problem}",
-            "export reads int8 weights with one scale a row and no zero point; nothing was written",
+            "export reads int8 weights with one scale a row and no zero point",
         )
     return found
 

@@ -44,7 +44,7 @@ def _merged_metadata(checkpoint: Int8Checkpoint) -> dict[str, str]:
         if f"{weight.module_name}.weight" not in entries:
             raise CorruptFileError(
                 f"no header says what {quoted(weight.codes.name)} is, so torchao could not read it",
-                "fetch the checkpoint again, or name another format with --format; nothing was written",
+                "fetch the checkpoint again, or name another format with --format",
             )
     return {**entries, "tensor_names": json.dumps(list(entries))}
 

@@ -75,7 +75,7 @@ class Target:
         if not looks_like_repository(name):
             raise HubError(
                 f"no repository to write to can be named {quoted(name)}",
-                "give it as ORGANIZATION/NAME, such as me/opt-66b-int8; nothing was sent",
+                "give it as ORGANIZATION/NAME, such as me/opt-66b-int8",
             )
         self.name = name
         self.branch = branch
@@ -104,7 +104,7 @@ class Target:
             asked, there = ("--private", "public") if self.is_private else ("--public", "private")
             raise HubAccessError(
                 f"{quoted(self.name)} exists and is {there}, but {asked} was given",
-                f"change that at {endpoint()}/{self.name}/settings, or leave the option out; nothing was sent",
+                f"change that at {endpoint()}/{self.name}/settings, or leave the option out",
             )
         return found
 
@@ -143,7 +143,7 @@ class Target:
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE:
-            raise HubConnectionError(f"HF_HUB_OFFLINE is set; {why}", "unset HF_HUB_OFFLINE; nothing was sent")
+            raise HubConnectionError(f"HF_HUB_OFFLINE is set; {why}", "unset HF_HUB_OFFLINE")
 
     def check_access(self) -> None:
         """See, without asking the Hub, that there is a network and a token.
@@ -156,8 +156,7 @@ class Target:
             owner = self.name.partition("/")[0]
             raise HubAccessError(
                 f"no token is set; writing to {quoted(self.name)} needs one",
-                f"log in by `hf auth login`, or set HF_TOKEN to one that may write to {quoted(owner)}; "
-                "nothing was sent",
+                f"log in by `hf auth login`, or set HF_TOKEN to one that may write to {quoted(owner)}",
             )
 
     def make(self) -> None:
@@ -195,7 +194,7 @@ class Target:
             addition = CommitOperationAdd(name, str(path))
             if sha256 is not None and addition.upload_info.sha256.hex() != sha256:
                 raise CorruptFileError(
-                    f"{quoted(name)} was changed after it was compared", "run the same command again; nothing was sent"
+                    f"{quoted(name)} was changed after it was compared", "run the same command again"
                 )
             try:
                 with translating_client_errors(self.name), _translating_transfer(self.name):

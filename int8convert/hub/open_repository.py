@@ -195,7 +195,7 @@ def _listed(repository: Repository, weight_map: dict[str, str], index_name: str)
         if name not in repository.files:
             raise CorruptFileError(
                 f"'{index_name}' of {quoted(repository.name)} names shard {quoted(name)}, which is not there",
-                "the repository is not complete; name another --revision of it; nothing was written",
+                "the repository is not complete; name another --revision of it",
             )
     return names
 

@@ -206,7 +206,7 @@ def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: P
             raise CorruptFileError(
                 f"{quoted(name)} of {quoted(repository.name)} has {n_bytes:,} bytes, expected at most "
                 f"{MAX_CARRIED_BYTES:,}",
-                "name another repository, or another --revision of it; nothing was written",
+                "name another repository, or another --revision of it",
             )
     with ThreadPoolExecutor(_FETCHES_AT_ONCE) as pool:
         paths = dict(zip(names, pool.map(lambda name: _fetch(repository, name, cache_dir), names), strict=True))
@@ -253,7 +253,7 @@ def _cache_error(error: OSError, cache_dir: Path | None) -> OutputError:
     kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else OutputError
     return kind(
         f"the cache '{cache_dir or constants.HF_HUB_CACHE}' cannot be written: {error.strerror}",
-        "HF_HOME names another, of a source --cache-dir, too; nothing was written",
+        "HF_HOME names another, of a source --cache-dir, too",
     )
 
 
@@ -306,5 +306,5 @@ def _fetch(repository: Repository, name: str, cache_dir: Path | None) -> Path:
         discard_cached(path)
     raise CorruptFileError(
         f"{quoted(name)} of {quoted(repository.name)} came {_TRIES} times with other bytes than the Hub lists",
-        "a proxy or a disk on the way is broken; nothing was written",
+        "a proxy or a disk on the way is broken",
     )

@@ -45,7 +45,7 @@ def prepare_folder(folder: Path) -> None:
     except ImportError:
         raise SourceError(
             "figures need matplotlib, which is not installed",
-            "pip install 'int8convert[report]', or leave out --figures; nothing was written",
+            "pip install 'int8convert[report]', or leave out --figures",
         ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)

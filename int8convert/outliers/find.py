@@ -188,7 +188,7 @@ def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Modu
     if not layers:
         raise SourceError(
             "the model has none of the layers that the int8 checkpoint holds",
-            "name the checkpoint that was converted, or the int8 checkpoint itself; nothing was written",
+            "name the checkpoint that was converted, or the int8 checkpoint itself",
         )
     return layers
 

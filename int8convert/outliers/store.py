@@ -31,7 +31,7 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.conversion.output import as_output_error
 from int8convert.conversion.quantize import plan
 from int8convert.conversion.tensors import SourceRows, values_dtype
-from int8convert.errors import SourceError
+from int8convert.errors import SourceError, stating
 from int8convert.formats.int8_checkpoint import Int8Checkpoint, Int8Weight, SourceReaders, open_int8_checkpoint
 from int8convert.formats.int8_config import Int8Format
 from int8convert.formats.output_format import OutputFormat, TensorSpecs
@@ -94,6 +94,7 @@ def int8_modules(out: str | os.PathLike[str]) -> list[str]:
     return [weight.module_name for weight in open_int8_checkpoint(open_source(out)).weights]
 
 
+@stating("nothing was written")
 def store_outliers(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -165,7 +166,7 @@ def _find(
                 f"'{os.fspath(src)}' and '{checkpoint.source.label}' do not belong together: "
                 f"{quoted(name)} is {_shown(shape)} in the latter, "
                 f"{_shown(sources[name].source.shape if name in sources else None)} in the former",
-                "name the checkpoint that was converted; nothing was written",
+                "name the checkpoint that was converted",
             )
     return [_ChosenColumns(n, chosen[n], tensor, weights[n]) for n, tensor in sources.items() if n in chosen]
 
@@ -215,5 +216,5 @@ def _check(
         raise SourceError(
             f"the source is not what the int8 checkpoint was made of: {quoted(place.name)} holds {values[row, i]:.4g} "
             f"at row {begin + int(row):,}, column {int(place.columns[i]):,}, its int8 form {rounded[row, i]:.4g}",
-            "name the checkpoint that was converted, with --lora if an adapter was merged; nothing was written",
+            "name the checkpoint that was converted, with --lora if an adapter was merged",
         )

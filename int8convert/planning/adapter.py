@@ -31,7 +31,7 @@ WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _PREFIX = "base_model.model."
-_REFETCH = "fetch the adapter again; nothing was written"
+_REFETCH = "fetch the adapter again"
 _LORA_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB])"
     r"|(?P<magnitude>magnitude_vector)(?:\.weight)?)"
@@ -108,7 +108,7 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
     except OSError as error:
         raise AdapterError(
             f"the adapter {quoted(str(path), 300)} cannot be read: {error.strerror}",
-            "check that you may read the directory and that its disk works; nothing was written",
+            "check that you may read the directory and that its disk works",
         ) from error
 
 
@@ -119,7 +119,7 @@ def _open_directory(directory: Path, label: str) -> Adapter:
         missing = ADAPTER_CONFIG_NAME if config_path is None else " or ".join(WEIGHT_NAMES)
         raise AdapterError(
             f"{quoted(label, 300)} is not a LoRA adapter: it has no {missing}",
-            "give the directory that PEFT's save_pretrained wrote; nothing was written",
+            "give the directory that PEFT's save_pretrained wrote",
         )
     config = parse_adapter_config(read_config(config_path))
     shard = read_shard(weight_path)
@@ -151,13 +151,13 @@ def _model_names(shard: SourceShard) -> Iterator[tuple[StoredTensor, str]]:
         if name == tensor.name:
             raise AdapterError(
                 f"the adapter's tensor {quoted(name)} has a name that does not begin with '{_PREFIX}'",
-                "save the adapter with PEFT's save_pretrained; nothing was written",
+                "save the adapter with PEFT's save_pretrained",
             )
         if tensor.dtype not in FLOAT_DTYPES:
             raise AdapterError(
                 f"the adapter's tensor {quoted(name)} has dtype {tensor.dtype}, expected one of "
                 f"{', '.join(sorted(FLOAT_DTYPES))}",
-                "save the adapter in float32 or the dtype of its model; nothing was written",
+                "save the adapter in float32 or the dtype of its model",
             )
         yield tensor, name
 
@@ -192,7 +192,7 @@ def _update(module: str, tensors: Mapping[str, StoredTensor], config: AdapterCon
     if not config.targets(module):
         raise AdapterError(
             f"the adapter has matrices for {shown}, which is not among the target_modules of {ADAPTER_CONFIG_NAME}",
-            "PEFT would leave them out; fetch both files again; nothing was written",
+            "PEFT would leave them out; fetch both files again",
         )
     a, b, magnitude = tensors[a_name], tensors[b_name], tensors.get("magnitude")
     _check_shapes(shown, a, b, magnitude, config.rank_of(module))
@@ -213,7 +213,7 @@ def _check_shapes(shown: str, a: StoredTensor, b: StoredTensor, magnitude: Store
         raise AdapterError(
             f"the adapter's matrices for {shown} are A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] "
             f"and [out, {rank}], and in or out to be {rank} at least",
-            "they may be parts that were not gathered before saving; fetch the adapter again; nothing was written",
+            "they may be parts that were not gathered before saving; fetch the adapter again",
         )
     if magnitude is not None and magnitude.shape != b.shape[:1]:
         raise AdapterError(
@@ -223,7 +223,7 @@ def _check_shapes(shown: str, a: StoredTensor, b: StoredTensor, magnitude: Store
         if tensor is not None and tensor.span_bytes > tensor.n_bytes:
             raise AdapterError(
                 f"the adapter's tensor {quoted(tensor.name)} lies scattered among others",
-                "save the adapter in safetensors; nothing was written",
+                "save the adapter in safetensors",
             )
 
 

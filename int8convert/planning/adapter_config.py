@@ -17,9 +17,7 @@ from int8convert.checkpoint.names import quoted
 from int8convert.errors import AdapterError
 from int8convert.formats.name_pattern import PatternRefusedError, TailPatterns
 
-MERGE_WITH_PEFT = (
-    "merge the adapter with PEFT (merge_and_unload) and convert the merged checkpoint; nothing was written"
-)
+MERGE_WITH_PEFT = "merge the adapter with PEFT (merge_and_unload) and convert the merged checkpoint"
 
 _WITHOUT_EFFECT = frozenset(
     (
@@ -145,8 +143,7 @@ def _check_kind(config: Mapping[str, Any]) -> None:
         raise AdapterError(
             f"adapter_config.json gives as init_lora_weights {shown}: the adapter was trained on a changed base, "
             "expected one of the checkpoint's own",
-            "save it from PEFT with path_initial_model_for_weight_conversion, which makes it a plain one; "
-            "nothing was written",
+            "save it from PEFT with path_initial_model_for_weight_conversion, which makes it a plain one",
         )
 
 
@@ -198,7 +195,7 @@ def _wrong_value(option: str, value: Any, expected: str) -> AdapterError:
     shown = quoted(str(value), 40) if is_short else f"a {type(value).__name__}"
     return AdapterError(
         f"adapter_config.json gives as {option} {shown}, expected {expected}",
-        "fetch the adapter again, from a source you trust; nothing was written",
+        "fetch the adapter again, from a source you trust",
     )
 
 
@@ -212,5 +209,5 @@ def _compile(table: Mapping[str, Any], option: str) -> TailPatterns:
 def _refused_pattern(option: str, refused: PatternRefusedError) -> AdapterError:
     return AdapterError(
         f"adapter_config.json has a pattern in {option} that int8convert does not match: {refused}",
-        "write the names of the modules instead; nothing was written",
+        "write the names of the modules instead",
     )

@@ -97,4 +97,4 @@ def _hint(plan: ConversionPlan, passing: float | None) -> str:
         ways.append("pass --format compressed-tensors, which holds such modules as int8")
     if passing is not None:
         ways.append(f"pass --min-coverage {math.floor(100 * passing)} to accept it")
-    return f"{', or '.join(ways) or 'name a checkpoint with Linear weights'}; nothing was written"
+    return f"{', or '.join(ways) or 'name a checkpoint with Linear weights'}"

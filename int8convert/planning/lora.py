@@ -41,7 +41,7 @@ _CLASS_BY_TASK = {
 }
 """By PEFT's `task_type`, the class whose head such an adapter brings along."""
 
-_OTHER_MODEL = "give the adapter with the model it was trained on; nothing was written"
+_OTHER_MODEL = "give the adapter with the model it was trained on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ def _check_all_found(adapter: Adapter, wanted: list[str], found: Mapping[str, Ba
             f"the adapter {quoted(adapter.label)} has a head of its own, {_some(lost)}, which the checkpoint has no "
             "place for",
             f"load the checkpoint as {model_class}, merge the adapter with PEFT (merge_and_unload), and convert what "
-            "save_pretrained then writes; nothing was written",
+            "save_pretrained then writes",
         )
     if lost:
         raise AdapterError(
@@ -245,7 +245,7 @@ def _check_saved_modules(adapter: Adapter, parameters: Mapping[str, BaseTensor],
         if parameter not in have and any(name.endswith(tails) for name in names):
             raise AdapterError(
                 f"the adapter's modules_to_save cover {quoted(parameter)}, which its weight file does not hold",
-                "fetch both files again; nothing was written",
+                "fetch both files again",
             )
 
 
@@ -259,7 +259,7 @@ def _check_untied(parameters: Mapping[str, BaseTensor], found: Mapping[str, Base
             raise AdapterError(
                 f"the adapter changes {quoted(name)}, which is tied: {_some(tied)} are one tensor, and merging would "
                 "change all of them",
-                "untie the base model first: tie_word_embeddings=False and a copy of the weight; nothing was written",
+                "untie the base model first: tie_word_embeddings=False and a copy of the weight",
             )
 
 
@@ -274,7 +274,7 @@ def _check_shape(parameter: str, shape: tuple[int, ...], base: BaseTensor) -> No
     if shape != base.shape:
         raise AdapterError(
             f"the adapter's {quoted(parameter)} has shape {list(shape)}, the checkpoint's has {list(base.shape)}",
-            "give the model it was trained on, with the same vocabulary; nothing was written",
+            "give the model it was trained on, with the same vocabulary",
         )
 
 

@@ -49,8 +49,8 @@ def check_needs(model_map: ModelMap, source: CheckpointSource, allow_missing: Se
 def _lacking(needs: ModelNeeds) -> str:
     """The hint for a pattern that matches none of the missing tensors."""
     if not needs.missing:
-        return "leave --allow-missing out: the source lacks no tensor; nothing was written"
-    return f"it lacks {', '.join(map(quoted, list(needs.missing)[:3]))}; name one of these; nothing was written"
+        return "leave --allow-missing out: the source lacks no tensor"
+    return f"it lacks {', '.join(map(quoted, list(needs.missing)[:3]))}; name one of these"
 
 
 def _mismatch(model_map: ModelMap, needs: ModelNeeds) -> tuple[str, str]:
@@ -63,7 +63,7 @@ def _mismatch(model_map: ModelMap, needs: ModelNeeds) -> tuple[str, str]:
     )
     return (
         f"{given}, expected {list(has)} for the {model_map.model_class} of config.json{others}",
-        "fetch config.json and the weights of one version; nothing was written",
+        "fetch config.json and the weights of one version",
     )
 
 
@@ -74,7 +74,7 @@ def _integers(model_map: ModelMap, needs: ModelNeeds) -> tuple[str, str]:
     return (
         f"{quoted(name)} is stored as {dtype}, expected floats for the {model_map.model_class} of config.json"
         f"{others}{lost}",
-        "fetch the weights again, or convert the 16-bit checkpoint they were made from; nothing was written",
+        "fetch the weights again, or convert the 16-bit checkpoint they were made from",
     )
 
 
@@ -89,7 +89,7 @@ def _missing(model_map: ModelMap, needs: ModelNeeds, source: CheckpointSource, l
         f"{what} in no weight file, and {model_map.model_class} needs {'it' if len(lost) == 1 else 'them'}: "
         f"loaders would make up the values{named}",
         f"fetch the weight files again; pass --allow-missing {lost[0].rpartition('.')[0] or lost[0]!r} only if it is "
-        "to be trained; nothing was written",
+        "to be trained",
     )
 
 

@@ -267,7 +267,7 @@ def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
             raise CorruptFileError(
                 f"two tensors of the source would both be written as {quoted(name)}, or read as part of one int8 "
                 f"weight; one of them is {quoted(tensor.source.name)}",
-                "the checkpoint holds the same weights twice, or quantized ones; nothing was written",
+                "the checkpoint holds the same weights twice, or quantized ones",
             )
     seen |= written | beside
 
@@ -305,7 +305,7 @@ def _place(adapter: Adapter, source: CheckpointSource, model_map: ModelMap) -> A
     if not model_map.parameters:
         raise AdapterError(
             "the model's class is unknown, so which tensors the adapter changes is unknown too",
-            "merge it with PEFT, and convert the merged checkpoint; nothing was written",
+            "merge it with PEFT, and convert the merged checkpoint",
         )
     bases = {
         name: BaseTensor(key, shapes[key], is_transposed) for name, (key, is_transposed) in model_map.parameters.items()

@@ -110,18 +110,14 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
         is_begun = manifest.read_request() is not None
         raise OutputError(
             f"{shown} is {'an unfinished conversion' if is_begun else 'no output of int8convert quantize'}",
-            f"{'run the same quantize again to finish it' if is_begun else 'name one'}; nothing was sent",
+            "run the same quantize again to finish it" if is_begun else "name one",
         )
     present = find_present(path)
     for name, why in present.refused.items():
         is_needed = why.startswith("a link") and "folder" not in why and not is_inert(name) and "/" not in name
         way_out = "replace the link with a copy of the file" if is_needed else "remove it"
-        raise OutputError(f"{quoted(name)} in {shown} is {why}", f"{way_out}; nothing was sent")
-    try:
-        read_recorded_request(path)
-    except CorruptFileError as error:
-        error.hint += "; nothing was sent"
-        raise
+        raise OutputError(f"{quoted(name)} in {shown} is {why}", way_out)
+    read_recorded_request(path)
     records = tuple(manifest.read_finished_records().values())
     for record in records:
         shard = present.files.get(record.file_name)
@@ -130,7 +126,7 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
             found = "no such file" if n_bytes is None else f"{n_bytes:,} bytes"
             raise CorruptFileError(
                 f"{quoted(record.file_name)} in {shown}: expected {record.n_bytes:,} bytes, found {found}",
-                "run the same quantize again, which makes what is missing; nothing was sent",
+                "run the same quantize again, which makes what is missing",
             )
     shards = {record.file_name: record.sha256 for record in records}
     recorded = _read_verify(present, shards)
@@ -237,7 +233,7 @@ def check_verified(output: FinishedOutput) -> None:
         hint = f"remove what is named, run the same quantize again, then `{command}`"
     raise UnverifiedError(
         f"{quoted(str(output.path), 200)} cannot be published: {output.unverified}",
-        f"{hint}; nothing was sent",
+        f"{hint}",
     )
 
 
@@ -253,5 +249,5 @@ def check_shards(output: FinishedOutput) -> None:
             raise CorruptFileError(
                 f"{quoted(record.file_name)} in {quoted(str(output.path), 200)} has sha256 {found}, "
                 f"expected {record.sha256}, as the manifest says",
-                "remove it, and run the same quantize again, which makes it anew; nothing was sent",
+                "remove it, and run the same quantize again, which makes it anew",
             )

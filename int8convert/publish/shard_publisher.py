@@ -99,7 +99,7 @@ class HubPublisher:
             what = f"a conversion that differs: {difference}" if difference else "weights of something else"
             raise OutputError(
                 f"{quoted(self._target.name)} holds {what}",
-                "name another repository, or pass --overwrite to replace what is in it; nothing was written",
+                "name another repository, or pass --overwrite to replace what is in it",
             )
         self._stale = [
             name for name in found.files if name in _OF_A_WHOLE or _is_record(name) or is_loaded_as_weights(name)

@@ -21,7 +21,7 @@ from int8convert.checkpoint.atomic import write_text
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.model_card import read_card
 from int8convert.checkpoint.names import CARD_NAME, MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights, quoted
-from int8convert.errors import HubError, OutputError
+from int8convert.errors import HubError, OutputError, stating
 from int8convert.hub.branch import CARD_MARK, MAIN, FileSent, SentSink, Target
 from int8convert.hub.repository import Repository, RepositoryFile
 from int8convert.inspection import inspect
@@ -110,10 +110,15 @@ def upload(
     """
     target = Target(repository, revision, private, create_pr)
     job = _Upload(out, target, message, allow_unverified, overwrite, on_file, is_dry_run=dry_run)
-    if dry_run:
-        target.check_online("a dry run asks the Hub what REPO holds")
-        return job.run()
-    target.check_access()
+    with stating("nothing was sent"):
+        if dry_run:
+            target.check_online("a dry run asks the Hub what REPO holds")
+            return job.run()
+        target.check_access()
+        return _upload_locked(job, out)
+
+
+def _upload_locked(job: _Upload, out: str | os.PathLike[str]) -> UploadReport:
     try:
         with DirectoryLock(Path(out) / OWN_FOLDER / "lock"):
             return job.run()
@@ -123,7 +128,7 @@ def upload(
     except PermissionError as error:
         raise OutputError(
             f"{quoted(os.fspath(out), 200)} cannot be written to, and its model card and a lock belong into it",
-            "copy it where you may write; nothing was sent",
+            "copy it where you may write",
         ) from error
 
 
@@ -169,9 +174,10 @@ class _Upload:
         commit, url = None, self.target.url
         is_private = found.is_private if found is not None else self.target.is_private
         if not self.is_dry_run:
-            commit, url = self._send(files, hashes, sizes, changed, stale)
-            found_after = self.target.find(commit)
-            _check_arrived(self.target, found_after, files, hashes)
+            with stating("files that were sent are on the server, and the same command resumes after them"):
+                commit, url = self._send(files, hashes, sizes, changed, stale)
+                found_after = self.target.find(commit)
+                _check_arrived(self.target, found_after, files, hashes)
             is_private = found_after.is_private if found_after is not None else is_private
         return UploadReport(
             out=os.fspath(self.out),
@@ -244,7 +250,7 @@ def _foreign_weights(repository: str, names: list[str]) -> OutputError:
     more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
     return OutputError(
         f"{quoted(repository)} holds weights of something else: {quoted(names[0])}{more}",
-        "name another repository, or pass --overwrite to replace them; nothing was sent",
+        "name another repository, or pass --overwrite to replace them",
     )
 
 
@@ -260,7 +266,7 @@ def _own_card(path: Path) -> bytes:
     except UnicodeDecodeError:
         raise OutputError(
             f"{quoted(str(path), 200)} is not in UTF-8, as the Hub wants model cards to be",
-            "save it in UTF-8, or remove it to have one written; nothing was sent",
+            "save it in UTF-8, or remove it to have one written",
         ) from None
     return content
 

@@ -96,7 +96,7 @@ def modules_to_replace(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
         )
     for pattern in skip:
         if not any(matches(name, pattern) for name in modules):
-            raise PatternError(f"skip {pattern!r} matches no module that could become int8", "nothing was changed")
+            raise PatternError(f"skip {pattern!r} matches no module that could become int8", "correct the pattern")
     # torch's layers read weights on their fast path, which `leave_fast_path` closes.
     read = modules_with_read_weights(model, reads_of_torch=False)
     shared = {key for key, n in Counter(map(id, _parameters(model))).items() if n > 1}
@@ -143,7 +143,7 @@ def _check_finite(name: str, module: nn.Module) -> None:
             n_bad = int((~torch.isfinite(weight)).sum())
             raise NonFiniteWeightError(
                 f"'{name}.{leaf}' holds {n_bad:,} {'value' if n_bad == 1 else 'values'} that are NaN or infinite",
-                f"mend it, or leave the module as it is with skip=['{name}']; nothing was changed",
+                f"mend it, or leave the module as it is with skip=['{name}']",
                 name,
             )
 

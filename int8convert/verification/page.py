@@ -77,7 +77,7 @@ def prepare(page: Path | None, folder: Path | None) -> None:
     except ImportError as error:
         raise SourceError(
             f"a report needs {error.name}, which is not installed",
-            "pip install 'int8convert[report]', or leave out --report and --figures; nothing was measured",
+            "pip install 'int8convert[report]', or leave out --report and --figures",
         ) from None
     for path in (page.parent if page else None, folder):
         if path is not None:

@@ -133,7 +133,7 @@ def verify(
     if lora is not None and level is not Level.EXACT:
         raise AdapterError(
             "the source without the adapter is another model, so there is nothing to compare predictions with",
-            "--level exact compares the tensors, adapter included; nothing was measured",
+            "--level exact compares the tensors, adapter included",
         )
     if level is Level.TASKS:
         from int8convert.verification.tasks import load_harness

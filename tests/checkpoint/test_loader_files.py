@@ -75,7 +75,7 @@ def test_adapter_on_the_hub_is_told_how_it_is_had() -> None:
     )
     assert error.hint == (
         "fetch it by `hf download someone/model --local-dir DIR`, run `int8convert quantize MODEL OUT --lora "
-        "'DIR'`; MODEL is the model it was trained on; nothing was written"
+        "'DIR'`; MODEL is the model it was trained on"
     )
 
 

@@ -320,5 +320,5 @@ def test_new_inside_the_checkpoint_that_is_read_is_refused(int8: Path) -> None:
     for new in (int8 / "new", int8 / "deeper" / "new"):
         with pytest.raises(errors.OutputError, match=r"^NEW '.*new' lies inside OUT '") as caught:
             int8convert.export(int8, new, dequantize="float16")
-        assert caught.value.hint == "name a directory outside OUT; nothing was written"
+        assert caught.value.hint == "name a directory outside OUT"
     assert file_bytes(int8).keys() == before

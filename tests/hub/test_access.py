@@ -156,7 +156,7 @@ def test_cache_that_cannot_be_written(
         convert(NAME, tmp_path / "out", cache_dir="/cache")
     assert lines_of(caught.value) == (
         "the cache '/cache' cannot be written: Read-only file system",
-        "HF_HOME names another, of a source --cache-dir, too; nothing was written",
+        "HF_HOME names another, of a source --cache-dir, too",
     )
 
 

@@ -109,7 +109,7 @@ def test_weights_of_something_else_are_removed_and_other_files_are_not(
         int8convert.upload(verified, REPO)
     assert (caught.value.message, caught.value.hint) == (
         f"'{REPO}' holds weights of something else: 'adapter_config.json' and 2 more",
-        "name another repository, or pass --overwrite to replace them; nothing was sent",
+        "name another repository, or pass --overwrite to replace them",
     )
     assert hub.repo(REPO).files == before
 
@@ -383,7 +383,7 @@ def test_refused_before_anything_is_sent(
     with pytest.raises(errors.Int8ConvertError, match=expected) as caught:
         int8convert.upload(verified, REPO)
 
-    assert caught.value.hint.endswith("nothing was sent")
+    assert caught.value.state == "nothing was sent"
     assert not hub.log.requests()
 
 
@@ -400,9 +400,7 @@ def test_failed_gate_is_answered_by_the_same_measurement(verified: Path) -> None
         path.write_text(json.dumps(report | told))
         with pytest.raises(errors.UnverifiedError) as caught:
             check_verified(read_finished(verified))
-        assert caught.value.hint == (
-            f"{command}, or pass --allow-unverified; the model card then says so; nothing was sent"
-        )
+        assert caught.value.hint == (f"{command}, or pass --allow-unverified; the model card then says so")
     path.write_text(json.dumps(report | failed | {"text": {"n_sequences": "; rm"}}))
     with pytest.raises(errors.UnverifiedError) as caught:
         check_verified(read_finished(verified))
@@ -413,7 +411,7 @@ def test_dry_run_offline_is_told_that_it_asks_the_hub(verified: Path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(errors.HubConnectionError, match="a dry run asks the Hub what REPO holds") as caught:
         int8convert.upload(verified, REPO, dry_run=True)
-    assert caught.value.hint == "unset HF_HUB_OFFLINE; nothing was sent"
+    assert caught.value.hint == "unset HF_HUB_OFFLINE"
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])

@@ -13,8 +13,6 @@ from int8convert.errors import CorruptFileError, SourceError
 DETOURS = ("configuration_files", "transformers_weights")
 """Entries of config.json that send transformers to other files. A converted checkpoint has none."""
 
-_NOTHING = "nothing was written"
-
 
 def find_config(listing: Listing) -> tuple[str | None, dict[str, Any]]:
     if CONFIG_NAME not in listing.root:
@@ -28,7 +26,7 @@ def find_config(listing: Listing) -> tuple[str | None, dict[str, Any]]:
     if name not in listing.root:
         raise CorruptFileError(
             f"'{CONFIG_NAME}' has transformers read {quoted(name)} in its place, which is not there",
-            f"fetch that file, or remove configuration_files from {CONFIG_NAME}; {_NOTHING}",
+            f"fetch that file, or remove configuration_files from {CONFIG_NAME}",
         )
     return name, _read_object(listing, name)
 
@@ -38,7 +36,7 @@ def _read_object(listing: Listing, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptFileError(
             f"{quoted(name)} holds a JSON {type(value).__name__}, not an object",
-            f"fetch this file again; {_NOTHING}",
+            "fetch this file again",
         )
     return value
 
@@ -50,7 +48,7 @@ def _versioned_config(names: Any, own_version: str) -> str:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CorruptFileError(
             f"'{CONFIG_NAME}' has configuration_files that are no list of names",
-            f"fetch this file again, or remove configuration_files from it; {_NOTHING}",
+            "fetch this file again, or remove configuration_files from it",
         )
     versions = {name.removeprefix("config.").removesuffix(".json"): name for name in filter(is_versioned_config, names)}
     chosen = CONFIG_NAME
@@ -62,7 +60,7 @@ def _versioned_config(names: Any, own_version: str) -> str:
     except InvalidVersion:
         raise CorruptFileError(
             f"'{CONFIG_NAME}' names the configuration file {quoted(versions[found])}, which has no version in its name",
-            f"remove it from configuration_files; transformers does not load the checkpoint either; {_NOTHING}",
+            "remove it from configuration_files; transformers does not load the checkpoint either",
         ) from None
     return chosen
 
@@ -79,7 +77,7 @@ def check_nested(config: Mapping[str, Any]) -> None:
             raise SourceError(
                 f"'{CONFIG_NAME}' names transformers_weights in {quoted(key)}, where some classes of transformers "
                 "look for it and others do not",
-                f"move that entry to the top of {CONFIG_NAME}, or remove it; {_NOTHING}",
+                f"move that entry to the top of {CONFIG_NAME}, or remove it",
             )
 
 

@@ -56,7 +56,6 @@ CODE_FOLDER = "custom_generate"
 
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _VARIANT = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(?P<variant>[^.]+)\.(safetensors|bin)")
-_NOTHING = "nothing was written"
 
 _NOT_CARRIED = frozenset({CONFIG_NAME, ADAPTER_CONFIG, "README.md", OWN_FOLDER})
 """The model card of the source describes the source; `upload` writes the converted checkpoint's own. A file named like
@@ -136,17 +135,17 @@ def _weights(listing: Listing, config: Mapping[str, Any]) -> str:
         shown = quoted(explicit) if isinstance(explicit, str) else f"a {type(explicit).__name__}"
         raise CorruptFileError(
             f"'{CONFIG_NAME}' gives as transformers_weights {shown}, expected a safetensors file or an index of such",
-            f"fetch {CONFIG_NAME} again, or remove that entry; {_NOTHING}",
+            f"fetch {CONFIG_NAME} again, or remove that entry",
         )
     if "/" in explicit or not explicit.isprintable():
         raise SourceError(
             f"'{CONFIG_NAME}' has transformers load the weights {quoted(explicit)}, which do not lie beside it",
-            f"move them beside {CONFIG_NAME}, and name them there without a folder; {_NOTHING}",
+            f"move them beside {CONFIG_NAME}, and name them there without a folder",
         )
     if explicit not in listing.root:
         raise CorruptFileError(
             f"'{CONFIG_NAME}' has transformers load the weights {quoted(explicit)}, which are not there",
-            f"fetch them, or remove transformers_weights from {CONFIG_NAME}; {_NOTHING}",
+            f"fetch them, or remove transformers_weights from {CONFIG_NAME}",
         )
     return explicit
 
@@ -160,13 +159,13 @@ def _no_weights(listing: Listing) -> SourceError:
         return SourceError(
             f"{label} is a LoRA adapter and no model: it holds {ADAPTER_CONFIG} and no weights of a model",
             f"{fetch}run `int8convert quantize MODEL OUT --lora {quoted(where, 200)}`; MODEL is the model it was "
-            f"trained on; {_NOTHING}",
+            f"trained on",
         )
     inner = inner_model(listing)
     if inner is not None:
         return SourceError(
             f"{label} holds no weights: those of this sentence encoder are in its folder {quoted(inner)}",
-            f"give that folder; what lies beside it is then not carried over; {_NOTHING}",
+            "give that folder; what lies beside it is then not carried over",
         )
     names = sorted(listing.root)
     variant = next((found for found in map(_VARIANT.fullmatch, names) if found), None)
@@ -179,7 +178,7 @@ def _no_weights(listing: Listing) -> SourceError:
         f"{label} holds no weights: expected model.safetensors, pytorch_model.bin or an index of "
         f"shards, found {', '.join(quoted(name, 40) for name in names[:5]) or 'nothing'}"
         f"{', ...' if len(names) > 5 else ''}",
-        f"{hint}; {_NOTHING}",
+        f"{hint}",
     )
 
 
@@ -189,7 +188,7 @@ def _check_distributed(listing: Listing) -> None:
         raise SourceError(
             f"{quoted(name)} is a part of a distributed checkpoint: because of its name, transformers loads every "
             "safetensors file of a directory",
-            f"save the model again without distributed_checkpoint, or remove the parts; {_NOTHING}",
+            "save the model again without distributed_checkpoint, or remove the parts",
         )
 
 
@@ -199,7 +198,7 @@ def _check_extra_weights(listing: Listing, config: Mapping[str, Any]) -> None:
     if name is not None:
         raise SourceError(
             f"transformers loads '{name}' on top of the other weights of a '{model_type}' model",
-            f"save the model again with save_pretrained, which writes one set of weights; {_NOTHING}",
+            "save the model again with save_pretrained, which writes one set of weights",
         )
 
 

@@ -79,7 +79,7 @@ class DirectoryListing:
         """See `Listing`."""
         path = find_file(self.directory, name)
         if path is None:
-            raise CorruptFileError(f"{name!r} is not there any more", "rerun the same command; nothing was written")
+            raise CorruptFileError(f"{name!r} is not there any more", "rerun the same command")
         return read_config_value(path)
 
 

@@ -16,8 +16,6 @@ ROUTER = "router_config.json"
 MAX_MODULES = 100
 """Modules of a sentence encoder. Real ones have under ten."""
 
-_NOTHING = "nothing was written"
-
 
 def module_folders(listing: Listing) -> tuple[str, ...]:
     """Return the folders that sentence-transformers loads beside the root.
@@ -29,7 +27,7 @@ def module_folders(listing: Listing) -> tuple[str, ...]:
     if len(paths) > MAX_MODULES:
         raise SourceError(
             f"'{MODULES}' names {len(paths):,} folders, expected at most {MAX_MODULES}",
-            f"fetch this file again, or remove it; {_NOTHING}",
+            "fetch this file again, or remove it",
         )
     for path in paths:
         if _is_outside(path):
@@ -41,7 +39,7 @@ def module_folders(listing: Listing) -> tuple[str, ...]:
     if inner is not None:
         raise SourceError(
             f"'{MODULES}' has sentence-transformers load the model in {quoted(inner)}, transformers the one beside it",
-            f"give that folder, or remove {MODULES}; {_NOTHING}",
+            f"give that folder, or remove {MODULES}",
         )
     return paths
 

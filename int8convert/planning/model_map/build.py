@@ -25,7 +25,7 @@ from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-_FETCH_CONFIG = "fetch config.json again, or correct that entry; nothing was written"
+_FETCH_CONFIG = "fetch config.json again, or correct that entry"
 
 # Where config.json names a class that transformers no longer has, the model type still leads to one. In this order:
 # the first mapping that knows the type wins.
@@ -65,7 +65,7 @@ def build_model(
         check_layer_counts(stated)
         return _build(directory, stated, tensors, trusts_code, weights_dtype)
     except CorruptFileError as error:
-        raise RefusedError(error.message, f"{error.hint}; nothing was written") from error
+        raise RefusedError(error.message, f"{error.hint}") from error
 
 
 def _build(
@@ -81,7 +81,7 @@ def _build(
             raise UntrustedCodeError(
                 f"{architecture} is code in the checkpoint (auto_map in config.json): "
                 f"transformers {transformers.__version__} has no such class",
-                "read that code, then pass --trust-remote-code to have it run; nothing was written",
+                "read that code, then pass --trust-remote-code to have it run",
             )
         config = _read_config(directory, stated)
         model_class, notes = _class_of_transformers(config, architecture, has_code=bool(own_code))
@@ -131,7 +131,7 @@ def _class_of_the_checkpoint(directory: str, architecture: str, own_code: Any) -
     if reference is None:
         raise RefusedError(
             f"auto_map in config.json names no class for {' or '.join(_AUTO_MAPPINGS)}",
-            "fetch config.json again, or add the entry that loads the model; nothing was written",
+            "fetch config.json again, or add the entry that loads the model",
         )
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=True)
@@ -140,7 +140,7 @@ def _class_of_the_checkpoint(directory: str, architecture: str, own_code: Any) -
         reason = quoted(" ".join(f"{type(error).__name__}: {error}".split()), 300)
         raise RefusedError(
             f"the checkpoint's own code for {architecture}, {quoted(reference)}, raises {reason}",
-            "see that all its files are beside config.json and what it imports is installed; nothing was written",
+            "see that all its files are beside config.json and what it imports is installed",
         ) from error
 
 
@@ -151,7 +151,7 @@ def _load_dtype(config: Any, weights_dtype: str) -> torch.dtype:
     if config.dtype is None and dtype not in TORCH_DTYPE.values():
         raise RefusedError(
             f"the index of the weights gives as dtype {quoted(weights_dtype)}, expected one such as 'float16'",
-            "fetch the index again, or state the dtype in config.json; nothing was written",
+            "fetch the index again, or state the dtype in config.json",
         )
     found: torch.dtype = dtype
     return found

@@ -143,7 +143,7 @@ class ModuleFilter:
                     examples = ", ".join(repr(name) for name in module_names[:3]) or "none"
                     raise PatternError(
                         f"{option} {pattern!r} matches no module that could become int8",
-                        f"patterns match full module names or dotted tails, such as {examples}; nothing was written",
+                        f"patterns match full module names or dotted tails, such as {examples}",
                     )
 
 
@@ -165,7 +165,7 @@ def check_config(config: dict[str, Any], is_decodable: bool = False) -> None:
         raise AlreadyQuantizedError(
             "the source is quantized already: its config.json names quant_method "
             + (quoted(method) if isinstance(method, str) else "'unnamed'"),
-            "convert the 16-bit checkpoint it was made from; nothing was written",
+            "convert the 16-bit checkpoint it was made from",
         )
     architectures = config.get("architectures")
     # Looked up in transformers and printed: so it has to be a name, and the name of a class at that.
@@ -178,8 +178,7 @@ def check_config(config: dict[str, Any], is_decodable: bool = False) -> None:
             "config.json names no architecture, so which weights belong to Linear layers is unknown"
             if config
             else "config.json is missing, so which weights belong to Linear layers is unknown",
-            'add the class the weights were saved from, such as "architectures": ["LlamaForCausalLM"]; '
-            "nothing was written",
+            'add the class the weights were saved from, such as "architectures": ["LlamaForCausalLM"]',
         )
     for key in ("model_type", "dtype", "torch_dtype"):
         # transformers repeats these word for word in its complaints, which are shown to the user.
@@ -188,5 +187,5 @@ def check_config(config: dict[str, Any], is_decodable: bool = False) -> None:
             shown = quoted(name) if isinstance(name, str) else f"a {type(name).__name__}"
             raise ModelMapError(
                 f"config.json gives as {key} {shown}, expected a name",
-                "fetch config.json again, from a source you trust; nothing was written",
+                "fetch config.json again, from a source you trust",
             )

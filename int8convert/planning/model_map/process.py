@@ -59,7 +59,7 @@ class ModelMapProcess:
             raise ModelMapError(
                 f"the process that asks transformers for the model ended with status {self._process.returncode}"
                 + (f": {kind}: {reason}" if kind else ""),
-                "see that `python -c 'import torch, transformers'` works and memory is free; nothing was written",
+                "see that `python -c 'import torch, transformers'` works and memory is free",
             )
         return _map_by_name_rules(self._source, self._modules, reason)
 

@@ -49,7 +49,7 @@ def replaced_by_loader(model: Any) -> list[str]:
             return [
                 f"transformers {transformers.__version__} loads no int8 checkpoint of {type(model).__name__}: "
                 f"it makes {name} a {patch['module_name'].__name__}, for which the checkpoint has no weights",
-                "--format compressed-tensors has a form for it; nothing was written",
+                "--format compressed-tensors has a form for it",
             ]
     return []
 

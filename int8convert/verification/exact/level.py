@@ -178,7 +178,7 @@ def _format(out: CheckpointSource) -> Int8Format:
         what = "its config.json has no quantization_config" if out.config else "it has no config.json"
         raise SourceError(
             f"{quoted(out.label, 200)} is no int8 checkpoint: {what}",
-            "give an output of int8convert quantize, or finish the conversion first; nothing was measured",
+            "give an output of int8convert quantize, or finish the conversion first",
         )
     return read_format(out.config)
 

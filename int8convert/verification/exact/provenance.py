@@ -104,7 +104,7 @@ def find_provenance(
                 if named is None
                 else f"its manifest names {quoted(named, 200)}, which is not there"
             ),
-            "name the 16-bit checkpoint with --reference SRC; nothing was measured",
+            "name the 16-bit checkpoint with --reference SRC",
         )
     adapter = os.fspath(lora) if lora is not None else None
     request = found.request
@@ -183,11 +183,11 @@ def _check_adapter(merged: Any, given: str | None) -> None:
     if given is None:
         raise AdapterError(
             "a LoRA adapter was merged into the checkpoint, and its manifest knows it by its hash alone",
-            "name it with --lora ADAPTER; nothing was measured",
+            "name it with --lora ADAPTER",
         )
     if merged is None or open_adapter(given).identity() != merged:
         what = "none was merged" if merged is None else "another one was merged"
         raise AdapterError(
             f"the adapter {quoted(given, 200)} is not what the checkpoint was made with: {what}",
-            "name the adapter of the conversion, or leave --lora out; nothing was measured",
+            "name the adapter of the conversion, or leave --lora out",
         )

@@ -78,7 +78,7 @@ def _not_measured(reason: str) -> SourceError:
     """The error for a child that died or was stopped: a check that did not run must not count as passed."""
     return SourceError(
         f"whether the model of config.json runs could not be tried: {reason}",
-        "free memory, and run verify again; nothing was measured",
+        "free memory, and run verify again",
     )
 
 

@@ -83,7 +83,7 @@ def test_file_that_was_not_verified_is_refused_by_name(name: str, verified: Path
     with pytest.raises(UnverifiedError) as caught:
         dry_run(verified)
 
-    assert f"'{name}' is no" in caught.value.message and caught.value.hint.endswith("nothing was sent")
+    assert f"'{name}' is no" in caught.value.message and caught.value.state == "nothing was sent"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
@@ -219,10 +219,7 @@ def test_link_out_of_the_output_is_refused(name: str, allow_unverified: bool, ve
         dry_run(verified, allow_unverified=allow_unverified)
     assert f"'{name}' in " in caught.value.message and "a link" in caught.value.message
     needed = name in ("notes.txt", "tokenizer.json", "model.safetensors")
-    assert (
-        caught.value.hint
-        == f"{'replace the link with a copy of the file' if needed else 'remove it'}; nothing was sent"
-    )
+    assert caught.value.hint == f"{'replace the link with a copy of the file' if needed else 'remove it'}"
 
 
 def test_own_folder_that_is_a_link_is_refused(verified: Path) -> None:
@@ -264,7 +261,7 @@ def test_manifest_that_is_not_understood_ends_in_two_lines(verified: Path) -> No
     write(verified / MANIFEST_NAME, manifest)
     with pytest.raises(CorruptFileError, match=r"is not understood: .*n_bytes") as caught:
         dry_run(verified, allow_unverified=True)
-    assert caught.value.hint.endswith("nothing was sent")
+    assert caught.value.state == "nothing was sent"
 
 
 def test_report_of_an_older_version_vouches_for_too_little(verified: Path) -> None:
