@@ -11,7 +11,6 @@ from typing import Any
 
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.names import quoted
-from int8convert.checkpoint.placement import Placement, place
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.sources import open_source
@@ -59,7 +58,6 @@ class Inspection:
         n_parameters: elements of all tensors but scales.
         n_int8_parameters: of them in int8.
         skip_modules: those config.json tells the loader to leave alone.
-        placements: how many GPUs hold it.
         commit: of a repository on the Hub; None of a directory.
     """
 
@@ -74,7 +72,6 @@ class Inspection:
     n_parameters: int
     n_int8_parameters: int
     n_tensors_by_dtype: dict[str, int]
-    placements: tuple[Placement, ...]
     groups: tuple[TensorGroup, ...]
     commit: str | None = None
 
@@ -119,7 +116,6 @@ def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -
         n_parameters=sum(tensor.n_elements for tensor in parameters),
         n_int8_parameters=sum(tensor.n_elements for tensor in parameters if tensor.dtype == "I8"),
         n_tensors_by_dtype=dict(Counter(tensor.dtype for tensor in tensors).most_common()),
-        placements=place((tensor.name, tensor.n_bytes) for tensor in tensors),
         groups=_group(tensors, _reasons(manifest or Manifest(source.directory))),
         commit=source.commit,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 import warnings
@@ -21,7 +20,6 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from int8convert.checkpoint.placement import MAX_GPUS, Placement
 from int8convert.cli.streams import is_terminal
 from int8convert.cli.terminal import PlainConsole, escaping_messages, plain
 from int8convert.errors import Int8ConvertError, OutputError, SourceError
@@ -271,14 +269,6 @@ def format_percent(share: float) -> str:
 
 def format_shards(n: int) -> str:
     return "1 shard" if n == 1 else f"{n:,} shards"
-
-
-def format_gpus(placements: Sequence[Placement]) -> str:
-    """4 x 24 GB, 2 x 40 GB or 1 x 80 GB; none that is larger than a single one that holds it."""
-    single = min((place.gpu_gb for place in placements if place.n_gpus == 1), default=math.inf)
-    usable = [place for place in placements if place.n_gpus is not None and place.gpu_gb <= single]
-    fitting = [f"{place.n_gpus} x {place.gpu_gb} GB" for place in usable]
-    return " or ".join(filter(None, (", ".join(fitting[:-1]), *fitting[-1:]))) or f"more than {MAX_GPUS} x 80 GB"
 
 
 def format_seconds(seconds: float) -> str:

@@ -10,7 +10,6 @@ from int8convert.cli.console import (
     failure,
     format_bytes,
     format_count,
-    format_gpus,
     format_percent,
     format_seconds,
     note,
@@ -132,8 +131,6 @@ def _refusal(requirements: PlanRequirements, conversion_plan: ConversionPlan) ->
 
 
 def _print_sizes(conversion_plan: ConversionPlan) -> None:
-    from int8convert.checkpoint.placement import place
-
     print_line(
         f"int8: {format_percent(conversion_plan.coverage)} of {format_count(conversion_plan.n_parameters)} parameters, "
         f"{format_percent(conversion_plan.byte_coverage)} of the bytes"
@@ -142,10 +139,6 @@ def _print_sizes(conversion_plan: ConversionPlan) -> None:
         f"disk: {format_bytes(conversion_plan.n_read_bytes)} read, "
         f"{format_bytes(conversion_plan.n_written_bytes)} written"
     )
-    as_source = place((tensor.source.name, tensor.source.n_bytes) for tensor in conversion_plan.tensors)
-    as_int8 = place((tensor.output_name, tensor.output_bytes) for tensor in conversion_plan.tensors)
-    now, then = format_gpus(as_source), format_gpus(as_int8)
-    print_line(f"GPUs for the int8 weights: {then} (for SRC: {now if now != then else 'the same'})")
 
 
 def _print_costs(costs: ConversionCosts, disk: DiskCosts, fetch: FetchCosts | None) -> None:

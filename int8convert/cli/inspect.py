@@ -9,7 +9,6 @@ import typer
 from int8convert.cli.console import (
     format_bytes,
     format_count,
-    format_gpus,
     format_percent,
     format_shards,
     print_json,
@@ -66,7 +65,6 @@ def inspect(
             + (f", threshold {found.threshold}" if found.threshold is not None else "")
             + (f", left 16-bit: {', '.join(found.skip_modules)}" if found.skip_modules else "")
         )
-        print_line(f"GPUs that hold it: {format_gpus(found.placements)}, the key-value cache aside")
         why = ("why not int8",) if any(group.reason for group in found.groups) else ()
         print_table(
             "",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 from int8convert.checkpoint.names import OUTLIERS_FILE
-from int8convert.checkpoint.placement import MAX_GPUS
 from int8convert.hub.branch import CARD_MARK
 from int8convert.inspection import Inspection
 from int8convert.publish.card_commands import reproduce
@@ -148,14 +147,4 @@ def _hardware(output: FinishedOutput, found: Inspection) -> str:
             "transformers decompresses the weights to 16 bits when it loads them, and cannot load int8 experts. "
             "It rounds the scales, which are in float32 here, to the model's dtype: by up to 0.4 % in bf16."
         )
-    return f"## Hardware\n\n{_gpus(found)}\n\n{speed}"
-
-
-def _gpus(found: Inspection) -> str:
-    """The fewest GPUs of each size, up to the first of which one is enough."""
-    fitting = [place for place in found.placements if place.n_gpus is not None]
-    enough = next((i for i, place in enumerate(fitting) if place.n_gpus == 1), len(fitting))
-    shown = " or ".join(f"{place.n_gpus} x {place.gpu_gb} GB" for place in fitting[: enough + 1])
-    if enough == 0 and fitting:
-        return f"One GPU of {fitting[0].gpu_gb} GB holds the weights, the key-value cache aside."
-    return f"GPUs that hold the weights, the key-value cache aside: {shown or f'more than {MAX_GPUS} x 80 GB'}."
+    return f"## Hardware\n\n{speed}"

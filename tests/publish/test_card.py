@@ -6,7 +6,6 @@ import ast
 import hashlib
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import yaml
 from huggingface_hub import ModelCard
 
 import int8convert
-from int8convert.checkpoint.placement import Placement
 from int8convert.inspection import inspect
 from int8convert.publish.card import CARD_MARK, make_card
 from int8convert.publish.finished import read_finished
@@ -255,24 +253,6 @@ def test_size_stands_beside_that_of_the_source(source: Path, out: Path) -> None:
     after = sum(path.stat().st_size for path in out.glob("*.safetensors"))
 
     assert f"\n{after / 1e3:.3g} kB in 2 files, instead of the {before / 1e3:.3g} kB of its source, " in card_of(out)
-
-
-@pytest.mark.parametrize(
-    ("n_gpus", "shown"),
-    [
-        ((1, 1, 1), "One GPU of 24 GB holds the weights, the key-value cache aside."),
-        ((3, 2, 1), "aside: 3 x 24 GB or 2 x 40 GB or 1 x 80 GB."),
-        ((2, 1, 1), "aside: 2 x 24 GB or 1 x 40 GB."),
-        ((None, None, 4), "aside: 4 x 80 GB."),
-        ((None, None, None), "aside: more than 8 x 80 GB."),
-    ],
-)
-def test_no_larger_gpus_are_listed_than_one_that_is_enough(
-    n_gpus: tuple[int | None, ...], shown: str, out: Path
-) -> None:
-    placements = tuple(Placement(gb, n, 0) for gb, n in zip((24, 40, 80), n_gpus, strict=True))
-
-    assert shown in make_card(read_finished(out), REPO, replace(inspect(out), placements=placements))
 
 
 @pytest.mark.parametrize(
