@@ -56,10 +56,7 @@ FAILED = 3
 _INTERRUPTED = "nothing was written; a verify.json that was there is still there"
 _LEVELS = ("exact", "fidelity", "tasks")
 _OF_TASKS = ("tasks", "tasks_path", "task_limit", "min_task_p")
-_OF_MODELS = (
-    *("text", "dataset", "max_dnll", "max_kl", "sequences", "length", "convention", "thresholds", "compare_methods"),
-    "stream",
-)
+_OF_MODELS = ("text", "dataset", "max_dnll", "max_kl", "sequences", "length", "convention", "thresholds", "stream")
 """Options of the levels "tasks", and "fidelity" and above."""
 
 _DATASETS = ("wikitext2", "c4")
@@ -127,9 +124,6 @@ def verify(
     thresholds: Annotated[
         str | None, typer.Option(metavar="T,T,..", help="Outlier thresholds to compare, too, such as 0,3,inf.")
     ] = None,
-    compare_methods: Annotated[
-        bool, typer.Option("--compare-methods", help="Also simulate the int8 methods of the paper's Table 1.")
-    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Layer by layer, one of each model in memory; default: where needed.")
     ] = False,
@@ -185,8 +179,6 @@ def verify(
     swept = _numbers(thresholds)
     if text is not None and dataset is not None:
         raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
-    if compare_methods and stream:
-        raise typer.BadParameter("needs the source in memory", param_hint="--compare-methods")
     with (
         reporting_errors(as_json, _INTERRUPTED),
         quieting_hub(),
@@ -215,7 +207,6 @@ def verify(
                 dataset=dataset,
                 level=level,
                 thresholds=swept,
-                compare_methods=compare_methods,
                 tasks=tuple(tasks.split(",")) if tasks else (),
                 tasks_path=tasks_path,
                 task_limit=task_limit,
@@ -250,8 +241,6 @@ def verify(
             from int8convert.cli.verify_summary import print_report
 
             print_report(report)
-            if compare_methods and report.fidelity and not report.methods:
-                note("the methods were not compared: the source does not fit in memory")
             if kept and written and not quiet:
                 note(f"kept in verify.json of an earlier run on the same files: {kept}")
             for path in (written, report_file, figures):

@@ -14,7 +14,7 @@ from int8convert.cli.console import (
     print_table,
 )
 from int8convert.verification.earlier_failures import Status
-from int8convert.verification.verify_report import METHOD_COLUMNS, METHODS_TITLE, fidelity_rows, method_rows
+from int8convert.verification.verify_report import fidelity_rows
 
 if TYPE_CHECKING:
     from int8convert.verification.exact.level import ExactReport
@@ -41,8 +41,6 @@ def print_report(report: VerifyReport) -> None:
         print_line(f": {_measured_on(report.text, report.fidelity)}", head="Fidelity")
         _print_fidelity(report.fidelity)
         _print_sweep(report.sweep)
-        if report.methods:
-            print_table(METHODS_TITLE, METHOD_COLUMNS, method_rows(report.methods))
         _print_tasks(report.tasks)
     elif report.level != "exact":
         note("the models were not run: the exact level failed")

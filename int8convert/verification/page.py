@@ -20,13 +20,7 @@ from int8convert.errors import OutputError, SourceError
 from int8convert.inspection import inspect
 from int8convert.sources import open_source
 from int8convert.verification.page_figures import coverage_shares, report_figures
-from int8convert.verification.verify_report import (
-    METHOD_COLUMNS,
-    METHODS_TITLE,
-    VerifyReport,
-    fidelity_rows,
-    method_rows,
-)
+from int8convert.verification.verify_report import VerifyReport, fidelity_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +28,7 @@ if TYPE_CHECKING:
     from int8convert.outliers.find import OutlierReport
     from int8convert.verification.fidelity.level import FidelityReport
 
-_TEMPLATE = "report.html.jinja"
+_TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +136,6 @@ def render(report: VerifyReport, pictures: Sequence[Picture]) -> str:
         coverage=coverage_shares(inspect(report.out, report.exact.commit)),
         provenance=_provenance(report),
         fidelity_rows=fidelity_rows,
-        methods_title=METHODS_TITLE,
-        method_columns=METHOD_COLUMNS,
-        method_rows=method_rows(report.methods),
         layer_rows=_layer_rows(report.fidelity),
     )
 

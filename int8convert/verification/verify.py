@@ -58,7 +58,7 @@ class Level(StrEnum):
     TASKS = "tasks"
 
 
-_PARTS = {Level.FIDELITY: ("text", "fidelity", "sweep", "methods"), Level.TASKS: ("tasks",)}
+_PARTS = {Level.FIDELITY: ("text", "fidelity", "sweep"), Level.TASKS: ("tasks",)}
 _GATES = {Level.FIDELITY: ("max_dnll", "max_kl"), Level.TASKS: ("min_task_p",)}
 """What each level adds to a report, and what it must not exceed."""
 
@@ -73,7 +73,6 @@ def verify(
     level: str = Level.FIDELITY,
     modes: Sequence[str] = (),
     thresholds: Sequence[float] = (),
-    compare_methods: bool = False,
     tasks: Sequence[str] = (),
     tasks_path: str | os.PathLike[str] | None = None,
     task_limit: int | None = None,
@@ -104,8 +103,6 @@ def verify(
         level: "exact", "fidelity" or "tasks"; those before it come first.
         modes: the arithmetic to run, see `verification.fidelity.arithmetic`; none takes what `load` would run.
         thresholds: run that at these outlier thresholds, too; the gates look at the checkpoint's own alone.
-        compare_methods: simulate the int8 methods of the paper's Table 1 on the source, too; no gate looks at them, and
-            a source that does not fit in memory has none.
         tasks, tasks_path, task_limit: see `measure_tasks`.
         gates: what passes.
         n_sequences, length: at most so many windows of so many tokens, from all over the text; None takes 2,048 or
@@ -181,17 +178,6 @@ def verify(
                 on_progress=on_fidelity,
             )
             report = replace(report, text=used, fidelity=fidelity, sweep=sweep)
-            if compare_methods and not any(each.streamed for each in fidelity):
-                from int8convert.verification.method_table import make_method_table
-
-                methods = make_method_table(
-                    place,
-                    windows,
-                    threshold=read_threshold(open_source(here).config, DEFAULT_THRESHOLD),
-                    device=device,
-                    trust_remote_code=trust_remote_code,
-                )
-                report = replace(report, methods=methods)
     if report.is_passed and level is Level.TASKS:
         from int8convert.verification.tasks import measure_tasks
 

@@ -16,12 +16,7 @@ from int8convert.verification.gates import Gates
 
 if TYPE_CHECKING:
     from int8convert.verification.fidelity.level import FidelityReport
-    from int8convert.verification.method_table import MethodRow
     from int8convert.verification.tasks import TaskReport
-
-
-METHOD_COLUMNS = ("method", "perplexity", "delta-NLL", "95 % interval", "KL, mean", "same top token")
-METHODS_TITLE = "Methods of the paper's Table 1, simulated on the source; no gate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +55,6 @@ class VerifyReport:
             there.
         fidelity: one for each arithmetic that was run; empty if that level was not reached.
         sweep: the same at several outlier thresholds, if asked for; no gate looks at it.
-        methods: the int8 methods of the paper's Table 1, simulated on the source, if asked for; no gate looks at them.
         tasks: one for each metric of each task; empty if that level was not reached.
         earlier_failures: what earlier runs measured, failed, and this one does not clear.
         failures: one line for each thing that is wrong, earlier failures that stand included.
@@ -75,7 +69,6 @@ class VerifyReport:
     text: TextUsed | None = None
     fidelity: tuple[FidelityReport, ...] = ()
     sweep: tuple[FidelityReport, ...] = ()
-    methods: tuple[MethodRow, ...] = ()
     tasks: tuple[TaskReport, ...] = ()
     reference: str | None = None
     elapsed_s: float = 0.0
@@ -139,18 +132,6 @@ def fidelity_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[str
         ("time", lambda r: f"{r.seconds:,.1f} s"),
     ]
     return [(label, [shown(report) for report in reports]) for label, shown in rows]
-
-
-def method_rows(rows: Sequence[MethodRow]) -> list[tuple[str, ...]]:
-    """What to show of the methods, under `METHOD_COLUMNS`."""
-    return [
-        (
-            *(row.method, f"{row.perplexity:,.6g}", f"{row.delta_nll:+.5f}"),
-            f"{row.delta_nll_interval[0]:+.5f} to {row.delta_nll_interval[1]:+.5f}",
-            *(f"{row.mean_kl:.6f}", f"{100 * row.same_top1:.1f} %"),
-        )
-        for row in rows
-    ]
 
 
 def _describe(check: Check) -> Iterator[str]:

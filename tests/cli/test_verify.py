@@ -11,7 +11,6 @@ import pytest
 
 from int8convert.checkpoint.directory import read_shard
 from int8convert.checkpoint.names import VERIFY_FILE
-from int8convert.verification.baselines import METHODS
 from tests.cli.conftest import Run
 from tests.outliers.outlier_models import convert, outlier_model, save
 from tests.runtime.language_models import SENTENCES, build_tokenizer
@@ -123,26 +122,6 @@ def test_what_is_kept_of_an_earlier_run_is_said(run: Run, out: Path, text: Path)
     code, _, err = run("verify", out, *EXACT)
     assert code == 0
     assert err.splitlines()[0] == "note: kept in verify.json of an earlier run on the same files: fidelity, text"
-
-
-def test_methods_of_the_paper_are_compared_and_not_gated(run: Run, out: Path, text: Path) -> None:
-    options = ("verify", out, *LOOSE, "--text", text, "--length", "32", "--sequences", "3", "--compare-methods")
-    code, printed, _ = run(*options)
-    lines = [line for line in printed.splitlines() if line.startswith(tuple(method.name for method in METHODS))]
-    assert code == 0 and [line.partition("  ")[0] for line in lines] == [method.name for method in METHODS]
-    code, printed, _ = run(*options, "--json")
-    rows = {row["method"]: row for row in json.loads(printed)["methods"]}
-    assert rows["reference"]["mean_kl"] == 0 and rows["reference"]["same_top1"] == 1
-    # The model has outlier columns: whatever takes them out is far nearer than whatever does not.
-    assert rows["absmax vector-wise"]["mean_kl"] > 20 * rows["LLM.int8(), stored 16-bit columns"]["mean_kl"] > 0
-    low, high = rows["absmax"]["delta_nll_interval"]
-    assert low < rows["absmax"]["delta_nll"] < high
-
-
-@pytest.mark.parametrize("options", [("--stream",), EXACT])
-def test_methods_are_refused_where_no_source_is_in_memory(run: Run, out: Path, options: tuple[str, ...]) -> None:
-    code, _, err = run("verify", out, "--compare-methods", *options)
-    assert code == 2 and "--compare-methods" in err
 
 
 def test_streamed_measurement_says_so_and_finds_the_same(run: Run, out: Path, text: Path) -> None:

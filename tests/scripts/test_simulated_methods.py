@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from int8convert.runtime.linear import Int8Linear
-from int8convert.verification.baselines import (
+from scripts.simulated_methods import (
     METHODS,
     Method,
     OutlierWeights,
