@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from int8convert.conversion.export import ExportReport, export
-    from int8convert.conversion.quantize import plan, quantize
+    from int8convert.conversion.quantize import quantize
     from int8convert.conversion.report import ConversionReport
     from int8convert.errors import Int8ConvertError
     from int8convert.outliers.calibration import calibrate
     from int8convert.outliers.find import OutlierReport, find_outliers
     from int8convert.outliers.store import store_outliers
     from int8convert.planning.plan import ConversionPlan
+    from int8convert.planning.plan_checkpoint import PlanOptions, plan
     from int8convert.publish.upload import UploadReport, upload
     from int8convert.runtime.generate import GenerationReport, generate
     from int8convert.runtime.in_memory import quantize_
@@ -41,6 +42,7 @@ __all__ = [
     "Int8ConvertError",
     "Int8Linear",
     "OutlierReport",
+    "PlanOptions",
     "UploadReport",
     "VerifyReport",
     "__version__",
@@ -66,6 +68,7 @@ _HOMES = {
     "Int8ConvertError": "int8convert.errors",
     "Int8Linear": "int8convert.runtime.linear",
     "OutlierReport": "int8convert.outliers.find",
+    "PlanOptions": "int8convert.planning.plan_checkpoint",
     "UploadReport": "int8convert.publish.upload",
     "VerifyReport": "int8convert.verification.verify_report",
     "calibrate": "int8convert.outliers.calibration",
@@ -73,7 +76,7 @@ _HOMES = {
     "find_outliers": "int8convert.outliers.find",
     "generate": "int8convert.runtime.generate",
     "load": "int8convert.runtime.load",
-    "plan": "int8convert.conversion.quantize",
+    "plan": "int8convert.planning.plan_checkpoint",
     "quantize": "int8convert.conversion.quantize",
     "quantize_": "int8convert.runtime.in_memory",
     "store_outliers": "int8convert.outliers.store",

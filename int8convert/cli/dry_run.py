@@ -57,13 +57,14 @@ def print_plan(
     """
     from int8convert.conversion.cost import estimate, estimate_disk, estimate_fetch
     from int8convert.conversion.device import choose_device
-    from int8convert.conversion.quantize import parse_size, plan_unchecked
     from int8convert.conversion.readers import Reader
     from int8convert.planning.pending_plan import PlanRequirements
+    from int8convert.planning.plan_checkpoint import PlanOptions, plan_unchecked
+    from int8convert.text import parse_size
 
     chosen = choose_device(device)
     requirements = PlanRequirements(min_coverage, tuple(options["allow_missing"]))
-    conversion_plan = plan_unchecked(src, **{name: value for name, value in options.items() if name != "allow_missing"})
+    conversion_plan = plan_unchecked(src, PlanOptions(**options))
     costs = estimate(conversion_plan, workers, chosen)
     disk = estimate_disk(conversion_plan, Path(out or "."), publishing)
     fetch = estimate_fetch(

@@ -56,7 +56,7 @@ def check_remote(option: str, path: str, what: str) -> None:
 
 
 def check_size(size: str | None) -> str | None:
-    from int8convert.conversion.quantize import parse_size
+    from int8convert.text import parse_size
 
     try:
         parse_size(size)
@@ -67,7 +67,7 @@ def check_size(size: str | None) -> str | None:
 
 def check_bandwidth(rate: str | None) -> str | None:
     """Bytes a second, with their unit: a bare 50 may be meant as MB, or as Mbit."""
-    from int8convert.conversion.quantize import parse_size
+    from int8convert.text import parse_size
 
     if rate is None:
         return None

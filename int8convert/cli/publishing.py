@@ -17,8 +17,8 @@ def make_publishing(
 ) -> Publishing:
     """Where finished shards go, by the options."""
     from int8convert.conversion.destination import Publishing
-    from int8convert.conversion.quantize import parse_size
     from int8convert.publish.shard_publisher import HubPublisher
+    from int8convert.text import parse_size
 
     def on_file(file: FileSent) -> None:
         if not is_quiet:

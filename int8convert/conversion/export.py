@@ -26,12 +26,12 @@ from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_export_plan
 from int8convert.conversion.export_tensors import ItemWriter, Target
 from int8convert.conversion.output import OutputDirectory, as_output_error
-from int8convert.conversion.quantize import parse_size
 from int8convert.errors import Int8ConvertError, OutputError, SourceError, stating
 from int8convert.formats.int8_checkpoint import DTYPES, SourceReaders, open_int8_checkpoint
 from int8convert.formats.int8_config import Int8Format
 from int8convert.formats.quantization_config import build_index
 from int8convert.sources import is_repository_name, open_source
+from int8convert.text import parse_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,22 +11,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.commit import ConvertedShard
 from int8convert.conversion.events import Event, ShardStarted, TensorKept, TensorQuantized
 from int8convert.conversion.pipeline import Pipeline, ShardAbandonedError
 from int8convert.decoding.fp8_scales import as_loaded
 from int8convert.errors import Int8ConvertError
-from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.planning.name_rules import map_by_name
+from int8convert.planning.pending_plan import PlanRequest
 from int8convert.planning.plan import ConversionPlan, PlannedShard, make_plan
 from int8convert.planning.reading_order import ReadingOrder
 
 
-def guess_plan(source: CheckpointSource, modules: ModuleFilter, max_shard_bytes: int | None) -> ConversionPlan | None:
+def guess_plan(request: PlanRequest) -> ConversionPlan | None:
     """The name rules' plan; None where they have none, for a reason the true map will state better."""
     try:
-        return make_plan(source, map_by_name(as_loaded(source), modules, None, "guess"), max_shard_bytes)
+        guess = map_by_name(as_loaded(request.source), request.modules, None, "guess")
+        return make_plan(request.source, guess, request.max_shard_bytes)
     except Int8ConvertError:
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from int8convert import __version__
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, describe_source
 from int8convert.checkpoint.model_card import read_source_card
-from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.checkpoint.source import SourceShard
 from int8convert.conversion.commit import AfterCommit, ConvertedShard
 from int8convert.conversion.destination import Publishing, plan_disk
 from int8convert.conversion.device import Device
@@ -22,11 +22,8 @@ from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.conversion.readers import Reader, access_maker, choose_reader, is_remote
 from int8convert.errors import DiskFullError, Int8ConvertError, OutputError
-from int8convert.formats.output_format import OutputFormat
-from int8convert.planning.adapter import Adapter
-from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.planning.needs import made_up
-from int8convert.planning.pending_plan import PlanInTheMaking, PlanRequirements
+from int8convert.planning.pending_plan import PendingPlan, PlanRequest, PlanRequirements
 from int8convert.planning.plan import ConversionPlan, PlannedShard
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
@@ -34,14 +31,12 @@ _TOLD_EVERY_BYTES = 4 << 20
 """Of what is fetched: pieces come by the ten thousand a second."""
 
 
-def conversion_request(
-    source: CheckpointSource, output_format: OutputFormat, options: Mapping[str, Any]
-) -> dict[str, Any]:
+def conversion_request(request: PlanRequest, options: Mapping[str, Any]) -> dict[str, Any]:
     """What two runs must have in common to be parts of one conversion."""
     return {
         "arithmetic": ARITHMETIC_VERSION,
-        "format": output_format,
-        "source": describe_source(source),
+        "format": request.modules.output_format,
+        "source": describe_source(request.source),
         "options": dict(options),
     }
 
@@ -66,13 +61,10 @@ class Conversion:
 
     def __init__(
         self,
-        source: CheckpointSource,
+        request: PlanRequest,
         output: OutputDirectory,
-        modules: ModuleFilter,
-        max_shard_bytes: int | None,
         requirements: PlanRequirements,
         check: bool,
-        adapter: Adapter | None,
         reading: Reading,
         publishing: Publishing | None,
     ) -> None:
@@ -80,11 +72,9 @@ class Conversion:
         self._publishing = publishing
         self._published: dict[str, ShardRecord] = {}
         self._one_at_a_time = False
-        self._adapter = adapter
-        self._source = source
+        self._request = request
+        self._source = request.source
         self._output = output
-        self._modules = modules
-        self._max_shard_bytes = max_shard_bytes
         self._requirements = requirements
         self._check = check
         self.kept_modules: tuple[str, ...] = ()
@@ -92,9 +82,7 @@ class Conversion:
     def run(self, n_workers: int, device: Device, threshold: float, emit: EventSink) -> ConversionPlan:
         """Convert what is not converted yet and complete the directory; the plan that was followed."""
         with (
-            PlanInTheMaking(
-                self._source, self._modules, self._max_shard_bytes, self.kept_modules, self._adapter
-            ) as coming,
+            PendingPlan(replace(self._request, kept_modules=self.kept_modules)) as coming,
             self._telling_what_is_on_disk(),
             Pipeline(self._output.manifest, self._output.path, n_workers, emit, device) as pipeline,
         ):
@@ -108,7 +96,7 @@ class Conversion:
             return plan
 
     def _start(
-        self, coming: PlanInTheMaking, pipeline: Pipeline
+        self, coming: PendingPlan, pipeline: Pipeline
     ) -> tuple[ConversionPlan, dict[str, ShardRecord], dict[int, ConvertedShard], MakeAccess | None]:
         """Wait for the plan, converting by a guess meanwhile, and check it.
 
@@ -119,9 +107,9 @@ class Conversion:
         records = {} if self._output.replaces else self._output.manifest.read_records()
         # Where an old checkpoint is to be replaced, it stays until all is checked, and both need room: no head start.
         # Nor with an adapter, whose names only the model's class can tell, nor where a wrong guess costs a download.
-        is_plain = self._adapter is None and self._publishing is None and not is_remote(self._source)
+        is_plain = self._request.adapter is None and self._publishing is None and not is_remote(self._source)
         may_guess = not self._output.replaces and is_plain
-        guess = guess_plan(self._source, self._modules, self._max_shard_bytes) if may_guess else None
+        guess = guess_plan(self._request) if may_guess else None
         if guess is None or self._output.spare_bytes(guess) < 0:
             plan = coming.result()
             done, make_access = self._check_and_begin(plan, records, pipeline)

@@ -1,10 +1,8 @@
-"""`quantize` and `plan`: the main job as two plain functions."""
+"""`quantize`: the main job as a plain function."""
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,77 +17,13 @@ from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.progress_bar import showing_bar
 from int8convert.conversion.readers import Reader
 from int8convert.conversion.report import ConversionReport, ReportBuilder
-from int8convert.decoding.fp8 import is_fp8
 from int8convert.errors import NonFiniteWeightError, stating
 from int8convert.formats.output_format import OutputFormat
-from int8convert.planning.adapter import open_adapter
-from int8convert.planning.model_map.model_map import ModuleFilter, check_config
-from int8convert.planning.needs import check_needs
-from int8convert.planning.pending_plan import PlanInTheMaking, PlanRequirements
-from int8convert.planning.plan import ConversionPlan
-from int8convert.sources import open_source
+from int8convert.planning.pending_plan import PlanRequirements
+from int8convert.planning.plan_checkpoint import PlanOptions, open_request
 
 DEFAULT_THRESHOLD = 6.0
 """Feature dimensions with a magnitude at or above it stay 16-bit: LLM.int8(), arXiv:2208.07339, Sec. 3.2."""
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
-
-
-def plan(
-    src: str | os.PathLike[str],
-    *,
-    skip: Sequence[str] = (),
-    only: Sequence[str] = (),
-    format: str = OutputFormat.BITSANDBYTES,
-    max_shard_size: int | str | None = None,
-    lora: str | os.PathLike[str] | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    allow_missing: Sequence[str] = (),
-) -> ConversionPlan:
-    """What `quantize` would do with a checkpoint, from headers alone; writes nothing.
-
-    Args: as `quantize` has them.
-
-    Raises:
-        Int8ConvertError: the source cannot be read, lacks weights, or a pattern matches nothing.
-    """
-    made = plan_unchecked(
-        src,
-        skip=skip,
-        only=only,
-        format=format,
-        max_shard_size=max_shard_size,
-        lora=lora,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-        cache_dir=cache_dir,
-    )
-    check_needs(made.model_map, made.source, allow_missing)
-    return made
-
-
-def plan_unchecked(
-    src: str | os.PathLike[str],
-    *,
-    skip: Sequence[str] = (),
-    only: Sequence[str] = (),
-    format: str = OutputFormat.BITSANDBYTES,
-    max_shard_size: int | str | None = None,
-    lora: str | os.PathLike[str] | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> ConversionPlan:
-    """As `plan`, also of a checkpoint that does not give its model what it needs; see `model_map.ModelNeeds`."""
-    max_shard_bytes = parse_size(max_shard_size)
-    source = open_source(src, revision, Path(cache_dir) if cache_dir is not None else None, ignores_adapter=True)
-    check_config(source.config, is_fp8(source))
-    modules = ModuleFilter(tuple(skip), tuple(only), OutputFormat(format), trust_remote_code)
-    adapter = open_adapter(lora) if lora is not None else None
-    with PlanInTheMaking(source, modules, max_shard_bytes, (), adapter) as coming:
-        return coming.result()
 
 
 @stating("nothing was written")
@@ -160,8 +94,17 @@ def quantize(
         ValueError: an argument is out of its range.
     """
     began = time.perf_counter()
-    output_format = OutputFormat(format)
-    max_shard_bytes = parse_size(max_shard_size)
+    plan_options = PlanOptions(
+        skip=skip,
+        only=only,
+        format=format,
+        max_shard_size=max_shard_size,
+        lora=lora,
+        trust_remote_code=trust_remote_code,
+        allow_missing=allow_missing,
+        revision=revision,
+        cache_dir=cache_dir,
+    )
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
     is_share = min_coverage is None or 0 <= min_coverage <= 1
     if n_workers < 1 or not threshold >= 0 or not is_share or on_nonfinite not in ("error", "keep"):
@@ -171,25 +114,22 @@ def quantize(
     device_used = choose_device(device)
     cache = Path(cache_dir) if cache_dir is not None else None
     reading = Reading(Reader(reader), cache)
-    source = open_source(src, revision, cache, ignores_adapter=True)
-    check_config(source.config, is_fp8(source))
+    request = open_request(src, plan_options)
     options: dict[str, Any] = {
         "skip": list(skip),
         "only": list(only),
         "threshold": float(threshold),
-        "max_shard_bytes": max_shard_bytes,
+        "max_shard_bytes": request.max_shard_bytes,
         "on_nonfinite": on_nonfinite,
     }
-    adapter = open_adapter(lora) if lora is not None else None
-    if adapter is not None:
-        options["lora"] = adapter.identity()
+    if request.adapter is not None:
+        options["lora"] = request.adapter.identity()
     if allow_missing:
         options["allow_missing"] = list(allow_missing)
-    output = OutputDirectory(out, source, conversion_request(source, output_format, options), overwrite)
+    output = OutputDirectory(out, request.source, conversion_request(request, options), overwrite)
     report = ReportBuilder()
-    modules = ModuleFilter(tuple(skip), tuple(only), output_format, trust_remote_code)
     requirements = PlanRequirements(min_coverage, tuple(allow_missing))
-    job = Conversion(source, output, modules, max_shard_bytes, requirements, check, adapter, reading, publishing)
+    job = Conversion(request, output, requirements, check, reading, publishing)
     with showing_bar() if on_event is None else nullcontext(on_event) as sink, output.in_use():
 
         def emit(event: Event) -> None:
@@ -209,19 +149,3 @@ def quantize(
     if is_gone:
         output.remove_empty()
     return report.build(done_plan, None if is_gone else str(out), device_used.name, time.perf_counter() - began)
-
-
-def parse_size(size: int | str | None) -> int | None:
-    """Bytes of a size such as 2000000, "5GB" (10^9) or "5GiB" (2^30).
-
-    Raises:
-        ValueError: it is none.
-    """
-    if size is None:
-        return None
-    match = _SIZE.fullmatch(str(size).strip())
-    if not match or float(match[1]) <= 0:
-        raise ValueError(f"a size must look like 5GB or 500MiB, not {size!r}")
-    number, prefix, binary = match.groups()
-    unit: int = (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
-    return math.ceil(float(number) * unit)

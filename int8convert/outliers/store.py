@@ -29,7 +29,6 @@ from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import ShardWriter, order_for_alignment
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.conversion.output import as_output_error
-from int8convert.conversion.quantize import plan
 from int8convert.conversion.tensors import SourceRows, values_dtype
 from int8convert.errors import SourceError, stating
 from int8convert.formats.int8_checkpoint import Int8Checkpoint, Int8Weight, SourceReaders, open_int8_checkpoint
@@ -37,6 +36,7 @@ from int8convert.formats.int8_config import Int8Format
 from int8convert.formats.output_format import OutputFormat, TensorSpecs
 from int8convert.formats.scales import absmax_to_scale
 from int8convert.planning.plan import PlannedTensor
+from int8convert.planning.plan_checkpoint import PlanOptions, plan
 from int8convert.sources import open_source
 
 
@@ -153,7 +153,8 @@ def _find(
     """Where the weights are, in the order of the source's files."""
     is_bitsandbytes = checkpoint.format is Int8Format.BITSANDBYTES
     output_format = OutputFormat.BITSANDBYTES if is_bitsandbytes else OutputFormat.COMPRESSED_TENSORS
-    planned = plan(src, format=output_format, lora=lora, trust_remote_code=trust_remote_code, revision=revision)
+    options = PlanOptions(format=output_format, lora=lora, trust_remote_code=trust_remote_code, revision=revision)
+    planned = plan(src, options)
     sources = {t.output_name.removesuffix(".weight"): t for t in planned.tensors if t.output_name.endswith(".weight")}
     weights = {weight.module_name: weight for weight in checkpoint.weights}
     chosen = {name: np.asarray(found, np.int32) for name, found in columns.items() if len(found)}

@@ -18,30 +18,36 @@ from int8convert.planning.needs import check_needs, needs_notes
 from int8convert.planning.plan import ConversionPlan, make_plan
 
 
-class PlanInTheMaking:
-    """The true plan, once the child that maps the model has answered; a thread waits for it. A context manager.
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What is to be planned.
 
-    Args:
-        source, modules, max_shard_bytes: what is planned.
-        kept_modules: modules that turned out to have no int8 form.
+    Attributes:
+        source: the checkpoint.
+        modules: the user's choice of modules.
+        max_shard_bytes: largest output shard; None makes one for each source shard.
         adapter: merged into the weights.
+        kept_modules: modules whose weights turned out to have no int8 form.
     """
 
-    def __init__(
-        self,
-        source: CheckpointSource,
-        modules: ModuleFilter,
-        max_shard_bytes: int | None,
-        kept_modules: tuple[str, ...],
-        adapter: Adapter | None,
-    ) -> None:
-        self._process = ModelMapProcess(source, replace(modules, skip=(*modules.skip, *kept_modules)))
-        self._waiter = ThreadPoolExecutor(1)
-        self._plan = self._waiter.submit(
-            lambda: _with_note(make_plan(source, self._map(source, kept_modules, adapter), max_shard_bytes, adapter))
-        )
+    source: CheckpointSource
+    modules: ModuleFilter
+    max_shard_bytes: int | None = None
+    adapter: Adapter | None = None
+    kept_modules: tuple[str, ...] = ()
 
-    def __enter__(self) -> PlanInTheMaking:
+
+class PendingPlan:
+    """The plan of a conversion, which a thread makes once the child process has mapped the model. A context manager."""
+
+    def __init__(self, request: PlanRequest) -> None:
+        modules = request.modules
+        self._request = request
+        self._process = ModelMapProcess(request.source, replace(modules, skip=(*modules.skip, *request.kept_modules)))
+        self._waiter = ThreadPoolExecutor(1)
+        self._plan = self._waiter.submit(self._make)
+
+    def __enter__(self) -> PendingPlan:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,18 +55,19 @@ class PlanInTheMaking:
         self._waiter.shutdown()
 
     def peek(self) -> ConversionPlan | None:
-        """The plan if it is there already; raises if an error came instead."""
+        """Return the plan if it is finished, else None. Raises the error that stopped it."""
         return self._plan.result() if self._plan.done() else None
 
     def result(self) -> ConversionPlan:
         """Wait for the plan."""
         return self._plan.result()
 
-    def _map(self, source: CheckpointSource, kept_modules: tuple[str, ...], adapter: Adapter | None) -> ModelMap:
-        found = _with_reason(self._process.result(), kept_modules)
+    def _make(self) -> ConversionPlan:
+        source, adapter = self._request.source, self._request.adapter
+        found = _with_reason(self._process.result(), self._request.kept_modules)
         check_unscaled(source, found.linears)
         notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source))
-        return replace(found, notes=notes)
+        return _with_note(make_plan(source, replace(found, notes=notes), self._request.max_shard_bytes, adapter))
 
 
 def _adapter_notes(source: CheckpointSource, adapter: Adapter | None) -> Iterator[str]:

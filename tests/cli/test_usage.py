@@ -11,8 +11,8 @@ from signal import SIGINT, SIGTERM
 
 import pytest
 
+from int8convert import text
 from int8convert.cli.console import TerminatedError
-from int8convert.conversion import quantize
 from tests.cli.conftest import Run
 from tests.tools.tiny_models import save_checkpoint
 
@@ -124,7 +124,7 @@ def test_signal_while_arguments_are_read_is_told_like_a_later_one(
     def stopped(size: str | None) -> None:
         raise stop
 
-    monkeypatch.setattr(quantize, "parse_size", stopped)
+    monkeypatch.setattr(text, "parse_size", stopped)
     found, out, err = run("quantize", "a/b", "out", "--json")
     assert (found, err) == (code, f"error: {word}\nhint: nothing was begun\n")
     assert json.loads(out)["error"]["code"] == word

@@ -16,7 +16,8 @@ from cuda_kernels import reference
 from int8convert.checkpoint.floats import convert_floats
 from int8convert.checkpoint.rows import BLOCK_BYTES
 from int8convert.conversion.events import Event, PlanMade, ShardFinished, ShardStarted, TensorKept, TensorQuantized
-from int8convert.conversion.quantize import parse_size
+from int8convert.planning.plan_checkpoint import PlanOptions
+from int8convert.text import parse_size
 from tests.tools.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -61,7 +62,7 @@ def test_output_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_shard_size", [None, "30kB"])
 def test_planned_sizes_equal_written_sizes(name: str, max_shard_size: str | None, tmp_path: Path) -> None:
     source = save_checkpoint(name, tmp_path / "source", max_shard_size="70KB")
-    plan = int8convert.plan(source, max_shard_size=max_shard_size)
+    plan = int8convert.plan(source, PlanOptions(max_shard_size=max_shard_size))
     report = convert(source, tmp_path / "out", max_shard_size=max_shard_size)
     written = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
     assert written == {shard.file_name: shard.n_bytes for shard in plan.shards}
@@ -82,7 +83,7 @@ def test_one_output_shard_for_each_input_shard(tmp_path: Path) -> None:
 
 def test_max_shard_size_bounds_every_shard_of_more_than_one_tensor(tmp_path: Path) -> None:
     source = save_checkpoint("opt", tmp_path / "source")
-    plan = int8convert.plan(source, max_shard_size="20kB")
+    plan = int8convert.plan(source, PlanOptions(max_shard_size="20kB"))
     assert len(plan.shards) > 4
     for shard in plan.shards:
         assert sum(tensor.output_bytes for tensor in shard.tensors) <= 20_000 or len(shard.tensors) == 1

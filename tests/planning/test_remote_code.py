@@ -13,6 +13,7 @@ import transformers
 
 import int8convert
 from int8convert.errors import ModelMapError, RemoteCodeError
+from int8convert.planning.plan_checkpoint import PlanOptions
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.level import measure_fidelity
 from tests.tools.tiny_models import save_checkpoint
@@ -115,7 +116,10 @@ def test_code_that_transformers_has_a_class_for_is_not_run_even_if_trusted(trace
     edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
     (directory / "modeling_llama.py").write_text(MODELING.format(trace=str(trace)))
     for trusts in (False, True):
-        assert int8convert.plan(directory, trust_remote_code=trusts).model_map.model_class == "LlamaForCausalLM"
+        assert (
+            int8convert.plan(directory, PlanOptions(trust_remote_code=trusts)).model_map.model_class
+            == "LlamaForCausalLM"
+        )
     assert not trace.exists()
 
 
@@ -129,7 +133,7 @@ def test_trusted_code_that_fails_is_an_error_not_a_guess(code: str | None, compl
     else:
         (novel / "modeling_novel.py").write_text(code)
     with pytest.raises(ModelMapError, match=f"own code for NovelForCausalLM.* raises .*{complaint}"):
-        int8convert.plan(novel, trust_remote_code=True)
+        int8convert.plan(novel, PlanOptions(trust_remote_code=True))
 
 
 @pytest.mark.parametrize("auto_map", [["modeling_novel.NovelForCausalLM"], {"AutoModel": 7}, {"AutoConfig": "a.B"}])
@@ -138,7 +142,7 @@ def test_auto_map_that_names_no_class(auto_map: Any, novel: Path) -> None:
     with pytest.raises(RemoteCodeError):
         int8convert.plan(novel)
     with pytest.raises(ModelMapError, match=r"auto_map in config\.json names no class"):
-        int8convert.plan(novel, trust_remote_code=True)
+        int8convert.plan(novel, PlanOptions(trust_remote_code=True))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -168,7 +172,7 @@ class ScaledLinear("""
 def test_trusted_code_that_casts_to_a_weights_dtype_keeps_that_module(novel: Path, map_in_process: None) -> None:
     path = novel / "modeling_novel.py"
     path.write_text(path.read_text().replace("\nclass ScaledLinear(", CASTING))
-    tensors = int8convert.plan(novel, trust_remote_code=True).model_map.tensors
+    tensors = int8convert.plan(novel, PlanOptions(trust_remote_code=True)).model_map.tensors
     reason = "the model's own code casts to its weight's dtype"
     assert [name for name, mapped in tensors.items() if mapped.reason == reason] == [
         "model.layers.1.mlp.up_proj.weight"

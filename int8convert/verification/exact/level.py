@@ -28,10 +28,10 @@ from typing import Any
 from int8convert.checkpoint.manifest import describe_source
 from int8convert.checkpoint.names import counted, quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
-from int8convert.conversion.quantize import plan_unchecked
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.int8_config import Int8Format, read_format
 from int8convert.planning.plan import ConversionPlan
+from int8convert.planning.plan_checkpoint import PlanOptions, plan_unchecked
 from int8convert.verification.checks import Check, Finding, make_check
 from int8convert.verification.exact.beside import check_beside, check_carried, hash_beside
 from int8convert.verification.exact.config import check_config
@@ -133,12 +133,14 @@ def verify_exact(
         # A module that was left alone for its values is not planned as int8, and must then hold such values.
         planned = plan_unchecked(
             provenance.reference,
-            skip=(*provenance.skip, *provenance.kept_for_values),
-            only=provenance.only,
-            format=provenance.format,
-            lora=provenance.lora,
-            trust_remote_code=trust_remote_code,
-            revision=provenance.revision,
+            PlanOptions(
+                skip=(*provenance.skip, *provenance.kept_for_values),
+                only=provenance.only,
+                format=provenance.format,
+                lora=provenance.lora,
+                trust_remote_code=trust_remote_code,
+                revision=provenance.revision,
+            ),
         )
         for reading in filter(None, map(hub_reading, (checkpoint, planned.source))):
             on_hub(reading)

@@ -14,6 +14,7 @@ import transformers
 import int8convert
 from int8convert.errors import CoverageError
 from int8convert.planning.coverage import check_coverage
+from int8convert.planning.plan_checkpoint import PlanOptions
 from tests.cli.conftest import Run
 from tests.scenarios.strangers.makers import convert
 
@@ -53,7 +54,7 @@ def test_only_a_bar_that_was_set_is_held_against_it(small_model: Path, tmp_path:
 
 
 def test_what_the_user_skips_is_the_users_choice(small_model: Path, tmp_path: Path) -> None:
-    (note,) = int8convert.plan(small_model, only=["q_proj"]).model_map.notes
+    (note,) = int8convert.plan(small_model, PlanOptions(only=["q_proj"])).model_map.notes
     assert note.startswith("3.6 % of the parameters become int8; what stays 16-bit: embedding, tied 57 %, user skip")
     convert(small_model, tmp_path / "out", only=["q_proj"])
 

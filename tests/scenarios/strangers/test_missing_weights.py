@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.errors import CorruptFileError, MissingWeightsError, OutputError
+from int8convert.planning.plan_checkpoint import PlanOptions
 from int8convert.runtime.load import load
 from int8convert.verification.exact.level import ExactReport, verify_exact
 from tests.cli.conftest import Run
@@ -118,7 +119,7 @@ def test_a_head_that_is_yet_to_be_trained_is_allowed_and_said(source: Path, tmp_
 
 def test_plan_lists_what_is_missing_without_use_or_of_another_shape(source: Path) -> None:
     edit_weights(as_classifier(source), lambda tensors: tensors.update({"extra.weight": torch.ones(3)}))
-    plan = int8convert.plan(source, allow_missing=["score.*"]).to_json()
+    plan = int8convert.plan(source, PlanOptions(allow_missing=["score.*"])).to_json()
     assert (plan["missing"], plan["unexpected"], plan["mismatched"]) == ([HEAD], ["extra.weight"], [])
     assert "'extra.weight' is of no use to LlamaForSequenceClassification, and kept as stored" in plan["notes"]
 
@@ -233,7 +234,7 @@ def test_one_expert_without_its_weights(lost: str, tmp_path: Path) -> None:
     """The experts are merged on loading, so what is there is one too short, or does not fit together."""
     source = family_without("causal/qwen3_moe", f"layers.0.mlp.{lost}", tmp_path / "source")
     with pytest.raises(CorruptFileError, match=r"'model\.layers\.0\.mlp\.experts\.\w+_proj'.*expected \[4, "):
-        int8convert.plan(source, allow_missing=["*"])
+        int8convert.plan(source, PlanOptions(allow_missing=["*"]))
 
 
 def test_output_without_a_head_loads_with_the_head_16_bit(source: Path, tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_coverage_counts_the_model_s_parameters(source: Path) -> None:
     edit_weights(source, lambda tensors: tensors.update({"extra.weight": torch.ones(1000, 1000)}))
     assert int8convert.plan(source).n_parameters == before.n_parameters
     edit_weights(source, lambda tensors: tensors.pop(UP))
-    after = int8convert.plan(source, allow_missing=["*"])
+    after = int8convert.plan(source, PlanOptions(allow_missing=["*"]))
     assert after.n_parameters == before.n_parameters
     assert after.n_int8_parameters == before.n_int8_parameters - 128 * 64
 

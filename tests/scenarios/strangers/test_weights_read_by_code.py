@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 import int8convert
 from int8convert import Int8ConvertConfig
+from int8convert.planning.plan_checkpoint import PlanOptions
 from int8convert.runtime.linear_subclasses import computes_as_linear
 from tests.scenarios.strangers.makers import change, convert
 from tests.tools.family_models import build_family, families
@@ -110,7 +111,7 @@ def test_subclass_that_computes_something_else_stays_16_bit(tmp_path: Path) -> N
     out = convert(source, tmp_path / "out", format="compressed-tensors")
     expected = first_output(transformers.DeepseekV4ForCausalLM.from_pretrained(source), TOKENS)
     assert torch.nn.functional.cosine_similarity(first_output(int8convert.load(out), TOKENS), expected, 0) > 0.99
-    tensors = int8convert.plan(source, format="compressed-tensors").model_map.tensors
+    tensors = int8convert.plan(source, PlanOptions(format="compressed-tensors")).model_map.tensors
     reason = "DeepseekV4GroupedLinear: computes something else than a Linear"
     assert any(mapped.reason == reason for mapped in tensors.values())
 

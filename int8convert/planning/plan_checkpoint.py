@@ -1,0 +1,89 @@
+"""`plan`: the way from a user's options to a conversion plan, from headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from int8convert.decoding.fp8 import is_fp8
+from int8convert.formats.output_format import OutputFormat
+from int8convert.planning.adapter import open_adapter
+from int8convert.planning.model_map.model_map import ModuleFilter, check_config
+from int8convert.planning.needs import check_needs
+from int8convert.planning.pending_plan import PendingPlan, PlanRequest
+from int8convert.planning.plan import ConversionPlan
+from int8convert.sources import open_source
+from int8convert.text import parse_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What of a checkpoint becomes int8, in which format and files. `plan` and `quantize` share these options.
+
+    Attributes:
+        skip: modules that stay 16-bit: full names or dotted tails of names, with shell wildcards.
+        only: if not empty, no other module becomes int8.
+        format: "bitsandbytes", which transformers loads, or "compressed-tensors", which vLLM serves, int8 experts
+            included. SGLang serves those with `--quantization w8a8_int8`.
+        max_shard_size: bytes, or a string such as "5GB"; None makes one output shard for each source shard.
+        lora: directory of a PEFT adapter to merge into the weights, in float32, before they are quantized.
+        trust_remote_code: run the checkpoint's own code where transformers has no class of the model's name.
+        allow_missing: patterns, as for `skip`, of tensors or modules that the source may lack although the model needs
+            them. Loaders of the output make up their values, so it is for heads that are yet to be trained.
+        revision: branch, tag or commit of a repository; None is its main branch.
+        cache_dir: a Hub cache that keeps downloads.
+    """
+
+    skip: Sequence[str] = ()
+    only: Sequence[str] = ()
+    format: str = OutputFormat.BITSANDBYTES
+    max_shard_size: int | str | None = None
+    lora: str | os.PathLike[str] | None = None
+    trust_remote_code: bool = False
+    allow_missing: Sequence[str] = ()
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+
+
+def plan(src: str | os.PathLike[str], options: PlanOptions | None = None) -> ConversionPlan:
+    """Return what `quantize` would do with a checkpoint. Reads headers alone, and writes nothing.
+
+    Args:
+        src: a directory, or the name of a repository on the Hub.
+        options: None takes the defaults.
+
+    Raises:
+        Int8ConvertError: the source cannot be read, lacks weights, or a pattern matches nothing.
+        ValueError: an option is out of its range.
+    """
+    options = options or PlanOptions()
+    made = plan_unchecked(src, options)
+    check_needs(made.model_map, made.source, options.allow_missing)
+    return made
+
+
+def plan_unchecked(src: str | os.PathLike[str], options: PlanOptions) -> ConversionPlan:
+    """Plan like `plan`, also a checkpoint that lacks weights of its model; see `model_map.ModelNeeds`."""
+    with PendingPlan(open_request(src, options)) as pending:
+        return pending.result()
+
+
+def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanRequest:
+    """Open the source and the adapter, and check what is known without the model.
+
+    Raises:
+        Int8ConvertError: one of them cannot be read, or config.json names no model that could be mapped.
+        ValueError: an option is out of its range.
+    """
+    modules = ModuleFilter(
+        tuple(options.skip), tuple(options.only), OutputFormat(options.format), options.trust_remote_code
+    )
+    max_shard_bytes = parse_size(options.max_shard_size)
+    cache = Path(options.cache_dir) if options.cache_dir is not None else None
+    source = open_source(src, options.revision, cache, ignores_adapter=True)
+    check_config(source.config, is_fp8(source))
+    return PlanRequest(
+        source, modules, max_shard_bytes, open_adapter(options.lora) if options.lora is not None else None
+    )
