@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = (
     *("cli", "verification", "outliers", "conversion", "publish", "planning", "runtime"),
-    *("inspection", "sources", "hub", "decoding", "formats", "checkpoint", "patterns", "text", "errors"),
+    *("inspection", "sources", "hub", "decoding", "formats", "checkpoint", "patterns"),
+    *("progress_bar", "events", "text", "errors"),
 )
 """The packages and modules of int8convert: each imports only itself and what follows it."""
 

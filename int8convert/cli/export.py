@@ -14,12 +14,11 @@ from int8convert.cli.console import (
     print_json,
     print_line,
     reporting_errors,
-    stderr,
 )
 from int8convert.cli.options import AsJson, UsageError, check_choice, check_named, check_size
 
 if TYPE_CHECKING:
-    from int8convert.conversion.export import ExportReport, ShardExported
+    from int8convert.conversion.export import ExportReport
 
 HELP = """Rewrite an int8 checkpoint for another loader, dequantize it, or cut it into other shards.
 
@@ -58,6 +57,7 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; notes are printed.")] = False,
 ) -> None:
     with reporting_errors(as_json, _INTERRUPTED):
+        from int8convert.cli.progress import showing_progress
         from int8convert.conversion import export as conversion
         from int8convert.formats.int8_checkpoint import DTYPES
         from int8convert.formats.int8_config import Int8Format
@@ -69,19 +69,16 @@ def export(
         if not (format or dequantize or max_shard_size):
             raise UsageError("give --format, --dequantize or --max-shard-size")
 
-        def show(event: ShardExported) -> None:
-            if not (quiet or as_json):
-                stderr.print(f"shard {event.i + 1} of {event.n}: {event.file_name} {format_bytes(event.n_bytes)}")
-
-        report = conversion.export(
-            out,
-            new,
-            format=format,
-            dequantize=dequantize,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            on_event=show,
-        )
+        with showing_progress(quiet, as_json) as on_event:
+            report = conversion.export(
+                out,
+                new,
+                format=format,
+                dequantize=dequantize,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                on_event=on_event,
+            )
         if as_json:
             print_json(report.to_json())
         else:

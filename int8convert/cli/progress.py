@@ -1,10 +1,11 @@
-"""A conversion's events as a live bar where a person watches, as one line a shard elsewhere."""
+"""Shows the events of any command: a live bar where a person watches, one line a step elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,9 +17,15 @@ from int8convert.cli.console import (
     stderr,
     wants_live_display,
 )
-from int8convert.conversion.events import (
+from int8convert.conversion.report import notes_of
+from int8convert.events import (
+    DownloadStarted,
     Event,
     EventSink,
+    FidelityStarted,
+    FidelityStep,
+    FileSent,
+    HubReadStarted,
     PlanMade,
     ShardFinished,
     ShardSkipped,
@@ -26,72 +33,34 @@ from int8convert.conversion.events import (
     SourceFetched,
     TensorKept,
     TensorQuantized,
+    TensorsCompared,
+    ignore,
 )
-from int8convert.conversion.report import notes_of
-from int8convert.planning.plan import ConversionPlan
 
+SKIPPED = "is done from an earlier run"
 _WIDE, _MEDIUM = 100, 80
-"""Columns of a terminal that has room for all numbers, and for all but what is fetched."""
-
-
-class _Counter:
-    """What both displays count: bytes read and written by this run, bytes of shards that were done, seconds."""
-
-    def __init__(self) -> None:
-        self.read_bytes = 0
-        self.written_bytes = 0
-        self.done_bytes = 0
-        self._seen: set[str] = set()
-        self._fetched: dict[str, int] = {}
-        self._began = time.perf_counter()
-
-    def add(self, event: Event) -> None:
-        # Tensors of a shard that is made again come again, and those of one that is done though nothing was read.
-        if isinstance(event, ShardSkipped):
-            new = [tensor for tensor in event.shard.tensors if tensor.output_name not in self._seen]
-            self.done_bytes += sum(tensor.source.n_bytes for tensor in new)
-            self._seen.update(tensor.output_name for tensor in new)
-        if isinstance(event, TensorQuantized | TensorKept) and event.tensor.output_name not in self._seen:
-            self._seen.add(event.tensor.output_name)
-            self.read_bytes += event.tensor.source.n_bytes
-            self.written_bytes += event.tensor.output_bytes
-
-    def fetch(self, file_name: str, n_bytes: int) -> None:
-        """So many bytes of a file have come."""
-        self._fetched[file_name] = n_bytes
-
-    @property
-    def passed_bytes(self) -> int:
-        return self.done_bytes + self.read_bytes
-
-    def detail(self, width: int) -> str:
-        """What fits beside a bar on a terminal so many columns wide."""
-        fetched = f"{format_bytes(sum(self._fetched.values()))} fetched, " if self._fetched else ""
-        written = f", {format_bytes(self.written_bytes)} written"
-        return f"{fetched if width >= _WIDE else ''}{self.rate} in{written if width >= _MEDIUM else ''}"
-
-    @property
-    def rate(self) -> str:
-        return f"{format_bytes(self.read_bytes / max(1e-9, time.perf_counter() - self._began))}/s"
+"""Columns of a terminal that has room for all numbers, and for all but the bytes fetched."""
 
 
 @contextmanager
-def showing_progress(quiet: bool, as_json: bool, check: bool) -> Iterator[EventSink]:
-    """The sink to hand to `quantize`.
+def showing_progress(quiet: bool, as_json: bool, waiting: str = "", skipped: str = SKIPPED) -> Iterator[EventSink]:
+    """Yield the sink to pass as `on_event`.
 
     Args:
-        check: whether finished shards are compared with their sha256.
+        quiet: print only notes.
+        as_json: print nothing.
+        waiting: what the live bar says before the first event; with "" the bar appears with the first event it shows.
+        skipped: what is said of a finished shard that is found.
     """
-    done = f"is done from an earlier run{', sha256 checked' if check else ''}"
     if as_json:
-        yield lambda _event: None
+        yield ignore
     elif quiet:
         yield _print_notes
     elif wants_live_display(quiet, as_json):
-        with _live_progress(done) as sink:
-            yield sink
+        with _LiveBar(waiting) as bar:
+            yield _Renderer(skipped, bar)
     else:
-        yield _plain_progress(done)
+        yield _Renderer(skipped)
 
 
 def _print_notes(event: Event) -> None:
@@ -99,64 +68,157 @@ def _print_notes(event: Event) -> None:
         note(text)
 
 
-def _announce(plan: ConversionPlan) -> None:
-    stderr.print(
-        f"{plan.model_map.model_class or 'unknown class'}: {format_bytes(plan.n_read_bytes)} in "
-        f"{format_shards(len(plan.source.shards))} -> {format_bytes(plan.n_written_bytes)} in {len(plan.shards)}, "
-        f"{format_percent(plan.coverage)} of the parameters to int8"
-    )
+class _Renderer:
+    """Prints notes and lines, and passes events to the bar if there is one."""
 
+    def __init__(self, skipped: str, bar: _LiveBar | None = None) -> None:
+        self._skipped = skipped
+        self._bar = bar
+        self._counter = _Counter()
+        self._tenths = 0
 
-def _plain_progress(done: str) -> EventSink:
-    counter = _Counter()
+    def __call__(self, event: Event) -> None:
+        self._counter.add(event)
+        for text in (*notes_of(event), *_start_notes(event)):
+            note(text)
+        line = self._line(event)
+        if line:
+            stderr.print(line)
+        if self._bar is not None:
+            self._bar.show(event, self._counter)
 
-    def on_event(event: Event) -> None:
-        counter.add(event)
-        _print_notes(event)
+    def _line(self, event: Event) -> str:
+        """Return the line that reports an event; "" if it has none."""
         match event:
-            case PlanMade(plan):
-                _announce(plan)
-            case ShardSkipped(i=i, n=n, shard=shard):
-                stderr.print(f"shard {i + 1} of {n}: {shard.file_name} {done}")
-            case ShardFinished(i=i, n=n, shard=shard):
-                written = f"{format_bytes(shard.n_bytes)} written, {counter.rate} read"
-                stderr.print(f"shard {i + 1} of {n}: {shard.file_name} {written}")
+            case PlanMade():
+                return (
+                    f"{event.model_class or 'unknown class'}: {format_bytes(event.n_read_bytes)} in "
+                    f"{format_shards(event.n_source_shards)} -> {format_bytes(event.n_written_bytes)} in "
+                    f"{event.n_shards}, {format_percent(event.coverage)} of the parameters to int8"
+                )
+            case ShardSkipped(i, n, file_name):
+                return f"shard {i + 1} of {n}: {file_name} {self._skipped}"
+            case ShardFinished(i, n, file_name, n_bytes) if self._bar is None or not self._bar.is_shown:
+                rate = f", {self._counter.rate} read" if self._counter.read_bytes else ""
+                return f"shard {i + 1} of {n}: {file_name} {format_bytes(n_bytes)} written{rate}"
+            case FileSent(is_sent=True, n_total_bytes=total):
+                so_far = f"; {format_bytes(event.n_done_bytes)} of {format_bytes(total)} are there" if total else ""
+                return f"{event.name}: {format_bytes(event.n_bytes)} sent{so_far}"
+            case FidelityStep(_, n_done, n_steps) if self._bar is None and 10 * n_done // n_steps > self._tenths:
+                self._tenths = 10 * n_done // n_steps
+                return f"fidelity: {n_done:,} of {n_steps:,} steps"
+            case _:
+                return ""
 
-    return on_event
+
+def _start_notes(event: Event) -> Iterator[str]:
+    """Yield what is said of a long step before it starts."""
+    match event:
+        case HubReadStarted(repository, commit, n_bytes, is_kept):
+            what = f"{repository} at {commit[:12]}"
+            if n_bytes == 0:
+                yield f"reading {what} from the cache of the Hub's client"
+            elif is_kept:
+                yield f"fetching {what} into the cache of the Hub's client: {format_bytes(n_bytes)}"
+            else:
+                yield f"reading {what} from the Hub: {format_bytes(n_bytes)}, of which nothing is kept"
+        case DownloadStarted(file_name, n_bytes):
+            yield f"fetching {file_name}, {format_bytes(n_bytes)}"
+        case FidelityStarted(streamed, peak_memory_bytes):
+            how = "layer by layer" if streamed else "both models in memory"
+            yield f"running {how}, at most {format_bytes(peak_memory_bytes)}"
 
 
-@contextmanager
-def _live_progress(done: str) -> Iterator[EventSink]:
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("{task.fields[detail]}", markup=False),
-        TimeRemainingColumn(compact=True),
-        console=stderr,
-        transient=True,
-        expand=True,
-    )
-    counter = _Counter()
-    task = progress.add_task("reading the model class", total=None, detail="")
+class _Counter:
+    """Counts the bytes of a conversion: read and written by this run, done by an earlier one, fetched; and seconds."""
 
-    def on_event(event: Event) -> None:
-        counter.add(event)
-        _print_notes(event)
+    def __init__(self) -> None:
+        self.read_bytes = 0
+        self._written_bytes = 0
+        self._done_bytes = 0
+        self._seen: set[str] = set()
+        self._fetched: dict[str, int] = {}
+        self._began = time.perf_counter()
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, SourceFetched):
+            self._fetched[event.file_name] = event.n_bytes
+        if not isinstance(event, TensorQuantized | TensorKept) or event.name in self._seen:
+            return  # the tensors of a shard that is made again are reported again
+        self._seen.add(event.name)
+        if event.is_replayed:
+            self._done_bytes += event.n_read_bytes
+        else:
+            self.read_bytes += event.n_read_bytes
+            self._written_bytes += event.n_written_bytes
+
+    @property
+    def passed_bytes(self) -> int:
+        return self._done_bytes + self.read_bytes
+
+    def detail(self, width: int) -> str:
+        """Return what fits beside a bar on a terminal of so many columns."""
+        fetched = f"{format_bytes(sum(self._fetched.values()))} fetched, " if self._fetched else ""
+        written = f", {format_bytes(self._written_bytes)} written"
+        return f"{fetched if width >= _WIDE else ''}{self.rate} in{written if width >= _MEDIUM else ''}"
+
+    @property
+    def rate(self) -> str:
+        return f"{format_bytes(self.read_bytes / max(1e-9, time.perf_counter() - self._began))}/s"
+
+
+class _LiveBar:
+    """A bar that is redrawn in place and removed at the end. A context manager."""
+
+    def __init__(self, waiting: str) -> None:
+        self.is_shown = False
+        self._waiting = waiting
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeRemainingColumn(compact=True),
+            console=stderr,
+            transient=True,
+            expand=True,
+        )
+        self._task = self._progress.add_task(waiting, total=None, detail="")
+
+    def __enter__(self) -> _LiveBar:
+        if self._waiting:
+            self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _start(self) -> None:
+        self.is_shown = True
+        self._progress.start()
+
+    def _update(self, **fields: Any) -> None:
+        if not self.is_shown:
+            self._start()
+        self._progress.update(self._task, **fields)
+
+    def _begin(self, total: int, description: str) -> None:
+        self._progress.reset(self._task, total=total)
+        self._update(description=description, detail="")
+
+    def show(self, event: Event, counter: _Counter) -> None:
         match event:
-            case PlanMade(plan):
-                _announce(plan)
-                progress.reset(task, total=plan.n_read_bytes)
-            case ShardSkipped(i=i, n=n, shard=shard):
-                stderr.print(f"shard {i + 1} of {n}: {shard.file_name} {done}")
-                progress.update(task, completed=counter.passed_bytes)
-            case SourceFetched(shard=source, n_bytes=n_bytes):
-                counter.fetch(source.path.name, n_bytes)
-                progress.update(task, detail=counter.detail(stderr.width))
-            case ShardStarted(i=i, n=n):
-                progress.update(task, description=f"shard {i + 1} of {n}")
+            case PlanMade(n_read_bytes=n_bytes):
+                self._begin(n_bytes, self._waiting)
+            case SourceFetched():
+                self._update(detail=counter.detail(stderr.width))
+            case ShardStarted(i, n):
+                self._update(description=f"shard {i + 1} of {n}")
             case TensorQuantized() | TensorKept():
-                progress.update(task, completed=counter.passed_bytes, detail=counter.detail(stderr.width))
-
-    with progress:
-        yield on_event
+                self._update(completed=counter.passed_bytes, detail=counter.detail(stderr.width))
+            case TensorsCompared(done, total):
+                self._update(description="comparing tensors", completed=done, total=total)
+            case FidelityStarted(n_steps=n_steps):
+                self._begin(n_steps, "running both models")
+            case FidelityStep(step, done, total):
+                self._update(completed=done, total=total, detail=step)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from int8convert.cli.console import format_bytes, note, print_line, stderr
+from int8convert.cli.console import note, print_line
 from int8convert.sources import is_repository_name
 
 if TYPE_CHECKING:
     from int8convert.conversion.destination import Publishing
-    from int8convert.hub.branch import FileSent
+    from int8convert.events import EventSink
 
 
 def make_publishing(
-    repository: str, private: bool | None, keep: bool, max_disk: str | None, is_quiet: bool
-) -> Publishing:
-    """Where finished shards go, by the options."""
+    repository: str | None, private: bool | None, keep: bool, max_disk: str | None, on_event: EventSink
+) -> Publishing | None:
+    """Return where finished shards go, by the options; None without --upload."""
+    if repository is None:
+        return None
     from int8convert.conversion.destination import Publishing
     from int8convert.publish.shard_publisher import HubPublisher
     from int8convert.text import parse_size
 
-    def on_file(file: FileSent) -> None:
-        if not is_quiet:
-            stderr.print(f"{file.name}: {format_bytes(file.n_bytes)} sent")
-
-    return Publishing(HubPublisher(repository, private, on_file=on_file), keep, parse_size(max_disk))
+    return Publishing(HubPublisher(repository, private, on_event=on_event), keep, parse_size(max_disk))
 
 
 def published(publishing: Publishing) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from int8convert.cli.options import (
 )
 from int8convert.cli.publishing import make_publishing, print_published, published
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
+from int8convert.events import ignore
 from int8convert.runtime.text.texts import reusable_file
 
 HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
@@ -227,17 +228,19 @@ def quantize(
         quieting_hub(),
         reusable_file(calibrate) as text,
     ):
-        publishing = make_publishing(upload, private, keep, max_disk, quiet or as_json) if upload is not None else None
         if dry_run:
+            publishing = make_publishing(upload, private, keep, max_disk, ignore)
             print_plan(src, out, shared, min_share, workers, device, reader, bandwidth, publishing, as_json)
             return
-        from int8convert.cli.progress import showing_progress
+        from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion.quantize import quantize as run
 
         if text is not None:
             with quieting_libraries(False):
                 check_calibration(src, text, revision, cache_dir)
-        with showing_progress(quiet, as_json, check) as on_event:
+        skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
+        with showing_progress(quiet, as_json, "reading the model class", skipped) as on_event:
+            publishing = make_publishing(upload, private, keep, max_disk, on_event)
             report = run(
                 src,
                 out or "",

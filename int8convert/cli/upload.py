@@ -14,13 +14,11 @@ from int8convert.cli.console import (
     print_line,
     quieting_hub,
     reporting_errors,
-    stderr,
     wants_live_display,
 )
 from int8convert.cli.options import AsJson, check_named
 
 if TYPE_CHECKING:
-    from int8convert.hub.branch import FileSent
     from int8convert.publish.upload import UploadReport
 
 _MOST_LEFT = 20
@@ -73,25 +71,22 @@ def upload(
     if no_xet:
         os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which it is not yet
     with reporting_errors(as_json, INTERRUPTED), quieting_hub(wants_live_display(quiet, as_json)):
+        from int8convert.cli.progress import showing_progress
         from int8convert.publish.upload import upload as run
 
-        def on_file(file: FileSent) -> None:
-            if file.is_sent and not quiet and not as_json:
-                so_far = f"{format_bytes(file.n_done_bytes)} of {format_bytes(file.n_total_bytes or 0)}"
-                stderr.print(f"{file.name}: {format_bytes(file.n_bytes)} sent; {so_far} are there")
-
-        report = run(
-            out,
-            repository,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            message=message,
-            dry_run=dry_run,
-            allow_unverified=allow_unverified,
-            overwrite=overwrite,
-            on_file=on_file,
-        )
+        with showing_progress(quiet, as_json) as on_event:
+            report = run(
+                out,
+                repository,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                message=message,
+                dry_run=dry_run,
+                allow_unverified=allow_unverified,
+                overwrite=overwrite,
+                on_event=on_event,
+            )
         if as_json:
             print_json(report.to_json())
         else:

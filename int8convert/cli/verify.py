@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from int8convert.cli.console import (
-    format_bytes,
     note,
     print_json,
     quieting_hub,
     quieting_libraries,
     reporting_errors,
-    stderr,
-    wants_live_display,
 )
 from int8convert.cli.options import (
     AsJson,
@@ -33,8 +28,6 @@ from int8convert.cli.options import (
 from int8convert.runtime.text.texts import reusable_file
 
 if TYPE_CHECKING:
-    from int8convert.verification.fidelity.progress import FidelityProgress
-    from int8convert.verification.opened import HubReading
     from int8convert.verification.verify_report import VerifyReport
 
 HELP = """Compare an int8 checkpoint with what it was made of, and say whether it passes.
@@ -184,17 +177,17 @@ def verify(
         quieting_hub(),
         reusable_file(None if level == "exact" else text) as reusable,
     ):
+        from int8convert.cli.progress import showing_progress
         from int8convert.verification.gates import Gates
         from int8convert.verification.verify import kept_parts, write_report
         from int8convert.verification.verify import verify as run
 
-        is_live = wants_live_display(quiet, as_json)
         is_drawn = report_file is not None or figures is not None
-        libraries = quieting_libraries(is_live) if is_drawn or level != "exact" else nullcontext()  # it loads them
+        libraries = quieting_libraries(False) if is_drawn or level != "exact" else nullcontext()  # it loads them
         # The harness of the tasks has bars that nothing else turns off; errors are printed further out.
         is_silent = level == "tasks" and (quiet or as_json)
         bars = redirect_stderr(io.StringIO()) if is_silent else nullcontext()
-        with _showing_bytes(is_live) as on_exact, libraries, bars:
+        with showing_progress(quiet, as_json) as on_event, libraries, bars:
             if is_drawn:
                 from int8convert.verification.page import prepare
 
@@ -218,10 +211,7 @@ def verify(
                 device=device,
                 lora=lora,
                 trust_remote_code=trust_remote_code,
-                on_hub=lambda reading: None if quiet or as_json else _say_reading(reading),
-                on_fetch=lambda name, n: None if quiet or as_json else note(f"fetching {name}, {format_bytes(n)}"),
-                on_exact=on_exact,
-                on_fidelity=None if quiet or as_json else _say_steps(),
+                on_event=on_event,
             )
         written = None
         kept = ", ".join(kept_parts(report).get("kept", ()))
@@ -279,50 +269,3 @@ def _write_pages(
         write_page(report, pictures, page)
     if folder is not None:
         write_pictures(pictures, folder)
-
-
-@contextmanager
-def _showing_bytes(is_live: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar over the bytes compared, where a person watches."""
-    if not is_live:
-        yield None
-        return
-    progress = Progress(
-        TextColumn("comparing tensors"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(compact=True),
-        console=stderr,
-        transient=True,
-    )
-    task = progress.add_task("", total=None)
-    with progress:
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _say_reading(reading: HubReading) -> None:
-    """What comes from the Hub, before it does."""
-    what = f"{reading.repository} at {reading.commit[:12]}"
-    if reading.n_bytes == 0:
-        note(f"reading {what} from the cache of the Hub's client")
-    elif reading.is_kept:
-        note(f"fetching {what} into the cache of the Hub's client: {format_bytes(reading.n_bytes)}")
-    else:
-        note(f"reading {what} from the Hub: {format_bytes(reading.n_bytes)}, of which nothing is kept")
-
-
-def _say_steps() -> Callable[[FidelityProgress], None]:
-    """What a measurement is going to take, before it takes it; then a line now and then."""
-    last = [0]
-
-    def on_progress(progress: FidelityProgress) -> None:
-        if progress.step == "start":
-            how = "layer by layer" if progress.streamed else "both models in memory"
-            note(f"running {how}, at most {format_bytes(progress.peak_memory_bytes)}")
-            return
-        tenth = 10 * progress.n_done // max(1, progress.n_steps)
-        if tenth > last[0]:
-            last[0] = tenth
-            stderr.print(f"fidelity: {progress.n_done:,} of {progress.n_steps:,} steps")
-
-    return on_progress

@@ -18,9 +18,9 @@ from int8convert.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
 from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.checkpoint.source import SourceShard
-from int8convert.conversion.events import EventSink, ShardFinished, TensorKept, TensorQuantized
 from int8convert.conversion.records import tensor_record
 from int8convert.errors import SourceError
+from int8convert.events import EventSink, ShardFinished, TensorKept, TensorQuantized
 from int8convert.planning.plan import ConversionPlan
 
 AfterCommit = Callable[[ShardRecord, Path], None]
@@ -186,7 +186,7 @@ class Committer:
         if self._after_commit is not None:
             self._do_after(self._after_commit, record, self._out / shard.file_name)
         self.records[shard.file_name] = record
-        self._emit(ShardFinished(i, len(self._plan.shards), shard))
+        self._emit(ShardFinished(i, len(self._plan.shards), shard.file_name, shard.n_bytes))
 
     def _do_after(self, after_commit: AfterCommit, record: ShardRecord, path: Path) -> None:
         """In a thread of its own, which ends with the process: a file on its way up cannot be called back, and whoever

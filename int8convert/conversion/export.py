@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,21 +27,12 @@ from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_e
 from int8convert.conversion.export_tensors import ItemWriter, Target
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.errors import Int8ConvertError, OutputError, SourceError, stating
+from int8convert.events import EventSink, ShardFinished, ignore
 from int8convert.formats.int8_checkpoint import DTYPES, SourceReaders, open_int8_checkpoint
 from int8convert.formats.int8_config import Int8Format
 from int8convert.formats.quantization_config import build_index
 from int8convert.sources import is_repository_name, open_source
 from int8convert.text import parse_size
-
-
-@dataclass(frozen=True, slots=True)
-class ShardExported:
-    """Shard i of n, counted from 0, is on the disk under its name."""
-
-    i: int
-    n: int
-    file_name: str
-    n_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +74,7 @@ def export(
     dequantize: str | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
-    on_event: Callable[[ShardExported], None] | None = None,
+    on_event: EventSink | None = None,
 ) -> ExportReport:
     """Rewrite an int8 checkpoint for another loader, dequantize it, or only cut it into other shards.
 
@@ -98,7 +89,7 @@ def export(
         dequantize: "float16", "bfloat16" or "float32", for weights that are not int8; other tensors stay as they are.
         max_shard_size: bytes, or a string such as "5GB"; None makes one output shard for each source shard.
         overwrite: replace a checkpoint in `out`.
-        on_event: told of each shard; None tells nobody.
+        on_event: receives `ShardFinished`.
 
     Raises:
         Int8ConvertError: what went wrong, and what to do; what was written is removed.
@@ -134,7 +125,7 @@ def export(
         output.check_room(plan)
         with _leaving_nothing(output):
             output.begin({}, len(plan.shards))
-            n_changed = _write(plan, output, on_event or (lambda event: None))
+            n_changed = _write(plan, output, on_event or ignore)
     return ExportReport(
         source=source.label,
         out=str(out),
@@ -186,7 +177,7 @@ def _leaving_nothing(output: OutputDirectory) -> Iterator[None]:
         raise told from error
 
 
-def _write(plan: ExportPlan, output: OutputDirectory, emit: Callable[[ShardExported], None]) -> int:
+def _write(plan: ExportPlan, output: OutputDirectory, emit: EventSink) -> int:
     """Write all files; the number of scales that changed."""
     records = []
     n_changed = 0
@@ -198,7 +189,7 @@ def _write(plan: ExportPlan, output: OutputDirectory, emit: Callable[[ShardExpor
         finally:
             writer.discard()
         records.append(ShardRecord(shard.file_name, shard.n_bytes, sha256, "", {}, {}))
-        emit(ShardExported(i, len(plan.shards), shard.file_name, shard.n_bytes))
+        emit(ShardFinished(i, len(plan.shards), shard.file_name, shard.n_bytes))
     summary = {
         "tool": f"int8convert {__version__}",
         "source_format": str(plan.target.source_format),

@@ -12,10 +12,10 @@ from dataclasses import replace
 from functools import partial
 
 from int8convert.conversion.commit import ConvertedShard
-from int8convert.conversion.events import Event, ShardStarted, TensorKept, TensorQuantized
 from int8convert.conversion.pipeline import Pipeline, ShardAbandonedError
 from int8convert.decoding.fp8_scales import as_loaded
 from int8convert.errors import Int8ConvertError
+from int8convert.events import Event, ShardStarted, TensorKept, TensorQuantized
 from int8convert.planning.name_rules import map_by_name
 from int8convert.planning.pending_plan import PlanRequest
 from int8convert.planning.plan import ConversionPlan, PlannedShard, make_plan
@@ -89,11 +89,12 @@ class HeadStart:
                 one.discard()
                 continue
             confirmed[i] = one
-            planned = {tensor.output_name: tensor for tensor in plan.shards[i].tensors}
-            self._pipeline.emit(ShardStarted(i, len(plan.shards), plan.shards[i]))
+            reasons = {tensor.output_name: tensor.reason for tensor in plan.shards[i].tensors}
+            self._pipeline.emit(ShardStarted(i, len(plan.shards), plan.shards[i].file_name))
             for event in events:
+                if isinstance(event, TensorKept):
+                    event = replace(event, reason=reasons[event.name])
                 if isinstance(event, TensorQuantized | TensorKept):
-                    event = replace(event, tensor=planned[event.tensor.output_name])
                     one.write_down(event)
                     self._pipeline.emit(event)
         self._converted.clear()

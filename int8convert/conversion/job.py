@@ -12,16 +12,16 @@ from int8convert import __version__
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, describe_source
 from int8convert.checkpoint.model_card import read_source_card
-from int8convert.checkpoint.source import SourceShard
 from int8convert.conversion.commit import AfterCommit, ConvertedShard
 from int8convert.conversion.destination import Publishing, plan_disk
 from int8convert.conversion.device import Device
-from int8convert.conversion.events import EventSink, PlanMade, SourceFetched
 from int8convert.conversion.head_start import HeadStart, guess_plan
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.conversion.readers import Reader, access_maker, choose_reader, is_remote
+from int8convert.conversion.records import plan_made
 from int8convert.errors import DiskFullError, Int8ConvertError, OutputError
+from int8convert.events import Event, EventSink, SourceFetched
 from int8convert.planning.needs import made_up
 from int8convert.planning.pending_plan import PendingPlan, PlanRequest, PlanRequirements
 from int8convert.planning.plan import ConversionPlan, PlannedShard
@@ -133,7 +133,7 @@ class Conversion:
         spare_bytes = self._check_disk(plan, done)
         if not is_remote(self._source):
             self._begin(plan, done)
-            pipeline.emit(PlanMade(plan, pipeline.device))
+            pipeline.emit(plan_made(plan, pipeline.device))
             return done, None
         order, cache_dir, n_workers = ReadingOrder(plan, done), self._reading.cache_dir, pipeline.n_workers
         choice = choose_reader(self._reading.reader, order, n_workers, cache_dir, spare_bytes)
@@ -143,17 +143,19 @@ class Conversion:
                 "--reader stream needs none; or make room, and rerun the same command",
             )
         self._begin(plan, done)
-        pipeline.emit(PlanMade(plan, pipeline.device, choice if order.shards else None))
+        pipeline.emit(plan_made(plan, pipeline.device, choice if order.shards else None))
 
+        sizes = {shard.path.name: shard.n_bytes for shard in order.shards}
         told = -_TOLD_EVERY_BYTES
 
-        def on_progress(shard: SourceShard, n_bytes: int) -> None:
+        def on_event(event: Event) -> None:
             nonlocal told
-            if not 0 <= n_bytes - told < _TOLD_EVERY_BYTES or n_bytes == shard.n_bytes:
-                told = n_bytes
-                pipeline.emit(SourceFetched(shard, n_bytes))
+            assert isinstance(event, SourceFetched)
+            if not 0 <= event.n_bytes - told < _TOLD_EVERY_BYTES or event.n_bytes == sizes.get(event.file_name):
+                told = event.n_bytes
+                pipeline.emit(event)
 
-        return done, access_maker(choice, self._output.incoming, cache_dir, n_workers, on_progress)
+        return done, access_maker(choice, self._output.incoming, cache_dir, n_workers, on_event)
 
     def _begin(self, plan: ConversionPlan, done: Mapping[str, ShardRecord]) -> None:
         """All is checked: the first write."""

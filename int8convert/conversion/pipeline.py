@@ -28,10 +28,10 @@ from int8convert.checkpoint.shard_access import DamagedShardError, LocalShards, 
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.commit import AfterCommit, Committer, ConvertedShard
 from int8convert.conversion.device import CPU, Device, make_scratch
-from int8convert.conversion.events import Event, EventSink, ShardRepeated, ShardSkipped, ShardStarted
 from int8convert.conversion.records import replay_events
 from int8convert.conversion.shard_blocks import ShardBlocks
 from int8convert.errors import CorruptFileError, NonFiniteWeightError
+from int8convert.events import Event, EventSink, ShardRepeated, ShardSkipped, ShardStarted
 from int8convert.planning.plan import ConversionPlan, PlannedShard
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
@@ -134,7 +134,7 @@ class Pipeline:
                 "a proxy, a network or a disk on the way alters it; nothing of it was kept",
             )
         first = next(i for i, shard in enumerate(plan.shards) if shard.file_name not in records)
-        self.emit(ShardRepeated(first, len(plan.shards), plan.shards[first], f"{name} came with wrong bytes"))
+        self.emit(ShardRepeated(first, len(plan.shards), plan.shards[first].file_name, f"{name} came with wrong bytes"))
 
     def _convert_all(
         self,
@@ -150,7 +150,7 @@ class Pipeline:
         try:
             for i in [i for i in range(n) if plan.shards[i].file_name not in committer.records]:
                 if i not in converted:
-                    self.emit(ShardStarted(i, n, plan.shards[i]))
+                    self.emit(ShardStarted(i, n, plan.shards[i].file_name))
                 try:
                     one = converted[i] if i in converted else self.convert(plan.shards[i], self.emit, order)
                 except NonFiniteWeightError as error:
@@ -171,7 +171,7 @@ class Pipeline:
                 one.discard()
 
     def _skip(self, i: int, n: int, shard: PlannedShard, record: ShardRecord) -> None:
-        self.emit(ShardSkipped(i, n, shard))
+        self.emit(ShardSkipped(i, n, shard.file_name, shard.n_bytes))
         for event in replay_events(shard, record):
             self.emit(event)
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from int8convert.conversion.destination import Publishing
 from int8convert.conversion.device import choose_device
-from int8convert.conversion.events import Event, EventSink
 from int8convert.conversion.job import Conversion, Reading, conversion_request
 from int8convert.conversion.output import OutputDirectory
-from int8convert.conversion.progress_bar import showing_bar
 from int8convert.conversion.readers import Reader
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NonFiniteWeightError, stating
+from int8convert.events import Event, EventSink
 from int8convert.formats.output_format import OutputFormat
 from int8convert.planning.pending_plan import PlanRequirements
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
+from int8convert.progress_bar import sink_or_bar
 
 DEFAULT_THRESHOLD = 6.0
 """Feature dimensions with a magnitude at or above it stay 16-bit: LLM.int8(), arXiv:2208.07339, Sec. 3.2."""
@@ -130,7 +129,7 @@ def quantize(
     report = ReportBuilder()
     requirements = PlanRequirements(min_coverage, tuple(allow_missing))
     job = Conversion(request, output, requirements, check, reading, publishing)
-    with showing_bar() if on_event is None else nullcontext(on_event) as sink, output.in_use():
+    with sink_or_bar(on_event, "quantize") as sink, output.in_use():
 
         def emit(event: Event) -> None:
             report(event)

@@ -14,8 +14,9 @@ from pathlib import Path
 from int8convert.checkpoint.shard_access import ShardAccess
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.fp8 import fetch_scales
+from int8convert.events import EventSink
 from int8convert.hub.download import MAX_ON_DISK, ShardDownload, is_cached, is_downloadable
-from int8convert.hub.stream import FetchProgress, ShardStream
+from int8convert.hub.stream import ShardStream
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
 _RESERVED_BYTES = 1_000_000_000
@@ -92,7 +93,7 @@ def choose_reader(
 
 
 def access_maker(
-    choice: ReaderChoice, folder: Path, cache_dir: Path | None, n_workers: int, on_progress: FetchProgress
+    choice: ReaderChoice, folder: Path, cache_dir: Path | None, n_workers: int, on_event: EventSink
 ) -> MakeAccess:
     """What gives the pipeline access to shards on the Hub.
 
@@ -103,9 +104,9 @@ def access_maker(
     def make(order: ReadingOrder, distrusted: Collection[str]) -> ShardAccess:
         fetch_scales(order.scales)
         if choice.reader is Reader.DOWNLOAD:
-            return ShardDownload(order.shards, folder, cache_dir, frozenset(distrusted), on_progress)
+            return ShardDownload(order.shards, folder, cache_dir, frozenset(distrusted), on_event)
         first = [order.first_needed(shard) for shard in order.shards]
-        return ShardStream(order.shards, first, order.window_bytes(n_workers), on_progress)
+        return ShardStream(order.shards, first, order.window_bytes(n_workers), on_event)
 
     return make
 

@@ -1,4 +1,4 @@
-"""What the manifest keeps of a converted tensor, from its event and back."""
+"""The events of a plan and its tensors, and what the manifest keeps of them, there and back."""
 
 from __future__ import annotations
 
@@ -6,35 +6,92 @@ import math
 from collections.abc import Iterator
 
 from int8convert.checkpoint.manifest import ShardRecord, TensorRecord
-from int8convert.conversion.events import TensorKept, TensorQuantized
-from int8convert.planning.plan import PlannedShard
+from int8convert.conversion.device import Device
+from int8convert.conversion.readers import ReaderChoice
+from int8convert.events import PlanMade, TensorKept, TensorQuantized
+from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
 
 _DECIMALS = 3
-"""Of decibels: the last digits of a float32 sum depend on the width of a processor's vectors."""
+"""Decimals of decibels: the last digits of a float32 sum depend on the width of a processor's vectors."""
+
+
+def plan_made(plan: ConversionPlan, device: Device, reader: ReaderChoice | None = None) -> PlanMade:
+    """Return the event of a plan; `reader` is None where nothing is read from the Hub."""
+    return PlanMade(
+        source=plan.source.label,
+        commit=plan.source.commit,
+        model_class=plan.model_map.model_class,
+        n_source_shards=len(plan.source.shards),
+        n_read_bytes=plan.n_read_bytes,
+        n_shards=len(plan.shards),
+        n_written_bytes=plan.n_written_bytes,
+        coverage=plan.coverage,
+        notes=tuple(plan.model_map.notes),
+        device=device.name,
+        device_reason=device.reason or "",
+        reader=str(reader.reader) if reader else None,
+        reader_reason=reader.reason if reader else "",
+    )
+
+
+def quantized_event(
+    tensor: PlannedTensor,
+    sqnr_db: float,
+    absmax_range: tuple[float, float],
+    n_zero_rows: int,
+    is_replayed: bool = False,
+) -> TensorQuantized:
+    """Return the event of a tensor that is written as int8."""
+    return TensorQuantized(
+        tensor.output_name,
+        tensor.source.name,
+        tensor.source.shape[0],
+        tensor.source.n_bytes,
+        tensor.output_bytes,
+        sqnr_db,
+        *absmax_range,
+        n_zero_rows,
+        is_replayed,
+    )
+
+
+def kept_event(tensor: PlannedTensor, n_non_finite: int, n_zero_rows: int, is_replayed: bool = False) -> TensorKept:
+    """Return the event of a tensor that is written in another dtype than int8."""
+    return TensorKept(
+        tensor.output_name,
+        tensor.source.name,
+        tensor.source.shape[0] if tensor.source.shape else 0,
+        tensor.source.n_bytes,
+        tensor.output_bytes,
+        tensor.output_dtype,
+        tensor.reason,
+        n_non_finite,
+        n_zero_rows,
+        is_replayed,
+    )
 
 
 def tensor_record(event: TensorQuantized | TensorKept) -> tuple[str, TensorRecord]:
-    """The output name of the tensor and its record."""
-    tensor = event.tensor
+    """Return the output name of a tensor and its record."""
     zeros = event.n_zero_rows
     if isinstance(event, TensorKept):
-        source, dtype = tensor.source.name, tensor.output_dtype
-        return tensor.output_name, TensorRecord(
-            source, dtype, tensor.reason, n_non_finite=event.n_non_finite, n_zero_rows=zeros
+        return event.name, TensorRecord(
+            event.source_name, event.dtype, event.reason, n_non_finite=event.n_non_finite, n_zero_rows=zeros
         )
     sqnr_db = round(event.sqnr_db, _DECIMALS) if math.isfinite(event.sqnr_db) else None
-    return tensor.output_name, TensorRecord(
-        tensor.source.name, "I8", None, sqnr_db, event.absmax_min, event.absmax_max, n_zero_rows=zeros
+    return event.name, TensorRecord(
+        event.source_name, "I8", None, sqnr_db, event.absmax_min, event.absmax_max, n_zero_rows=zeros
     )
 
 
 def replay_events(shard: PlannedShard, record: ShardRecord) -> Iterator[TensorQuantized | TensorKept]:
-    """The events of a shard that was finished earlier."""
+    """Yield the events of a shard that an earlier run finished."""
     for tensor in shard.tensors:
         found = record.tensors.get(tensor.output_name)
         if not tensor.is_quantized or found is None:
-            yield TensorKept(tensor, found.n_non_finite if found else 0, found.n_zero_rows if found else 0)
+            counts = (found.n_non_finite, found.n_zero_rows) if found else (0, 0)
+            yield kept_event(tensor, *counts, is_replayed=True)
         else:
             sqnr_db = math.inf if found.sqnr_db is None else found.sqnr_db
             absmax_range = found.absmax_min or 0.0, found.absmax_max or 0.0
-            yield TensorQuantized(tensor, sqnr_db, *absmax_range, found.n_zero_rows)
+            yield quantized_event(tensor, sqnr_db, absmax_range, found.n_zero_rows, is_replayed=True)

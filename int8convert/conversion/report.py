@@ -6,16 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from int8convert.conversion.events import (
-    Event,
-    PlanMade,
-    ShardFinished,
-    ShardRepeated,
-    ShardSkipped,
-    TensorKept,
-    TensorQuantized,
-)
-from int8convert.conversion.readers import ReaderChoice
+from int8convert.events import Event, PlanMade, ShardFinished, ShardRepeated, ShardSkipped, TensorKept, TensorQuantized
 from int8convert.planning.plan import ConversionPlan
 
 _MANY_ZEROS = 1 / 8
@@ -105,18 +96,16 @@ class ConversionReport:
 def notes_of(event: Event) -> list[str]:
     """What of an event the user should know, beside the numbers."""
     match event:
-        case PlanMade(plan, device, reader):
+        case PlanMade(device=device, reader=reader):
             notes = []
-            if device.reason:
-                notes.append(f"quantizing on {device.name}: {device.reason}; --device chooses otherwise")
+            if event.device_reason:
+                notes.append(f"quantizing on {device}: {event.device_reason}; --device chooses otherwise")
             if reader is not None:
-                reason = f": {reader.reason}; --reader chooses otherwise" if reader.reason else ""
-                notes.append(
-                    f"reading {plan.source.label} at {(plan.source.commit or '')[:12]} by {reader.reader}{reason}"
-                )
-            return [*notes, *plan.model_map.notes]
-        case ShardRepeated(i=i, n=n, shard=shard, reason=reason):
-            return [f"shard {i + 1} of {n}, {shard.file_name}, is made again: {reason}"]
+                reason = f": {event.reader_reason}; --reader chooses otherwise" if event.reader_reason else ""
+                notes.append(f"reading {event.source} at {(event.commit or '')[:12]} by {reader}{reason}")
+            return [*notes, *event.notes]
+        case ShardRepeated(i, n, file_name, reason):
+            return [f"shard {i + 1} of {n}, {file_name}, is made again: {reason}"]
         case _:
             return []
 
@@ -129,32 +118,31 @@ class ReportBuilder:
     non_finite: dict[str, int] = field(default_factory=dict)
     zero_rows: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    reader: ReaderChoice | None = None
+    plan_made: PlanMade | None = None
     finished: set[str] = field(default_factory=set)
     skipped: set[str] = field(default_factory=set)
 
     def __call__(self, event: Event) -> None:
         self.notes += notes_of(event)
         if isinstance(event, PlanMade):
-            self.reader = event.reader
+            self.plan_made = event
         elif isinstance(event, ShardFinished):
-            self.finished.add(event.shard.file_name)
+            self.finished.add(event.file_name)
         elif isinstance(event, ShardSkipped):
-            self.skipped.add(event.shard.file_name)
+            self.skipped.add(event.file_name)
         elif isinstance(event, TensorQuantized):
-            self.quantized[event.tensor.output_name] = event  # of a shard that is repeated, the last
+            self.quantized[event.name] = event  # of a shard that is repeated, the last
             self._note_zeros(event)
         elif isinstance(event, TensorKept):
-            self.non_finite.pop(event.tensor.output_name, None)
+            self.non_finite.pop(event.name, None)
             if event.n_non_finite:
-                self.non_finite[event.tensor.output_name] = event.n_non_finite
+                self.non_finite[event.name] = event.n_non_finite
             self._note_zeros(event)
 
     def _note_zeros(self, event: TensorQuantized | TensorKept) -> None:
-        name, shape = event.tensor.output_name, event.tensor.source.shape
-        self.zero_rows.pop(name, None)
-        if event.n_zero_rows and event.n_zero_rows >= _MANY_ZEROS * shape[0]:
-            self.zero_rows[name] = event.n_zero_rows
+        self.zero_rows.pop(event.name, None)
+        if event.n_zero_rows and event.n_zero_rows >= _MANY_ZEROS * event.n_rows:
+            self.zero_rows[event.name] = event.n_zero_rows
 
     def restart(self) -> None:
         """Forget what was seen: the conversion begins again."""
@@ -186,8 +174,8 @@ class ReportBuilder:
             notes=tuple(self.notes),
             device=device,
             commit=plan.source.commit,
-            reader=str(self.reader.reader) if self.reader else None,
-            reader_reason=self.reader.reason or None if self.reader else None,
+            reader=self.plan_made.reader if self.plan_made else None,
+            reader_reason=self.plan_made.reader_reason or None if self.plan_made else None,
             n_done_shards=len(done),
             n_read_now_bytes=plan.n_read_bytes - sum(shard.n_read_bytes for shard in done),
         )
@@ -195,10 +183,10 @@ class ReportBuilder:
     def _errors(self) -> tuple[LayerKindError, ...]:
         by_kind: dict[str, list[TensorQuantized]] = {}
         for event in (self.quantized[name] for name in sorted(self.quantized)):
-            by_kind.setdefault(event.tensor.layer_kind, []).append(event)
+            by_kind.setdefault(event.layer_kind, []).append(event)
         errors = []
         for kind, events in by_kind.items():
             worst = min(events, key=lambda event: event.sqnr_db)
             mean = sum(event.sqnr_db for event in events) / len(events)
-            errors.append(LayerKindError(kind, len(events), mean, worst.sqnr_db, worst.tensor.output_name))
+            errors.append(LayerKindError(kind, len(events), mean, worst.sqnr_db, worst.name))
         return tuple(sorted(errors, key=lambda error: error.worst_sqnr_db))

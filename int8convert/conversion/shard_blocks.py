@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from int8convert.checkpoint.rows import Scratch
 from int8convert.checkpoint.shard_access import OrderedReader, ShardAccess
 from int8convert.conversion.commit import ConvertedShard, reading
-from int8convert.conversion.events import EventSink
 from int8convert.conversion.tensors import BlockCounter, tensor_task
+from int8convert.events import EventSink
 from int8convert.planning.plan import PlannedShard, PlannedTensor
 from int8convert.planning.reading_order import ReadingOrder
 

@@ -21,9 +21,10 @@ from int8convert.checkpoint.rows import Block, Scratch, as_array, read_rows, row
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
-from int8convert.conversion.events import TensorKept, TensorQuantized
+from int8convert.conversion.records import kept_event, quantized_event
 from int8convert.decoding.fp8 import FP8_DTYPES, Fp8Decoder
 from int8convert.errors import NonFiniteWeightError
+from int8convert.events import TensorKept, TensorQuantized
 from int8convert.planning.plan import PlannedTensor
 
 FP16_MAX = 65504.0
@@ -98,7 +99,7 @@ class TensorCopy:
     def finish(self) -> TensorKept:
         shape = self._tensor.source.shape
         n_zero_rows = sum(self._n_zeros) // math.prod(shape[1:]) if len(shape) == 2 and min(shape) else 0
-        return TensorKept(self._tensor, sum(self._n_non_finite), n_zero_rows)
+        return kept_event(self._tensor, sum(self._n_non_finite), n_zero_rows)
 
 
 def _without_dimensions(tensor: PlannedTensor) -> StoredTensor:
@@ -180,11 +181,14 @@ class TensorQuantization:
         signal, noise = float(self._signal @ squared_scale), float(self._noise @ squared_scale)
         sqnr_db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
         n_zero_rows = int(np.count_nonzero(self._absmax == 0))
-        return TensorQuantized(self._tensor, sqnr_db, float(self._absmax.min()), float(self._absmax.max()), n_zero_rows)
+        absmax_range = float(self._absmax.min()), float(self._absmax.max())
+        return quantized_event(self._tensor, sqnr_db, absmax_range, n_zero_rows)
 
 
 def _shown(value: Any) -> str:
-    return "NaN" if np.isnan(value) else "infinity" if value == np.inf else f"{value:g}"
+    if np.isinf(value):
+        return "infinity" if value > 0 else "-infinity"
+    return "NaN" if np.isnan(value) else f"{value:g}"
 
 
 TensorTask = TensorCopy | TensorQuantization

@@ -7,9 +7,8 @@ client does the same, but tells nothing on the way and sends everything once mor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,26 +33,6 @@ _ANSWER_S = 120.0
 _CONNECT_S = 10.0
 _MOST_ASKED_S = 3600.0
 """That the Hub may ask a commit to wait: it counts them by the hour."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileSent:
-    """A file that is on the Hub.
-
-    Attributes:
-        n_bytes: of it.
-        is_sent: now; else it was there already.
-        n_done_bytes, n_total_bytes: of all files so far, and in the end; the latter None while that is not known.
-    """
-
-    name: str
-    n_bytes: int
-    is_sent: bool
-    n_done_bytes: int
-    n_total_bytes: int | None = None
-
-
-SentSink = Callable[[FileSent], None]
 
 
 class Target:

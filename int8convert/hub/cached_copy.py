@@ -7,7 +7,7 @@ into the cache but the Hub's own client.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,13 @@ from int8convert.checkpoint.file_reader import FileIdentity
 from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError, DiskFullError
+from int8convert.events import DownloadStarted, EventSink, ignore
 from int8convert.hub.errors import translating_client_errors
 from int8convert.hub.local_copy import cached_path, is_content
 from int8convert.hub.open_repository import RemoteShard, hub_file
 from int8convert.hub.remote_file import HubFile
 from int8convert.hub.repository import discard_cached, find_repository
 from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
-
-CopyProgress = Callable[[str, int], None]
-"""Told of each weight file that is about to be fetched, and its bytes."""
 
 
 def fetch_beside(source: CheckpointSource, names: Iterable[str]) -> frozenset[str]:
@@ -62,12 +60,12 @@ def _reading_cached(shard: SourceShard) -> SourceShard:
     return shard if path is None else replace(shard, path=path, remote=None, identity=FileIdentity.of(path))
 
 
-def fetch_checkpoint(source: CheckpointSource, on_file: CopyProgress = lambda name, n: None) -> Path:
+def fetch_checkpoint(source: CheckpointSource, on_event: EventSink = ignore) -> Path:
     """The directory of the Hub's cache that holds a repository's config, weights and small files.
 
     Args:
         source: the repository, at the commit it was opened at.
-        on_file: told of what is fetched.
+        on_event: receives `DownloadStarted`.
 
     Raises:
         HubError: it cannot be had.
@@ -87,7 +85,7 @@ def fetch_checkpoint(source: CheckpointSource, on_file: CopyProgress = lambda na
             "set HF_HOME to a larger disk, or make room; --level exact needs none",
         )
     for file in missing:
-        on_file(file.name, file.n_bytes)
+        on_event(DownloadStarted(file.name, file.n_bytes))
         _fetch(file)
     return source.directory
 

@@ -28,6 +28,7 @@ from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.shard_access import DamagedShardError, HashingReader, LocalShards, OrderedReader
 from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import DiskFullError, HubConnectionError, HubError, OutputError
+from int8convert.events import EventSink, SourceFetched, ignore
 from int8convert.hub.byte_counter import is_too_long
 from int8convert.hub.errors import translating_client_errors
 from int8convert.hub.local_copy import cached_path, download_file, holds_evidence, is_content, is_in_cache
@@ -35,7 +36,6 @@ from int8convert.hub.open_repository import RemoteShard
 from int8convert.hub.remote_file import HubFile
 from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
 from int8convert.hub.shard_check import ShardCheck
-from int8convert.hub.stream import FetchProgress
 
 MAX_ON_DISK = 2
 _CLOSE_S = 0.5
@@ -56,7 +56,7 @@ class ShardDownload:
         folder: made, emptied and removed; where shards lie while they are read.
         cache_dir: a cache to keep them in instead.
         distrusted: names of files that came with wrong bytes, so that a cache that has them is not believed.
-        on_progress: called in the downloading thread.
+        on_event: receives `SourceFetched`, in the downloading thread.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class ShardDownload:
         folder: Path,
         cache_dir: Path | None = None,
         distrusted: Collection[str] = (),
-        on_progress: FetchProgress = lambda shard, n: None,
+        on_event: EventSink = ignore,
     ) -> None:
         self._shards = list(shards)
         # The client gives paths without links. A thread of an access that was closed may still be at work in its own.
         self._incoming = folder.resolve()
         self._folder = self._incoming / str(next(_folder_numbers))
         self._cache_dir = cache_dir
-        self._on_progress = on_progress
+        self._on_event = on_event
         self._local = LocalShards()
         self._changed = threading.Condition()
         self._files: dict[str, Future[SourceShard]] = {shard.path.name: Future() for shard in shards}
@@ -184,7 +184,7 @@ class ShardDownload:
                 farthest = n_bytes
                 patience.progressed()
             try:
-                self._on_progress(shard, n_bytes)
+                self._on_event(SourceFetched(shard.path.name, n_bytes))
             except BaseException as error:  # no trouble of the client's, within which it is raised
                 failures.append(error)
                 raise _Stopped from error

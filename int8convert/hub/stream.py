@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from int8convert.checkpoint.shard_access import LocalShards, OrderedReader
 from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import HubError
+from int8convert.events import EventSink, SourceFetched, ignore
 from int8convert.hub.header_file import EvidenceCheck
 from int8convert.hub.open_repository import RemoteShard
 from int8convert.hub.repository import ContentCheck
@@ -32,9 +33,6 @@ _MOST_AT_ONCE = 40_000_000_000
 client)."""
 
 _CLOSE_S = 0.5
-
-FetchProgress = Callable[[SourceShard, int], None]
-"""Told how many bytes of a shard have come."""
 
 
 class _Stopped(Exception):
@@ -66,7 +64,7 @@ class ShardStream:
         first_needed: of each, the first byte that will be read.
         window_bytes: most memory for bytes that have come and are still needed; at least what the blocks that are read
             at the same time, and the tensors that are no plain run of bytes, span.
-        on_progress: called in the fetching thread.
+        on_event: receives `SourceFetched`, in the fetching thread.
     """
 
     def __init__(
@@ -74,12 +72,12 @@ class ShardStream:
         shards: Sequence[SourceShard],
         first_needed: Sequence[int],
         window_bytes: int,
-        on_progress: FetchProgress = lambda shard, n: None,
+        on_event: EventSink = ignore,
     ) -> None:
         self._shards = list(shards)
         self._first_needed = list(first_needed)
         self._most_chunks = -(-window_bytes // CHUNK_BYTES) + 1  # the window may begin within a chunk
-        self._on_progress = on_progress
+        self._on_event = on_event
         self._local = LocalShards()
         self._changed = threading.Condition()
         self._passing: dict[str, _Passing] = {}
@@ -218,7 +216,7 @@ class ShardStream:
             with self._changed:
                 passing.n_come = at
                 self._changed.notify_all()
-        self._on_progress(passing.shard, at)
+        self._on_event(SourceFetched(passing.shard.path.name, at))
 
     def _chunk(self, passing: _Passing, i: int) -> bytearray | None:
         """The chunk for these bytes, once there is room for it; None if nobody needs them."""

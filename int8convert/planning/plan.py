@@ -59,11 +59,6 @@ class PlannedTensor:
     def is_quantized(self) -> bool:
         return self.output_dtype == "I8" and self.source.dtype != "I8"
 
-    @property
-    def layer_kind(self) -> str:
-        """The last part of the module's name: q_proj, fc1."""
-        return self.output_name.removesuffix(".weight").rpartition(".")[2]
-
     def output_specs(self) -> TensorSpecs:
         """The tensors it becomes."""
         if not self.is_quantized:

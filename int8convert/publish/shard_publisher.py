@@ -29,7 +29,8 @@ from int8convert.checkpoint.names import (
     quoted,
 )
 from int8convert.errors import HubError, OutputError
-from int8convert.hub.branch import MAIN, FileSent, SentSink, Target
+from int8convert.events import EventSink, FileSent, ignore
+from int8convert.hub.branch import MAIN, Target
 from int8convert.hub.open_repository import open_repository
 from int8convert.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
 from int8convert.inspection import inspect_source
@@ -51,7 +52,7 @@ class HubPublisher:
         repository: ORGANIZATION/NAME; made if it is not there.
         private: whether it is then, and must be if it is there.
         revision: the branch.
-        on_file: told of each file that is on the Hub.
+        on_event: receives `FileSent`.
 
     Attributes:
         url: where to look at it.
@@ -64,10 +65,10 @@ class HubPublisher:
         repository: str,
         private: bool | None = None,
         revision: str = MAIN,
-        on_file: SentSink = lambda file: None,
+        on_event: EventSink = ignore,
     ) -> None:
         self._target = Target(repository, revision, private)
-        self._on_file = on_file
+        self._on_event = on_event
         self._request: Mapping[str, Any] = {}
         self._has_begun = False
         self._overwrites = False
@@ -178,7 +179,7 @@ class HubPublisher:
 
     def _tell(self, name: str, n_bytes: int) -> None:
         self._n_sent_bytes += n_bytes
-        self._on_file(FileSent(name, n_bytes, True, self._n_sent_bytes))
+        self._on_event(FileSent(name, n_bytes, True, self._n_sent_bytes))
 
     def _check(self, shards: Mapping[str, ShardRecord], there: Mapping[str, RepositoryFile]) -> None:
         for name, record in shards.items():

@@ -22,9 +22,11 @@ from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.model_card import read_card
 from int8convert.checkpoint.names import CARD_NAME, MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights, quoted
 from int8convert.errors import HubError, OutputError, stating
-from int8convert.hub.branch import CARD_MARK, MAIN, FileSent, SentSink, Target
+from int8convert.events import EventSink, FileSent, ignore
+from int8convert.hub.branch import CARD_MARK, MAIN, Target
 from int8convert.hub.repository import Repository, RepositoryFile
 from int8convert.inspection import inspect
+from int8convert.progress_bar import sink_or_bar
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import FinishedOutput, check_shards, check_verified, read_finished
 
@@ -83,7 +85,7 @@ def upload(
     dry_run: bool = False,
     allow_unverified: bool = False,
     overwrite: bool = False,
-    on_file: SentSink = lambda file: None,
+    on_event: EventSink | None = None,
 ) -> UploadReport:
     """Publish a finished output on the Hub. Interrupted, the same call goes on with the file it was at.
 
@@ -100,7 +102,7 @@ def upload(
         dry_run: tell what would be done.
         allow_unverified: publish what the conversion wrote though `verify` has not passed it; the model card says so.
         overwrite: replace weights of something else and a model card of somebody's own that the repository has.
-        on_file: told of each file that is on the Hub.
+        on_event: receives `FileSent`; None shows a tqdm bar.
 
     Raises:
         OutputError, CorruptFileError: the output is not finished, or not what its manifest says; or the repository
@@ -109,8 +111,8 @@ def upload(
         HubError: the Hub does not take it, or has other bytes afterwards.
     """
     target = Target(repository, revision, private, create_pr)
-    job = _Upload(out, target, message, allow_unverified, overwrite, on_file, is_dry_run=dry_run)
-    with stating("nothing was sent"):
+    with stating("nothing was sent"), sink_or_bar(ignore if dry_run else on_event, "upload") as sink:
+        job = _Upload(out, target, message, allow_unverified, overwrite, sink, is_dry_run=dry_run)
         if dry_run:
             target.check_online("a dry run asks the Hub what REPO holds")
             return job.run()
@@ -141,7 +143,7 @@ class _Upload:
     message: str | None
     allows_unverified: bool
     overwrites: bool
-    on_file: SentSink
+    on_event: EventSink
     is_dry_run: bool
 
     def run(self) -> UploadReport:
@@ -229,7 +231,7 @@ class _Upload:
         def tell(name: str, is_sent: bool) -> None:
             nonlocal done
             done += sizes[name]
-            self.on_file(FileSent(name, sizes[name], is_sent, done, total))
+            self.on_event(FileSent(name, sizes[name], is_sent, done, total))
 
         for name in sorted(set(sizes) - set(changed)):
             tell(name, False)

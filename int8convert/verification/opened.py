@@ -15,6 +15,7 @@ from pathlib import Path
 from int8convert.checkpoint.loaders.present_files import find_present, is_listed
 from int8convert.checkpoint.names import MANIFEST_NAME, OUTLIERS_FILE
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.events import HubReadStarted
 from int8convert.sources import open_source
 
 _OWN_FILES = (MANIFEST_NAME, OUTLIERS_FILE)
@@ -66,26 +67,11 @@ def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> E
     return ExaminedCheckpoint(reading_cached(source), frozenset(filter(is_listed, names)))
 
 
-@dataclass(frozen=True, slots=True)
-class HubReading:
-    """What is about to be read of a repository on the Hub.
-
-    Attributes:
-        n_bytes: of weight files that come over the network; without what the cache of the Hub's client has.
-        is_kept: they go into that cache, whole files; else nothing of them stays here.
-    """
-
-    repository: str
-    commit: str
-    n_bytes: int
-    is_kept: bool
-
-
-def hub_reading(source: CheckpointSource, is_kept: bool = False) -> HubReading | None:
+def hub_reading(source: CheckpointSource, is_kept: bool = False) -> HubReadStarted | None:
     """What reading all of a checkpoint takes from the Hub; None of a directory."""
     if source.commit is None:
         return None
-    return HubReading(source.label, source.commit, sum(map(_remote_bytes, source.shards)), is_kept)
+    return HubReadStarted(source.label, source.commit, sum(map(_remote_bytes, source.shards)), is_kept)
 
 
 def _remote_bytes(shard: SourceShard) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, replace
 from enum import StrEnum
@@ -26,21 +26,21 @@ from int8convert.checkpoint.names import VERIFY_FILE
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.errors import AdapterError, CorruptFileError, SourceError
+from int8convert.events import EventSink
 from int8convert.formats.int8_config import read_threshold
+from int8convert.progress_bar import sink_or_bar
 from int8convert.runtime.text.texts import Text, open_text
 from int8convert.sources import open_source
 from int8convert.verification.earlier_failures import is_same_model, judge_earlier, read_earlier
-from int8convert.verification.exact.level import Progress, verify_exact
+from int8convert.verification.exact.level import verify_exact
 from int8convert.verification.exact.provenance import find_provenance
 from int8convert.verification.gates import Gates
-from int8convert.verification.opened import HubReading, hub_reading, open_examined
+from int8convert.verification.opened import hub_reading, open_examined
 from int8convert.verification.verify_report import TextUsed, VerifyReport
 
 if TYPE_CHECKING:
-    from int8convert.hub.cached_copy import CopyProgress
     from int8convert.runtime.text.windows import TokenWindows
     from int8convert.verification.fidelity.level import FidelityReport
-    from int8convert.verification.fidelity.progress import ProgressHandler
 
 DEFAULT_SEQUENCES = 16
 DEFAULT_LENGTH = 2048
@@ -84,10 +84,7 @@ def verify(
     device: str = "auto",
     lora: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
-    on_hub: Callable[[HubReading], None] = lambda reading: None,
-    on_fetch: CopyProgress | None = None,
-    on_exact: Progress | None = None,
-    on_fidelity: ProgressHandler | None = None,
+    on_event: EventSink | None = None,
 ) -> VerifyReport:
     """Compare an int8 checkpoint with what it was made of; `write_report` then puts the outcome into it.
 
@@ -113,10 +110,7 @@ def verify(
         device: where they run: "auto", "cpu" or "cuda[:n]".
         lora: the adapter that was merged in the conversion.
         trust_remote_code: as `quantize` has it.
-        on_hub: told of each checkpoint that is read from the Hub, before it is.
-        on_fetch: told of each weight file that is fetched from there, with its bytes.
-        on_exact: told of bytes done and bytes in all.
-        on_fidelity: see `measure_fidelity`.
+        on_event: receives the progress; None shows a tqdm bar.
 
     Raises:
         Int8ConvertError: it could not be measured. That the checkpoint is broken or too far from its source is no
@@ -142,22 +136,22 @@ def verify(
         checkpoint = None  # the exact level says in what its files do not agree
     here = Path(out) if checkpoint is None else checkpoint.source.directory
     with ExitStack() as stack:
+        sink = stack.enter_context(sink_or_bar(on_event, "verify"))
         windows, used, source = None, None, None
         # Whatever is wrong with the text is said before anything is compared; of a broken checkpoint, what is broken.
         if level is not Level.EXACT and checkpoint is not None:
             found = stack.enter_context(open_text(text, dataset))
             windows, used = _windows(checkpoint.source, found, n_sequences, length, convention, trust_remote_code)
             source = _open_reference(checkpoint.source, reference)
-            checkpoint = replace(checkpoint, source=_at_hand(checkpoint.source, on_hub, on_fetch))
-            _at_hand(source, on_hub, on_fetch)
+            checkpoint = replace(checkpoint, source=_at_hand(checkpoint.source, sink))
+            _at_hand(source, sink)
         exact = verify_exact(
             checkpoint or out,
             revision=revision,
             reference=reference if source is None or source.commit is None else source.directory,
             lora=lora,
             trust_remote_code=trust_remote_code,
-            on_progress=on_exact,
-            on_hub=on_hub if level is Level.EXACT else lambda reading: None,
+            on_event=sink,
         )
         place = str(exact.reference)  # where the models are read from; what they are called may be something else
         if source is not None and source.commit is not None:
@@ -175,7 +169,7 @@ def verify(
                 stream=stream,
                 device=device,
                 trust_remote_code=trust_remote_code,
-                on_progress=on_fidelity,
+                on_event=sink,
             )
             report = replace(report, text=used, fidelity=fidelity, sweep=sweep)
     if report.is_passed and level is Level.TASKS:
@@ -298,9 +292,7 @@ def _open_reference(out: CheckpointSource, reference: str | os.PathLike[str] | N
     return open_source(found.reference, found.revision)
 
 
-def _at_hand(
-    source: CheckpointSource, on_hub: Callable[[HubReading], None], on_fetch: CopyProgress | None
-) -> CheckpointSource:
+def _at_hand(source: CheckpointSource, on_event: EventSink) -> CheckpointSource:
     """A checkpoint whose weight files are here: one that is on the Hub is brought into its cache."""
     if source.commit is None:
         return source
@@ -308,8 +300,8 @@ def _at_hand(
 
     reading = hub_reading(reading_cached(source), is_kept=True)
     if reading is not None:
-        on_hub(reading)
-    fetch_checkpoint(source, on_fetch or (lambda name, n_bytes: None))
+        on_event(reading)
+    fetch_checkpoint(source, on_event)
     return reading_cached(source)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 import int8convert
 from int8convert.cli import console, progress
 from int8convert.conversion import device
-from int8convert.conversion.events import PlanMade, ShardStarted, SourceFetched, TensorKept
+from int8convert.events import PlanMade, ShardStarted, SourceFetched, TensorKept
 from tests.cli.conftest import Run
 from tests.hub.repositories import NAME, add, opt_pickles
 from tests.tools.hub_server.fixtures import Connect, connect, hub
@@ -70,7 +70,7 @@ def test_rate_leaves_out_shards_that_were_done(run: Run, source: Path, tmp_path:
     counter = progress._Counter()
     for event in events * 2:  # as if it began again, for weights that are not finite
         counter.add(event)  # type: ignore[arg-type]
-    assert (counter.read_bytes, counter.done_bytes) == (0, int8convert.plan(source).n_read_bytes)
+    assert (counter.read_bytes, counter.passed_bytes) == (0, int8convert.plan(source).n_read_bytes)
 
 
 def test_json_tells_commit_and_reader_and_every_note(
@@ -173,18 +173,17 @@ def test_names_in_tables_stay_whole_on_a_narrow_terminal(
     assert name in out and "left alone" not in out
 
 
-def test_bar_and_percentage_outlast_numbers_on_a_narrow_terminal(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = int8convert.plan(source)
-    tensor = plan.shards[1].tensors[0]
+def test_bar_and_percentage_outlast_numbers_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {}
     for width in (60, 80, 110):
         screen = Console(file=io.StringIO(), width=width, force_terminal=True, soft_wrap=True)
         monkeypatch.setattr(progress, "stderr", screen)
-        with progress._live_progress("") as sink:
-            sink(PlanMade(plan))
-            sink(ShardStarted(1, 14, plan.shards[1]))
-            sink(SourceFetched(plan.source.shards[0], 59_800_000))
-            sink(TensorKept(tensor))
+        with progress._LiveBar("reading the model class") as bar:
+            sink = progress._Renderer("", bar)
+            sink(PlanMade("opt", None, "OPTForCausalLM", 14, 900_000, 14, 500_000, 0.9))
+            sink(ShardStarted(1, 14, "model-00002-of-00014.safetensors"))
+            sink(SourceFetched("model-00001-of-00014.safetensors", 59_800_000))
+            sink(TensorKept("embed.weight", "embed.weight", 50, 300_000, 300_000, "F16", "not a matrix product"))
         drawn = screen.file.getvalue().replace("\r", "\n")  # type: ignore[attr-defined]
         frames = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", drawn).splitlines()
         shown[width] = [frame for frame in frames if "shard 2 of 14" in frame][-1]

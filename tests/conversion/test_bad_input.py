@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import int8convert
 from int8convert import errors
-from int8convert.conversion.events import Event
+from int8convert.events import Event, PlanMade
 from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -142,7 +142,7 @@ def test_shard_that_shrinks_while_it_is_read(source: Path, tmp_path: Path, monke
     shards = sorted(source.glob("*.safetensors"))
 
     def shrink(event: Event) -> None:
-        if isinstance(event, int8convert.conversion.events.PlanMade):
+        if isinstance(event, PlanMade):
             os.truncate(shards[-1], 5000)
 
     with pytest.raises(errors.CorruptFileError, match="was changed since its header was read") as caught:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import int8convert
-from int8convert.conversion.export import ShardExported
+from int8convert.events import Event, ShardFinished
 from int8convert.formats.int8_config import CONV1D_NAMES, is_conv1d
 from tests.tools.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
 
@@ -384,8 +384,9 @@ def test_other_files_go_along_and_the_manifest_holds_hashes(tmp_path: Path) -> N
     out = make_int8(tmp_path)
     (out / "tokenizer.json").write_text("{}")
     (out / "README.md").write_text("about the other format")
-    events: list[ShardExported] = []
-    report = int8convert.export(out, tmp_path / "new", format="compressed-tensors", on_event=events.append)
+    told: list[Event] = []
+    report = int8convert.export(out, tmp_path / "new", format="compressed-tensors", on_event=told.append)
+    events = [event for event in told if isinstance(event, ShardFinished)]
     names = {path.name for path in (tmp_path / "new").iterdir()}
     assert "tokenizer.json" in names and "README.md" not in names
     assert [(e.i, e.n) for e in events] == [(0, 3), (1, 3), (2, 3)]

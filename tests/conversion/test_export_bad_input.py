@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.shard_writer import ShardWriter
-from int8convert.conversion.export import ShardExported
+from int8convert.events import Event
 from tests.conversion.test_export import make_experts, make_int8, read_config
 from tests.tools.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
 
@@ -261,7 +261,7 @@ def test_failure_at_a_small_file_leaves_nothing(
 
 
 def test_interrupted_export_leaves_nothing(int8: Path, tmp_path: Path) -> None:
-    def interrupt(event: ShardExported) -> None:
+    def interrupt(event: Event) -> None:
         if event.i == 1:
             assert (tmp_path / "new" / "out" / event.file_name).is_file()
             raise KeyboardInterrupt
@@ -290,7 +290,7 @@ def test_killed_export_looks_like_nothing_and_the_same_command_makes_it_whole(
 
 
 def test_source_that_shrinks_while_it_is_read(int8: Path, tmp_path: Path) -> None:
-    def shrink(event: ShardExported) -> None:
+    def shrink(event: Event) -> None:
         os.truncate(int8 / "model-00003-of-00003.safetensors", 4000)
 
     before = file_bytes(tmp_path).keys()

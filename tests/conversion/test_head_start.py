@@ -14,10 +14,10 @@ import pytest
 import int8convert
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.events import Event
 from int8convert.conversion.head_start import guess_plan
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.errors import CoverageError
+from int8convert.events import Event
 from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
 from int8convert.planning.plan import PlannedShard
 from int8convert.planning.reading_order import ReadingOrder

@@ -15,7 +15,7 @@ import int8convert
 from cuda_kernels import reference
 from int8convert.checkpoint.floats import convert_floats
 from int8convert.checkpoint.rows import BLOCK_BYTES
-from int8convert.conversion.events import Event, PlanMade, ShardFinished, ShardStarted, TensorKept, TensorQuantized
+from int8convert.events import Event, PlanMade, ShardFinished, ShardStarted, TensorKept, TensorQuantized
 from int8convert.planning.plan_checkpoint import PlanOptions
 from int8convert.text import parse_size
 from tests.tools.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
@@ -124,9 +124,9 @@ def test_large_file_of_no_known_kind_is_left_behind_and_told(tmp_path: Path, mon
     (source / "tokenizer.json").write_bytes(b"x" * 1000)
     events: list[Event] = []
     convert(source, tmp_path / "out", on_event=events.append)
-    plans = [event.plan for event in events if isinstance(event, PlanMade)]
+    made = [event for event in events if isinstance(event, PlanMade)]
     assert not (tmp_path / "out" / "video").exists() and (tmp_path / "out" / "tokenizer.json").exists()
-    assert plans[0].model_map.notes == ("'video' is not copied: it is too large to belong to a checkpoint",)
+    assert made[0].notes == ("'video' is not copied: it is too large to belong to a checkpoint",)
 
 
 def test_config_tells_the_loader_everything(tmp_path: Path) -> None:
@@ -173,9 +173,13 @@ def test_events_tell_the_whole_story_in_order(tmp_path: Path) -> None:
     events: list[Event] = []
     convert(source, tmp_path / "out", on_event=events.append)
     assert isinstance(events[0], PlanMade) and isinstance(events[-1], ShardFinished)
-    plan = events[0].plan
-    done = [event.tensor for event in events if isinstance(event, TensorQuantized | TensorKept)]
-    assert sorted(t.output_name for t in done) == sorted(t.output_name for t in plan.tensors)
+    plan = int8convert.plan(source)
+    made = events[0]
+    assert (made.source, made.n_shards, made.coverage) == (str(source), len(plan.shards), plan.coverage)
+    assert (made.n_read_bytes, made.n_written_bytes) == (plan.n_read_bytes, plan.n_written_bytes)
+    done = [event for event in events if isinstance(event, TensorQuantized | TensorKept)]
+    assert sorted(event.name for event in done) == sorted(tensor.output_name for tensor in plan.tensors)
+    assert sum(event.n_read_bytes for event in done) == plan.n_read_bytes
     for kind in (ShardStarted, ShardFinished):
         assert [event.i for event in events if isinstance(event, kind)] == list(range(len(plan.shards)))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import int8convert
-from int8convert.conversion.events import EventSink
+from int8convert.events import EventSink
 from tests.tools.hub_server.hub import Hub
 from tests.tools.tiny_models import file_bytes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import int8convert
-from int8convert.conversion.events import Event
+from int8convert.events import Event
 from tests.tools.hub_server.http_messages import Origin
 from tests.tools.hub_server.hub import Hub
 from tests.tools.tiny_models import file_bytes, save_as_pickles, save_checkpoint

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from int8convert.conversion.events import PlanMade
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.events import PlanMade
 from int8convert.sources import open_source
 from tests.hub.repositories import convert, payload
 from tests.tools.hub_server.fixtures import Connect
@@ -68,8 +68,8 @@ def test_repository_gives_the_bytes_and_notes_of_its_directory(
     connect(hub)
     notes = {}
     for name, out in ((NAME, tmp_path / "there"), (source, tmp_path / "here")):
-        (plan,) = (event.plan for event in convert(name, out) if isinstance(event, PlanMade))
-        notes[out] = plan.model_map.notes
+        (made,) = (event for event in convert(name, out) if isinstance(event, PlanMade))
+        notes[out] = made.notes
     there, here = notes
     assert {**payload(there), "int8convert/local.json": b""} == {**payload(here), "int8convert/local.json": b""}
     assert notes[there] == notes[here]

@@ -15,8 +15,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from int8convert.conversion.events import Event, ShardFinished
 from int8convert.errors import HubConnectionError, SourceError
+from int8convert.events import Event, ShardFinished
 from tests.conversion.test_experts import build
 from tests.decoding.test_fp8 import save_fp8
 from tests.hub.conversions import READERS, convert

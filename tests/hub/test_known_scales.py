@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from int8convert.conversion.events import ShardRepeated
+from int8convert.events import ShardRepeated
 from tests.hub.repositories import NAME, add, convert
 from tests.hub.test_readers import fp8_with_scales_elsewhere, sha256_of
 from tests.tools.hub_server.faults import FaultKind

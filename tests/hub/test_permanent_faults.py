@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import int8convert
-from int8convert.conversion.events import SourceFetched
 from int8convert.errors import HubAccessError, HubConnectionError
+from int8convert.events import SourceFetched
 from tests.hub.conversions import READERS, convert, looks_complete
 from tests.hub.models import NAME, opt_66b
 from tests.tools.hub_server import storage_routes

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from int8convert.conversion.events import ShardRepeated
 from int8convert.errors import DiskFullError, OutputError
+from int8convert.events import ShardRepeated
 from int8convert.hub import download
 from int8convert.hub.open_repository import open_repository
 from int8convert.hub.stream import ShardStream

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import int8convert
-from int8convert.conversion.events import PlanMade
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.events import PlanMade
 from int8convert.hub import repository
 from int8convert.hub.repository import fetch_small_files, find_repository
 from tests.hub.repositories import NAME, add, convert, opt_pickles, payload
@@ -103,7 +103,7 @@ def test_index_that_differs_from_the_shards(hub: Hub, connect: Connect, tmp_path
     add(hub, source)
     connect(hub)
     (made,) = [e for e in convert(NAME, tmp_path / "out", reader=reader) if isinstance(e, PlanMade)]
-    assert made.plan.model_map.notes == (
+    assert made.notes == (
         f"'{name}' is in '{first.name}' and in '{last.name}': that of '{last.name}' is taken, as transformers and vLLM "
         "do of the two, which were not compared",
         "the index names 'decoder.no_such.weight', which no file holds: OPTForCausalLM does without",

@@ -10,8 +10,8 @@ import pytest
 import torch
 from huggingface_hub import hf_hub_download
 
-from int8convert.conversion.events import Event, PlanMade, ShardFinished, ShardRepeated
 from int8convert.errors import CorruptFileError
+from int8convert.events import Event, PlanMade, ShardFinished, ShardRepeated
 from tests.decoding.test_fp8 import save_fp8
 from tests.hub.conversions import READERS, begin_anew, convert, looks_complete
 from tests.hub.models import NAME, files_of, opt_66b, save_opt

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.conversion.destination import Publishing
-from int8convert.conversion.events import ShardStarted
+from int8convert.events import ShardStarted
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, convert
 from tests.tools.hub_server.hub import Hub

@@ -10,8 +10,7 @@ from huggingface_hub import HfApi
 
 from int8convert import errors
 from int8convert.conversion.destination import Publishing
-from int8convert.conversion.events import ShardSkipped
-from int8convert.hub.branch import FileSent
+from int8convert.events import Event, FileSent, ShardSkipped
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, convert
 from tests.publish.stream_through import REPO, Stopped, on_the_hub, stop_at, through
@@ -25,11 +24,11 @@ pytestmark = pytest.mark.usefixtures("map_in_process")
 def test_shard_that_is_replaced_before_the_card_is_told(hub: Hub, expected: dict[str, bytes], tmp_path: Path) -> None:
     """Somebody pushes between the commit that completes it and the model card, which says how good it is."""
 
-    def push(file: FileSent) -> None:
-        if file.name == "config.json":
+    def push(event: Event) -> None:
+        if isinstance(event, FileSent) and event.name == "config.json":
             hub.repo(REPO).add_files({"model-00003-of-00005.safetensors": b"somebody else's"})
 
-    publishing = Publishing(HubPublisher(REPO, on_file=push))
+    publishing = Publishing(HubPublisher(REPO, on_event=push))
     with pytest.raises(errors.HubError) as caught:
         convert(NAME, tmp_path / "work", reader="stream", publishing=publishing)
     assert caught.value.message == f"'{REPO}' was changed by somebody else meanwhile"

@@ -20,7 +20,7 @@ import int8convert
 from int8convert import errors
 from int8convert.checkpoint.manifest import ShardRecord
 from int8convert.conversion.destination import Publishing
-from int8convert.conversion.events import ShardSkipped
+from int8convert.events import ShardSkipped
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, add, convert
 from tests.publish.stream_through import REPO, Stopped, on_the_hub, stop_at, through

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
-from int8convert.hub.branch import FileSent
+from int8convert.events import Event, FileSent
 from int8convert.publish.finished import check_verified, read_finished
 from int8convert.verification.verify import write_report
 from tests.tools.hub_server import write_routes
@@ -501,12 +501,12 @@ def test_interrupted_upload_goes_on_behind_what_was_sent(verified: Path, hub: Hu
     class Stopped(Exception):
         pass
 
-    def stop(file: FileSent) -> None:
-        if file.name == second_shard(verified).name:
+    def stop(event: Event) -> None:
+        if isinstance(event, FileSent) and event.name == second_shard(verified).name:
             raise Stopped
 
     with pytest.raises(Stopped):
-        int8convert.upload(verified, REPO, on_file=stop)
+        int8convert.upload(verified, REPO, on_event=stop)
     assert hub.repo(REPO).files == {} or "config.json" not in hub.repo(REPO).files, "half of it shows"
     sent = {request.path for request in hub.log.requests("PUT", origin=Origin.STORAGE)}
     hub.log.clear()

@@ -22,7 +22,7 @@ import int8convert
 from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.manifest import first_difference
-from int8convert.conversion.events import Event, ShardFinished, ShardSkipped, ShardStarted
+from int8convert.events import Event, ShardFinished, ShardSkipped, ShardStarted
 from tests.tools.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.errors import AdapterError, SourceError
+from int8convert.events import Event, TensorsCompared
 from int8convert.verification.exact.level import ExactReport, verify_exact
 from tests.conversion.test_experts import build
 from tests.decoding.test_fp8 import save_fp8
@@ -309,6 +310,7 @@ def test_findings_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None
 
 def test_progress_ends_with_all_bytes(tmp_path: Path) -> None:
     out = convert(save_checkpoint("opt", tmp_path / "source", max_shard_size="30KB"), tmp_path / "out")
-    seen: list[tuple[int, int]] = []
-    report = verify_exact(out, on_progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen) and seen[-1] == (report.n_read_bytes, report.n_read_bytes)
+    events: list[Event] = []
+    report = verify_exact(out, on_event=events.append)
+    seen = [event.n_done_bytes for event in events if isinstance(event, TensorsCompared)]
+    assert seen == sorted(seen) and events[-1] == TensorsCompared(report.n_read_bytes, report.n_read_bytes)

@@ -12,10 +12,10 @@ import transformers
 
 import int8convert
 from int8convert.errors import CoverageError, SourceError
+from int8convert.events import Event, FidelityStarted, FidelityStep
 from int8convert.runtime.text.windows import TokenWindows, read_windows, read_windows_by
 from int8convert.verification.fidelity.arithmetic import Arithmetic, ColumnCount, running
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
-from int8convert.verification.fidelity.progress import FidelityProgress
 from tests.outliers.outlier_models import convert, outlier_model, save
 from tests.tools.tiny_models import build_model, edit_config
 
@@ -212,12 +212,12 @@ def test_halves_put_the_tokenizers_own_token_first(text: Path, tokenizer: Any) -
 
 
 def test_peak_memory_is_said_before_anything_is_loaded(pair: tuple[Path, Path], windows: TokenWindows) -> None:
-    steps: list[FidelityProgress] = []
-    (report,) = measure_fidelity(*pair, windows, on_progress=steps.append)
-    assert [step.step for step in steps] == ["start", *["window"] * 4]
-    assert [step.n_done for step in steps] == [0, 1, 2, 3, 4]
-    assert {step.n_steps for step in steps} == {4}
-    assert 0 < report.peak_memory_bytes <= steps[0].peak_memory_bytes
+    events: list[Event] = []
+    (report,) = measure_fidelity(*pair, windows, on_event=events.append)
+    started, *steps = events
+    assert isinstance(started, FidelityStarted) and not started.streamed and started.n_steps == 4
+    assert steps == [FidelityStep("window", i + 1, 4) for i in range(4)]
+    assert 0 < report.peak_memory_bytes <= started.peak_memory_bytes
 
 
 def test_checkpoint_that_is_not_int8_is_refused(pair: tuple[Path, Path], windows: TokenWindows) -> None:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.errors import CorruptFileError, DiskFullError, SourceError
+from int8convert.events import Event, FidelityStarted, FidelityStep
 from int8convert.runtime.text.windows import Convention, TokenWindows
 from int8convert.verification.fidelity import hidden_states, lockstep, stream_plan
 from int8convert.verification.fidelity.layered_model import LayeredModel
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
-from int8convert.verification.fidelity.progress import FidelityProgress
 from tests.decoding.test_fp8 import save_fp8
 from tests.outliers.outlier_models import convert
 from tests.tools.tiny_models import MODELS, read_tensors, save_as_pickles
@@ -177,12 +177,14 @@ def test_work_grows_with_windows_times_layers_and_reading_with_layers(
     out = convert(source, tmp_path / "int8")
     ids = torch.randint(3, 128, (n_windows, 10), generator=torch.Generator().manual_seed(1))
     seen = watch(monkeypatch)
-    steps: list[FidelityProgress] = []
-    measure_fidelity(source, out, TokenWindows(ids, "random", "", 100), stream=True, on_progress=steps.append)
+    events: list[Event] = []
+    measure_fidelity(source, out, TokenWindows(ids, "random", "", 100), stream=True, on_event=events.append)
     assert [runner.n_forwards for runner in seen.runners] == [n_layers * n_windows] * 2
     assert [model.n_loads for model in seen.models] == [n_layers + 1] * 2
-    assert [s.step for s in steps] == ["start", *(f"model.layers.{i}" for i in range(n_layers)), "head"]
-    assert {s.n_steps for s in steps} == {n_layers + 1}
+    started, *steps = events
+    assert isinstance(started, FidelityStarted) and started.streamed and started.n_steps == n_layers + 1
+    names = [*(f"model.layers.{i}" for i in range(n_layers)), "head"]
+    assert steps == [FidelityStep(name, i + 1, n_layers + 1) for i, name in enumerate(names)]
 
 
 def test_one_layer_is_in_memory_at_a_time(
@@ -264,11 +266,13 @@ def test_full_disk_of_hidden_states_is_said(
 def test_what_does_not_fit_is_streamed_unasked(
     llama: tuple[Path, Path], windows: TokenWindows, monkeypatch: pytest.MonkeyPatch, share: float, is_streamed: bool
 ) -> None:
-    steps: list[FidelityProgress] = []
+    events: list[Event] = []
     monkeypatch.setattr("int8convert.verification.fidelity.in_memory.resident_bytes", lambda: 0)
-    measure_fidelity(*llama, windows, stream=False, on_progress=steps.append)
+    measure_fidelity(*llama, windows, stream=False, on_event=events.append)
+    started = events[0]
+    assert isinstance(started, FidelityStarted)
     monkeypatch.setattr(
-        "int8convert.verification.fidelity.level.available_bytes", lambda device: steps[0].peak_memory_bytes / share
+        "int8convert.verification.fidelity.level.available_bytes", lambda device: started.peak_memory_bytes / share
     )
     (report,) = measure_fidelity(*llama, windows)
     assert report.streamed == is_streamed

@@ -34,7 +34,7 @@ status = Path("/proc/self/status")
 before = memory._read_kilobytes(status)
 resource.setrlimit(resource.RLIMIT_DATA, (before["VmData"] + int(allowed),) * 2)
 steps = []
-(report,) = measure_fidelity(large, large_int8, windows, on_progress=steps.append)
+(report,) = measure_fidelity(large, large_int8, windows, on_event=steps.append)
 try:
     measure_fidelity(large, large_int8, windows, stream=False)
     fits = True

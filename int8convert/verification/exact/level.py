@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ from int8convert.checkpoint.manifest import describe_source
 from int8convert.checkpoint.names import counted, quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.events import EventSink, TensorsCompared, ignore
 from int8convert.formats.int8_config import Int8Format, read_format
 from int8convert.planning.plan import ConversionPlan
 from int8convert.planning.plan_checkpoint import PlanOptions, plan_unchecked
@@ -43,9 +44,8 @@ from int8convert.verification.exact.provenance import Provenance, find_provenanc
 from int8convert.verification.exact.rows import RowRules
 from int8convert.verification.exact.tensors import TensorResult, compare_int8, compare_kept
 from int8convert.verification.exact.trial_run import TrialRun
-from int8convert.verification.opened import ExaminedCheckpoint, HubReading, hub_reading, open_examined
+from int8convert.verification.opened import ExaminedCheckpoint, hub_reading, open_examined
 
-Progress = Callable[[int, int], None]
 """Told of bytes done and bytes in all."""
 
 _VALUE_CHECKS = ("rows", "weights", "codes", "scales", "kept", "outlier columns")
@@ -100,8 +100,7 @@ def verify_exact(
     lora: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     workers: int | None = None,
-    on_progress: Progress | None = None,
-    on_hub: Callable[[HubReading], None] = lambda reading: None,
+    on_event: EventSink = ignore,
 ) -> ExactReport:
     """Compare an int8 checkpoint with the checkpoint it was made of.
 
@@ -112,7 +111,7 @@ def verify_exact(
         lora: the adapter that was merged in the conversion.
         trust_remote_code: as `quantize` has it.
         workers: threads; None takes the cores this process may use.
-        on_hub: told of each checkpoint that is read from the Hub, before it is.
+        on_event: receives `HubReadStarted` and `TensorsCompared`.
 
     Raises:
         SourceError: `out` is no int8 checkpoint, or what it was made of is not there.
@@ -143,9 +142,9 @@ def verify_exact(
             ),
         )
         for reading in filter(None, map(hub_reading, (checkpoint, planned.source))):
-            on_hub(reading)
+            on_event(reading)
         comparison = _Comparison(examined, planned, provenance)
-        checks = comparison.run(n_workers, on_progress or (lambda done, total: None))
+        checks = comparison.run(n_workers, on_event)
         runs, not_tried = trial.result()
     return ExactReport(
         out=checkpoint.label,
@@ -242,14 +241,14 @@ class _Comparison:
         self._findings: dict[str, list[Finding]] = {name: [] for name in ("files", "tensors", *_VALUE_CHECKS)}
         self.n_bytes = out.n_bytes + planned.n_read_bytes
 
-    def run(self, n_workers: int, on_progress: Progress) -> tuple[Check, ...]:
+    def run(self, n_workers: int, on_event: EventSink) -> tuple[Check, ...]:
         """All checks, those that tell the most first."""
         self._findings["files"] += check_files(self._examined, self._records, self._provenance)
         self._findings["tensors"] += self.layout.findings
         self._findings["outlier columns"] += self._outliers.findings
         with ThreadPoolExecutor(n_workers) as pool:
             try:
-                self._collect(self._submit(pool), on_progress)
+                self._collect(self._submit(pool), on_event)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -290,7 +289,7 @@ class _Comparison:
             return compare_int8(pair, self._rules, self._outliers.pairs.get(pair.module_name))
         return compare_kept(pair)
 
-    def _collect(self, tasks: Iterable[tuple[Future[Any], int]], on_progress: Progress) -> None:
+    def _collect(self, tasks: Iterable[tuple[Future[Any], int]], on_event: EventSink) -> None:
         """In the order of the files, whichever thread is done first."""
         n_done = 0
         for task, n_bytes in tasks:
@@ -300,7 +299,7 @@ class _Comparison:
             elif result is not None:
                 self._findings["files"].append(result)
             n_done += n_bytes
-            on_progress(n_done, self.n_bytes)
+            on_event(TensorsCompared(n_done, self.n_bytes))
 
     def _add(self, result: TensorResult) -> None:
         for name, n in result.n_checked.items():

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from int8convert.errors import SourceError
+from int8convert.events import EventSink
 from int8convert.runtime.load import load
 from int8convert.runtime.models import load_model, settle_dtype
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.arithmetic import Arithmetic, ColumnCount, choose_arithmetics
 from int8convert.verification.fidelity.paired_statistics import PairedStatistics
-from int8convert.verification.fidelity.progress import ProgressHandler
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class FidelityTask:
     thresholds: tuple[float, ...]
     device: str
     trusts_code: bool
-    on_progress: ProgressHandler | None
+    on_event: EventSink
 
     @property
     def n_arithmetics(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from int8convert.events import FidelityStarted, FidelityStep
 from int8convert.runtime.models import check_length
 from int8convert.runtime.pretrained import model_errors
 from int8convert.verification.fidelity.arithmetic import running
@@ -22,15 +23,13 @@ from int8convert.verification.fidelity.comparison import (
     hidden_state,
 )
 from int8convert.verification.fidelity.memory import resident_bytes
-from int8convert.verification.fidelity.progress import Steps
 from int8convert.verification.fidelity.stream_plan import bytes_in_memory
 
 
 def compare_in_memory(task: FidelityTask) -> Measured:
     """Run all windows through both models."""
     windows = task.windows
-    steps = Steps(task.on_progress, False, resident_bytes() + bytes_in_memory(task), len(windows.ids))
-    steps.start()
+    task.on_event(FidelityStarted(False, resident_bytes() + bytes_in_memory(task), len(windows.ids)))
     exact = task.load_reference()
     layers = decoder_layers(exact)
     check_length(exact, windows)
@@ -46,7 +45,7 @@ def compare_in_memory(task: FidelityTask) -> Measured:
                 logits = _logits(int8, ids)
             check_vocabulary(logits, exact_logits)
             comparison.statistics.add(logits[scored], exact_logits[scored], ids[scored.start + 1 :])
-        steps.finish("window")
+        task.on_event(FidelityStep("window", i + 1, len(windows.ids)))
     return Measured(comparisons, int8.dtype, exact.dtype)
 
 

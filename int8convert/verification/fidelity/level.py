@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from int8convert.errors import SourceError
+from int8convert.events import EventSink, ignore
 from int8convert.runtime.device import choose_device
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.comparison import Comparison, FidelityTask
@@ -33,7 +34,6 @@ from int8convert.verification.fidelity.in_memory import compare_in_memory
 from int8convert.verification.fidelity.lockstep import compare_in_lockstep
 from int8convert.verification.fidelity.memory import available_bytes, peak_bytes, start_peak
 from int8convert.verification.fidelity.paired_statistics import Interval
-from int8convert.verification.fidelity.progress import ProgressHandler
 from int8convert.verification.fidelity.stream_plan import USABLE, bytes_in_memory
 
 
@@ -94,7 +94,7 @@ def measure_fidelity(
     stream: bool | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
-    on_progress: ProgressHandler | None = None,
+    on_event: EventSink = ignore,
 ) -> tuple[FidelityReport, ...]:
     """Compare an int8 checkpoint with its source on a text.
 
@@ -107,7 +107,7 @@ def measure_fidelity(
         stream: layer by layer, or both models in memory; None is in memory if they fit.
         device: "auto", "cpu" or "cuda[:n]".
         trust_remote_code: code in the checkpoints may run.
-        on_progress: told of each step.
+        on_event: receives `FidelityStarted` and `FidelityStep`.
 
     Returns:
         one report for each arithmetic.
@@ -119,7 +119,7 @@ def measure_fidelity(
     began = time.perf_counter()
     start_peak()
     used = choose_device(device)
-    task = FidelityTask(reference, out, windows, tuple(modes), tuple(thresholds), used, trust_remote_code, on_progress)
+    task = FidelityTask(reference, out, windows, tuple(modes), tuple(thresholds), used, trust_remote_code, on_event)
     if stream is None:
         stream = bytes_in_memory(task) > USABLE * available_bytes(used)
     measured = compare_in_lockstep(task) if stream else compare_in_memory(task)

@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 import torch
 
 from int8convert.errors import SourceError
+from int8convert.events import FidelityStarted, FidelityStep
 from int8convert.runtime.models import check_length
 from int8convert.runtime.pretrained import model_errors
 from int8convert.runtime.text.windows import TokenWindows
@@ -44,7 +45,6 @@ from int8convert.verification.fidelity.comparison import (
 )
 from int8convert.verification.fidelity.hidden_states import HiddenStates
 from int8convert.verification.fidelity.layered_model import LayeredModel
-from int8convert.verification.fidelity.progress import Steps
 from int8convert.verification.fidelity.stream_plan import LOGITS_AT_A_TIME, plan_stream
 
 
@@ -131,21 +131,20 @@ def compare_in_lockstep(task: FidelityTask) -> Measured:
         DiskFullError: hidden states have to lie in files, and there is no room.
     """
     plan = plan_stream(task)
-    steps = Steps(task.on_progress, True, plan.peak_bytes, plan.n_layers + 1)
-    steps.start()
+    task.on_event(FidelityStarted(True, plan.peak_bytes, plan.n_layers + 1))
     exact = LayeredModel(task.reference, task.load_reference, task.settle_reference)
     check_length(exact.model, task.windows)
     int8 = LayeredModel(task.out, task.load_int8)
     comparisons = task.start_comparisons(int8.model)
-    steps.n_steps = len(exact.layers) + 1
+    n_steps = len(exact.layers) + 1
     folder = tempfile.TemporaryDirectory(prefix="int8convert-") if plan.states_in_files else nullcontext()
     with folder as path:
         lockstep = _Lockstep(exact, int8, task.windows, comparisons, Path(path) if path else None)
         for i, name in enumerate(exact.layers):
             lockstep.run_layer(i, name)
-            steps.finish(name)
+            task.on_event(FidelityStep(name, i + 1, n_steps))
         lockstep.run_heads()
-        steps.finish("head")
+        task.on_event(FidelityStep("head", n_steps, n_steps))
     return Measured(comparisons, int8.model.dtype, exact.model.dtype)
 
 

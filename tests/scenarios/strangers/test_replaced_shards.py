@@ -12,8 +12,8 @@ import pytest
 import int8convert
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.shard_access import LocalShards
-from int8convert.conversion.events import Event, PlanMade
 from int8convert.errors import CorruptFileError
+from int8convert.events import Event, PlanMade
 from int8convert.sources import open_source
 from tests.scenarios.strangers.makers import make_model
 from tests.scenarios.test_resume import no_guess  # noqa: F401, a fixture

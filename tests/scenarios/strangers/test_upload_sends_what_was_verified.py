@@ -247,11 +247,11 @@ def test_pipe_is_refused_and_not_opened(name: str, verified: Path) -> None:
 
 
 def test_file_that_changes_while_others_are_sent_is_not_sent(verified: Path, hub: Hub) -> None:
-    def change_config(file: Any) -> None:
+    def change_config(event: Any) -> None:
         write(verified / "model.safetensors", "other weights")
 
     with pytest.raises(CorruptFileError, match=r"'model\.safetensors' was changed after it was compared"):
-        int8convert.upload(verified, REPO, on_file=change_config)
+        int8convert.upload(verified, REPO, on_event=change_config)
     assert hub.repo(REPO).files == {}
 
 
