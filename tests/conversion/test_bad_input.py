@@ -147,7 +147,7 @@ def test_shard_that_shrinks_while_it_is_read(source: Path, tmp_path: Path, monke
 
     with pytest.raises(errors.CorruptFileError, match="was changed since its header was read") as caught:
         int8convert.quantize(source, tmp_path / "out", on_event=shrink)
-    assert caught.value.hint.endswith("2 finished shards are kept: the same command resumes behind them")
+    assert caught.value.state == "2 finished shards are kept: the same command resumes behind them"
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -158,7 +158,7 @@ def test_weight_that_is_not_finite(dtype: torch.dtype, bad: float, tmp_path: Pat
     tensors = read_tensors(source)
     tensors["model.layers.1.mlp.up_proj.weight"][100, 61:63] = bad
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    value = {"nan": "NaN", "inf": "infinity", "-inf": "-inf"}[str(bad)]
+    value = {"nan": "NaN", "inf": "infinity", "-inf": "-infinity"}[str(bad)]
     fail(
         source,
         tmp_path / "out",
