@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from int8convert.runtime.in_memory import quantize_
     from int8convert.runtime.linear import Int8Linear
     from int8convert.runtime.load import load
+    from int8convert.runtime.text.texts import Text
     from int8convert.runtime.transformers_plugin import Int8ConvertConfig
+    from int8convert.verification.gates import Gates
+    from int8convert.verification.options import Execution, Tasks
     from int8convert.verification.verify import verify
     from int8convert.verification.verify_report import VerifyReport
 
@@ -36,13 +39,17 @@ __version__ = "0.1.0"
 __all__ = [
     "ConversionPlan",
     "ConversionReport",
+    "Execution",
     "ExportReport",
+    "Gates",
     "GenerationReport",
     "Int8ConvertConfig",
     "Int8ConvertError",
     "Int8Linear",
     "OutlierReport",
     "PlanOptions",
+    "Tasks",
+    "Text",
     "UploadReport",
     "VerifyReport",
     "__version__",
@@ -62,13 +69,17 @@ __all__ = [
 _HOMES = {
     "ConversionPlan": "int8convert.planning.plan",
     "ConversionReport": "int8convert.conversion.report",
+    "Execution": "int8convert.verification.options",
     "ExportReport": "int8convert.conversion.export",
+    "Gates": "int8convert.verification.gates",
     "GenerationReport": "int8convert.runtime.generate",
     "Int8ConvertConfig": "int8convert.runtime.transformers_plugin",
     "Int8ConvertError": "int8convert.errors",
     "Int8Linear": "int8convert.runtime.linear",
     "OutlierReport": "int8convert.outliers.find",
     "PlanOptions": "int8convert.planning.plan_checkpoint",
+    "Tasks": "int8convert.verification.options",
+    "Text": "int8convert.runtime.text.texts",
     "UploadReport": "int8convert.publish.upload",
     "VerifyReport": "int8convert.verification.verify_report",
     "calibrate": "int8convert.outliers.calibration",

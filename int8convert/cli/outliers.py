@@ -103,13 +103,12 @@ def outliers(
             prepare_folder(figures)
         from int8convert.outliers.find import find_outliers
         from int8convert.outliers.store import int8_modules
+        from int8convert.runtime.text.texts import Text
 
         report = find_outliers(
             checkpoint,
-            text,
+            Text(text, n_sequences=sequences, length=length),
             threshold=threshold,
-            n_sequences=sequences,
-            length=length,
             with_ablation=ablate,
             budget=budget / 100,
             module_names=int8_modules(write) if write is not None else None,

@@ -30,10 +30,11 @@ def calibrate_output(
     """Run a text through a checkpoint that has just been converted, and store the columns that matter most in it."""
     from int8convert.outliers.find import find_outliers
     from int8convert.outliers.store import int8_modules
+    from int8convert.runtime.text.texts import Text
 
     try:
         report = find_outliers(
-            out, text, module_names=int8_modules(out), device=device, trust_remote_code=trust_remote_code
+            out, Text(text), module_names=int8_modules(out), device=device, trust_remote_code=trust_remote_code
         )
         return store(report, src, out, lora, trust_remote_code)
     except Int8ConvertError as error:

@@ -25,7 +25,8 @@ from int8convert.cli.options import (
     check_remote,
     given_options,
 )
-from int8convert.runtime.text.texts import reusable_file
+from int8convert.runtime.text.texts import DATASETS, Convention, Text, reusable_file
+from int8convert.verification.options import Level
 
 if TYPE_CHECKING:
     from int8convert.verification.verify_report import VerifyReport
@@ -47,13 +48,9 @@ Exit codes: 0 passed; 1 could not be measured; 2 wrong usage; 3 measured, and fa
 FAILED = 3
 
 _INTERRUPTED = "nothing was written; a verify.json that was there is still there"
-_LEVELS = ("exact", "fidelity", "tasks")
 _OF_TASKS = ("tasks", "tasks_path", "task_limit", "min_task_p")
 _OF_MODELS = ("text", "dataset", "max_dnll", "max_kl", "sequences", "length", "convention", "thresholds", "stream")
 """Options of the levels "tasks", and "fidelity" and above."""
-
-_DATASETS = ("wikitext2", "c4")
-_CONVENTIONS = ("spread", "contiguous", "strided", "halves")
 
 
 def _numbers(value: str | None) -> tuple[float, ...]:
@@ -163,12 +160,12 @@ def verify(
         bool, typer.Option("--quiet", "-q", help="No progress, and no notes but those on the verdict.")
     ] = False,
 ) -> None:
-    check_choice(level, _LEVELS, "--level")
+    check_choice(level, tuple(Level), "--level")
     _check_effect(context, level)
     if revision is not None:
         check_remote("--revision", out, "checkpoints")
-    check_choice(dataset, _DATASETS, "--dataset")
-    check_choice(convention, _CONVENTIONS, "--convention")
+    check_choice(dataset, DATASETS, "--dataset")
+    check_choice(convention, tuple(Convention), "--convention")
     swept = _numbers(thresholds)
     if text is not None and dataset is not None:
         raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
@@ -179,6 +176,7 @@ def verify(
     ):
         from int8convert.cli.progress import showing_progress
         from int8convert.verification.gates import Gates
+        from int8convert.verification.options import Execution, Tasks
         from int8convert.verification.verify import kept_parts, write_report
         from int8convert.verification.verify import verify as run
 
@@ -196,19 +194,11 @@ def verify(
                 out,
                 revision=revision,
                 reference=reference,
-                text=reusable,
-                dataset=dataset,
                 level=level,
-                thresholds=swept,
-                tasks=tuple(tasks.split(",")) if tasks else (),
-                tasks_path=tasks_path,
-                task_limit=task_limit,
+                text=Text(reusable, dataset, sequences, length, convention),
+                tasks=Tasks(tuple(tasks.split(",")) if tasks else (), tasks_path, task_limit),
                 gates=Gates(max_dnll, max_kl, min_task_p),
-                n_sequences=sequences,
-                length=length,
-                convention=convention,
-                stream=stream or None,
-                device=device,
+                execution=Execution(device, stream or None, thresholds=swept),
                 lora=lora,
                 trust_remote_code=trust_remote_code,
                 on_event=on_event,
@@ -260,10 +250,9 @@ def _write_pages(
     outliers = None
     if report.fidelity and not report.fidelity[0].streamed:
         from int8convert.outliers.find import find_outliers
-        from int8convert.runtime.text.texts import open_text
 
-        with open_text(text, dataset) as found:
-            outliers = find_outliers(open_source(report.out, report.exact.commit).directory, found.path, device=device)
+        directory = open_source(report.out, report.exact.commit).directory
+        outliers = find_outliers(directory, Text(text, dataset, convention="spread"), device=device)
     pictures = draw_pictures(report, outliers)
     if page is not None:
         write_page(report, pictures, page)

@@ -34,10 +34,10 @@ from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.models import load_model, open_tokenizer
 from int8convert.runtime.pretrained import model_errors
 from int8convert.runtime.tensor_names import live_names
-from int8convert.runtime.text.windows import TokenWindows, read_windows
+from int8convert.runtime.text.texts import Text, open_text
+from int8convert.runtime.text.windows import TokenWindows, read_windows_by
 
-N_WINDOWS = 16
-LENGTH = 256
+DEFAULT_LENGTH = 256
 _TOKENS_AT_A_TIME = 2048
 
 
@@ -103,11 +103,9 @@ def _finite(value: Any) -> Any:
 
 def find_outliers(
     path: str | os.PathLike[str],
-    text: str | os.PathLike[str],
+    text: Text = Text(),  # noqa: B008, frozen
     *,
     threshold: float = OUTLIER_THRESHOLD,
-    n_sequences: int = N_WINDOWS,
-    length: int | None = None,
     with_ablation: bool = False,
     min_share: float = MIN_SHARE,
     budget: float = BUDGET,
@@ -122,10 +120,8 @@ def find_outliers(
 
     Args:
         path: a checkpoint's directory, int8 or not.
-        text: a file in UTF-8.
+        text: what the model reads; windows have 256 tokens by default, or what the model takes if that is less.
         threshold: magnitude from which a value is an outlier.
-        n_sequences, length: windows of so many tokens, from all over the text; None for LENGTH, or less where the
-            model takes less.
         with_ablation: also measure what taking the features away does.
         min_share, budget: which columns are worth storing, see `int8convert.outliers.choice`.
         module_names: the modules to look at, as an int8 checkpoint's tensors name them; None takes those that are int8
@@ -138,17 +134,16 @@ def find_outliers(
         ValueError: a number is out of its range.
     """
     began = time.perf_counter()
-    asked = LENGTH if length is None else length
-    if not threshold > 0 or n_sequences < 1 or asked < 2 or not 0 <= min_share <= 1 or not budget >= 0:
-        raise ValueError("threshold must be positive, n_sequences at least 1, length at least 2, shares from 0 on")
+    if not threshold > 0 or not 0 <= min_share <= 1 or not budget >= 0:
+        raise ValueError("threshold must be positive, min_share from 0 to 1, budget at least 0")
     used = choose_device(device)
-    with open_tokenizer(path, trust_remote_code) as tokenizer:
-        windows = read_windows(text, tokenizer, n_sequences, asked)
+    with open_text(text) as file, open_tokenizer(path, trust_remote_code) as tokenizer:
+        windows = read_windows_by(text.cut, file.path, tokenizer, text.n_sequences, text.length or DEFAULT_LENGTH)
     model = load_model(path, used, trust_remote_code=trust_remote_code)
     if with_ablation:
         _check_predicts(model)
     layers = _layers(model, module_names)
-    windows = _fit(model, windows, may_cut=length is None)
+    windows = _fit(model, windows, may_cut=text.length is None)
     statistics, inputs, features = _observe(model, layers, windows, threshold)
     states = {entry.module_name: layers[entry.module_name] for entry in inputs if entry.is_hidden_state}
     columns = choose_columns(layers, statistics, min_share=min_share, budget=budget)

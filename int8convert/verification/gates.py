@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,11 +20,18 @@ class Gates:
         max_dnll: upper bound of the 95 % interval of the mean difference in negative log-likelihood, nats a token.
         max_kl: mean Kullback-Leibler divergence from the source's predictions, nats a token.
         min_task_p: p-value below which a worse task score fails, 0 to 1.
+
+    Raises:
+        ValueError: a gate is NaN.
     """
 
     max_dnll: float = 0.01
     max_kl: float = 0.01
     min_task_p: float = 0.001
+
+    def __post_init__(self) -> None:
+        if any(map(math.isnan, astuple(self))):
+            raise ValueError(f"gates must be numbers, found {self}")
 
     def task_failures(self, report: TaskReport) -> Iterator[str]:
         """Yield a line if a task's score is worse, and not by chance."""

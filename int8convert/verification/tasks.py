@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import comb
 from typing import Any
 
 from int8convert.checkpoint.library_errors import TRUST_CODE, library_errors
 from int8convert.errors import SourceError
+from int8convert.verification.options import Tasks
 
 DEFAULT_TASKS = ("winogrande", "hellaswag", "piqa", "lambada_openai")
 _PAIRED = ("acc", "acc_norm", "exact_match")
@@ -67,10 +68,8 @@ def mcnemar(n_only_one: int, n_only_other: int) -> float:
 def measure_tasks(
     reference: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    tasks: Sequence[str] = (),
+    tasks: Tasks = Tasks(),  # noqa: B008, frozen
     *,
-    tasks_path: str | os.PathLike[str] | None = None,
-    limit: int | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[TaskReport, ...]:
@@ -78,9 +77,7 @@ def measure_tasks(
 
     Args:
         reference, out: the two directories.
-        tasks: names of tasks or of groups of them; none takes `DEFAULT_TASKS`, or all of `tasks_path`.
-        tasks_path: a folder of tasks in the harness's form, in place of its own.
-        limit: so many questions of each task; None is all.
+        tasks: which tasks, and how many questions of each.
         device: "auto", "cpu" or "cuda[:n]".
         trust_remote_code: code in the checkpoints may run.
 
@@ -89,18 +86,18 @@ def measure_tasks(
     """
     harness = load_harness()
     manager = harness.tasks.TaskManager(
-        include_path=os.fspath(tasks_path) if tasks_path is not None else None, include_defaults=tasks_path is None
+        include_path=os.fspath(tasks.path) if tasks.path is not None else None, include_defaults=tasks.path is None
     )
-    names = list(tasks) or (list(DEFAULT_TASKS) if tasks_path is None else sorted(manager.all_tasks))
+    names = list(tasks.names) or (list(DEFAULT_TASKS) if tasks.path is None else sorted(manager.all_tasks))
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown or not names:
         raise SourceError(
-            f"there is no task {unknown[0]!r}" if unknown else f"'{tasks_path}' holds no task",
+            f"there is no task {unknown[0]!r}" if unknown else f"'{tasks.path}' holds no task",
             f"the tasks there are: {', '.join(sorted(manager.all_tasks)[:8]) or 'none'}",
         )
     found = []
     for path in (reference, out):
-        found.append(_answer(harness, manager, path, names, limit, device, trust_remote_code))
+        found.append(_answer(harness, manager, path, names, tasks.limit, device, trust_remote_code))
         gc.collect()  # one model in memory at a time
     return tuple(report for name in sorted(found[0]["samples"]) for report in _pair(name, *found))
 

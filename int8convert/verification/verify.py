@@ -1,22 +1,19 @@
 """`verify`: is an int8 checkpoint what it should be, and does it do what its source does? Levels, cheap to dear.
 
-    exact       files, tensors, codes, scales against the source's; no model is run (`exact`)
+    exact       files, tensors, codes and scales against the source's; no model runs (`exact`)
     fidelity    both models on the same tokens, statistics of the paired differences, two gates (`fidelity`)
-    tasks       both models on the same questions of zero-shot tasks, McNemar's test (`zero_shot`)
+    tasks       both models on the same questions of zero-shot tasks, McNemar's test (`tasks`)
 
-A level that fails is the last: what a broken checkpoint computes is of no interest. What was found is written into the
-checkpoint, `int8convert/verify.json`, so that whoever gets it sees how it was measured; but for one that is on the Hub.
+A level that fails is the last one: what a broken checkpoint computes is of no interest. `write_report` writes the
+outcome into the checkpoint, as `int8convert/verify.json`. A checkpoint on the Hub stays as it is.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, astuple, replace
-from enum import StrEnum
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,32 +32,39 @@ from int8convert.verification.earlier_failures import is_same_model, judge_earli
 from int8convert.verification.exact.level import verify_exact
 from int8convert.verification.exact.provenance import find_provenance
 from int8convert.verification.gates import Gates
-from int8convert.verification.opened import hub_reading, open_examined
+from int8convert.verification.opened import ExaminedCheckpoint, hub_reading, open_examined
+from int8convert.verification.options import Execution, Level, Tasks
 from int8convert.verification.verify_report import TextUsed, VerifyReport
 
 if TYPE_CHECKING:
     from int8convert.runtime.text.windows import TokenWindows
     from int8convert.verification.fidelity.level import FidelityReport
 
-DEFAULT_SEQUENCES = 16
 DEFAULT_LENGTH = 2048
-"""Tokens of a window, or what the model takes, if that is less."""
+"""Tokens of a window, or what the model takes if that is less."""
 
 _DEFAULT_TEXT_LENGTH = 256
-"""The text that comes along has some 4,500 tokens, and an interval needs more than two or three sequences."""
-
-
-class Level(StrEnum):
-    """How far to go."""
-
-    EXACT = "exact"
-    FIDELITY = "fidelity"
-    TASKS = "tasks"
-
+"""The same for the text that comes with int8convert: of its 4,500 tokens, longer windows leave too few sequences for an
+interval."""
 
 _PARTS = {Level.FIDELITY: ("text", "fidelity", "sweep"), Level.TASKS: ("tasks",)}
 _GATES = {Level.FIDELITY: ("max_dnll", "max_kl"), Level.TASKS: ("min_task_p",)}
-"""What each level adds to a report, and what it must not exceed."""
+"""Entries of a report and gates, by the level that adds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """Two checkpoints whose weights are on this machine, and what both models read.
+
+    Attributes:
+        out: the int8 checkpoint.
+        source: the source. Of one on the Hub, its label and commit are the Hub's.
+    """
+
+    out: ExaminedCheckpoint
+    source: CheckpointSource
+    windows: TokenWindows
+    text: TextUsed
 
 
 def verify(
@@ -68,59 +72,39 @@ def verify(
     *,
     revision: str | None = None,
     reference: str | os.PathLike[str] | None = None,
-    text: str | os.PathLike[str] | None = None,
-    dataset: str | None = None,
-    level: str = Level.FIDELITY,
-    modes: Sequence[str] = (),
-    thresholds: Sequence[float] = (),
-    tasks: Sequence[str] = (),
-    tasks_path: str | os.PathLike[str] | None = None,
-    task_limit: int | None = None,
-    gates: Gates = Gates(),  # noqa: B008, nothing of it changes
-    n_sequences: int = DEFAULT_SEQUENCES,
-    length: int | None = None,
-    convention: str | None = None,
-    stream: bool | None = None,
-    device: str = "auto",
+    level: Level | str = Level.FIDELITY,
+    text: Text = Text(),  # noqa: B008, frozen
+    tasks: Tasks = Tasks(),  # noqa: B008, frozen
+    gates: Gates = Gates(),  # noqa: B008, frozen
+    execution: Execution = Execution(),  # noqa: B008, frozen
     lora: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     on_event: EventSink | None = None,
 ) -> VerifyReport:
-    """Compare an int8 checkpoint with what it was made of; `write_report` then puts the outcome into it.
+    """Compare an int8 checkpoint with its source; `write_report` then stores the outcome.
 
-    Whichever of the two is on the Hub is read from there at the level "exact", and fetched into the Hub's cache for the
-    others.
+    The level "exact" reads checkpoints on the Hub in place. The other levels fetch them into the Hub's cache first.
 
     Args:
         out: the int8 checkpoint: a directory, or a repository on the Hub.
-        revision: of that repository: a branch, a tag or a commit.
-        reference: the checkpoint it was converted from; None takes the one its manifest names.
-        text: a file in UTF-8 to run both models on; None takes a small one that comes along.
-        dataset: "wikitext2" or "c4" in its place, from the Hugging Face Hub or its cache.
-        level: "exact", "fidelity" or "tasks"; those before it come first.
-        modes: the arithmetic to run, see `verification.fidelity.arithmetic`; none takes what `load` would run.
-        thresholds: run that at these outlier thresholds, too; the gates look at the checkpoint's own alone.
-        tasks, tasks_path, task_limit: see `measure_tasks`.
-        gates: what passes.
-        n_sequences, length: at most so many windows of so many tokens, from all over the text; None takes 2,048 or
-            what the model takes, 256 on the text that comes along.
-        convention: how the text is cut, see `windows.Convention`; None is "contiguous" for a dataset, as published
-            figures are, and else "spread".
-        stream: run both models layer by layer, for those larger than memory; None does so where needed.
-        device: where they run: "auto", "cpu" or "cuda[:n]".
+        revision: branch, tag or commit of that repository.
+        reference: the source; None for the one that the manifest names.
+        level: "exact", "fidelity" or "tasks"; the levels before it come first.
+        text: what both models read; windows have 2,048 tokens by default, or what the model takes, and 256 of the text
+            that comes with int8convert.
+        tasks: what both models answer at the level "tasks".
+        gates: limits that a passing checkpoint keeps.
+        execution: how the models run. At thresholds beside the checkpoint's own no gate applies.
         lora: the adapter that was merged in the conversion.
-        trust_remote_code: as `quantize` has it.
+        trust_remote_code: run code in the checkpoints.
         on_event: receives the progress; None shows a tqdm bar.
 
     Raises:
-        Int8ConvertError: it could not be measured. That the checkpoint is broken or too far from its source is no
-            error: the report says so.
+        Int8ConvertError: the measurement failed. A broken checkpoint is no error: the report says so.
         ValueError: an argument is out of its range.
     """
     began = time.perf_counter()
     level = Level(level)
-    if n_sequences < 1 or (length is not None and length < 2) or any(map(math.isnan, astuple(gates))):
-        raise ValueError("n_sequences must be at least 1, length at least 2, and the gates numbers")
     if lora is not None and level is not Level.EXACT:
         raise AdapterError(
             "the source without the adapter is another model, so there is nothing to compare predictions with",
@@ -133,60 +117,123 @@ def verify(
     try:
         checkpoint = open_examined(out, revision)
     except CorruptFileError:
-        checkpoint = None  # the exact level says in what its files do not agree
-    here = Path(out) if checkpoint is None else checkpoint.source.directory
-    with ExitStack() as stack:
-        sink = stack.enter_context(sink_or_bar(on_event, "verify"))
-        windows, used, source = None, None, None
-        # Whatever is wrong with the text is said before anything is compared; of a broken checkpoint, what is broken.
+        checkpoint = None  # the exact level reports which files disagree
+    with sink_or_bar(on_event, "verify") as sink:
+        models = None
         if level is not Level.EXACT and checkpoint is not None:
-            found = stack.enter_context(open_text(text, dataset))
-            windows, used = _windows(checkpoint.source, found, n_sequences, length, convention, trust_remote_code)
-            source = _open_reference(checkpoint.source, reference)
-            checkpoint = replace(checkpoint, source=_at_hand(checkpoint.source, sink))
-            _at_hand(source, sink)
+            # Before the comparison, so that errors in the text come at once.
+            models = _prepare_models(checkpoint, reference, text, trust_remote_code, sink)
+            checkpoint = models.out
+        is_fetched = models is not None and models.source.commit is not None
         exact = verify_exact(
             checkpoint or out,
             revision=revision,
-            reference=reference if source is None or source.commit is None else source.directory,
+            reference=models.source.directory if models is not None and is_fetched else reference,
             lora=lora,
             trust_remote_code=trust_remote_code,
             on_event=sink,
         )
-        place = str(exact.reference)  # where the models are read from; what they are called may be something else
-        if source is not None and source.commit is not None:
-            exact = replace(exact, reference=source.label, reference_commit=source.commit)
-        report = VerifyReport(
-            f"int8convert {__version__}", os.fspath(out), str(level), gates, {}, exact, reference=exact.reference
-        )
-        if report.is_passed and windows is not None:
-            fidelity, sweep = _measure(
-                place,
-                here,
-                windows,
-                thresholds,
-                modes=modes,
-                stream=stream,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                on_event=sink,
-            )
-            report = replace(report, text=used, fidelity=fidelity, sweep=sweep)
-    if report.is_passed and level is Level.TASKS:
+        if models is not None and is_fetched:
+            exact = replace(exact, reference=models.source.label, reference_commit=models.source.commit)
+        tool, named = f"int8convert {__version__}", os.fspath(out)
+        report = VerifyReport(tool, named, str(level), gates, dict(exact.files), exact, reference=exact.reference)
+        if report.is_passed and models is not None:
+            fidelity, sweep = _measure(models, execution, trust_remote_code, sink)
+            report = replace(report, text=models.text, fidelity=fidelity, sweep=sweep)
+    if report.is_passed and models is not None and level is Level.TASKS:
         from int8convert.verification.tasks import measure_tasks
 
-        found_tasks = measure_tasks(
-            place,
-            here,
-            tasks,
-            tasks_path=tasks_path,
-            limit=task_limit,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
-        report = replace(report, tasks=found_tasks)
-    report = replace(report, files=dict(exact.files), elapsed_s=time.perf_counter() - began)
+        directories = models.source.directory, models.out.source.directory
+        answers = measure_tasks(*directories, tasks, device=execution.device, trust_remote_code=trust_remote_code)
+        report = replace(report, tasks=answers)
+    report = replace(report, elapsed_s=time.perf_counter() - began)
     return report if exact.commit is not None else with_earlier_failures(report)
+
+
+def _prepare_models(
+    checkpoint: ExaminedCheckpoint,
+    reference: str | os.PathLike[str] | None,
+    text: Text,
+    trust_remote_code: bool,
+    on_event: EventSink,
+) -> _Models:
+    """Read the text, find the source, and fetch the weights of both that are on the Hub."""
+    windows, used = _read_windows(checkpoint.source, text, trust_remote_code)
+    found = find_provenance(checkpoint.source, reference)
+    source = open_source(found.reference, found.revision)
+    local = replace(checkpoint, source=_fetch_weights(checkpoint.source, on_event))
+    _fetch_weights(source, on_event)
+    return _Models(local, source, windows, used)
+
+
+def _read_windows(out: CheckpointSource, text: Text, trust_remote_code: bool) -> tuple[TokenWindows, TextUsed]:
+    from int8convert.runtime.models import open_tokenizer
+    from int8convert.runtime.text.windows import read_windows_by
+
+    length = text.length
+    if length is None:
+        wanted = _DEFAULT_TEXT_LENGTH if text.is_default else DEFAULT_LENGTH
+        length = min(wanted, _n_positions(out.config) or wanted)
+    with open_text(text) as file, open_tokenizer(out.directory, trust_remote_code, out.label) as tokenizer:
+        windows = read_windows_by(text.cut, file.path, tokenizer, text.n_sequences, length)
+    n, length = windows.ids.shape
+    used = TextUsed(
+        name=windows.text,
+        sha256=windows.text_sha256,
+        description=file.description,
+        is_default=text.is_default,
+        n_text_tokens=windows.n_text_tokens,
+        n_sequences=n,
+        length=length,
+        convention=windows.convention,
+        dataset=text.dataset,
+    )
+    return windows, used
+
+
+def _n_positions(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens the model takes at once by its config.json; None if that does not say."""
+    for part in (config, config.get("text_config")):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = part.get(name) if isinstance(part, Mapping) else None
+            if type(value) is int and value > 1:
+                return value
+    return None
+
+
+def _fetch_weights(source: CheckpointSource, on_event: EventSink) -> CheckpointSource:
+    """Return a checkpoint whose weight files are on this machine. Files on the Hub go into its cache."""
+    if source.commit is None:
+        return source
+    from int8convert.hub.cached_copy import fetch_checkpoint, reading_cached
+
+    reading = hub_reading(reading_cached(source), is_kept=True)
+    if reading is not None:
+        on_event(reading)
+    fetch_checkpoint(source, on_event)
+    return reading_cached(source)
+
+
+def _measure(
+    models: _Models, execution: Execution, trust_remote_code: bool, on_event: EventSink
+) -> tuple[tuple[FidelityReport, ...], tuple[FidelityReport, ...]]:
+    """Return what the gates look at, and the sweep over all thresholds, which they do not look at."""
+    from int8convert.verification.fidelity.level import measure_fidelity
+
+    out = models.out.source
+    own = read_threshold(out.config, DEFAULT_THRESHOLD)
+    swept = execution.thresholds
+    measured = measure_fidelity(
+        models.source.directory,
+        out.directory,
+        models.windows,
+        replace(execution, thresholds=tuple(sorted({own, *swept})) if swept else ()),
+        trust_remote_code=trust_remote_code,
+        on_event=on_event,
+    )
+    if not swept:
+        return measured, ()
+    return tuple(report for report in measured if report.threshold in (own, None)), measured
 
 
 def with_earlier_failures(report: VerifyReport) -> VerifyReport:
@@ -197,20 +244,6 @@ def with_earlier_failures(report: VerifyReport) -> VerifyReport:
         lost = f"what earlier runs found is not known: {error.message}"
         return replace(report, exact=replace(report.exact, notes=(*report.exact.notes, lost)))
     return replace(report, earlier_failures=judge_earlier(report, earlier, kept_parts(report).get("kept", ())))
-
-
-def _measure(
-    reference: str, out: Path, windows: TokenWindows, thresholds: Sequence[float], **options: Any
-) -> tuple[tuple[FidelityReport, ...], tuple[FidelityReport, ...]]:
-    """What the gates look at, and what they do not: all of it again, with other thresholds between."""
-    from int8convert.verification.fidelity.level import measure_fidelity
-
-    own = read_threshold(open_source(out).config, DEFAULT_THRESHOLD)
-    chosen = sorted({own, *thresholds}) if thresholds else ()
-    measured = measure_fidelity(reference, out, windows, thresholds=chosen, **options)
-    if not thresholds:
-        return measured, ()
-    return tuple(report for report in measured if report.threshold in (own, None)), measured
 
 
 def write_report(report: VerifyReport) -> Path | None:
@@ -251,65 +284,3 @@ def kept_parts(report: VerifyReport) -> dict[str, Any]:
         return {**parts, "level": earlier["level"], "gates": gates, "kept": sorted(parts)} if parts else {}
     except (CorruptFileError, SourceError, KeyError, TypeError, AttributeError):  # not written by us
         return {}
-
-
-def _windows(
-    out: CheckpointSource,
-    text: Text,
-    n_sequences: int,
-    length: int | None,
-    convention: str | None,
-    trust_remote_code: bool,
-) -> tuple[TokenWindows, TextUsed]:
-    from int8convert.runtime.models import open_tokenizer
-    from int8convert.runtime.text.windows import Convention, read_windows_by
-
-    cut = Convention(convention) if convention else Convention.CONTIGUOUS if text.is_dataset else Convention.SPREAD
-
-    if length is None:
-        wanted = _DEFAULT_TEXT_LENGTH if text.is_default else DEFAULT_LENGTH
-        length = min(wanted, _n_positions(out.config) or wanted)
-    with open_tokenizer(out.directory, trust_remote_code, out.label) as tokenizer:
-        windows = read_windows_by(cut, text.path, tokenizer, n_sequences, length)
-    n, length = windows.ids.shape
-    used = TextUsed(
-        windows.text,
-        windows.text_sha256,
-        text.description,
-        text.is_default,
-        windows.n_text_tokens,
-        n,
-        length,
-        windows.convention,
-        text.path.name if text.is_dataset else None,
-    )
-    return windows, used
-
-
-def _open_reference(out: CheckpointSource, reference: str | os.PathLike[str] | None) -> CheckpointSource:
-    """What the models are compared with: the one that is named, or the manifest's."""
-    found = find_provenance(out, reference)
-    return open_source(found.reference, found.revision)
-
-
-def _at_hand(source: CheckpointSource, on_event: EventSink) -> CheckpointSource:
-    """A checkpoint whose weight files are here: one that is on the Hub is brought into its cache."""
-    if source.commit is None:
-        return source
-    from int8convert.hub.cached_copy import fetch_checkpoint, reading_cached
-
-    reading = hub_reading(reading_cached(source), is_kept=True)
-    if reading is not None:
-        on_event(reading)
-    fetch_checkpoint(source, on_event)
-    return reading_cached(source)
-
-
-def _n_positions(config: Mapping[str, Any]) -> int | None:
-    """How many tokens the model takes at once, by its config.json; None if that does not say."""
-    for part in (config, config.get("text_config")):
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            value = part.get(name) if isinstance(part, Mapping) else None
-            if type(value) is int and value > 1:
-                return value
-    return None

@@ -12,6 +12,7 @@ import torch
 import int8convert
 from int8convert.errors import CorruptFileError, DeviceError, SourceError
 from int8convert.outliers.find import find_outliers
+from int8convert.runtime.text.texts import Text
 from int8convert.runtime.text.windows import read_windows
 from tests.outliers.outlier_models import SCALED, SHIFTED, convert, outlier_model, save
 from tests.runtime.language_models import language_model
@@ -25,7 +26,7 @@ pytestmark = [
 ]
 
 READ_NORMS = ("q_proj", "k_proj", "v_proj", "fc1")
-SMALL: dict[str, Any] = {"n_sequences": 4, "length": 40, "device": "cpu"}
+SMALL: dict[str, Any] = {"n_sequences": 4, "length": 40}
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def largest_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_injected_outliers_are_found_exactly(source: Path, text: Path, tokenizer: Any) -> None:
-    report = find_outliers(source, text, **SMALL)
+    report = find_outliers(source, Text(text, **SMALL), device="cpu")
     assert [f.column for f in report.features] == sorted({**SHIFTED, **SCALED})
     by_column = {f.column: f for f in report.features}
     assert [by_column[k].sides for k in (7, 50, 21)] == ["positive", "negative", "two-sided"]
@@ -78,18 +79,20 @@ def test_injected_outliers_are_found_exactly(source: Path, text: Path, tokenizer
 
 def test_no_outliers_are_found_where_there_are_none(tmp_path: Path, text: Path, tokenizer: Any) -> None:
     plain = save(outlier_model(tokenizer, {}, {}), tmp_path / "plain", tokenizer)
-    report = find_outliers(plain, text, with_ablation=True, budget=0, **SMALL)
+    report = find_outliers(plain, Text(text, **SMALL), with_ablation=True, budget=0, device="cpu")
     assert report.features == () and report.ablation == () and report.static_set == {}
     assert all(entry.columns == () for entry in report.inputs if entry.projection in READ_NORMS)
 
 
 def test_threshold_is_the_callers(source: Path, text: Path) -> None:
-    report = find_outliers(source, text, threshold=500.0, **SMALL)
+    report = find_outliers(source, Text(text, **SMALL), threshold=500.0, device="cpu")
     assert report.features == () and report.threshold == 500.0
 
 
 def test_int8_checkpoint_shows_what_its_source_shows(source: Path, text: Path, tmp_path: Path) -> None:
-    of_source, of_int8 = (find_outliers(p, text, **SMALL) for p in (source, convert(source, tmp_path / "out")))
+    of_source, of_int8 = (
+        find_outliers(p, Text(text, **SMALL), device="cpu") for p in (source, convert(source, tmp_path / "out"))
+    )
     assert [f.column for f in of_int8.features] == [f.column for f in of_source.features]
     assert [entry.module_name for entry in of_int8.inputs] == [entry.module_name for entry in of_source.inputs]
     for a, b in zip(of_source.features, of_int8.features, strict=True):
@@ -97,7 +100,7 @@ def test_int8_checkpoint_shows_what_its_source_shows(source: Path, text: Path, t
 
 
 def test_static_set_holds_the_features_of_every_layer_that_reads_them(source: Path, text: Path) -> None:
-    report = find_outliers(source, text, budget=0, **SMALL)
+    report = find_outliers(source, Text(text, **SMALL), budget=0, device="cpu")
     frequent = {
         entry.module_name: {c.column for c in entry.columns if c.share >= 0.06}
         for entry in report.inputs
@@ -113,7 +116,7 @@ def test_static_set_holds_the_features_of_every_layer_that_reads_them(source: Pa
 
 
 def test_calibrate_finds_the_same_set(source: Path, text: Path, tokenizer: Any) -> None:
-    report = find_outliers(source, text, **SMALL)
+    report = find_outliers(source, Text(text, **SMALL), device="cpu")
     model = outlier_model(tokenizer)
     ids = read_windows(text, tokenizer, 4, 40).ids
     found = int8convert.calibrate(model, [ids])
@@ -125,13 +128,17 @@ def test_calibrate_finds_the_same_set(source: Path, text: Path, tokenizer: Any) 
 
 def test_ablation_is_of_the_features_found(tmp_path: Path, text: Path, tokenizer: Any) -> None:
     source = save(outlier_model(tokenizer, scaled={}), tmp_path / "source", tokenizer, torch.float32)
-    report = find_outliers(source, text, with_ablation=True, **SMALL)
+    report = find_outliers(source, Text(text, **SMALL), with_ablation=True, device="cpu")
     assert [run.columns for run in report.ablation[:2]] == [(), (7, 50)]
-    assert find_outliers(source, text, **SMALL).ablation == ()
+    assert find_outliers(source, Text(text, **SMALL), device="cpu").ablation == ()
 
 
 def test_report_is_json_with_the_unit_in_every_name(source: Path, text: Path) -> None:
-    found = json.loads(json.dumps(find_outliers(source, text, with_ablation=True, **SMALL).to_json(), allow_nan=False))
+    found = json.loads(
+        json.dumps(
+            find_outliers(source, Text(text, **SMALL), with_ablation=True, device="cpu").to_json(), allow_nan=False
+        )
+    )
     assert found["schema"] == 1 and found["n_sequences"] == 4 and found["length"] == 40 and "largest" not in found
     assert found["features"][0].keys() >= {"column", "layer_share", "position_share", "extreme", "sides", "quartiles"}
     assert found["inputs"][0]["columns"][0].keys() >= {"column", "share", "extreme", "sides", "quartiles"}
@@ -142,16 +149,16 @@ def test_numbers_that_json_has_not_become_null(tmp_path: Path, text: Path, token
     model = outlier_model(tokenizer)
     model.model.decoder.layers[0].self_attn_layer_norm.weight.data[3] = float("nan")
     source = save(model, tmp_path / "source", tokenizer, torch.float32)
-    found = json.dumps(find_outliers(source, text, **SMALL).to_json(), allow_nan=False)
+    found = json.dumps(find_outliers(source, Text(text, **SMALL), device="cpu").to_json(), allow_nan=False)
     assert json.loads(found)["inputs"][0]["extreme"] is None
 
 
 def test_encoder_decoder_is_looked_at_on_both_sides_but_not_ablated(tmp_path: Path, text: Path, tokenizer: Any) -> None:
     source = save(language_model("t5", tokenizer), tmp_path / "source", tokenizer, torch.float32)
-    report = find_outliers(source, text, **SMALL)
+    report = find_outliers(source, Text(text, **SMALL), device="cpu")
     assert {entry.layer for entry in report.inputs} >= {"encoder.block.0", "decoder.block.1"}
     with pytest.raises(SourceError, match="does not predict the next token"):
-        find_outliers(source, text, with_ablation=True, **SMALL)
+        find_outliers(source, Text(text, **SMALL), with_ablation=True, device="cpu")
 
 
 def test_windows_are_taken_from_all_over_the_text_and_never_twice(text: Path, tokenizer: Any) -> None:
@@ -202,23 +209,23 @@ def test_what_is_no_text_is_refused(content: bytes | None, message: str, tmp_pat
 
 def test_window_longer_than_the_model_takes_is_refused(source: Path, text: Path) -> None:
     with pytest.raises(SourceError, match="the model takes 64 tokens, and the windows have 65") as error:
-        find_outliers(source, text, n_sequences=1, length=65, device="cpu")
+        find_outliers(source, Text(text, n_sequences=1, length=65), device="cpu")
     assert "--length 64" in error.value.hint
-    assert find_outliers(source, text, n_sequences=1, device="cpu").length == 64
+    assert find_outliers(source, Text(text, n_sequences=1), device="cpu").length == 64
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_checkpoint_without_a_tokenizer_is_refused(name: str, tmp_path: Path, text: Path) -> None:
     """transformers makes an empty one for OPT, and says so for Llama."""
     with pytest.raises(SourceError, match="has no tokenizer that transformers can read"):
-        find_outliers(save_checkpoint(name, tmp_path / "source"), text, **SMALL)
+        find_outliers(save_checkpoint(name, tmp_path / "source"), Text(text, **SMALL), device="cpu")
 
 
 def test_tokenizer_of_another_model_is_refused(tmp_path: Path, text: Path, tokenizer: Any) -> None:
     source = save_checkpoint("opt", tmp_path / "source")
     tokenizer.save_pretrained(source)
     with pytest.raises(SourceError, match=r"the text has token \d+, and the model knows only \d+"):
-        find_outliers(source, text, **SMALL)
+        find_outliers(source, Text(text, **SMALL), device="cpu")
 
 
 def test_checkpoint_that_lacks_weights_is_refused(source: Path, text: Path) -> None:
@@ -230,7 +237,7 @@ def test_checkpoint_that_lacks_weights_is_refused(source: Path, text: Path) -> N
     with pytest.raises(
         CorruptFileError, match=r"has no weights, or none of the right shape, for 'model.decoder.layers.1.fc1"
     ):
-        find_outliers(source, text, **SMALL)
+        find_outliers(source, Text(text, **SMALL), device="cpu")
 
 
 def test_config_transformers_cannot_read_is_refused(source: Path, text: Path) -> None:
@@ -239,16 +246,16 @@ def test_config_transformers_cannot_read_is_refused(source: Path, text: Path) ->
         SourceError,
         match=r"cannot be read as a checkpoint: ValueError: .* model type `novel`",
     ):
-        find_outliers(source, text, **SMALL)
+        find_outliers(source, Text(text, **SMALL), device="cpu")
 
 
 def test_names_of_another_model_are_refused(source: Path, text: Path) -> None:
     with pytest.raises(SourceError, match="none of the layers that the int8 checkpoint holds"):
-        find_outliers(source, text, module_names=["transformer.h.0.mlp"], **SMALL)
+        find_outliers(source, Text(text, **SMALL), module_names=["transformer.h.0.mlp"], device="cpu")
 
 
 def test_names_without_the_base_models_prefix_are_understood(source: Path, text: Path) -> None:
-    report = find_outliers(source, text, module_names=["decoder.layers.0.fc1"], budget=0, **SMALL)
+    report = find_outliers(source, Text(text, **SMALL), module_names=["decoder.layers.0.fc1"], budget=0, device="cpu")
     assert [entry.module_name for entry in report.inputs] == ["decoder.layers.0.fc1"] and set(report.static_set) == {
         "decoder.layers.0.fc1"
     }
@@ -257,7 +264,7 @@ def test_names_without_the_base_models_prefix_are_understood(source: Path, text:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_device_that_is_not_there_is_an_error(source: Path, text: Path) -> None:
     with pytest.raises(DeviceError, match="torch finds no usable GPU"):
-        find_outliers(source, text, n_sequences=1, length=10, device="cuda")
+        find_outliers(source, Text(text, n_sequences=1, length=10), device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -265,12 +272,10 @@ def test_device_that_is_not_there_is_an_error(source: Path, text: Path) -> None:
     [
         {"threshold": 0.0},
         {"threshold": float("nan")},
-        {"n_sequences": 0},
-        {"length": 1},
         {"min_share": 1.1},
         {"budget": -1},
     ],
 )
 def test_numbers_out_of_range_are_refused(wrong: dict[str, Any], source: Path, text: Path) -> None:
     with pytest.raises(ValueError, match="must be"):
-        find_outliers(source, text, **{**SMALL, **wrong})
+        find_outliers(source, Text(text, **SMALL), device="cpu", **wrong)

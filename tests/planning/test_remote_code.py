@@ -16,6 +16,7 @@ from int8convert.errors import ModelMapError, RemoteCodeError
 from int8convert.planning.plan_checkpoint import PlanOptions
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.level import measure_fidelity
+from int8convert.verification.options import Execution
 from tests.tools.tiny_models import save_checkpoint
 
 CONFIGURATION = """
@@ -155,7 +156,7 @@ def test_fidelity_is_measured_with_trusted_code_only(novel: Path, trace: Path, t
     assert not trace.exists()
     kls = []
     for stream in (False, True):
-        (report,) = measure_fidelity(novel, tmp_path / "out", windows, stream=stream, trust_remote_code=True)
+        (report,) = measure_fidelity(novel, tmp_path / "out", windows, Execution(stream=stream), trust_remote_code=True)
         kls.append(report.mean_kl)
     assert kls[0] == pytest.approx(kls[1], rel=1e-6)
     assert 0 < kls[0] < 1e-3

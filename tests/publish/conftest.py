@@ -8,7 +8,9 @@ import pytest
 
 import int8convert
 from int8convert.hub import retry
+from int8convert.runtime.text.texts import Text
 from int8convert.verification.gates import Gates
+from int8convert.verification.options import Execution
 from int8convert.verification.verify import write_report
 from tests.hub.repositories import NAME, add, convert, opt_pickles
 from tests.outliers.outlier_models import outlier_model, save
@@ -61,7 +63,7 @@ def out(source: Path, tmp_path: Path, map_in_process: None) -> Path:
 @pytest.fixture
 def verified(out: Path) -> Path:
     """And verified."""
-    report = int8convert.verify(out, gates=LOOSE, n_sequences=4, length=16, device="cpu")
+    report = int8convert.verify(out, text=Text(n_sequences=4, length=16), execution=Execution("cpu"), gates=LOOSE)
     assert report.is_passed
     write_report(report)
     return out

@@ -18,7 +18,8 @@ import int8convert
 from int8convert.inspection import inspect
 from int8convert.publish.card import CARD_MARK, make_card
 from int8convert.publish.finished import read_finished
-from int8convert.runtime.text.texts import DEFAULT_TEXT
+from int8convert.runtime.text.texts import DEFAULT_TEXT, Text
+from int8convert.verification.options import Execution
 from int8convert.verification.verify import write_report
 from tests.cli.conftest import Run, run
 from tests.publish.conftest import LOOSE
@@ -164,13 +165,14 @@ def test_other_layout_has_its_own_tag_and_loader(tmp_path: Path, map_in_process:
 def test_command_to_verify_gives_the_numbers_of_the_card(verified: Path, tmp_path: Path, run: Run) -> None:
     text = tmp_path / "sample.txt"
     text.write_text(DEFAULT_TEXT.read_text()[:5000])
-    options: dict[str, Any] = {"gates": LOOSE, "n_sequences": 3, "length": 20, "device": "cpu"}
     for more, command in (
-        ({"text": text}, "--text sample.txt --sequences 3 --length 20 --max-dnll 9 --max-kl 9"),
-        ({"text": text, "convention": "halves"}, "--text sample.txt --sequences 3 --length 20 --convention halves"),
+        ({"path": text}, "--text sample.txt --sequences 3 --length 20 --max-dnll 9 --max-kl 9"),
+        ({"path": text, "convention": "halves"}, "--text sample.txt --sequences 3 --length 20 --convention halves"),
         ({}, "verify OUT --sequences 3 --length 20 --max-dnll 9"),
     ):
-        report = int8convert.verify(verified, **options, **more)
+        report = int8convert.verify(
+            verified, text=Text(n_sequences=3, length=20, **more), gates=LOOSE, execution=Execution("cpu")
+        )
         write_report(report)
         card = card_of(verified)
         (line,) = re.findall(r"\nint8convert (verify OUT .*)\n", card)
@@ -209,7 +211,9 @@ def test_command_to_verify_names_dataset_and_tasks(verified: Path) -> None:
 def test_text_of_one_s_own_is_no_dataset(verified: Path, tmp_path: Path) -> None:
     text = tmp_path / "README.md"
     text.write_text(DEFAULT_TEXT.read_text())
-    write_report(int8convert.verify(verified, text=text, gates=LOOSE, n_sequences=3, length=20, device="cpu"))
+    write_report(
+        int8convert.verify(verified, text=Text(text, n_sequences=3, length=20), execution=Execution("cpu"), gates=LOOSE)
+    )
 
     found = ModelCard(card_of(verified)).data.eval_results or []
     assert {(result.dataset_name, result.dataset_type) for result in found} == {("custom text, README.md", "custom")}

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import int8convert
+from int8convert.runtime.text.texts import Text
+from int8convert.verification.options import Execution
 from int8convert.verification.verify import write_report
 from tests.outliers.outlier_models import outlier_model, save
 from tests.publish.conftest import LOOSE
@@ -45,7 +47,7 @@ def published(hub: Hub, connect: Connect, tmp_path: Path) -> Path:
     assert file_bytes(tmp_path / "stream") == file_bytes(tmp_path / "download")
 
     out = tmp_path / "stream"
-    report = int8convert.verify(out, gates=LOOSE, n_sequences=4, length=16, device="cpu")
+    report = int8convert.verify(out, text=Text(n_sequences=4, length=16), execution=Execution("cpu"), gates=LOOSE)
     assert report.is_passed, report.failures
     write_report(report)
     int8convert.upload(out, REPO, private=True)

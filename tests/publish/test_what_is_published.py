@@ -12,6 +12,8 @@ from huggingface_hub import HfApi
 
 import int8convert
 from int8convert import errors
+from int8convert.runtime.text.texts import Text
+from int8convert.verification.options import Execution
 from int8convert.verification.verify import write_report
 from tests.publish.conftest import LOOSE
 from tests.publish.test_upload import REPO, published
@@ -64,7 +66,7 @@ def test_files_of_others_that_hide_or_are_unfinished_stay_here(verified: Path, h
 def test_card_is_written_anew_when_it_was_verified_since(out: Path, hub: Hub, connect: Connect) -> None:
     connect(hub, hub.token)
     int8convert.upload(out, REPO, allow_unverified=True)
-    write_report(int8convert.verify(out, gates=LOOSE, n_sequences=4, length=16, device="cpu"))
+    write_report(int8convert.verify(out, text=Text(n_sequences=4, length=16), execution=Execution("cpu"), gates=LOOSE))
 
     report = int8convert.upload(out, REPO)
 

@@ -15,9 +15,11 @@ from int8convert.errors import UnverifiedError
 from int8convert.inspection import inspect
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import check_verified, read_finished
+from int8convert.runtime.text.texts import Text
 from int8convert.verification.checks import Check, Finding
 from int8convert.verification.earlier_failures import Status
 from int8convert.verification.gates import Gates
+from int8convert.verification.options import Execution
 from int8convert.verification.tasks import TaskReport
 from int8convert.verification.verify import verify, with_earlier_failures, write_report
 from int8convert.verification.verify_report import VerifyReport
@@ -41,7 +43,7 @@ STRICT, LOOSE = Gates(0.5, 1e-9), Gates(0.5, 1e-3)
 @pytest.fixture
 def measured(own_out: Path, text: Path) -> VerifyReport:
     """Both levels, on 4 windows of 32 tokens, passed."""
-    report = verify(own_out, text=text, n_sequences=4, length=32, device="cpu", gates=LOOSE)
+    report = verify(own_out, text=Text(text, n_sequences=4, length=32), execution=Execution("cpu"), gates=LOOSE)
     assert report.is_passed and report.fidelity[0].n_tokens == 124
     return report
 

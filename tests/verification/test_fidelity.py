@@ -16,6 +16,7 @@ from int8convert.events import Event, FidelityStarted, FidelityStep
 from int8convert.runtime.text.windows import TokenWindows, read_windows, read_windows_by
 from int8convert.verification.fidelity.arithmetic import Arithmetic, ColumnCount, running
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
+from int8convert.verification.options import Execution
 from tests.outliers.outlier_models import convert, outlier_model, save
 from tests.tools.tiny_models import build_model, edit_config
 
@@ -104,14 +105,14 @@ def test_a_copy_of_the_reference_differs_by_the_arithmetic_alone(tmp_path: Path,
     source = save(model, tmp_path / "source", tokenizer)
     out = convert(source, tmp_path / "int8")
     windows = read_windows(text, tokenizer, 4, 20)
-    weights, full = measure_fidelity(source, out, windows, modes=["weight-only", "none"])
+    weights, full = measure_fidelity(source, out, windows, Execution(modes=("weight-only", "none")))
     assert 0 < weights.mean_kl < 1e-5
     assert full.mean_kl > 10 * weights.mean_kl
 
 
 def test_each_mode_is_the_model_that_load_gives(pair: tuple[Path, Path], windows: TokenWindows) -> None:
     int8convert.store_outliers(*pair, {"model.decoder.layers.0.fc1": (7, 21, 50)}, {})
-    reports = measure_fidelity(*pair, windows, modes=["none", "dynamic", "static", "static+guard"])
+    reports = measure_fidelity(*pair, windows, Execution(modes=("none", "dynamic", "static", "static+guard")))
     source = transformers.OPTForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
     assert [report.mode for report in reports] == ["none", "dynamic", "static", "static+guard"]
     for report in reports:
@@ -123,7 +124,7 @@ def test_each_mode_is_the_model_that_load_gives(pair: tuple[Path, Path], windows
 
 
 def test_weight_only_is_the_model_with_the_weights_of_the_codes(pair: tuple[Path, Path], windows: TokenWindows) -> None:
-    (report,) = measure_fidelity(*pair, windows, modes=["weight-only"])
+    (report,) = measure_fidelity(*pair, windows, Execution(modes=("weight-only",)))
     source = transformers.OPTForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
     rounded = transformers.OPTForCausalLM.from_pretrained(pair[0], dtype=torch.float16)
     for name, layer in int8convert.load(pair[1]).named_modules():
@@ -135,7 +136,7 @@ def test_weight_only_is_the_model_with_the_weights_of_the_codes(pair: tuple[Path
 
 
 def test_thresholds_are_swept_where_a_mode_looks_for_outliers(pair: tuple[Path, Path], windows: TokenWindows) -> None:
-    reports = measure_fidelity(*pair, windows, modes=["none", "dynamic"], thresholds=[0, 3, 6, math.inf])
+    reports = measure_fidelity(*pair, windows, Execution(modes=("none", "dynamic"), thresholds=(0, 3, 6, math.inf)))
     assert [(r.mode, r.threshold) for r in reports] == [
         ("none", None),
         *(("dynamic", threshold) for threshold in (0, 3, 6, math.inf)),
@@ -155,7 +156,9 @@ def test_thresholds_are_swept_where_a_mode_looks_for_outliers(pair: tuple[Path, 
 
 def test_outlier_share_counts_the_columns_of_all_layers(pair: tuple[Path, Path], windows: TokenWindows) -> None:
     int8convert.store_outliers(*pair, {"model.decoder.layers.0.fc1": (7, 50)}, {})
-    (static, guarded, dynamic) = measure_fidelity(*pair, windows, modes=["static", "static+guard", "dynamic"])
+    (static, guarded, dynamic) = measure_fidelity(
+        *pair, windows, Execution(modes=("static", "static+guard", "dynamic"))
+    )
     n_columns = 2 * (5 * 64 + 128)  # two layers: five projections of 64 inputs, one of 128
     assert static.outlier_share == pytest.approx(2 / n_columns)
     assert dynamic.outlier_share > 2 * (2 + 3 * 2) / n_columns  # q, k, v read both in each layer, too
@@ -234,7 +237,7 @@ def test_checkpoint_without_an_int8_layer_is_refused(pair: tuple[Path, Path], wi
 
 def test_static_mode_without_stored_columns_is_refused(pair: tuple[Path, Path], windows: TokenWindows) -> None:
     with pytest.raises(SourceError, match="static outliers are asked for, and the checkpoint has no stored columns"):
-        measure_fidelity(*pair, windows, modes=["dynamic", "static"])
+        measure_fidelity(*pair, windows, Execution(modes=("dynamic", "static")))
 
 
 def test_other_vocabulary_is_refused(
@@ -272,6 +275,6 @@ def test_reference_that_predicts_nan_is_refused(
 
 def test_unknown_mode_and_negative_threshold_are_wrong_usage(pair: tuple[Path, Path], windows: TokenWindows) -> None:
     with pytest.raises(ValueError, match="'int4' is none of static"):
-        measure_fidelity(*pair, windows, modes=["int4"])
+        measure_fidelity(*pair, windows, Execution(modes=("int4",)))
     with pytest.raises(ValueError, match="threshold -1 is negative"):
-        measure_fidelity(*pair, windows, thresholds=[-1])
+        measure_fidelity(*pair, windows, Execution(thresholds=(-1,)))

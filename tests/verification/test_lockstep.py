@@ -21,6 +21,7 @@ from int8convert.runtime.text.windows import Convention, TokenWindows
 from int8convert.verification.fidelity import hidden_states, lockstep, stream_plan
 from int8convert.verification.fidelity.layered_model import LayeredModel
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
+from int8convert.verification.options import Execution
 from tests.decoding.test_fp8 import save_fp8
 from tests.outliers.outlier_models import convert
 from tests.tools.tiny_models import MODELS, read_tensors, save_as_pickles
@@ -108,8 +109,8 @@ def test_streamed_is_in_memory_and_that_is_transformers_own(name: str, tmp_path:
     # The loader of the other layout replaces neither experts nor Falcon's own kind of Linear.
     layout = "compressed-tensors" if name.startswith(("falcon", "mixtral", "qwen3_moe")) else "bitsandbytes"
     out = convert(source, tmp_path / "int8", format=layout)
-    (in_memory,) = measure_fidelity(source, out, windows, stream=False)
-    (streamed,) = measure_fidelity(source, out, windows, stream=True)
+    (in_memory,) = measure_fidelity(source, out, windows, Execution(stream=False))
+    (streamed,) = measure_fidelity(source, out, windows, Execution(stream=True))
     assert_same(streamed, in_memory)
     assert len(streamed.layer_errors) in (2, 3)
     assert all(error > 0 for _, error in streamed.layer_errors)
@@ -132,12 +133,14 @@ def test_all_arithmetics_go_through_each_layer_together(
 ) -> None:
     layers = [f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.down_proj", "self_attn.q_proj")]
     int8convert.store_outliers(*llama, dict.fromkeys(layers, (3, 5, 9)), {})
-    options: dict[str, Any] = {"modes": ["none", "dynamic", "static+guard", "weight-only"], "thresholds": [0.5, 2]}
+    execution = Execution("cpu", True, ("none", "dynamic", "static+guard", "weight-only"), (0.5, 2))
     seen = watch(monkeypatch)
-    streamed = measure_fidelity(*llama, windows, stream=True, **options)
+    streamed = measure_fidelity(*llama, windows, execution)
     assert [model.n_loads for model in seen.models] == [3, 3]  # two layers and the head, of each model
     assert [runner.n_forwards for runner in seen.runners] == [2 * 3, 2 * 3 * 6]
-    for found, expected in zip(streamed, measure_fidelity(*llama, windows, stream=False, **options), strict=True):
+    for found, expected in zip(
+        streamed, measure_fidelity(*llama, windows, replace(execution, stream=False)), strict=True
+    ):
         assert_same(found, expected)
     assert len({report.mean_kl for report in streamed}) == 6
 
@@ -178,7 +181,7 @@ def test_work_grows_with_windows_times_layers_and_reading_with_layers(
     ids = torch.randint(3, 128, (n_windows, 10), generator=torch.Generator().manual_seed(1))
     seen = watch(monkeypatch)
     events: list[Event] = []
-    measure_fidelity(source, out, TokenWindows(ids, "random", "", 100), stream=True, on_event=events.append)
+    measure_fidelity(source, out, TokenWindows(ids, "random", "", 100), Execution(stream=True), on_event=events.append)
     assert [runner.n_forwards for runner in seen.runners] == [n_layers * n_windows] * 2
     assert [model.n_loads for model in seen.models] == [n_layers + 1] * 2
     started, *steps = events
@@ -205,7 +208,7 @@ def test_one_layer_is_in_memory_at_a_time(
         return run(runner, layer, *inputs)
 
     monkeypatch.setattr(lockstep.LayerRunner, "run", watched_run)
-    measure_fidelity(*llama, windows, stream=True)
+    measure_fidelity(*llama, windows, Execution(stream=True))
     assert held == {(f"{i}: model.layers.{layer}",) for i in range(2) for layer in range(2)}
 
 
@@ -230,7 +233,7 @@ def test_tensors_of_a_layer_are_loaded_one_after_the_other(
 def test_hidden_states_that_do_not_fit_lie_in_files(
     llama: tuple[Path, Path], windows: TokenWindows, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (expected,) = measure_fidelity(*llama, windows, stream=True)
+    (expected,) = measure_fidelity(*llama, windows, Execution(stream=True))
     folder = tmp_path / "states"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -244,7 +247,7 @@ def test_hidden_states_that_do_not_fit_lie_in_files(
         return kept
 
     monkeypatch.setattr(hidden_states.HiddenStates, "_allocate", counted)
-    (found,) = measure_fidelity(*llama, windows, stream=True)
+    (found,) = measure_fidelity(*llama, windows, Execution(stream=True))
     assert values(found) == values(expected)
     assert max(n_files) == 2 * 3
     assert list(folder.iterdir()) == []
@@ -259,7 +262,7 @@ def test_full_disk_of_hidden_states_is_said(
     monkeypatch.setattr("os.posix_fallocate", full)
     monkeypatch.setattr(stream_plan, "available_bytes", lambda device: 10_000)
     with pytest.raises(DiskFullError, match=r"has no room for hidden states of 6,144 bytes a window"):
-        measure_fidelity(*llama, windows, stream=True)
+        measure_fidelity(*llama, windows, Execution(stream=True))
 
 
 @pytest.mark.parametrize(("share", "is_streamed"), [(0.85, False), (0.95, True)])
@@ -268,7 +271,7 @@ def test_what_does_not_fit_is_streamed_unasked(
 ) -> None:
     events: list[Event] = []
     monkeypatch.setattr("int8convert.verification.fidelity.in_memory.resident_bytes", lambda: 0)
-    measure_fidelity(*llama, windows, stream=False, on_event=events.append)
+    measure_fidelity(*llama, windows, Execution(stream=False), on_event=events.append)
     started = events[0]
     assert isinstance(started, FidelityStarted)
     monkeypatch.setattr(
@@ -283,8 +286,8 @@ def test_scored_tokens_are_those_of_the_convention(
 ) -> None:
     monkeypatch.setattr(lockstep, "LOGITS_AT_A_TIME", 5 * 128)  # five positions at a time
     windows = replace(windows, cut=Convention.STRIDED, first_scored=(1, 12, 12))
-    (streamed,) = measure_fidelity(*llama, windows, stream=True)
-    (in_memory,) = measure_fidelity(*llama, windows, stream=False)
+    (streamed,) = measure_fidelity(*llama, windows, Execution(stream=True))
+    (in_memory,) = measure_fidelity(*llama, windows, Execution(stream=False))
     assert streamed.n_tokens == 23 + 12 + 12
     assert streamed.n_sequences == 3
     assert_same(streamed, in_memory)
@@ -294,8 +297,8 @@ def test_pickled_shards_are_streamed_like_safetensors(
     llama: tuple[Path, Path], windows: TokenWindows, tmp_path: Path
 ) -> None:
     pickled = save_as_pickles(llama[0], tmp_path / "pickled", 3)
-    (found,) = measure_fidelity(pickled, llama[1], windows, stream=True)
-    (expected,) = measure_fidelity(*llama, windows, stream=True)
+    (found,) = measure_fidelity(pickled, llama[1], windows, Execution(stream=True))
+    (expected,) = measure_fidelity(*llama, windows, Execution(stream=True))
     assert values(found) == values(expected)
 
 
@@ -303,8 +306,8 @@ def test_fp8_source_is_what_its_codes_stand_for(tmp_path: Path, windows: TokenWi
     plain = save_source(FAMILIES["llama"], tmp_path / "plain", torch.bfloat16)
     weights = save_fp8(plain, tmp_path / "fp8", "block")
     out = convert(tmp_path / "fp8", tmp_path / "int8")
-    (streamed,) = measure_fidelity(tmp_path / "fp8", out, windows, stream=True)
-    (in_memory,) = measure_fidelity(tmp_path / "fp8", out, windows, stream=False)
+    (streamed,) = measure_fidelity(tmp_path / "fp8", out, windows, Execution(stream=True))
+    (in_memory,) = measure_fidelity(tmp_path / "fp8", out, windows, Execution(stream=False))
     assert_same(streamed, in_memory)
     model = transformers.LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
@@ -320,7 +323,7 @@ def test_fp8_that_transformers_does_not_decode_is_refused(tmp_path: Path, window
     out = convert(tmp_path / "fp8", tmp_path / "int8")
     for stream in (False, True):
         with pytest.raises(SourceError, match="fp8' is in an FP8 form that transformers loads and cannot run"):
-            measure_fidelity(tmp_path / "fp8", out, windows, stream=stream)
+            measure_fidelity(tmp_path / "fp8", out, windows, Execution(stream=stream))
 
 
 @pytest.fixture
@@ -344,7 +347,7 @@ def test_missing_weight_of_a_layer_is_named(
 ) -> None:
     broken(NAME, lambda tensor: None)
     with pytest.raises(CorruptFileError, match=f"int8' has no '{NAME}'"):
-        measure_fidelity(*llama, windows, stream=True)
+        measure_fidelity(*llama, windows, Execution(stream=True))
 
 
 def test_weight_of_a_wrong_shape_is_named(
@@ -352,7 +355,7 @@ def test_weight_of_a_wrong_shape_is_named(
 ) -> None:
     broken(NAME, lambda tensor: tensor[:-1].contiguous())
     with pytest.raises(CorruptFileError, match=rf"holds '{NAME}' in the shape \[127, 64\], expected \[128, 64\]"):
-        measure_fidelity(*llama, windows, stream=True)
+        measure_fidelity(*llama, windows, Execution(stream=True))
 
 
 def test_layers_that_share_weights_are_refused(tmp_path: Path, windows: TokenWindows) -> None:
@@ -380,7 +383,7 @@ def test_layers_that_hand_on_more_than_a_hidden_state_are_refused(tmp_path: Path
     )
     source = save_source(lambda: transformers.Gemma4ForCausalLM(config), tmp_path / "source")
     out = convert(source, tmp_path / "int8")
-    (report,) = measure_fidelity(source, out, windows, stream=False)
+    (report,) = measure_fidelity(source, out, windows, Execution(stream=False))
     assert math.isfinite(report.mean_kl)
     with pytest.raises(SourceError, match="Gemma4ForCausalLM hands on more than a hidden state from its layer"):
-        measure_fidelity(source, out, windows, stream=True)
+        measure_fidelity(source, out, windows, Execution(stream=True))

@@ -16,10 +16,11 @@ import torch
 import int8convert
 from int8convert.checkpoint.names import VERIFY_FILE
 from int8convert.errors import AdapterError, SourceError
-from int8convert.runtime.text.texts import DEFAULT_TEXT, open_text
+from int8convert.runtime.text.texts import DEFAULT_TEXT, Text, open_text
 from int8convert.verification import verify as module
 from int8convert.verification.fidelity.level import FidelityReport
 from int8convert.verification.gates import Gates
+from int8convert.verification.options import Execution
 from int8convert.verification.verify import verify, write_report
 from tests.conftest import InProcessMap
 from tests.outliers.outlier_models import convert, outlier_model, save
@@ -33,7 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-WINDOWS: dict[str, Any] = {"n_sequences": 4, "length": 32, "device": "cpu"}
+WINDOWS: dict[str, Any] = {"n_sequences": 4, "length": 32}
+CPU = Execution("cpu")
 LOOSE = {"gates": Gates(0.5, 1e-3)}
 """What the model below passes as it is, and without its outlier columns does not. It is not trained, so its
 likelihoods are of no text at all."""
@@ -75,7 +77,7 @@ def own_out(made: Path, tmp_path: Path) -> Path:
 
 
 def test_both_levels_pass_and_say_on_what(out: Path, text: Path) -> None:
-    report = verify(out, text=text, **WINDOWS, **LOOSE)
+    report = verify(out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE)
     assert report.is_passed and report.failures == () and report.exact.is_passed
     (fidelity,) = report.fidelity
     assert fidelity.mode == "dynamic" and 0 < fidelity.mean_kl < 1e-3
@@ -85,7 +87,7 @@ def test_both_levels_pass_and_say_on_what(out: Path, text: Path) -> None:
 
 
 def test_gate_looks_at_the_mean_kl_and_at_the_upper_end_of_the_interval(out: Path, text: Path) -> None:
-    (found,) = verify(out, text=text, **WINDOWS, **LOOSE).fidelity
+    (found,) = verify(out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE).fidelity
     upper = found.delta_nll_interval[1]
     assert found.delta_nll < upper
     between = (found.delta_nll + upper) / 2
@@ -94,12 +96,12 @@ def test_gate_looks_at_the_mean_kl_and_at_the_upper_end_of_the_interval(out: Pat
     assert line.startswith("fidelity (dynamic): delta-NLL is ") and f"up to {upper:.4g}" in line
     (line,) = Gates(max_dnll=upper, max_kl=found.mean_kl * 0.99).failures(found)
     assert line.startswith("fidelity (dynamic): mean KL is ")
-    report = verify(out, text=text, **WINDOWS, gates=Gates(0.5, found.mean_kl * 0.99))
+    report = verify(out, text=Text(text, **WINDOWS), execution=CPU, gates=Gates(0.5, found.mean_kl * 0.99))
     assert not report.is_passed and report.exact.is_passed and len(report.failures) == 1
 
 
 def test_number_that_is_none_fails_the_gate(out: Path, text: Path) -> None:
-    (found,) = verify(out, text=text, **WINDOWS, **LOOSE).fidelity
+    (found,) = verify(out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE).fidelity
     nothing = replace(found, mean_kl=math.nan, delta_nll_interval=(math.nan, math.nan))
     assert len(list(Gates(1e9, 1e9).failures(nothing))) == 2
 
@@ -114,15 +116,15 @@ def test_threshold_that_misses_the_outliers_passes_the_exact_level_and_fails_fid
     content = json.loads(manifest.read_text())
     content["conversion"]["options"]["threshold"] = 1000.0
     manifest.write_text(json.dumps(content))
-    good = verify(own_out, text=text, level="exact")
+    good = verify(own_out, text=Text(text), level="exact")
     assert good.is_passed
-    report = verify(own_out, text=text, **WINDOWS, **LOOSE)
+    report = verify(own_out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE)
     assert report.exact.is_passed and not report.is_passed
     assert report.failures[-1].startswith("fidelity (dynamic): mean KL is ") and report.fidelity[0].threshold == 1000
 
 
 def test_thresholds_are_compared_and_not_gated(out: Path, text: Path) -> None:
-    report = verify(out, text=text, thresholds=[math.inf, 0.5], **WINDOWS, **LOOSE)
+    report = verify(out, text=Text(text, **WINDOWS), execution=Execution("cpu", thresholds=(math.inf, 0.5)), **LOOSE)
     assert report.is_passed
     assert [r.threshold for r in report.fidelity] == [6.0]
     assert [r.threshold for r in report.sweep] == [0.5, 6.0, math.inf]
@@ -137,13 +139,13 @@ def test_models_are_not_run_where_the_exact_level_fails(
 ) -> None:
     edit_config(own_out, activation_function="gelu")
     monkeypatch.setattr(module, "_measure", lambda *arguments, **options: pytest.fail("measured"))
-    report = verify(own_out, text=text, **WINDOWS)
+    report = verify(own_out, text=Text(text, **WINDOWS), execution=CPU)
     assert report.failures == ("config: config.json: activation_function: expected 'relu', found 'gelu'",)
     assert (report.text, report.fidelity) == (None, ())
 
 
 def test_what_is_written_is_the_report_and_of_the_files_that_are_there(own_out: Path, text: Path) -> None:
-    report = verify(own_out, text=text, **WINDOWS, **LOOSE)
+    report = verify(own_out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE)
     assert not (own_out / VERIFY_FILE).exists()
     written = json.loads(write_report(report).read_text())
     assert (
@@ -167,13 +169,13 @@ def test_what_is_written_is_the_report_and_of_the_files_that_are_there(own_out: 
     names |= {check["name"] for check in written["exact"]["checks"]}
     assert [name for name in names if f"`{name}`" not in documented] == []
     int8convert.store_outliers(str(report.exact.reference), own_out, {"model.decoder.layers.0.fc1": [7]})
-    again = verify(own_out, text=text, **WINDOWS, **LOOSE)
+    again = verify(own_out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE)
     assert again.files.keys() - written["files"].keys() == {"int8convert/outliers.safetensors"}
     assert again.fidelity[0].mode == "static+guard"
 
 
 def test_default_text_is_said_to_be_one(out: Path) -> None:
-    report = verify(out, n_sequences=2, device="cpu", **LOOSE)
+    report = verify(out, text=Text(n_sequences=2), execution=CPU, **LOOSE)
     assert report.text is not None and report.text.is_default and "blunt" in report.text.description
     assert (report.text.name, report.text.n_sequences) == (DEFAULT_TEXT.name, 2)
     assert report.text.length == 64, "what the model takes, if that is less than 256"
@@ -186,7 +188,7 @@ def test_bad_text_is_said_before_anything_is_compared(
     monkeypatch.setattr(module, "verify_exact", lambda *arguments, **options: pytest.fail("compared"))
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(SourceError, match="holds no text"):
-        verify(out, text=tmp_path / "empty.txt")
+        verify(out, text=Text(tmp_path / "empty.txt"))
     with pytest.raises(SourceError, match="'nowhere' is not a checkpoint directory"):
         verify("nowhere")
     with pytest.raises(AdapterError, match="another model"):
@@ -196,19 +198,19 @@ def test_bad_text_is_said_before_anything_is_compared(
 @pytest.mark.parametrize(
     "options",
     [
-        *(
-            {"level": "all"},
-            {"n_sequences": 0},
-            {"length": 1},
-            {"gates": Gates(max_kl=math.nan)},
-            {"convention": "mine"},
-        ),
-        *({"text": "a", "dataset": "c4"}, {"dataset": "imagenet"}),
+        {"level": "all"},
+        {"gates": {"max_kl": math.nan}},
+        {"text": {"n_sequences": 0}},
+        {"text": {"length": 1}},
+        {"text": {"convention": "mine"}},
+        {"text": {"path": "a", "dataset": "c4"}},
+        {"text": {"dataset": "imagenet"}},
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], out: Path) -> None:
+    makers = {"gates": Gates, "text": Text}
     with pytest.raises(ValueError):
-        verify(out, **options)
+        verify(out, **{name: makers[name](**each) if name in makers else each for name, each in options.items()})
 
 
 def cache_file(cache: Path, repository: str, file_name: str) -> Path:
@@ -233,17 +235,17 @@ def test_c4_is_its_first_documents_joined_by_spaces_and_cut_without_gaps(out: Pa
     with gzip.open(path, "wt", encoding="utf-8") as file:
         for i in range(1200):
             file.write(json.dumps({"text": f"Document {i}: ümlaut", "url": ""}) + "\n")
-    with open_text(None, "c4") as found:
+    with open_text(Text(dataset="c4")) as found:
         content = found.path.read_text(encoding="utf-8")
         assert content.startswith("Document 0: ümlaut Document 1: ümlaut ") and content.endswith(" 1099: ümlaut")
     assert not found.path.exists()
-    report = verify(out, dataset="c4", n_sequences=2, length=32, device="cpu", **LOOSE)
+    report = verify(out, text=Text(dataset="c4", n_sequences=2, length=32), execution=CPU, **LOOSE)
     assert report.text is not None and "allenai/c4" in report.text.description
     assert report.text.convention.startswith("contiguous: ")
 
 
 def test_dataset_that_is_not_there_is_an_error_with_a_way_out(hub_cache: Path) -> None:
-    with pytest.raises(SourceError, match="dataset allenai/c4 cannot be had") as raised, open_text(None, "c4"):
+    with pytest.raises(SourceError, match="dataset allenai/c4 cannot be had") as raised, open_text(Text(dataset="c4")):
         pass
     assert "--text FILE" in raised.value.hint
 
@@ -253,12 +255,12 @@ def test_wikitext2_joins_its_lines_by_blank_lines_or_says_what_it_needs(hub_cach
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        with pytest.raises(SourceError, match="needs pyarrow"), open_text(None, "wikitext2"):
+        with pytest.raises(SourceError, match="needs pyarrow"), open_text(Text(dataset="wikitext2")):
             pass
         return
     path = cache_file(hub_cache, "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["", " = Title = \n", "A line."]}), path)
-    with open_text(None, "wikitext2") as found:
+    with open_text(Text(dataset="wikitext2")) as found:
         assert found.path.read_text(encoding="utf-8") == "\n\n = Title = \n\n\nA line."
 
 
@@ -267,9 +269,11 @@ def test_reports_of_the_fidelity_level_are_those_of_measure_fidelity(out: Path, 
     from int8convert.runtime.text.windows import read_windows
     from int8convert.verification.fidelity.level import measure_fidelity
 
-    report = verify(out, text=text, modes=["weight-only", "none"], **WINDOWS, **LOOSE)
+    report = verify(out, text=Text(text, **WINDOWS), execution=Execution("cpu", modes=("weight-only", "none")), **LOOSE)
     windows = read_windows(text, open_tokenizer(out), 4, 32)
-    expected = measure_fidelity(out.parent / "source", out, windows, modes=["weight-only", "none"], device="cpu")
+    expected = measure_fidelity(
+        out.parent / "source", out, windows, Execution(modes=("weight-only", "none"), device="cpu")
+    )
     assert [values(r) for r in report.fidelity] == [values(r) for r in expected]
     assert [r.mode for r in report.fidelity] == ["weight-only", "none"]
     assert report.failures and all(line.startswith("fidelity (none)") for line in report.failures)
@@ -280,7 +284,7 @@ def values(report: FidelityReport) -> FidelityReport:
 
 
 def test_lower_level_keeps_what_was_measured_of_the_same_files(own_out: Path, text: Path) -> None:
-    measured = verify(own_out, text=text, thresholds=(3.0,), **WINDOWS, **LOOSE)
+    measured = verify(own_out, text=Text(text, **WINDOWS), execution=Execution("cpu", thresholds=(3.0,)), **LOOSE)
     earlier = json.loads(write_report(measured).read_text())  # type: ignore[union-attr]
     assert "kept" not in earlier
 
@@ -326,7 +330,7 @@ def without_gates(out: Path) -> None:
 def test_what_was_measured_is_not_kept_for_anything_else(
     change: Callable[[Path], None], own_out: Path, text: Path
 ) -> None:
-    write_report(verify(own_out, text=text, **WINDOWS, **LOOSE))
+    write_report(verify(own_out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE))
     change(own_out)
 
     again = json.loads(write_report(verify(own_out, level="exact")).read_text())  # type: ignore[union-attr]
@@ -335,7 +339,7 @@ def test_what_was_measured_is_not_kept_for_anything_else(
 
 
 def test_tasks_are_kept_with_their_gate_by_a_run_of_the_models(own_out: Path, text: Path) -> None:
-    report = verify(own_out, text=text, **WINDOWS, **LOOSE)
+    report = verify(own_out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE)
     path = write_report(report)
     assert path is not None
     tasks = [{"task": "piqa", "metric": "acc", "int8": 0.7}]

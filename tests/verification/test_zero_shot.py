@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from int8convert.errors import SourceError
+from int8convert.runtime.text.texts import Text
 from int8convert.verification.gates import Gates
+from int8convert.verification.options import Execution, Tasks
 from int8convert.verification.tasks import TaskReport, _pair, mcnemar, measure_tasks
 from int8convert.verification.verify import verify
 from tests.outliers.outlier_models import convert, outlier_model, save
@@ -105,7 +107,7 @@ def tasks_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_harness
 def test_both_models_answer_the_same_questions(pair: tuple[Path, Path], tasks_path: Path) -> None:
-    found = measure_tasks(*pair, tasks_path=tasks_path, device="cpu")
+    found = measure_tasks(*pair, Tasks(path=tasks_path), device="cpu")
     assert [(r.task, r.metric, r.n_samples) for r in found] == [
         ("choice", "acc", 12),
         ("choice", "acc_norm", 12),
@@ -116,29 +118,29 @@ def test_both_models_answer_the_same_questions(pair: tuple[Path, Path], tasks_pa
         assert r.n_only_reference is not None and r.n_only_int8 is not None
         assert (r.int8 - r.reference) * 12 == pytest.approx(r.n_only_int8 - r.n_only_reference)
     assert math.log(found[3].int8) == pytest.approx(math.log(found[3].reference), rel=0.1) and found[3].p_value is None
-    same = measure_tasks(pair[0], pair[0], ["choice"], tasks_path=tasks_path, limit=5, device="cpu")
+    same = measure_tasks(pair[0], pair[0], Tasks(("choice",), tasks_path, 5), device="cpu")
     assert [(r.n_samples, r.n_only_reference, r.p_value) for r in same] == [(5, 0, 1.0), (5, 0, 1.0)]
 
 
 @needs_harness
 def test_tasks_are_the_last_level_and_in_the_report(pair: tuple[Path, Path], tasks_path: Path, text: Path) -> None:
-    options: dict[str, Any] = {"text": text, "n_sequences": 2, "length": 32, "device": "cpu", "tasks_path": tasks_path}
-    report = verify(pair[1], level="tasks", gates=Gates(0.5, 0.5), **options)
+    options: dict[str, Any] = {"text": Text(text, n_sequences=2, length=32), "tasks": Tasks(path=tasks_path)}
+    report = verify(pair[1], level="tasks", gates=Gates(0.5, 0.5), execution=Execution("cpu"), **options)
     assert report.is_passed and len(report.fidelity) == 1 and len(report.tasks) == 4
     documented = (Path(__file__).parents[2] / "docs" / "verify-json.md").read_text()
     assert all(f"`{name}`" in documented for name in asdict(report.tasks[0]))
-    failed = verify(pair[1], level="tasks", gates=Gates(0.5, 0.0), **options)
+    failed = verify(pair[1], level="tasks", gates=Gates(0.5, 0.0), execution=Execution("cpu"), **options)
     assert not failed.is_passed and failed.tasks == ()
 
 
 @needs_harness
 def test_task_that_is_not_there_is_named(pair: tuple[Path, Path], tasks_path: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="there is no task 'chess'") as raised:
-        measure_tasks(*pair, ["chess"], tasks_path=tasks_path)
+        measure_tasks(*pair, Tasks(("chess",), tasks_path))
     assert "choice, last_word" in raised.value.hint
     (tmp_path / "none").mkdir()
     with pytest.raises(SourceError, match="holds no task"):
-        measure_tasks(*pair, tasks_path=tmp_path / "none")
+        measure_tasks(*pair, Tasks(path=tmp_path / "none"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 
@@ -35,47 +36,95 @@ _FILES = {
 """Repository and file."""
 
 
+class Convention(StrEnum):
+    """How a text is cut.
+
+    - spread: windows at equal distances over it, no special tokens but one that the tokenizer puts before each text,
+      before each window. Every token but a window's first is scored.
+    - contiguous: windows one after the other from its start, special tokens as the tokenizer has them for one text.
+      Scored as above. This is GPTQ's way, and of most published figures.
+    - strided: the same, but each window begins half a window after the one before, and its later half is scored; of the
+      first, all. This is transformers' way, but for a shorter window at the end.
+    - halves: windows one after the other, in each the first token replaced by one that the tokenizer puts before each
+      text; the later half is scored, but for its first token. This is llama.cpp's way.
+    """
+
+    SPREAD = "spread"
+    CONTIGUOUS = "contiguous"
+    STRIDED = "strided"
+    HALVES = "halves"
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A file to measure on.
+    """A text to run models on, and how it is cut.
 
     Attributes:
-        description: what it is, for people.
-        is_default: nobody asked for it.
-        is_dataset: one that others measure on, too.
+        path: a file in UTF-8; None for `dataset`, or for a small text that comes with int8convert.
+        dataset: "wikitext2" or "c4".
+        n_sequences: the largest number of windows, at least 1.
+        length: tokens of each window, at least 2; None for the default of the function that takes this.
+        convention: how the text is cut; None for "contiguous" of a dataset, as published figures are, else "spread".
+
+    Raises:
+        ValueError: a value is out of its range.
     """
+
+    path: str | os.PathLike[str] | None = None
+    dataset: str | None = None
+    n_sequences: int = 16
+    length: int | None = None
+    convention: Convention | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.dataset is not None:
+            raise ValueError("path and dataset of a text exclude each other")
+        if self.dataset is not None and self.dataset not in DATASETS:
+            raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {self.dataset!r}")
+        if self.n_sequences < 1 or (self.length is not None and self.length < 2):
+            raise ValueError("n_sequences must be at least 1, length at least 2")
+        Convention(self.convention or Convention.SPREAD)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether this is the text that comes with int8convert."""
+        return self.path is None and self.dataset is None
+
+    @property
+    def cut(self) -> Convention:
+        """The convention that applies."""
+        default = Convention.SPREAD if self.dataset is None else Convention.CONTIGUOUS
+        return Convention(self.convention or default)
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """The file of a text, and what it is in words."""
 
     path: Path
     description: str
-    is_default: bool = False
-    is_dataset: bool = False
 
 
 @contextmanager
-def open_text(text: str | os.PathLike[str] | None, dataset: str | None) -> Iterator[Text]:
-    """The text asked for, as a file that is there as long as this lasts.
+def open_text(text: Text) -> Iterator[TextFile]:
+    """Provide a text as a file that can be read repeatedly, until the context ends.
 
     Raises:
-        SourceError: the dataset cannot be had here.
-        ValueError: both are given, or no such dataset.
+        SourceError: the dataset cannot be fetched, or the pipe cannot be read.
     """
-    if text is not None and dataset is not None:
-        raise ValueError("text and dataset exclude each other")
-    if dataset is None:
-        if text is None:
-            yield Text(DEFAULT_TEXT, "the text that comes with int8convert: a blunt default", is_default=True)
-            return
-        path = Path(text)
+    if text.is_default:
+        yield TextFile(DEFAULT_TEXT, "the text that comes with int8convert: a blunt default")
+    elif text.path is not None:
+        path = Path(text.path)
         with reusable_file(path) as reusable:
-            yield Text(reusable or path, path.name)
-        return
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {dataset!r}")
-    content = _read_wikitext2() if dataset == "wikitext2" else _read_c4()
-    with tempfile.TemporaryDirectory(prefix="int8convert-") as folder:
-        path = Path(folder) / dataset
-        path.write_text(content, encoding="utf-8")
-        yield Text(path, f"{dataset}: {_FILES[dataset][1]} of {_FILES[dataset][0]}", is_dataset=True)
+            yield TextFile(reusable or path, path.name)
+    else:
+        dataset = str(text.dataset)
+        content = _read_wikitext2() if dataset == "wikitext2" else _read_c4()
+        with tempfile.TemporaryDirectory(prefix="int8convert-") as folder:
+            path = Path(folder) / dataset
+            path.write_text(content, encoding="utf-8")
+            yield TextFile(path, f"{dataset}: {_FILES[dataset][1]} of {_FILES[dataset][0]}")
 
 
 @contextmanager

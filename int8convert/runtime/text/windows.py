@@ -11,32 +11,13 @@ import hashlib
 import io
 import os
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from int8convert.errors import SourceError
-
-
-class Convention(StrEnum):
-    """How a text is cut.
-
-    - spread: windows at equal distances over it, no special tokens but one that the tokenizer puts before each text,
-      before each window. Every token but a window's first is scored.
-    - contiguous: windows one after the other from its start, special tokens as the tokenizer has them for one text.
-      Scored as above. This is GPTQ's way, and of most published figures.
-    - strided: the same, but each window begins half a window after the one before, and its later half is scored; of the
-      first, all. This is transformers' way, but for a shorter window at the end.
-    - halves: windows one after the other, in each the first token replaced by one that the tokenizer puts before each
-      text; the later half is scored, but for its first token. This is llama.cpp's way.
-    """
-
-    SPREAD = "spread"
-    CONTIGUOUS = "contiguous"
-    STRIDED = "strided"
-    HALVES = "halves"
+from int8convert.runtime.text.texts import Convention
 
 
 @dataclass(frozen=True, slots=True)

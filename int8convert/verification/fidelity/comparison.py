@@ -17,6 +17,7 @@ from int8convert.runtime.models import load_model, settle_dtype
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.arithmetic import Arithmetic, ColumnCount, choose_arithmetics
 from int8convert.verification.fidelity.paired_statistics import PairedStatistics
+from int8convert.verification.options import Execution
 
 
 @dataclass(slots=True)
@@ -53,16 +54,19 @@ class FidelityTask:
     reference: str | os.PathLike[str]
     out: str | os.PathLike[str]
     windows: TokenWindows
-    modes: tuple[str, ...]
-    thresholds: tuple[float, ...]
-    device: str
+    execution: Execution
     trusts_code: bool
     on_event: EventSink
 
     @property
+    def device(self) -> str:
+        """The device that was chosen: "cpu" or "cuda[:n]"."""
+        return self.execution.device
+
+    @property
     def n_arithmetics(self) -> int:
         """At most."""
-        return max(1, len(self.modes)) * max(1, len(self.thresholds))
+        return max(1, len(self.execution.modes)) * max(1, len(self.execution.thresholds))
 
     def load_reference(self) -> Any:
         """A whole model."""
@@ -78,7 +82,9 @@ class FidelityTask:
 
     def start_comparisons(self, int8: nn.Module) -> tuple[Comparison, ...]:
         """One for each arithmetic; errors as `choose_arithmetics` has them."""
-        return tuple(Comparison(choice) for choice in choose_arithmetics(int8, self.modes, self.thresholds))
+        return tuple(
+            Comparison(choice) for choice in choose_arithmetics(int8, self.execution.modes, self.execution.thresholds)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from int8convert.verification.fidelity.lockstep import compare_in_lockstep
 from int8convert.verification.fidelity.memory import available_bytes, peak_bytes, start_peak
 from int8convert.verification.fidelity.paired_statistics import Interval
 from int8convert.verification.fidelity.stream_plan import USABLE, bytes_in_memory
+from int8convert.verification.options import Execution
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,8 @@ def measure_fidelity(
     reference: str | os.PathLike[str],
     out: str | os.PathLike[str],
     windows: TokenWindows,
+    execution: Execution = Execution(),  # noqa: B008, frozen
     *,
-    modes: Sequence[str] = (),
-    thresholds: Sequence[float] = (),
-    stream: bool | None = None,
-    device: str = "auto",
     trust_remote_code: bool = False,
     on_event: EventSink = ignore,
 ) -> tuple[FidelityReport, ...]:
@@ -102,10 +99,7 @@ def measure_fidelity(
         reference: the source's directory.
         out: the int8 checkpoint's directory.
         windows: the tokens, by the reference's tokenizer.
-        modes: arithmetics, see `verification.fidelity.arithmetic`; none for what `int8convert.load` would run.
-        thresholds: each of these modes at each of these, where it looks for outliers; none for the checkpoint's own.
-        stream: layer by layer, or both models in memory; None is in memory if they fit.
-        device: "auto", "cpu" or "cuda[:n]".
+        execution: how the models run.
         trust_remote_code: code in the checkpoints may run.
         on_event: receives `FidelityStarted` and `FidelityStep`.
 
@@ -118,8 +112,9 @@ def measure_fidelity(
     """
     began = time.perf_counter()
     start_peak()
-    used = choose_device(device)
-    task = FidelityTask(reference, out, windows, tuple(modes), tuple(thresholds), used, trust_remote_code, on_event)
+    used = choose_device(execution.device)
+    task = FidelityTask(reference, out, windows, replace(execution, device=used), trust_remote_code, on_event)
+    stream = execution.stream
     if stream is None:
         stream = bytes_in_memory(task) > USABLE * available_bytes(used)
     measured = compare_in_lockstep(task) if stream else compare_in_memory(task)

@@ -13,7 +13,7 @@ import pytest
 
 from int8convert.errors import SourceError
 from int8convert.outliers.find import find_outliers
-from int8convert.runtime.text.texts import reusable_file
+from int8convert.runtime.text.texts import Text, reusable_file
 from int8convert.runtime.text.windows import read_text
 from int8convert.verification.verify import verify
 from tests.cli.conftest import Run
@@ -56,9 +56,9 @@ def pipe(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakePipe]:
 
 
 def test_library_reads_once(source: Path, out: Path, pipe: MakePipe) -> None:
-    report = verify(out, reference=source, text=pipe(), n_sequences=2, length=32)
+    report = verify(out, text=Text(pipe(), n_sequences=2, length=32), reference=source)
     assert report.text is not None and report.text.sha256 == SHA256
-    found = find_outliers(out, pipe(), n_sequences=2, length=32)
+    found = find_outliers(out, Text(pipe(), n_sequences=2, length=32))
     assert found.text_sha256 == SHA256
 
 

@@ -22,7 +22,9 @@ from int8convert.inspection import inspect
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_finished
 from int8convert.publish.upload import UploadReport
+from int8convert.runtime.text.texts import Text
 from int8convert.verification.gates import Gates
+from int8convert.verification.options import Execution
 from int8convert.verification.verify import verify, write_report
 from tests.scenarios.strangers.makers import change, passes_exact, write
 from tests.tools.hub_server.fixtures import Connect, connect, hub
@@ -293,7 +295,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 @pytest.mark.parametrize("nonsense", [10**400, "x", [1], {"a": None}], ids=["digits", "text", "list", "object"])
 def test_card_of_nonsense_says_what_is_known_or_ends_in_two_lines(name: str, nonsense: Any, out: Path) -> None:
     """Forty entries, one at a time; what is spoiled agrees with the sha256 that verify.json names."""
-    report = verify(out, n_sequences=2, length=16, device="cpu", gates=Gates(9.0, 9.0))
+    report = verify(out, text=Text(n_sequences=2, length=16), execution=Execution("cpu"), gates=Gates(9.0, 9.0))
     write_report(report)
     content = json.loads((out / name).read_text())
     recorded = json.loads((out / VERIFY_FILE).read_text())
@@ -308,5 +310,7 @@ def test_card_of_nonsense_says_what_is_known_or_ends_in_two_lines(name: str, non
 
 
 def test_gate_without_a_limit_is_a_number(out: Path) -> None:
-    write_report(verify(out, n_sequences=2, length=16, device="cpu", gates=Gates(math.inf, 9.0)))
+    write_report(
+        verify(out, text=Text(n_sequences=2, length=16), execution=Execution("cpu"), gates=Gates(math.inf, 9.0))
+    )
     assert "--max-dnll inf" in make_card(read_finished(out), REPO, inspect(out))
