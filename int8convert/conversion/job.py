@@ -1,4 +1,4 @@
-"""One conversion, inside its locked output directory: plan, head start, checks, shards, small files."""
+"""One conversion, inside its locked output directory: plan, checks, shards, small files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from int8convert import __version__
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, ShardRecord, describe_source
 from int8convert.checkpoint.model_card import read_source_card
-from int8convert.conversion.commit import AfterCommit, ConvertedShard
+from int8convert.conversion.commit import AfterCommit
 from int8convert.conversion.destination import Publishing, plan_disk
 from int8convert.conversion.device import Device
-from int8convert.conversion.head_start import HeadStart, guess_plan
 from int8convert.conversion.output import OutputDirectory, as_output_error
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.conversion.readers import Reader, access_maker, choose_reader, is_remote
@@ -23,7 +22,7 @@ from int8convert.conversion.records import plan_made
 from int8convert.errors import DiskFullError, Int8ConvertError, OutputError
 from int8convert.events import Event, EventSink, SourceFetched
 from int8convert.planning.needs import made_up
-from int8convert.planning.pending_plan import PendingPlan, PlanRequest, PlanRequirements
+from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
 from int8convert.planning.plan import ConversionPlan, PlannedShard
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
@@ -82,12 +81,12 @@ class Conversion:
     def run(self, n_workers: int, device: Device, threshold: float, emit: EventSink) -> ConversionPlan:
         """Convert what is not converted yet and complete the directory; the plan that was followed."""
         with (
-            PendingPlan(replace(self._request, kept_modules=self.kept_modules)) as coming,
             self._telling_what_is_on_disk(),
             Pipeline(self._output.manifest, self._output.path, n_workers, emit, device) as pipeline,
         ):
-            plan, done, converted, make_access = self._start(coming, pipeline)
-            records = pipeline.run(plan, done, converted, make_access, self._after_commit(), self._one_at_a_time)
+            plan = plan_conversion(replace(self._request, kept_modules=self.kept_modules))
+            done, make_access = self._check_and_begin(plan, pipeline)
+            records = pipeline.run(plan, done, make_access, self._after_commit(), self._one_at_a_time)
             self._output.complete(plan, threshold, _summary(plan), records)
             if self._publishing is not None:
                 self._publishing.publisher.complete(self._output.path)
@@ -95,38 +94,16 @@ class Conversion:
                     self._output.discard()
             return plan
 
-    def _start(
-        self, coming: PendingPlan, pipeline: Pipeline
-    ) -> tuple[ConversionPlan, dict[str, ShardRecord], dict[int, ConvertedShard], MakeAccess | None]:
-        """Wait for the plan, converting by a guess meanwhile, and check it.
+    def _check_and_begin(
+        self, plan: ConversionPlan, pipeline: Pipeline
+    ) -> tuple[dict[str, ShardRecord], MakeAccess | None]:
+        """Check the plan and make the first write.
 
         Returns:
-            the plan, the records of shards finished earlier, the shards converted by the guess, and how to get at the
-            shards of the source, if not as files.
+            The records of the shards that earlier runs finished, and access to source shards that are not files.
         """
-        records = {} if self._output.replaces else self._output.manifest.read_records()
-        # Where an old checkpoint is to be replaced, it stays until all is checked, and both need room: no head start.
-        # Nor with an adapter, whose names only the model's class can tell, nor where a wrong guess costs a download.
-        is_plain = self._request.adapter is None and self._publishing is None and not is_remote(self._source)
-        may_guess = not self._output.replaces and is_plain
-        guess = guess_plan(self._request) if may_guess else None
-        if guess is None or self._output.spare_bytes(guess) < 0:
-            plan = coming.result()
-            done, make_access = self._check_and_begin(plan, records, pipeline)
-            return plan, done, {}, make_access
-        head_start = HeadStart(pipeline, guess, coming.peek, lambda shard: self._is_done(shard, records))
-        try:
-            head_start.run()
-            plan = coming.result()
-            done, make_access = self._check_and_begin(plan, records, pipeline)
-            return plan, done, head_start.confirm(plan), make_access
-        finally:
-            head_start.discard()
-
-    def _check_and_begin(
-        self, plan: ConversionPlan, records: dict[str, ShardRecord], pipeline: Pipeline
-    ) -> tuple[dict[str, ShardRecord], MakeAccess | None]:
         self._requirements.check(plan)
+        records = {} if self._output.replaces else self._output.manifest.read_records()
         done = {s.file_name: records[s.file_name] for s in plan.shards if self._is_done(s, records)}
         if self._publishing is not None:
             done = self._add_published(plan, done)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,10 +37,6 @@ from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
 _TRIES = 3
 """For a source shard that comes with wrong bytes."""
-
-
-class ShardAbandonedError(Exception):
-    """A shard was given up because whoever asked for it no longer wants it. Never reaches the user."""
 
 
 class Pipeline:
@@ -87,7 +83,6 @@ class Pipeline:
         self,
         plan: ConversionPlan,
         done: Mapping[str, ShardRecord],
-        converted: Mapping[int, ConvertedShard],
         make_access: MakeAccess | None = None,
         after_commit: AfterCommit | None = None,
         one_at_a_time: bool = False,
@@ -97,7 +92,6 @@ class Pipeline:
         Args:
             plan: what to do.
             done: file name -> record of the shards finished in an earlier run.
-            converted: shards that only have to be put on the disk.
             make_access: access to shards that are not local.
             after_commit: see `AfterCommit`.
             one_at_a_time: begin no shard before the one before it is through with that.
@@ -117,7 +111,7 @@ class Pipeline:
                 self.access = make_access(order, damaged.keys())
             with Committer(self._manifest, self._out, plan, records, self.access, self.emit, after_commit) as committer:
                 try:
-                    self._convert_all(plan, order, converted, committer, one_at_a_time)
+                    self._convert_all(plan, order, committer, one_at_a_time)
                 except DamagedShardError as damage:
                     damaged[damage.shard.path.name] += 1
                     self._see_to_repeat(plan, records, damage, damaged[damage.shard.path.name])
@@ -140,7 +134,6 @@ class Pipeline:
         self,
         plan: ConversionPlan,
         order: ReadingOrder,
-        converted: Mapping[int, ConvertedShard],
         committer: Committer,
         one_at_a_time: bool,
     ) -> None:
@@ -149,10 +142,9 @@ class Pipeline:
         commits: list[Future[None]] = []
         try:
             for i in [i for i in range(n) if plan.shards[i].file_name not in committer.records]:
-                if i not in converted:
-                    self.emit(ShardStarted(i, n, plan.shards[i].file_name))
+                self.emit(ShardStarted(i, n, plan.shards[i].file_name))
                 try:
-                    one = converted[i] if i in converted else self.convert(plan.shards[i], self.emit, order)
+                    one = self._convert(plan.shards[i], order)
                 except NonFiniteWeightError as error:
                     wait(commits)
                     committer.check_source_of(f"{error.module_name}.weight", i)  # wrong bytes look like anything
@@ -167,36 +159,18 @@ class Pipeline:
             raise
         finally:
             wait(commits)  # until then the committer's thread owns the shards it was given
-            for one in converted.values():
-                one.discard()
 
     def _skip(self, i: int, n: int, shard: PlannedShard, record: ShardRecord) -> None:
         self.emit(ShardSkipped(i, n, shard.file_name, shard.n_bytes))
         for event in replay_events(shard, record):
             self.emit(event)
 
-    def convert(
-        self,
-        shard: PlannedShard,
-        emit: EventSink,
-        order: ReadingOrder,
-        keep_going: Callable[[], bool] = lambda: True,
-    ) -> ConvertedShard:
-        """Convert one shard, up to but not including its final name.
-
-        Args:
-            shard: what to do.
-            emit: told of each tensor.
-            order: of the plan the shard belongs to.
-            keep_going: asked before each block; False gives the shard up.
-
-        Raises:
-            ShardAbandonedError: it was given up.
-        """
+    def _convert(self, shard: PlannedShard, order: ReadingOrder) -> ConvertedShard:
+        """Convert one shard, up to but not including its final name."""
         one = ConvertedShard(ShardWriter(self._out / shard.file_name, shard.outputs))
         try:
             with ExitStack() as open_readers:
-                blocks = ShardBlocks(shard, one, open_readers, self.access, order, emit, keep_going)
+                blocks = ShardBlocks(shard, one, open_readers, self.access, order, self.emit)
                 running = [self._workers.submit(blocks.work, scratch) for scratch in self._scratches]
                 try:
                     for worker in running:
@@ -208,8 +182,6 @@ class Pipeline:
                     for worker in running:
                         worker.exception()
                     raise
-            if not keep_going():
-                raise ShardAbandonedError
         except BaseException:
             one.discard()
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from int8convert.checkpoint.rows import Scratch
@@ -51,7 +51,6 @@ class ShardBlocks:
         access: ShardAccess,
         order: ReadingOrder,
         emit: EventSink,
-        keep_going: Callable[[], bool],
     ) -> None:
         self.turns = Turns()
         self._shard = shard
@@ -59,7 +58,6 @@ class ShardBlocks:
         self._access = access
         self._order = order
         self._emit = emit
-        self._keep_going = keep_going
         self._lock = threading.Lock()
         self._blocks = enumerate(self._cut(open_readers))
 
@@ -83,7 +81,7 @@ class ShardBlocks:
     def work(self, scratch: Scratch) -> None:
         """Take and finish blocks until there are none; one call a thread."""
         try:
-            while not self.turns.is_closed and self._keep_going():
+            while not self.turns.is_closed:
                 if not self._work_on_one(scratch):
                     return
         except BaseException:

@@ -1,10 +1,9 @@
-"""The plan of a conversion while it is being made: transformers, in a child process, takes seconds to make it known."""
+"""The plan of a conversion: what transformers says of the model, in a child process, and what is noted of it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from int8convert.checkpoint.loaders.notes import note_adapter
@@ -37,37 +36,21 @@ class PlanRequest:
     kept_modules: tuple[str, ...] = ()
 
 
-class PendingPlan:
-    """The plan of a conversion, which a thread makes once the child process has mapped the model. A context manager."""
+def plan_conversion(request: PlanRequest) -> ConversionPlan:
+    """Have a child process map the model, which takes transformers seconds, and plan by its map.
 
-    def __init__(self, request: PlanRequest) -> None:
-        modules = request.modules
-        self._request = request
-        self._process = ModelMapProcess(request.source, replace(modules, skip=(*modules.skip, *request.kept_modules)))
-        self._waiter = ThreadPoolExecutor(1)
-        self._plan = self._waiter.submit(self._make)
-
-    def __enter__(self) -> PendingPlan:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.stop()
-        self._waiter.shutdown()
-
-    def peek(self) -> ConversionPlan | None:
-        """Return the plan if it is finished, else None. Raises the error that stopped it."""
-        return self._plan.result() if self._plan.done() else None
-
-    def result(self) -> ConversionPlan:
-        """Wait for the plan."""
-        return self._plan.result()
-
-    def _make(self) -> ConversionPlan:
-        source, adapter = self._request.source, self._request.adapter
-        found = _with_reason(self._process.result(), self._request.kept_modules)
-        check_unscaled(source, found.linears)
-        notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source))
-        return _with_note(make_plan(source, replace(found, notes=notes), self._request.max_shard_bytes, adapter))
+    Raises:
+        Int8ConvertError: transformers cannot map the model, or the checkpoint contradicts the map.
+    """
+    source, modules, adapter = request.source, request.modules, request.adapter
+    process = ModelMapProcess(source, replace(modules, skip=(*modules.skip, *request.kept_modules)))
+    try:
+        found = _with_reason(process.result(), request.kept_modules)
+    finally:
+        process.stop()
+    check_unscaled(source, found.linears)
+    notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source))
+    return _with_note(make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter))
 
 
 def _adapter_notes(source: CheckpointSource, adapter: Adapter | None) -> Iterator[str]:

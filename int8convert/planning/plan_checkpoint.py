@@ -12,7 +12,7 @@ from int8convert.formats.output_format import OutputFormat
 from int8convert.planning.adapter import open_adapter
 from int8convert.planning.model_map.model_map import ModuleFilter, check_config
 from int8convert.planning.needs import check_needs
-from int8convert.planning.pending_plan import PendingPlan, PlanRequest
+from int8convert.planning.pending_plan import PlanRequest, plan_conversion
 from int8convert.planning.plan import ConversionPlan
 from int8convert.sources import open_source
 from int8convert.text import parse_size
@@ -66,8 +66,7 @@ def plan(src: str | os.PathLike[str], options: PlanOptions | None = None) -> Con
 
 def plan_unchecked(src: str | os.PathLike[str], options: PlanOptions) -> ConversionPlan:
     """Plan like `plan`, also a checkpoint that lacks weights of its model; see `model_map.ModelNeeds`."""
-    with PendingPlan(open_request(src, options)) as pending:
-        return pending.result()
+    return plan_conversion(open_request(src, options))
 
 
 def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanRequest:

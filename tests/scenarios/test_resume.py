@@ -54,12 +54,6 @@ def source(tmp_path: Path) -> Path:
     return source
 
 
-@pytest.fixture
-def no_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a head start, so that a shard is finished before the next begins."""
-    monkeypatch.setattr("int8convert.conversion.job.guess_plan", lambda *arguments: None)
-
-
 def stop_after(n_shards: int) -> Callable[[Event], None]:
     def on_event(event: Event) -> None:
         if isinstance(event, ShardFinished) and event.i == n_shards - 1:
@@ -84,7 +78,7 @@ def test_interrupt_before_the_first_shard_leaves_nothing(source: Path, tmp_path:
     assert file_bytes(tmp_path) == before and not (tmp_path / "a").exists()
 
 
-def test_rerun_resumes_behind_the_finished_shards(source: Path, tmp_path: Path, no_guess: None) -> None:
+def test_rerun_resumes_behind_the_finished_shards(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "undisturbed")
     interrupt(source, tmp_path / "out", 2)
     n_done = len(records(tmp_path / "out"))
@@ -97,7 +91,7 @@ def test_rerun_resumes_behind_the_finished_shards(source: Path, tmp_path: Path, 
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "undisturbed")
 
 
-def test_report_of_a_resumed_conversion_is_that_of_the_whole(source: Path, tmp_path: Path, no_guess: None) -> None:
+def test_report_of_a_resumed_conversion_is_that_of_the_whole(source: Path, tmp_path: Path) -> None:
     whole = int8convert.quantize(source, tmp_path / "whole", on_event=lambda event: None)
     interrupt(source, tmp_path / "out", 3)
     resumed = int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)
@@ -139,9 +133,7 @@ def test_check_finds_a_damaged_shard_of_the_right_size(source: Path, tmp_path: P
     assert file_bytes(tmp_path / "out") == before
 
 
-def test_overwrite_resumes_what_it_began_and_replaces_what_is_finished(
-    source: Path, tmp_path: Path, no_guess: None
-) -> None:
+def test_overwrite_resumes_what_it_began_and_replaces_what_is_finished(source: Path, tmp_path: Path) -> None:
     other = save_checkpoint("llama", tmp_path / "other")
     convert(other, tmp_path / "out")
     interrupt(source, tmp_path / "out", 3, overwrite=True)
@@ -158,9 +150,7 @@ def test_overwrite_resumes_what_it_began_and_replaces_what_is_finished(
         ({"max_shard_size": "20kB"}, "no --max-shard-size then, --max-shard-size 20000 now"),
     ],
 )
-def test_other_options_are_not_mixed_in(
-    options: dict[str, Any], difference: str, source: Path, tmp_path: Path, no_guess: None
-) -> None:
+def test_other_options_are_not_mixed_in(options: dict[str, Any], difference: str, source: Path, tmp_path: Path) -> None:
     interrupt(source, tmp_path / "out", 2)
     before = file_bytes(tmp_path / "out")
     with pytest.raises(errors.OutputError, match=f"unfinished conversion that differs: {difference}") as caught:
@@ -172,7 +162,7 @@ def test_other_options_are_not_mixed_in(
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "fresh")
 
 
-def test_options_that_change_no_byte_may_change(source: Path, tmp_path: Path, no_guess: None) -> None:
+def test_options_that_change_no_byte_may_change(source: Path, tmp_path: Path) -> None:
     interrupt(source, tmp_path / "out", 2)
     assert count(convert(source, tmp_path / "out", workers=3, min_coverage=0.1), ShardSkipped) >= 2
 
@@ -186,9 +176,7 @@ def test_options_that_change_no_byte_may_change(source: Path, tmp_path: Path, no
         ("config_sha256", "the source has another config.json now"),
     ],
 )
-def test_changed_source_is_not_mixed_in(
-    change: str, difference: str, source: Path, tmp_path: Path, no_guess: None
-) -> None:
+def test_changed_source_is_not_mixed_in(change: str, difference: str, source: Path, tmp_path: Path) -> None:
     interrupt(source, tmp_path / "out", 2)
     last = sorted(source.glob("*.safetensors"))[-1]
     tensors = read_tensors(source)
@@ -275,7 +263,7 @@ def test_manifest_holds_the_hashes_of_what_was_read_and_written(tmp_path: Path) 
         assert {path.name for path in (out / "int8convert").iterdir()} == {"local.json", "manifest.json"}
 
 
-def test_source_hash_is_right_across_several_output_shards_and_a_resume(tmp_path: Path, no_guess: None) -> None:
+def test_source_hash_is_right_across_several_output_shards_and_a_resume(tmp_path: Path) -> None:
     source = save_checkpoint("opt", tmp_path / "source")
     interrupt(source, tmp_path / "out", 3, max_shard_size="20kB")
     convert(source, tmp_path / "out", max_shard_size="20kB")
@@ -324,7 +312,7 @@ def test_shard_that_is_not_what_was_fetched_is_refused(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_source_that_vanishes_is_an_error_with_a_way_on(source: Path, tmp_path: Path, no_guess: None) -> None:
+def test_source_that_vanishes_is_an_error_with_a_way_on(source: Path, tmp_path: Path) -> None:
     shards = sorted(source.glob("*.safetensors"))
 
     def on_event(event: Event) -> None:

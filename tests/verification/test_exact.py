@@ -137,9 +137,8 @@ def test_pickles_and_resharded_outputs_pass(tmp_path: Path) -> None:
     assert_passes(verify_exact(convert(pickles, tmp_path / "out", max_shard_size="60KB")), "files")
 
 
-def test_resumed_conversion_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_conversion_passes(tmp_path: Path) -> None:
     source = save_checkpoint("opt", tmp_path / "source", max_shard_size="30KB")
-    monkeypatch.setattr("int8convert.conversion.job.guess_plan", lambda *arguments: None)
 
     def stop(event: object) -> None:
         if type(event).__name__ == "ShardFinished":

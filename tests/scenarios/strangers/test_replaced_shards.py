@@ -16,7 +16,6 @@ from int8convert.errors import CorruptFileError
 from int8convert.events import Event, PlanMade
 from int8convert.sources import open_source
 from tests.scenarios.strangers.makers import make_model
-from tests.scenarios.test_resume import no_guess  # noqa: F401, a fixture
 
 WEIGHTS = "model.safetensors"
 
@@ -84,7 +83,7 @@ def test_file_that_is_changed_while_it_is_read_is_noticed_at_its_end(source: Pat
     access.close()
 
 
-@pytest.mark.usefixtures("map_in_process", "no_guess")
+@pytest.mark.usefixtures("map_in_process")
 def test_conversion_ends_where_a_shard_was_replaced_after_the_plan(tmp_path: Path) -> None:
     source = make_model(tmp_path / "source", n_shards=2)
 
