@@ -20,8 +20,9 @@ from int8convert.cli.console import (
 from int8convert.errors import Int8ConvertError
 
 if TYPE_CHECKING:
-    from int8convert.conversion.cost import ConversionCosts, DiskCosts, FetchCosts
-    from int8convert.conversion.destination import Publishing
+    from int8convert.conversion.cost import ConversionCosts, FetchCosts
+    from int8convert.conversion.destination import Destination
+    from int8convert.conversion.disk_budget import DiskBudget
     from int8convert.planning.pending_plan import PlanRequirements
     from int8convert.planning.plan import ConversionPlan
 
@@ -47,7 +48,7 @@ def print_plan(
     device: str,
     reader: str,
     bandwidth: str | None,
-    publishing: Publishing | None,
+    destination: Destination,
     as_json: bool,
 ) -> None:
     """Print what `quantize` would do with these options, and what that would cost; also where it would refuse to.
@@ -66,7 +67,7 @@ def print_plan(
     requirements = PlanRequirements(min_coverage, tuple(options["allow_missing"]))
     conversion_plan = plan_unchecked(src, PlanOptions(**options))
     costs = estimate(conversion_plan, workers, chosen)
-    disk = estimate_disk(conversion_plan, Path(out or "."), publishing)
+    disk = estimate_disk(conversion_plan, Path(out or "."), destination)
     fetch = estimate_fetch(
         conversion_plan,
         costs.n_workers,
@@ -87,7 +88,7 @@ def print_plan(
                 "fetch": fetch.to_json() if fetch else None,
                 "reader": fetch and fetch.reader,
                 "reader_reason": fetch and (fetch.reason or None),
-                "upload": publishing and {"url": publishing.publisher.url, "commit": None},
+                "upload": destination.url and {"url": destination.url, "commit": None},
             }
         )
         if refusal is not None:
@@ -114,9 +115,9 @@ def print_plan(
     print_kept([(r, *n) for r, n in conversion_plan.kept_by_reason().items()], conversion_plan.n_parameters)
     _print_sizes(conversion_plan)
     _print_costs(costs, disk, fetch)
-    if publishing is not None:
-        there = f"whether {publishing.publisher.url} takes it was not asked"
-        if publishing.keeps:
+    if destination.url is not None:
+        there = f"whether {destination.url} takes it was not asked"
+        if destination.keeps:
             print_line(f"--upload: {format_bytes(disk.n_bytes)} stay here, too; {there}")
         else:
             print_line(f"--upload: at most {format_bytes(disk.n_bytes)} of the output lie here at a time; {there}")
@@ -142,7 +143,7 @@ def _print_sizes(conversion_plan: ConversionPlan) -> None:
     )
 
 
-def _print_costs(costs: ConversionCosts, disk: DiskCosts, fetch: FetchCosts | None) -> None:
+def _print_costs(costs: ConversionCosts, disk: DiskBudget, fetch: FetchCosts | None) -> None:
     has_peak = costs.peak_memory_bytes > costs.work_memory_bytes
     peak = f" ({format_bytes(costs.peak_memory_bytes)} while transformers maps the model)" if has_peak else ""
     print_line(f"memory: at most about {format_bytes(costs.work_memory_bytes)}{peak}")

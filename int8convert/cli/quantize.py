@@ -31,7 +31,7 @@ from int8convert.cli.options import (
     check_size,
     given_options,
 )
-from int8convert.cli.publishing import make_publishing, print_published, published
+from int8convert.cli.publishing import make_destination, print_published
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
 from int8convert.events import ignore
 from int8convert.runtime.text.texts import reusable_file
@@ -229,8 +229,8 @@ def quantize(
         reusable_file(calibrate) as text,
     ):
         if dry_run:
-            publishing = make_publishing(upload, private, keep, max_disk, ignore)
-            print_plan(src, out, shared, min_share, workers, device, reader, bandwidth, publishing, as_json)
+            destination = make_destination(upload, private, keep, max_disk, ignore)
+            print_plan(src, out, shared, min_share, workers, device, reader, bandwidth, destination, as_json)
             return
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -240,7 +240,7 @@ def quantize(
                 check_calibration(src, text, revision, cache_dir)
         skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
         with showing_progress(quiet, as_json, "reading the model class", skipped) as on_event:
-            publishing = make_publishing(upload, private, keep, max_disk, on_event)
+            destination = make_destination(upload, private, keep, max_disk, on_event)
             report = run(
                 src,
                 out or "",
@@ -253,14 +253,14 @@ def quantize(
                 overwrite=overwrite,
                 check=check,
                 reader=reader,
-                publishing=publishing,
+                destination=destination,
                 on_event=on_event,
             )
         stored = None
         if text is not None:
             with quieting_libraries(wants_live_display(quiet, as_json)):
                 stored = calibrate_output(src, out or "", text, lora, trust_remote_code, device)
-        there = published(publishing) if publishing is not None else None
+        there = destination.outcome()
         if as_json:
             print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": there})
             return

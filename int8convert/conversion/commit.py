@@ -7,10 +7,9 @@ bytes waits under its temporary name; if it did, it is dropped, and converted ag
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,14 +22,12 @@ from int8convert.errors import SourceError
 from int8convert.events import EventSink, ShardFinished, TensorKept, TensorQuantized
 from int8convert.planning.plan import ConversionPlan
 
-AfterCommit = Callable[[ShardRecord, Path], None]
-"""What is done with a shard that has its name and its record; the conversion goes on when it returns."""
-
-_LOOK_EVERY_S = 0.2
+Deliver = Callable[[ShardRecord, Path, Callable[[], None]], None]
+"""Brings a shard that has its name and its record to its destination; see `destination`."""
 
 
 class AbandonedError(Exception):
-    """Nobody waits any longer for what is done with a shard. Stays in the committer's thread."""
+    """The conversion was interrupted while a shard was delivered. Does not leave the committer's thread."""
 
 
 class ConvertedShard:
@@ -40,7 +37,7 @@ class ConvertedShard:
         self.writer = writer
         self.tensors: dict[str, TensorRecord] = {}
 
-    def write_down(self, event: TensorQuantized | TensorKept) -> None:
+    def record(self, event: TensorQuantized | TensorKept) -> None:
         """Keep what became of a tensor, for the shard's record."""
         name, record = tensor_record(event)
         self.tensors[name] = record
@@ -69,10 +66,13 @@ class Committer:
         manifest: where finished shards are written down.
         out: where they are.
         plan: what is converted.
-        records: file name -> record of the finished shards; those finished here are added.
+        done: file name -> record of the shards that are finished already.
         access: to the source's shards.
         emit: told of each finished shard.
-        after_commit: see `AfterCommit`.
+        deliver: see `Deliver`.
+
+    Attributes:
+        records: file name -> record of all finished shards.
     """
 
     def __init__(
@@ -80,22 +80,22 @@ class Committer:
         manifest: Manifest,
         out: Path,
         plan: ConversionPlan,
-        records: dict[str, ShardRecord],
+        done: Mapping[str, ShardRecord],
         access: ShardAccess,
         emit: EventSink,
-        after_commit: AfterCommit | None,
+        deliver: Deliver,
     ) -> None:
         self._manifest = manifest
         self._out = out
         self._plan = plan
         self._access = access
         self._emit = emit
-        self._after_commit = after_commit
+        self._deliver = deliver
         self._thread = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[int, ConvertedShard]] = deque()
         self._sha256: dict[str, str] = {}
         self._is_abandoned = False
-        self.records = records
+        self.records = dict(done)
         # A source shard is written down with the last output shard made of it, whichever run converts that, and is
         # done with after the last one that this run converts.
         self._last_use: dict[str, int] = {}
@@ -107,7 +107,7 @@ class Committer:
             self._sources.append(sources)
             self._source_of |= sources
             self._last_use.update((name, i) for name in sources)
-            if shard.file_name not in records:
+            if shard.file_name not in done:
                 self._last_need.update((name, i) for name in sources)
         self._wait_for_scales()
 
@@ -183,29 +183,9 @@ class Committer:
         tensors = dict(sorted(one.tensors.items()))
         record = ShardRecord(shard.file_name, one.writer.n_bytes, sha256, shard.digest(), read, tensors)
         self._manifest.add(record)
-        if self._after_commit is not None:
-            self._do_after(self._after_commit, record, self._out / shard.file_name)
+        self._deliver(record, self._out / shard.file_name, self._go_on)
         self.records[shard.file_name] = record
         self._emit(ShardFinished(i, len(self._plan.shards), shard.file_name, shard.n_bytes))
-
-    def _do_after(self, after_commit: AfterCommit, record: ShardRecord, path: Path) -> None:
-        """In a thread of its own, which ends with the process: a file on its way up cannot be called back, and whoever
-        presses Ctrl-C does not wait for it."""
-        done: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                after_commit(record, path)
-            except BaseException as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        self._go_on()
-        threading.Thread(target=run, daemon=True).start()
-        while not wait([done], _LOOK_EVERY_S).done:
-            self._go_on()
-        done.result()
 
     def _go_on(self) -> None:
         if self._is_abandoned:

@@ -13,8 +13,9 @@ import numpy as np
 
 from cuda_kernels import cpu
 from int8convert.checkpoint.rows import BLOCK_BYTES, Scratch, largest_block_bytes
-from int8convert.conversion.destination import Publishing, plan_disk
+from int8convert.conversion.destination import Destination
 from int8convert.conversion.device import CPU, Device, make_scratch
+from int8convert.conversion.disk_budget import DiskBudget
 from int8convert.conversion.readers import (
     Reader,
     ReaderCosts,
@@ -71,35 +72,18 @@ def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) ->
     return ConversionCosts(n_workers, peak_bytes, int8_bytes / bytes_per_s / n_workers, device.name, work_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class DiskCosts:
-    """What lies on the disk of the output.
-
-    n_bytes: of the output, at most at a time.
-    n_spare_bytes: that it may take beside; negative if that does not fit.
-    """
-
-    n_bytes: int
-    n_spare_bytes: int
-
-
-def estimate_disk(plan: ConversionPlan, out: Path, publishing: Publishing | None) -> DiskCosts:
-    """Estimate for a conversion from its beginning.
+def estimate_disk(plan: ConversionPlan, out: Path, destination: Destination) -> DiskBudget:
+    """Estimate the disk for a conversion from its beginning.
 
     Args:
         out: where it is written; need not exist.
-        publishing: shards go elsewhere; nothing is asked of its publisher.
+        destination: nothing is asked of its publisher.
 
     Raises:
         DiskFullError: shards are too large for the bound that is set.
     """
     existing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    n_free = shutil.disk_usage(existing).free
-    if publishing is None or publishing.keeps:
-        n_bytes = plan.n_written_bytes + sum(path.stat().st_size for path in plan.source.carried)
-        return DiskCosts(n_bytes, n_free - n_bytes)
-    n_bytes = plan_disk(plan, (), is_remote(plan.source), n_free, publishing).n_bytes
-    return DiskCosts(n_bytes, min(n_free, publishing.max_disk_bytes or n_free) - n_bytes)
+    return destination.budget(plan, (), shutil.disk_usage(existing).free)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,32 +1,38 @@
-"""Converting a model that fits on no disk here: each shard goes elsewhere once it is finished, and is removed.
+"""Where finished shards go: they stay in OUT, or are published one by one and then removed from OUT.
 
-What "elsewhere" is, the conversion does not know: `int8convert.publish.shard_publisher` is the Hub. What it knows is
-how much of the output lies on the disk at a time: a shard that is being converted, those that wait for the bytes they
-were made of to be checked, and one on its way.
+`LocalDestination` is the plain case. `PublishedDestination` lets a model be converted that fits on no disk here: each
+shard goes to a `ShardPublisher`, such as `int8convert.publish.shard_publisher`, and need not stay. On the disk are then
+the shard that is converted, those that wait for a checksum of their source, and one that is being sent.
+
+Both have the same methods. A conversion calls `find_finished`, `budget` and `begin` once, then `deliver` for each shard
+and `complete` at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from int8convert.checkpoint.manifest import ShardRecord
-from int8convert.checkpoint.names import quoted
-from int8convert.errors import DiskFullError
+from int8convert.conversion.disk_budget import DiskBudget, shards_on_their_way, whole_output
+from int8convert.conversion.output import OutputDirectory
+from int8convert.errors import OutputError
 from int8convert.planning.plan import ConversionPlan
 
-_SMALL_BYTES = 20_000_000
-"""Manifest, index and records, beside the small files that are carried over: 4 MB for 100,000 tensors."""
+_POLL_S = 0.2
+"""Seconds between two looks at whether the conversion was abandoned."""
 
 
 class ShardPublisher(Protocol):
-    """Where finished shards go.
+    """The place that finished shards are sent to.
 
-    url: for people to look at.
-    commit: what identifies the whole there, once it is complete.
-    keeps_card: somebody's own description of it is there, and was left as it is.
+    Attributes:
+        url: its address in a browser.
+        commit: the commit of the complete checkpoint; None before.
+        keeps_card: it has a model card that int8convert did not write and left as it is.
     """
 
     @property
@@ -39,112 +45,196 @@ class ShardPublisher(Protocol):
     def keeps_card(self) -> bool: ...
 
     def begin(self, request: Mapping[str, Any], overwrite: bool) -> dict[str, ShardRecord]:
-        """Begin a conversion there, or go on with one; the records of the shards it has, by file name. Only looks.
+        """Return file name -> record of the shards of this conversion that are there. Changes nothing.
 
         Raises:
-            OutputError: something else is there, and is not to be overwritten.
+            OutputError: something else is there, and `overwrite` is False.
             HubError: it cannot be reached.
         """
 
     def make(self) -> None:
-        """The first change there, once all is checked.
+        """Make the first change there, once all is checked.
 
         Raises:
             HubError: it cannot be written to.
         """
 
     def publish(self, record: ShardRecord, path: Path) -> None:
-        """Put a finished shard and its record there; when this returns, the file may go.
+        """Send a finished shard and its record. The file is not needed afterwards.
 
         Raises:
             HubError: it does not arrive.
         """
 
     def complete(self, out: Path) -> None:
-        """Put the small files there that make it a checkpoint, and see that all of it arrived.
+        """Send the small files that make it a checkpoint, and check that every shard arrived.
 
         Raises:
             HubError: they do not arrive, or a shard has other bytes than it had here.
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Publishing:
-    """A conversion whose shards go elsewhere.
+class LocalDestination:
+    """Finished shards stay in OUT."""
 
-    Attributes:
-        publisher: where to.
-        keeps: they stay here, too.
-        max_disk_bytes: of what lies here at a time; None is what the disk has.
-    """
+    keeps = True
+    url: str | None = None
 
-    publisher: ShardPublisher
-    keeps: bool = False
-    max_disk_bytes: int | None = None
+    def outcome(self) -> None:
+        """Return None: there is no other place to report."""
 
+    def find_finished(
+        self, plan: ConversionPlan, done: dict[str, ShardRecord], output: OutputDirectory
+    ) -> dict[str, ShardRecord]:
+        """Return the records of the shards that need no conversion: `done`, those that are finished in OUT."""
+        return done
 
-@dataclass(frozen=True, slots=True)
-class DiskBudget:
-    """How a conversion keeps within its disk.
+    def budget(self, plan: ConversionPlan, done: Collection[str], n_free_bytes: int) -> DiskBudget:
+        """Return what the output needs; see `disk_budget.whole_output`."""
+        return whole_output(plan, n_free_bytes)
 
-    n_bytes: of the output, at most at a time.
-    one_at_a_time: a shard is begun only when the one before it is gone.
-    """
+    def begin(self, output: OutputDirectory, done: Mapping[str, ShardRecord], n_shards: int) -> None:
+        """Make the first write. All is checked."""
+        output.begin(done, n_shards)
 
-    n_bytes: int
-    one_at_a_time: bool
+    def deliver(self, record: ShardRecord, path: Path, check_abandoned: Callable[[], None]) -> None:
+        """Do nothing: the shard is where it belongs."""
 
+    def complete(self, output: OutputDirectory) -> None:
+        """Do nothing: the checkpoint is where it belongs."""
 
-def plan_disk(
-    plan: ConversionPlan, done: Collection[str], is_checked: bool, free_bytes: int, publishing: Publishing
-) -> DiskBudget:
-    """The fastest way that keeps within the disk.
-
-    Args:
-        done: names of output shards that are finished.
-        is_checked: shards wait for their source's bytes to be checked.
-        free_bytes: on the disk.
-
-    Raises:
-        DiskFullError: there is none.
-    """
-    small = sum(path.stat().st_size for path in plan.source.carried) + _SMALL_BYTES
-    limit = min(free_bytes, publishing.max_disk_bytes or free_bytes)
-    budgets = [
-        DiskBudget(small + _peak_bytes(plan, done, is_checked, 0 if one_at_a_time else 1), one_at_a_time)
-        for one_at_a_time in (False, True)
-    ]
-    for budget in budgets:
-        if budget.n_bytes <= limit:
-            return budget
-    asked = publishing.max_disk_bytes is not None and limit == publishing.max_disk_bytes
-    raise DiskFullError(
-        f"shards of {quoted(plan.source.label)} take {budgets[-1].n_bytes:,} bytes of disk at a time, "
-        f"{'--max-disk allows' if asked else 'free are'} {limit:,}",
-        "--max-shard-size makes smaller ones, as far as the source's own shards are small",
-    )
+    def progress(self, kept: Collection[str], out: Path) -> str:
+        """Return what is left for the same command to resume from, as a phrase; "" if nothing is."""
+        return f"{_finished(len(kept))} kept{_resuming(len(kept))}" if kept else ""
 
 
-def _peak_bytes(plan: ConversionPlan, done: Collection[str], is_checked: bool, n_behind: int) -> int:
-    """Most bytes of shards that are neither gone nor not yet begun, at any time.
+class PublishedDestination:
+    """Finished shards go to a publisher.
 
     Args:
-        n_behind: how many shards may be on their way while the next is converted.
+        publisher: where they go.
+        keeps: they stay in OUT, too. Otherwise OUT is removed at the end.
+        max_disk_bytes: bytes of the disk that may be used; None takes what is free.
     """
-    left = [shard for shard in plan.shards if shard.file_name not in done]
-    sources = [{source.path.name for tensor in shard.tensors for source in tensor.shards} for shard in left]
-    last_need = {name: i for i, names in enumerate(sources) for name in names}
-    # A file that is needed for its scales alone is read behind all others.
-    read = {tensor.shard.path.name for shard in left for tensor in shard.tensors}
-    last_need |= dict.fromkeys(last_need.keys() - read, len(left) - 1)
-    gone_after = [
-        max((last_need[name] for name in names), default=i) if is_checked else i for i, names in enumerate(sources)
-    ]
-    # While shard i is converted, all that was handed over `n_behind` shards ago is through.
-    return max(
-        (
-            sum(shard.n_bytes for shard, gone in zip(left[: i + 1], gone_after, strict=False) if gone >= i - n_behind)
-            for i in range(len(left))
-        ),
-        default=0,
-    )
+
+    def __init__(self, publisher: ShardPublisher, keeps: bool = False, max_disk_bytes: int | None = None) -> None:
+        self.publisher = publisher
+        self.keeps = keeps
+        self.max_disk_bytes = max_disk_bytes
+        self._sent: dict[str, ShardRecord] = {}
+
+    @property
+    def url(self) -> str:
+        """The address of the place in a browser."""
+        return self.publisher.url
+
+    def outcome(self) -> dict[str, Any]:
+        """Return where the checkpoint is, as JSON values. See `ShardPublisher`."""
+        return {"url": self.url, "commit": self.publisher.commit, "keeps_card": self.publisher.keeps_card}
+
+    def find_finished(
+        self, plan: ConversionPlan, done: dict[str, ShardRecord], output: OutputDirectory
+    ) -> dict[str, ShardRecord]:
+        """Return the records of the shards that need no conversion: those sent by an earlier run, and `done`.
+
+        Raises:
+            OutputError: OUT is a finished checkpoint that would be removed, or something else is there.
+            HubError: the publisher cannot be reached.
+        """
+        if output.is_complete and not self.keeps and len(done) == len(plan.shards):
+            raise OutputError(
+                f"OUT '{output.path}' is a finished checkpoint, which would be removed once it is sent",
+                "pass --keep, or send it by int8convert upload",
+            )
+        there = self.publisher.begin(output.request, output.overwrites)
+        planned = {shard.file_name: shard.digest() for shard in plan.shards if shard.file_name in there}
+        self._sent = {
+            name: there[name]
+            for name, digest in planned.items()
+            if there[name].plan_sha256 == digest and (name in done or not self.keeps)
+        }
+        return done | self._sent
+
+    def budget(self, plan: ConversionPlan, done: Collection[str], n_free_bytes: int) -> DiskBudget:
+        """Return what the shards need that are on the disk at a time; see `disk_budget.shards_on_their_way`.
+
+        Raises:
+            DiskFullError: not even one shard at a time fits.
+        """
+        if self.keeps:
+            return whole_output(plan, n_free_bytes)
+        return shards_on_their_way(plan, done, n_free_bytes, self.max_disk_bytes)
+
+    def begin(self, output: OutputDirectory, done: Mapping[str, ShardRecord], n_shards: int) -> None:
+        """Make the first change there and in OUT, and send what an earlier run finished and did not send.
+
+        Raises:
+            HubError: the publisher cannot be written to.
+        """
+        self.publisher.make()
+        output.begin(done, n_shards)
+        for name, record in done.items():
+            path = output.path / name
+            if name not in self._sent:
+                self._send(record, path)
+            elif not self.keeps:
+                path.unlink(missing_ok=True)  # the earlier run was killed before it could, or kept it
+
+    def deliver(self, record: ShardRecord, path: Path, check_abandoned: Callable[[], None]) -> None:
+        """Send a shard, and remove it unless it stays.
+
+        A file that is being sent cannot be called back. So it is sent by a thread that ends with the process, and
+        Ctrl-C does not wait for it.
+
+        Args:
+            check_abandoned: raises once the conversion is abandoned.
+        """
+        sent: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                self._send(record, path)
+            except BaseException as error:
+                sent.set_exception(error)
+            else:
+                sent.set_result(None)
+
+        check_abandoned()
+        threading.Thread(target=run, daemon=True).start()
+        while not wait([sent], _POLL_S).done:
+            check_abandoned()
+        sent.result()
+
+    def _send(self, record: ShardRecord, path: Path) -> None:
+        self.publisher.publish(record, path)
+        self._sent[record.file_name] = record
+        if not self.keeps:
+            path.unlink()
+
+    def complete(self, output: OutputDirectory) -> None:
+        """Send the small files, and remove OUT unless it stays.
+
+        Raises:
+            HubError: not all of it arrived.
+        """
+        self.publisher.complete(output.path)
+        if not self.keeps:
+            output.discard()
+
+    def progress(self, kept: Collection[str], out: Path) -> str:
+        """Return what is left for the same command to resume from, as a phrase; "" if nothing is."""
+        n_there, n_here = len(self._sent), len({*kept} - {*self._sent})
+        there = [f"{_finished(n_there)} on the Hub"] if n_there else []
+        here = [f"{_finished(n_here)} in {out}"] if n_here else []
+        return " and ".join((*there, *here)) + _resuming(n_there + n_here) if there or here else ""
+
+
+Destination = LocalDestination | PublishedDestination
+
+
+def _finished(n: int) -> str:
+    return "1 finished shard is" if n == 1 else f"{n} finished shards are"
+
+
+def _resuming(n: int) -> str:
+    return f": the same command resumes behind {'it' if n == 1 else 'them'}"

@@ -25,8 +25,9 @@ from int8convert.checkpoint.safetensors_file import METADATA_NAME
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_export_plan
 from int8convert.conversion.export_tensors import ItemWriter, Target
-from int8convert.conversion.output import OutputDirectory, as_output_error
-from int8convert.errors import Int8ConvertError, OutputError, SourceError, stating
+from int8convert.conversion.output import OutputDirectory
+from int8convert.conversion.output_place import as_output_error
+from int8convert.errors import DiskFullError, Int8ConvertError, OutputError, SourceError, stating
 from int8convert.events import EventSink, ShardFinished, ignore
 from int8convert.formats.int8_checkpoint import DTYPES, SourceReaders, open_int8_checkpoint
 from int8convert.formats.int8_config import Int8Format
@@ -122,7 +123,12 @@ def export(
             "name another directory, or pass --overwrite to write it again",
         )
     with output.in_use():
-        output.check_room(plan)
+        needed = plan.n_written_bytes + sum(path.stat().st_size for path in source.carried)
+        if needed > output.free_bytes():
+            raise DiskFullError(
+                f"OUT '{out}' needs {needed:,} bytes, its disk has {output.free_bytes():,} free",
+                "make room, or name a directory on another disk, and rerun the same command",
+            )
         with _leaving_nothing(output):
             output.begin({}, len(plan.shards))
             n_changed = _write(plan, output, on_event or ignore)
@@ -199,7 +205,7 @@ def _write(plan: ExportPlan, output: OutputDirectory, emit: EventSink) -> int:
     if len(plan.shards) > 1:
         weight_map = {name: s.file_name for s in plan.shards for name in s.outputs if name != METADATA_NAME}
         index = build_index(weight_map, plan.n_tensor_bytes, plan.n_parameters)
-    output.write_small_files(plan.source, summary, records, index, plan.config)
+    output.complete(plan.source, plan.config, index, summary, records)
     return n_changed
 
 

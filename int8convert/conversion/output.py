@@ -6,13 +6,12 @@ source with the same options, which is resumed; something else, which only `over
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from int8convert.checkpoint.atomic import (
     INCOMPLETE_SUFFIX,
@@ -23,7 +22,6 @@ from int8convert.checkpoint.atomic import (
     write_json,
 )
 from int8convert.checkpoint.hashing import file_sha256
-from int8convert.checkpoint.loaders.files import is_carried_folder
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference
 from int8convert.checkpoint.names import (
@@ -36,23 +34,11 @@ from int8convert.checkpoint.names import (
     shard_name,
 )
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.errors import DiskFullError, OutputError
-from int8convert.formats.quantization_config import build_index
-from int8convert.planning.output_config import converted_config
-from int8convert.planning.plan import ConversionPlan, output_weight_map
+from int8convert.conversion.output_place import as_output_error, check_place
+from int8convert.errors import OutputError
 
 _LOCK_NAME = "lock"
 _INCOMING_NAME = "incoming"
-
-
-class SizedPlan(Protocol):
-    """What will be written, as far as room is concerned."""
-
-    @property
-    def source(self) -> CheckpointSource: ...
-
-    @property
-    def n_written_bytes(self) -> int: ...
 
 
 class OutputDirectory:
@@ -77,40 +63,9 @@ class OutputDirectory:
         self._overwrite = overwrite
         self.has_begun = False
         self._carried: list[Path] = []
-        self._check_files(source)
-        self._check_place(source.directory)
+        _check_names(self, source)
+        check_place(self.path, source.directory)
         self._find_state()
-
-    def _check_place(self, source: Path) -> None:
-        resolved, source = self.path.resolve(), source.resolve()
-        # Compared by inode too: one directory may be mounted in two places.
-        if any(_is_same(resolved, folder) for folder in (source, *source.parents)):
-            raise OutputError(
-                f"OUT '{self.path}' is the source itself, or holds it",
-                "name another directory",
-            )
-        inner = next((folder for folder in (resolved, *resolved.parents) if _is_same(folder.parent, source)), None)
-        if inner is not None and (inner.name == OWN_FOLDER or is_carried_folder(inner.name)):
-            raise OutputError(
-                f"OUT '{self.path}' lies in '{inner.name}', a folder of the source's own files",
-                "name a directory outside of the source",
-            )
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"OUT '{self.path}' is a file", "name a directory")
-        parent = next(p for p in (resolved, *resolved.parents) if p.is_dir())
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(
-                f"OUT '{self.path}' cannot be written to: no permission in '{parent}'",
-                "name a directory you may write to",
-            )
-
-    def _check_files(self, source: CheckpointSource) -> None:
-        """Refuse folders that are links, and names that OUT cannot hold, before anything is written or removed."""
-        names = [file.relative_to(source.directory).as_posix() for file in source.carried]
-        folders = {self.path / name for name in names if "/" in name}
-        for folder in (self.manifest.folder, self.manifest.records_folder, self.incoming, *{f.parent for f in folders}):
-            check_folder(folder)
-        check_lengths(self.path, (*names, f"{OWN_FOLDER}/shards/{shard_name(0, 2)}.json"))
 
     def _find_state(self) -> None:
         """Sets `replaces`, whether a checkpoint in OUT has to go first; raises where there is something else."""
@@ -161,38 +116,15 @@ class OutputDirectory:
         """Whether a finished conversion of ours is in it."""
         return self.manifest.is_complete and (self.path / CONFIG_NAME).is_file()
 
-    def check_room(self, plan: SizedPlan) -> None:
-        """Compare what is still to be written with the free disk space.
-
-        Raises:
-            DiskFullError: it does not fit.
-        """
-        needed, free = self._needed_and_free(plan)
-        if needed > free:
-            raise DiskFullError(
-                f"OUT '{self.path}' needs {needed:,} bytes, its disk has {free:,} free",
-                "make room, or name a directory on another disk, and rerun the same command",
-            )
-
     def free_bytes(self) -> int:
         """What the disk has free, weight files that are there counted as free."""
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
         return shutil.disk_usage(existing).free + sum(path.stat().st_size for path in self._weight_files())
 
-    def spare_bytes(self, plan: SizedPlan) -> int:
-        """What the disk has free beside the plan's output; negative if that does not fit."""
-        needed, free = self._needed_and_free(plan)
-        return free - needed
-
     @property
     def incoming(self) -> Path:
         """The folder for shards of the source that are downloaded, and removed after use."""
         return self.manifest.folder / _INCOMING_NAME
-
-    def _needed_and_free(self, plan: SizedPlan) -> tuple[int, int]:
-        """Weight files that are there, to be replaced or written already, count as free."""
-        needed = plan.n_written_bytes + sum(path.stat().st_size for path in plan.source.carried)
-        return needed, self.free_bytes()
 
     def _weight_files(self) -> list[Path]:
         if not self.path.is_dir():
@@ -259,24 +191,22 @@ class OutputDirectory:
         self.has_begun = not self.is_complete
 
     def complete(
-        self, plan: ConversionPlan, threshold: float, summary: Mapping[str, Any], records: list[ShardRecord]
-    ) -> None:
-        """Write the small files that make the directory a checkpoint of the plan's format."""
-        index = None
-        if len(plan.shards) > 1:
-            n_bytes = sum(tensor.output_bytes for tensor in plan.tensors)
-            index = build_index(output_weight_map(plan), n_bytes, plan.n_parameters)
-        self.write_small_files(plan.source, summary, records, index, converted_config(plan, threshold))
-
-    def write_small_files(
         self,
         source: CheckpointSource,
+        config: Mapping[str, Any],
+        index: Mapping[str, Any] | None,
         summary: Mapping[str, Any],
         records: list[ShardRecord],
-        index: Mapping[str, Any] | None,
-        config: Mapping[str, Any],
     ) -> None:
-        """First what is carried over, last what makes the checkpoint look complete."""
+        """Write the small files: first those that are copied, last what makes the checkpoint look complete.
+
+        Args:
+            source: has the auxiliary files.
+            config: the content of config.json.
+            index: the content of the index of the shards; None for a single shard.
+            summary: entries of the manifest that are about the whole checkpoint.
+            records: of all shards, in order.
+        """
         carried: dict[str, str] = {}
         for file in source.carried:
             name = file.relative_to(source.directory)
@@ -309,20 +239,13 @@ class OutputDirectory:
                 _remove_if_empty(file.parent)
 
 
-def as_output_error(error: OSError, path: Path) -> OutputError:
-    """What the user is told of an OSError in writing to the directory `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskFullError(f"no room left while writing to '{path}'", "make room and rerun the same command")
-    return OutputError(
-        f"'{error.filename or path}' cannot be written: {error.strerror}", "mend that and rerun the same command"
-    )
-
-
-def _is_same(folder: Path, other: Path) -> bool:
-    try:
-        return folder == other or folder.samefile(other)
-    except OSError:  # one of them does not exist
-        return False
+def _check_names(output: OutputDirectory, source: CheckpointSource) -> None:
+    """Refuse folders that are links, and names that OUT cannot hold, before anything is written or removed."""
+    names = [file.relative_to(source.directory).as_posix() for file in source.carried]
+    own = (output.manifest.folder, output.manifest.records_folder, output.incoming)
+    for folder in (*own, *{(output.path / name).parent for name in names if "/" in name}):
+        check_folder(folder)
+    check_lengths(output.path, (*names, f"{OWN_FOLDER}/shards/{shard_name(0, 2)}.json"))
 
 
 def _remove_if_empty(folder: Path) -> None:

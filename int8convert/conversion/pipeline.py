@@ -1,15 +1,15 @@
-"""Shards, one after the other: read | hash | quantize | write, in as many threads as there are cores.
+"""Converts shards one after the other, in as many threads as there are cores: read, hash, convert, write.
 
 1. A shard's tensors are cut into row blocks, in the order of the file's bytes.
-2. Each worker thread takes the next block, reads it, adds it to the source's sha256 when its turn comes, quantizes it,
-   writes it. While one waits for the source, the disk or its turn another computes; kernels, hashing and system calls
-   hold no Python lock.
-3. The finished shard is put on the disk, named and written down by a thread of its own (`committer`), while the next
-   one is converted. At most two shards are unfinished, so at most two are to be redone; more only where one source
-   shard, whose bytes are checked at its end, makes many.
+2. Each worker thread takes the next block, reads it, adds it to the source's sha256 when its turn comes, converts it
+   and writes it. While one waits for the source, the disk or its turn, another computes: kernels, hashing and system
+   calls hold no Python lock.
+3. A thread of its own (`commit`) puts the finished shard on the disk, names and records it, while the next one is
+   converted. At most two shards are unfinished, so at most two are to be redone; more only where one source shard,
+   which is checked at its end, makes many.
 
-Memory: two buffers of a megabyte a thread and the chunks on their way to the disk, whatever the model's size, and the
-scales of the tensors in work.
+Memory: two buffers of a megabyte a thread, the chunks on their way to the disk, and the scales of the tensors in work.
+It does not depend on the model's size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 
 from int8convert.checkpoint.manifest import Manifest, ShardRecord
 from int8convert.checkpoint.names import quoted
-from int8convert.checkpoint.shard_access import DamagedShardError, LocalShards, ShardAccess
+from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
 from int8convert.checkpoint.shard_writer import ShardWriter
-from int8convert.conversion.commit import AfterCommit, Committer, ConvertedShard
+from int8convert.conversion.commit import Committer, ConvertedShard, Deliver
 from int8convert.conversion.device import CPU, Device, make_scratch
 from int8convert.conversion.records import replay_events
 from int8convert.conversion.shard_blocks import ShardBlocks
@@ -36,28 +36,23 @@ from int8convert.planning.plan import ConversionPlan, PlannedShard
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
 _TRIES = 3
-"""For a source shard that comes with wrong bytes."""
+"""Times that a source shard may arrive with wrong bytes."""
 
 
 class Pipeline:
-    """Converts planned shards into a directory. A context manager, for its threads and open files.
+    """Converts planned shards into a directory. A context manager, for its threads.
 
     Args:
-        manifest: where finished shards are written down.
+        manifest: records the finished shards.
         out: the directory, which exists.
         n_workers: threads, at least 1.
-        emit: told what happens, one event at a time.
+        emit: receives one event at a time.
         device: where rows are quantized.
-
-    Attributes:
-        n_workers, device: as given.
-        access: to the source's shards; of a local source as long as nobody sets another one.
     """
 
     def __init__(self, manifest: Manifest, out: Path, n_workers: int, emit: EventSink, device: Device = CPU) -> None:
         self.device = device
         self.n_workers = n_workers
-        self.access: ShardAccess = LocalShards()
         self._manifest = manifest
         self._out = out
         self._sink = emit
@@ -72,10 +67,9 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._workers.shutdown()
-        self.access.close()
 
     def emit(self, event: Event) -> None:
-        """Hand an event to the sink; from any thread."""
+        """Pass an event to the sink. Any thread may call it."""
         with self._emit_lock:
             self._sink(event)
 
@@ -83,21 +77,21 @@ class Pipeline:
         self,
         plan: ConversionPlan,
         done: Mapping[str, ShardRecord],
-        make_access: MakeAccess | None = None,
-        after_commit: AfterCommit | None = None,
+        make_access: MakeAccess,
+        deliver: Deliver,
         one_at_a_time: bool = False,
     ) -> list[ShardRecord]:
-        """Bring all shards to the disk. On any error the unfinished ones are removed, and the error goes on its way.
+        """Bring all shards to the disk and to their destination. On any error the unfinished ones are removed.
 
         Args:
             plan: what to do.
-            done: file name -> record of the shards finished in an earlier run.
-            make_access: access to shards that are not local.
-            after_commit: see `AfterCommit`.
-            one_at_a_time: begin no shard before the one before it is through with that.
+            done: file name -> record of the shards that are finished already.
+            make_access: gives access to the shards of the source.
+            deliver: called for each finished shard.
+            one_at_a_time: begin a shard only after the one before it is delivered.
 
         Returns:
-            the records of all shards, in order.
+            The records of all shards, in order.
         """
         for i, shard in enumerate(plan.shards):
             if shard.file_name in done:
@@ -106,21 +100,26 @@ class Pipeline:
         damaged: Counter[str] = Counter()
         while len(records) < len(plan.shards):
             order = ReadingOrder(plan, records)
-            if make_access is not None:
-                self.access.close()
-                self.access = make_access(order, damaged.keys())
-            with Committer(self._manifest, self._out, plan, records, self.access, self.emit, after_commit) as committer:
+            with (
+                closing(make_access(order, damaged.keys())) as access,
+                Committer(self._manifest, self._out, plan, records, access, self.emit, deliver) as committer,
+            ):
                 try:
-                    self._convert_all(plan, order, committer, one_at_a_time)
+                    self._convert_all(plan, order, access, committer, one_at_a_time)
                 except DamagedShardError as damage:
                     damaged[damage.shard.path.name] += 1
-                    self._see_to_repeat(plan, records, damage, damaged[damage.shard.path.name])
+                    self._announce_repeat(plan, committer.records, damage, damaged[damage.shard.path.name])
+            records = committer.records
         return [records[shard.file_name] for shard in plan.shards]
 
-    def _see_to_repeat(
+    def _announce_repeat(
         self, plan: ConversionPlan, records: Mapping[str, ShardRecord], damage: DamagedShardError, n_times: int
     ) -> None:
-        """Tell that what has no name yet is converted again; or that it will not help."""
+        """Announce that all unfinished shards are converted again, unless the source came too often with wrong bytes.
+
+        Raises:
+            CorruptFileError: it did.
+        """
         name = quoted(damage.shard.path.name)
         if n_times == _TRIES:
             raise CorruptFileError(
@@ -134,17 +133,18 @@ class Pipeline:
         self,
         plan: ConversionPlan,
         order: ReadingOrder,
+        access: ShardAccess,
         committer: Committer,
         one_at_a_time: bool,
     ) -> None:
-        """Convert what has no record, and wait until it has."""
+        """Convert the shards that have no record, and wait until they have one."""
         n = len(plan.shards)
         commits: list[Future[None]] = []
         try:
             for i in [i for i in range(n) if plan.shards[i].file_name not in committer.records]:
                 self.emit(ShardStarted(i, n, plan.shards[i].file_name))
                 try:
-                    one = self._convert(plan.shards[i], order)
+                    one = self._convert(plan.shards[i], order, access)
                 except NonFiniteWeightError as error:
                     wait(commits)
                     committer.check_source_of(f"{error.module_name}.weight", i)  # wrong bytes look like anything
@@ -165,12 +165,12 @@ class Pipeline:
         for event in replay_events(shard, record):
             self.emit(event)
 
-    def _convert(self, shard: PlannedShard, order: ReadingOrder) -> ConvertedShard:
+    def _convert(self, shard: PlannedShard, order: ReadingOrder, access: ShardAccess) -> ConvertedShard:
         """Convert one shard, up to but not including its final name."""
         one = ConvertedShard(ShardWriter(self._out / shard.file_name, shard.outputs))
         try:
             with ExitStack() as open_readers:
-                blocks = ShardBlocks(shard, one, open_readers, self.access, order, self.emit)
+                blocks = ShardBlocks(shard, one, open_readers, access, order, self.emit)
                 running = [self._workers.submit(blocks.work, scratch) for scratch in self._scratches]
                 try:
                     for worker in running:
@@ -178,7 +178,7 @@ class Pipeline:
                 except BaseException as error:
                     blocks.turns.close()
                     if isinstance(error, KeyboardInterrupt):
-                        self.access.close()  # workers may wait for bytes that do not come
+                        access.close()  # workers may wait for bytes that do not come
                     for worker in running:
                         worker.exception()
                     raise

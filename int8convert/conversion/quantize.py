@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from int8convert.conversion.destination import Publishing
+from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, describe_source
+from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import choose_device
-from int8convert.conversion.job import Conversion, Reading, conversion_request
+from int8convert.conversion.job import Conversion
 from int8convert.conversion.output import OutputDirectory
-from int8convert.conversion.readers import Reader
+from int8convert.conversion.readers import Reader, Reading
+from int8convert.conversion.records import plan_summary
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NonFiniteWeightError, stating
 from int8convert.events import Event, EventSink
 from int8convert.formats.output_format import OutputFormat
-from int8convert.planning.pending_plan import PlanRequirements
+from int8convert.planning.output_config import converted_config
+from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
 from int8convert.progress_bar import sink_or_bar
 
@@ -46,7 +50,7 @@ def quantize(
     revision: str | None = None,
     reader: str = Reader.AUTO,
     cache_dir: str | os.PathLike[str] | None = None,
-    publishing: Publishing | None = None,
+    destination: Destination | None = None,
     on_event: EventSink | None = None,
     allow_missing: Sequence[str] = (),
 ) -> ConversionReport:
@@ -82,8 +86,8 @@ def quantize(
         reader: "stream", which takes no disk beside the output; "download", which takes two of the source's shards; or
             "auto", the latter where there is room. The output does not depend on it.
         cache_dir: a Hub cache in which what is downloaded stays.
-        publishing: send each finished shard elsewhere and, unless it keeps them, remove it here; `out` is then where
-            they lie meanwhile, and is removed.
+        destination: where finished shards go; None keeps them in `out`. Where it keeps none, `out` holds those that are
+            not sent yet, and is removed at the end.
         on_event: told what happens; None shows a tqdm bar.
         allow_missing: patterns, as for `skip`, of tensors or modules that the source may lack although the model needs
             them. A loader of the output makes up their values; so it is for heads that are yet to be trained.
@@ -125,26 +129,39 @@ def quantize(
         options["lora"] = request.adapter.identity()
     if allow_missing:
         options["allow_missing"] = list(allow_missing)
-    output = OutputDirectory(out, request.source, conversion_request(request, options), overwrite)
-    report = ReportBuilder()
+    output = OutputDirectory(out, request.source, _recorded(request, options), overwrite)
+    destination = destination or LocalDestination()
+    job = Conversion(output, destination, reading, check)
     requirements = PlanRequirements(min_coverage, tuple(allow_missing))
-    job = Conversion(request, output, requirements, check, reading, publishing)
-    with sink_or_bar(on_event, "quantize") as sink, output.in_use():
+    report = ReportBuilder()
+    with sink_or_bar(on_event, "quantize") as sink, output.in_use(), job.stating_progress():
 
         def emit(event: Event) -> None:
             report(event)
             sink(event)
 
         while True:
+            plan = plan_conversion(request)
+            requirements.check(plan)
             try:
-                done_plan = job.run(n_workers, device_used, threshold, emit)
+                job.run(plan, converted_config(plan, threshold), plan_summary(plan), n_workers, device_used, emit)
                 break
             except NonFiniteWeightError as error:
-                if on_nonfinite == "error" or error.module_name in job.kept_modules:
+                if on_nonfinite == "error" or error.module_name in request.kept_modules:
                     raise
-                job.kept_modules += (error.module_name,)
+                request = replace(request, kept_modules=(*request.kept_modules, error.module_name))
                 report.restart()
-    is_gone = publishing is not None and not publishing.keeps
-    if is_gone:
+    if not destination.keeps:
         output.remove_empty()
-    return report.build(done_plan, None if is_gone else str(out), device_used.name, time.perf_counter() - began)
+    kept = str(out) if destination.keeps else None
+    return report.build(plan, kept, device_used.name, time.perf_counter() - began)
+
+
+def _recorded(request: PlanRequest, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two runs must have in common to be parts of one conversion."""
+    return {
+        "arithmetic": ARITHMETIC_VERSION,
+        "format": request.modules.output_format,
+        "source": describe_source(request.source),
+        "options": dict(options),
+    }

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from int8convert.checkpoint.shard_access import ShardAccess
+from int8convert.checkpoint.shard_access import LocalShards, ShardAccess
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.fp8 import fetch_scales
-from int8convert.events import EventSink
+from int8convert.events import Event, EventSink, SourceFetched
 from int8convert.hub.download import MAX_ON_DISK, ShardDownload, is_cached, is_downloadable
 from int8convert.hub.stream import ShardStream
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
 _RESERVED_BYTES = 1_000_000_000
 """That a download leaves free on the disk, when the choice is ours."""
+
+_REPORTED_BYTES = 4 << 20
+"""Bytes fetched between two events: pieces come by the ten thousand a second."""
 
 
 class Reader(StrEnum):
@@ -29,6 +32,18 @@ class Reader(StrEnum):
     AUTO = "auto"
     STREAM = "stream"
     DOWNLOAD = "download"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How shards are read from the Hub. Ignored for local sources.
+
+    Attributes:
+        cache_dir: a Hub cache that keeps downloads; None removes them after use.
+    """
+
+    reader: Reader = Reader.AUTO
+    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +108,42 @@ def choose_reader(
 
 
 def access_maker(
-    choice: ReaderChoice, folder: Path, cache_dir: Path | None, n_workers: int, on_event: EventSink
+    choice: ReaderChoice | None, reading: Reading, folder: Path, n_workers: int, emit: EventSink
 ) -> MakeAccess:
-    """What gives the pipeline access to shards on the Hub.
+    """Return what gives the pipeline access to the shards of a reading order.
 
     Args:
+        choice: None for shards that are local files.
         folder: for downloads that do not stay.
+        emit: receives `SourceFetched`.
     """
 
     def make(order: ReadingOrder, distrusted: Collection[str]) -> ShardAccess:
+        if choice is None:
+            return LocalShards()
         fetch_scales(order.scales)
+        on_event = _every_few_megabytes(order, emit)
         if choice.reader is Reader.DOWNLOAD:
-            return ShardDownload(order.shards, folder, cache_dir, frozenset(distrusted), on_event)
+            return ShardDownload(order.shards, folder, reading.cache_dir, frozenset(distrusted), on_event)
         first = [order.first_needed(shard) for shard in order.shards]
         return ShardStream(order.shards, first, order.window_bytes(n_workers), on_event)
 
     return make
+
+
+def _every_few_megabytes(order: ReadingOrder, emit: EventSink) -> EventSink:
+    """Return a sink that passes on an event for every `_REPORTED_BYTES`, and for the last byte of each shard."""
+    sizes = {shard.path.name: shard.n_bytes for shard in order.shards}
+    reported = -_REPORTED_BYTES
+
+    def on_event(event: Event) -> None:
+        nonlocal reported
+        assert isinstance(event, SourceFetched)
+        if not 0 <= event.n_bytes - reported < _REPORTED_BYTES or event.n_bytes == sizes.get(event.file_name):
+            reported = event.n_bytes
+            emit(event)
+
+    return on_event
 
 
 def is_remote(source: CheckpointSource) -> bool:

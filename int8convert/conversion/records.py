@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
+from int8convert import __version__
 from int8convert.checkpoint.manifest import ShardRecord, TensorRecord
+from int8convert.checkpoint.model_card import read_source_card
 from int8convert.conversion.device import Device
 from int8convert.conversion.readers import ReaderChoice
 from int8convert.events import PlanMade, TensorKept, TensorQuantized
+from int8convert.planning.needs import made_up
 from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
 
 _DECIMALS = 3
@@ -32,6 +36,21 @@ def plan_made(plan: ConversionPlan, device: Device, reader: ReaderChoice | None 
         reader=str(reader.reader) if reader else None,
         reader_reason=reader.reason if reader else "",
     )
+
+
+def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
+    """Return the entries of the manifest that are about the whole checkpoint."""
+    return {
+        "tool": f"int8convert {__version__}",
+        "source_card": read_source_card(plan.source.directory),
+        "model_class": plan.model_map.model_class,
+        "notes": list(plan.model_map.notes),
+        "n_parameters": plan.n_parameters,
+        "n_int8_parameters": plan.n_int8_parameters,
+        "dropped": plan.dropped,
+        "missing": made_up(plan.model_map),
+        "skip_modules": list(plan.model_map.skip_modules),
+    }
 
 
 def quantized_event(

@@ -103,6 +103,6 @@ class ShardBlocks:
         counter.task.convert(raw, begin, end, scratch)  # last: nobody has to wait for it
         if counter.count_down():
             event = counter.task.finish()
-            self._one.write_down(event)
+            self._one.record(event)
             self._emit(event)
         return True

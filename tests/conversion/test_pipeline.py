@@ -12,9 +12,11 @@ import pytest
 
 import int8convert
 from int8convert.checkpoint.manifest import Manifest
-from int8convert.events import Event, ShardStarted
+from int8convert.checkpoint.shard_access import LocalShards
+from int8convert.conversion.destination import LocalDestination
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.errors import CoverageError
+from int8convert.events import Event, ShardStarted
 from tests.tools.tiny_models import file_bytes, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -60,6 +62,6 @@ def test_shard_on_its_way_to_the_disk_gets_there_when_the_next_one_fails(
 
     monkeypatch.setattr(os, "fsync", late_fsync)
     with pytest.raises(OSError, match="Input/output error"), Pipeline(manifest, out, 1, fail_at_the_second) as pipeline:
-        pipeline.run(plan, {})
+        pipeline.run(plan, {}, lambda order, distrusted: LocalShards(), LocalDestination().deliver)
     assert set(manifest.read_records()) == {plan.shards[0].file_name}
     assert {path.name for path in out.iterdir() if path.is_file()} == {plan.shards[0].file_name}

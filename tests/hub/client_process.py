@@ -23,7 +23,7 @@ from typing import Any
 
 import int8convert
 import int8convert.hub.open_repository
-from int8convert.conversion.destination import Publishing
+from int8convert.conversion.destination import PublishedDestination
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.tools.hub_server.bandwidth import Bandwidth
 
@@ -95,8 +95,8 @@ class ClientProcesses:
 
 
 def _convert(upload: str | None = None, **arguments: Any) -> None:
-    publishing = Publishing(HubPublisher(upload)) if upload is not None else None
-    int8convert.quantize(**arguments, publishing=publishing, on_event=lambda event: None)
+    destination = PublishedDestination(HubPublisher(upload)) if upload is not None else None
+    int8convert.quantize(**arguments, destination=destination, on_event=lambda event: None)
 
 
 def _serve(source: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from int8convert.conversion.destination import Publishing
+from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import ShardStarted
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, convert
@@ -17,8 +17,8 @@ REPO = "me/opt-66b-int8"
 
 def through(out: Path, *, keeps: bool = False, max_disk: int | None = None, **options: Any) -> list[object]:
     """Convert with all shards sent; the events."""
-    publishing = Publishing(HubPublisher(REPO), keeps, max_disk)
-    return list(convert(NAME, out, **{"reader": "stream", "publishing": publishing, **options}))
+    destination = PublishedDestination(HubPublisher(REPO), keeps, max_disk)
+    return list(convert(NAME, out, **{"reader": "stream", "destination": destination, **options}))
 
 
 def on_the_hub(hub: Hub) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from huggingface_hub import close_session
 from safetensors.torch import load_file, save_file
 
 from int8convert import errors
-from int8convert.conversion.destination import Publishing
+from int8convert.conversion.destination import PublishedDestination
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, add, convert
 from tests.publish.stream_through import REPO, Stopped, at_shard, on_the_hub, stop_at, through
@@ -125,7 +125,7 @@ def test_card_tells_of_the_repository_whatever_directory_has_its_name(
 def test_card_that_somebody_wrote_stays_unless_told(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.add_repo(REPO, {"README.md": MINE})
     publisher = HubPublisher(REPO)
-    convert(NAME, tmp_path / "work", reader="stream", publishing=Publishing(publisher))
+    convert(NAME, tmp_path / "work", reader="stream", destination=PublishedDestination(publisher))
     assert publisher.keeps_card and hub.repo(REPO).files["README.md"] == MINE
 
     through(tmp_path / "work", overwrite=True)
@@ -185,8 +185,8 @@ def test_silent_connection_is_given_up_and_tried_again(
     method: str, path: str, hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of its own accord the client would wait for ever, here until the stall is over, and ask once."""
-    other = Publishing(HubPublisher("me/other"))
-    convert(NAME, tmp_path / "other", reader="stream", threshold=3.0, publishing=other)
+    other = PublishedDestination(HubPublisher("me/other"))
+    convert(NAME, tmp_path / "other", reader="stream", threshold=3.0, destination=other)
     for content in hub.repo("me/other").files.values():
         hub.state.blobs.forget(hashlib.sha256(content).hexdigest())
     n_undisturbed = len(hub.log.requests(method, path))

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from int8convert import errors
-from int8convert.conversion.destination import Publishing
+from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import Event, FileSent, ShardSkipped
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, convert
@@ -28,9 +28,9 @@ def test_shard_that_is_replaced_before_the_card_is_told(hub: Hub, expected: dict
         if isinstance(event, FileSent) and event.name == "config.json":
             hub.repo(REPO).add_files({"model-00003-of-00005.safetensors": b"somebody else's"})
 
-    publishing = Publishing(HubPublisher(REPO, on_event=push))
+    destination = PublishedDestination(HubPublisher(REPO, on_event=push))
     with pytest.raises(errors.HubError) as caught:
-        convert(NAME, tmp_path / "work", reader="stream", publishing=publishing)
+        convert(NAME, tmp_path / "work", reader="stream", destination=destination)
     assert caught.value.message == f"'{REPO}' was changed by somebody else meanwhile"
 
 
@@ -38,14 +38,19 @@ def test_private_repository_and_branch_are_made_as_asked(
     hub: Hub, connect: Connect, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.add_repo("me/there", {"notes.txt": b"mine"})
-    convert(NAME, tmp_path / "a", reader="stream", publishing=Publishing(HubPublisher("me/there", revision="int8")))
+    convert(
+        NAME,
+        tmp_path / "a",
+        reader="stream",
+        destination=PublishedDestination(HubPublisher("me/there", revision="int8")),
+    )
     found = hub.repo("me/there")
     assert {name: found.files_at("int8")[name] for name in expected} == expected
     assert found.files == {"notes.txt": b"mine"}
 
 
 def test_private_is_asked_for(hub: Hub, connect: Connect, expected: dict[str, bytes], tmp_path: Path) -> None:
-    convert(NAME, tmp_path / "a", reader="stream", publishing=Publishing(HubPublisher(REPO, private=True)))
+    convert(NAME, tmp_path / "a", reader="stream", destination=PublishedDestination(HubPublisher(REPO, private=True)))
     assert hub.repo(REPO).visibility is Visibility.PRIVATE
 
 
@@ -93,8 +98,8 @@ def test_rerun_into_a_branch_goes_on_with_it(hub: Hub, expected: dict[str, bytes
     hub.add_repo(REPO, {"notes.txt": b"mine"})
 
     def into_branch(**options: object) -> list[object]:
-        publishing = Publishing(HubPublisher(REPO, revision="int8"))
-        return list(convert(NAME, tmp_path / "work", reader="stream", publishing=publishing, **options))
+        destination = PublishedDestination(HubPublisher(REPO, revision="int8"))
+        return list(convert(NAME, tmp_path / "work", reader="stream", destination=destination, **options))
 
     with pytest.raises(Stopped):
         into_branch(on_event=stop_at(3))

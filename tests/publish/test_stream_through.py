@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.manifest import ShardRecord
-from int8convert.conversion.destination import Publishing
+from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import ShardSkipped
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.hub.repositories import NAME, add, convert
@@ -116,7 +116,7 @@ def test_disk_stays_within_its_bound(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sampled all the time: a model of 12 shards through the room of 2; and of 1, one after the other."""
-    monkeypatch.setattr("int8convert.conversion.destination._SMALL_BYTES", 200_000)
+    monkeypatch.setattr("int8convert.conversion.disk_budget._SMALL_BYTES", 200_000)
     add(hub, save_checkpoint("llama", tmp_path / "safe", max_shard_size="30KB"))
     connect(hub, hub.token)
     convert(NAME, tmp_path / "expected", reader="stream")
@@ -127,8 +127,8 @@ def test_disk_stays_within_its_bound(
     for bound in (201_000 + 2 * sizes[-1], 201_000 + sizes[-1]):
         work = tmp_path / f"work-{bound}"
         with sampling(work) as peak:
-            publishing = Publishing(HubPublisher(f"me/bound-{bound}"), False, bound)
-            convert(NAME, work, reader="stream", publishing=publishing)
+            destination = PublishedDestination(HubPublisher(f"me/bound-{bound}"), False, bound)
+            convert(NAME, work, reader="stream", destination=destination)
         assert {n: c for n, c in hub.repo(f"me/bound-{bound}").files.items() if n != "README.md"} == expected
         assert 0 < peak[0] <= bound
     with pytest.raises(errors.DiskFullError, match="--max-disk allows 100,000") as caught:
@@ -140,7 +140,7 @@ def test_disk_stays_within_its_bound_where_scales_are_in_the_next_shard(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard waits for the one its last scale is in, so two of them are here; planned is as much."""
-    monkeypatch.setattr("int8convert.conversion.destination._SMALL_BYTES", 60_000)
+    monkeypatch.setattr("int8convert.conversion.disk_budget._SMALL_BYTES", 60_000)
     add(hub, fp8_with_scales_behind(tmp_path))
     connect(hub, hub.token)
     convert(NAME, tmp_path / "expected", reader="stream")
@@ -260,8 +260,8 @@ def test_hub_that_takes_no_more_is_told_and_what_it_has_counts(
 
     here = len(list((tmp_path / "work").glob("*.safetensors")))
     assert here == 2
-    assert caught.value.hint.endswith(
-        f"; 2 finished shards are on the Hub and 2 finished shards are in {tmp_path / 'work'}: the same command "
+    assert caught.value.state == (
+        f"2 finished shards are on the Hub and 2 finished shards are in {tmp_path / 'work'}: the same command "
         "resumes behind them"
     )
     hub.faults.clear()
@@ -286,7 +286,7 @@ def test_local_source_goes_the_same_way(hub: Hub, connect: Connect, tmp_path: Pa
     connect(hub, hub.token)
     convert(source, tmp_path / "expected")
 
-    convert(source, tmp_path / "work", publishing=Publishing(HubPublisher(REPO)))
+    convert(source, tmp_path / "work", destination=PublishedDestination(HubPublisher(REPO)))
 
     assert on_the_hub(hub) == file_bytes(tmp_path / "expected")
     assert not [name for name, content in hub.repo(REPO).files.items() if str(tmp_path).encode() in content]
