@@ -1,47 +1,50 @@
-"""What every kernel means, in NumPy: slow, obvious, and the judge of the fast ones.
+"""The meaning of every kernel, in NumPy: slow, obvious, and what the fast kernels are tested against.
 
-Source: LLM.int8(), arXiv:2208.07339, Sec. 2; the order of the floating-point operations is torch's own for `127.0 / t`
-and decides ties, so it is part of the meaning.
+Source: LLM.int8(), arXiv:2208.07339, Sec. 2. The order of the floating-point operations is that of torch for
+`127.0 / t`. It decides ties, so it is part of the meaning.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 N_STEPS = 127
-"""Codes run from -127 to 127; -128 never occurs."""
+"""The largest code. Codes run from -127 to 127; -128 never occurs."""
+
+T = TypeVar("T")
+"""What stands for an array: a NumPy array here and in `cpu`, a tensor in `ops`, an address in `cuda`."""
 
 OUTLIER_THRESHOLD = 6.0
-"""An activation of at least this magnitude makes its column an outlier column (Sec. 3.2)."""
+"""The magnitude from which an activation makes its column an outlier column (Sec. 3.2)."""
 
 
-class QuantizedRows(NamedTuple):
-    """Rows as codes, and what they cost.
+class QuantizedRows(NamedTuple, Generic[T]):
+    """Rows as codes, and the error of rounding them.
 
     codes: int8 [rows, cols].
-    absmax: float32 [rows]; infinite or NaN where the row holds such a value, and then the row's codes mean nothing.
-    signal: float64 [rows], the sum of (weight / scale)^2, in steps.
+    absmax: float32 [rows]; infinite or NaN if the row holds such a value, and then the row's codes mean nothing.
+    signal: float64 [rows], the sum of (weight / scale)^2, in steps. The CUDA kernels sum in float32.
     noise: float64 [rows], the sum of (weight / scale - code)^2, in steps; noise / signal is the relative squared error.
     """
 
-    codes: npt.NDArray[np.int8]
-    absmax: npt.NDArray[np.float32]
-    signal: npt.NDArray[np.float64]
-    noise: npt.NDArray[np.float64]
+    codes: T
+    absmax: T
+    signal: T
+    noise: T
 
 
-def row_quantize(weight: npt.NDArray[np.float32]) -> QuantizedRows:
+def row_quantize(weight: npt.NDArray[np.float32]) -> QuantizedRows[npt.NDArray[Any]]:
     """Quantize each row symmetrically to 127 steps of its own absolute maximum.
 
         absmax[i]    = max_k |weight[i, k]|
         inv_scale[i] = fl32(fl32(1 / absmax[i]) * 127)
         codes[i, k]  = rint(fl32(weight[i, k] * inv_scale[i]))      ties to even
 
-    A row whose inv_scale would overflow (all zero, or absmax under about 3.7e-37) gets the codes 0: what it loses is
-    below any activation's reach. Does not refuse NaN and infinity: it shows them in `absmax`.
+    A row whose inv_scale would overflow (all zero, or absmax under about 3.7e-37) gets the codes 0: its values are too
+    small to matter beside any activation. NaN and infinity are not refused; they show in `absmax`.
 
     Args:
         weight: float32 [rows, cols]; fp16 and bf16 values are widened first, which is exact.
@@ -69,8 +72,8 @@ def dequantize_fp8(
     """FP8 codes to weights: `weight[i, k] = fl32(values[codes[i, k]] * scale of its block)`.
 
     Args:
-        codes: uint8 [rows, cols], of a matrix from its row `first_row` on.
-        values: float32 [256], what each code stands for.
+        codes: uint8 [rows, cols], rows of a matrix, the first of them its row `first_row`.
+        values: float32 [256], the value of each code.
         scale: float32 [block rows, block columns] of the whole matrix.
         block_rows, block_columns: how many rows and columns share a scale; the last block may be smaller.
     """
@@ -80,42 +83,57 @@ def dequantize_fp8(
     return weight
 
 
-class QuantizedActivations(NamedTuple):
-    """Tokens as codes beside the columns that stay as they are; K input features, M tokens.
+class QuantizedActivations(NamedTuple, Generic[T]):
+    """Tokens as codes, and the columns that stay as they are; K input features, M tokens.
 
     codes: int8 [M, K]; 0 in every outlier column, stored or found.
-    absmax: float32 [M], over the columns that are neither; infinite or NaN where such a value is left in them.
+    absmax: float32 [M], over the columns that are neither; infinite or NaN if such a value remains in them.
     outlier_x: [M, n], in the dtype of x: its stored outlier columns.
     found_columns: int32 [capacity], ascending: outlier columns found in x itself; -1 after the last.
-    n_found: int32 [1], how many there were; above capacity, the columns past the list were quantized like any other.
+    n_found: int32 [1], the number found. If above capacity, columns past the list were quantized like any other.
     found_x: [M, capacity], in the dtype of x: its found columns; 0 after the last.
     """
 
-    codes: npt.NDArray[np.int8]
-    absmax: npt.NDArray[np.float32]
-    outlier_x: npt.NDArray[Any]
-    found_columns: npt.NDArray[np.int32]
-    n_found: npt.NDArray[np.int32]
-    found_x: npt.NDArray[Any]
+    codes: T
+    absmax: T
+    outlier_x: T
+    found_columns: T
+    n_found: T
+    found_x: T
+
+
+class QuantizedWeight(NamedTuple, Generic[T]):
+    """The weight of a Linear layer as codes, and its stored outlier columns; N output features.
+
+    codes: int8 [N, K].
+    absmax: float32 [N].
+    outlier_weight: [N, n], in the dtype of x: the stored outlier columns before quantization.
+    bias: [N], in the dtype of x, or None.
+    """
+
+    codes: T
+    absmax: T
+    outlier_weight: T
+    bias: T | None
 
 
 def activation_quantize(
     x: npt.NDArray[Any], outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
-) -> QuantizedActivations:
+) -> QuantizedActivations[npt.NDArray[Any]]:
     """Quantize each token symmetrically to 127 steps, its outlier columns set aside.
 
         found    = { k not in outlier_columns : some token has not (|x[t, k]| < threshold) }     NaN is found, too
         absmax   = over the columns in neither set, per token; codes as in `row_quantize`
 
-    The paper's rule is an empty `outlier_columns` (dynamic); a stored set alone is `capacity` 0 (static); both together
-    guard a stored set against what its calibration did not see. Takes the paper's row maximum, over the columns left
-    in int8; bitsandbytes takes it over all elements below the threshold, those in outlier columns included.
+    An empty `outlier_columns` is the paper's rule (dynamic). `capacity` 0 is a stored set alone (static). Both together
+    guard a stored set against inputs that its calibration did not see. absmax is the paper's row maximum, over the
+    columns left in int8; bitsandbytes takes it over all elements below the threshold, outlier columns included.
 
     Args:
         x: float16 or float32 [M, K]; bf16 values are widened to float32 first, which is exact.
         outlier_columns: int32 [n], ascending, each once.
-        threshold: in the units of x, positive. Not looked at when `capacity` is 0.
-        capacity: how many columns may be found; the first ones are taken.
+        threshold: in the units of x, positive. Ignored if `capacity` is 0.
+        capacity: how many columns may be found; the first ones are listed.
     """
     n_tokens, n_columns = x.shape
     is_stored = np.zeros(n_columns, bool)
@@ -137,47 +155,37 @@ def activation_quantize(
 
 def dequantize_epilogue(
     products: npt.NDArray[np.int64],
-    x: QuantizedActivations,
-    weight_codes: npt.NDArray[np.int8],
-    weight_absmax: npt.NDArray[np.float32],
-    outlier_weight: npt.NDArray[Any],
-    bias: npt.NDArray[Any] | None,
+    x: QuantizedActivations[npt.NDArray[Any]],
+    weight: QuantizedWeight[npt.NDArray[Any]],
 ) -> npt.NDArray[np.float64]:
-    """Integer products to outputs, in one pass over them: scales, outlier terms, bias.
+    """Convert integer products to outputs: scales, outlier terms, bias.
 
-        y[t, n] = products[t, n] * x_absmax[t] / 127 * weight_absmax[n] / 127
-                + sum_j outlier_x[t, j] * outlier_weight[n, j]
-                + sum_j found_x[t, j] * weight_codes[n, found_columns[j]] * weight_absmax[n] / 127
-                + bias[n]
+        y[t, n] = products[t, n] * x.absmax[t] / 127 * weight.absmax[n] / 127
+                + sum_j x.outlier_x[t, j] * weight.outlier_weight[n, j]
+                + sum_j x.found_x[t, j] * weight.codes[n, x.found_columns[j]] * weight.absmax[n] / 127
+                + weight.bias[n]
 
-    In float64 here; the backends accumulate in float32 and round once, to the dtype of x.
+    In float64 here; the backends sum in float32 and round once, to the dtype of x.
 
     Args:
-        products: int64 [M, N], `x.codes @ weight_codes.T`.
-        weight_codes: int8 [N, K]. weight_absmax: float32 [N].
-        outlier_weight: [N, n], the stored outlier columns of the unquantized weight.
-        bias: [N], or None.
+        products: int64 [M, N], `x.codes @ weight.codes.T`.
     """
     n_taken = min(int(x.n_found[0]), x.found_columns.size)
-    weight_scale = weight_absmax.astype(np.float64) / N_STEPS
-    found_weight = weight_codes[:, x.found_columns[:n_taken]] * weight_scale[:, None]
+    weight_scale = weight.absmax.astype(np.float64) / N_STEPS
+    found_weight = weight.codes[:, x.found_columns[:n_taken]] * weight_scale[:, None]
     with np.errstate(invalid="ignore", over="ignore"):
         y = products * (x.absmax.astype(np.float64) / N_STEPS)[:, None] * weight_scale
-        y += x.outlier_x.astype(np.float64) @ outlier_weight.astype(np.float64).T
+        y += x.outlier_x.astype(np.float64) @ weight.outlier_weight.astype(np.float64).T
         y += x.found_x[:, :n_taken].astype(np.float64) @ found_weight.T
-        return y if bias is None else y + bias.astype(np.float64)
+        return y if weight.bias is None else y + weight.bias.astype(np.float64)
 
 
 def int8_matmul(
-    x: QuantizedActivations,
-    weight_codes: npt.NDArray[np.int8],
-    weight_absmax: npt.NDArray[np.float32],
-    outlier_weight: npt.NDArray[Any],
-    bias: npt.NDArray[Any] | None,
+    x: QuantizedActivations[npt.NDArray[Any]], weight: QuantizedWeight[npt.NDArray[Any]]
 ) -> npt.NDArray[np.float64]:
-    """The decomposed product x @ W.T + bias of quantized activations: [M, N]; see `dequantize_epilogue`.
+    """Return the decomposed product x @ W.T + bias, [M, N]; see `dequantize_epilogue`.
 
-    The sum of int8 products fits int32 up to 133,144 input features, and a float32 sum of them only up to 1,040.
+    The sum of int8 products fits int32 up to 133,144 input features, and float32 exactly only up to 1,040.
     """
-    products = x.codes.astype(np.int64) @ weight_codes.astype(np.int64).T
-    return dequantize_epilogue(products, x, weight_codes, weight_absmax, outlier_weight, bias)
+    products = x.codes.astype(np.int64) @ weight.codes.astype(np.int64).T
+    return dequantize_epilogue(products, x, weight)

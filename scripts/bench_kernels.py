@@ -41,6 +41,7 @@ from bench_convert import DISTURBED_SHARE, describe_machine, format_range, parse
 from bench_limits import Limits, time_call
 from cuda_kernels import cpu, ops
 from cuda_kernels.cpu.threads import run_split
+from cuda_kernels.reference import QuantizedWeight
 from measure_command import read_busy_s
 
 SIZE = 4096
@@ -58,10 +59,10 @@ Results = dict[str, list[float]]
 
 
 def make_ours(weight: torch.Tensor, bias: torch.Tensor, capacity: int) -> Layer:
-    codes, absmax, _, _ = ops.row_quantize(weight)
     columns = torch.tensor(OUTLIER_COLUMNS, dtype=torch.int32)
     side = weight[:, OUTLIER_COLUMNS].contiguous()
-    return lambda x: ops.int8_linear(x, codes, absmax, columns, side, bias, 6.0, capacity)
+    quantized = QuantizedWeight(*ops.row_quantize(weight)[:2], side, bias)
+    return lambda x: ops.int8_linear(x, quantized, columns, 6.0, capacity)
 
 
 def make_theirs(weight: torch.Tensor, bias: torch.Tensor) -> Layer:

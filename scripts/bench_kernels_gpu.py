@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cuda_kernels import ops  # noqa: E402
+from cuda_kernels.reference import QuantizedWeight  # noqa: E402
 
 Call = Callable[[], Any]
 CACHE_BYTES = 200_000_000  # several times the L2 of an H200
@@ -102,26 +103,22 @@ class Layer:
         weights = [
             torch.randn(n_out, n_in, device="cuda", dtype=torch.float16) * 0.02 for _ in range(copies(n_in * n_out))
         ]
-        self.int8 = [ops.row_quantize(weight)[:2] for weight in weights]
-        self.sides = [weight[:, self.columns.long()].contiguous() for weight in weights]
-        self.floats = weights[: copies(2 * n_in * n_out)]
         self.bias = torch.randn(n_out, device="cuda", dtype=torch.float16)
+        self.int8 = [
+            QuantizedWeight(*ops.row_quantize(weight)[:2], weight[:, self.columns.long()].contiguous(), self.bias)
+            for weight in weights
+        ]
+        self.floats = weights[: copies(2 * n_in * n_out)]
         self.x = torch.randn(n_tokens, n_in, device="cuda").clamp(-5, 5)
         self.x[:, self.columns.long()] = 20.0
         self.x = self.x.half()
 
     def linear_calls(self, capacity: int) -> list[Call]:
-        return [
-            lambda w=w, s=s: ops.int8_linear(self.x, *w, self.columns, s, self.bias, 6.0, capacity)
-            for w, s in zip(self.int8, self.sides, strict=True)
-        ]
+        return [lambda w=w: ops.int8_linear(self.x, w, self.columns, 6.0, capacity) for w in self.int8]
 
     def product_calls(self) -> list[Call]:
         quantized = ops.activation_quantize(self.x, self.columns, 6.0, 0)
-        return [
-            lambda w=w, s=s: ops.int8_matmul(*quantized, *w, s, self.bias)
-            for w, s in zip(self.int8, self.sides, strict=True)
-        ]
+        return [lambda w=w: ops.int8_matmul(quantized, w) for w in self.int8]
 
     def float_calls(self) -> list[Call]:
         return [lambda w=w: functional.linear(self.x, w, self.bias) for w in self.floats]
@@ -129,7 +126,7 @@ class Layer:
     def library_calls(self) -> list[Call]:
         """The library's int8 product alone, tokens padded to what it takes: no scales, no outliers, no bias."""
         codes = torch.randint(-127, 127, (max(32, self.n_tokens), self.n_in), device="cuda", dtype=torch.int8)
-        return [lambda w=w: torch._int_mm(codes, w[0].t()) for w in self.int8]
+        return [lambda w=w: torch._int_mm(codes, w.codes.t()) for w in self.int8]
 
     def roofline_s(self, ceilings: dict[str, float], item_bytes: int) -> float:
         n_bytes = self.n_in * self.n_out * item_bytes + 2 * self.n_tokens * (self.n_in + self.n_out)
@@ -203,12 +200,9 @@ def best_cut(module: Any, layer: Layer) -> dict[str, Any]:
     from cuda_kernels.cuda import int8_operands
     from cuda_kernels.cuda.launch import run
 
-    codes, *x = ops.activation_quantize(layer.x, layer.columns, 6.0, 0)
+    x = ops.activation_quantize(layer.x, layer.columns, 6.0, 0)
     y = torch.empty(layer.n_tokens, layer.n_out, device="cuda", dtype=torch.float16)
-    planned = [
-        int8_operands.of_tensors(codes, [*x, *weight, side], layer.bias, y)
-        for weight, side in zip(layer.int8, layer.sides, strict=True)
-    ]
+    planned = [int8_operands.of_tensors(x, weight, y) for weight in layer.int8]
     default = module.plan(layer.n_tokens, layer.n_out, layer.n_in)
     seconds = {}
     for cut in dict.fromkeys((default, *variants_of(default))):

@@ -62,17 +62,18 @@ def run_kernels() -> None:
     import torch
 
     from cuda_kernels import ops
+    from cuda_kernels.reference import QuantizedWeight
 
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for n_columns in (80, 1000, 5000):
             weight = torch.randn(37, n_columns, device="cuda").to(dtype)
-            codes, absmax, _, _ = ops.row_quantize(weight)
+            side = weight[:, [3, 40]].contiguous()
+            quantized = QuantizedWeight(*ops.row_quantize(weight)[:2], side, None)
             columns = torch.tensor([3, 40], dtype=torch.int32, device="cuda")
             for n_tokens in (1, 8, 30, 70):
                 x = (3 * torch.randn(n_tokens, n_columns, device="cuda")).to(dtype)
-                side = weight[:, [3, 40]].contiguous()
                 for capacity in (0, 64):
-                    ops.int8_linear(x, codes, absmax, columns, side, None, 6.0, capacity)
+                    ops.int8_linear(x, quantized, columns, 6.0, capacity)
     torch.cuda.synchronize()
 
 

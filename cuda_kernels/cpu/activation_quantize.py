@@ -1,12 +1,11 @@
-"""Tokens -> int8 codes beside the columns that stay as they are; `reference.activation_quantize` says what it means.
+"""Tokens to int8 codes, and the columns that stay as they are; see `reference.activation_quantize`.
 
-How it goes:
-1. Columns are found by the maximum of their bit patterns over all tokens, unless none may be found.
-2. Each token is read twice, the second time from the core's own cache: its largest pattern, then its codes. A mask of
-   one pattern per column takes the outlier columns out of both.
+1. Outlier columns are found by the maximum of their bit patterns over all tokens, unless `capacity` is 0.
+2. Each token is read twice, the second time from the core's own cache: first for its largest pattern, then for its
+   codes. A mask of one pattern per column excludes the outlier columns from both.
 
-Cost: x is read from memory at most twice, 2 bytes an element for 16 bits, and 1 byte written. A row that is apart from
-the next is read where it is. Threads share the tokens; maxima do not depend on who takes them.
+Cost: x is read from memory at most twice, 2 bytes an element for 16 bits, and 1 byte is written. Rows that lie apart
+are read in place. Threads share the tokens; maxima do not depend on how.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from cuda_kernels.cpu.bits import magnitude, widen
 from cuda_kernels.cpu.compiled import compiled
 from cuda_kernels.cpu.team import run_on_team
 from cuda_kernels.cpu.threads import part_of, run_parts
-from cuda_kernels.reference import N_STEPS
+from cuda_kernels.reference import N_STEPS, QuantizedActivations
 
 _MIN_ELEMENTS = 1 << 17
-"""Elements that are worth a thread: about 20 us of work."""
+"""Elements that pay for a thread: about 20 us of work."""
 
 
 @compiled()
@@ -45,7 +44,7 @@ def _column_maxima_on_team(args, n_parts, n_threads, team):  # type: ignore[no-u
 
 @compiled()
 def _keep_all_but(outlier_columns, keep):  # type: ignore[no-untyped-def]
-    """Write `keep`, all bits but in the stored columns; False where those are not ascending column indices."""
+    """Write `keep`: all bits set, except in stored columns. Return False if those are not ascending column indices."""
     keep[:] = ~keep.dtype.type(0)
     previous = -1
     for column in outlier_columns:
@@ -58,7 +57,7 @@ def _keep_all_but(outlier_columns, keep):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _take_found(largest, threshold, keep, found_columns):  # type: ignore[no-untyped-def]
-    """List the columns that are kept so far and not below the threshold, clear the listed ones in `keep`; count all."""
+    """List the kept columns that reach the threshold, and clear those in `keep`; return the count of all."""
     n_found = 0
     for k in range(largest.size):
         if keep[k] != 0 and not (widen(largest[k]) < threshold):
@@ -114,24 +113,18 @@ def activation_quantize(
     x: npt.NDArray[Any],
     outlier_columns: npt.NDArray[np.int32],
     threshold: float,
-    codes: npt.NDArray[np.int8],
-    absmax: npt.NDArray[np.float32],
-    outlier_x: npt.NDArray[Any],
-    found_columns: npt.NDArray[np.int32],
-    n_found: npt.NDArray[np.int32],
-    found_x: npt.NDArray[Any],
+    result: QuantizedActivations[npt.NDArray[Any]],
     n_threads: int = 1,
 ) -> None:
-    """Quantize tokens into arrays the caller owns; see `reference.activation_quantize` for the meaning.
+    """Quantize tokens into arrays the caller allocated; see `reference.activation_quantize`.
 
     Bit-equal to the reference on x widened to float32: `threshold` is rounded to float32, not to the dtype of x. The
     codes of a token whose absmax is not finite are 0.
 
     Args:
-        x: bits [M, K], rows at any distance from each other, elements side by side.
+        x: bits [M, K], rows any distance apart, last stride 1.
         outlier_columns: int32 [n], ascending, each once.
-        codes, absmax, outlier_x, found_columns, n_found, found_x: C-contiguous, written; the bits of `outlier_x` and
-            `found_x` of the dtype of x; the size of `found_columns` is the capacity.
+        result: written; C-contiguous; `outlier_x` and `found_x` as bits. The size of `found_columns` is the capacity.
 
     Raises:
         ValueError: `outlier_columns` are not ascending column indices.
@@ -142,14 +135,15 @@ def activation_quantize(
     keep = np.empty(n_columns, x.dtype)
     if not _keep_all_but(outlier_columns, keep):
         raise ValueError(f"expected ascending outlier columns below {n_columns}, found {outlier_columns.tolist()}")
-    found_columns.fill(-1)
-    n_found[0] = 0
-    if found_columns.size:
+    result.found_columns.fill(-1)
+    result.n_found[0] = 0
+    if result.found_columns.size:
         maxima = np.zeros((min(n_worth, n_threads), n_columns), x.dtype)
         args = (flat, row_stride, n_tokens, maxima)
         run_parts(_column_maxima, _column_maxima_on_team, args, n_worth, n_threads)
-        n_found[0] = _take_found(maxima.max(0), np.float32(threshold), keep, found_columns)
-    rest = (flat, row_stride, keep, (outlier_columns, found_columns), codes, absmax, (outlier_x, found_x))
+        result.n_found[0] = _take_found(maxima.max(0), np.float32(threshold), keep, result.found_columns)
+    columns, side_x = (outlier_columns, result.found_columns), (result.outlier_x, result.found_x)
+    rest = (flat, row_stride, keep, columns, result.codes, result.absmax, side_x)
     run_parts(_quantize_tokens, _quantize_tokens_on_team, rest, n_worth, n_threads)
 
 

@@ -1,14 +1,14 @@
-"""Integer products -> outputs: scales, outlier terms and bias in one pass; see `reference.dequantize_epilogue`.
+"""Integer products to outputs: scales, outlier terms and bias in one pass; see `reference.dequantize_epilogue`.
 
-Stored and found outlier columns are one list of side columns here: the activations in them as float32, and per block of
-weight rows the weights in them, side by side for consecutive rows so that a vector register holds 16 rows.
+Stored and found outlier columns are one list of side columns here. Their activations are float32. Their weights are
+laid out so that those of consecutive rows are adjacent, because a vector register holds 16 rows.
 
     y[t, n] = fl(fl(fl(products * x_scale) * weight_scale) + x_side * weight_side + ... + bias)
 
 Every step is rounded to float32, the additions go in the order of the columns, stored before found, and no
 multiplication is fused with an addition: the bits are the same on every processor and for every number of threads.
 
-Cost: 4 bytes in and one output out per element; `int8_matmul` hands its products over in registers and cache instead.
+Cost: 4 bytes read and one output written per element. `int8_matmul` passes its products in registers and cache instead.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from cuda_kernels.cpu.compiled import compiled
 from cuda_kernels.cpu.float_vectors import N_FLOATS, add, fill, load_floats, load_integers, multiply, store_narrow
 from cuda_kernels.cpu.team import run_on_team
 from cuda_kernels.cpu.threads import part_of, run_parts
-from cuda_kernels.reference import N_STEPS
+from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight
 
 N_ROWS = N_FLOATS
 """Weight rows per block."""
 
 _MIN_ELEMENTS = 1 << 18
-"""Outputs that are worth a thread."""
+"""Outputs that pay for a thread."""
 
 
 @compiled()
-def widen_side_x(outlier_x, found_x, side_x):  # type: ignore[no-untyped-def]
+def _widen_side_x(outlier_x, found_x, side_x):  # type: ignore[no-untyped-def]
     """The activations of all side columns as float32 [M, n_side], the stored columns first."""
     n = outlier_x.shape[1]
     for t in range(side_x.shape[0]):
@@ -94,29 +94,29 @@ def _dequantize_on_team(args, n_parts, n_threads, team):  # type: ignore[no-unty
 
 def dequantize_epilogue(
     products: npt.NDArray[np.int32],
-    x_absmax: npt.NDArray[np.float32],
-    outlier_x: npt.NDArray[Any],
-    found_columns: npt.NDArray[np.int32],
-    n_found: npt.NDArray[np.int32],
-    found_x: npt.NDArray[Any],
-    weight_codes: npt.NDArray[np.int8],
-    weight_absmax: npt.NDArray[np.float32],
-    outlier_weight: npt.NDArray[Any],
-    bias: npt.NDArray[Any] | None,
+    x: QuantizedActivations[npt.NDArray[Any]],
+    weight: QuantizedWeight[npt.NDArray[Any]],
     y: npt.NDArray[Any],
     n_threads: int = 1,
 ) -> None:
-    """Write `y` from the integer products; see `reference.dequantize_epilogue` for the meaning.
+    """Write `y` from the integer products; see `reference.dequantize_epilogue`.
 
     Args:
-        products: int32 [M, N], C-contiguous as all arrays here.
-        outlier_x, found_x, outlier_weight, bias, y: bits, all of one dtype.
+        products: int32 [M, N], C-contiguous.
+        x, weight, y: as for `int8_matmul`; `x.codes` is not read.
     """
-    n_taken = min(int(n_found[0]), found_columns.size)
-    side_x = np.empty((products.shape[0], outlier_x.shape[1] + n_taken), np.float32)
-    widen_side_x(outlier_x, found_x, side_x)
-    if bias is None:
-        bias = np.empty(0, outlier_weight.dtype)
-    weight = (weight_codes, weight_absmax, outlier_weight)
-    args = (products, x_absmax, side_x, found_columns, weight, bias, y)
+    args = (products, x.absmax, widened_side_x(x), x.found_columns, weight[:3], bias_or_empty(weight), y)
     run_parts(_dequantize, _dequantize_on_team, args, products.size // _MIN_ELEMENTS + 1, n_threads)
+
+
+def widened_side_x(x: QuantizedActivations[npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    """The activations of all side columns, stored and found, float32 [M, n_side]."""
+    n_taken = min(int(x.n_found[0]), x.found_columns.size)
+    side_x = np.empty((x.absmax.size, x.outlier_x.shape[1] + n_taken), np.float32)
+    _widen_side_x(x.outlier_x, x.found_x, side_x)
+    return side_x
+
+
+def bias_or_empty(weight: QuantizedWeight[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """The bias as compiled code takes it: an empty array stands for none."""
+    return np.empty(0, weight.outlier_weight.dtype) if weight.bias is None else weight.bias

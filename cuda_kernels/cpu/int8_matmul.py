@@ -1,8 +1,8 @@
-"""Codes times codes, and the epilogue while the sums are in the cache; `reference.int8_matmul` says what it means.
+"""The int8 product with its epilogue fused, so that sums never leave the cache; see `reference.int8_matmul`.
 
-For each block of 32 weight rows: its side weights are widened once; then for every four tokens the block's products,
-in int32 and exact, and their epilogue. Products never reach main memory; weights cross it once for every 128 tokens,
-whose codes stay in the core's cache from block to block.
+For each block of 32 weight rows, the kernel widens the side weights once. Then, for every four tokens, it computes the
+block's products, exact in int32, and their epilogue. Weights are read from memory once for every 128 tokens, whose
+codes stay in the core's cache from block to block.
 
 Cost: N * K bytes of weight codes read, the floor for few tokens; for many, M * N * K / 64 vector products.
 Threads share the weight rows.
@@ -16,16 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cuda_kernels.cpu.compiled import compiled
-from cuda_kernels.cpu.dequantize_epilogue import N_ROWS, finish_token, load_rows, widen_side_x
+from cuda_kernels.cpu.dequantize_epilogue import N_ROWS, bias_or_empty, finish_token, load_rows, widened_side_x
 from cuda_kernels.cpu.int8_products import N_TOKENS, multiply_block, sum_codes
 from cuda_kernels.cpu.team import run_on_team
 from cuda_kernels.cpu.threads import part_of, run_parts
+from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
 
 _N_ROUND = 128
-"""Tokens per round: at 4,096 columns 512 KiB, beside a block of weight rows of 128 KiB."""
+"""Tokens per round: at 4,096 columns their codes take 512 KiB, and a block of weight rows 128 KiB."""
 
 _MIN_WORK = 1 << 23
-"""Work that is worth a thread, about 40 us: a weight costs 8 units to read and one for every token."""
+"""Work that pays for a thread, about 40 us: 8 units for each weight read, and 1 for each product."""
 
 
 @compiled()
@@ -52,36 +53,23 @@ def _multiply_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untype
 
 
 def int8_matmul(
-    codes: npt.NDArray[np.int8],
-    x_absmax: npt.NDArray[np.float32],
-    outlier_x: npt.NDArray[Any],
-    found_columns: npt.NDArray[np.int32],
-    n_found: npt.NDArray[np.int32],
-    found_x: npt.NDArray[Any],
-    weight_codes: npt.NDArray[np.int8],
-    weight_absmax: npt.NDArray[np.float32],
-    outlier_weight: npt.NDArray[Any],
-    bias: npt.NDArray[Any] | None,
+    x: QuantizedActivations[npt.NDArray[Any]],
+    weight: QuantizedWeight[npt.NDArray[Any]],
     y: npt.NDArray[Any],
     n_threads: int = 1,
 ) -> None:
-    """Write the decomposed product `y` = x @ W.T + bias; see `reference.int8_matmul` for the meaning.
+    """Write the decomposed product `y` = x @ W.T + bias; see `reference.int8_matmul`.
 
-    The integer sums are exact, the rest as in `dequantize_epilogue`, bit for bit.
+    The integer sums are exact. The rest has the bits of `dequantize_epilogue`.
 
     Args:
-        codes, x_absmax, outlier_x, found_columns, n_found, found_x: what `activation_quantize` wrote.
-        outlier_weight, bias, y: bits of the dtype of x. All arrays are C-contiguous.
+        x, weight: C-contiguous; floats of the dtype of x as their bits.
+        y: bits [M, N] of the dtype of x, C-contiguous.
     """
-    n_tokens = codes.shape[0]
+    n_tokens = x.codes.shape[0]
     offsets = np.empty(n_tokens, np.int32)
-    sum_codes(codes, offsets)
-    n_taken = min(int(n_found[0]), found_columns.size)
-    side_x = np.empty((n_tokens, outlier_x.shape[1] + n_taken), np.float32)
-    widen_side_x(outlier_x, found_x, side_x)
-    if bias is None:
-        bias = np.empty(0, outlier_weight.dtype)
-    weight = (weight_codes, weight_absmax, outlier_weight)
-    args = (codes, offsets, x_absmax, side_x, found_columns, weight, bias, y)
-    n_worth = weight_codes.size * (8 + n_tokens) // _MIN_WORK + 1
+    sum_codes(x.codes, offsets)
+    side_x, bias = widened_side_x(x), bias_or_empty(weight)
+    args = (x.codes, offsets, x.absmax, side_x, x.found_columns, weight[:3], bias, y)
+    n_worth = weight.codes.size * (8 + n_tokens) // _MIN_WORK + 1
     run_parts(_multiply, _multiply_on_team, args, n_worth, n_threads)

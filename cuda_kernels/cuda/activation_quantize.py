@@ -36,7 +36,7 @@ from cuda_kernels.cuda.ptx import groups as group
 from cuda_kernels.cuda.ptx.groups import GROUP
 from cuda_kernels.cuda.ptx.scalars import bits_as_float, multiply_rn, reciprocal_rn, store_8_bytes
 from cuda_kernels.cuda.reductions import block_max
-from cuda_kernels.reference import N_STEPS
+from cuda_kernels.reference import N_STEPS, QuantizedActivations
 
 if TYPE_CHECKING:
     import torch
@@ -58,12 +58,7 @@ class Operands(NamedTuple):
     x: int
     outlier_columns: int
     marks: int
-    codes: int
-    absmax: int
-    outlier_x: int
-    found_columns: int
-    n_found: int
-    found_x: int
+    result: QuantizedActivations[int]
     threshold: float
     n_tokens: int
     n_columns: int
@@ -173,7 +168,7 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
     """One launch, or two where columns of many tokens are to be found."""
     o = operands
     item_bytes = 4 if o.dtype == "F32" else 2
-    is_aligned = (o.x | o.row_stride * item_bytes) % 16 == 0 and (o.codes | o.n_columns) % GROUP == 0
+    is_aligned = (o.x | o.row_stride * item_bytes) % 16 == 0 and (o.result.codes | o.n_columns) % GROUP == 0
     n_groups, pieces = -(-o.n_columns // GROUP), -(-o.n_tokens // cut.mark_tokens)
     threshold = int(np.float32(o.threshold).view(np.uint32))
     is_marking = mark_bytes(o.n_tokens, o.n_columns, o.capacity, cut) > 0
@@ -182,7 +177,7 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
         shape = (o.n_tokens, o.n_columns, o.row_stride, n_groups, cut.mark_tokens)
         grid = (-(-n_groups // MARK_THREADS), pieces, 1)
         planned.append(Launch(mark_kernel(o.dtype, is_aligned), grid, 0, (o.x, o.marks, threshold, *shape)))
-    pointers = (o.x, o.outlier_columns, o.marks, o.codes, o.absmax, o.outlier_x, o.found_columns, o.n_found, o.found_x)
+    pointers = (o.x, o.outlier_columns, o.marks, *o.result)
     sizes = (o.n_tokens, o.n_columns, o.row_stride, o.n_outliers, o.capacity, pieces, cut.tokens)
     # Loads of single values want more registers than 1024 threads have.
     threads = cut.threads if is_aligned else min(cut.threads, 256)
@@ -194,18 +189,18 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
 
 def activation_quantize(
     x: torch.Tensor, outlier_columns: torch.Tensor, threshold: float, capacity: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize tokens, their outlier columns set aside; `ops` says what the tensors are, and checks them.
+) -> QuantizedActivations[torch.Tensor]:
+    """Quantize tokens, their outlier columns set aside; `ops` describes and checks the tensors.
 
-    Queued on torch's current stream, without waiting for anything; can be captured in a CUDA graph once a first call
-    has loaded its kernels. Rows of x may lie apart, the values of a row are side by side.
+    Queued on torch's current stream without waiting. A CUDA graph can capture it once a first call has loaded its
+    kernels. The last stride of x is 1.
     """
     import torch
 
     outlier_columns = outlier_columns.contiguous()
     (M, K), n, device = x.shape, outlier_columns.numel(), x.device
     cut = plan(M, K)
-    results = (
+    result = QuantizedActivations(
         torch.empty((M, K), dtype=torch.int8, device=device),
         torch.empty(M, dtype=torch.float32, device=device),
         torch.empty((M, n), dtype=x.dtype, device=device),
@@ -214,7 +209,7 @@ def activation_quantize(
         torch.empty((M, capacity), dtype=x.dtype, device=device),
     )
     marks = torch.empty(mark_bytes(M, K, capacity, cut), dtype=torch.uint8, device=device)
-    addresses = [tensor.data_ptr() for tensor in (x, outlier_columns, marks, *results)]
-    operands = Operands._make((format_of(x), *addresses, threshold, M, K, x.stride(0), n, capacity))
-    run(launches(operands, cut), device)
-    return results
+    written = QuantizedActivations(*(tensor.data_ptr() for tensor in result))
+    read = (format_of(x), x.data_ptr(), outlier_columns.data_ptr(), marks.data_ptr())
+    run(launches(Operands(*read, written, threshold, M, K, x.stride(0), n, capacity), cut), device)
+    return result

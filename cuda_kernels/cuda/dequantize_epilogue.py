@@ -1,13 +1,13 @@
 """Integer products to outputs on the GPU, in one pass over them: scales, outlier terms, bias.
 
-The formula, and the order of its roundings, is that of `epilogue`, which the fused products end in, too. A block takes
-a tile of tokens and features; products come in 16 bytes a load, four loads before the first use, and outputs go in 8
-bytes (16 of fp32): a warp's 256 are contiguous.
+The formula and the order of its roundings are those of `epilogue`, in which the fused products end, too. A block takes
+a tile of tokens and features. It loads products 16 bytes at a time, four loads before the first use, and stores outputs
+8 bytes at a time (16 of fp32); the 256 bytes of a warp are contiguous.
 
 Bytes moved: 4 M N in, 2 M N out (4 of fp32), and the outlier weights, 2 N n, once for each `TILE_TOKENS` tokens, from
 L2. Floor on an H200 at 4.3 TB/s: M = 8192, N = 9216, fp16: 453 MB, 105 us. Not yet measured on a GPU.
 
-Does not know where the products came from, nor whether absmax is finite: infinity gives NaN.
+It does not check that absmax is finite: infinity gives NaN.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from numba import cuda
 from numba.cuda import types
 
-from cuda_kernels.cuda import int8_operands
 from cuda_kernels.cuda.epilogue import make_epilogue
-from cuda_kernels.cuda.int8_operands import Operands, epilogue_arguments, epilogue_types
+from cuda_kernels.cuda.int8_operands import Operands, contiguous, epilogue_arguments, epilogue_types, of_tensors
 from cuda_kernels.cuda.launch import Kernel, Launch, run
 from cuda_kernels.cuda.ptx import tiles as tile
+from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 THREADS = 256
 TILE_TOKENS, TILE_FEATURES = 32, 128
 BLOCKS = 2
-"""A multiprocessor holds at least so many: bounds the registers."""
+"""The fewest blocks that a multiprocessor must hold, which bounds the registers."""
 
 
 @cuda.jit(device=True, inline="always")
@@ -78,26 +78,15 @@ def launches(
 
 
 def dequantize_epilogue(
-    products: torch.Tensor,
-    x_absmax: torch.Tensor,
-    outlier_x: torch.Tensor,
-    found_columns: torch.Tensor,
-    n_found: torch.Tensor,
-    found_x: torch.Tensor,
-    weight_codes: torch.Tensor,
-    weight_absmax: torch.Tensor,
-    outlier_weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    products: torch.Tensor, x: QuantizedActivations[torch.Tensor], weight: QuantizedWeight[torch.Tensor]
 ) -> torch.Tensor:
-    """Integer products to outputs; `ops` says what the tensors are, and checks them.
+    """Convert integer products to outputs; `ops` describes and checks the tensors.
 
-    Queued on torch's current stream, without waiting for anything.
+    Queued on torch's current stream without waiting.
     """
-    terms = (x_absmax, outlier_x, found_columns, n_found, found_x, weight_codes, weight_absmax, outlier_weight)
-    products, *contiguous = (each.contiguous() for each in (products, *terms))
-    bias = bias if bias is None else bias.contiguous()
-    y = outlier_x.new_empty(products.shape)
+    products = products.contiguous()
+    y = x.outlier_x.new_empty(products.shape)
     if y.numel():
-        operands = int8_operands.of_tensors(None, contiguous, bias, y)
-        run(launches(operands, products.data_ptr()), y.device)
+        x, weight = contiguous(x, weight)
+        run(launches(of_tensors(x, weight, y), products.data_ptr()), y.device)
     return y

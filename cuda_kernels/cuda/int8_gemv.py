@@ -144,8 +144,7 @@ def launches(operands: Operands, cut: Plan | None = None) -> list[Launch]:
     """One launch; any number of tokens, of which it takes `tokens` at a time."""
     o = operands
     cut = cut or plan(o.n_tokens, o.n_features, o.n_columns)
-    is_aligned = (o.codes | o.weight_codes | o.n_columns) % VECTOR == 0
-    if not is_aligned:
+    if not o.is_aligned:
         cut = cut._replace(in_flight=1, blocks=1)
     grid = (-(-o.n_features // (WARPS // cut.split * cut.rows)), -(-o.n_tokens // cut.tokens), 1)
-    return [Launch(_kernel(o.dtype, cut, is_aligned), grid, 0, (o.codes, *epilogue_arguments(o)))]
+    return [Launch(_kernel(o.dtype, cut, o.is_aligned), grid, 0, (o.x.codes, *epilogue_arguments(o)))]

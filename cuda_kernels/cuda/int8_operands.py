@@ -1,10 +1,13 @@
-"""What an int8 product is made of, as the kernels take it: addresses and sizes, and where they come from."""
+"""The operands of an int8 product as the kernels take them: addresses and sizes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numba.cuda import types
+
+from cuda_kernels.cuda.ptx.products import VECTOR
+from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
 
 if TYPE_CHECKING:
     import torch
@@ -14,34 +17,31 @@ POINTER = {
     "BF16": types.CPointer(types.int16),
     "F32": types.CPointer(types.uint32),
 }
-"""How a kernel sees values of each dtype: the integer type of their bits names the format."""
+"""The pointer type of each dtype in a kernel: the integer type of its bits names the format."""
 
 
 class Operands(NamedTuple):
-    """Addresses and sizes; shapes, dtypes and meaning as in `reference.int8_matmul`, every array contiguous.
+    """Addresses and sizes of a product; shapes, dtypes and meaning as in `reference.int8_matmul`, arrays contiguous.
 
     dtype: "F16", "BF16" or "F32", of outlier_x, found_x, outlier_weight, bias and y.
-    codes: 0 where the products are at hand.
-    bias: 0 for none.
+    x: `x.codes` is not read where the products exist already.
+    weight: `weight.bias` is 0 for none.
     """
 
     dtype: str
-    codes: int
-    x_absmax: int
-    outlier_x: int
-    found_columns: int
-    n_found: int
-    found_x: int
-    weight_codes: int
-    weight_absmax: int
-    outlier_weight: int
-    bias: int
+    x: QuantizedActivations[int]
+    weight: QuantizedWeight[int]
     y: int
     n_tokens: int
     n_features: int
     n_columns: int
     n_outliers: int
     capacity: int
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether both matrices of codes can be loaded 16 bytes at a time."""
+        return (self.x.codes | self.weight.codes | self.n_columns) % VECTOR == 0
 
 
 def epilogue_types(dtype: str) -> tuple[Any, ...]:
@@ -51,29 +51,37 @@ def epilogue_types(dtype: str) -> tuple[Any, ...]:
     return (*pointers, types.uint32, *[types.int64] * 5)
 
 
-def epilogue_arguments(operands: Operands) -> tuple[int, ...]:
+def epilogue_arguments(o: Operands) -> tuple[int, ...]:
     """A kernel's last arguments, in the order of `epilogue_types`; before the sizes, whether there is a bias."""
-    pointers, sizes = operands[2:12], operands[12:]
-    return (*pointers, int(operands.bias != 0), *sizes)
+    sizes = (o.n_tokens, o.n_features, o.n_columns, o.n_outliers, o.capacity)
+    bias = o.weight.bias or 0
+    return (*o.x[1:], *o.weight[:3], bias, o.y, int(bias != 0), *sizes)
+
+
+def contiguous(
+    x: QuantizedActivations[torch.Tensor], weight: QuantizedWeight[torch.Tensor]
+) -> tuple[QuantizedActivations[torch.Tensor], QuantizedWeight[torch.Tensor]]:
+    """Both with every tensor contiguous, copied where it was not."""
+    codes, absmax, outlier_weight = (tensor.contiguous() for tensor in weight[:3])
+    bias = weight.bias if weight.bias is None else weight.bias.contiguous()
+    return (
+        QuantizedActivations(*(tensor.contiguous() for tensor in x)),
+        QuantizedWeight(codes, absmax, outlier_weight, bias),
+    )
 
 
 def of_tensors(
-    codes: torch.Tensor | None, terms: list[torch.Tensor], bias: torch.Tensor | None, y: torch.Tensor
+    x: QuantizedActivations[torch.Tensor], weight: QuantizedWeight[torch.Tensor], y: torch.Tensor
 ) -> Operands:
-    """The operands that these tensors are: contiguous, on one device, and fitting together.
-
-    Args:
-        terms: from x_absmax to outlier_weight.
-    """
-    codes_at, bias_at = (0 if tensor is None else tensor.data_ptr() for tensor in (codes, bias))
-    _, _, found_columns, _, _, weight_codes, _, outlier_weight = terms
-    sizes = (*y.shape, weight_codes.shape[1], outlier_weight.shape[1], found_columns.shape[0])
-    addresses = [tensor.data_ptr() for tensor in terms]
-    return Operands._make((format_of(y), codes_at, *addresses, bias_at, y.data_ptr(), *sizes))
+    """The operands of these tensors, which are contiguous, on one device, and of fitting shapes."""
+    sizes = (*y.shape, weight.codes.shape[1], weight.outlier_weight.shape[1], x.found_columns.shape[0])
+    placed_x = QuantizedActivations(*(tensor.data_ptr() for tensor in x))
+    placed_weight = QuantizedWeight(*(0 if tensor is None else tensor.data_ptr() for tensor in weight))
+    return Operands(format_of(y), placed_x, placed_weight, y.data_ptr(), *sizes)
 
 
 def format_of(values: torch.Tensor) -> str:
-    """ "F16", "BF16" or "F32"."""
+    """The name of a tensor's dtype in safetensors: "F16", "BF16" or "F32"."""
     import torch
 
     return {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}[values.dtype]

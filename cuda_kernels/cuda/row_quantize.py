@@ -17,10 +17,11 @@ measured on a GPU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from cuda_kernels.cuda.launch import Launch, most_shared_bytes, run
 from cuda_kernels.cuda.row_kernels import BY_VALUES, OF_A_BLOCK, OF_A_WARP, VECTOR_BYTES, WARP_ROW_BYTES, WARPS
+from cuda_kernels.reference import QuantizedRows
 
 if TYPE_CHECKING:
     import torch
@@ -74,23 +75,16 @@ def kept_bytes_of(device: torch.device) -> int:
     return min(most_shared_bytes(device) - STATIC_SHARED_BYTES, MOST_KEPT_BYTES)
 
 
-class QuantizedRows(NamedTuple):
-    """As `reference.QuantizedRows`, as tensors; signal and noise are float32 sums, always in the same order."""
+def row_quantize(weight: torch.Tensor) -> QuantizedRows[torch.Tensor]:
+    """Quantize each row; bit-equal to `reference.row_quantize` in codes and absmax. Queued without waiting.
 
-    codes: torch.Tensor
-    absmax: torch.Tensor
-    signal: torch.Tensor
-    noise: torch.Tensor
-
-
-def row_quantize(weight: torch.Tensor) -> QuantizedRows:
-    """Quantize each row; see `reference.row_quantize`. Bit-equal to it in codes and absmax. Waits for nothing.
+    signal and noise are float32 sums, always added in the same order.
 
     Args:
-        weight: float16, bfloat16 or float32 [rows, columns] on a CUDA device, values of a row side by side.
+        weight: float16, bfloat16 or float32 [rows, columns] on a CUDA device; its last stride is 1.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: the weight is another tensor.
     """
     import torch
 

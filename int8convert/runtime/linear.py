@@ -23,7 +23,7 @@ from enum import StrEnum
 import torch
 from torch import nn
 
-from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD
+from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD, QuantizedWeight
 from int8convert.errors import FormatError
 from int8convert.formats.output_format import OutputFormat
 from int8convert.runtime.peft_guard import guard_adapters
@@ -114,12 +114,12 @@ class Int8Linear(nn.Linear):
         """Quantize a weight [out_features, in_features], in float16, bfloat16 or float32."""
         from cuda_kernels import ops
 
-        codes, absmax, _, _ = ops.row_quantize(weight.detach())
+        rows = ops.row_quantize(weight.detach())
         out_features, in_features = weight.shape
         layer = cls(
             in_features, out_features, bias is not None, "meta", weight.dtype, mode=mode, threshold=threshold
         ).to_empty(device=weight.device)
-        layer.weight.data, layer.SCB.data = codes, absmax
+        layer.weight.data, layer.SCB.data = rows.codes, rows.absmax
         layer.weight_format.zero_()
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -177,9 +177,8 @@ class Int8Linear(nn.Linear):
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
         if stored_weight.dtype != x.dtype:
             stored_weight = stored_weight.to(x.dtype)
-        return ops.int8_linear(
-            x, self.weight, self.weight_absmax, stored, stored_weight, bias, self.threshold, capacity
-        )
+        weight = QuantizedWeight(self.weight, self.weight_absmax, stored_weight, bias)
+        return ops.int8_linear(x, weight, stored, self.threshold, capacity)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight the codes stand for, [out_features, in_features], stored outlier columns as they are."""

@@ -228,9 +228,9 @@ class _QuantizeWeight(ConversionOps):  # type: ignore[misc]
             path = name.removesuffix(".weight")
             if path in self._conv1d:
                 weight = weight.t().contiguous()
-            codes, absmax, _signal, _noise = ops.row_quantize(weight)
+            rows = ops.row_quantize(weight)
             order = torch.zeros((), dtype=torch.uint8, device=weight.device)
-            converted |= {name: codes, f"{path}.SCB": absmax, f"{path}.weight_format": order}
+            converted |= {name: rows.codes, f"{path}.SCB": rows.absmax, f"{path}.weight_format": order}
         return converted
 
 

@@ -20,7 +20,7 @@ import pytest
 from cuda_kernels import cpu, reference
 from cuda_kernels.reference import QuantizedActivations, QuantizedRows
 from tests.kernels.cuda_backends import Gpu, Interpreted
-from tests.kernels.outputs import Bits, Outputs
+from tests.kernels.outputs import Activations, Bits, Outputs, Rows, Weight
 
 DTYPES = ["F16", "BF16", "F32"]
 
@@ -51,35 +51,20 @@ def widen(bits: Bits, dtype: str) -> npt.NDArray[np.float32]:
 class Backend(Protocol):
     """What the tests ask of a backend; `reference` says what each operation means."""
 
-    def row_quantize(self, weight: Bits, dtype: str) -> QuantizedRows: ...
+    def row_quantize(self, weight: Bits, dtype: str) -> Rows: ...
 
     def activation_quantize(
         self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
-    ) -> QuantizedActivations:
+    ) -> Activations:
         """`outlier_x` and `found_x` as bits."""
         ...
 
-    def int8_matmul(
-        self,
-        x: QuantizedActivations,
-        dtype: str,
-        weight_codes: npt.NDArray[np.int8],
-        weight_absmax: npt.NDArray[np.float32],
-        outlier_weight: Bits,
-        bias: Bits | None,
-    ) -> Bits:
-        """`x.outlier_x`, `x.found_x`, `outlier_weight`, `bias` and the result as bits of `dtype`."""
+    def int8_matmul(self, x: Activations, weight: Weight, dtype: str) -> Bits:
+        """The floats of x and of the weight, and the result, as bits of `dtype`."""
         ...
 
     def dequantize_epilogue(
-        self,
-        products: npt.NDArray[np.int32],
-        x: QuantizedActivations,
-        dtype: str,
-        weight_codes: npt.NDArray[np.int8],
-        weight_absmax: npt.NDArray[np.float32],
-        outlier_weight: Bits,
-        bias: Bits | None,
+        self, products: npt.NDArray[np.int32], x: Activations, weight: Weight, dtype: str
     ) -> Bits: ...
 
 
@@ -88,7 +73,7 @@ class Reference:
 
     def activation_quantize(
         self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
-    ) -> QuantizedActivations:
+    ) -> Activations:
         found = reference.activation_quantize(widen(x, dtype), outlier_columns, threshold, capacity)
         found_x = np.zeros(found.found_x.shape, x.dtype)
         taken = found.found_columns[: int(found.n_found[0])]
@@ -102,7 +87,7 @@ class Cpu:
     def __init__(self, n_threads: int) -> None:
         self._n_threads = n_threads
 
-    def row_quantize(self, weight: Bits, dtype: str) -> QuantizedRows:
+    def row_quantize(self, weight: Bits, dtype: str) -> Rows:
         outputs, rows = Outputs(), weight.shape[0]
         result = QuantizedRows(
             outputs.empty(weight.shape, np.int8),
@@ -116,7 +101,7 @@ class Cpu:
 
     def activation_quantize(
         self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
-    ) -> QuantizedActivations:
+    ) -> Activations:
         outputs, n_tokens = Outputs(), x.shape[0]
         bits = cpu.BITS_DTYPE[dtype]
         result = QuantizedActivations(
@@ -127,44 +112,34 @@ class Cpu:
             outputs.empty((1,), np.int32),
             outputs.empty((n_tokens, capacity), bits),
         )
-        cpu.activation_quantize(x.view(bits), outlier_columns, threshold, *result, n_threads=self._n_threads)
+        cpu.activation_quantize(x.view(bits), outlier_columns, threshold, result, n_threads=self._n_threads)
         outputs.check()
         return result._replace(outlier_x=result.outlier_x.view(x.dtype), found_x=result.found_x.view(x.dtype))
 
-    def int8_matmul(
-        self,
-        x: QuantizedActivations,
-        dtype: str,
-        weight_codes: npt.NDArray[np.int8],
-        weight_absmax: npt.NDArray[np.float32],
-        outlier_weight: Bits,
-        bias: Bits | None,
-    ) -> Bits:
+    def int8_matmul(self, x: Activations, weight: Weight, dtype: str) -> Bits:
         outputs, bits = Outputs(), cpu.BITS_DTYPE[dtype]
-        y = outputs.empty((x.codes.shape[0], weight_absmax.size), outlier_weight.dtype)
-        x = x._replace(outlier_x=x.outlier_x.view(bits), found_x=x.found_x.view(bits))
-        weight = (weight_codes, weight_absmax, outlier_weight.view(bits), bias if bias is None else bias.view(bits))
-        cpu.int8_matmul(*x, *weight, y.view(bits), n_threads=self._n_threads)
+        y = outputs.empty((x.codes.shape[0], weight.absmax.size), weight.outlier_weight.dtype)
+        cpu.int8_matmul(*_as_bits(x, weight, dtype), y.view(bits), n_threads=self._n_threads)
         outputs.check()
         return y
 
-    def dequantize_epilogue(
-        self,
-        products: npt.NDArray[np.int32],
-        x: QuantizedActivations,
-        dtype: str,
-        weight_codes: npt.NDArray[np.int8],
-        weight_absmax: npt.NDArray[np.float32],
-        outlier_weight: Bits,
-        bias: Bits | None,
-    ) -> Bits:
+    def dequantize_epilogue(self, products: npt.NDArray[np.int32], x: Activations, weight: Weight, dtype: str) -> Bits:
         outputs, bits = Outputs(), cpu.BITS_DTYPE[dtype]
-        y = outputs.empty(products.shape, outlier_weight.dtype)
-        x = x._replace(outlier_x=x.outlier_x.view(bits), found_x=x.found_x.view(bits))
-        weight = (weight_codes, weight_absmax, outlier_weight.view(bits), bias if bias is None else bias.view(bits))
-        cpu.dequantize_epilogue(products, *x[1:], *weight, y.view(bits), n_threads=self._n_threads)
+        y = outputs.empty(products.shape, weight.outlier_weight.dtype)
+        cpu.dequantize_epilogue(products, *_as_bits(x, weight, dtype), y.view(bits), n_threads=self._n_threads)
         outputs.check()
         return y
+
+
+def _as_bits(x: Activations, weight: Weight, dtype: str) -> tuple[Activations, Weight]:
+    """Their floats in the dtype by which the CPU kernels know the format."""
+    bits, bias = cpu.BITS_DTYPE[dtype], weight.bias
+    return (
+        x._replace(outlier_x=x.outlier_x.view(bits), found_x=x.found_x.view(bits)),
+        weight._replace(
+            outlier_weight=weight.outlier_weight.view(bits), bias=bias if bias is None else bias.view(bits)
+        ),
+    )
 
 
 BACKENDS: dict[str, tuple[object, list[pytest.MarkDecorator]]] = {

@@ -21,8 +21,8 @@ from cuda_kernels.cuda import (
 from cuda_kernels.cuda.int8_matmul import Engine
 from cuda_kernels.cuda.int8_operands import Operands
 from cuda_kernels.cuda.launch import Launch
-from cuda_kernels.reference import QuantizedActivations, QuantizedRows
-from tests.kernels.outputs import Bits, Outputs
+from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight
+from tests.kernels.outputs import Activations, Bits, Outputs, Rows, Weight
 from tests.tools.ptx import Memory, execute
 
 # Few plans on many shapes, for every plan is compiled: a second or two each.
@@ -57,23 +57,19 @@ def place(memory: Memory, array: npt.NDArray[Any], shift: int = 0) -> int:
 
 def place_product(
     memory: Memory,
-    codes: npt.NDArray[np.int8],
-    x: QuantizedActivations,
+    x: Activations,
+    weight: Weight,
     dtype: str,
-    weight_codes: npt.NDArray[np.int8],
-    weight_absmax: npt.NDArray[np.float32],
-    outlier_weight: Bits,
-    bias: Bits | None,
     y: Bits,
     shift: int = 0,
 ) -> Operands:
     """A product's operands, the two of codes `shift` bytes after an aligned address."""
-    addresses = [place(memory, codes, shift)]
-    addresses += [place(memory, each) for each in (x.absmax, x.outlier_x, x.found_columns, x.n_found, x.found_x)]
-    addresses += [place(memory, weight_codes, shift), place(memory, weight_absmax), place(memory, outlier_weight)]
-    addresses += [0 if bias is None else place(memory, bias), memory.place(y)]
-    sizes = (*y.shape, weight_codes.shape[1], outlier_weight.shape[1], x.found_columns.size)
-    return Operands._make((dtype, *addresses, *sizes))
+    placed_x = QuantizedActivations(place(memory, x.codes, shift), *(place(memory, each) for each in x[1:]))
+    floats = [place(memory, each) for each in (weight.absmax, weight.outlier_weight)]
+    bias = 0 if weight.bias is None else place(memory, weight.bias)
+    placed_weight = QuantizedWeight(place(memory, weight.codes, shift), *floats, bias)
+    sizes = (*y.shape, weight.codes.shape[1], weight.outlier_weight.shape[1], x.found_columns.size)
+    return Operands(dtype, placed_x, placed_weight, memory.place(y), *sizes)
 
 
 class Interpreted:
@@ -87,7 +83,7 @@ class Interpreted:
         """
         self._cc, self._kept_bytes, self._shift = cc, kept_bytes, shift
 
-    def row_quantize(self, weight: Bits, dtype: str) -> QuantizedRows:
+    def row_quantize(self, weight: Bits, dtype: str) -> Rows:
         outputs, memory, n_rows = Outputs(), Memory(), weight.shape[0]
         codes = outputs.empty(weight.shape, np.int8)
         sums = [outputs.empty((n_rows,), np.float32) for _ in range(3)]
@@ -113,7 +109,7 @@ class Interpreted:
         threshold: float,
         capacity: int,
         cut: activation_quantize.Plan = QUANTIZE,
-    ) -> QuantizedActivations:
+    ) -> Activations:
         (n_tokens, n_columns), n, memory, outputs = x.shape, outlier_columns.size, Memory(), Outputs()
         result = QuantizedActivations(
             outputs.empty(x.shape, np.int8),
@@ -130,30 +126,28 @@ class Interpreted:
             apart[self._shift + t * row_stride :][:n_columns] = x[t]
         inputs = (place(memory, apart) + self._shift * x.itemsize, place(memory, outlier_columns), memory.place(marks))
         sizes = (threshold, n_tokens, n_columns, row_stride, n, capacity)
-        placed = (dtype, *inputs, *(memory.place(each) for each in result), *sizes)
-        interpret(activation_quantize.launches(activation_quantize.Operands._make(placed), cut), memory, self._cc)
+        written = QuantizedActivations(*(memory.place(each) for each in result))
+        operands = activation_quantize.Operands(dtype, *inputs, written, *sizes)
+        interpret(activation_quantize.launches(operands, cut), memory, self._cc)
         outputs.check()
         return result
 
     def int8_matmul(
         self,
-        x: QuantizedActivations,
+        x: Activations,
+        weight: Weight,
         dtype: str,
-        weight_codes: npt.NDArray[np.int8],
-        weight_absmax: npt.NDArray[np.float32],
-        outlier_weight: Bits,
-        bias: Bits | None,
         engine: Engine | None = None,
         cut: Any = None,
     ) -> Bits:
         """By the engine that a GPU would choose, unless one is named; the library's products are NumPy's."""
-        memory, outputs, weight = Memory(), Outputs(), (weight_codes, weight_absmax, outlier_weight, bias)
-        y = outputs.empty((len(x.codes), len(weight_codes)), outlier_weight.dtype)
-        placed = place_product(memory, x.codes, x, dtype, *weight, y, self._shift)
+        memory, outputs = Memory(), Outputs()
+        y = outputs.empty((len(x.codes), len(weight.codes)), weight.outlier_weight.dtype)
+        placed = place_product(memory, x, weight, dtype, y, self._shift)
         engine = engine or int8_matmul.choose(placed, self._cc)
         if engine is Engine.LIBRARY:
-            products = x.codes.astype(np.float64) @ weight_codes.T.astype(np.float64)
-            return self.dequantize_epilogue(products.astype(np.int32), x, dtype, *weight)
+            products = x.codes.astype(np.float64) @ weight.codes.T.astype(np.float64)
+            return self.dequantize_epilogue(products.astype(np.int32), x, weight, dtype)
         if y.size and engine is Engine.GEMV:
             interpret(int8_gemv.launches(placed, cut or GEMV), memory, self._cc)
         elif y.size:
@@ -161,19 +155,10 @@ class Interpreted:
         outputs.check()
         return y
 
-    def dequantize_epilogue(
-        self,
-        products: npt.NDArray[np.int32],
-        x: QuantizedActivations,
-        dtype: str,
-        weight_codes: npt.NDArray[np.int8],
-        weight_absmax: npt.NDArray[np.float32],
-        outlier_weight: Bits,
-        bias: Bits | None,
-    ) -> Bits:
-        memory, outputs, weight = Memory(), Outputs(), (weight_codes, weight_absmax, outlier_weight, bias)
-        y = outputs.empty(products.shape, outlier_weight.dtype)
-        placed = place_product(memory, np.empty(0, np.int8), x, dtype, *weight, y)
+    def dequantize_epilogue(self, products: npt.NDArray[np.int32], x: Activations, weight: Weight, dtype: str) -> Bits:
+        memory, outputs = Memory(), Outputs()
+        y = outputs.empty(products.shape, weight.outlier_weight.dtype)
+        placed = place_product(memory, x._replace(codes=np.empty(0, np.int8)), weight, dtype, y)
         if y.size:
             interpret(dequantize_epilogue.launches(placed, place(memory, products)), memory, self._cc)
         outputs.check()
@@ -183,7 +168,7 @@ class Interpreted:
 class Gpu:
     """The kernels on torch's current CUDA device."""
 
-    def row_quantize(self, weight: Bits, dtype: str) -> QuantizedRows:
+    def row_quantize(self, weight: Bits, dtype: str) -> Rows:
         bits = torch.from_numpy(weight.view(np.int16 if weight.itemsize == 2 else np.int32))
         strided = torch.empty_strided(bits.shape, bits.stride(), dtype=bits.dtype, device="cuda").copy_(bits)
         found = row_quantize.row_quantize(strided.view(TORCH_DTYPE[dtype]))
@@ -192,40 +177,20 @@ class Gpu:
 
     def activation_quantize(
         self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
-    ) -> QuantizedActivations:
+    ) -> Activations:
         bits = torch.from_numpy(x.view(np.int16 if x.itemsize == 2 else np.int32))
         strided = torch.empty_strided(bits.shape, bits.stride(), dtype=bits.dtype, device="cuda").copy_(bits)
         columns = torch.from_numpy(outlier_columns).cuda()
         found = activation_quantize.activation_quantize(strided.view(TORCH_DTYPE[dtype]), columns, threshold, capacity)
-        codes, absmax, outlier_x, found_columns, n_found, found_x = found
-        plain = [each.cpu().numpy() for each in (codes, absmax, found_columns, n_found)]
-        outlier_bits, found_bits = from_device(outlier_x), from_device(found_x)
-        return QuantizedActivations(plain[0], plain[1], outlier_bits, plain[2], plain[3], found_bits)
+        floats = {"outlier_x": from_device(found.outlier_x), "found_x": from_device(found.found_x)}
+        return QuantizedActivations(**{n: each.cpu().numpy() for n, each in found._asdict().items()} | floats)
 
-    def int8_matmul(
-        self,
-        x: QuantizedActivations,
-        dtype: str,
-        weight_codes: npt.NDArray[np.int8],
-        weight_absmax: npt.NDArray[np.float32],
-        outlier_weight: Bits,
-        bias: Bits | None,
-    ) -> Bits:
-        weight = (weight_codes, weight_absmax, outlier_weight, bias)
-        return from_device(int8_matmul.int8_matmul(*product_on_device(x.codes, x, dtype, *weight)))
+    def int8_matmul(self, x: Activations, weight: Weight, dtype: str) -> Bits:
+        return from_device(int8_matmul.int8_matmul(*product_on_device(x, weight, dtype)))
 
-    def dequantize_epilogue(
-        self,
-        products: npt.NDArray[np.int32],
-        x: QuantizedActivations,
-        dtype: str,
-        weight_codes: npt.NDArray[np.int8],
-        weight_absmax: npt.NDArray[np.float32],
-        outlier_weight: Bits,
-        bias: Bits | None,
-    ) -> Bits:
-        weight = (weight_codes, weight_absmax, outlier_weight, bias)
-        return from_device(dequantize_epilogue.dequantize_epilogue(*product_on_device(products, x, dtype, *weight)))
+    def dequantize_epilogue(self, products: npt.NDArray[np.int32], x: Activations, weight: Weight, dtype: str) -> Bits:
+        operands = product_on_device(x, weight, dtype)
+        return from_device(dequantize_epilogue.dequantize_epilogue(torch.from_numpy(products).cuda(), *operands))
 
 
 def on_device(bits: Bits, dtype: str) -> torch.Tensor:
@@ -241,17 +206,23 @@ def from_device(values: torch.Tensor) -> Bits:
 
 
 def product_on_device(
-    matrix: npt.NDArray[Any],
-    x: QuantizedActivations,
-    dtype: str,
-    weight_codes: npt.NDArray[np.int8],
-    weight_absmax: npt.NDArray[np.float32],
-    outlier_weight: Bits,
-    bias: Bits | None,
-) -> tuple[Any, ...]:
-    """The arguments of `int8_matmul`, or of `dequantize_epilogue`, on torch's current CUDA device."""
-    plain = (matrix, x.absmax, x.found_columns, x.n_found, weight_codes, weight_absmax)
-    codes, absmax, columns, n_found, weight, scales = (torch.from_numpy(np.array(each)).cuda() for each in plain)
-    outlier_x, found_x = on_device(x.outlier_x, dtype), on_device(x.found_x, dtype)
-    side = (on_device(outlier_weight, dtype), None if bias is None else on_device(bias, dtype))
-    return codes, absmax, outlier_x, columns, n_found, found_x, weight, scales, *side
+    x: Activations, weight: Weight, dtype: str
+) -> tuple[QuantizedActivations[torch.Tensor], QuantizedWeight[torch.Tensor]]:
+    """The arguments of `int8_matmul` on torch's current CUDA device."""
+
+    def plain(array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.array(array)).cuda()
+
+    bias = None if weight.bias is None else on_device(weight.bias, dtype)
+    side_weight = on_device(weight.outlier_weight, dtype)
+    return (
+        QuantizedActivations(
+            plain(x.codes),
+            plain(x.absmax),
+            on_device(x.outlier_x, dtype),
+            plain(x.found_columns),
+            plain(x.n_found),
+            on_device(x.found_x, dtype),
+        ),
+        QuantizedWeight(plain(weight.codes), plain(weight.absmax), side_weight, bias),
+    )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cuda_kernels import reference
-from cuda_kernels.reference import QuantizedActivations
-from tests.kernels.backends import Backend, Bits, Reference, narrow, widen
+from cuda_kernels.reference import QuantizedWeight
+from tests.kernels.backends import Backend, Reference, narrow, widen
+from tests.kernels.outputs import Activations, Bits, Weight
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,22 +33,19 @@ class Product:
     """The operands of one decomposed product, floats as bits of `dtype`."""
 
     dtype: str
-    x: QuantizedActivations
-    weight_codes: npt.NDArray[np.int8]
-    weight_absmax: npt.NDArray[np.float32]
-    outlier_weight: Bits
-    bias: Bits | None
+    x: Activations
+    weight: Weight
 
     @cached_property
     def products(self) -> npt.NDArray[np.int64]:
         """By way of float64, which is exact below 2^53 and quick."""
-        return (self.x.codes.astype(np.float64) @ self.weight_codes.T.astype(np.float64)).astype(np.int64)
+        return (self.x.codes.astype(np.float64) @ self.weight.codes.T.astype(np.float64)).astype(np.int64)
 
-    def widened(self) -> tuple[Any, ...]:
+    def widened(self) -> tuple[Activations, Weight]:
         """As the reference takes them: floats as float32."""
         x = self.x._replace(outlier_x=widen(self.x.outlier_x, self.dtype), found_x=widen(self.x.found_x, self.dtype))
-        bias = None if self.bias is None else widen(self.bias, self.dtype)
-        return x, self.weight_codes, self.weight_absmax, widen(self.outlier_weight, self.dtype), bias
+        bias = None if self.weight.bias is None else widen(self.weight.bias, self.dtype)
+        return x, self.weight._replace(outlier_weight=widen(self.weight.outlier_weight, self.dtype), bias=bias)
 
     def exact(self) -> Floats:
         return reference.dequantize_epilogue(self.products, *self.widened())
@@ -61,22 +58,19 @@ class Product:
         sum that is at most the sum of all magnitudes, and two units more cover the products of these errors. Results
         below the normal range may be taken for zero.
         """
-        x, codes, absmax, outlier_weight, bias = self.widened()
+        x, weight = self.widened()
         positive = x._replace(outlier_x=np.abs(x.outlier_x), found_x=np.abs(x.found_x))
-        magnitudes = reference.dequantize_epilogue(
-            np.abs(self.products), positive, np.abs(codes), absmax, np.abs(outlier_weight), bias
-        )
-        magnitudes += 0 if bias is None else 2 * np.abs(bias.astype(np.float64))
+        positive_weight = weight._replace(codes=np.abs(weight.codes), outlier_weight=np.abs(weight.outlier_weight))
+        magnitudes = reference.dequantize_epilogue(np.abs(self.products), positive, positive_weight)
+        magnitudes += 0 if weight.bias is None else 2 * np.abs(weight.bias.astype(np.float64))
         n_terms = 2 + x.outlier_x.shape[1] + x.found_x.shape[1]
         return (5 + n_terms - 1 + 2) * UNIT * magnitudes + (n_terms + 3) * 2.0**-126
 
     def multiply(self, backend: Backend) -> Bits:
-        weight = (self.weight_codes, self.weight_absmax, self.outlier_weight, self.bias)
-        return backend.int8_matmul(self.x, self.dtype, *weight)
+        return backend.int8_matmul(self.x, self.weight, self.dtype)
 
     def finish(self, backend: Backend) -> Bits:
-        weight = (self.weight_codes, self.weight_absmax, self.outlier_weight, self.bias)
-        return backend.dequantize_epilogue(self.products.astype(np.int32), self.x, self.dtype, *weight)
+        return backend.dequantize_epilogue(self.products.astype(np.int32), self.x, self.weight, self.dtype)
 
 
 def make_product(
@@ -91,14 +85,17 @@ def make_product(
     stored = np.sort(rng.permutation(columns)[:n_outliers])
     x = make_tokens(n_tokens, n_columns, dtype, list(columns), seed=n_columns)
     quantized = Reference().activation_quantize(x, dtype, stored, reference.OUTLIER_THRESHOLD, capacity)
-    return Product(
-        dtype,
-        quantized,
+    weight = QuantizedWeight(
         rng.integers(-127, 128, (n_rows, n_columns), dtype=np.int8),
         rng.uniform(0.01, 0.5, n_rows).astype(np.float32),
         narrow(rng.standard_normal((n_rows, n_outliers)) * 0.1, dtype),
         narrow(rng.standard_normal(n_rows), dtype),
     )
+    return Product(dtype, quantized, weight)
+
+
+def without_bias(product: Product) -> Product:
+    return replace(product, weight=product.weight._replace(bias=None))
 
 
 def assert_close(found: Bits, product: Product) -> None:

@@ -1,4 +1,4 @@
-"""Where the tests' backends write."""
+"""The types that the tests' backends take and return, and the memory they write."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight
+
 Bits = npt.NDArray[Any]
 """uint16 for F16 and BF16, uint32 for F32."""
+
+
+Rows = QuantizedRows[npt.NDArray[Any]]
+Activations = QuantizedActivations[npt.NDArray[Any]]
+Weight = QuantizedWeight[npt.NDArray[Any]]
 
 
 class Outputs:

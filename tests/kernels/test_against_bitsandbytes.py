@@ -39,15 +39,15 @@ def test_codes_absmax_and_columns_are_theirs(backend: Backend, dtype: str) -> No
 def test_dynamic_product_is_theirs_but_for_their_constant(backend: Backend) -> None:
     """In float32, so that nothing hides behind the rounding of fp16. They, too, dequantize the outlier columns."""
     made = make_product(33, 37, 130, "F32", n_found=4, capacity=8)
-    product = Product("F32", made.x, made.weight_codes, made.weight_absmax, made.outlier_weight, made.bias)
+    product = Product("F32", made.x, made.weight)
     x = widen(make_tokens(33, 130, "F32", list(made.x.found_columns[:4]), seed=130), "F32")
     ours = widen(product.multiply(backend), "F32")
     theirs, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-        *map(torch.from_numpy, (x, made.x.codes, made.weight_codes, made.x.absmax, made.weight_absmax)),
+        *map(torch.from_numpy, (x, made.x.codes, made.weight.codes, made.x.absmax, made.weight.absmax)),
         torch.from_numpy(made.x.found_columns[:4]).long(),
-        torch.from_numpy(widen(made.bias, "F32")),
+        torch.from_numpy(widen(made.weight.bias, "F32")),
     )
     np.testing.assert_array_equal(x[:, made.x.found_columns[:4]], widen(made.x.found_x[:, :4], "F32"))
-    scaled = made.products * made.x.absmax[:, None].astype(np.float64) * made.weight_absmax
+    scaled = made.products * made.x.absmax[:, None].astype(np.float64) * made.weight.absmax
     constant_error = np.abs(scaled) * abs(THEIR_CONSTANT - 1 / N_STEPS**2)
     assert (np.abs(ours - theirs.numpy()) <= constant_error + 3 * product.error()).all()

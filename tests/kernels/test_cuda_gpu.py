@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
+from cuda_kernels.reference import QuantizedWeight
 from tests.kernels.cuda_backends import Gpu, product_on_device
 from tests.kernels.layers import assert_close, make_product
 
@@ -24,14 +23,13 @@ def test_a_token_s_output_does_not_depend_on_the_batch() -> None:
     from cuda_kernels.cuda.int8_matmul import int8_matmul
 
     product = make_product(512, 2048, 2048, "F16", n_outliers=6, n_found=3, capacity=4)
-    weight = (product.weight_codes, product.weight_absmax, product.outlier_weight, product.bias)
-    codes, absmax, outlier_x, found_columns, n_found, found_x, *rest = product_on_device(
-        product.x.codes, product.x, "F16", *weight
-    )
-    whole = int8_matmul(codes, absmax, outlier_x, found_columns, n_found, found_x, *rest)
+    x, weight = product_on_device(product.x, product.weight, "F16")
+    whole = int8_matmul(x, weight)
     for size in (1, 2, 4, 8, 16, 64):
-        part = int8_matmul(codes[:size], absmax[:size], outlier_x[:size], found_columns, n_found, found_x[:size], *rest)
-        assert torch.equal(part, whole[:size])
+        part = x._replace(
+            codes=x.codes[:size], absmax=x.absmax[:size], outlier_x=x.outlier_x[:size], found_x=x.found_x[:size]
+        )
+        assert torch.equal(int8_matmul(part, weight), whole[:size])
 
 
 @pytest.mark.parametrize("capacity", [0, 16])
@@ -45,11 +43,10 @@ def test_a_captured_layer_gives_the_same_bits_when_replayed(n_tokens: int, capac
     columns = torch.tensor([3, 77, 1000], dtype=torch.int32, device="cuda")
     weight_codes = torch.randint(-127, 128, (2048, 1024), dtype=torch.int8, device="cuda")
     absmax, outliers = torch.rand(2048, device="cuda"), torch.randn(2048, 3, device="cuda").half()
-    bias = torch.randn(2048, device="cuda").half()
+    weight = QuantizedWeight(weight_codes, absmax, outliers, torch.randn(2048, device="cuda").half())
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        quantized: Any = activation_quantize(x, columns, 6.0, capacity)
-        return int8_matmul(*quantized, weight_codes, absmax, outliers, bias)
+        return int8_matmul(activation_quantize(x, columns, 6.0, capacity), weight)
 
     batches = [torch.randn(n_tokens, 1024, device="cuda").half() * 2 for _ in range(3)]
     expected = [layer(x) for x in batches]
@@ -70,12 +67,12 @@ def test_nothing_waits_for_the_device() -> None:
 
     x = torch.randn(16, 512, device="cuda").half()
     columns = torch.tensor([1, 2], dtype=torch.int32, device="cuda")
-    weight = torch.randint(-127, 128, (512, 512), dtype=torch.int8, device="cuda")
-    rest = (torch.rand(512, device="cuda"), torch.randn(512, 2, device="cuda").half(), None)
+    codes = torch.randint(-127, 128, (512, 512), dtype=torch.int8, device="cuda")
+    outliers = torch.randn(512, 2, device="cuda").half()
+    weight = QuantizedWeight(codes, torch.rand(512, device="cuda"), outliers, None)
 
     def layer() -> torch.Tensor:
-        quantized: Any = activation_quantize(x, columns, 6.0, 16)
-        return int8_matmul(*quantized, weight, *rest)
+        return int8_matmul(activation_quantize(x, columns, 6.0, 16), weight)
 
     layer()  # loads the kernels
     torch.cuda.set_sync_debug_mode("error")

@@ -7,6 +7,7 @@ import pytest
 from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
 from cuda_kernels.cuda.int8_operands import Operands
 from cuda_kernels.cuda.launch import Kernel
+from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
 from tests.tools.ptx.contraction import contractions
 from tests.tools.ptx.toolchain import Cubin, assemble
 
@@ -15,15 +16,16 @@ CAPABILITIES = [(7, 5), (8, 0), (9, 0), (10, 0)]
 
 
 def product(engine: str, n_tokens: int, dtype: str = "F16", n_features: int = 9216, n_columns: int = 9216) -> Kernel:
-    placed = Operands._make((dtype, *[ADDRESS] * 11, n_tokens, n_features, n_columns, 6, 0))
+    x, weight = QuantizedActivations(*[ADDRESS] * 6), QuantizedWeight(*[ADDRESS] * 4)
+    placed = Operands(dtype, x, weight, ADDRESS, n_tokens, n_features, n_columns, 6, 0)
     if engine == "epilogue":
         return dequantize_epilogue.launches(placed, ADDRESS)[0].kernel
     return (int8_gemv if engine == "gemv" else int8_skinny).launches(placed)[0].kernel
 
 
 def quantizer(n_tokens: int, capacity: int, dtype: str = "F16", n_columns: int = 9216) -> Kernel:
-    sizes = (n_tokens, n_columns, n_columns, 6, capacity)
-    placed = activation_quantize.Operands._make((dtype, *[ADDRESS] * 9, 6.0, *sizes))
+    written, sizes = QuantizedActivations(*[ADDRESS] * 6), (n_tokens, n_columns, n_columns, 6, capacity)
+    placed = activation_quantize.Operands(dtype, *[ADDRESS] * 3, written, 6.0, *sizes)
     return activation_quantize.launches(placed, activation_quantize.plan(n_tokens, n_columns))[-1].kernel
 
 

@@ -10,6 +10,7 @@ import pytest
 from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
 from cuda_kernels.cuda.int8_matmul import Engine, choose
 from cuda_kernels.cuda.int8_operands import Operands
+from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
 
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 512, 8192]
 WIDTHS = [1, 33, 768, 1024, 2048, 5120, 9216, 12288, 36864]
@@ -17,7 +18,8 @@ ADDRESS = 1 << 20
 
 
 def operands(n_tokens: int, n_features: int, n_columns: int, codes: int = ADDRESS) -> Operands:
-    return Operands._make(("F16", codes, *[ADDRESS] * 10, n_tokens, n_features, n_columns, 6, 0))
+    x, weight = QuantizedActivations(codes, *[ADDRESS] * 5), QuantizedWeight(*[ADDRESS] * 4)
+    return Operands("F16", x, weight, ADDRESS, n_tokens, n_features, n_columns, 6, 0)
 
 
 @pytest.mark.parametrize("n_tokens", TOKENS)
@@ -90,9 +92,11 @@ def test_epilogue_grid_covers_each_output_once() -> None:
 
 
 def quantize_launches(n_tokens: int, n_columns: int, capacity: int) -> list[activation_quantize.Launch]:
-    placed = (*[ADDRESS] * 9, 6.0, n_tokens, n_columns, n_columns, 6, capacity)
-    cut = activation_quantize.plan(n_tokens, n_columns)
-    return activation_quantize.launches(activation_quantize.Operands._make(("F16", *placed)), cut)
+    written = QuantizedActivations(*[ADDRESS] * 6)
+    operands = activation_quantize.Operands(
+        "F16", *[ADDRESS] * 3, written, 6.0, n_tokens, n_columns, n_columns, 6, capacity
+    )
+    return activation_quantize.launches(operands, activation_quantize.plan(n_tokens, n_columns))
 
 
 @pytest.mark.parametrize("n_tokens", TOKENS)

@@ -9,6 +9,7 @@ import torch
 
 from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_matmul
 from cuda_kernels.cuda.launch import Launch
+from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
 
 
 class Queue:
@@ -31,56 +32,62 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     return Queue(monkeypatch)
 
 
-def layer(n_tokens: int, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, ...]:
+def layer(
+    n_tokens: int, dtype: torch.dtype = torch.float16
+) -> tuple[QuantizedActivations[torch.Tensor], QuantizedWeight[torch.Tensor]]:
     """The operands of an int8 product, N = 24, K = 32, two outlier columns stored and room for three."""
-    return (
+    x = QuantizedActivations(
         torch.ones(n_tokens, 32, dtype=torch.int8),
         torch.ones(n_tokens),
         torch.ones(n_tokens, 2, dtype=dtype),
         torch.full((3,), -1, dtype=torch.int32),
         torch.zeros(1, dtype=torch.int32),
         torch.zeros(n_tokens, 3, dtype=dtype),
+    )
+    weight = QuantizedWeight(
         torch.ones(24, 32, dtype=torch.int8),
         torch.ones(24),
         torch.ones(24, 2, dtype=dtype),
         torch.ones(24, dtype=dtype),
     )
+    return x, weight
 
 
 @pytest.mark.parametrize(("n_tokens", "kernel"), [(1, "int8_gemv"), (9, "int8_skinny"), (65, "dequantize_epilogue")])
 def test_product_queues_the_addresses_and_sizes_of_its_tensors(queue: Queue, n_tokens: int, kernel: str) -> None:
-    operands = layer(n_tokens)
-    y = int8_matmul.int8_matmul(*operands)
+    x, weight = layer(n_tokens)
+    y = int8_matmul.int8_matmul(x, weight)
     (launch,) = queue.launches
     assert launch.kernel.name == kernel
     first, *addresses, has_bias = launch.args[:12]
-    assert first == operands[0].data_ptr() or kernel == "dequantize_epilogue"
-    assert addresses == [each.data_ptr() for each in (*operands[1:], y)] and has_bias == 1
+    assert first == x.codes.data_ptr() or kernel == "dequantize_epilogue"
+    assert addresses == [each.data_ptr() for each in (*x[1:], *weight, y)] and has_bias == 1
     assert launch.args[12:] == (n_tokens, 24, 32, 2, 3)
     assert y.shape == (n_tokens, 24) and y.dtype == torch.float16
 
 
 def test_missing_bias_is_said_to_be_missing(queue: Queue) -> None:
-    int8_matmul.int8_matmul(*layer(1)[:-1], None)
+    x, weight = layer(1)
+    int8_matmul.int8_matmul(x, weight._replace(bias=None))
     assert queue.launches[0].args[9] == 0 and queue.launches[0].args[11] == 0
 
 
 def test_epilogue_reads_the_products_it_is_given(queue: Queue) -> None:
-    operands = layer(5, torch.bfloat16)
+    x, weight = layer(5, torch.bfloat16)
     products = torch.zeros(5, 24, dtype=torch.int32)
-    y = dequantize_epilogue.dequantize_epilogue(products, *operands[1:])
+    y = dequantize_epilogue.dequantize_epilogue(products, x, weight)
     (launch,) = queue.launches
     assert launch.args[0] == products.data_ptr()
-    assert launch.args[1:11] == tuple(each.data_ptr() for each in (*operands[1:], y))
+    assert launch.args[1:11] == tuple(each.data_ptr() for each in (*x[1:], *weight, y))
     assert y.dtype == torch.bfloat16
 
 
 def test_operands_apart_are_put_together_and_others_left_where_they_are(queue: Queue) -> None:
-    operands = list(layer(1))
-    operands[8] = torch.ones(24, 4, dtype=torch.float16)[:, ::2]
-    int8_matmul.int8_matmul(*operands)
-    assert queue.launches[0].args[8] != operands[8].data_ptr()
-    assert queue.launches[0].args[6] == operands[6].data_ptr()
+    x, weight = layer(1)
+    weight = weight._replace(outlier_weight=torch.ones(24, 4, dtype=torch.float16)[:, ::2])
+    int8_matmul.int8_matmul(x, weight)
+    assert queue.launches[0].args[8] != weight.outlier_weight.data_ptr()
+    assert queue.launches[0].args[6] == weight.codes.data_ptr()
 
 
 @pytest.mark.parametrize(("n_tokens", "capacity", "kernels"), [

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cuda_kernels import reference
-from cuda_kernels.reference import N_STEPS, QuantizedActivations
+from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight
 from tests.kernels.backends import DTYPES, Backend, Bits, backends, narrow, widen
-from tests.kernels.layers import Product, assert_close, make_product, make_tokens
+from tests.kernels.layers import Product, assert_close, make_product, make_tokens, without_bias
 
 SIZES = [1, 31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1025]
 
@@ -28,7 +28,7 @@ def count_in_steps(codes: np.ndarray, weight_codes: np.ndarray, dtype: str = "F3
     absmax = np.full(n_tokens, N_STEPS, np.float32)
     x = QuantizedActivations(codes, absmax, none, np.empty(0, np.int32), n_found, none)
     weight_absmax = np.full(n_rows, N_STEPS, np.float32)
-    return Product(dtype, x, weight_codes, weight_absmax, narrow(np.empty((n_rows, 0)), dtype), None)
+    return Product(dtype, x, QuantizedWeight(weight_codes, weight_absmax, narrow(np.empty((n_rows, 0)), dtype), None))
 
 
 @every_product
@@ -135,7 +135,7 @@ def test_unused_places_of_the_list_are_not_read(backend: Backend, multiply: Back
 @every_dtype
 def test_bias_may_be_missing(backend: Backend, multiply: BackendMultiply, dtype: str) -> None:
     product = make_product(5, 37, 70, dtype, n_outliers=2)
-    without = replace(product, bias=None)
+    without = without_bias(product)
     assert_close(multiply(backend, without), without)
     assert (multiply(backend, without) != multiply(backend, product)).any()
 
@@ -144,9 +144,9 @@ def test_bias_may_be_missing(backend: Backend, multiply: BackendMultiply, dtype:
 @every_dtype
 def test_a_weight_row_of_zeros_gives_the_bias(backend: Backend, multiply: BackendMultiply, dtype: str) -> None:
     product = make_product(5, 37, 70, dtype)
-    product.weight_codes[9], product.weight_absmax[9] = 0, 0
+    product.weight.codes[9], product.weight.absmax[9] = 0, 0
     y = multiply(backend, product)
-    np.testing.assert_array_equal(widen(y[:, 9], dtype), widen(product.bias[9:10], dtype).repeat(5))
+    np.testing.assert_array_equal(widen(y[:, 9], dtype), widen(product.weight.bias[9:10], dtype).repeat(5))
 
 
 @both
@@ -154,7 +154,7 @@ def test_a_weight_row_of_zeros_gives_the_bias(backend: Backend, multiply: Backen
 def test_a_token_of_zeros_gives_the_bias(backend: Backend, multiply: BackendMultiply, dtype: str) -> None:
     product = make_product(5, 37, 70, dtype, n_outliers=2)
     product.x.codes[3], product.x.absmax[3], product.x.outlier_x[3] = 0, 0, 0
-    np.testing.assert_array_equal(widen(multiply(backend, product)[3], dtype), widen(product.bias, dtype))
+    np.testing.assert_array_equal(widen(multiply(backend, product)[3], dtype), widen(product.weight.bias, dtype))
 
 
 @both
@@ -173,7 +173,7 @@ def test_a_token_that_is_not_finite_spoils_its_row_alone(
 @both
 def test_too_large_becomes_infinite(backend: Backend, multiply: BackendMultiply) -> None:
     product = make_product(3, 33, 70, "F16")
-    product.weight_absmax[:] *= 1e5
+    product.weight.absmax[:] *= 1e5
     y = widen(multiply(backend, product), "F16")
     assert np.isinf(y).any() and not np.isnan(y).any()
     assert_close(multiply(backend, product), product)
@@ -211,8 +211,8 @@ def test_outlier_part_is_as_exact_as_torch(backend: Backend, multiply: BackendMu
     """Root mean square error against float64 at most twice that of torch's own float32 product."""
     product = make_product(64, 65, 70, "F32", n_outliers)
     product.x.codes[:] = 0
-    product = replace(product, bias=None)
-    x, weight = widen(product.x.outlier_x, "F32"), widen(product.outlier_weight, "F32")
+    product = without_bias(product)
+    x, weight = widen(product.x.outlier_x, "F32"), widen(product.weight.outlier_weight, "F32")
     exact = x.astype(np.float64) @ weight.T.astype(np.float64)
     error, torch_error = (
         np.sqrt(np.square(y - exact).mean())
@@ -236,7 +236,7 @@ def test_outlier_columns_count_once(backend: Backend) -> None:
     assert list(quantized.found_columns) == [50, -1, -1, -1]
     side = [np.ascontiguousarray(narrow(a, "F32")) for a in (quantized.outlier_x, quantized.found_x, weight[:, stored])]
     bits = quantized._replace(outlier_x=side[0], found_x=side[1])
-    product = Product("F32", bits, rows.codes, rows.absmax, side[2], None)
+    product = Product("F32", bits, QuantizedWeight(rows.codes, rows.absmax, side[2], None))
     np.testing.assert_array_equal(widen(product.multiply(backend), "F32"), x @ weight.T)
 
 
@@ -254,10 +254,7 @@ def test_reordering_rows_and_tokens_reorders_outputs(backend: Backend) -> None:
             outlier_x=x.outlier_x[tokens],
             found_x=x.found_x[tokens],
         ),
-        product.weight_codes[rows],
-        product.weight_absmax[rows],
-        product.outlier_weight[rows],
-        product.bias[rows],
+        QuantizedWeight(*(each[rows] for each in product.weight)),
     )
     np.testing.assert_array_equal(reordered.multiply(backend), product.multiply(backend)[tokens][:, rows])
 
@@ -268,7 +265,7 @@ def test_reference_is_the_linear_layer_it_stands_for() -> None:
     weight = np.random.default_rng(3).standard_normal((50, 200)).astype(np.float32) * 0.05
     stored = np.array([3, 180], np.int32)
     rows, quantized = reference.row_quantize(weight), reference.activation_quantize(x, stored, 6.0, 0)
-    y = reference.int8_matmul(quantized, rows.codes, rows.absmax, weight[:, stored], None)
+    y = reference.int8_matmul(quantized, QuantizedWeight(rows.codes, rows.absmax, weight[:, stored], None))
     rest, rest_weight = (np.delete(a, stored, axis=1).astype(np.float64) for a in (x, weight))
     steps = quantized.absmax[:, None] / N_STEPS, rows.absmax[None] / N_STEPS
     bound = np.abs(rest).sum(1)[:, None] * steps[1] / 2 + np.abs(rest_weight).sum(1) * steps[0] / 2

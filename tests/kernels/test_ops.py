@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_kernels import ops, reference
+from cuda_kernels import ops, reference, registration
+from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
 from tests.kernels.backends import narrow, widen
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -26,16 +27,23 @@ def random_layer(dtype: torch.dtype, n_rows: int = 37, n_columns: int = 130, bia
     """Weight and rule of a layer as `int8_linear` takes them, and the weight they stand for."""
     generator = torch.Generator().manual_seed(n_rows)
     weight = (torch.randn(n_rows, n_columns, generator=generator) * 0.05).to(dtype)
-    codes, absmax, _, _ = ops.row_quantize(weight)
+    rows = ops.row_quantize(weight)
     return {
-        "weight_codes": codes,
-        "weight_absmax": absmax,
+        "weight": QuantizedWeight(
+            rows.codes,
+            rows.absmax,
+            weight[:, STORED].contiguous(),
+            torch.randn(n_rows, generator=generator).to(dtype) if bias else None,
+        ),
         "outlier_columns": torch.tensor(STORED, dtype=torch.int32),
-        "outlier_weight": weight[:, STORED].contiguous(),
-        "bias": torch.randn(n_rows, generator=generator).to(dtype) if bias else None,
         "threshold": 6.0,
         "capacity": 4,
     }
+
+
+def flat_arguments(x: Tensor, layer: dict[str, Any]) -> tuple[Any, ...]:
+    """Those of the operator `int8_linear`, whose schema knows no named tuples."""
+    return x, *layer["weight"], layer["outlier_columns"], layer["threshold"], layer["capacity"]
 
 
 def random_x(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -47,16 +55,16 @@ def random_x(dtype: torch.dtype, *shape: int) -> Tensor:
 
 def dequantized(layer: dict[str, Any]) -> Tensor:
     """float64 [N, K]: what the layer multiplies by, its stored outlier columns exact."""
-    weight = layer["weight_codes"].double() * layer["weight_absmax"].double()[:, None] / reference.N_STEPS
-    weight[:, layer["outlier_columns"].long()] = layer["outlier_weight"].double()
+    quantized: QuantizedWeight[Tensor] = layer["weight"]
+    weight = quantized.codes.double() * quantized.absmax.double()[:, None] / reference.N_STEPS
+    weight[:, layer["outlier_columns"].long()] = quantized.outlier_weight.double()
     return weight
 
 
-def operands(dtype: torch.dtype) -> tuple[Any, ...]:
+def operands(dtype: torch.dtype) -> tuple[QuantizedActivations[Tensor], QuantizedWeight[Tensor]]:
     """What `int8_matmul` takes."""
     layer = random_layer(dtype)
-    quantized = ops.activation_quantize(random_x(dtype, 5, 130), layer["outlier_columns"], 6.0, 4)
-    return (*quantized, layer["weight_codes"], layer["weight_absmax"], layer["outlier_weight"], layer["bias"])
+    return ops.activation_quantize(random_x(dtype, 5, 130), layer["outlier_columns"], 6.0, 4), layer["weight"]
 
 
 @every_dtype
@@ -77,16 +85,17 @@ def test_layer_is_activation_quantize_then_int8_matmul(dtype: torch.dtype, shape
     layer, x = random_layer(dtype, bias=bias), random_x(dtype, *shape)
     y = ops.int8_linear(x, **layer)
     quantized = ops.activation_quantize(x.reshape(-1, 130), layer["outlier_columns"], 6.0, 4)
-    weight = (layer["weight_codes"], layer["weight_absmax"], layer["outlier_weight"], layer["bias"])
     assert y.shape == (*shape[:-1], 37) and y.dtype == dtype
-    assert torch.equal(y, ops.int8_matmul(*quantized, *weight).reshape(y.shape))
+    assert torch.equal(y, ops.int8_matmul(quantized, layer["weight"]).reshape(y.shape))
     widened = reference.activation_quantize(x.reshape(-1, 130).float().numpy(), np.array(STORED), 6.0, 4)
     exact = reference.int8_matmul(
         widened,
-        layer["weight_codes"].numpy(),
-        layer["weight_absmax"].numpy(),
-        layer["outlier_weight"].float().numpy(),
-        layer["bias"].float().numpy() if bias else None,
+        QuantizedWeight(
+            *(
+                None if each is None else (each.float() if each.is_floating_point() else each).numpy()
+                for each in layer["weight"]
+            )
+        ),
     )
     rounded = widen(narrow(exact, NAMES[dtype]), NAMES[dtype])
     # test_int8_matmul holds the kernels to their bound; here a unit of the dtype is enough to tell right from wrong.
@@ -95,9 +104,9 @@ def test_layer_is_activation_quantize_then_int8_matmul(dtype: torch.dtype, shape
 
 @every_dtype
 def test_epilogue_of_torchs_products_is_the_product(dtype: torch.dtype) -> None:
-    codes, *others = operands(dtype)
-    products = (codes.int() @ others[5].int().T).int()
-    assert torch.equal(ops.dequantize_epilogue(products, *others), ops.int8_matmul(codes, *others))
+    x, weight = operands(dtype)
+    products = (x.codes.int() @ weight.codes.int().T).int()
+    assert torch.equal(ops.dequantize_epilogue(products, x, weight), ops.int8_matmul(x, weight))
 
 
 @pytest.mark.parametrize("shape", [(0, 130), (2, 0, 130)])
@@ -127,7 +136,7 @@ def test_outlier_columns_are_multiplied_in_16_bits(dtype: torch.dtype) -> None:
     layer = random_layer(dtype)
     x = random_x(dtype, 9, 130)
     x[:, 3] *= 50
-    exact = x.double() @ dequantized(layer).T + layer["bias"].double()
+    exact = x.double() @ dequantized(layer).T + layer["weight"].bias.double()
     error = (ops.int8_linear(x, **layer).double() - exact).abs()
     rest = x.double().clone()
     rest[:, [*STORED, 77]] = 0
@@ -139,12 +148,13 @@ def test_outlier_columns_are_multiplied_in_16_bits(dtype: torch.dtype) -> None:
 @every_dtype
 def test_operators_pass_torchs_own_checks(dtype: torch.dtype) -> None:
     layer, x, products = random_layer(dtype), random_x(dtype, 2, 3, 130), torch.zeros(5, 37, dtype=torch.int32)
+    quantized, weight = operands(dtype)
     calls = {
         "row_quantize": (x[0],),
         "activation_quantize": (x[0], layer["outlier_columns"], 6.0, 4),
-        "int8_matmul": operands(dtype),
-        "dequantize_epilogue": (products, *operands(dtype)[1:]),
-        "int8_linear": (x, *layer.values()),
+        "int8_matmul": (*quantized, *weight),
+        "dequantize_epilogue": (products, *quantized, *weight),
+        "int8_linear": flat_arguments(x, layer),
     }
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.cuda_kernels, name).default, arguments)
@@ -154,7 +164,7 @@ def test_layer_passes_torchs_own_checks_of_its_gradient() -> None:
     layer = random_layer(torch.float32)
     for shape in ((2, 3, 130), (0, 130)):
         x = random_x(torch.float32, *shape).requires_grad_()
-        torch.library.opcheck(torch.ops.cuda_kernels.int8_linear.default, (x, *layer.values()))
+        torch.library.opcheck(torch.ops.cuda_kernels.int8_linear.default, flat_arguments(x, layer))
 
 
 # torch's own compiler warns of torch's own deprecated names.
@@ -174,7 +184,7 @@ def test_layer_compiles_without_a_break(backend: str, monkeypatch: pytest.Monkey
 @every_dtype
 def test_gradient_is_that_of_the_dequantized_weight(dtype: torch.dtype) -> None:
     layer, x = random_layer(dtype), random_x(dtype, 2, 3, 130).requires_grad_()
-    bias = layer["bias"].requires_grad_()
+    bias = layer["weight"].bias.requires_grad_()
     y = ops.int8_linear(x, **layer)
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     y.backward(grad_y)
@@ -191,7 +201,7 @@ def test_gradient_is_that_of_the_dequantized_weight(dtype: torch.dtype) -> None:
 def test_gradient_is_exact_in_stored_columns() -> None:
     layer, x = random_layer(torch.float32), random_x(torch.float32, 1, 130).requires_grad_()
     ops.int8_linear(x, **layer)[0, 11].backward()
-    assert torch.equal(x.grad[0, STORED], layer["outlier_weight"][11])
+    assert torch.equal(x.grad[0, STORED], layer["weight"].outlier_weight[11])
 
 
 def test_adapters_below_and_around_train() -> None:
@@ -258,7 +268,11 @@ BAD = {
 )
 def test_what_the_kernels_would_misread_is_refused(argument: str, change: Any, error: Any, message: str) -> None:
     arguments = {"x": random_x(torch.float32, 3, 130), **random_layer(torch.float32)}
-    arguments[argument] = change(arguments[argument])
+    if argument in arguments:
+        arguments[argument] = change(arguments[argument])
+    else:
+        weight, field = arguments["weight"], argument.removeprefix("weight_")
+        arguments["weight"] = weight._replace(**{field: change(getattr(weight, field))})
     with pytest.raises(error, match=message):
         ops.int8_linear(**arguments)
 
@@ -279,18 +293,23 @@ def test_what_the_kernels_would_misread_is_refused(argument: str, change: Any, e
     ],
 )
 def test_product_refuses_what_is_not_quantized_activations(position: int, change: Any, message: str) -> None:
-    arguments = list(operands(torch.float32))
-    arguments[position] = change(arguments[position])
+    x, weight = operands(torch.float32)
+    changed = [change(each) if i == position else each for i, each in enumerate(x)]
     with pytest.raises(ValueError, match=message):
-        ops.int8_matmul(*arguments)
+        ops.int8_matmul(QuantizedActivations(*changed), weight)
 
 
 def test_too_many_input_features_are_refused() -> None:
     """One column more and a sum of int8 products may not fit int32."""
-    weight = {"weight_codes": torch.zeros(1, 133_145, dtype=torch.int8), "weight_absmax": torch.ones(1)}
-    none = {"outlier_columns": torch.empty(0, dtype=torch.int32), "outlier_weight": torch.empty(1, 0)}
+    weight = QuantizedWeight(torch.zeros(1, 133_145, dtype=torch.int8), torch.ones(1), torch.empty(1, 0), None)
     with pytest.raises(ValueError, match="expected at most 133144 input features, found 133145"):
-        ops.int8_linear(torch.zeros(1, 133_145), **weight, **none, bias=None, threshold=6.0, capacity=0)
+        ops.int8_linear(torch.zeros(1, 133_145), weight, torch.empty(0, dtype=torch.int32), 6.0, 0)
+
+
+def test_every_operation_has_its_function_on_both_devices() -> None:
+    for operation in ("row_quantize", "activation_quantize", "int8_matmul", "dequantize_epilogue"):
+        assert registration._kernel(operation, "cuda").__module__ == f"cuda_kernels.cuda.{operation}"
+        assert registration._kernel(operation, "cpu").__module__ == "cuda_kernels.cpu.tensors"
 
 
 def test_importing_the_package_registers_nothing() -> None:
