@@ -1,7 +1,7 @@
 """The paper's Table 1 for a checkpoint and a text: what each int8 method leaves of the model's predictions.
 
-    PYTHONPATH=. .venv/bin/python scripts/compare_methods.py                                   the small trained model
-    PYTHONPATH=. .venv/bin/python scripts/compare_methods.py --source opt-1.3b --text a.txt    any other model
+    .venv/bin/python scripts/compare_methods.py                                   the small trained model
+    .venv/bin/python scripts/compare_methods.py --source opt-1.3b --text a.txt    any other model
 
 Prints a table in Markdown: perplexity, mean KL divergence to the model in floating point, share of equal likeliest
 tokens. Without arguments it uses the small trained model with both kinds of outliers, on 16 held-out sequences of 256

@@ -6,7 +6,7 @@ sequences, and at how many positions the likeliest token is the same. `dynamic`,
 columns out of the codes, is what bitsandbytes computes. Prints a table in Markdown, which docs/results/static-set.md
 holds.
 
-    PYTHONPATH=. .venv/bin/python scripts/compare_static_sets.py
+    .venv/bin/python scripts/compare_static_sets.py
 
 Takes four minutes on one core; the first time, the model is trained.
 """

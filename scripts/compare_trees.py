@@ -6,7 +6,7 @@
    sha256 of each file outside of the folder int8convert/, or the class and the exit code of the error.
 3. Every difference is printed. Exit code 1 if there is one.
 
-    PYTHONPATH=. .venv/bin/python scripts/compare_trees.py OLD [NEW] [--only tiny]
+    .venv/bin/python -m scripts.compare_trees OLD [NEW] [--only tiny]
 
 OLD and NEW are directories that hold a checkout each; NEW is by default this one. About two minutes a tree.
 """

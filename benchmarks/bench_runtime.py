@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench_generation import bench_generation, print_generation
-from bench_layers import bench_layers, print_layers
+from benchmarks.bench_generation import bench_generation, print_generation
+from benchmarks.bench_layers import bench_layers, print_layers
 
 
 def describe_machine(device: str) -> dict[str, object]:

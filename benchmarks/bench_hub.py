@@ -23,11 +23,11 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from bench_convert import WORK_PARENT, describe_machine
-from bench_rounds import ensure_checkpoint
-from hub_look_alike import NAME as OPT_66B
-from hub_look_alike import add_opt_66b
-from measure_command import Measurement, measure_command, warm_page_cache
+from benchmarks.bench_convert import WORK_PARENT, describe_machine
+from benchmarks.bench_rounds import ensure_checkpoint
+from benchmarks.hub_look_alike import NAME as OPT_66B
+from benchmarks.hub_look_alike import add_opt_66b
+from scripts.measure_command import Measurement, measure_command, warm_page_cache
 from tests.tools.hub_server.hub import Hub
 
 NAME = "bench/model"

@@ -25,11 +25,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from cuda_kernels import ops  # noqa: E402
-from cuda_kernels.reference import QuantizedWeight  # noqa: E402
+from cuda_kernels import ops
+from cuda_kernels.reference import QuantizedWeight
 
 Call = Callable[[], Any]
 CACHE_BYTES = 200_000_000  # several times the L2 of an H200

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from make_checkpoint import SHAPES, build_config, list_tensors, split_into_shards
+from benchmarks.make_checkpoint import SHAPES, build_config, list_tensors, split_into_shards
 from tests.tools.hub_server.blobs import KnownFile
 from tests.tools.hub_server.hub import Hub
 

@@ -37,12 +37,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench_convert import DISTURBED_SHARE, describe_machine, format_range, parse_count
-from bench_limits import Limits, time_call
+from benchmarks.bench_convert import DISTURBED_SHARE, describe_machine, format_range, parse_count
+from benchmarks.bench_limits import Limits, time_call
 from cuda_kernels import cpu, ops
 from cuda_kernels.cpu.threads import run_split
 from cuda_kernels.reference import QuantizedWeight
-from measure_command import read_busy_s
+from scripts.measure_command import read_busy_s
 
 SIZE = 4096
 N_TOKENS = (1, 16, 256)

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench_contestants import OURS, Entrant, build_command
-from measure_command import Measurement, measure_command, touch_free_memory, warm_page_cache
+from benchmarks.bench_contestants import OURS, Entrant, build_command
+from scripts.measure_command import Measurement, measure_command, touch_free_memory, warm_page_cache
 
 MAKE_CHECKPOINT = Path(__file__).resolve().with_name("make_checkpoint.py")
 INDEX_NAME = "model.safetensors.index.json"

@@ -34,8 +34,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench_contestants import CONTESTANTS, COPY, OURS, Contestant, Entrant, find_entrants
-from bench_rounds import Run, Settings, run_rounds
+from benchmarks.bench_contestants import CONTESTANTS, COPY, OURS, Contestant, Entrant, find_entrants
+from benchmarks.bench_rounds import Run, Settings, run_rounds
 
 WORK_PARENT = Path(__file__).resolve().parents[1] / ".cache" / "bench"
 PIPED_WIDTH = 120
