@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
+
+
+_NUMBERS = itertools.count()
 
 
 class InProcessMap:
@@ -97,9 +101,28 @@ def trial_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("int8convert.verification.exact.level.TrialRun", InProcessTrial)
 
 
+@pytest.fixture(scope="session")
+def shared_ptx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PTX that tests compiled: of all workers, and where pytest keeps a cache, of all runs. Never the user's folder."""
+    if hasattr(request.config, "cache"):
+        return request.config.cache.mkdir("ptx")
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ptx"
+
+
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No test sees what the user or another test has left in the cache folder."""
-    folder = tmp_path_factory.mktemp("cache")
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, shared_ptx: Path) -> Path:
+    """Each test's own cache folder, with a link to the shared PTX: a kernel costs a second to compile again."""
+    folder = tmp_path_factory.getbasetemp() / "caches" / str(next(_NUMBERS))
+    folder.mkdir(parents=True)
+    shared_ptx.mkdir(exist_ok=True)
+    (folder / "cuda_kernels").symlink_to(shared_ptx)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    yield folder
+    return folder
+
+
+@pytest.fixture
+def empty_cache(own_cache: Path) -> Path:
+    """No PTX either, for tests of its cache."""
+    (own_cache / "cuda_kernels").unlink()
+    return own_cache

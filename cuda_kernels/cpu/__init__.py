@@ -1,7 +1,8 @@
-"""The operations as Numba CPU kernels, none of which holds Python's lock.
+"""The operations as Numba CPU kernels, which release the GIL.
 
-Arrays in, arrays the caller owns out; floats as their bits, see `BITS_DTYPE`. `row_quantize` and `dequantize_fp8` run
-on the calling thread, whose owner has as many as it has cores; the others take `n_threads`.
+They read arrays and write arrays that the caller allocated. Floats are passed as their bits, see `BITS_DTYPE`.
+`row_quantize` and `dequantize_fp8` run on the calling thread, because their callers run one thread per core. The others
+take `n_threads`.
 """
 
 from cuda_kernels.cpu.activation_quantize import activation_quantize

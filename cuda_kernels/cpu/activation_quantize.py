@@ -148,7 +148,7 @@ def activation_quantize(
 
 
 def _flatten(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int]:
-    """The memory of x as one row, and how many elements apart the rows of x begin in it; no copy."""
+    """The memory of x as one row, and the stride of the rows of x in elements, without a copy."""
     n_tokens, n_columns = x.shape
     if x.flags.c_contiguous:
         return x.reshape(-1), n_columns

@@ -1,10 +1,10 @@
-"""Floats as the bits they are stored in, widened in registers: Numba knows no bf16, and no fp16 on a CPU.
+"""Floats as their stored bits, widened in registers: Numba has no bf16, and no fp16 on a CPU.
 
-The integer type of the bits names the format, see `BITS_DTYPE`. With the sign cleared, the bits of an IEEE float are
-ordered as the magnitudes are, with infinity and then NaN at the top: a maximum over them is a maximum over magnitudes
-that also shows what is not finite, at no cost.
+The integer type of the bits names the format, see `BITS_DTYPE`. With the sign cleared, the bits of IEEE floats are
+ordered like their magnitudes, with infinity and then NaN at the top. So a maximum over bits is a maximum over
+magnitudes that also shows non-finite values, at no cost.
 
-Numba's cache on disk looks at a kernel's own file only: after a change here, remove the `*.nbi` beside the kernels.
+Numba's cache on disk checks a kernel's own file only: after a change here, remove the `*.nbi` beside the kernels.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ BITS_DTYPE: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.int16),
     "F32": np.dtype(np.uint32),
 }
-"""How each float dtype is handed to the kernels: the integer type of its bits names the format."""
+"""The array dtype that stands for each float dtype in the kernels: the integer type of its bits names the format."""
 
 _INT32 = ir.IntType(32)
 
 
 @intrinsic
 def widen(_context: Any, bits: Any) -> Any:
-    """Bits of an fp16 (uint16), bf16 (int16) or fp32 (uint32) value -> float32, exactly."""
+    """Widen the bits of an fp16 (uint16), bf16 (int16) or fp32 (uint32) value to float32, exactly."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         (value,) = args
@@ -43,7 +43,7 @@ def widen(_context: Any, bits: Any) -> Any:
 
 @intrinsic
 def magnitude(_context: Any, bits: Any) -> Any:
-    """The bits with the sign cleared; ordered as the magnitudes are."""
+    """The bits with the sign cleared, which are ordered like the magnitudes."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         width = bits.bitwidth

@@ -1,9 +1,9 @@
-"""Numba's compiler with the settings of every kernel of this package, and a cache on the disk that may fail.
+"""Numba's compiler with the settings of every kernel of this package, and a disk cache whose failures are ignored.
 
-Numba keeps compiled code in $NUMBA_CACHE_DIR, beside the source, or in the user's cache folder, whichever it can write
-to first. Where it can write to none, as in a container with an installation of root's and no home, a folder in the
-temporary directory takes their place. The cache holds pickled code that runs when it is read, so that folder must
-belong to this user and be closed to all others. Without any folder every process compiles again, which takes seconds.
+Numba keeps compiled code in $NUMBA_CACHE_DIR, beside the source, or in the user's cache folder: in the first that it
+can write to. If it can write to none, as in a container without a home, a folder in the temporary directory replaces
+them. The cache holds pickled code that runs when it is read, so that folder must belong to this user and be closed to
+all others. Without any folder every process compiles again, which takes seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numba.core.caching import FunctionCache
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache of one function. A disk that is full or gone makes it an empty one."""
+    """Numba's cache of one function. If the disk is full or gone, the cache is empty."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with contextlib.suppress(OSError):
@@ -36,10 +36,10 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """The decorator of every kernel: it releases Python's lock and raises nothing, and its code is kept on the disk.
+    """Return the decorator of every kernel, which releases the GIL, raises nothing and caches its code on disk.
 
     Args:
-        options: further ones for Numba.
+        options: further options for Numba.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -69,16 +69,16 @@ def _find_cache(function: Callable[..., Any]) -> _Cache | None:
 
 
 def _has_cache_folder() -> bool:
-    """Whether the user's cache folder has an absolute path. For a user without a home Numba would take './~'."""
+    """Whether the user's cache folder has an absolute path. For a user without a home Numba would use './~'."""
     return os.path.isabs(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~"))
 
 
 @functools.cache
 def private_folder() -> str | None:
-    """A folder in the temporary directory that nobody else can write to; None if there is no place for one.
+    """A folder in the temporary directory that no other user can write to, or None if it cannot be made.
 
-    It is the same one in every process of this user, so that later ones find the code. If somebody else has its name,
-    this process gets one of its own, which is removed when the process ends.
+    Every process of this user gets the same folder, so that later ones find the code. If another user holds its name,
+    this process gets a folder of its own, which is removed when the process ends.
     """
     try:
         folder = os.path.join(tempfile.gettempdir(), f"cuda_kernels-{os.getuid()}")

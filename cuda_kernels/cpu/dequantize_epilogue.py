@@ -26,7 +26,7 @@ from cuda_kernels.cpu.threads import part_of, run_parts
 from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight
 
 N_ROWS = N_FLOATS
-"""Weight rows per block."""
+"""Weight rows of a block."""
 
 _MIN_ELEMENTS = 1 << 18
 """Outputs that pay for a thread."""
@@ -34,7 +34,7 @@ _MIN_ELEMENTS = 1 << 18
 
 @compiled()
 def _widen_side_x(outlier_x, found_x, side_x):  # type: ignore[no-untyped-def]
-    """The activations of all side columns as float32 [M, n_side], the stored columns first."""
+    """Write the activations of all side columns to `side_x`, float32 [M, n_side], the stored columns first."""
     n = outlier_x.shape[1]
     for t in range(side_x.shape[0]):
         for j in range(side_x.shape[1]):
@@ -57,7 +57,7 @@ def load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bia
 
 @compiled()
 def finish_token(products, x_absmax, side_x, block, spare, y):  # type: ignore[no-untyped-def]
-    """The outputs of one token for one block of weight rows; `spare` is scratch for N_ROWS outputs."""
+    """Write the outputs of one token for one block of weight rows; `spare` is scratch for N_ROWS outputs."""
     row_bytes = block.strides[0]
     scale = block.ctypes.data
     bias, side_weight = scale + row_bytes, scale + 2 * row_bytes

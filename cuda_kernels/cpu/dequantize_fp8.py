@@ -1,6 +1,6 @@
-"""FP8 codes -> float32 weights, by a table of 256 values and the scale of each block.
+"""FP8 codes to float32 weights, by a table of 256 values and the scale of each block.
 
-Cost: 1 byte in and 4 out. Left out on purpose: threads. The callers own theirs.
+Cost: 1 byte read and 4 written per weight. Threads are left out on purpose: the callers run one per core.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def dequantize_fp8(
     block_columns: int,
     weight: npt.NDArray[np.float32],
 ) -> None:
-    """Turn FP8 codes into `weight`, float32 [rows, cols]; see `reference.dequantize_fp8` for the meaning.
+    """Write the values of FP8 codes to `weight`, float32 [rows, cols]. Releases the GIL.
 
-    Bit-equal to the reference. Releases the Python lock.
+    Bit-equal to `reference.dequantize_fp8`.
     """
     _dequantize_fp8(codes, values, scale, first_row, block_rows, block_columns, weight)

@@ -1,6 +1,6 @@
-"""Vectors of 32 float32 in registers, widened from integers and narrowed to fp16 and bf16 there.
+"""Vectors of 32 float32 in registers, widened from integers and narrowed to fp16 and bf16.
 
-Loops of a fixed short length over arrays that might overlap are what the loop vectorizer leaves scalar.
+The loop vectorizer leaves short loops of fixed length scalar if their arrays might overlap.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from cuda_kernels.cpu.vector_types import VectorType, load
 
 N_FLOATS = 32
-"""How many values a vector holds: two registers of 512 bits."""
+"""Values of a vector: two registers of 512 bits."""
 
 _INT32 = ir.IntType(32)
 _BF16_QUIET = 0x40
@@ -25,7 +25,7 @@ _integers = VectorType("int32x32", _INT32, N_FLOATS)
 
 @intrinsic
 def load_floats(_context: Any, address: Any) -> Any:
-    """The 32 float32 at `address`."""
+    """Load the 32 float32 at `address`."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return load(builder, _floats, args[0])
@@ -35,7 +35,7 @@ def load_floats(_context: Any, address: Any) -> Any:
 
 @intrinsic
 def load_integers(_context: Any, address: Any) -> Any:
-    """The 32 int32 at `address`, each rounded to float32."""
+    """Load the 32 int32 at `address`, each rounded to float32."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.sitofp(load(builder, _integers, args[0]), _floats.llvm)
@@ -45,7 +45,7 @@ def load_integers(_context: Any, address: Any) -> Any:
 
 @intrinsic
 def fill(_context: Any, value: Any) -> Any:
-    """One float32, 32 times."""
+    """Repeat one float32 32 times."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         undefined = ir.Constant(_floats.llvm, ir.Undefined)
@@ -91,7 +91,7 @@ def _narrow(builder: Any, values: Any, bits: Any) -> Any:
         return builder.fptrunc(values, ir.VectorType(ir.HalfType(), N_FLOATS))
     if bits == types.uint32:
         return values
-    # Not by the processor's bf16 instruction: it takes subnormal inputs for zero.
+    # The processor's bf16 instruction would take subnormal inputs for zero.
     one, half, quiet, sixteen = (ir.Constant(_integers.llvm, [v] * N_FLOATS) for v in (1, 0x7FFF, _BF16_QUIET, 16))
     pattern = builder.bitcast(values, _integers.llvm)
     high = builder.lshr(pattern, sixteen)

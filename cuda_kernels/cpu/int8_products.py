@@ -1,10 +1,9 @@
-"""Sums of int8 products for a few tokens and a block of weight rows: what `int8_matmul` is made of.
+"""Sums of int8 products for a few tokens and a block of weight rows, the inner part of `int8_matmul`.
 
     products[t, n] = sum_k codes[t, k] * weight_codes[n, k]        int32, exact
 
-Naive to fast:
-1. one token: row after row, so that memory is read in one stream.
-2. four tokens by four rows: 16 sums in registers, so 8 loads serve 16 vector products.
+1. One token: row after row, so that memory is read in one stream.
+2. Four tokens by four rows: 16 sums in registers, so that 8 loads serve 16 vector products.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from cuda_kernels.cpu.int8_vectors import (
 )
 
 N_TOKENS = 4
-"""Tokens per call at most; fewer are filled up with the last one."""
+"""The most tokens of a call. Fewer are padded with the last one."""
 
 
 @compiled()
@@ -64,7 +63,7 @@ def _four_rows(s0, s1, s2, s3, row0, row1, row2, row3, x):  # type: ignore[no-un
 
 @compiled()
 def sum_codes(codes, sums):  # type: ignore[no-untyped-def]
-    """What the offset of the weight codes adds to each token's products: 128 * its sum over whole vectors."""
+    """Write what the offset of the weight codes adds to each token's products: 128 times its sum over whole vectors."""
     n_bytes = codes.shape[1] // N_LANES * N_LANES
     for t in range(codes.shape[0]):
         token_sum = np.int32(0)
@@ -75,7 +74,7 @@ def sum_codes(codes, sums):  # type: ignore[no-untyped-def]
 
 @compiled()
 def multiply_block(codes, offsets, t, n_tokens, weight_codes, n, n_rows, products):  # type: ignore[no-untyped-def]
-    """Write products[:n_tokens, :n_rows] of the tokens from `t` and the weight rows from `n` on; more is scratch."""
+    """Write products[:n_tokens, :n_rows] from token `t` and weight row `n` on; the rest is scratch."""
     n_columns = codes.shape[1]
     n_bytes = n_columns // N_LANES * N_LANES
     last, token_stride = n_tokens - 1, codes.strides[0]

@@ -1,13 +1,13 @@
-"""Vectors of 64 codes in registers, and their products summed into int32: what the loop vectorizer does not find.
+"""Vectors of 64 codes in registers, and their products summed into int32, which the loop vectorizer does not find.
 
-x86 multiplies bytes as unsigned times signed and adds four products to each int32 lane, 64 at a time (VPDPBUSD). So one
-side is offset by 128 to be unsigned, here the weight codes, and what that adds is taken off the sum:
+x86 multiplies unsigned by signed bytes and adds four products to each int32 lane, 64 at a time (VPDPBUSD). So the
+weight codes are offset by 128 to be unsigned, and the sum is corrected:
 
     sum_k (w[k] + 128) * x[k] = sum_k w[k] * x[k] + 128 * sum_k x[k]
 
-Exact: an instruction wraps around at 2^32 as the correction does, and the sum wanted fits int32.
-Where the processor has no such instruction, the same sum is spelled as int16 pairs, for which every vector instruction
-set has one (VPMADDWD on x86).
+The result is exact: the instruction wraps around at 2^32 as the correction does, and the corrected sum fits int32.
+On processors without this instruction the sum is written with int16 pairs, for which every vector instruction set has
+one (VPMADDWD on x86).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from cuda_kernels.cpu.vector_types import VectorType, load
 
 N_LANES = 64
-"""How many codes a vector holds."""
+"""Codes of a vector."""
 
 OFFSET = 128
 
@@ -41,7 +41,7 @@ def zero_sums(_context: Any) -> Any:
 
 @intrinsic
 def load_codes(_context: Any, address: Any, offset: Any) -> Any:
-    """The 64 codes from `address + offset` on, at any alignment."""
+    """Load the 64 codes from `address + offset` on, at any alignment."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return load(builder, _codes, builder.add(*args))
@@ -51,7 +51,7 @@ def load_codes(_context: Any, address: Any, offset: Any) -> Any:
 
 @intrinsic
 def load_offset_codes(_context: Any, address: Any, offset: Any) -> Any:
-    """The 64 codes from `address + offset` on, each plus 128, as unsigned bytes."""
+    """Load the 64 codes from `address + offset` on, each plus 128, as unsigned bytes."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         codes = load(builder, _codes, builder.add(*args))
@@ -79,7 +79,7 @@ def add_products(_context: Any, sums: Any, offset_codes: Any, codes: Any) -> Any
 
 
 def _add_pairs(builder: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
-    """The same sum in the form LLVM recognizes as products of int16 pairs."""
+    """Add the same products in the form that LLVM recognizes as products of int16 pairs."""
     wide = ir.VectorType(ir.IntType(32), N_LANES)
     products = builder.mul(builder.zext(offset_codes, wide), builder.sext(codes, wide))
     even, odd = (_pick(builder, products, range(first, N_LANES, 2)) for first in (0, 1))
@@ -95,7 +95,7 @@ def _pick(builder: Any, vector: Any, lanes: range) -> Any:
 
 @intrinsic
 def total(_context: Any, sums: Any) -> Any:
-    """The 16 sums added up: int32, wrapping."""
+    """Add up the 16 sums: int32, wrapping."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [_sums.llvm])

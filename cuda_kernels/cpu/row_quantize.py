@@ -1,9 +1,9 @@
-"""Weight rows -> int8 codes and their absmax, and what rounding cost; `reference.row_quantize` says what it means.
+"""Weight rows to int8 codes, their absmax and the rounding error; see `reference.row_quantize`.
 
-A row is read twice, the second time from the core's own cache: the first pass finds the largest bit pattern with the
-sign cleared, the second scales, rounds and sums the error.
+A row is read twice, the second time from the core's own cache. The first pass finds the largest bit pattern with the
+sign cleared. The second scales, rounds and sums the error.
 
-Cost: 2 bytes in and 1 out for a 16-bit weight. Left out on purpose: threads. The callers own theirs.
+Cost: 2 bytes read and 1 written per 16-bit weight. Threads are left out on purpose: the callers run one per core.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def row_quantize(
     signal: npt.NDArray[np.float64],
     noise: npt.NDArray[np.float64],
 ) -> None:
-    """Quantize rows into arrays the caller owns; see `reference.row_quantize` for the meaning.
+    """Quantize rows into arrays the caller allocated; see `reference.row_quantize`. Releases the GIL.
 
     Bit-equal to the reference in codes and absmax. `signal` and `noise` are summed in float32 within a row, so they
-    agree to about 1e-4 relative. Releases the Python lock.
+    agree to about 1e-4 relative.
 
     Args:
-        bits: [rows, cols] of the dtype `BITS_DTYPE` gives for the source dtype.
+        bits: [rows, cols], in the array dtype that `BITS_DTYPE` gives for the source dtype.
         codes: int8 [rows, cols], written.
-        absmax: float32 [rows], written; infinite or NaN where the row holds such a value.
+        absmax: float32 [rows], written; infinite or NaN if the row holds such a value.
         signal, noise: float64 [rows], written, in squared steps.
     """
     _row_quantize(bits, codes, absmax, signal, noise)

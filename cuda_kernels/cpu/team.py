@@ -1,11 +1,11 @@
-"""A kernel's parts on torch's own threads.
+"""Runs a kernel's parts on torch's own threads.
 
-These spin for a while after each operation of torch's, so threads beside them would share the cores with them: the
-prompt of a model took as long on two cores as on one. And one that spins begins within a microsecond or two, one that
-has to be woken within 20 to 60.
+torch's threads spin for a while after each operation. Other threads would share the cores with them: the prompt of a
+model took as long on two cores as on one. A spinning thread also starts within 2 microseconds, a sleeping one within 20
+to 60.
 
-torch's Linux builds come with GNU OpenMP's library, whose `GOMP_parallel` is what compilers call: it runs a function on
-every thread of the caller's team. Where another library does torch's threading, or torch is not there, `team` is None.
+torch's Linux builds bring GNU OpenMP's library, whose `GOMP_parallel` runs a function on every thread of the caller's
+team. `team` is None if torch uses another library, or is not loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _is_forked_child = False
 
 
 def team() -> Team | None:
-    """Of the library that this process has loaded for all to see, which `import torch` does."""
+    """The functions of the library that `import torch` has loaded into this process."""
     return None if _is_forked_child else _find()
 
 
@@ -44,7 +44,7 @@ def _find() -> Team | None:
 
 
 def _note_fork() -> None:
-    """A child has the team's memory and none of its threads, for which the library would wait forever."""
+    """Mark a forked child, which has none of the team's threads: the library would wait for them forever."""
     global _is_forked_child
     _is_forked_child = True
 
@@ -56,9 +56,9 @@ os.register_at_fork(after_in_child=_note_fork)
 def run_on_team(typing_context: Any, kernel: Any, args: Any, n_parts: Any, n_threads: Any, team: Any) -> Any:
     """run_on_team(kernel, args, n_parts, n_threads, team): call `kernel(*args, part, n_parts)` for each part, and wait.
 
-    All `n_threads` are called, `n_parts` or fewer get work: a team whose size changes is taken down and made anew.
-    The kernel must not raise: there is nobody to tell. The parts are fewer than asked for where the library gives the
-    caller fewer threads, as in a team's own thread it does.
+    All `n_threads` are called although at most `n_parts` of them get work: a team whose size changes is rebuilt. There
+    are fewer parts if the library gives the caller fewer threads, as it does within a team's own thread. The kernel
+    must not raise: no caller would receive the exception.
     """
     call = kernel.get_call_type(typing_context, (*args.types, types.intp, types.intp), {})
 
@@ -81,7 +81,7 @@ def run_on_team(typing_context: Any, kernel: Any, args: Any, n_parts: Any, n_thr
 
 
 def _make_part(context: Any, module: Any, slot_type: Any, kernel: Any, n_args: int) -> Any:
-    """`void part(void *slot)`, which a thread of the team calls: its part of the kernel's work, if it has one."""
+    """Make `void part(void *slot)`, which runs a team thread's part of the kernel's work, if there is one."""
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
     function = ir.Function(module, kind, f"part.{kernel.mangled_name}")
     function.linkage = "internal"

@@ -1,9 +1,9 @@
-"""One operation on several cores: its rows in equal parts, one per thread, none of which holds Python's lock.
+"""One operation on several cores: its rows in equal parts, one per thread, without the GIL.
 
-Every row's result is computed alone and in one order, so the number of threads changes no bit of it. Parts are handed
-to torch's own threads where `team` can, else to a pool, which takes 20 to 60 us, so callers say how much work is worth
-it. Left out on purpose: Numba's own threads, whose default layer may not be entered by two threads at once, which is
-what a server does.
+Every row's result is computed alone and in one order, so the number of threads changes no bit of it. Parts run on
+torch's own threads if `team` can reach them, else in a pool. Starting a part takes 20 to 60 us there, so callers state
+how many parts the work is worth. Numba's own threads are left out on purpose: two threads at once, as in a server, may
+not enter their default layer.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cuda_kernels.cpu")
 
 
-# A forked child has the pool object and none of its threads: it would wait for them forever.
+# A forked child has the pool object but none of its threads, and would wait for them forever.
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @compiled()
 def part_of(n_rows, multiple, part, n_parts):  # type: ignore[no-untyped-def]
-    """The rows (begin, end) of one of `n_parts` equal parts; all but the last hold a multiple of `multiple` rows."""
+    """The range (begin, end) of one of `n_parts` equal parts; all but the last hold a multiple of `multiple` rows."""
     blocks = -(-n_rows // multiple)
     size = -(-blocks // n_parts) * multiple
     return min(part * size, n_rows), min((part + 1) * size, n_rows)
@@ -41,8 +41,8 @@ def run_parts(kernel: Any, on_team: Any, args: tuple[Any, ...], n_worth: int, n_
     Args:
         kernel: compiled, and raises nothing.
         on_team: the compiled `run_on_team(kernel, args, n_parts, n_threads, team)`.
-        n_worth: how many parts the work is worth.
-        n_threads: of torch's team.
+        n_worth: the most parts that pay for their start.
+        n_threads: threads of torch's team.
     """
     n_parts = min(n_worth, n_threads)
     if n_parts == 1:
@@ -57,7 +57,7 @@ def run_split(function: Callable[[int, int], None], n_rows: int, n_threads: int,
     """Call `function(begin, end)` on consecutive ranges that make up the rows from 0 to before `n_rows`.
 
     Args:
-        n_threads: how many ranges at most, the first of them for the calling thread.
+        n_threads: the most ranges; the calling thread takes the first.
         multiple: every range but the last holds a multiple of this many rows.
     """
     if n_threads == 1:
@@ -70,7 +70,7 @@ def run_split(function: Callable[[int, int], None], n_rows: int, n_threads: int,
     if ranges:
         function(*ranges[0])
     for future, rows in others:
-        # Where other work keeps the cores busy, a part nobody has begun is done sooner here.
+        # If other work keeps the cores busy, a part that no thread has begun is done sooner here.
         if future.cancel():
             function(*rows)
         else:

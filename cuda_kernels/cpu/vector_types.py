@@ -1,7 +1,7 @@
-"""What a Numba type for one vector of values in registers is made of.
+"""The Numba type of one vector of values in registers.
 
-Only intrinsics make and take such values; Numba passes them on between variables and functions. LLVM splits a vector
-that is wider than the machine's into several registers.
+Only intrinsics make and use such values. Numba passes them between variables and functions. LLVM splits a vector that
+is wider than the machine's into several registers.
 """
 
 from __future__ import annotations
@@ -28,5 +28,5 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 
 
 def load(builder: Any, vector: VectorType, address: Any) -> Any:
-    """The vector that begins at an address, given as an integer, at any alignment."""
+    """IR that loads the vector at an address, which is an integer of any alignment."""
     return builder.load(builder.inttoptr(address, vector.llvm.as_pointer()), align=1)

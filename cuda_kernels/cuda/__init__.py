@@ -1,1 +1,1 @@
-"""The operations on CUDA devices: Numba-CUDA kernels, and what compiles, caches and launches them."""
+"""The operations on CUDA devices: Numba-CUDA kernels, their compilation, cache and launch."""

@@ -1,22 +1,23 @@
-"""Tokens to int8 codes on the GPU, their outlier columns set aside; the meaning is `reference.activation_quantize`.
+"""Tokens to int8 codes on the GPU, their outlier columns set aside; see `reference.activation_quantize`.
 
-    absmax[t]   = max_k |x[t, k]|                  over the columns that are no outlier columns
-    inv_scale   = fl32(fl32(1 / absmax[t]) * 127)  0 where that is not finite
+    absmax[t]   = max_k |x[t, k]|                  over all columns except outlier columns
+    inv_scale   = fl32(fl32(1 / absmax[t]) * 127)  0 if that is not finite
     codes[t, k] = rint(fl32(x[t, k] * inv_scale))  ties to even; 0 in outlier columns
 
-1. A block takes a token, or several after each other when there are more than the device holds.
-2. It knows the outlier columns as a bit each, in K / 8 bytes of shared memory; see `outlier_columns`.
+1. A block takes a token, or several in turn if there are more than the device holds.
+2. It keeps one bit for each column, in K / 8 bytes of shared memory: whether it is an outlier column; see
+   `outlier_columns`.
 3. A thread takes 8 adjacent columns at a time. The token is read twice, the second time from the L1 cache.
 
-One launch; two where columns of more than `own_tokens` tokens are to be found. Nothing waits for the device and nothing
-is left from call to call: the launches can be captured in a graph, and give the same bits each time.
+There is one launch, or two if outlier columns of more than `own_tokens` tokens must be found. Nothing waits for the
+device, and no state remains between calls: a graph can capture the launches, and they give the same bits each time.
 
 Bytes moved: M K of x (2 bytes, or 4) and M K codes, and x once more to find columns of many tokens. Floor on an H200 at
 4.3 TB/s: M = 8192, K = 9216, fp16: 226 MB, 53 us, 88 with finding; for a few tokens, the latency of the launch. Not yet
 measured on a GPU.
 
-Columns that 8 does not divide, or addresses or row strides that 16 bytes do not, cost a load for every value: correct,
-and slow. Non-finite values in the columns that are left show in `absmax`, and the token's codes are then 0.
+Each value is loaded alone if columns are not a multiple of 8, or addresses and row strides not of 16 bytes: correct,
+and slow. Non-finite values in int8 columns show in `absmax`, and the token's codes are then 0.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     import torch
 
 THREADS_HELD = 1024
-"""A multiprocessor holds at least so many: 64 registers each."""
+"""The fewest threads that a multiprocessor must hold, with 64 registers each."""
 
 _INFINITY = float32(np.inf)
 _device = cuda.jit(device=True, inline="always")
@@ -51,7 +52,7 @@ _device = cuda.jit(device=True, inline="always")
 class Operands(NamedTuple):
     """Addresses and sizes; shapes and dtypes as in `reference.activation_quantize`.
 
-    row_stride: of x, in elements. marks: room for `mark_bytes`, of any content.
+    row_stride: from one row of x to the next, in elements. marks: `mark_bytes` bytes of scratch.
     """
 
     dtype: str
@@ -68,8 +69,11 @@ class Operands(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """threads: of a block. tokens: of a block. own_tokens: up to how many tokens every block finds columns itself.
-    mark_tokens: of a block of the launch that finds them otherwise."""
+    """The sizes that cut the work into blocks.
+
+    threads, tokens: of a block. own_tokens: the most tokens for which every block finds the outlier columns itself.
+    mark_tokens: tokens of a block of the launch that finds them for more.
+    """
 
     threads: int
     tokens: int
@@ -78,7 +82,7 @@ class Plan(NamedTuple):
 
 
 def plan(n_tokens: int, n_columns: int) -> Plan:
-    """Few tokens: threads enough for one group each. Many: one wave of blocks. A guess, not yet measured."""
+    """Choose, for few tokens, a thread for each group, and for many, one wave of blocks. A guess, not yet measured."""
     n_groups, multiprocessors = -(-n_columns // GROUP), 132
     is_few = n_tokens <= multiprocessors
     threads = next((t for t in (64, 256) if n_groups <= (t if is_few else 4 * t)), 1024 if is_few else 256)
@@ -93,7 +97,7 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
     def largest_magnitude(bits, x, start, K, n_groups):  # type: ignore[no-untyped-def]
         largest, last = uint32(0), n_groups - 1
         for g in range(cuda.threadIdx.x, n_groups, 4 * threads):
-            # Four loads before the first use; beyond the last group it is asked again, which changes nothing.
+            # Four loads before the first use. Past the last group it is loaded again, which changes nothing.
             g1, g2, g3 = min(g + threads, last), min(g + 2 * threads, last), min(g + 3 * threads, last)
             a, b, c, d = load(x, start, g, K), load(x, start, g1, K), load(x, start, g2, K), load(x, start, g3, K)
             largest = group.largest_magnitude(group.clear(a, group.byte_of(bits, g)), largest)
@@ -114,7 +118,7 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
             absmax[token] = largest
         for g in range(cuda.threadIdx.x, n_groups, threads):
             values = group.clear(load(x, start, g, K), group.byte_of(bits, g))
-            if inv_scale == float32(0):  # Infinity times 0 would make other codes than 0.
+            if inv_scale == float32(0):  # Infinity times 0 would give codes other than 0.
                 values = group.clear(values, uint32(0xFF))
             words, at = group.quantize(values, inv_scale), token * K + g * GROUP
             if is_aligned:
@@ -159,13 +163,13 @@ def _kernel(dtype: str, is_finding: bool, is_marked_before: bool, is_aligned: bo
 
 
 def mark_bytes(n_tokens: int, n_columns: int, capacity: int, cut: Plan) -> int:
-    """How much room the launch that finds columns needs; 0 where there is none."""
+    """Bytes of scratch of the launch that finds columns; 0 if there is no such launch."""
     is_marking = capacity > 0 and n_tokens > cut.own_tokens
     return -(-n_tokens // cut.mark_tokens) * -(-n_columns // GROUP) if is_marking else 0
 
 
 def launches(operands: Operands, cut: Plan) -> list[Launch]:
-    """One launch, or two where columns of many tokens are to be found."""
+    """Plan one launch, or two if columns of many tokens must be found."""
     o = operands
     item_bytes = 4 if o.dtype == "F32" else 2
     is_aligned = (o.x | o.row_stride * item_bytes) % 16 == 0 and (o.result.codes | o.n_columns) % GROUP == 0
@@ -179,10 +183,10 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
         planned.append(Launch(mark_kernel(o.dtype, is_aligned), grid, 0, (o.x, o.marks, threshold, *shape)))
     pointers = (o.x, o.outlier_columns, o.marks, *o.result)
     sizes = (o.n_tokens, o.n_columns, o.row_stride, o.n_outliers, o.capacity, pieces, cut.tokens)
-    # Loads of single values want more registers than 1024 threads have.
+    # Loads of single values need more registers than 1024 threads have.
     threads = cut.threads if is_aligned else min(cut.threads, 256)
     kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, threads)
-    grid = (max(1, -(-o.n_tokens // cut.tokens)), 1, 1)  # of no tokens, the list of no columns
+    grid = (max(1, -(-o.n_tokens // cut.tokens)), 1, 1)  # no tokens: one block writes the empty list
     planned.append(Launch(kernel, grid, -(-n_groups // 4) * 4, (*pointers, threshold, *sizes)))
     return planned
 

@@ -71,7 +71,7 @@ def _kernel(dtype: str, tile_tokens: int, tile_features: int) -> Kernel:
 def launches(
     operands: Operands, products: int, tile_tokens: int = TILE_TOKENS, tile_features: int = TILE_FEATURES
 ) -> list[Launch]:
-    """One launch; `products` is the address of int32 [M, N], aligned to 16 bytes as `operands.y` is."""
+    """Plan one launch; `products` is the address of int32 [M, N], aligned to 16 bytes as `operands.y` is."""
     grid = (-(-operands.n_features // tile_features), -(-operands.n_tokens // tile_tokens), 1)
     kernel = _kernel(operands.dtype, tile_tokens, tile_features)
     return [Launch(kernel, grid, 0, (products, *epilogue_arguments(operands)))]

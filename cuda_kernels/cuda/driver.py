@@ -1,6 +1,6 @@
-"""What the CUDA driver is asked for: torch's context, modules, launches. `launch` is the door; no one else comes here.
+"""The CUDA driver's part: torch's context, modules, launches. Only `launch` uses this module.
 
-A launch costs one packing of its arguments into memory kept for that, and one call. Works with cuda.bindings 12 and 13,
+A launch packs its arguments into memory reserved for them, and makes one call. Works with cuda.bindings 12 and 13,
 which are imported with the first device.
 """
 
@@ -15,14 +15,14 @@ from typing import Any
 
 
 class CudaError(RuntimeError):
-    """The driver refused; the message is its own."""
+    """The driver refused a call; the message is the driver's."""
 
 
 class Arguments(threading.local):
-    """A thread's own room for one kernel's arguments; the driver has copied them when a launch returns.
+    """Memory of one thread for one kernel's arguments. The driver has copied them when a launch returns.
 
     Args:
-        fields: a letter of `struct` for each parameter; they lie as C would lay them.
+        fields: a letter of `struct` for each parameter, in C's layout.
     """
 
     def __init__(self, fields: str) -> None:
@@ -35,21 +35,21 @@ class Arguments(threading.local):
         self._address = ctypes.addressof(self._pointers)
 
     def pack(self, args: tuple[int | float, ...]) -> int:
-        """Put the values in place; returns the address of the array of their addresses.
+        """Write the values; return the address of the array of their addresses.
 
         Raises:
-            struct.error: too many, too few, or out of a parameter's range.
+            struct.error: the values are too many, too few, or out of a parameter's range.
         """
         self._format.pack_into(self._values, 0, *args)
         return self._address
 
 
 class Device:
-    """A device's primary context, which is torch's. A context manager: current within.
+    """A device's primary context, which is torch's. As a context manager it makes that context current.
 
     Attributes:
-        capability: what kernels are compiled for: the device's own, or the newest older one the toolkit knows.
-        most_shared_bytes: that a block may have, static and dynamic together.
+        capability: the compute capability to compile for: the device's, or the newest older one that the toolkit knows.
+        most_shared_bytes: the most shared memory of a block, static and dynamic together.
     """
 
     def __init__(self, index: int) -> None:
@@ -68,7 +68,7 @@ class Device:
         self.most_shared_bytes: int = check(driver.cuDeviceGetAttribute(shared, handle))
 
     def __enter__(self) -> Device:
-        # A thread that has not used torch's CUDA yet has no current context, and any thread may be at another device.
+        # A thread that has not used torch's CUDA yet has no current context, and any thread may have another one.
         check(self.driver.cuCtxPushCurrent(self._context))
         return self
 
@@ -77,11 +77,11 @@ class Device:
 
 
 held_device = functools.cache(Device)
-"""The one `Device` of an index."""
+"""Return the one `Device` of an index."""
 
 
 class Function:
-    """A kernel loaded on one device; made while the device is current."""
+    """A kernel loaded on one device. The device must be current when it is made."""
 
     def __init__(self, driver: Any, ptx: str, threads: int, arguments: Arguments) -> None:
         self._driver, self._threads, self._arguments = driver, threads, arguments
@@ -97,7 +97,7 @@ class Function:
         """Queue one launch on a stream of the current context.
 
         Raises:
-            CudaError: what the driver says about it.
+            CudaError: the driver refuses the launch.
         """
         if shared_bytes > self._most_shared:
             attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -112,7 +112,7 @@ class Function:
 
 
 def check(answer: tuple[Any, ...]) -> Any:
-    """The value of a driver call's answer, which starts with an error; a tuple if there are several.
+    """Return the value in a driver call's answer, which starts with an error code; a tuple if there are several values.
 
     Raises:
         CudaError: the error is not success.

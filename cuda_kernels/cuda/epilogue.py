@@ -1,18 +1,18 @@
-"""What every int8 product on the GPU ends in: a tile's integer products to outputs, by a whole block.
+"""The last step of every int8 product on the GPU: a block converts a tile of integer products to outputs.
 
     y[t, n] = fma(fl(products[t, n] * x_scale[t]), weight_scale[n], extra[t, n]) + bias[n]
     extra   = sum_j outlier_x[t, j] * outlier_weight[n, j]                                      j ascending, an fma each
             + sum_j found_x[t, j] * fl(weight_scale[n] * weight_codes[n, found_columns[j]])
     scale   = fl(absmax * fl(1 / 127))
 
-in float32, rounded once to the dtype of x. The order is fixed, and spelled in instructions that no compiler fuses: a
-token's output is the same bits whatever stands beside it in the batch, and whichever kernel made the products.
+in float32, rounded once to the dtype of x. The order is fixed, in instructions that no compiler fuses. So the bits of a
+token's output depend neither on the other tokens of its batch nor on the kernel that made the products.
 
-1. A thread has 4 tokens and 4 adjacent features of the tile.
-2. Outlier columns, stored and found alike, are widened into shared memory eight at a time, and there each value serves
-   the whole tile: 2 reads of 16 bytes for 16 multiply-adds.
+1. A thread computes 4 tokens by 4 adjacent features of the tile.
+2. Outlier columns, stored and found alike, are widened into shared memory eight at a time. Each value there serves the
+   whole tile: 2 reads of 16 bytes for 16 multiply-adds.
 
-Where no columns were found, only `n_found` is read for them, on the device.
+If no columns were found, the device reads only `n_found` of the found columns' arrays.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from cuda_kernels.cuda.ptx.scalars import load_float, multiply_rn
 from cuda_kernels.reference import N_STEPS
 
 CHUNK = 8
-"""How many outlier columns are in shared memory at a time. With rows of a tile's width plus 4 floats, the 32 values
+"""Outlier columns in shared memory at a time. With rows of a tile's width plus 4 floats, the 32 values
 that a warp writes there (8 columns of 4 features) fall into 32 different banks."""
 
 STEP_OF_ABSMAX = np.float32(1) / np.float32(N_STEPS)
-"""A product with it instead of a division by 127: within two roundings, and without the division's slow path."""
+"""fl(1 / 127), a factor in place of a division: within two roundings of it, and without its slow path."""
 
 _SIXTEEN_ZEROS = (np.float32(0),) * 16
 _FOUR_ZEROS = (np.float32(0),) * 4
@@ -41,7 +41,7 @@ _device = cuda.jit(device=True, inline="always")
 
 
 def _make_stage(tile_tokens: int, tile_features: int, threads: int) -> Any:
-    """Outlier columns j0 ... j0 + 7 of the tile's weights and tokens into shared memory, as float32; 0 beyond them."""
+    """Make the function that copies outlier columns j0 ... j0 + 7 to shared memory as float32, 0 past the last."""
     w_stride, x_stride = tile_features + 4, tile_tokens + 4
 
     @_device
@@ -70,7 +70,7 @@ def _make_stage(tile_tokens: int, tile_features: int, threads: int) -> Any:
 
 
 def _make_extra(tile_tokens: int, tile_features: int, threads: int) -> Any:
-    """The outlier terms of a thread's 16 outputs, with the help of the whole block."""
+    """Make the function that computes the outlier terms of a thread's 16 outputs; all threads must call it."""
     stage = _make_stage(tile_tokens, tile_features, threads)
     w_stride, x_stride = tile_features + 4, tile_tokens + 4
     w_size, x_size = CHUNK * w_stride, CHUNK * x_stride
@@ -83,7 +83,7 @@ def _make_extra(tile_tokens: int, tile_features: int, threads: int) -> Any:
         n_terms = n + min(n_found[0], capacity)
         sums, j0 = _SIXTEEN_ZEROS, 0
         while j0 < n_terms:
-            cuda.syncthreads()  # The columns before have been used.
+            cuda.syncthreads()  # All threads have used the previous columns.
             stage(w, x, j0, n_terms, first_token, first_feature, terms, sizes)
             cuda.syncthreads()
             for j in range(min(CHUNK, n_terms - j0)):
@@ -97,15 +97,15 @@ def _make_extra(tile_tokens: int, tile_features: int, threads: int) -> Any:
 
 
 def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_products: Any) -> Any:
-    """(products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes): write a tile of y.
+    """Make (products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes), which writes a tile of y.
 
-    Called by all threads of a block. `terms` are outlier_x, found_columns, n_found, found_x, weight_codes,
-    weight_absmax and outlier_weight; `sizes` M, N, K, n and capacity, where M may be less to end the tile earlier.
+    All threads of a block must call it. `terms` are outlier_x, found_columns, n_found, found_x, weight_codes,
+    weight_absmax and outlier_weight. `sizes` are M, N, K, n and capacity, where a smaller M ends the tile earlier.
 
     Args:
         tile_tokens, tile_features: multiples of 4, their product at most 16 `threads`.
-        read_products: (products, t, f, first_token, first_feature, M, N) -> the products of four tokens and four
-            features, from a place of the tile whose first token and first feature are in the matrix.
+        read_products: (products, t, f, first_token, first_feature, M, N) -> the products of four tokens by four
+            features, of which the first token and the first feature are within the matrix.
     """
     assert tile_tokens % 4 == 0 and tile_features % 4 == 0 and tile_tokens * tile_features <= 16 * threads
     extra_of = _make_extra(tile_tokens, tile_features, threads)
@@ -135,7 +135,7 @@ def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_produ
 
 
 def shared_products(stride: int) -> Any:
-    """`read_products` from a shared int32 [tile_tokens, stride], where 4 divides the stride."""
+    """Make `read_products` for a shared int32 [tile_tokens, stride]; 4 must divide the stride."""
 
     @_device
     def read(products, t, f, _first_token, _first_feature, _M, _N):  # type: ignore[no-untyped-def]

@@ -3,18 +3,18 @@
     products[t, n] = sum_k codes[t, k] * weight_codes[n, k]        int32, exact, in any order
     y              = as in `epilogue`
 
-1. A warp takes a few rows of the weight (`rows`) and all of the tokens; a lane takes 16 columns at a time of each.
-2. It asks for `in_flight` such steps of all its rows before it uses the first: at 4.3 TB/s and some 700 ns, an H200
-   wants 3 MB under way, 23 KB a multiprocessor. The weights are read once and pass by the L1 cache, where the
-   tokens' codes, which every warp reads, stay.
-3. Where rows are few, `split` warps share them and take turns along the columns. Their sums meet in shared memory;
-   integers come out the same in any order.
-4. The sums of 32 lanes are folded into one another, so that each lane ends with the total of one.
+1. A warp takes `rows` rows of the weight and all tokens. A lane takes 16 columns of each at a time.
+2. It loads `in_flight` such steps of all its rows before it uses the first: at 4.3 TB/s and about 700 ns, an H200 needs
+   3 MB in flight, 23 KB a multiprocessor. The weights are read once and bypass the L1 cache. The tokens' codes, which
+   every warp reads, stay in it.
+3. If rows are few, `split` warps share them and take turns along the columns. Their sums are added in shared memory;
+   integer sums do not depend on the order.
+4. The sums of 32 lanes are folded, so that each lane ends with the total of one sum.
 
 Bytes moved: the weights, N K, once; M K codes once a block, from L2. Floor on an H200 at 4.3 TB/s: N = K = 9216 20 us,
-9216 x 36864 79 us, whatever M is. Not yet measured on a GPU.
+9216 x 36864 79 us, for any M. Not yet measured on a GPU.
 
-Rows that are not a multiple of 16 bytes, or an address that is not, cost a load for every code: correct, and slow.
+Each code is loaded alone if rows or addresses are not multiples of 16 bytes: correct, and slow.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from cuda_kernels.cuda.ptx.products import VECTOR, Turn, dp4a_tile, load_rows, w
 WARPS = 8
 THREADS = 32 * WARPS
 STEP = 32 * VECTOR
-"""Columns of a row that a warp reads at once."""
+"""Columns of a row that a warp reads at a time."""
 
 _device = cuda.jit(device=True, inline="always")
 
 
 class Plan(NamedTuple):
-    """How the work is cut; all are compiled in.
+    """The sizes that cut the work, all of them compiled in.
 
-    tokens: of a block, 1, 2, 4 or 8. rows: of the weight, of a warp. in_flight: steps asked for before the first is
-    used. split: warps that share the same rows. blocks: a multiprocessor holds at least so many, which bounds the
+    tokens: of a block, 1, 2, 4 or 8. rows: rows of the weight of a warp. in_flight: steps loaded before the first is
+    used. split: warps that share the same rows. blocks: the fewest that a multiprocessor must hold, which bounds the
     registers. A block has `8 // split * rows` features, which must be a multiple of 4.
     """
 
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
 
 def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
-    """As many loads in flight as registers allow, and warps enough to fill the device: a guess, not yet measured."""
+    """Choose the most loads in flight that registers allow, and warps to fill the device. A guess, not yet measured."""
     tokens = next((t for t in (1, 2, 4) if n_tokens <= t), 8)
     rows, most_in_flight, blocks = {1: (2, 4, 3), 2: (2, 4, 2), 4: (4, 2, 2), 8: (4, 1, 2)}[tokens]
     # Four blocks on each of 132 multiprocessors, unless that leaves a warp less than a step.
@@ -65,22 +65,22 @@ def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
 
 
 def fitting(most_in_flight: int, columns: int, n_columns: int) -> int:
-    """How many steps in flight leave two turns of all warps at least, so that they end at about the same time."""
+    """The most steps in flight that leave every warp at least two turns, so that all end at about the same time."""
     return next((f for f in (4, 2) if f <= most_in_flight and n_columns >= 2 * f * columns), 1)
 
 
 def make_sweep(rows: tuple[int, int], tokens: tuple[int, int], multiply: Any, turn: Turn, split: int) -> Any:
-    """(sums, weight_codes, codes, row, token, first, column, M, N, K) -> a warp's sums over its share of the columns.
+    """Make (sums, weight_codes, codes, row, token, first, column, M, N, K) -> a warp's sums over its share of columns.
 
-    The warp takes every `split`-th turn from number `first` on. `column` is the lane's place in a step. Only a last
-    turn, which may reach beyond K, asks where K is.
+    The warp takes every `split`-th turn from number `first` on. `column` is the lane's place in a step. Only the last
+    turn, which may reach past K, compares columns with K.
 
     Args:
-        rows, tokens: how many of the weight's rows and of the tokens a lane reads, and how far they are apart.
+        rows, tokens: how many rows of the weight and how many tokens a lane reads, and their distance.
         multiply: (sums, words of the weight, words of the tokens) -> sums.
     """
     columns = turn.in_flight * turn.step
-    # Where every code is a load of its own, each asks where K is, and all turns are alike.
+    # If every code is loaded alone, each is compared with K, and all turns are alike.
     reach = columns if turn.is_aligned else 1
     load_weights = load_rows(*rows, turn, is_read_once=True, is_inside=turn.is_aligned)
     load_tokens = load_rows(*tokens, turn, is_read_once=False, is_inside=turn.is_aligned)
@@ -141,7 +141,7 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
 
 
 def launches(operands: Operands, cut: Plan | None = None) -> list[Launch]:
-    """One launch; any number of tokens, of which it takes `tokens` at a time."""
+    """Plan one launch, for any number of tokens, `tokens` at a time."""
     o = operands
     cut = cut or plan(o.n_tokens, o.n_features, o.n_columns)
     if not o.is_aligned:

@@ -3,17 +3,17 @@
     products[t, n] = sum_k codes[t, k] * weight_codes[n, k]        int32, exact, in any order
     y              = as in `epilogue`
 
-1. The weight is the mma's operand of 16 rows, the tokens its 8 columns: m16n8k32, int8. Both go from memory to the
-   registers they are multiplied in, 16 bytes a load; `product_intrinsics.mma_tile` says how columns are dealt out.
-2. A warp takes `row_tiles` times 16 rows of the weight and `token_tiles` times 8 tokens, and asks for `in_flight` steps
-   of 64 columns before it multiplies the first. The weights pass by the L1 cache, the tokens' codes stay in it.
-3. `split` warps share the same rows and take turns along the columns. Their sums meet in shared memory; integers come
-   out the same in any order.
+1. The weight is the mma's operand of 16 rows, and the tokens are its 8 columns: m16n8k32, int8. Both are loaded into
+   the registers in which they are multiplied, 16 bytes a load; `ptx.products.mma_tile` describes the order of columns.
+2. A warp takes `row_tiles` times 16 rows of the weight and `token_tiles` times 8 tokens. It loads `in_flight` steps of
+   64 columns before it multiplies the first. The weights bypass the L1 cache, and the tokens' codes stay in it.
+3. `split` warps share the same rows and take turns along the columns. Their sums are added in shared memory; integer
+   sums do not depend on the order.
 
 Bytes moved: the weights, N K, once; M K codes once a block, from L2: at M = 64 with 64 features a block, as much as the
 weights. Floor on an H200 at 4.3 TB/s: N = K = 9216 20 us, 9216 x 36864 79 us. Not yet measured on a GPU. Needs sm_80.
 
-Rows that are not a multiple of 16 bytes, or an address that is not, cost a load for every code: correct, and slow.
+Each code is loaded alone if rows or addresses are not multiples of 16 bytes: correct, and slow.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ LEAST_CAPABILITY = (8, 0)
 WARPS = 8
 THREADS = 32 * WARPS
 STEP = 4 * VECTOR
-"""Columns that a warp multiplies at once: four lanes share a row."""
+"""Columns that a warp multiplies at a time: four lanes share a row."""
 
 
 class Plan(NamedTuple):
-    """How the work is cut; all are compiled in.
+    """The sizes that cut the work, all of them compiled in.
 
-    token_tiles: of 8 tokens, of a block, 1, 2, 4 or 8. row_tiles: of 16 rows of the weight, of a warp. in_flight: steps
-    asked for before the first is used. split: warps that share the same rows. blocks: a multiprocessor holds at least
-    so many, which bounds the registers. A block's tokens times its features may not exceed 4096.
+    token_tiles: tiles of 8 tokens of a block, 1, 2, 4 or 8. row_tiles: tiles of 16 weight rows of a warp. in_flight:
+    steps loaded before the first is used. split: warps that share the same rows. blocks: the fewest that a
+    multiprocessor must hold, which bounds the registers. A block's tokens times its features may not exceed 4096.
     """
 
     token_tiles: int
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 
 
 def plan(n_tokens: int, n_features: int, n_columns: int) -> Plan:
-    """As many loads in flight as registers allow, and blocks enough for every multiprocessor: a guess, not measured."""
+    """Choose the most loads in flight that registers allow, and a block a multiprocessor. A guess, not measured."""
     token_tiles = next((t for t in (1, 2, 4) if n_tokens <= 8 * t), 8)
     row_tiles, most_in_flight, blocks = {1: (1, 4, 2), 2: (1, 4, 2), 4: (2, 1, 2), 8: (2, 2, 1)}[token_tiles]
     splits = [s for s in (1, 2, 4, 8) if WARPS // s * 16 * row_tiles * 8 * token_tiles <= 16 * THREADS]
@@ -102,7 +102,7 @@ def _kernel(dtype: str, cut: Plan, is_aligned: bool) -> Kernel:
 
 
 def launches(operands: Operands, cut: Plan | None = None) -> list[Launch]:
-    """One launch; any number of tokens, of which it takes 8 `token_tiles` at a time."""
+    """Plan one launch, for any number of tokens, 8 `token_tiles` at a time."""
     o = operands
     cut = cut or plan(o.n_tokens, o.n_features, o.n_columns)
     if not o.is_aligned:

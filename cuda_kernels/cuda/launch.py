@@ -1,11 +1,11 @@
 """From a kernel's Python function to its run on torch's current stream.
 
-1. A `Kernel` is compiled to PTX on its first use, once for a compute capability: no driver needed, so tests do it, too.
-2. An operation's planning function maps addresses and sizes to a list of `Launch`: no device needed.
-3. `run` has the driver load the PTX, once for a device, and queues the launches. It waits for nothing: the launches can
-   be captured in a CUDA graph, if `load` has seen their kernels before.
+1. A `Kernel` is compiled to PTX on its first use, once for each compute capability. That needs no driver.
+2. An operation's planning function maps addresses and sizes to a list of `Launch`. That needs no device.
+3. `run` has the driver load the PTX, once for each device, and queues the launches without waiting. A CUDA graph can
+   capture them if `load` has loaded their kernels before.
 
-Left out on purpose: Numba's own dispatcher, which parses array arguments at every launch, and owns a stream of its own.
+Numba's own dispatcher is left out on purpose: it parses array arguments at every launch, and has its own stream.
 Importing this module loads neither numba-cuda nor torch.
 """
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 __all__ = ["CudaError", "Kernel", "Launch", "load", "most_shared_bytes", "run", "unavailable"]
 
 OLDEST_CAPABILITY = (7, 5)
-"""Turing: what the CUDA 13 toolkit still compiles for."""
+"""The oldest compute capability that the CUDA 13 toolkit compiles for: Turing's."""
 
 _FIELD = {"uint32": "I", "int32": "i", "uint64": "Q", "int64": "q", "float32": "f"}
 
 
 class Kernel:
-    """A plain function on pointers and numbers, what it is compiled for, and what it was compiled to.
+    """A plain function on pointers and numbers, the settings it is compiled with, and the PTX.
 
     Args:
         function: Python, at module level, in the subset Numba-CUDA compiles.
         signature: numba types, one for each parameter: `CPointer(T)`, int32, uint32, int64, uint64 or float32.
-        threads: of every block it is launched with.
-        min_blocks: how many blocks a multiprocessor is to hold at least: bounds the registers.
+        threads: threads of every block.
+        min_blocks: the fewest blocks that a multiprocessor must hold, which bounds the registers.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Kernel:
         return f"Kernel({self.name}, {self.signature}, {self.threads})"
 
     def ptx(self, cc: tuple[int, int]) -> str:
-        """The kernel for one compute capability, as PTX with one entry."""
+        """Return the kernel's PTX for one compute capability; it has one entry."""
         if cc not in self._ptx:
             settings = (self.signature, self.threads, self.min_blocks, cc)
             self._ptx[cc] = remembered(self.function, settings, lambda: self._compile(cc))
@@ -72,7 +72,7 @@ class Kernel:
         return str(ptx)
 
     def loaded(self, device: Device) -> Function:
-        """The kernel as the driver knows it; the device must be current."""
+        """Return the kernel loaded on a device, which must be current."""
         if device.index not in self._loaded:
             with self._lock:
                 if device.index not in self._loaded:
@@ -82,7 +82,7 @@ class Kernel:
 
 
 class Launch(NamedTuple):
-    """One launch: everything but the stream. The block has the kernel's `threads`."""
+    """One launch, except its stream. The block has the kernel's `threads`."""
 
     kernel: Kernel
     grid: tuple[int, int, int]
@@ -93,11 +93,11 @@ class Launch(NamedTuple):
 def run(launches: Iterable[Launch], device: torch.device) -> None:
     """Queue launches, in order, on torch's current stream of a device.
 
-    What the addresses point to must live until the stream has run them; torch's allocator sees to that for tensors
-    that were made for the same stream.
+    The memory at the addresses must live until the stream has run the launches. torch's allocator ensures that for
+    tensors that were allocated on the same stream.
 
     Raises:
-        CudaError: what the driver says about a launch it refuses.
+        CudaError: the driver refuses a launch.
     """
     import torch
 
@@ -108,19 +108,19 @@ def run(launches: Iterable[Launch], device: torch.device) -> None:
 
 
 def load(kernels: Iterable[Kernel], device: torch.device) -> None:
-    """Compile and load kernels, as a first `run` would do; loading is not allowed while a CUDA graph is captured."""
+    """Compile and load kernels as their first `run` would; loading is not allowed while a CUDA graph is captured."""
     with held_device(_index(device)) as held:
         for kernel in kernels:
             kernel.loaded(held)
 
 
 def most_shared_bytes(device: torch.device) -> int:
-    """Shared memory that a block may have on a device, static and dynamic together."""
+    """The most shared memory of a block on a device, static and dynamic together, in bytes."""
     return held_device(_index(device)).most_shared_bytes
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
-    """Why CUDA kernels cannot run here, as the end of a sentence; None if they can.
+    """Return why CUDA kernels cannot run here, as the end of a sentence, or None if they can.
 
     Args:
         device: a CUDA device, by default torch's current one.
@@ -132,7 +132,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
     if not torch.version.cuda:
         return f"torch {torch.__version__} is built without CUDA"
-    with warnings.catch_warnings(record=True) as caught:  # of a driver too old for it, torch warns
+    with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old for it
         warnings.simplefilter("always")
         is_available = torch.cuda.is_available()
     if not is_available:
@@ -155,7 +155,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _too_old_driver() -> str | None:
-    """A driver takes the PTX of toolkits up to its own version."""
+    """Return why the driver is too old, or None: it takes the PTX of toolkits up to its own version."""
     from cuda.bindings import driver, nvrtc
 
     toolkit = check(nvrtc.nvrtcVersion())

@@ -1,13 +1,13 @@
-"""Which columns of x are outlier columns, a bit for each in shared memory: a part of `activation_quantize`.
+"""The outlier columns of x, as one bit for each column in shared memory: a part of `activation_quantize`.
 
-1. A thread looks at a group of 8 adjacent columns: a byte, which is nearly always 0.
+1. A thread takes a group of 8 adjacent columns: a byte, which is nearly always 0.
 2. The bits of stored columns come from their list.
-3. Columns to be found: for few tokens every block asks all of them itself; for many, a launch before (`mark_kernel`)
-   gave each piece of the tokens a row of bytes, and every block joins those rows.
-4. Every block counts the found bits in column order, so it knows the place of each in the list, and which are the
-   first `capacity`. The first block writes the list.
+3. The bits of found columns come from x. For few tokens, every block reads all tokens. For many, an earlier launch
+   (`mark_kernel`) has written a row of bytes for each piece of the tokens, and every block joins those rows.
+4. Every block counts the found bits in column order, so it knows the place of each in the list, and the first
+   `capacity` of them. The first block writes the list.
 
-The same in every block, so no block waits for another: no atomics in global memory, no scratch that must be zero.
+Every block computes the same, so none waits for another: no atomics in global memory, no scratch that must be zero.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _device = cuda.jit(device=True, inline="always")
 
 @cache
 def mark_kernel(dtype: str, is_aligned: bool) -> Kernel:
-    """For each piece of the tokens, and each group: a byte that says which columns some token makes outliers."""
+    """Make the kernel that writes a byte for each piece of the tokens and each group: the columns with an outlier."""
     load = group.load(is_aligned)
 
     def mark_columns(x, marks, threshold, M, K, row_stride, n_groups, tokens):  # type: ignore[no-untyped-def]
@@ -45,7 +45,7 @@ def mark_kernel(dtype: str, is_aligned: bool) -> Kernel:
         last = min(token + tokens, M) - 1
         marked = uint32(0)
         while token <= last:
-            # Four loads before the first use; beyond the last token it is asked again, which changes nothing.
+            # Four loads before the first use. Past the last token it is loaded again, which changes nothing.
             a = load(x, token * row_stride, g, K)
             b = load(x, min(token + 1, last) * row_stride, g, K)
             c = load(x, min(token + 2, last) * row_stride, g, K)
@@ -60,7 +60,7 @@ def mark_kernel(dtype: str, is_aligned: bool) -> Kernel:
 
 
 def make_marks(is_marked_before: bool, is_aligned: bool) -> Any:
-    """(x, marks, g, threshold, pieces, shape) -> the byte of all tokens: from x itself, or from the marks."""
+    """Make (x, marks, g, threshold, pieces, shape) -> the byte of all tokens, from x itself or from the marks."""
     load = group.load(is_aligned)
 
     @_device
@@ -82,7 +82,7 @@ def make_marks(is_marked_before: bool, is_aligned: bool) -> Any:
 
 
 def make_take_stored(threads: int) -> Any:
-    """Clear `bits`, set those of the stored columns, and gather these columns of tokens first ... end - 1."""
+    """Make the function that sets the bits of stored columns alone, and gathers these from a range of tokens."""
 
     @_device
     def take_stored(bits, x, outlier_columns, outlier_x, first, end, n, shape):  # type: ignore[no-untyped-def]
@@ -100,7 +100,7 @@ def make_take_stored(threads: int) -> Any:
 
 
 def _make_running_sum(threads: int) -> Any:
-    """(count, scratch, total) -> `total` and the counts of the threads before this one; `total` and all counts."""
+    """Make (count, scratch, total) -> total plus the counts of earlier threads, and total plus all counts."""
     warps = threads // 32
 
     @_device
@@ -125,9 +125,10 @@ def _make_running_sum(threads: int) -> Any:
 
 
 def make_take_found(is_marked_before: bool, is_aligned: bool, threads: int) -> Any:
-    """Set the bits of the first `capacity` found columns, list them, and gather them of tokens first ... end - 1.
+    """Make the function that sets the bits of the first `capacity` found columns, lists and gathers them.
 
-    Returns how many columns were found. `scratch` is a shared uint32 for each warp.
+    It gathers from tokens first ... end - 1, and returns how many columns were found. `scratch` is a shared uint32 for
+    each warp.
     """
     marks_of, running_sum = make_marks(is_marked_before, is_aligned), _make_running_sum(threads)
 

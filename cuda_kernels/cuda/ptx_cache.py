@@ -1,10 +1,8 @@
-"""PTX made before, so that a process does not wait a second for each of its kernels again.
+"""A disk cache of PTX, which saves a process a second for each kernel.
 
-The PTX is a function of the source of this package and of `reference`, the kernel and what it was made with, the
-compilers and the compute capability; all are in the key. The files are in the user's cache folder. Removing the folder
-costs seconds, nothing else. The driver keeps the machine code it makes of the PTX in a cache of its own.
-
-What it does not know: what a kernel from outside this package calls there.
+The key holds all that decides the PTX: the source of this package and of `reference`, the kernel and its settings, the
+compilers and the compute capability. It does not hold the code that a kernel from outside this package calls there. The
+files are in the user's cache folder; removing it costs seconds. The driver caches its machine code itself.
 """
 
 from __future__ import annotations
@@ -20,18 +18,18 @@ from types import FunctionType
 from typing import Any
 
 MAX_FILES = 500
-"""20 KB each; the oldest go first."""
+"""The most files, of 20 KB each; the oldest are removed first."""
 
 _COMPILERS = ("numba-cuda", "numba", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "cuda-toolkit")
 
 
 def remembered(function: Callable[..., None], settings: object, compile_ptx: Callable[[], str]) -> str:
-    """The PTX of a kernel, compiled if no one did before. A folder that cannot be used is a cache that is empty.
+    """Return the PTX of a kernel, from the cache or compiled. A folder that cannot be used is an empty cache.
 
     Args:
         function: the kernel.
-        settings: what else decides its PTX: numbers, strings, numba types, tuples of them.
-        compile_ptx: makes it.
+        settings: everything else that decides its PTX: numbers, strings, numba types, tuples of them.
+        compile_ptx: compiles it.
     """
     try:
         key = repr((_package_digest(), _described(function), _described(settings)))
@@ -50,12 +48,12 @@ def remembered(function: Callable[..., None], settings: object, compile_ptx: Cal
 
 
 def _described(value: Any) -> object:
-    """What tells a value from others, in this process and the next.
+    """A description that differs for different values, and is the same in every process.
 
     Raises:
-        TypeError: nothing that we know of does.
+        TypeError: there is none for values of this type.
     """
-    value = getattr(value, "py_func", getattr(value, "_defn", value))  # of a device function, of an intrinsic
+    value = getattr(value, "py_func", getattr(value, "_defn", value))  # device functions and intrinsics wrap it
     if isinstance(value, FunctionType):
         code, cells = value.__code__, value.__closure__ or ()
         made_with = [_described(cell.cell_contents) for cell in cells]
@@ -68,7 +66,7 @@ def _described(value: Any) -> object:
 
 
 def cache_folder() -> Path | None:
-    """`cuda_kernels` in $XDG_CACHE_HOME, by default ~/.cache; None for a user without a home."""
+    """Return `cuda_kernels` in $XDG_CACHE_HOME, by default ~/.cache, or None for a user without a home."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "cuda_kernels" if os.path.isabs(folder) else None
 

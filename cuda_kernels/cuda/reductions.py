@@ -1,7 +1,7 @@
-"""Maxima and sums over a warp or a block, in an order that is always the same: two launches give the same bits.
+"""Maxima and sums over a warp or a block, always in the same order: two launches give the same bits.
 
-Inlined into the kernel. Every thread gets the result. A block is a whole number of warps, up to 1024 threads, and all
-of its threads take part.
+They are inlined into the kernel, and every thread gets the result. A block is a whole number of warps, up to 1024
+threads, and all of its threads must take part.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def warp_sum(value):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")
 def block_max(value, scratch):  # type: ignore[no-untyped-def]
-    """The largest value of a block. `scratch` is a shared array, one element a warp, that no one else uses meanwhile:
-    a second reduction needs a second array, or a barrier before it.
+    """The largest value of a block. `scratch` is a shared array, one element a warp, for this reduction alone.
+
+    A second reduction needs a second array, or a barrier before it.
     """
     value = warp_max(value)
     thread = types.uint32(cuda.threadIdx.x)

@@ -1,6 +1,6 @@
-"""The kernels of `row_quantize`, naive to fast: by values, a warp for a row, a block for a row.
+"""The kernels of `row_quantize`, from naive to fast: by values, a warp for a row, a block for a row.
 
-The order of the float operations is the method's; sums of squares are added in an order that is always the same.
+The order of the float operations is the method's. Sums of squares are always added in the same order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WARPS = THREADS // 32
 
 VECTOR_BYTES = 16
 WARP_ROW_BYTES = 4 * 32 * VECTOR_BYTES
-"""A row that a warp holds: four loads of 16 bytes a lane, all under way at once."""
+"""Bytes of a row that a warp holds: four loads of 16 bytes a lane, all in flight at once."""
 
 WARP_WORDS = WARPS * WARP_ROW_BYTES // 4
 ROUNDER = f32(3 << 22)
@@ -60,7 +60,7 @@ def _inv_scale(absmax):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True, inline="always")
 def _quantize_value(x, inv_scale, codes, signal, noise):  # type: ignore[no-untyped-def]
-    """-> the word `codes` with this value's code shifted in from above, and the two sums, in squared steps."""
+    """Return the word `codes` with this value's code shifted in from above, and the two sums, in squared steps."""
     in_steps = multiply_rn(x, inv_scale)
     rounded = add_rn(in_steps, ROUNDER)
     error = in_steps - (rounded - ROUNDER)
@@ -70,7 +70,7 @@ def _quantize_value(x, inv_scale, codes, signal, noise):  # type: ignore[no-unty
 
 @cuda.jit(device=True, inline="always")
 def _quantize_pairs(weight, words, inv_scale, signal, noise):  # type: ignore[no-untyped-def]
-    """Two words of two values each -> one word of codes, and the two sums."""
+    """Return one word of codes for two words of two values each, and the two sums."""
     codes = u32(0)
     for word in words:
         codes, signal, noise = _quantize_value(low_as_float(weight, word), inv_scale, codes, signal, noise)
@@ -80,7 +80,7 @@ def _quantize_pairs(weight, words, inv_scale, signal, noise):  # type: ignore[no
 
 @cuda.jit(device=True, inline="always")
 def _quantize_vector(weight, words, inv_scale, codes, at, signal, noise):  # type: ignore[no-untyped-def]
-    """Write the codes of one vector, 8 values or 4; -> the two sums."""
+    """Write the codes of one vector, 8 values or 4; return the two sums."""
     if element_bytes(weight) == u32(4):
         first = u32(0)
         for word in words:
@@ -95,7 +95,7 @@ def _quantize_vector(weight, words, inv_scale, codes, at, signal, noise):  # typ
 
 @cuda.jit(device=True, inline="always")
 def _keep(weight, words, kept, slot, n_slots, largest):  # type: ignore[no-untyped-def]
-    """Put a vector where the row waits; -> the largest magnitudes."""
+    """Store a vector of the row in shared memory; return the largest magnitudes."""
     if slot < n_slots:
         store_16_bytes(kept, u32(slot * u32(4)), words[0], words[1], words[2], words[3])
     for word in words:
@@ -105,7 +105,7 @@ def _keep(weight, words, kept, slot, n_slots, largest):  # type: ignore[no-untyp
 
 @cuda.jit(device=True, inline="always")
 def _one_magnitude(weight, largest):  # type: ignore[no-untyped-def]
-    """The larger half of a pair, or the whole, as the bits of a float32: the order stays."""
+    """The larger half of a pair, or the whole, as the bits of a float32, in the same order."""
     if element_bytes(weight) == u32(4):
         return largest
     return max(float_as_bits(low_as_float(weight, largest)), float_as_bits(high_as_float(weight, largest)))

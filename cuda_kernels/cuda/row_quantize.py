@@ -1,18 +1,18 @@
-"""Weight rows -> int8 codes and their absmax on a CUDA device; `reference.row_quantize` is the meaning.
+"""Weight rows to int8 codes and their absmax on a CUDA device; see `reference.row_quantize`.
 
     absmax[i]    = max_k |weight[i, k]|
-    inv_scale[i] = fl32(fl32(1 / absmax[i]) * 127)                     0 where that is not finite
+    inv_scale[i] = fl32(fl32(1 / absmax[i]) * 127)                     0 if that is not finite
     codes[i, k]  = rint(fl32(weight[i, k] * inv_scale[i]))             ties to even
 
-Moves 2 bytes in and 1 out for each fp16 or bf16 weight, 4 and 1 for fp32, and 12 bytes a row. That is the floor: the
-machine code has twelve instructions a weight, and an H200 could issue twenty while the memory moves its bytes. To stay
-there a row must cross the memory once, though its codes need its absmax first, so it waits in shared memory: a row of
-up to 2 KiB in a warp's part, a longer one in a block's, and what of it does not fit is read again, from L2 if it is
-still there. Rows that are no whole aligned vectors of 16 bytes are read twice, one value at a time, by the naive
-kernel, which is the first to read; no checkpoint we know has such rows.
+It reads 2 bytes and writes 1 for each fp16 or bf16 weight, 4 and 1 for fp32, and writes 12 bytes a row. That is the
+floor: the machine code has twelve instructions a weight, and an H200 could issue twenty while the memory moves its
+bytes. To stay there, a row must be read from memory once, although its codes need its absmax first. So it is kept in
+shared memory: a row of up to 2 KiB in a warp's part, a longer one in a block's. The part of a row that does not fit is
+read again, usually from L2. Rows that are not whole aligned vectors of 16 bytes are read twice, one value at a time, by
+the naive kernel; no known checkpoint has such rows.
 
-What it does not know: whether the weights are finite. NaN and infinity show in `absmax`, as in the reference. Not yet
-measured on a GPU.
+Finiteness of the weights is not checked: NaN and infinity show in `absmax`, as in the reference. Not yet measured on a
+GPU.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import torch
 
 MOST_KEPT_BYTES = 112 * 1024
-"""Of a row in shared memory: half of an H200's multiprocessor, so that one block loads while another stores."""
+"""The most bytes of a row in shared memory: half of an H200's, so that one block loads while another stores."""
 
 STATIC_SHARED_BYTES = 1024
-"""More than a block of the kernels has beside what it keeps."""
+"""Bytes of shared memory reserved for the kernels' static arrays, which are smaller."""
 
 
 def launches(
@@ -44,14 +44,14 @@ def launches(
     noise: int,
     kept_bytes: int,
 ) -> list[Launch]:
-    """What to launch for matrices at these addresses; none for a matrix without rows.
+    """Plan the launch for a matrix at these addresses, or none for a matrix without rows.
 
     Args:
-        weight: of the first value; `dtype` is "F16", "BF16" or "F32".
+        weight: the address of the first value. dtype: "F16", "BF16" or "F32".
         shape: rows and columns, each under 2^31.
         row_stride: values from one row to the next, at least the columns.
-        codes: int8, a row's codes right after the last one's. absmax, signal, noise: float32, one a row.
-        kept_bytes: dynamic shared memory that a block may have; see `kept_bytes_of`.
+        codes: the address of int8 [rows, columns], contiguous. absmax, signal, noise: of float32 [rows].
+        kept_bytes: the most dynamic shared memory of a block; see `kept_bytes_of`.
     """
     rows, columns = shape
     item_bytes = 4 if dtype == "F32" else 2
@@ -71,7 +71,7 @@ def launches(
 
 
 def kept_bytes_of(device: torch.device) -> int:
-    """How much of a row a block keeps in shared memory on a device."""
+    """The most bytes of a row that a block keeps in shared memory on a device."""
     return min(most_shared_bytes(device) - STATIC_SHARED_BYTES, MOST_KEPT_BYTES)
 
 

@@ -165,6 +165,7 @@ def never(_cc: tuple[int, int]) -> str:
     raise AssertionError("compiled though it was there")
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_ptx_made_before_is_not_made_again() -> None:
     first, second = kernel(), kernel()
     text = first.ptx((9, 0))
@@ -173,6 +174,7 @@ def test_ptx_made_before_is_not_made_again() -> None:
     assert second.ptx((9, 0)) == text
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_whatever_decides_the_ptx_is_in_its_key() -> None:
     def with_constant(constant: object) -> Any:
         return lambda x: constant
@@ -203,12 +205,14 @@ def test_whatever_decides_the_ptx_is_in_its_key() -> None:
         assert made == [f"first {i}" for i in range(len(asked))]
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_what_cannot_be_told_apart_is_not_remembered() -> None:
     unknown = SimpleNamespace()
     for text in ("first", "second"):
         assert ptx_cache.remembered(lambda x: unknown, "", lambda text=text: text) == text
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptx_cache, "MAX_FILES", 3)
     for i in range(6):

@@ -1,4 +1,4 @@
-"""What the intrinsics of this package are made of: LLVM's types, one call of inline PTX, formats widened and narrowed.
+"""Code generation for the intrinsics of this package: LLVM's types, inline PTX, widening and narrowing of formats.
 
 T of a `CPointer(T)` names the format, as in `cpu.BITS_DTYPE`: uint16 is fp16, int16 is bf16, uint32 and float32 are
 fp32. Importing this module needs numba-cuda, but no device.
@@ -19,7 +19,7 @@ CONSTRAINT = {types.int32: "r", types.uint32: "r", types.uint64: "l", types.floa
 
 
 def device_function(name: str, n_arguments: int, typed: Any) -> Any:
-    """`intrinsic` for functions made in a loop: Numba asks a function for its name and how many arguments it takes."""
+    """Apply `intrinsic` to a function made in a loop, with the name and number of arguments that Numba needs."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     typed.__name__ = typed.__qualname__ = name
     typed.__signature__ = inspect.Signature([inspect.Parameter(f"a{k}", kind) for k in range(n_arguments + 1)])
@@ -29,14 +29,14 @@ def device_function(name: str, n_arguments: int, typed: Any) -> Any:
 def call_ptx(
     builder: Any, ptx: str, results: str, result: Any, operands: str, args: Any, volatile: bool = False
 ) -> Any:
-    """One instruction; `results` and `operands` are constraint letters: r and l are 32 and 64 bits, h 16, f float32."""
+    """Emit one instruction; constraint letters are h, r, l for 16, 32, 64 bits, and f for float32."""
     constraints = ",".join([*("=" + letter for letter in results), *operands])
     function = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(ir.InlineAsm(function, ptx, constraints, side_effect=volatile), args)
 
 
 def instruction(name: str, ptx: str, result: Any, *operands: Any) -> Any:
-    """The device function `name(*operands) -> result` that is the one instruction `ptx`."""
+    """Make the device function `name(*operands) -> result`, which is the one instruction `ptx`."""
     letters = "".join(CONSTRAINT[operand] for operand in operands)
 
     def typed(_context: Any, *_args: Any) -> Any:
@@ -62,7 +62,7 @@ def narrow(builder: Any, format: Any, x: Any) -> Any:
     if format == types.uint16:
         return builder.zext(call_ptx(builder, "cvt.rn.f16.f32 $0, $1;", "h", I16, "f", [x]), I32)
     bits = builder.bitcast(x, I32)
-    if format == types.int16:  # in integers, for the instruction came with sm_80 only
+    if format == types.int16:  # in integers, because the instruction needs sm_80
         half = ir.Constant(I32, 16)
         even = builder.and_(builder.lshr(bits, half), ir.Constant(I32, 1))
         rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), even), half)

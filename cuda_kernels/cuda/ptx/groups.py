@@ -1,7 +1,7 @@
-"""Instructions on groups of eight adjacent values: `intrinsics`' part for quantizing activations.
+"""Instructions on groups of eight adjacent values, for quantizing activations.
 
-A group is a tuple of eight float32, unrolled here in Python (see `tile_intrinsics`); a byte has a bit for each of its
-values, the lowest for the first. Pointers, indices and formats are those of `intrinsics`.
+A group is a tuple of eight float32, unrolled here in Python (see `tiles`). A byte has a bit for each of its values, the
+lowest for the first. Pointers, indices and formats are those of `scalars`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cuda_kernels.cuda.ptx.products import load_before
 from cuda_kernels.cuda.ptx.tiles import make_tile, multiply, values_of
 
 GROUP = 8
-"""Values a thread takes at a time: 16 bytes of a 16-bit format."""
+"""Values that a thread takes at a time: 16 bytes of a 16-bit format."""
 
 _GROUP = types.UniTuple(types.float32, GROUP)
 _MAGNITUDE = I32(0x7FFFFFFF)
@@ -34,9 +34,9 @@ def _load_aligned(builder: Any, pointer: Any, index: Any, width: int) -> list[An
 
 
 def load(is_aligned: bool) -> Any:
-    """(x, start, g, K) -> group g of the row that starts at index `start`, 0 from column K on.
+    """Make (x, start, g, K) -> group g of the row that starts at index `start`, 0 from column K on.
 
-    By vectors of 16 bytes where rows are whole aligned groups, elsewhere value by value.
+    It loads vectors of 16 bytes if rows are whole aligned groups, else single values.
     """
 
     @intrinsic
@@ -75,7 +75,7 @@ def _magnitudes(builder: Any, group: Any) -> list[Any]:
 
 @intrinsic
 def clear(_context: Any, group: Any, byte: Any) -> Any:
-    """The group with 0 for the values whose bit is set; nearly free where none is."""
+    """The group with 0 for the values whose bit is set; nearly free if no bit is set."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values, before = values_of(builder, args[0]), builder.block
@@ -108,7 +108,7 @@ def largest_magnitude(_context: Any, group: Any, bits: Any) -> Any:
 
 @intrinsic
 def at_least(_context: Any, group: Any, threshold: Any) -> Any:
-    """A byte: which values have a magnitude of at least the one whose bits `threshold` is, or are NaN."""
+    """The byte of the values that are NaN, or of at least the magnitude whose bits are `threshold`."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
         byte = I32(0)
@@ -122,7 +122,7 @@ def at_least(_context: Any, group: Any, threshold: Any) -> Any:
 
 @intrinsic
 def quantize(_context: Any, group: Any, inv_scale: Any) -> Any:
-    """rint(fl32(value * inv_scale)) of finite values at most 127.4 apart from 0 in steps: 8 int8 codes as two words."""
+    """rint(fl32(value * inv_scale)) as 8 int8 codes in two words, for finite values of at most 127.4 steps."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         in_steps = [multiply(builder, value, args[1]) for value in values_of(builder, args[0])]
@@ -140,7 +140,7 @@ def quantize(_context: Any, group: Any, inv_scale: Any) -> Any:
 
 @intrinsic
 def store_codes_before(_context: Any, codes: Any, index: Any, end: Any, words: Any) -> Any:
-    """Those of the codes index ... index + 7 that come before `end`, one by one."""
+    """Store those of the codes index ... index + 7 that come before `end`, one by one."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         for i in range(8):

@@ -1,4 +1,4 @@
-"""Instructions on tiles of int8 codes and their int32 products, unrolled here in Python; see `tile_intrinsics`."""
+"""Instructions on tiles of int8 codes and their int32 products, unrolled here in Python; see `tiles`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cuda_kernels.cuda.ptx.code_generation import I32, I64, call_ptx
 from cuda_kernels.cuda.ptx.tiles import make_tile, values_of
 
 VECTOR = 16
-"""Codes a lane reads at once."""
+"""Codes that a lane reads at a time."""
 
 
 class Turn(NamedTuple):
-    """What a lane reads before it multiplies: 16 codes of each of `in_flight` steps, `step` columns apart.
+    """The codes that a lane reads before it multiplies: 16 of each of `in_flight` steps, `step` columns apart.
 
-    is_aligned: rows are whole aligned vectors; where not, each code is a load of its own.
+    is_aligned: rows are whole aligned vectors. If not, each code is loaded alone.
     """
 
     in_flight: int
@@ -64,11 +64,10 @@ def _load_aligned_before(builder: Any, codes: Any, index: Any, end: Any, is_read
 
 
 def load_rows(count: int, apart: int, turn: Turn, is_read_once: bool, is_inside: bool) -> Any:
-    """(codes, row, k, n_rows, K) -> a turn from column k on of `count` rows that are `apart` rows apart: 4 words for 16
-    codes, by steps and then rows.
+    """Make (codes, row, k, n_rows, K) -> a turn from column k on of `count` rows that are `apart` rows apart.
 
-    Beyond column K there are zeros, unless `is_inside` promises that nothing is there; beyond the last row, the last
-    row. What is read once passes by the L1 cache, which holds what is read again.
+    It is 4 words for 16 codes, by steps and then rows. Past column K it has zeros, unless `is_inside` promises that no
+    column is past K; past the last row it repeats that row. Codes that are read once bypass the L1 cache.
     """
     n_steps, step, is_aligned = turn
 
@@ -96,7 +95,7 @@ def load_rows(count: int, apart: int, turn: Turn, is_read_once: bool, is_inside:
 
 
 def dp4a_tile(n_steps: int) -> Any:
-    """(products, rows, tokens) -> products[t, r] + the dot products of token t's and row r's codes, 16 a step."""
+    """Make (products, rows, tokens) -> products[t, r] + the dot products of token t's and row r's codes, 16 a step."""
 
     @intrinsic
     def multiply(_context: Any, products: Any, rows: Any, tokens: Any) -> Any:
@@ -119,8 +118,8 @@ def dp4a_tile(n_steps: int) -> Any:
 def warp_sums(_context: Any, values: Any) -> Any:
     """The sums over the warp's 32 lanes of 1, 2, 4 ... 32 int32: lane l gets the sum of value l * count // 32.
 
-    At each step the lanes of a pair keep one half of the values each and hand over the other: count - 1 shuffles, then
-    one a step, where summing value by value would take five each.
+    At each step the two lanes of a pair keep one half of the values each and pass the other half on. That takes
+    count - 1 shuffles, then one a step; summing each value alone would take five shuffles a value.
     """
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -145,11 +144,11 @@ def warp_sums(_context: Any, values: Any) -> Any:
 
 
 def mma_tile(n_steps: int) -> Any:
-    """(products, rows, tokens) -> products + those of 16 R rows with 8 T tokens over 64 columns a step, by a warp.
+    """Make (products, rows, tokens) -> products + those of 16 R rows with 8 T tokens over 64 columns a step, by a warp.
 
     Lane 4 g + q holds 16 codes from column 16 q on: of rows 16 r + g and 16 r + 8 + g (8 words for each r), and of
-    tokens 8 t + g (4 words for each t). An mma wants other columns in a lane, but a sum does not care about the order
-    of its terms as long as both operands agree on it: one mma takes each lane's words 0 and 1, the next 2 and 3.
+    tokens 8 t + g (4 words for each t). An mma expects other columns in a lane, but a sum does not depend on the order
+    of its terms if both operands have the same one: one mma takes each lane's words 0 and 1, the next 2 and 3.
 
     products[r, t, c] is row 16 r + g + 8 (c // 2), token 8 t + 2 q + c % 2.
     """

@@ -1,11 +1,10 @@
-"""Instructions that Numba-CUDA has no name for; all inline PTX of this package is here, so that a move stays cheap.
+"""Instructions on single values and vectors that Numba-CUDA lacks, as inline PTX.
 
-Pointers are `CPointer(T)` arguments of a kernel, or shared arrays where that is said; indices count elements of T, and
-T names the format, as in `cpu.BITS_DTYPE`: uint16 is fp16, int16 is bf16, uint32 and float32 are fp32. Vectors are
-words: uint32, the value with the lower index in the lower bits. An address must be a multiple of what is moved.
+Pointers are `CPointer(T)` arguments of a kernel, or shared arrays if a docstring says so. Indices count elements of T,
+and T names the format, as in `cpu.BITS_DTYPE`: uint16 is fp16, int16 is bf16, uint32 and float32 are fp32. Vectors are
+words: uint32, the value with the lower index in the lower bits. An address must be a multiple of the bytes moved.
 
-Each is code generation, done anew for every kernel and compute capability. Importing this module needs numba-cuda, but
-no device.
+Importing this module needs numba-cuda, but no device.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from cuda_kernels.cuda.ptx.code_generation import (
     widen,
 )
 
-# Arithmetic. The `_rn` forms are never contracted into an fma, which would round once where the method rounds twice.
+# Arithmetic. The `_rn` forms are never contracted into an fma, which rounds once; the method rounds twice.
 
 multiply_rn = instruction("multiply_rn", "mul.rn.f32 $0, $1, $2;", types.float32, types.float32, types.float32)
 add_rn = instruction("add_rn", "add.rn.f32 $0, $1, $2;", types.float32, types.float32, types.float32)
@@ -112,7 +111,7 @@ def high_as_float(_context: Any, pointer: Any, word: Any) -> Any:
     """high_as_float(pointer, word) -> float32: the upper half of a word, in the 16-bit format of the pointer."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        if pointer.dtype == types.int16:  # bf16 is already where float32 wants it
+        if pointer.dtype == types.int16:  # bf16 is the upper half of float32
             return builder.bitcast(builder.and_(args[1], ir.Constant(I32, 0xFFFF0000)), F32)
         return widen(builder, pointer.dtype, builder.lshr(args[1], ir.Constant(I32, 16)))
 
@@ -123,7 +122,7 @@ def high_as_float(_context: Any, pointer: Any, word: Any) -> Any:
 
 
 def _address(context: Any, builder: Any, signature: Any, args: Any, target: Any) -> Any:
-    """Where the second argument's element of the first is, as a pointer to `target`."""
+    """The address of an element as a pointer to `target`: the arguments are the array and the index."""
     owner, index = args[0], args[1]
     # A narrow index would be sign-extended by the address computation, unsigned or not.
     if index.type.width < 64:
@@ -151,7 +150,7 @@ def load_16_bytes(_context: Any, pointer: Any, index: Any) -> Any:
 
 @intrinsic
 def stream_16_bytes(_context: Any, pointer: Any, index: Any) -> Any:
-    """stream_16_bytes(pointer, index) -> 4 words, read around L1, of global memory that this launch does not write."""
+    """stream_16_bytes(pointer, index) -> 4 words, bypassing L1, from global memory that this launch does not write."""
     ptx = "ld.global.nc.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];"
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -188,7 +187,7 @@ store_16_bytes = _store("store_16_bytes", 4, "")
 
 stream_store_4_bytes = _store("stream_store_4_bytes", 1, "st.global.cs.b32 [$0], $1;")
 stream_store_8_bytes = _store("stream_store_8_bytes", 2, "st.global.cs.v2.b32 [$0], {$1,$2};")
-"""stream_store_8_bytes(pointer, index, *words) to global memory, to be evicted first: no one reads it soon."""
+"""stream_store_8_bytes(pointer, index, *words) to global memory, to be evicted first: it is not read soon."""
 
 
 # One value, in the format its pointer names.
@@ -226,4 +225,4 @@ def _shuffle(name: str, mode: str, clamp: str) -> Any:
 
 shuffle_xor = _shuffle("shuffle_xor", "bfly", "0x1f")
 shuffle_up = _shuffle("shuffle_up", "up", "0x0")
-"""shuffle_*(value, lane): a 32-bit value of the lane `own ^ lane` or `own - lane`, its own where there is none."""
+"""shuffle_*(value, lane): a 32-bit value of the lane `own ^ lane` or `own - lane`, its own if there is no such lane."""

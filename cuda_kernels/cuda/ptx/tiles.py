@@ -1,8 +1,8 @@
 """Instructions on a thread's tile of outputs, 4 tokens by 4 features, unrolled here in Python.
 
-A tile is a tuple in row order, tokens by features, which LLVM takes apart into registers; a local array indexed at run
-time would go to memory, and what is inlined in Numba costs seconds to compile. Pointers, indices and formats are those
-of `intrinsics`.
+A tile is a tuple in row order, tokens by features, which LLVM splits into registers. A local array indexed at run time
+would go to memory, and functions inlined by Numba cost seconds to compile. Pointers, indices and formats are those of
+`scalars`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def make_tile(context: Any, builder: Any, signature: Any, values: list[Any]) -> 
 
 @intrinsic
 def load4(_context: Any, pointer: Any, index: Any) -> Any:
-    """Elements index ... index + 3 by one load; aligned to the four."""
+    """Load elements index ... index + 3 at once; the address is aligned to all four."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         base = builder.gep(args[0], [args[1]])
@@ -40,7 +40,7 @@ def load4(_context: Any, pointer: Any, index: Any) -> Any:
 
 @intrinsic
 def load4_clamped(_context: Any, pointer: Any, index: Any, last: Any) -> Any:
-    """Elements index ... index + 3 by four loads; element `last` for those beyond it."""
+    """Load elements index ... index + 3 one by one; past `last`, element `last`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values = []
@@ -55,7 +55,7 @@ def load4_clamped(_context: Any, pointer: Any, index: Any, last: Any) -> Any:
 
 @intrinsic
 def load4_shared(_context: Any, array: Any, index: Any) -> Any:
-    """Elements index ... index + 3 of a shared array of 32-bit values; 4 divides the index."""
+    """Load elements index ... index + 3 of a shared array of 32-bit values; 4 divides the index."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -84,7 +84,7 @@ def _store_each(builder: Any, pointer: Any, index: Any, end: Any, values: list[A
 
 @intrinsic
 def store_tile(_context: Any, y: Any, token: Any, feature: Any, M: Any, N: Any, values: Any) -> Any:
-    """The tile's part that is in y, [M, N]: a token by one store where 4 divides N, so that rows are aligned."""
+    """Store the part of the tile within y, [M, N]: one store a token if 4 divides N and rows are thus aligned."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         y, token, feature, n_tokens, n_features = args[:5]
@@ -111,7 +111,7 @@ def store_tile(_context: Any, y: Any, token: Any, feature: Any, M: Any, N: Any, 
 
 @intrinsic
 def widen_tile(_context: Any, bits: Any) -> Any:
-    """Bits of fp16 (uint16), bf16 (int16) or fp32 (uint32) values -> float32, exactly."""
+    """Widen the bits of fp16 (uint16), bf16 (int16) or fp32 (uint32) values to float32, exactly."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         words = [v if v.type == I32 else builder.zext(v, I32) for v in values_of(builder, args[0])]
@@ -122,7 +122,7 @@ def widen_tile(_context: Any, bits: Any) -> Any:
 
 @intrinsic
 def narrow_tile(_context: Any, pointer: Any, values: Any) -> Any:
-    """Each float32 -> bits of the format that `pointer` names, to the nearest, ties to even."""
+    """Round each float32 to the format that `pointer` names, to nearest, ties to even; return the bits."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits = [narrow(builder, pointer.dtype, value) for value in values_of(builder, args[1])]
@@ -134,7 +134,7 @@ def narrow_tile(_context: Any, pointer: Any, values: Any) -> Any:
     return types.UniTuple(pointer.dtype, values.count)(pointer, values), codegen
 
 
-# Arithmetic. Products and sums are spelled out, so that no compiler fuses them otherwise.
+# Arithmetic. Products and sums are separate instructions, so that no compiler fuses them.
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
