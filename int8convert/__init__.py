@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from int8convert.planning.plan import ConversionPlan
     from int8convert.planning.plan_checkpoint import PlanOptions, plan
     from int8convert.publish.upload import UploadReport, upload
+    from int8convert.publish.verify_json import Gates
     from int8convert.runtime.generate import GenerationReport, generate
     from int8convert.runtime.in_memory import quantize_
     from int8convert.runtime.linear import Int8Linear
     from int8convert.runtime.load import load
     from int8convert.runtime.text.texts import Text
     from int8convert.runtime.transformers_plugin import Int8ConvertConfig
-    from int8convert.verification.gates import Gates
     from int8convert.verification.options import Execution, Tasks
     from int8convert.verification.verify import verify
     from int8convert.verification.verify_report import VerifyReport
@@ -71,7 +71,7 @@ _HOMES = {
     "ConversionReport": "int8convert.conversion.report",
     "Execution": "int8convert.verification.options",
     "ExportReport": "int8convert.conversion.export",
-    "Gates": "int8convert.verification.gates",
+    "Gates": "int8convert.publish.verify_json",
     "GenerationReport": "int8convert.runtime.generate",
     "Int8ConvertConfig": "int8convert.runtime.transformers_plugin",
     "Int8ConvertError": "int8convert.errors",

@@ -175,9 +175,9 @@ def verify(
         reusable_file(None if level == "exact" else text) as reusable,
     ):
         from int8convert.cli.progress import showing_progress
-        from int8convert.verification.gates import Gates
+        from int8convert.publish.verify_json import Gates
+        from int8convert.verification.earlier_runs import kept_parts, write_report
         from int8convert.verification.options import Execution, Tasks
-        from int8convert.verification.verify import kept_parts, write_report
         from int8convert.verification.verify import verify as run
 
         is_drawn = report_file is not None or figures is not None

@@ -13,7 +13,7 @@ from int8convert.cli.console import (
     print_line,
     print_table,
 )
-from int8convert.verification.earlier_failures import Status
+from int8convert.publish.verify_json import Status
 from int8convert.verification.verify_report import fidelity_rows
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from int8convert.publish.card_source import source_repository
 from int8convert.publish.card_stored_columns import read_stored_columns
 from int8convert.publish.card_text import code, plain
 from int8convert.publish.finished import FinishedOutput
-from int8convert.publish.verify_command import gate_options, task_options, text_options
+from int8convert.publish.verify_json import gate_options, task_options, text_options
 
 _MAX_COMMAND = 10_000
 _FILE_NAME = re.compile(r"\w[\w. -]{0,99}", re.ASCII)
@@ -96,9 +96,6 @@ def _verify(output: FinishedOutput, measured: list[str]) -> list[str]:
     if verify is None or not isinstance(text, dict):
         return [*words, "--level", "exact"] if verify is not None or _options(output).get("lora") else words
     words += text_options(text, _text_name(text))
-    cut = str(text.get("convention")).partition(":")[0]
-    if cut.isalpha() and cut != ("contiguous" if text.get("dataset") else "spread"):
-        words += ["--convention", cut]
     tasks = {str(task.get("task")): None for task in verify.get("tasks") or [] if isinstance(task, dict)}
     if tasks:
         words += task_options(tasks)

@@ -31,8 +31,7 @@ from int8convert.checkpoint.names import (
 )
 from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
 from int8convert.planning.recorded_request import read_recorded_request
-from int8convert.publish.recorded_failure import clearing_command
-from int8convert.publish.recorded_report import read_recorded_report
+from int8convert.publish.verify_json import clearing_command, read_recorded_report
 
 _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
 """Of our own folder: what only this machine, or a conversion that goes on, needs."""

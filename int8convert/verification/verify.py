@@ -13,25 +13,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from int8convert import __version__
-from int8convert.checkpoint.atomic import make_folder, write_json
-from int8convert.checkpoint.names import VERIFY_FILE
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
-from int8convert.errors import AdapterError, CorruptFileError, SourceError
+from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.events import EventSink
 from int8convert.formats.int8_config import read_threshold
 from int8convert.progress_bar import sink_or_bar
+from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import Text, open_text
 from int8convert.sources import open_source
-from int8convert.verification.earlier_failures import is_same_model, judge_earlier, read_earlier
+from int8convert.verification.earlier_runs import with_earlier_failures
 from int8convert.verification.exact.level import verify_exact
 from int8convert.verification.exact.provenance import find_provenance
-from int8convert.verification.gates import Gates
 from int8convert.verification.opened import ExaminedCheckpoint, hub_reading, open_examined
 from int8convert.verification.options import Execution, Level, Tasks
 from int8convert.verification.verify_report import TextUsed, VerifyReport
@@ -46,10 +43,6 @@ DEFAULT_LENGTH = 2048
 _DEFAULT_TEXT_LENGTH = 256
 """The same for the text that comes with int8convert: of its 4,500 tokens, longer windows leave too few sequences for an
 interval."""
-
-_PARTS = {Level.FIDELITY: ("text", "fidelity", "sweep"), Level.TASKS: ("tasks",)}
-_GATES = {Level.FIDELITY: ("max_dnll", "max_kl"), Level.TASKS: ("min_task_p",)}
-"""Entries of a report and gates, by the level that adds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,53 +227,3 @@ def _measure(
     if not swept:
         return measured, ()
     return tuple(report for report in measured if report.threshold in (own, None)), measured
-
-
-def with_earlier_failures(report: VerifyReport) -> VerifyReport:
-    """Add to a report what earlier runs on the same checkpoint measured, failed, and this one does not clear."""
-    try:
-        earlier = read_earlier(Path(report.out))
-    except (CorruptFileError, SourceError) as error:
-        lost = f"what earlier runs found is not known: {error.message}"
-        return replace(report, exact=replace(report.exact, notes=(*report.exact.notes, lost)))
-    return replace(report, earlier_failures=judge_earlier(report, earlier, kept_parts(report).get("kept", ())))
-
-
-def write_report(report: VerifyReport) -> Path | None:
-    """Put a report beside what it is about, whole or not at all; None where that is on the Hub, which stays as it is.
-
-    What an earlier run passed at higher levels on the same files is kept, see `kept_parts`; what it failed is part of
-    the report, see `earlier_failures`.
-
-    Raises:
-        OSError: the directory cannot be written to.
-    """
-    if report.exact.commit is not None:
-        return None
-    path = Path(report.out) / VERIFY_FILE
-    make_folder(path.parent)
-    write_json(path, report.to_published_json() | kept_parts(report))
-    return path
-
-
-def kept_parts(report: VerifyReport) -> dict[str, Any]:
-    """What the verify.json that is there holds of levels above this report's, with the gates it had to pass: entries to
-    go beside those of this report.
-
-    Empty unless both passed, by the same version, on the same files. What failed is kept in another way, see
-    `earlier_failures`.
-    """
-    parts: dict[str, Any] = {}
-    gates = asdict(report.gates)
-    try:
-        earlier = read_earlier(Path(report.out)) if report.is_passed else {}
-        if not earlier.get("is_passed") or earlier["tool"] != report.tool:
-            return {}
-        if not is_same_model(earlier["files"], report.files):
-            return {}
-        for level in list(Level)[list(Level).index(Level(report.level)) + 1 :]:
-            parts |= {name: earlier[name] for name in _PARTS[level] if earlier[name]}
-            gates |= {name: earlier["gates"][name] for name in _GATES[level]}
-        return {**parts, "level": earlier["level"], "gates": gates, "kept": sorted(parts)} if parts else {}
-    except (CorruptFileError, SourceError, KeyError, TypeError, AttributeError):  # not written by us
-        return {}

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from int8convert.publish.verify_json import EarlierFailure, Gates, Status
 from int8convert.sources import is_repository_name
 from int8convert.verification.checks import Check
-from int8convert.verification.earlier_failures import EarlierFailure, Status
 from int8convert.verification.exact.level import ExactReport
-from int8convert.verification.gates import Gates
+from int8convert.verification.gates import fidelity_failures, task_failures
 
 if TYPE_CHECKING:
     from int8convert.verification.fidelity.level import FidelityReport
@@ -77,8 +77,8 @@ class VerifyReport:
 
     def __post_init__(self) -> None:
         found = [line for check in self.exact.checks if not check.is_passed for line in _describe(check)]
-        found += [line for report in self.fidelity for line in self.gates.failures(report)]
-        found += [line for task in self.tasks for line in self.gates.task_failures(task)]
+        found += [line for report in self.fidelity for line in fidelity_failures(self.gates, report)]
+        found += [line for task in self.tasks for line in task_failures(self.gates, task)]
         found += [line for earlier in self.standing for line in earlier.lines()]
         object.__setattr__(self, "failures", tuple(found))
 

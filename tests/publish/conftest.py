@@ -8,10 +8,10 @@ import pytest
 
 import int8convert
 from int8convert.hub import retry
+from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import Text
-from int8convert.verification.gates import Gates
+from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
-from int8convert.verification.verify import write_report
 from tests.hub.repositories import NAME, add, convert, opt_pickles
 from tests.outliers.outlier_models import outlier_model, save
 from tests.runtime.language_models import build_tokenizer

@@ -19,8 +19,8 @@ from int8convert.inspection import inspect
 from int8convert.publish.card import CARD_MARK, make_card
 from int8convert.publish.finished import read_finished
 from int8convert.runtime.text.texts import DEFAULT_TEXT, Text
+from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
-from int8convert.verification.verify import write_report
 from tests.cli.conftest import Run, run
 from tests.publish.conftest import LOOSE
 from tests.tools.tiny_models import edit_config, save_checkpoint

@@ -12,8 +12,8 @@ import pytest
 
 import int8convert
 from int8convert.runtime.text.texts import Text
+from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
-from int8convert.verification.verify import write_report
 from tests.outliers.outlier_models import outlier_model, save
 from tests.publish.conftest import LOOSE
 from tests.runtime.language_models import build_tokenizer

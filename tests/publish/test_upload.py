@@ -18,7 +18,7 @@ from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.events import Event, FileSent
 from int8convert.publish.finished import check_verified, read_finished
-from int8convert.verification.verify import write_report
+from int8convert.verification.earlier_runs import write_report
 from tests.tools.hub_server import write_routes
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect

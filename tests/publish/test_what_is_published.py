@@ -13,8 +13,8 @@ from huggingface_hub import HfApi
 import int8convert
 from int8convert import errors
 from int8convert.runtime.text.texts import Text
+from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
-from int8convert.verification.verify import write_report
 from tests.publish.conftest import LOOSE
 from tests.publish.test_upload import REPO, published
 from tests.tools.hub_server.fixtures import Connect

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from int8convert.errors import OutputError, SourceError
+from int8convert.publish.verify_json import Gates
 from int8convert.verification.checks import Finding, make_check
 from int8convert.verification.exact.level import ExactReport
 from int8convert.verification.fidelity.level import FidelityReport
-from int8convert.verification.gates import Gates
 from int8convert.verification.page import (
     draw_pictures,
     prepare,

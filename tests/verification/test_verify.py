@@ -16,12 +16,14 @@ import torch
 import int8convert
 from int8convert.checkpoint.names import VERIFY_FILE
 from int8convert.errors import AdapterError, SourceError
+from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import DEFAULT_TEXT, Text, open_text
 from int8convert.verification import verify as module
+from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.fidelity.level import FidelityReport
-from int8convert.verification.gates import Gates
+from int8convert.verification.gates import fidelity_failures
 from int8convert.verification.options import Execution
-from int8convert.verification.verify import verify, write_report
+from int8convert.verification.verify import verify
 from tests.conftest import InProcessMap
 from tests.outliers.outlier_models import convert, outlier_model, save
 from tests.runtime.language_models import build_tokenizer
@@ -91,10 +93,10 @@ def test_gate_looks_at_the_mean_kl_and_at_the_upper_end_of_the_interval(out: Pat
     upper = found.delta_nll_interval[1]
     assert found.delta_nll < upper
     between = (found.delta_nll + upper) / 2
-    assert list(Gates(max_dnll=upper, max_kl=found.mean_kl).failures(found)) == []
-    (line,) = Gates(max_dnll=between, max_kl=found.mean_kl).failures(found)
+    assert list(fidelity_failures(Gates(max_dnll=upper, max_kl=found.mean_kl), found)) == []
+    (line,) = fidelity_failures(Gates(max_dnll=between, max_kl=found.mean_kl), found)
     assert line.startswith("fidelity (dynamic): delta-NLL is ") and f"up to {upper:.4g}" in line
-    (line,) = Gates(max_dnll=upper, max_kl=found.mean_kl * 0.99).failures(found)
+    (line,) = fidelity_failures(Gates(max_dnll=upper, max_kl=found.mean_kl * 0.99), found)
     assert line.startswith("fidelity (dynamic): mean KL is ")
     report = verify(out, text=Text(text, **WINDOWS), execution=CPU, gates=Gates(0.5, found.mean_kl * 0.99))
     assert not report.is_passed and report.exact.is_passed and len(report.failures) == 1
@@ -103,7 +105,7 @@ def test_gate_looks_at_the_mean_kl_and_at_the_upper_end_of_the_interval(out: Pat
 def test_number_that_is_none_fails_the_gate(out: Path, text: Path) -> None:
     (found,) = verify(out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE).fidelity
     nothing = replace(found, mean_kl=math.nan, delta_nll_interval=(math.nan, math.nan))
-    assert len(list(Gates(1e9, 1e9).failures(nothing))) == 2
+    assert len(list(fidelity_failures(Gates(1e9, 1e9), nothing))) == 2
 
 
 def test_threshold_that_misses_the_outliers_passes_the_exact_level_and_fails_fidelity(

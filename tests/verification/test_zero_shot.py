@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from int8convert.errors import SourceError
+from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import Text
-from int8convert.verification.gates import Gates
+from int8convert.verification.gates import task_failures
 from int8convert.verification.options import Execution, Tasks
 from int8convert.verification.tasks import TaskReport, _pair, mcnemar, measure_tasks
 from int8convert.verification.verify import verify
@@ -66,10 +67,10 @@ def test_gate_fails_what_is_worse_and_not_by_chance() -> None:
     worse = TaskReport("piqa", "acc", 100, 0.8, 0.6, 21, 1, mcnemar(21, 1))
     better = TaskReport("piqa", "acc", 100, 0.6, 0.8, 1, 21, mcnemar(1, 21))
     by_chance = TaskReport("piqa", "acc", 100, 0.8, 0.78, 6, 4, mcnemar(6, 4))
-    (line,) = Gates().task_failures(worse)
+    (line,) = task_failures(Gates(), worse)
     assert line.startswith("tasks: piqa acc is 0.6000, expected 0.8000 as of the source; of 100 questions 21 are lost")
-    assert not [*Gates().task_failures(better), *Gates().task_failures(by_chance)]
-    assert not list(Gates(min_task_p=1e-9).task_failures(worse))
+    assert not [*task_failures(Gates(), better), *task_failures(Gates(), by_chance)]
+    assert not list(task_failures(Gates(min_task_p=1e-9), worse))
 
 
 @pytest.fixture

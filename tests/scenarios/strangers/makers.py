@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import int8convert
-from int8convert.verification.verify import verify, write_report
+from int8convert.verification.earlier_runs import write_report
+from int8convert.verification.verify import verify
 
 N_WORDS = 128
 """Vocabulary of `make_model`; token i from 3 on is the word `w{i}`."""

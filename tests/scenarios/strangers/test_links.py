@@ -16,7 +16,8 @@ from int8convert.errors import Int8ConvertError, OutputError, SourceError
 from int8convert.outliers.store import store_outliers
 from int8convert.publish.upload import upload
 from int8convert.runtime.stored_columns import write_outliers
-from int8convert.verification.verify import verify, write_report
+from int8convert.verification.earlier_runs import write_report
+from int8convert.verification.verify import verify
 from tests.scenarios.strangers.makers import change, convert, passes_exact
 
 pytestmark = pytest.mark.usefixtures("map_in_process")

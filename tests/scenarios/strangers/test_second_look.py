@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from int8convert.errors import ModelMapError, SourceError
 from int8convert.publish.finished import read_finished
+from int8convert.publish.verify_json import read_verify_json
 from int8convert.runtime.generate import generate
 from int8convert.runtime.load import load
 from int8convert.sources import open_source
-from int8convert.verification.earlier_failures import read_earlier
 from int8convert.verification.exact.trial_run import TrialRun
 from tests.cli.conftest import Run
 from tests.scenarios.strangers.makers import change, convert, passes_exact, write
@@ -41,7 +41,7 @@ def test_output_of_a_name_that_is_not_utf8_is_verified_and_published(odd: str, s
     src = Path(shutil.copytree(source, place)) if odd == "source" else source
     out = convert(src, place if odd == "out" else tmp_path / "converted")
     assert passes_exact(out)
-    assert read_earlier(out)["is_passed"] is True
+    assert read_verify_json(out)["is_passed"] is True
     assert read_finished(out).unverified == ""
 
 

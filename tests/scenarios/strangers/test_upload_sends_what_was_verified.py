@@ -22,10 +22,11 @@ from int8convert.inspection import inspect
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_finished
 from int8convert.publish.upload import UploadReport
+from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import Text
-from int8convert.verification.gates import Gates
+from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
-from int8convert.verification.verify import verify, write_report
+from int8convert.verification.verify import verify
 from tests.scenarios.strangers.makers import change, passes_exact, write
 from tests.tools.hub_server.fixtures import Connect, connect, hub
 from tests.tools.hub_server.hub import Hub

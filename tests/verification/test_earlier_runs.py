@@ -15,13 +15,13 @@ from int8convert.errors import UnverifiedError
 from int8convert.inspection import inspect
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import check_verified, read_finished
+from int8convert.publish.verify_json import Gates, Status
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.checks import Check, Finding
-from int8convert.verification.earlier_failures import Status
-from int8convert.verification.gates import Gates
+from int8convert.verification.earlier_runs import with_earlier_failures, write_report
 from int8convert.verification.options import Execution
 from int8convert.verification.tasks import TaskReport
-from int8convert.verification.verify import verify, with_earlier_failures, write_report
+from int8convert.verification.verify import verify
 from int8convert.verification.verify_report import VerifyReport
 from tests.cli.conftest import Run, run
 from tests.verification.conftest import text
@@ -102,6 +102,14 @@ def more_tokens(report: VerifyReport) -> VerifyReport:
     return replace(better(report), fidelity=tuple(replace(r, n_tokens=999) for r in better(report).fidelity))
 
 
+def more_windows(report: VerifyReport) -> VerifyReport:
+    """Cut in the same way, which the report says in other words."""
+    assert report.text is not None
+    convention = report.text.convention.replace("4 windows", "9 windows")
+    assert convention != report.text.convention
+    return replace(more_tokens(report), text=replace(report.text, n_sequences=9, convention=convention))
+
+
 def unchanged(report: VerifyReport) -> VerifyReport:
     return report
 
@@ -123,6 +131,7 @@ LATER: dict[str, tuple[list[Run_], bool, list[Status]]] = {
     "looser gates, then fewer tokens": ([unchanged, fewer_tokens], False, [Status.STANDS]),
     "looser gates, then another text": ([unchanged, other_text, exact_only], False, [Status.STANDS]),
     "the same gates": ([better], True, []),
+    "the same gates on more windows": ([more_windows, exact_only], True, []),
     "the same gates on more tokens": ([more_tokens, exact_only], True, []),
 }
 
@@ -258,6 +267,18 @@ def test_report_that_cannot_be_read_is_said_to_be_lost(measured: VerifyReport) -
     (Path(measured.out) / VERIFY_FILE).write_text("{")
     report = record(exact_only(measured))
     assert report.is_passed and "what earlier runs found is not known: 'verify.json'" in report.exact.notes[-1]
+
+
+def test_command_cuts_the_text_as_it_was_measured(measured: VerifyReport) -> None:
+    assert measured.text is not None
+    halves = replace(measured.text, convention="halves: 4 windows")
+    record(replace(measured, gates=STRICT, text=halves))
+    (failure,) = record(exact_only(measured)).standing
+    command = "int8convert verify OUT --text text.txt --sequences 4 --length 32 --convention halves"
+    assert failure.command("OUT") == f"{command} --max-dnll 0.5 --max-kl 1e-09"
+    with pytest.raises(UnverifiedError) as caught:
+        check_verified(read_finished(measured.out))
+    assert failure.command(measured.out) in caught.value.hint
 
 
 def answered(n_samples: int, p_value: float) -> TaskReport:
