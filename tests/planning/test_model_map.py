@@ -127,7 +127,8 @@ def test_child_that_cannot_import_transformers_is_an_error_not_a_guess(
 
 def test_child_that_is_killed_is_an_error_not_a_guess(tmp_path: Path) -> None:
     process = ModelMapProcess(open_source(save_checkpoint("llama", tmp_path / "llama")), ModuleFilter())
-    process._process.kill()
+    assert process._worker is not None
+    process._worker.stop()
     with pytest.raises(ModelMapError, match="status -9"):
         process.result()
 

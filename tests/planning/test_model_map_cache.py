@@ -44,7 +44,7 @@ def test_second_process_answers_without_starting_one(llama: Path, monkeypatch: p
     def refuse(module: str) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("int8convert.planning.model_map.process.start_worker", refuse)
+    monkeypatch.setattr("int8convert.planning.model_map.process.Worker", refuse)
     second = ModelMapProcess(open_source(llama), ModuleFilter())
     assert second.result() == first
     second.stop()

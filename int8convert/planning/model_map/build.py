@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from int8convert.checkpoint.library_errors import library_errors
 from int8convert.checkpoint.names import quoted
-from int8convert.errors import CorruptFileError, SourceError
+from int8convert.errors import CorruptFileError, ModelMapError, RemoteCodeError, SourceError
 from int8convert.planning.model_map.experts import CheckpointTensor
 from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
 
@@ -37,14 +37,6 @@ _AUTO_MAPPINGS = {
 }
 
 
-class RefusedError(Exception):
-    """The model cannot be built, or not like this; its arguments are the message and the hint for the user."""
-
-
-class UntrustedCodeError(RefusedError):
-    """The model's class is code in the checkpoint, and the user has not said that it may be run."""
-
-
 def build_model(
     directory: str, tensors: list[CheckpointTensor], trusts_code: bool, weights_dtype: str = "float32"
 ) -> tuple[Any, torch.dtype, list[str]]:
@@ -55,8 +47,8 @@ def build_model(
         weights_dtype: the dtype it loads in where its config has none, see `weights_dtype`.
 
     Raises:
-        UntrustedCodeError: there is no other class than one in the checkpoint's own code.
-        RefusedError: that code has no such class, or raises; or the model is larger than the tensors could fill; or
+        RemoteCodeError: there is no other class than one in the checkpoint's own code.
+        ModelMapError: that code has no such class, or raises; or the model is larger than the tensors could fill; or
             there is no such dtype.
         LookupError: there is no class at all.
     """
@@ -65,7 +57,7 @@ def build_model(
         check_layer_counts(stated)
         return _build(directory, stated, tensors, trusts_code, weights_dtype)
     except CorruptFileError as error:
-        raise RefusedError(error.message, f"{error.hint}") from error
+        raise ModelMapError(error.message, error.hint) from error
 
 
 def _build(
@@ -78,7 +70,7 @@ def _build(
         notes = [f"{architecture} is code in the checkpoint, which was run: loading the output runs it, too"]
     else:
         if own_code and stated.get("model_type") not in transformers.CONFIG_MAPPING:
-            raise UntrustedCodeError(
+            raise RemoteCodeError(
                 f"{architecture} is code in the checkpoint (auto_map in config.json): "
                 f"transformers {transformers.__version__} has no such class",
                 "read that code, then pass --trust-remote-code to have it run",
@@ -87,7 +79,7 @@ def _build(
         model_class, notes = _class_of_transformers(config, architecture, has_code=bool(own_code))
     dtype = _load_dtype(config, weights_dtype)
     if not dtype.is_floating_point:
-        raise RefusedError(f"'config.json' has the dtype {dtype}, expected a float such as float16", _FETCH_CONFIG)
+        raise ModelMapError(f"'config.json' has the dtype {dtype}, expected a float such as float16", _FETCH_CONFIG)
     torch.set_default_dtype(dtype)
     for choice in ("_attn_implementation", "_experts_implementation"):
         if getattr(config, choice, None) not in (None, "eager", "sdpa"):
@@ -107,7 +99,7 @@ def _read_config(directory: str, stated: dict[str, Any]) -> Any:
     except SourceError as error:
         model_type = stated.get("model_type")
         if isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING:
-            raise RefusedError(error.message, error.hint) from error
+            raise ModelMapError(error.message, error.hint) from error
         raise (error.__cause__ or error) from None
 
 
@@ -129,7 +121,7 @@ def _class_of_the_checkpoint(directory: str, architecture: str, own_code: Any) -
     references = own_code if isinstance(own_code, dict) else {}
     reference = next((references[auto] for auto in _AUTO_MAPPINGS if isinstance(references.get(auto), str)), None)
     if reference is None:
-        raise RefusedError(
+        raise ModelMapError(
             f"auto_map in config.json names no class for {' or '.join(_AUTO_MAPPINGS)}",
             "fetch config.json again, or add the entry that loads the model",
         )
@@ -138,7 +130,7 @@ def _class_of_the_checkpoint(directory: str, architecture: str, own_code: Any) -
         return config, get_class_from_dynamic_module(reference, directory, local_files_only=True)
     except Exception as error:  # a stranger's code may raise anything
         reason = quoted(" ".join(f"{type(error).__name__}: {error}".split()), 300)
-        raise RefusedError(
+        raise ModelMapError(
             f"the checkpoint's own code for {architecture}, {quoted(reference)}, raises {reason}",
             "see that all its files are beside config.json and what it imports is installed",
         ) from error
@@ -149,7 +141,7 @@ def _load_dtype(config: Any, weights_dtype: str) -> torch.dtype:
     stated = weights_dtype if config.dtype is None else config.dtype
     dtype: Any = getattr(torch, stated, None) if isinstance(stated, str) else stated
     if config.dtype is None and dtype not in TORCH_DTYPE.values():
-        raise RefusedError(
+        raise ModelMapError(
             f"the index of the weights gives as dtype {quoted(weights_dtype)}, expected one such as 'float16'",
             "fetch the index again, or state the dtype in config.json",
         )

@@ -6,20 +6,18 @@ config as it likes, while this one stays small and goes on reading. What it answ
 
 from __future__ import annotations
 
-import json
-import re
 from textwrap import shorten
 from typing import Any
 
 from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.fp8_scales import as_loaded
-from int8convert.errors import ModelMapError, RemoteCodeError
+from int8convert.errors import ModelMapError
 from int8convert.planning.expert_layouts import ExpertLayout
 from int8convert.planning.model_map.cache import ModelMapCache
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap, ModelNeeds, ModuleFilter
 from int8convert.planning.weights_dtype import dtype_of_weights
-from int8convert.runtime.worker_process import start_worker
+from int8convert.runtime.worker_process import Worker, WorkerError
 
 
 class ModelMapProcess:
@@ -34,47 +32,38 @@ class ModelMapProcess:
         self._modules = modules
         self._cache = ModelMapCache(source, modules)
         self._known = None if modules.trusts_code else self._cache.read()  # what that code does is not in its key
-        self._process = None if self._known else start_worker("int8convert.planning.model_map.worker")
+        self._worker = None if self._known else Worker("int8convert.planning.model_map.worker")
 
     def result(self) -> ModelMap:
         """The map, or the name rules' where transformers could not make one.
 
         Raises:
-            ModelMapError: the child did not get as far as looking at the model.
+            RemoteCodeError: the model's class is code in the checkpoint, and the user does not trust it.
+            ModelMapError: the child could not start or died, or what would be written could not be loaded.
             PatternError: a pattern of the user's matches nothing.
         """
-        if self._process is None:
+        if self._worker is None:
             assert self._known is not None
             return parse_worker_answer(self._known, self._modules)
-        request = worker_request(self._source, self._modules)
-        output, complaints = self._process.communicate(json.dumps(request))
-        if self._process.returncode == 0:
-            answer = json.loads(output)
-            model_map = parse_worker_answer(answer, self._modules)
-            if not self._modules.trusts_code:
-                self._cache.write(answer)
-            return model_map
-        kind, reason = _exception_in(complaints)
-        if self._process.returncode != 1 or kind in ("ImportError", "ModuleNotFoundError", "MemoryError", ""):
-            raise ModelMapError(
-                f"the process that asks transformers for the model ended with status {self._process.returncode}"
-                + (f": {kind}: {reason}" if kind else ""),
-                "see that `python -c 'import torch, transformers'` works and memory is free",
-            )
-        return _map_by_name_rules(self._source, self._modules, reason)
+        try:
+            answer = self._worker.result(worker_request(self._source, self._modules))
+        except WorkerError as error:
+            if error.exception in ("", "ImportError", "ModuleNotFoundError", "MemoryError"):
+                raise ModelMapError(
+                    f"the process that asks transformers for the model ended with status {error.status}"
+                    + (f": {error.exception}: {error.message}" if error.exception else ""),
+                    "check that `python -c 'import torch, transformers'` works and memory is free",
+                ) from error
+            return _map_by_name_rules(self._source, self._modules, error.message)
+        model_map = parse_worker_answer(answer, self._modules)
+        if not self._modules.trusts_code:
+            self._cache.write(answer)
+        return model_map
 
     def stop(self) -> None:
         """End the child if it still runs."""
-        if self._process is not None:
-            # Not communicate(): the thread that waits in `result` is in the middle of one, and ends it.
-            self._process.kill()
-            self._process.wait()
-
-
-def _exception_in(complaints: str) -> tuple[str, str]:
-    """Class and first line of the exception a traceback ends with; two empty strings if there is none."""
-    found = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception))(?:: (.*))?$", complaints, re.MULTILINE)
-    return found[-1] if found else ("", "")
+        if self._worker is not None:
+            self._worker.stop()
 
 
 def tensor_places(source: CheckpointSource) -> dict[str, list[Any]]:
@@ -109,14 +98,8 @@ def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelM
     """The map in a child's answer.
 
     Raises:
-        RemoteCodeError: the model's class is code in the checkpoint, and the user has not said that it may be run.
-        ModelMapError: that code fails, or transformers cannot load what would be written.
         PatternError: a pattern matches none of the modules the child found.
     """
-    if "untrusted" in answer:
-        raise RemoteCodeError(*answer["untrusted"])
-    if "refused" in answer:
-        raise ModelMapError(*answer["refused"])
     modules.check_used(answer["candidates"])
     return ModelMap(
         model_class=answer["model_class"],

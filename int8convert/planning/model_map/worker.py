@@ -6,14 +6,11 @@
 4. Give each other tensor the dtype a plain load would give it: the loader of int8 checkpoints takes them as stored.
 5. Say which parameters the checkpoint does not give, and which tensors the model does not take (`model_needs`).
 
-Request and answer are one JSON object each, on stdin and stdout. An exception ends the process; its last line is the
-reason the parent gives for falling back to the name rules.
+An exception that is not ours makes the parent fall back to the name rules, and its first line is the reason given.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -27,9 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from int8convert.errors import ModelMapError
 from int8convert.formats.output_format import OutputFormat
 from int8convert.planning.expert_layouts import ExpertLayout
-from int8convert.planning.model_map.build import TORCH_DTYPE, RefusedError, UntrustedCodeError, build_model
+from int8convert.planning.model_map.build import TORCH_DTYPE, build_model
 from int8convert.planning.model_map.experts import CheckpointTensor, fused_layout, is_one_expert
 from int8convert.planning.model_map.keys import LoadedInto, ModelKeys
 from int8convert.planning.model_map.model_map import Action, ModuleFilter
@@ -41,17 +39,16 @@ from int8convert.runtime.weight_readers import ReadKind, modules_with_read_weigh
 _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 
-def replaced_by_loader(model: Any) -> list[str]:
-    """Message and hint if transformers' int8 loader puts modules of other weights into a model; else nothing."""
+def check_loadable(model: Any) -> None:
+    """Raise a ModelMapError if transformers' int8 loader puts modules of other weights into a model."""
     for name, module in model.named_modules():
         patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
         if patch and "bitsandbytes" in patch["quantization_methods"]:
-            return [
+            raise ModelMapError(
                 f"transformers {transformers.__version__} loads no int8 checkpoint of {type(model).__name__}: "
                 f"it makes {name} a {patch['module_name'].__name__}, for which the checkpoint has no weights",
                 "--format compressed-tensors has a form for it",
-            ]
-    return []
+            )
 
 
 _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
@@ -310,13 +307,11 @@ class TensorChoice:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the map that `process.worker_request` asks for, as `process.parse_worker_answer` reads it."""
     tensors = [CheckpointTensor(name, dtype, tuple(shape), place) for name, dtype, shape, place in request["tensors"]]
-    try:
-        model, dtype, notes = build_model(request["directory"], tensors, request["trusts_code"], request["dtype"])
-    except RefusedError as error:
-        return {"untrusted" if isinstance(error, UntrustedCodeError) else "refused": error.args}
-    if request["output_format"] == OutputFormat.BITSANDBYTES and (replaced := replaced_by_loader(model)):
-        return {"refused": replaced}
+    model, dtype, notes = build_model(request["directory"], tensors, request["trusts_code"], request["dtype"])
+    if request["output_format"] == OutputFormat.BITSANDBYTES:
+        check_loadable(model)
     modules = ModuleFilter(tuple(request["skip"]), tuple(request["only"]), OutputFormat(request["output_format"]))
     choice = TensorChoice(model, dtype, tensors, modules)
     return {
@@ -329,12 +324,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "notes": notes,
         "needs": asdict(find_needs(model, choice.keys, tensors)),  # last: it ties the model's weights
     }
-
-
-def main() -> None:
-    stdout, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not end up in the answer
-    json.dump(answer(json.load(sys.stdin)), stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -29,8 +29,9 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
-from int8convert.errors import Int8ConvertError, PromptError, RemoteCodeError, SourceError
+from int8convert.errors import Int8ConvertError, PromptError, SourceError
 from int8convert.runtime.pretrained import read_tokenizer
+from int8convert.runtime.worker_process import decode_failure, encode_failure
 
 LOAD_S = 300.0
 """Seconds to load a tokenizer. The slowest, SentencePiece without a tokenizer.json, take one minute."""
@@ -48,10 +49,6 @@ MAX_BYTES = 4_000_000_000
 loads."""
 
 MAX_ANSWER_BYTES = 500_000_000
-
-_ERRORS: dict[str, type[Int8ConvertError]] = {
-    kind.__name__: kind for kind in (SourceError, PromptError, RemoteCodeError)
-}
 
 
 class TokenizerProcess:
@@ -163,9 +160,8 @@ class TokenizerProcess:
         except (EOFError, OSError) as error:
             self.close()
             raise SourceError(f"{who} takes more memory than it may, or ended its process", hint) from error
-        if "error" in answer:
-            kind, message, error_hint = answer["error"]
-            raise _ERRORS.get(kind, SourceError)(message, error_hint or hint)
+        if "failure" in answer:
+            raise decode_failure(answer["failure"], hint=hint)
         return answer["value"]
 
 
@@ -225,10 +221,10 @@ def _reply(connection: Connection, answer: Callable[[], Any]) -> None:
             reply = {"value": answer()}
             encoded = json.dumps(reply).encode()
     except Int8ConvertError as error:
-        encoded = json.dumps({"error": [type(error).__name__, error.message, error.hint]}).encode()
+        encoded = json.dumps({"failure": encode_failure(error)}).encode()
     except MemoryError:
-        message = f"the tokenizer takes more than {MAX_BYTES / 1e9:.0f} GB of memory"
-        encoded = json.dumps({"error": ["SourceError", message, ""]}).encode()
+        shortage = SourceError(f"the tokenizer takes more than {MAX_BYTES / 1e9:.0f} GB of memory", "")
+        encoded = json.dumps({"failure": encode_failure(shortage)}).encode()
     connection.send_bytes(encoded)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-from int8convert.runtime.worker_process import start_worker
+from int8convert.errors import Int8ConvertError
+from int8convert.runtime.worker_process import Worker, WorkerError
 
 LIMIT_S = 120.0
 """Seconds after which the child is stopped."""
@@ -16,13 +15,11 @@ LIMIT_S = 120.0
 def as_loaded(configs: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return configs as transformers reads them; unchanged if it knows no class of the model, or if that refuses."""
     plain = [dict(config) for config in configs]
-    child = start_worker("int8convert.verification.exact.as_loaded_worker")
+    worker = Worker("int8convert.verification.exact.as_loaded_worker")
     try:
-        output, _ = child.communicate(json.dumps(plain), timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
+        found: list[dict[str, Any]] = worker.result(plain, LIMIT_S)
+    except (WorkerError, Int8ConvertError):
         return plain
     finally:
-        child.kill()
-        child.wait()
-    found: list[dict[str, Any]] = json.loads(output) if child.returncode == 0 else plain
+        worker.stop()
     return found

@@ -7,16 +7,13 @@ whatever the model's size.
 
 from __future__ import annotations
 
-import json
-import subprocess
-from contextlib import suppress
 from typing import Any
 
 from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import SourceError
 from int8convert.formats.int8_config import Int8Format, read_format
-from int8convert.runtime.worker_process import start_worker
+from int8convert.runtime.worker_process import Worker, WorkerError
 from int8convert.verification.checks import Check, Finding, make_check
 
 LIMIT_S = 600.0
@@ -33,24 +30,19 @@ class TrialRun:
         self._format = read_format(out.config)
         self._request = {"directory": str(out.directory), "format": str(self._format), "trusts_code": trusts_code}
         # torchao's loader makes weights that look like floats to model code.
-        self._child = self._start() if self._format is not Int8Format.TORCHAO else None
+        self._worker = self._start() if self._format is not Int8Format.TORCHAO else None
 
-    def _start(self) -> subprocess.Popen[str]:
-        child = start_worker("int8convert.verification.exact.trial_run_worker")
-        # Asked at once, so that the child works while its answer is not waited for. The request fits in the pipe.
-        assert child.stdin is not None
-        with suppress(BrokenPipeError), child.stdin:
-            child.stdin.write(json.dumps(self._request))
-        child.stdin = None
-        return child
+    def _start(self) -> Worker | None:
+        worker = Worker("int8convert.verification.exact.trial_run_worker")
+        worker.send(self._request)
+        return worker
 
     def __enter__(self) -> TrialRun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
+        if self._worker is not None:
+            self._worker.stop()
 
     def result(self) -> tuple[Check, list[str]]:
         """Wait for the check, and notes on what was not tried.
@@ -58,28 +50,19 @@ class TrialRun:
         Raises:
             SourceError: the child died, or took too long.
         """
-        if self._child is None:
+        if self._worker is None:
             return make_check("runs", 0, []), []
-        return read_answer(self._ask(self._child))
-
-    def _ask(self, child: subprocess.Popen[str]) -> dict[str, Any]:
         try:
-            output, complaints = child.communicate(timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
-            raise _not_measured(f"it was not through after {LIMIT_S:.0f} s") from None
-        if child.returncode != 0:
-            last = (complaints.strip().splitlines() or [f"the process ended with status {child.returncode}"])[-1]
-            raise _not_measured(quoted(last, 200))
-        answer: dict[str, Any] = json.loads(output)
-        return answer
-
-
-def _not_measured(reason: str) -> SourceError:
-    """The error for a child that died or was stopped: a check that did not run must not count as passed."""
-    return SourceError(
-        f"whether the model of config.json runs could not be tried: {reason}",
-        "free memory, and run verify again",
-    )
+            return read_answer(self._worker.result(limit_s=LIMIT_S))
+        except WorkerError as error:
+            text = f"{error.exception}: {error.message}" if error.exception else error.message
+            is_theirs = text and error.status is not None
+            reason = quoted(text, 200) if is_theirs else text or f"the process ended with status {error.status}"
+            # A check that did not run must not count as passed.
+            raise SourceError(
+                f"whether the model of config.json runs could not be tried: {reason}",
+                "free memory, and run verify again",
+            ) from error
 
 
 def not_tried(reason: str) -> dict[str, Any]:

@@ -10,14 +10,10 @@
 
 If the model still does not run (it needs images or sound, or its code rejects constants), the answer says why.
 Not known: layers that a text does not reach, and code that branches on values.
-
-Request and answer are one JSON object each, on stdin and stdout.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,10 +29,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8convert.checkpoint.library_errors import library_errors
 from int8convert.checkpoint.names import quoted
-from int8convert.errors import SourceError
+from int8convert.errors import ModelMapError, SourceError
 from int8convert.formats.int8_config import is_ignored, loader_skip_list, skipping
 from int8convert.formats.output_format import OutputFormat
-from int8convert.planning.model_map.build import RefusedError, build_model
+from int8convert.planning.model_map.build import build_model
 
 N_TOKENS = 8
 FILLING = 0.01
@@ -282,10 +278,7 @@ def try_model(directory: str, output_format: OutputFormat, trusts_code: bool) ->
 
 def _build(directory: str, trusts_code: bool) -> Any:
     with library_errors("its model cannot be built", "fetch config.json again"):
-        try:
-            model, dtype, _ = build_model(directory, [], trusts_code)
-        except RefusedError as error:
-            raise SourceError(*error.args) from error
+        model, dtype, _ = build_model(directory, [], trusts_code)
     torch.set_default_dtype(dtype)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others put all experts' weights together, which takes memory
@@ -305,14 +298,5 @@ def _attempt(model: Any, record: Record) -> str | None:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return try_model(request["directory"], OutputFormat(request["format"]), request["trusts_code"])
-    except SourceError as error:
+    except (SourceError, ModelMapError) as error:
         return {"n_replaced": 0, "n_called": 0, "found": [], "not_run": error.message}
-
-
-def main() -> None:
-    stdout, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not end up in the answer
-    json.dump(answer(json.load(sys.stdin)), stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -62,15 +61,12 @@ def test_deleted_current_directory_ends_in_two_lines(out: Path, tmp_path: Path, 
     ]
 
 
-def test_trial_run_that_died_does_not_pass(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dying(_: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["false"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    monkeypatch.setattr(TrialRun, "_start", dying)
-    with TrialRun(open_source(out), False) as trial, pytest.raises(SourceError, match="could not be tried"):
-        trial.result()
+def test_trial_run_that_died_does_not_pass(out: Path) -> None:
+    with TrialRun(open_source(out), False) as trial:
+        assert trial._worker is not None
+        trial._worker.stop()
+        with pytest.raises(SourceError, match=r"could not be tried: the process ended with status -9"):
+            trial.result()
 
 
 @pytest.mark.parametrize("entries", [{"rms_norm_eps": 4}, {"max_position_embeddings": [1]}, {"dtype": "int8"}])
