@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ ORDER = (
     *("progress_bar", "events", "text", "errors"),
 )
 """The packages and modules of int8convert: each imports only itself and what follows it."""
+
+DOCUMENTED = {"transformers.quantizers", "transformers.utils.quantization_config", "transformers.generation.streamers"}
+"""The modules of transformers that its documentation names and any of ours may import."""
 
 ONLY_IN = {"typer": "int8convert/cli", "rich": "int8convert/cli", "click": "nowhere"}
 
@@ -69,6 +73,17 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         assert not in_kernels, f"{own} imports {module}"
         to_right = ORDER[ORDER.index(package_of(own)) :]
         assert package_of(module) in to_right, f"{own} imports {module}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_undocumented_names_of_transformers_are_in_one_file(path: Path) -> None:
+    if module_name(path) == "int8convert.runtime.transformers_internals":
+        return
+    text = path.read_text()
+    found = {name for name in imports(ast.parse(text), NAMES) if name.startswith("transformers.")}
+    found |= {name for name in re.findall(r"from (transformers) import .*_utils", text)}
+    private = re.findall(r"\.(_is_hf_initialized|all_tied_weights_keys|_keep_in_fp32_modules|_get_dtype_plan)\b", text)
+    assert not found - DOCUMENTED and not private
 
 
 def test_no_circle_of_imports() -> None:

@@ -55,9 +55,9 @@ def quieting_libraries(is_live: bool) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not is_live:
-                from transformers.utils.logging import disable_progress_bar
+                import transformers
 
-                disable_progress_bar()
+                transformers.logging.disable_progress_bar()
             yield
     finally:
         logging.disable(disabled)

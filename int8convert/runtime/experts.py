@@ -21,11 +21,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from int8convert.formats.output_format import OutputFormat
 from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.transformers_internals import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 
 _ONE_EXPERT = re.compile(r"(.*)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
 

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from int8convert.errors import PromptError, SourceError

@@ -118,10 +118,13 @@ def _without_default_skips(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Those that transformers would quantize, if the model is one of its own."""
     if not hasattr(model, "_keep_in_fp32_modules"):
         return list(names)
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
+    from int8convert.runtime.transformers_internals import (
+        get_keys_to_not_convert,
+        kept_in_fp32,
+        should_convert_module,
+    )
 
-    skips = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]  # type: ignore[misc]
+    skips = [*get_keys_to_not_convert(model), *kept_in_fp32(model)]
     return [name for name in names if should_convert_module(name, skips)]
 
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import dynamic_module_utils
-from transformers.utils.hub import cached_file
 
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
 from int8convert.checkpoint.json_file import read_config as read_bounded_config
@@ -38,6 +36,7 @@ from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import RemoteCodeError, SourceError
 from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
+from int8convert.runtime.transformers_internals import cached_file, not_waiting_for_consent
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 _ATTENTION = ("eager", "sdpa", "flex_attention")
@@ -238,10 +237,9 @@ def asking_nobody() -> Iterator[None]:
 
     transformers prompts if `trust_remote_code` is unset, and for sub-models even if it is set.
     """
-    stdin, wait_s = sys.stdin, dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    sys.stdin, dynamic_module_utils.TIME_OUT_REMOTE_CODE = io.StringIO(), 0
+    stdin, sys.stdin = sys.stdin, io.StringIO()
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), not_waiting_for_consent():
             yield
     finally:
-        sys.stdin, dynamic_module_utils.TIME_OUT_REMOTE_CODE = stdin, wait_s
+        sys.stdin = stdin

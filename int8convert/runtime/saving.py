@@ -7,13 +7,12 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8convert.errors import FormatError
 from int8convert.formats.quantization_config import bitsandbytes_block
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.stored_columns import StoredOutliers, save_with_outliers
+from int8convert.runtime.transformers_internals import Conv1D, kept_in_fp32, should_convert_module
 
 
 def describe_for_saving(
@@ -27,7 +26,7 @@ def describe_for_saving(
     """
     left = [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
     # transformers reads a skipped name as a tail or the beginning of others, too.
-    skips = [*left, *(model._keep_in_fp32_modules or ())]
+    skips = [*left, *kept_in_fp32(model)]
     int8 = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     lost = [name for name, kind in replaced.items() if kind is not nn.Linear and not issubclass(kind, Conv1D)]
     lost += [name for name in int8 if not should_convert_module(name, skips)]

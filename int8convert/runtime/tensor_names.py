@@ -18,8 +18,11 @@ def live_names(model: Any, module_names: Iterable[str]) -> dict[str, str]:
     others = [name for name in names if name not in found]
     if not others or not hasattr(model, "base_model_prefix"):
         return found
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from int8convert.runtime.transformers_internals import (
+        WeightRenaming,
+        get_model_conversion_mapping,
+        rename_source_key,
+    )
 
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     parameters = model.state_dict()

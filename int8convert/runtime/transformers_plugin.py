@@ -21,11 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
@@ -42,6 +38,17 @@ from int8convert.formats.output_format import OutputFormat
 from int8convert.formats.quantization_config import bitsandbytes_block
 from int8convert.runtime.experts import Int8Experts, experts_form, experts_in
 from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.transformers_internals import (
+    Conv1D,
+    ConversionOps,
+    WeightConverter,
+    get_module_from_name,
+    is_marked_loaded,
+    kept_in_fp32,
+    mark_loaded,
+    prefer_callers_config,
+    should_convert_module,
+)
 from int8convert.runtime.weight_readers import modules_with_read_weights
 
 METHOD = "int8convert"
@@ -135,7 +142,7 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.set_submodule(name, _empty_layer(module, config))
         layers: list[Any] = [module for module in model.modules() if isinstance(module, Int8Linear)]
         for layer in layers:
-            layer._is_hf_initialized = True  # transformers would draw random weights for one that is on the disk
+            mark_loaded(layer)  # transformers would draw random weights for one that is on the disk
 
     def _modules_by_block(self, model: Any) -> Callable[[str, nn.Module], bool]:
         """Whether a checkpoint holds a module as int8, by the rule of the loader it was written for."""
@@ -143,7 +150,7 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.layout is OutputFormat.COMPRESSED_TENSORS:
             return lambda name, module: isinstance(module, nn.Linear) and not is_ignored(name, type(module), block)
         named = loader_skip_list(block)
-        own = self.get_modules_to_not_convert(model, None if named is None else [], model._keep_in_fp32_modules)
+        own = self.get_modules_to_not_convert(model, None if named is None else [], kept_in_fp32(model))
         skips = skipping(named or [])
         return lambda name, module: (
             _bitsandbytes_replaces(module) and not skips(name) and should_convert_module(name, own)
@@ -152,7 +159,7 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
     def _modules_to_quantize(self, model: Any) -> Callable[[str, nn.Module], bool]:
         """The same for a checkpoint that is not int8, where the names left out are put down for its config.json."""
         config = self.quantization_config
-        skips = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
+        skips = self.get_modules_to_not_convert(model, config.skip_modules, kept_in_fp32(model))
         read = modules_with_read_weights(model)
         chosen = {
             name
@@ -181,7 +188,7 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
                 order = getattr(module, "weight_format", None)
                 if order is None or order.device.type == "meta":
                     continue
-                if not getattr(order, "_is_hf_initialized", False):
+                if not is_marked_loaded(order):
                     order.zero_()  # not in the checkpoint: transformers leaves here what was in memory
                 if int(order):
                     raise FormatError(
@@ -271,19 +278,4 @@ def _empty_layer(module: Any, config: Int8ConvertConfig) -> Int8Linear:
     )
 
 
-def _prefer_our_config() -> None:
-    """Let an `Int8ConvertConfig` that is passed to from_pretrained win over the block the checkpoint names.
-
-    transformers has no way to say so: it takes another class than the checkpoint's for a mistake.
-    """
-    merge = AutoHfQuantizer.merge_quantization_configs
-
-    def merge_or_ours(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        if isinstance(quantization_config_from_args, Int8ConvertConfig):
-            return quantization_config_from_args.for_checkpoint(quantization_config)
-        return merge(quantization_config, quantization_config_from_args)
-
-    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_or_ours)
-
-
-_prefer_our_config()
+prefer_callers_config(Int8ConvertConfig)

@@ -104,9 +104,9 @@ def modules_with_read_weights(model: Any, reads_of_torch: bool = True) -> dict[s
         reads_of_torch: False leaves out the reads of torch's own layers, for callers that replace those layers.
     """
     if hasattr(model, "_keep_in_fp32_modules"):
-        from transformers.quantizers.base import _assign_is_quantized
+        from int8convert.runtime.transformers_internals import mark_quantized
 
-        _assign_is_quantized(model)
+        mark_quantized(model)
     classes = {type(module) for module in model.modules()}
     reads = {each: [r for owner in _owners(each, reads_of_torch) for r in _reads_by(owner)] for each in classes}
     found: dict[str, ReadKind] = {}

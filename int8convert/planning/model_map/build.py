@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.initialization import no_tie_weights
-from transformers.models.auto import modeling_auto
 
 from int8convert.checkpoint.library_errors import library_errors
 from int8convert.checkpoint.names import quoted
 from int8convert.errors import CorruptFileError, ModelMapError, RemoteCodeError, SourceError
 from int8convert.planning.model_map.experts import CheckpointTensor
 from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
+from int8convert.runtime.transformers_internals import get_class_from_dynamic_module, no_tie_weights
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -30,10 +28,10 @@ _FETCH_CONFIG = "fetch config.json again, or correct that entry"
 # Where config.json names a class that transformers no longer has, the model type still leads to one. In this order:
 # the first mapping that knows the type wins.
 _AUTO_MAPPINGS = {
-    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
-    "AutoModel": modeling_auto.MODEL_MAPPING,
+    "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForSeq2SeqLM": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "AutoModelForMaskedLM": transformers.MODEL_FOR_MASKED_LM_MAPPING,
+    "AutoModel": transformers.MODEL_MAPPING,
 }
 
 

@@ -28,7 +28,7 @@ _PACKAGE = Path(__file__).parents[2]
 SHAPING_MODULES = (
     *(f"planning/model_map/{name}" for name in ("build", "experts", "keys", "model_map", "needs", "worker")),
     *("planning/expert_layouts", "planning/name_rules"),
-    *("runtime/build_bounds", "runtime/linear_subclasses", "runtime/weight_readers"),
+    *("runtime/build_bounds", "runtime/linear_subclasses", "runtime/transformers_internals", "runtime/weight_readers"),
     *("formats/output_format", "checkpoint/stored_tensor", "patterns"),
 )
 """The modules of int8convert that decide what a map says: those that the child process imports, without those that only

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose
 
 from int8convert.planning.expert_layouts import ExpertLayout, fits
 from int8convert.planning.model_map.keys import LoadedInto
+from int8convert.runtime.transformers_internals import Concatenate, Interleave, MergeModulelist, Transpose
 
 
 @dataclass(frozen=True)

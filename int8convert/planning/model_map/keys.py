@@ -13,17 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+from int8convert.formats.output_format import OutputFormat
+from int8convert.runtime.transformers_internals import (
     Transpose,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
     dot_natural_key,
+    get_model_conversion_mapping,
     rename_source_key,
 )
-
-from int8convert.formats.output_format import OutputFormat
 
 _INT8_PATTERNS = ["weight", "SCB", "weight_format"]
 

@@ -18,11 +18,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.core_model_loading import SkipParameters, WeightRenaming, dot_natural_key
 
 from int8convert.planning.model_map.experts import CheckpointTensor
 from int8convert.planning.model_map.keys import ModelKeys
 from int8convert.planning.model_map.model_map import ModelNeeds, Shape
+from int8convert.runtime.transformers_internals import (
+    SkipParameters,
+    WeightRenaming,
+    dot_natural_key,
+    finish_loading,
+    mark_loaded,
+    tied_parameters,
+)
 
 COUNTERS = ("position_ids", "num_batches_tracked")
 """Buffers that older checkpoints lack and that do not matter: positions, and the number of batches seen in training."""
@@ -51,7 +58,7 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
     """
     needed = model.state_dict()
     parameters = dict(model.named_parameters())
-    n_parameters = sum(p.numel() for name, p in parameters.items() if name not in model.all_tied_weights_keys)
+    n_parameters = sum(p.numel() for name, p in parameters.items() if name not in tied_parameters(model))
     integers = _integers(needed, keys, tensors)
     info = _Loading(set(needed))
     key_of: dict[str, str] = {}
@@ -63,10 +70,7 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
             continue  # noted in info.conversion_errors
         for name, value in arrived.items():
             _arrive(model, needed, name, value[0] if isinstance(value, list) else value, info)
-    model.mark_tied_weights_as_initialized(info)
-    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-    missing_before = info.missing_keys
-    model._adjust_missing_and_unexpected_keys(info)
+    missing_before = finish_loading(model, info)
     mismatched: dict[str, tuple[Shape | None, Shape]] = {
         name: (found, wanted) for name, found, wanted in sorted(info.mismatched_keys)
     }
@@ -79,7 +83,7 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
         defaulted=tuple(
             name
             for name in sorted(missing_before - info.missing_keys, key=dot_natural_key)
-            if not name.endswith(_SAYING_NOTHING) and name not in model.all_tied_weights_keys
+            if not name.endswith(_SAYING_NOTHING) and name not in tied_parameters(model)
         ),
         counters=tuple(name for name in missing if name.endswith(COUNTERS)),
         unexpected=tuple(sorted({key_of.get(name, name) for name in info.unexpected_keys}, key=dot_natural_key)),
@@ -119,7 +123,7 @@ def _arrive(model: Any, needed: dict[str, Any], name: str, value: torch.Tensor, 
     elif value.shape != needed[name].shape:
         info.mismatched_keys.add((name, tuple(value.shape), tuple(needed[name].shape)))
     elif model.is_custom_code():  # such a class may hold one module under two names
-        model.get_parameter_or_buffer(name)._is_hf_initialized = True
+        mark_loaded(model.get_parameter_or_buffer(name))
 
 
 def _integers(needed: dict[str, Any], keys: ModelKeys, tensors: list[CheckpointTensor]) -> dict[str, str]:

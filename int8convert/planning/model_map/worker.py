@@ -19,10 +19,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.core_model_loading import build_glob_alternation
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8convert.errors import ModelMapError
 from int8convert.formats.output_format import OutputFormat
@@ -34,6 +30,15 @@ from int8convert.planning.model_map.model_map import Action, ModuleFilter
 from int8convert.planning.model_map.needs import find_needs
 from int8convert.planning.name_rules import QUANTIZABLE_DTYPES
 from int8convert.runtime.linear_subclasses import computes_as_linear
+from int8convert.runtime.transformers_internals import (
+    Conv1D,
+    get_keys_to_not_convert,
+    kept_in_fp32,
+    parameter_dtypes,
+    patched_modules,
+    should_convert_module,
+    tied_parameters,
+)
 from int8convert.runtime.weight_readers import ReadKind, modules_with_read_weights
 
 _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
@@ -41,14 +46,12 @@ _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 def check_loadable(model: Any) -> None:
     """Raise a ModelMapError if transformers' int8 loader puts modules of other weights into a model."""
-    for name, module in model.named_modules():
-        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
-        if patch and "bitsandbytes" in patch["quantization_methods"]:
-            raise ModelMapError(
-                f"transformers {transformers.__version__} loads no int8 checkpoint of {type(model).__name__}: "
-                f"it makes {name} a {patch['module_name'].__name__}, for which the checkpoint has no weights",
-                "--format compressed-tensors has a form for it",
-            )
+    for name, new_class in patched_modules(model, "bitsandbytes").items():
+        raise ModelMapError(
+            f"transformers {transformers.__version__} loads no int8 checkpoint of {type(model).__name__}: "
+            f"it makes {name} a {new_class}, for which the checkpoint has no weights",
+            "pass --format compressed-tensors, which has a form for it",
+        )
 
 
 _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
@@ -69,7 +72,8 @@ class TensorChoice:
         self.keys = ModelKeys(model, [tensor.name for tensor in tensors])
         self.loaded = self.keys.loaded
         self._module_by_name = dict(model.named_modules())
-        self._keep_in_fp32 = list(model._keep_in_fp32_modules or [])
+        self._tied = tied_parameters(model)
+        self._keep_in_fp32 = kept_in_fp32(model)
         self._default_skips = get_keys_to_not_convert(model) + self._keep_in_fp32
 
     @cached_property
@@ -200,8 +204,7 @@ class TensorChoice:
             if into is not None and not into.is_converted:
                 module = self._module_by_name.get(into.parameter.removesuffix(".weight"))
                 found[into.parameter] = key, isinstance(module, Conv1D)
-        tied = self.model.all_tied_weights_keys
-        return {**{name: found[to] for name, to in tied.items() if to in found}, **found}
+        return {**{name: found[to] for name, to in self._tied.items() if to in found}, **found}
 
     def decide(self, tensor: CheckpointTensor) -> tuple[Action, str, str, str, dict[str, Any] | None]:
         """Action, reason, output name, output dtype of one tensor, and what it holds if it is split."""
@@ -225,24 +228,13 @@ class TensorChoice:
             return Action.QUANTIZE_TRANSPOSED if is_conv1d else Action.QUANTIZE, "", output_name, "I8"
         dtype = self._output_dtype(tensor, into)
         if self._is_duplicate(tensor, into):
-            return Action.DROP, f"tied to {self.model.all_tied_weights_keys[into.parameter]}", output_name, dtype
+            return Action.DROP, f"tied to {self._tied[into.parameter]}", output_name, dtype
         return Action.KEEP, self._reason_to_keep(tensor, into, module_name, leaf), output_name, dtype
 
     @cached_property
     def _parameter_dtype(self) -> Callable[[str], torch.dtype]:
         """Parameter name -> the dtype a plain load gives it, some kept in fp32 whatever the model's dtype."""
-        parameters = self.model.state_dict()
-        plan = self.model._get_dtype_plan(self.dtype)
-        if not plan:
-            return lambda name: parameters[name].dtype
-        alternation, glob_by_group, _ = build_glob_alternation(list(plan))
-
-        def dtype_of(name: str) -> torch.dtype:
-            match = alternation.search(name)
-            dtype: torch.dtype = plan[glob_by_group[match.lastgroup]] if match else parameters[name].dtype
-            return dtype
-
-        return dtype_of
+        return parameter_dtypes(self.model, self.dtype)
 
     def _output_dtype(self, tensor: CheckpointTensor, into: LoadedInto) -> str:
         if tensor.dtype not in TORCH_DTYPE:
@@ -255,7 +247,7 @@ class TensorChoice:
 
     def _is_duplicate(self, tensor: CheckpointTensor, into: LoadedInto) -> bool:
         """Whether the same stored bytes go into the parameter this one is tied to."""
-        original = self._by_parameter.get(self.model.all_tied_weights_keys.get(into.parameter, ""))
+        original = self._by_parameter.get(self._tied.get(into.parameter, ""))
         return (
             original is not None
             and original.name != tensor.name
@@ -268,8 +260,7 @@ class TensorChoice:
         if tensor.name in self.experts:
             is_choice = self.modules.output_format is OutputFormat.COMPRESSED_TENSORS
             return "user skip" if is_choice else "experts: not replaced by the bitsandbytes loader"
-        tied = self.model.all_tied_weights_keys
-        is_tied = into.parameter in tied or into.parameter in tied.values()
+        is_tied = into.parameter in self._tied or into.parameter in self._tied.values()
         if isinstance(module, nn.Embedding):
             return "embedding, tied" if is_tied else "embedding"
         if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D):

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from int8convert.checkpoint.json_file import MAX_CONFIG_BYTES, read_json_object
 from int8convert.checkpoint.names import quoted

@@ -22,10 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.base import _assign_is_quantized
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8convert.checkpoint.library_errors import library_errors
 from int8convert.checkpoint.names import quoted
@@ -33,6 +30,7 @@ from int8convert.errors import ModelMapError, SourceError
 from int8convert.formats.int8_config import is_ignored, loader_skip_list, skipping
 from int8convert.formats.output_format import OutputFormat
 from int8convert.planning.model_map.build import build_model
+from int8convert.runtime.transformers_internals import Conv1D, kept_in_fp32, mark_quantized, should_convert_module
 
 N_TOKENS = 8
 FILLING = 0.01
@@ -170,7 +168,7 @@ def loader_replaces(model: Any, block: dict[str, Any], output_format: OutputForm
         linear = (name for name, module in modules.items() if isinstance(module, nn.Linear))
         return [name for name in linear if not is_ignored(name, type(modules[name]), block)]
     named = loader_skip_list(block)
-    own = HfQuantizer.get_modules_to_not_convert(model, None if named is None else [], model._keep_in_fp32_modules)
+    own = HfQuantizer.get_modules_to_not_convert(model, None if named is None else [], kept_in_fp32(model))
     skips = skipping(named or [])
     return [
         name
@@ -254,7 +252,7 @@ def try_model(directory: str, output_format: OutputFormat, trusts_code: bool) ->
     model, record = _build(directory, trusts_code), Record()
     block = model.config.to_dict()["quantization_config"]
     replaced = loader_replaces(model, block, output_format)
-    _assign_is_quantized(model)  # as the loader does; Jamba then calls a layer whose weight it would read
+    mark_quantized(model)  # as the loader does; Jamba then calls a layer whose weight it would read
     for name in replaced:
         model.set_submodule(name, HollowInt8Linear(name, model.get_submodule(name), record))
     error = _attempt(model, record)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,6 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import PreTrainedModel, load_state_dict
 
 from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.checkpoint.utf8_path import utf8_path
@@ -37,6 +31,16 @@ from int8convert.errors import CorruptFileError, SourceError
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.stored_columns import StoredOutliers, attach_outliers
 from int8convert.runtime.tensor_names import live_names
+from int8convert.runtime.transformers_internals import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    load_state_dict,
+    loading_weights_by,
+    mark_loaded,
+    rename_source_key,
+    tied_parameters,
+)
 from int8convert.verification.fidelity.comparison import decoder_layers
 
 _MAY_LACK = "weight_format"
@@ -134,7 +138,7 @@ class LayeredModel:
                     f"'{self._path}' holds '{name}' in the shape {list(tensor.shape)}, expected {list(expected[name])}",
                     hint,
                 )
-            if tensor.is_meta and name in self.model.all_tied_weights_keys:
+            if tensor.is_meta and name in tied_parameters(self.model):
                 raise SourceError(
                     f"'{name}' of '{self._path}' is a weight of another layer, too: it cannot be run layer by layer",
                     "such a model is measured with both models in memory",
@@ -167,10 +171,9 @@ class LayeredModel:
     @contextmanager
     def _deferring(self) -> Iterator[None]:
         """Let `from_pretrained` leave the parts' weights where they are, as long as this lasts."""
-        load_all = PreTrainedModel._load_pretrained_model
 
         def load_rest(
-            model: Any, state_dict: dict[str, Any] | None, files: list[str], load_config: Any, *_: Any
+            load_all: Any, model: Any, state_dict: dict[str, Any] | None, files: list[str], load_config: Any, *_: Any
         ) -> tuple[Any, Any]:
             self._load_config = load_config
             self._tensors = state_dict if state_dict is not None else _open_lazily(files)
@@ -185,14 +188,11 @@ class LayeredModel:
             info.missing_keys &= set(expected)
             for name, tensor in model.state_dict(keep_vars=True).items():
                 if _part_of(name, names) is not None:
-                    tensor._is_hf_initialized = True  # else transformers would make weights up, and trip over int8
+                    mark_loaded(tensor)  # else transformers would make weights up, and trip over int8
             return info, index
 
-        PreTrainedModel._load_pretrained_model = staticmethod(load_rest)
-        try:
+        with loading_weights_by(lambda load_all: partial(load_rest, load_all)):
             yield
-        finally:
-            PreTrainedModel._load_pretrained_model = staticmethod(load_all)
 
 
 def _open_lazily(files: list[str]) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _own_head(model: Any) -> list[str]:
     """The name of the output head, unless its weight is that of another module."""
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head and head is not None), None)
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    tied = {name for pair in tied_parameters(model).items() for name in pair}
     return [] if name is None or any(key.startswith(f"{name}.") for key in tied) else [name]
 
 
@@ -250,7 +250,7 @@ def _one_after_the_other() -> Iterator[None]:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """transformers shows a bar for each call of its loader."""
-    logging = transformers.utils.logging
+    logging = transformers.logging
     if not logging.is_progress_bar_enabled():
         yield
         return
