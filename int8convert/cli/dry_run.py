@@ -99,7 +99,7 @@ def print_plan(
     commit = conversion_plan.source.commit
     print_table(
         f"Plan for {src}{f' at {commit[:12]}' if commit else ''} "
-        f"({conversion_plan.model_map.model_class or 'unknown class'})",
+        f"({conversion_plan.model_map.model_class or 'unknown class'}); nothing was written",
         ("shard", "int8", "kept", "read", "written"),
         [
             (

@@ -112,7 +112,7 @@ def _print_report(report: UploadReport) -> None:
             note("no token is set: the upload itself would be refused")
         print_line(
             f", branch {report.branch}, {_state(report)}: {len(report.sent)} of {report.n_files} files would be sent, "
-            f"{format_bytes(report.n_sent_bytes)} of {format_bytes(report.n_bytes)}",
+            f"{format_bytes(report.n_sent_bytes)} of {format_bytes(report.n_bytes)}; nothing was changed",
             head=report.repository,
         )
         for name in report.sent:

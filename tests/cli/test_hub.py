@@ -142,7 +142,7 @@ def test_errors_of_the_hub_are_two_lines_and_one_object(source: Path, hub: Hub, 
     assert err == (
         f"error: {hub.endpoint} has no repository 'org/nothing' that this token may see\n"
         "hint: check the name (ORGANIZATION/NAME); for a private one log in by `hf auth login` or set HF_TOKEN; "
-        "no directory 'org/nothing' is here either\n"
+        "no directory 'org/nothing' is here either; nothing was written\n"
     )
     assert not (tmp_path / "out").exists()
 
@@ -191,7 +191,7 @@ def test_revision_that_is_not_there_is_told(source: Path, run: Run, tmp_path: Pa
     assert (code, err) == (
         1,
         f"error: '{NAME}' has no branch, tag or commit of the name asked for\n"
-        f"hint: its branches and tags: {hub.endpoint}/{NAME}/tree/main\n",
+        f"hint: its branches and tags: {hub.endpoint}/{NAME}/tree/main; nothing was written\n",
     )
 
 

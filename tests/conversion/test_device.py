@@ -144,7 +144,7 @@ def test_failing_device_is_an_error_and_the_cpu_resumes_behind_it(
     interpreted_gpu.fail_after = 9
     with pytest.raises(DeviceError, match="cuda:0 failed: CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
         convert(source, tmp_path / "out", device="cuda", workers=1)
-    assert "--device cpu" in caught.value.hint and "finished shards are kept" in caught.value.hint
+    assert "--device cpu" in caught.value.hint and "finished shards are kept" in caught.value.state
     convert(source, tmp_path / "out", device="cpu")
     convert(source, tmp_path / "undisturbed", device="cpu")
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "undisturbed")
