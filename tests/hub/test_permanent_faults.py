@@ -211,7 +211,7 @@ def test_waits_are_told_once_a_person_would_notice(
 
     convert(NAME, tmp_path / "out", "stream")
 
-    assert [record.getMessage() for record in caplog.records if record.name.endswith("patience")] == [
+    assert [record.getMessage() for record in caplog.records if record.name.endswith("retry")] == [
         "reading 'pytorch_model-00002-of-00003.bin' of 'facebook/opt-66b': status 429 of localhost; trying again in 1 s"
     ]
 

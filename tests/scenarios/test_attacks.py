@@ -27,7 +27,7 @@ from tests.tools.attacks.open_measured import (
 )
 from tests.tools.attacks.registry import ATTACKS, CANARY, SECRET, Attack, prepare, write_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIGHT = [attack for attack in ATTACKS.values() if not attack.is_heavy]
 HEAVY = [pytest.param(attack, id=attack.name) for attack in ATTACKS.values() if attack.is_heavy]
 
