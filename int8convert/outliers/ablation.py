@@ -1,18 +1,18 @@
-"""Do the outlier features matter? Dimensions of the hidden state set to zero, and what that does to the predictions.
+"""Ablation: sets outlier features of the hidden state to zero, and measures what that does to the predictions.
 
-Set to zero in the inputs of the Linear layers that read the hidden state. Three runs over the same tokens: as it is;
-without the dimensions asked for; without as many others, drawn at random. In large models the first few carry the
-predictions and the others hardly count: Sec. 4.1 of LLM.int8() (arXiv:2208.07339) has the top-1 probability fall by
-more than 20 % and the perplexity rise by 600 % and more, against 0.1 % for random ones.
+The dimensions are zeroed in the inputs of the Linear layers that read the hidden state. Three runs use the same tokens:
+as it is; without the dimensions asked for; without as many others, drawn at random. In large models the first few carry
+the predictions and the others hardly count: in Sec. 4.1 of LLM.int8() (arXiv:2208.07339) the top-1 probability falls by
+more than 20 % and the perplexity rises by 600 % and more, against 0.1 % for random ones.
 
-Does not know about what adds up: dimensions are only taken away together.
+Does not know the effect of a single dimension: they are only taken away together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class AblationRun:
         name: "none", "outliers" or "random".
         columns: the dimensions that were zero.
         top1_probability: mean over positions of the probability of the likeliest token, 0 to 1.
-        perplexity: exp of the mean negative log-likelihood of all tokens but the first of each window; infinite where
+        perplexity: exp of the mean negative log-likelihood of all tokens but the first of each window; infinite if
             that overflows.
     """
 
@@ -49,7 +49,7 @@ def ablate(
 
     Args:
         model: predicts the next token.
-        layers: those whose inputs are the hidden state; all of one width.
+        layers: the layers whose inputs are the hidden state; all of one width.
         ids: int64 [n, length], length at least 2.
         columns: dimensions of the hidden state, fewer than half of them.
         seed: of the random ones.
@@ -67,7 +67,7 @@ def ablate(
 
 @contextmanager
 def zeroing(layers: Mapping[str, nn.Module], columns: Sequence[int]) -> Iterator[None]:
-    """Set columns of these layers' inputs to zero as long as this lasts."""
+    """Set columns of these layers' inputs to zero until the context ends."""
 
     def before(
         _module: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
@@ -76,17 +76,15 @@ def zeroing(layers: Mapping[str, nn.Module], columns: Sequence[int]) -> Iterator
         x = first.index_fill(-1, torch.tensor(columns, dtype=torch.long, device=first.device), 0)
         return (x, *rest), {}
 
-    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in layers.values() if columns]
-    try:
+    with ExitStack() as hooks:
+        for module in layers.values() if columns else ():
+            hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
 def _predict(model: Any, ids: torch.Tensor) -> tuple[float, float]:
-    """Mean top-1 probability, and perplexity."""
+    """Return mean top-1 probability and perplexity."""
     top1 = nll = 0.0
     for window in ids:
         with model_errors(model):

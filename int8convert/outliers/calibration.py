@@ -1,4 +1,4 @@
-"""Which columns of each layer's input to store in 16 bits, found by running text through a model in memory."""
+"""Calibration: runs text through a model in memory to find which input columns to store in 16 bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.stored_columns import StoredOutliers
 
 MAX_TOKENS = 512
-"""Of each text."""
+"""Tokens of each text that are run."""
 
 
 def calibrate(
@@ -29,27 +29,27 @@ def calibrate(
     min_share: float = MIN_SHARE,
     budget: float = BUDGET,
 ) -> dict[str, StoredOutliers]:
-    """Find the input columns worth storing, layer by layer; `int8convert.outliers.choice` says which those are.
+    """Find the input columns worth storing, layer by layer, by the rule of `int8convert.outliers.choice`.
 
-    On a model in 16 or 32 bits the weights returned are its own, so that `quantize_(model, outliers=...)` stores them
-    exact. An int8 model knows its weights only as codes: its layers then store what these stand for, which makes a
-    token's output independent of its batch but no more faithful, and run with a guard from now on. Columns that they
-    have stored already stay, with the weights they had.
+    For a model in 16 or 32 bits the returned weights are its own, so `quantize_(model, outliers=...)` stores them
+    exactly. An int8 model has its weights only as codes. Its layers then store what these stand for, and run with a
+    guard from now on: a token's output becomes independent of its batch, but no more faithful. Columns that are stored
+    already keep their weights.
 
-    Does not know what other texts would show: a column that is no outlier in these is left to the guard. Nor does it
-    see into nn.MultiheadAttention, whose int8 form has the guard alone.
+    Does not know what other texts would show: a column that is no outlier in these is left to the guard. Does not see
+    into nn.MultiheadAttention, whose int8 form has the guard alone.
 
     Args:
         model: with Linear layers; transformers' models, or any module that takes token ids. Runs in evaluation mode.
-        texts: strings, for which a tokenizer is needed, or token ids [tokens] or [batch, tokens]. Cut to MAX_TOKENS or
-            what the model takes; those without any token are left out.
-        tokenizer: transformers'.
+        texts: strings, which need a tokenizer, or token ids [tokens] or [batch, tokens]. Cut to MAX_TOKENS or what the
+            model takes; texts without tokens are left out.
+        tokenizer: a tokenizer of transformers.
         threshold: magnitude from which a column is an outlier.
-        min_share: share of the tokens, 0 to 1, at which a column has to reach it to be stored for that; at 0, any.
-        budget: bytes for further columns, as a share of those of the int8 weights; at 0, there are none.
+        min_share: share of the tokens, 0 to 1, at which a column must reach it to be stored; at 0, one token is enough.
+        budget: bytes for further columns, as a share of the bytes of the int8 weights.
 
     Returns:
-        module name -> its outlier columns and their weights, layers without any included, with none.
+        module name -> its outlier columns and their weights; layers without any are included.
 
     Raises:
         ValueError: there is no text, or no tokenizer for it.
@@ -72,14 +72,14 @@ def calibrate(
 
 
 def run_tokens(model: Any, ids: torch.Tensor) -> Any:
-    """What a model returns for token ids [batch, tokens]; a decoder that wants its own gets the same."""
+    """Run token ids [batch, tokens] through a model; a decoder that needs its own tokens gets the same."""
     ids = ids.to(next(model.parameters()).device)
     return model(ids, **({"decoder_input_ids": ids} if _is_encoder_decoder(model) else {}))
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which makes what it leaves larger; then as it was, module by module."""
+    """Put a model into evaluation mode, without dropout, until the context ends."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:

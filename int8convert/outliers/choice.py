@@ -1,27 +1,27 @@
-"""Which input columns of each layer to store in 16 bits, so that few bytes take away much of the error.
+"""Chooses the input columns of each layer to store in 16 bits, so that few bytes take away much of the error.
 
-Rounding to int8 adds to each output of a layer an error whose expected square, summed over the outputs, has a part that
-each input column k brings in by itself:
+Rounding to int8 adds an error to each output of a layer. Summed over the outputs, its expected square has a part that
+each input column k contributes by itself:
 
     error[k] = E[x_k^2] * sum_n w_step[n]^2 / 12   +   E[x_step^2] / 12 * sum_n w[n, k]^2
 
-with w_step[n] = weight_absmax[n] / 127 and x_step = x_absmax / 127 of a token, its outlier columns left out: a rounding
-is spread evenly over one step, whose variance is step^2 / 12. In 16 bits the column brings in none. Hence:
+with w_step[n] = weight_absmax[n] / 127 and x_step = x_absmax / 127 of a token without its outlier columns: a rounding
+error is spread evenly over one step, whose variance is step^2 / 12. In 16 bits the column contributes none. Hence:
 
-1. Columns that reach the threshold at `min_share` of the tokens are stored: the paper's outlier features are there at
-   6 % or more (Sec. 4.1). Rarer ones are found by the guard when they come, and their weights are good enough for that.
-2. Of all other columns of all layers those are stored that take away most error for their bytes, the error of a layer
-   measured against the variance of its output, until `budget` is spent.
+1. Columns that reach the threshold at `min_share` of the tokens are stored: the paper's outlier features do so at 6 %
+   or more (Sec. 4.1). Rarer ones are found by the guard when they occur; the int8 codes are good enough for them.
+2. Of all other columns of all layers, those are stored that take away most error for their bytes, until `budget` is
+   spent. The error of a layer is measured against the variance of its output.
 
-So the memory is bounded, however long the text: more text makes more columns reach the threshold once. The threshold
-in point 2 is none of magnitude, so that models whose activations are all small are served as well.
+So memory is bounded, however long the text, although more text makes more columns reach the threshold once. Point 2
+uses no magnitude, so models whose activations are all small are served as well.
 
 Measured on a trained model with injected outlier features (scripts/outlier_injection.py), 48 x 256 tokens, mean KL to
 float32, calibrated on 16 other sequences: storing every column that ever reaches 6.0 takes 4.1 % of the int8 bytes and
-leaves 3.9e-5; this rule takes 3.7 % and leaves 3.3e-5, and 4 or 48 sequences change that by 2 %. A threshold of 3.0
+leaves 3.9e-5. This rule takes 3.7 % and leaves 3.3e-5, and 4 or 48 sequences change that by 2 %. A threshold of 3.0
 comes to 1.8e-5, with 82 % of the int8 bytes. docs/results/static-set.md has the table.
 
-Does not know how an error travels on through the model: that of the first layer counts as that of the last.
+Does not know how an error propagates: that of the first layer counts as that of the last.
 Source: LLM.int8(), arXiv:2208.07339.
 """
 
@@ -52,15 +52,15 @@ def choose_columns(
     budget: float = BUDGET,
     budgeted: Iterable[str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The columns to store: layer name -> int32 [n], ascending, on the CPU; layers without any included.
+    """Choose the columns to store: layer name -> int32 [n], ascending, on the CPU; layers without any are included.
 
     Args:
-        layers: name -> Linear layer, int8 or not, or Conv1D. Of layers whose weight is not in memory (offloaded to the
-            disk) only the frequent columns are chosen.
-        statistics: of these layers, see `input_statistics.watching`.
+        layers: name -> Linear layer, int8 or not, or Conv1D. For layers whose weight is offloaded to the disk, only
+            frequent columns are chosen.
+        statistics: the statistics of these layers, see `statistics.watching`.
         min_share: share of the tokens, 0 to 1; at 0, one token that reaches the threshold is enough.
         budget: see `BUDGET`.
-        budgeted: layers that count for the budget, and whose columns it buys; None for all.
+        budgeted: layers whose bytes make the budget, and whose columns it buys; None for all.
     """
     is_stored = {}
     for name, seen in statistics.items():
@@ -76,7 +76,7 @@ def _spend(
     statistics: Mapping[str, InputStatistics],
     is_stored: dict[str, torch.Tensor],
 ) -> None:
-    """Mark further columns as stored: those with the most error for their bytes, as long as they fit."""
+    """Mark further columns as stored: those with the most error for their bytes, while they fit."""
     sizes = {name: features_of(layer) or (0, 0) for name, layer in layers.items()}
     n_bytes_left = budget * sum(n_in * n_out for n_in, n_out in sizes.values())
     places = [name for name, layer in layers.items() if not layer.weight.is_meta]
@@ -85,7 +85,7 @@ def _spend(
     n_bytes = torch.cat([torch.full((sizes[name][0],), _STORED_BYTES * sizes[name][1]) for name in places])
     error = torch.cat([removed_error(layers[name], statistics[name]) for name in places])
     error[torch.cat([is_stored[name] for name in places])] = 0
-    # Of equals the first of the model: the same text gives the same set.
+    # A stable order: the same text gives the same set.
     order = (error / n_bytes).argsort(descending=True, stable=True)
     bought = order[(error[order] > 0) & (n_bytes[order].cumsum(0) <= n_bytes_left)]
     was_bought = torch.zeros_like(error, dtype=torch.bool).index_fill_(0, bought, True)
@@ -94,9 +94,9 @@ def _spend(
 
 
 def removed_error(layer: Any, seen: InputStatistics) -> torch.Tensor:
-    """What storing each column takes away: 12 * error[k] of the module's formula / variance of the output; [in].
+    """Return 12 * error[k] of the module's formula / variance of the output, [in]: what storing each column takes away.
 
-    0 where nothing is known: no tokens, or an output that never changes or is no number.
+    0 if nothing is known: no tokens, or an output that is constant or NaN.
     """
     weight_squares, step_squares = _weight_squares(layer)
     variance = seen.output_variance
@@ -108,7 +108,7 @@ def removed_error(layer: Any, seen: InputStatistics) -> torch.Tensor:
 
 
 def _weight_squares(layer: Any) -> tuple[torch.Tensor, float]:
-    """The sum of w^2 over each column, float64 [in], and the sum of w_step^2 over all rows; some rows at a time."""
+    """Return the sum of w^2 over each column, float64 [in], and the sum of w_step^2 over all rows."""
     is_int8 = isinstance(layer, Int8Linear)
     weight = layer.weight.detach().t() if type(layer).__name__ == "Conv1D" else layer.weight.detach()
     column_squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)

@@ -1,14 +1,14 @@
 """Pictures of a model's outliers: where they are, how large, and how they grow with depth.
 
-Colours are those of Okabe and Ito and the map cividis, which readers with any kind of colour vision tell apart; lines
-differ by marker, too. matplotlib is imported when a picture is drawn, and no window is ever opened.
+The colours are those of Okabe and Ito and the map cividis, which people with any kind of colour vision tell apart.
+Lines also differ by marker. matplotlib is imported when a picture is drawn, and opens no window.
 Source of the palette: M. Okabe, K. Ito, Color Universal Design (2008).
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "os^Dv<>"
 GREY = "#8C8C8C"
 _MAX_MAP_COLUMNS = 1024
-"""A picture has no room for more; of neighbouring dimensions the largest is shown."""
+"""Columns of the map, at most; of neighbouring dimensions the largest is shown."""
 
 _MAX_LABELS = 12
 _WIDTH = 9.0
@@ -34,7 +34,7 @@ _FORMATS = ("png", "svg")
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder for pictures, or refuse to before any work is done.
+    """Make the folder for pictures, before minutes are spent on measuring.
 
     Raises:
         SourceError: matplotlib is not installed.
@@ -50,34 +50,51 @@ def prepare_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _as_output_error(error, folder) from error
+        raise _output_error(error, folder) from error
 
 
 def draw_figures(report: OutlierReport, folder: Path) -> list[Path]:
-    """Write each picture as PNG and SVG into a folder that `prepare_folder` made; the paths.
+    """Write each picture of a report as PNG and SVG; return the paths.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    return write_figures(outlier_figures(report), folder)
+
+
+def write_figures(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
+    """Write pictures as PNG and SVG into a folder that `prepare_folder` made; return the paths.
 
     Raises:
         OutputError: the folder cannot be written to.
     """
     paths = []
     try:
-        for name, figure in outlier_figures(report):
+        for name, figure in figures:
             for suffix in _FORMATS:
                 paths.append(folder / f"{name}.{suffix}")
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=suffix, dpi=150)
-                write_bytes(paths[-1], buffer.getvalue())
+                write_bytes(paths[-1], encode_figure(name, figure, suffix))
     except OSError as error:
-        raise _as_output_error(error, folder) from error
+        raise _output_error(error, folder) from error
     return paths
 
 
-def _as_output_error(error: OSError, folder: Path) -> OutputError:
+def encode_figure(name: str, figure: Figure, suffix: str) -> bytes:
+    """Return a picture as "png" or "svg", without a date and with names that do not change from run to run."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+    return buffer.getvalue()
+
+
+def _output_error(error: OSError, folder: Path) -> OutputError:
     return OutputError(f"figures cannot be written to '{folder}': {error.strerror}", "name another directory")
 
 
 def outlier_figures(report: OutlierReport) -> Iterator[tuple[str, Figure]]:
-    """Name and picture: the map; magnitude by layer; growth with depth. None for a model without hidden states."""
+    """Yield name and picture: map, magnitude by layer, growth with depth. A model without hidden states has none."""
     states = largest_by_layer(report)
     if states:
         yield "outlier-map", draw_map(report, states)
@@ -86,7 +103,7 @@ def outlier_figures(report: OutlierReport) -> Iterator[tuple[str, Figure]]:
 
 
 def largest_by_layer(report: OutlierReport) -> dict[str, torch.Tensor]:
-    """Layer -> the largest magnitude of each dimension of its hidden states, float32 [hidden size]."""
+    """Return layer -> the largest magnitude of each dimension of its hidden states, float32 [hidden size]."""
     found: dict[str, torch.Tensor] = {}
     for entry in report.inputs:
         if entry.is_hidden_state:
@@ -141,7 +158,7 @@ def draw_map(report: OutlierReport, states: dict[str, torch.Tensor], inches: flo
 
 
 def _label_features(axes: Any, report: OutlierReport, width: int, crowding: float) -> None:
-    """Ticks on top, for the largest features; labels that would overlap are left out, their ticks stay."""
+    """Draw ticks on top for the largest features; labels that would overlap are left out."""
     largest = sorted(report.features, key=lambda feature: -abs(feature.extreme))[:_MAX_LABELS]
     if not largest:
         return
@@ -156,7 +173,7 @@ def _label_features(axes: Any, report: OutlierReport, width: int, crowding: floa
 
 
 def draw_magnitudes(report: OutlierReport) -> Figure:
-    """The largest magnitude of each kind of input, by layer; inputs that are the same are drawn once."""
+    """Draw the largest magnitude of each kind of input by layer; equal inputs are drawn once."""
     figure, axes = _new_figure("How large inputs are, by layer and projection", 4.2)
     layers = list(dict.fromkeys(layer_of(entry.module_name) for entry in report.inputs if entry.layer))
     lines: dict[tuple[tuple[int, float], ...], list[str]] = {}
@@ -172,7 +189,7 @@ def draw_magnitudes(report: OutlierReport) -> Figure:
 
 
 def draw_growth(report: OutlierReport, states: dict[str, torch.Tensor]) -> Figure:
-    """The largest magnitude of each feature by layer, against what other dimensions reach."""
+    """Draw the largest magnitude of each feature by layer, against other dimensions."""
     figure, axes = _new_figure("How outlier features grow with depth", 4.2)
     values = torch.stack(list(states.values())).nan_to_num(posinf=3e38)
     others = torch.ones(values.shape[1], dtype=torch.bool)
@@ -189,7 +206,7 @@ def draw_growth(report: OutlierReport, states: dict[str, torch.Tensor]) -> Figur
 
 
 def _label_plainly(axis: Any) -> None:
-    """20 and 50 in place of powers of ten, which no reader wants to multiply."""
+    """Label a logarithmic axis with 20 and 50 in place of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

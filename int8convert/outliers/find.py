@@ -1,12 +1,11 @@
-"""Outlier features of a checkpoint: text is run through it, once, and everything is counted on the way.
+"""Finds the outlier features of a checkpoint by running a text through it once.
 
 1. Windows from all over a text go through the model, int8 or not.
 2. Hooks gather sums for every input column, and a histogram for columns with outliers.
-3. Out of these come the outlier columns of each layer, the outlier features of the model, and the columns worth
-   storing.
-4. If asked for, the model runs three times more, without these features and without others.
+3. From these come the outlier columns of each layer, the outlier features of the model, and the columns worth storing.
+4. On request the model runs three times more: as it is, without these features, and without random others.
 
-Costs the model in memory; what is gathered is some numbers for each input and output feature.
+Costs the model in memory, and a few numbers for each input and output feature.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from int8convert.outliers.calibration import run_tokens
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
 from int8convert.outliers.features import LayerInput, OutlierFeature, describe_inputs, find_features
 from int8convert.outliers.statistics import InputStatistics, features_of, watching
-from int8convert.outliers.values import watching_values
 from int8convert.runtime.device import choose_device
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.linear import Int8Linear
@@ -48,16 +46,16 @@ class OutlierReport:
     Attributes:
         path: the checkpoint, as the caller named it.
         text, text_sha256: file name and hash of the text.
-        n_sequences, length: the windows that were run.
-        threshold: magnitude from which a value counts, in the units of the inputs.
+        n_sequences, length: number of windows, and tokens of each.
+        threshold: magnitude from which a value is an outlier, in the units of the inputs.
         n_layers: blocks of the model with inputs that count for the paper's statistics.
-        inputs: what each layer reads; of the layers that are int8, or would be.
+        inputs: the inputs of the layers that are int8, or would be.
         features: the dimensions that meet the paper's criteria.
-        ablation: what taking them away does; empty if not asked for, or if there are none.
-        min_share, budget: by which columns are worth storing, see `int8convert.outliers.choice`.
-        static_set: layer -> columns worth storing, ascending; layers without any left out.
-        static_set_bytes: of these columns in 16 bits.
-        int8_bytes: of the layers' int8 weights.
+        ablation: effect of taking them away; empty if not asked for, or if there are none.
+        min_share, budget: the rule for columns worth storing, see `int8convert.outliers.choice`.
+        static_set: layer -> columns worth storing, ascending; layers without any are left out.
+        static_set_bytes: bytes of these columns in 16 bits.
+        int8_bytes: bytes of the layers' int8 weights.
         largest: layer -> the largest magnitude of each column of its input, float32 [in], for pictures.
     """
 
@@ -81,14 +79,14 @@ class OutlierReport:
     largest: dict[str, torch.Tensor] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; infinity, which JSON has not, becomes null."""
+        """Return a JSON object; infinity, which JSON cannot hold, becomes null."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "largest"}
         lists = {name: [asdict(entry) for entry in fields[name]] for name in ("inputs", "features", "ablation")}
         result: dict[str, Any] = _finite({"schema": 1, **fields, **lists})
         return result
 
     def calibration(self) -> dict[str, Any]:
-        """How the static set was chosen, for the file that holds it."""
+        """Return how the static set was chosen, for the file that holds it."""
         names = ("text", "text_sha256", "n_sequences", "length", "threshold", "min_share", "budget")
         return {name: getattr(self, name) for name in names}
 
@@ -115,22 +113,22 @@ def find_outliers(
 ) -> OutlierReport:
     """Run a text through a checkpoint and report its outliers.
 
-    Does not know what other texts would show; a few thousand tokens show the features that matter, for these are there
-    at nearly every position.
+    Does not know what other texts would show. A few thousand tokens show the features that matter: these occur at
+    nearly every position.
 
     Args:
         path: a checkpoint's directory, int8 or not.
         text: what the model reads; windows have 256 tokens by default, or what the model takes if that is less.
         threshold: magnitude from which a value is an outlier.
-        with_ablation: also measure what taking the features away does.
-        min_share, budget: which columns are worth storing, see `int8convert.outliers.choice`.
-        module_names: the modules to look at, as an int8 checkpoint's tensors name them; None takes those that are int8
-            or would be.
+        with_ablation: also measure the effect of taking the features away.
+        min_share, budget: the rule for columns worth storing, see `int8convert.outliers.choice`.
+        module_names: the modules to examine, as an int8 checkpoint's tensors name them; None for those that are int8 or
+            would be.
         device: "auto", "cpu" or "cuda[:n]".
-        trust_remote_code: code in the checkpoint may run.
+        trust_remote_code: run code in the checkpoint.
 
     Raises:
-        Int8ConvertError: checkpoint or text cannot be read, or the device is not there.
+        Int8ConvertError: checkpoint or text cannot be read, or the device is missing.
         ValueError: a number is out of its range.
     """
     began = time.perf_counter()
@@ -172,7 +170,7 @@ def find_outliers(
 
 
 def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Module]:
-    """The layers to look at, by the names the caller uses for them."""
+    """Return the layers to examine, by the names that the caller uses."""
     if module_names is not None:
         live = {live: name for name, live in live_names(model, module_names).items()}
         found = {live[name]: module for name, module in model.named_modules() if name in live}
@@ -183,18 +181,18 @@ def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Modu
     if not layers:
         raise SourceError(
             "the model has none of the layers that the int8 checkpoint holds",
-            "name the checkpoint that was converted, or the int8 checkpoint itself",
+            "give the checkpoint that was converted, or the int8 checkpoint itself",
         )
     return layers
 
 
 def _fit(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
-    """The windows, no longer than the model takes; of a tokenizer of another model there are none."""
+    """Cut windows to what the model takes; refuse tokens that it does not know."""
     n_tokens = model.get_input_embeddings().num_embeddings
     if int(windows.ids.max()) >= n_tokens:
         raise SourceError(
             f"the text has token {int(windows.ids.max())}, and the model knows only {n_tokens}",
-            "its tokenizer is another model's; copy the files of its own",
+            "copy the tokenizer files of this model into the checkpoint; the present ones are another model's",
         )
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(n_positions, int) or windows.ids.shape[1] <= n_positions:
@@ -208,10 +206,9 @@ def _fit(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
 
 
 def _check_predicts(model: Any) -> None:
-    """Before anything is run."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise SourceError(
-            f"{type(model).__name__} does not predict the next token, by which ablation measures",
+            f"ablation needs a model that predicts the next token, and {type(model).__name__} does not",
             "leave out --ablate",
         )
 
@@ -220,9 +217,9 @@ def _check_predicts(model: Any) -> None:
 def _observe(
     model: Any, layers: Mapping[str, nn.Module], windows: TokenWindows, threshold: float
 ) -> tuple[dict[str, InputStatistics], tuple[LayerInput, ...], tuple[OutlierFeature, ...]]:
-    with watching(layers, threshold) as statistics, watching_values(layers, threshold) as values:
+    with watching(layers, threshold, with_values=True) as statistics:
         for ids in windows.ids.split(max(1, _TOKENS_AT_A_TIME // windows.ids.shape[1])):
             with model_errors(model):
                 run_tokens(model, ids)
-    inputs = describe_inputs(statistics, values, model.config.get_text_config().hidden_size)
-    return statistics, inputs, find_features(inputs, statistics, values)
+    inputs = describe_inputs(statistics, model.config.get_text_config().hidden_size)
+    return statistics, inputs, find_features(inputs, statistics)

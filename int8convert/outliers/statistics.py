@@ -1,16 +1,17 @@
-"""What the inputs of Linear layers are like, column by column, gathered while text runs through the model.
+"""Column statistics of the inputs of Linear layers, gathered while text runs through the model.
 
 1. `watching` puts a hook on each layer; each batch of tokens that passes is added to the layer's sums.
-2. The sums are a few numbers for each input and output feature, so their memory does not grow with the text. The tokens
-   of a batch are taken a few at a time, so that neither does that of the hooks.
+2. Memory does not grow with the text: a few numbers for each input and output feature, and on request a histogram for
+   each column that has outliers.
 
-Everything stays on the layer's device; nothing is read back while the model runs. Afterwards all is on the CPU.
+Sums stay on the layer's device and nothing is read back while the model runs, except for histograms. Afterwards all is
+on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,24 +19,73 @@ from torch import nn
 
 from cuda_kernels.reference import N_STEPS
 
+MAX_COLUMNS = 256
+"""Columns of one input that get a histogram: those that have outliers first, in one batch those with most of them."""
+
+_BINS_PER_OCTAVE = 16
+_N_BINS = 12 * _BINS_PER_OCTAVE
 _ELEMENTS_AT_A_TIME = 1 << 22
-"""Of a batch: 16 MB in float32."""
+"""Elements of a batch that are converted at a time: 16 MB in float32."""
+
+
+class OutlierValues:
+    """Histograms of the outlier values of one layer's input.
+
+    A value's bin is its sign and the logarithm of its magnitude, in sixteenths of an octave from the threshold up, so
+    quartiles are right to about 2 %. Values of 4,096 times the threshold and more share the last bin.
+
+    Attributes:
+        threshold: magnitude from which a value counts.
+        counts: column -> int64 [2, bins], values below zero and above, from the threshold outwards.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.counts: dict[int, torch.Tensor] = {}
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count the values of tokens x [..., in], without NaN."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        n_reached = (x.abs() >= self.threshold).sum(0)
+        columns = n_reached.nonzero().flatten()
+        for k in columns[n_reached[columns].argsort(descending=True, stable=True)].tolist():
+            if k in self.counts or len(self.counts) < MAX_COLUMNS:
+                self.counts[k] = self.counts.get(k, 0) + self._histogram(x[:, k])
+
+    def _histogram(self, values: torch.Tensor) -> torch.Tensor:
+        values = values[values.abs() >= self.threshold].cpu()
+        bins = ((values.abs() / self.threshold).log2() * _BINS_PER_OCTAVE).floor().clamp(0, _N_BINS - 1).long()
+        return torch.bincount((values > 0) * _N_BINS + bins, minlength=2 * _N_BINS).view(2, _N_BINS)
+
+
+def quartiles(counts: torch.Tensor, threshold: float) -> tuple[float, float, float]:
+    """Return first quartile, median and third quartile of a histogram, each the middle of its bin.
+
+    Args:
+        counts: int64 [2, bins] as in `OutlierValues`, of at least one value; several columns may be added up.
+        threshold: the threshold of that histogram.
+    """
+    middles = threshold * 2 ** ((torch.arange(_N_BINS) + 0.5) / _BINS_PER_OCTAVE)
+    values = torch.cat((-middles.flip(0), middles))
+    below = torch.cat((counts[0].flip(0), counts[1])).cumsum(0)
+    places = [int((below >= share * int(below[-1])).nonzero()[0]) for share in (0.25, 0.5, 0.75)]
+    first, median, third = values[places].tolist()
+    return first, median, third
 
 
 class InputStatistics:
-    """Sums over all tokens that one layer has read.
-
-    NaN counts as infinitely large. Does not know the order of the tokens, nor what was in between minimum and maximum.
+    """Sums over all tokens that one layer has read. NaN counts as infinitely large.
 
     Attributes:
-        threshold: magnitude from which a value counts as an outlier, in the units of x.
-        n_tokens: how many there were.
+        threshold: magnitude from which a value is an outlier, in the units of x.
+        n_tokens: number of tokens.
         maximum, minimum: float32 [in].
         n_above, n_below: int64 [in], tokens with x >= threshold, and with x <= -threshold.
         sum_squares: float64 [in], of x.
-        step_squares: float64 [], the sum over tokens of (x_absmax / 127)^2, outlier columns left out: those that reach
-            the threshold at any of the tokens taken together.
+        step_squares: float64 [], the sum over tokens of (x_absmax / 127)^2 without outlier columns: those that reach
+            the threshold at any token of the same part of a batch.
         output_sum, output_squares: float64 [out] and [], of y and of y^2.
+        values: histograms of the outlier values; None if they were not asked for.
     """
 
     def __init__(self, in_features: int, out_features: int, threshold: float, device: torch.device) -> None:
@@ -49,17 +99,20 @@ class InputStatistics:
         self.step_squares = torch.zeros((), dtype=torch.float64, device=device)
         self.output_sum = torch.zeros(out_features, dtype=torch.float64, device=device)
         self.output_squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.values: OutlierValues | None = None
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Count the tokens x [..., in] and what the layer made of them, y [..., out]."""
+        """Count the tokens x [..., in] and the layer's outputs y [..., out]."""
         x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
         self.n_tokens += x.shape[0]
         n = max(1, _ELEMENTS_AT_A_TIME // max(1, x.shape[1], y.shape[1]))
         for x_part, y_part in zip(x.split(n), y.split(n), strict=True):
-            if x_part.numel():  # an expert that nobody chose
+            if x_part.numel():  # an expert may get no token
                 self._add_inputs(x_part.float().nan_to_num(torch.inf, torch.inf, -torch.inf))
                 self.output_sum += y_part.sum(0, dtype=torch.float64)
                 self.output_squares += y_part.double().square().sum()
+        if self.values is not None:
+            self.values.add(x)
 
     def _add_inputs(self, x: torch.Tensor) -> None:
         self.maximum = torch.maximum(self.maximum, x.amax(0))
@@ -72,20 +125,25 @@ class InputStatistics:
         self.step_squares += (ordinary.amax(1) / N_STEPS).square().sum(dtype=torch.float64)
 
     def to_cpu(self) -> None:
-        """Move all sums."""
+        """Move all sums to the CPU."""
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.cpu())
 
     @property
     def largest(self) -> torch.Tensor:
-        """float32 [in], the largest magnitude; 0 where no token came."""
+        """float32 [in], the largest magnitude; 0 if no token came."""
         return torch.maximum(self.maximum, -self.minimum).clamp_min(0)
+
+    @property
+    def n_reached(self) -> torch.Tensor:
+        """int64 [in], the tokens at which each column reached the threshold."""
+        return self.n_above + self.n_below
 
     @property
     def share(self) -> torch.Tensor:
         """float64 [in], the share of tokens that reached the threshold, 0 to 1."""
-        return (self.n_above + self.n_below).double() / max(1, self.n_tokens)
+        return self.n_reached.double() / max(1, self.n_tokens)
 
     @property
     def output_variance(self) -> float:
@@ -95,35 +153,35 @@ class InputStatistics:
 
 
 def features_of(module: Any) -> tuple[int, int] | None:
-    """How many features a Linear layer, or GPT-2's Conv1D, reads and writes; None for other modules."""
+    """Return how many features a Linear layer, or GPT-2's Conv1D, reads and writes; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return (module.nx, module.nf) if type(module).__name__ == "Conv1D" else None
 
 
 @contextmanager
-def watching(layers: Mapping[str, nn.Module], threshold: float) -> Iterator[dict[str, InputStatistics]]:
-    """Gather statistics of these layers, by the names given, as long as this lasts.
+def watching(
+    layers: Mapping[str, nn.Module], threshold: float, *, with_values: bool = False
+) -> Iterator[dict[str, InputStatistics]]:
+    """Gather statistics of layers by the names given, until the context ends.
 
     Args:
-        layers: of those that are no Linear layer nothing is gathered.
+        layers: modules that are no Linear layer are left out.
         threshold: see `InputStatistics`.
+        with_values: also gather histograms of the outlier values.
     """
-    statistics = {}
-    hooks = []
-    for name, module in layers.items():
-        features = features_of(module)
-        if features is not None:
-            device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-            statistics[name] = InputStatistics(*features, threshold, device)
-            hooks.append(module.register_forward_hook(_adding_to(statistics[name]), with_kwargs=True))
-    try:
-        yield statistics
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for gathered in statistics.values():
-            gathered.to_cpu()
+    found: dict[str, InputStatistics] = {}
+    with ExitStack() as hooks:
+        for name, module in layers.items():
+            features = features_of(module)
+            if features is not None:
+                device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+                found[name] = InputStatistics(*features, threshold, device)
+                found[name].values = OutlierValues(threshold) if with_values else None
+                hooks.callback(module.register_forward_hook(_adding_to(found[name]), with_kwargs=True).remove)
+        yield found
+    for statistics in found.values():
+        statistics.to_cpu()
 
 
 def _adding_to(statistics: InputStatistics) -> Any:

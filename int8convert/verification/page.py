@@ -1,23 +1,23 @@
-"""A verification as one page: the verdict and pictures first, then every number.
+"""A verification as one HTML page: the verdict and pictures first, then every number.
 
-The page is one file, pictures inside, with no script and nothing from a network: it opens from a disk, and years later.
-Whatever a checkpoint says of itself is escaped by the template engine. The same report gives the same page, byte for
-byte, with one version of matplotlib.
+The page is one file with its pictures inside, no script and nothing from a network: it opens from a disk years later.
+The template engine escapes all text that comes from a checkpoint. The same report gives the same bytes with one version
+of matplotlib.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from int8convert.checkpoint.atomic import write_bytes, write_text
+from int8convert.checkpoint.atomic import write_text
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.errors import OutputError, SourceError
 from int8convert.inspection import inspect
+from int8convert.outliers.figures import encode_figure, prepare_folder, write_figures
 from int8convert.sources import open_source
 from int8convert.verification.page_figures import coverage_shares, report_figures
 from int8convert.verification.verify_report import VerifyReport, fidelity_rows
@@ -26,43 +26,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from int8convert.outliers.find import OutlierReport
-    from int8convert.verification.fidelity.level import FidelityReport
 
 _TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure, and what it shows in words."""
+    """A figure, and its content in words."""
 
     name: str
     alt: str
     figure: Figure
 
-    def svg(self) -> bytes:
-        """Without a date, and with names that do not change from run to run."""
-        import matplotlib
-
-        buffer = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": self.name}):
-            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
-        return buffer.getvalue()
-
-    def png(self) -> bytes:
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=150)
-        return buffer.getvalue()
-
     @property
     def data_uri(self) -> str:
-        return "data:image/svg+xml;base64," + base64.b64encode(self.svg()).decode("ascii")
+        svg = encode_figure(self.name, self.figure, "svg")
+        return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
 def prepare(page: Path | None, folder: Path | None) -> None:
     """Make the folders for a page and for pictures, before minutes are spent on measuring.
 
     Raises:
-        SourceError: what draws and fills the page is not installed.
+        SourceError: matplotlib or jinja2 is not installed.
         OutputError: a folder cannot be made.
     """
     try:
@@ -78,48 +64,39 @@ def prepare(page: Path | None, folder: Path | None) -> None:
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise _as_output_error(error, path) from error
+                raise _output_error(error, path) from error
 
 
 def draw_pictures(report: VerifyReport, outliers: OutlierReport | None = None) -> list[Picture]:
-    """Everything there is to see."""
+    """Draw all pictures of a report."""
     inspection = inspect(report.out, report.exact.commit)
     return [Picture(*drawn) for drawn in report_figures(report, inspection, outliers)]
 
 
 def write_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """Each as PNG and as SVG.
+    """Write each picture as PNG and SVG; return the paths.
 
     Raises:
         OutputError: the folder cannot be made or written to.
     """
-    paths = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for picture in pictures:
-            paths += [folder / f"{picture.name}.png", folder / f"{picture.name}.svg"]
-            write_bytes(paths[-2], picture.png())
-            write_bytes(paths[-1], picture.svg())
-    except OSError as error:
-        raise _as_output_error(error, folder) from error
-    return paths
+    prepare_folder(folder)
+    return write_figures(((picture.name, picture.figure) for picture in pictures), folder)
 
 
 def write_page(report: VerifyReport, pictures: Sequence[Picture], path: Path) -> None:
-    """The page, whole or not at all.
+    """Write the page, whole or not at all.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the page cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, render(report, pictures))
     except OSError as error:
-        raise _as_output_error(error, path) from error
+        raise _output_error(error, path) from error
 
 
 def render(report: VerifyReport, pictures: Sequence[Picture]) -> str:
-    """The page as text."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -136,12 +113,15 @@ def render(report: VerifyReport, pictures: Sequence[Picture]) -> str:
         coverage=coverage_shares(inspect(report.out, report.exact.commit)),
         provenance=_provenance(report),
         fidelity_rows=fidelity_rows,
-        layer_rows=_layer_rows(report.fidelity),
+        layer_rows=[
+            (each[0][0], [error for _, error in each])
+            for each in zip(*(run.layer_errors for run in report.fidelity), strict=True)
+        ],
     )
 
 
 def say_verdict(report: VerifyReport) -> str:
-    """What came out, in one or two sentences."""
+    """Return the outcome in one or two sentences."""
     if not report.is_passed:
         return f"Failed. {report.failures[0]}."
     weights = f"Passed. {report.exact.n_int8_weights:,} int8 weights are what rounding those of the source gives"
@@ -156,14 +136,8 @@ def say_verdict(report: VerifyReport) -> str:
     )
 
 
-def _layer_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[float]]]:
-    """Layer -> the error of each arithmetic after it."""
-    columns = [dict(each.layer_errors) for each in reports]
-    return [(name, [column[name] for column in columns]) for name in (columns[0] if columns else ())]
-
-
 def _provenance(report: VerifyReport) -> list[tuple[str, str]]:
-    """(what, value): where the checkpoint comes from, by its manifest, and what was measured with."""
+    """Return (name, value) rows: origin of the checkpoint by its manifest, version, text and hashes."""
     found = [("int8 checkpoint", report.out), ("source", report.reference or "not known")]
     commits = {"its commit": report.exact.commit, "the source's commit": report.exact.reference_commit}
     found += [(what, commit) for what, commit in commits.items() if commit is not None]
@@ -179,5 +153,5 @@ def _provenance(report: VerifyReport) -> list[tuple[str, str]]:
     return found
 
 
-def _as_output_error(error: OSError, path: Path) -> OutputError:
+def _output_error(error: OSError, path: Path) -> OutputError:
     return OutputError(f"the report cannot be written to '{path}': {error.strerror}", "name another place")

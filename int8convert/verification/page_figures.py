@@ -1,7 +1,7 @@
-"""The pictures of a verification: how faithful, where the error begins, how much is int8.
+"""Pictures of a verification: how faithful the model is, where the error begins, how much is int8.
 
-Drawn for a page that is read on a phone, too: narrow, with large letters. Colours and the map of outliers are those of
-`outlier_figures`.
+They are narrow, with large letters, so that the page can be read on a phone. Colours and the map of outliers come from
+`outliers.figures`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _WIDTH = 5.6
 _LETTERS = {"font.size": 11, "axes.titlesize": 11.5, "axes.labelsize": 11, "legend.fontsize": 10}
 _DIVERGENCES = (("median", "median_kl"), ("mean", "mean_kl"), ("99 %", "p99_kl"), ("99.9 %", "p999_kl"))
 _SMALLEST_KL = 1e-9
-"""What a divergence of nothing is drawn at."""
+"""Divergence in nats at which a smaller one is drawn: the axis is logarithmic."""
 
 
 def report_figures(
     report: VerifyReport, inspection: Inspection, outliers: OutlierReport | None
 ) -> Iterator[tuple[str, str, Figure]]:
-    """(name, what it shows, picture) of each that there is something to draw for."""
+    """Yield (name, content in words, picture) for all that was measured."""
     import matplotlib
 
     with matplotlib.rc_context(_LETTERS):
@@ -46,7 +46,6 @@ def report_figures(
 
 
 def _say_fidelity(report: VerifyReport) -> str:
-    """The picture in words."""
     first = report.fidelity[0]
     return (
         f"Mean difference of the log-likelihood {first.delta_nll:+.5f} nats a token, mean KL divergence "
@@ -55,7 +54,7 @@ def _say_fidelity(report: VerifyReport) -> str:
 
 
 def draw_fidelity(report: VerifyReport) -> Figure:
-    """Difference of the log-likelihood with its interval, and the KL divergence, each beside its gate."""
+    """Draw the difference of the log-likelihood with its interval, and the KL divergence, each beside its gate."""
     from matplotlib.figure import Figure
 
     n = len(report.fidelity)
@@ -91,7 +90,7 @@ def _finish(axes: Any, names: list[str]) -> None:
 
 
 def draw_layer_errors(reports: tuple[FidelityReport, ...]) -> Figure:
-    """|difference of the hidden states| / |reference's| after each layer."""
+    """Draw |difference of the hidden states| / |reference's| after each layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
@@ -115,7 +114,7 @@ def draw_layer_errors(reports: tuple[FidelityReport, ...]) -> Figure:
 
 
 def draw_coverage(inspection: Inspection) -> Figure:
-    """Which share of the parameters is int8, and why the others are not."""
+    """Draw the share of the parameters that is int8, and the reasons of the others."""
     from matplotlib.figure import Figure
 
     shares = coverage_shares(inspection)
@@ -134,10 +133,10 @@ def draw_coverage(inspection: Inspection) -> Figure:
 
 
 def coverage_shares(inspection: Inspection) -> list[tuple[str, float]]:
-    """("int8", its share of the parameters), then (reason, share) of what is not, the largest first."""
+    """Return ("int8", share of the parameters), then (reason, share) of all others, the largest first."""
     kept: Counter[str] = Counter()
     for group in inspection.groups:
         if not group.is_scale and group.dtype != "I8":
-            kept[group.reason or f"{group.dtype}, for no reason that is written down"] += group.n_elements
+            kept[group.reason or f"{group.dtype}, without a recorded reason"] += group.n_elements
     rest = [(reason, n / max(1, inspection.n_parameters)) for reason, n in kept.most_common()]
     return [("int8", inspection.coverage), *rest]

@@ -16,8 +16,7 @@ from int8convert.outliers.features import (
     find_features,
     layer_of,
 )
-from int8convert.outliers.statistics import watching
-from int8convert.outliers.values import MAX_COLUMNS, OutlierValues, quartiles, watching_values
+from int8convert.outliers.statistics import MAX_COLUMNS, OutlierValues, quartiles, watching
 
 WIDTH = 8
 N_TOKENS = 20
@@ -48,11 +47,11 @@ def observe(
     wide = torch.zeros(n_layers, n_tokens, 2 * WIDTH) if wide is None else wide
     model = Stack(n_layers, wide.shape[2])
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    with torch.no_grad(), watching(layers, threshold) as statistics, watching_values(layers, threshold) as values:
+    with torch.no_grad(), watching(layers, threshold, with_values=True) as statistics:
         for part, wide_part in zip(x.chunk(n_batches, 1), wide.chunk(n_batches, 1), strict=True):
             model.run(part, wide_part)
-    inputs = describe_inputs(statistics, values, WIDTH)
-    return inputs, find_features(inputs, statistics, values)
+    inputs = describe_inputs(statistics, WIDTH)
+    return inputs, find_features(inputs, statistics)
 
 
 def quiet(n_layers: int = 8) -> torch.Tensor:

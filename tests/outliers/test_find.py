@@ -157,7 +157,7 @@ def test_encoder_decoder_is_looked_at_on_both_sides_but_not_ablated(tmp_path: Pa
     source = save(language_model("t5", tokenizer), tmp_path / "source", tokenizer, torch.float32)
     report = find_outliers(source, Text(text, **SMALL), device="cpu")
     assert {entry.layer for entry in report.inputs} >= {"encoder.block.0", "decoder.block.1"}
-    with pytest.raises(SourceError, match="does not predict the next token"):
+    with pytest.raises(SourceError, match="ablation needs a model that predicts the next token"):
         find_outliers(source, Text(text, **SMALL), with_ablation=True, device="cpu")
 
 
