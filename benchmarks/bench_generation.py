@@ -69,10 +69,10 @@ def bench_generation(shape: str, device: str, threads: list[int], work: Path, no
     source, converted = work / shape, work / f"{shape}-int8"
     here = Path(__file__).resolve()
     if not (source / "model.safetensors.index.json").exists():
-        subprocess.run([sys.executable, here.with_name("make_checkpoint.py"), shape, source], check=True)
+        subprocess.run([sys.executable, str(here.with_name("make_checkpoint.py")), shape, str(source)], check=True)
     if not (converted / "config.json").exists():
-        command = [sys.executable, "-m", "int8convert", "quantize", source, converted, "--overwrite", "--quiet"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        quantize = [sys.executable, "-m", "int8convert", "quantize", str(source), str(converted)]
+        subprocess.run([*quantize, "--overwrite", "--quiet"], check=True, stdout=subprocess.DEVNULL)
     floats = ("float16",) if device == "cuda" else ("float32", "bfloat16")
     found = []
     for n_threads in threads:

@@ -31,8 +31,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -124,7 +126,11 @@ def measure_layers(layers: dict[str, list[Layer]], xs: list[torch.Tensor], limit
 def measure_rows(limits: Limits, results: Results) -> None:
     """GB/s in, of a matrix of 4,096 x 4,096 in memory; and of as many rows in blocks that stay in each core's cache."""
     values = np.random.default_rng(0).standard_normal((SIZE, SIZE)).astype(np.float32)
-    sources = {"F16": values.astype(np.float16), "BF16": (values.view(np.uint32) >> 16).astype(np.int16), "F32": values}
+    sources: dict[str, npt.NDArray[Any]] = {
+        "F16": values.astype(np.float16),
+        "BF16": (values.view(np.uint32) >> 16).astype(np.int16),
+        "F32": values,
+    }
     codes, absmax = np.ones((SIZE, SIZE), np.int8), np.empty(SIZE, np.float32)
     signal, noise = np.empty(SIZE), np.empty(SIZE)
     for dtype, source in sources.items():

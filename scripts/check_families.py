@@ -29,7 +29,6 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers

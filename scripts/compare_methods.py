@@ -1,7 +1,7 @@
 """The paper's Table 1 for a checkpoint and a text: what each int8 method leaves of the model's predictions.
 
-    .venv/bin/python scripts/compare_methods.py                                   the small trained model
-    .venv/bin/python scripts/compare_methods.py --source opt-1.3b --text a.txt    any other model
+    .venv/bin/python -m scripts.compare_methods                                   the small trained model
+    .venv/bin/python -m scripts.compare_methods --source opt-1.3b --text a.txt    any other model
 
 Prints a table in Markdown: perplexity, mean KL divergence to the model in floating point, share of equal likeliest
 tokens. Without arguments it uses the small trained model with both kinds of outliers, on 16 held-out sequences of 256
@@ -20,10 +20,10 @@ import torch
 from int8convert.runtime.models import load_model, open_tokenizer
 from int8convert.runtime.text.windows import read_windows
 from int8convert.verification.fidelity.paired_statistics import PairedStatistics
-from outlier_injection import Outliers
-from simulated_methods import compare_methods
-from small_model import load_heldout, prepare_source, prepare_trained
-from train_small_model import TrainingSettings
+from scripts.outlier_injection import Outliers
+from scripts.simulated_methods import compare_methods
+from scripts.small_model import load_heldout, prepare_source, prepare_trained
+from scripts.train_small_model import TrainingSettings
 
 INJECTIONS = (Outliers("scale", 200, 6), Outliers("shift", 60, 6))
 N_SEQUENCES = 16

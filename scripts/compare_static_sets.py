@@ -6,7 +6,7 @@ sequences, and at how many positions the likeliest token is the same. `dynamic`,
 columns out of the codes, is what bitsandbytes computes. Prints a table in Markdown, which docs/results/static-set.md
 holds.
 
-    .venv/bin/python scripts/compare_static_sets.py
+    .venv/bin/python -m scripts.compare_static_sets
 
 Takes four minutes on one core; the first time, the model is trained.
 """
@@ -21,9 +21,9 @@ from transformers import OPTForCausalLM
 
 import int8convert
 from int8convert.outliers.choice import BUDGET, MIN_SHARE
-from outlier_injection import Outliers
-from small_model import N_HELD_OUT_SEQUENCES, load_heldout, load_model, prepare_source, prepare_trained
-from train_small_model import TrainingSettings
+from scripts.outlier_injection import Outliers
+from scripts.small_model import N_HELD_OUT_SEQUENCES, load_heldout, load_model, prepare_source, prepare_trained
+from scripts.train_small_model import TrainingSettings
 
 INJECTIONS = (Outliers("scale", 200, 6), Outliers("shift", 60, 6))
 ANY = {"min_share": 0.0, "budget": 0.0}

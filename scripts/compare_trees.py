@@ -97,7 +97,7 @@ def convert_all(root: Path) -> dict[str, Answer]:
     for name in PLAN_MODULES:
         # An editable installation would find modules of its own tree in place of those that this one lacks.
         if Path(int8convert.__file__).parents[1].joinpath(f"{name.replace('.', '/')}.py").exists():
-            importlib.import_module(name).ModelMapProcess = InProcessMap
+            importlib.import_module(name).ModelMapProcess = InProcessMap  # type: ignore[attr-defined]
     found: dict[str, Answer] = {}
 
     def note(key: str, function: Any, source: Path, out: Path, **options: Any) -> bool:

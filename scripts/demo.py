@@ -29,10 +29,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from measure_command import measure_command
-from outlier_injection import Outliers
-from small_model import N_HELD_OUT_SEQUENCES, find_cache, prepare_source, prepare_trained
-from train_small_model import TrainingSettings
+from scripts.measure_command import measure_command
+from scripts.outlier_injection import Outliers
+from scripts.small_model import N_HELD_OUT_SEQUENCES, find_cache, prepare_source, prepare_trained
+from scripts.train_small_model import TrainingSettings
 
 CASES = (Outliers("scale", 200, 6), Outliers("shift", 60, 6))
 # On the same trained model, other choices of the six features than seed 0's gave +0.6, +1.1 and +1.5 % on scale:
@@ -132,16 +132,16 @@ def convert(source: Path, converted: Path) -> Conversion:
     """Run `int8convert quantize` as a command of its own and return what it took.
 
     Raises:
-        SystemExit: it ended with another exit code than 0; what it printed on stdout is shown then, and only then.
+        SystemExit: it ended with another exit code than 0; what it printed is shown then, and only then.
     """
     command = [str(find_command()), "quantize", str(source), str(converted), "--overwrite", "--quiet"]
     with tempfile.TemporaryFile() as output:
-        run = measure_command(command, stdout=output, stderr=None)
-        if run.exit_code:
+        measured = measure_command(command, stdout=output)
+        if measured.exit_code:
             output.seek(0)
             sys.stderr.write(output.read().decode(errors="replace"))
-            raise SystemExit(f"error: exit code {run.exit_code} from: {' '.join(command)}")
-    return Conversion(run.wall_s, run.peak_anonymous_bytes, run.peak_main_rss_bytes)
+            raise SystemExit(f"error: exit code {measured.exit_code} from: {' '.join(command)}")
+    return Conversion(measured.wall_s, measured.peak_anonymous_bytes, measured.peak_main_rss_bytes)
 
 
 def store_columns(source: Path, converted: Path) -> int:
@@ -152,9 +152,7 @@ def store_columns(source: Path, converted: Path) -> int:
     """
     text = Path(inspect.getfile(argparse))
     command = [str(find_command()), "outliers", str(converted), "--source", str(source), "--text", str(text)]
-    done = subprocess.run([*command, "--write", str(converted), "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"error: exit code {done.returncode} from: {' '.join(command)}")
+    run([*command, "--write", str(converted), "--json"])
     return (converted / "int8convert" / "outliers.safetensors").stat().st_size
 
 
@@ -169,11 +167,26 @@ def evaluate(source: Path, converted: Path, heldout: Path, sequence_length: int,
     command += ["--sequences", str(N_HELD_OUT_SEQUENCES), "--length", str(sequence_length)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run(command, env=environment, cwd=elsewhere, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"error: the evaluation of '{converted}' ended with exit code {done.returncode}")
-    result: dict[str, Any] = json.loads(done.stdout)
+        result: dict[str, Any] = json.loads(run(command, env=environment, cwd=elsewhere))
     return result
+
+
+def run(command: list[str], **options: Any) -> str:
+    """Run a command and return what it printed on stdout.
+
+    Its stderr, on which libraries warn of each other, is shown only if it fails.
+
+    Args:
+        options: further ones for `subprocess.run`.
+
+    Raises:
+        SystemExit: it ended with another exit code than 0.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    if done.returncode != 0:
+        sys.stderr.write(done.stderr)
+        raise SystemExit(f"error: exit code {done.returncode} from: {' '.join(command)}")
+    return done.stdout
 
 
 def count_weight_bytes(folder: Path) -> int:

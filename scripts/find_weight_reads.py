@@ -33,8 +33,6 @@ from typing import Any
 
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from int8convert.runtime.weight_readers import ANY, Read, ReadKind, is_reached, reads_in_source
 
 LINEAR = frozenset({"Linear", "Conv1D"})

@@ -34,8 +34,6 @@ from typing import Any
 import atheris
 from safetensors import deserialize
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 with atheris.instrument_imports(include=["int8convert"]):
     from int8convert.checkpoint.safetensors_file import encode_safetensors_header, parse_safetensors_header
     from int8convert.checkpoint.stored_tensor import StoredTensor

@@ -30,9 +30,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OPTForCausalLM, PreTrainedTokenizerFast
 
-from outlier_injection import SOURCE_DTYPE, Outliers, inject_outliers
-from stdlib_text import collect_sources, cut_sequences, encode_texts, pick_evenly, save_tokenizer, train_tokenizer
-from train_small_model import TrainingSettings, build_model, train_model
+from scripts.outlier_injection import SOURCE_DTYPE, Outliers, inject_outliers
+from scripts.stdlib_text import (
+    collect_sources,
+    cut_sequences,
+    encode_texts,
+    pick_evenly,
+    save_tokenizer,
+    train_tokenizer,
+)
+from scripts.train_small_model import TrainingSettings, build_model, train_model
 
 # Part of the cache key: raise it when a change here or in the three modules above changes what is produced.
 RECIPE = 1

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM
 
-from stdlib_text import END_OF_TEXT_ID
+from scripts.stdlib_text import END_OF_TEXT_ID
 
 N_REPORTS = 5  # a measurement takes as long as several steps
 WARM_UP_SHARE = 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 # Before anything imports transformers: tests use no network, whatever the machine allows.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker has a core. Threads beside it would spin on the cores of the others; commands under test inherit this.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -76,8 +80,45 @@ class InProcessTrial(TrialRun):
             torch.set_default_dtype(before)
 
 
+NOT_FAST = (
+    *(
+        "scenarios",
+        "tools/ptx",
+        "tools/hub_server",
+        "cli",
+        "publish",
+        "verification/test_lockstep",
+        "verification/test_memory",
+    ),
+    *(
+        "hub/test_killed",
+        "hub/test_faults",
+        "hub/test_identical",
+        "hub/test_reader",
+        "hub/test_proxy",
+        "hub/test_forward",
+    ),
+    *("kernels/test_cuda_", "kernels/test_intrinsics", "kernels/test_row_quantize_cuda", "kernels/test_stub_driver"),
+    *("planning/test_loading_parity", "planning/test_model_map_cache", "planning/test_old_names", "test_layering"),
+)
+"""Starts of the paths that --fast leaves out: commands in processes, kills, fuzzing, sweeps over PTX and families."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--fast", action="store_true", help="run the tests of single modules alone: see NOT_FAST")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    path = collection_path.relative_to(Path(__file__).parent) if config.getoption("--fast") else Path()
+    return True if str(path).startswith(NOT_FAST) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        kept = [item for item in items if not re.search(r"[\[-]ptx\b", item.name)]
+        config.hook.pytest_deselected(items=[*{*items} - {*kept}])
+        items[:] = kept
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -90,7 +90,7 @@ class MapInProcess(InProcessMap):
 
 def map_in_this_process() -> None:
     """Let all conversions of this process make their maps here, and save the seconds a child takes to start."""
-    pending_plan.ModelMapProcess = MapInProcess  # type: ignore[misc,assignment]
+    pending_plan.ModelMapProcess = MapInProcess  # type: ignore[attr-defined, assignment]
 
 
 class Mismatch(Exception):

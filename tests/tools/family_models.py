@@ -164,7 +164,7 @@ def shrink(config: Any) -> dict[str, Any]:
     n_kinds = max((len(set(v)) for v in per_layer.values() if isinstance(v[0], str)), default=1)
     changes: dict[str, Any] = {}
     for key, value in entries.items():
-        small = None
+        small: Any = None
         if key == "per_layer_config":
             small = {}
         elif key in getattr(config, "sub_configs", {}) or (isinstance(value, dict) and "model_type" in value):

@@ -138,7 +138,7 @@ def index_of_many_links_to_one_shard(folder: Path) -> None:
     """Links cost nothing; a header read through each of them costs its memory every time."""
     names = [f"s{i:04}.safetensors" for i in range(2000)]
     write_index(folder, {"weight_map": {name: name for name in names}})
-    shapes = {f"t{i}": ("U8", (0,)) for i in range(20_000)}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {f"t{i}": ("U8", (0,)) for i in range(20_000)}
     (folder / "checkpoint" / "a.safetensors").write_bytes(encode_safetensors_header(shapes))
     for name in names:
         (folder / "checkpoint" / name).symlink_to("a.safetensors")

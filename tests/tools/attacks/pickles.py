@@ -167,7 +167,7 @@ for _name, _changes in {
     "of_a_storage_of_a_fraction": {"of": storage(n_elements=16.0)},
     "of_a_storage_of_an_unknown_kind": {"of": storage(kind="OctupleStorage")},
 }.items():
-    define(f"pickle_tensor_{_name}", weights(**_changes), match="")
+    define(f"pickle_tensor_{_name}", weights(**_changes), match="")  # type: ignore[arg-type]
 
 define(
     "pickle_tensor_that_repeats_one_element", weights(shape=(4096, 4096), strides=(0, 0)), match="repeats its elements"

@@ -81,7 +81,7 @@ class Scope:
 
     def _constant(self, operand: str, kind: str) -> Array:
         if operand in self.places:
-            return np.uint64(self.places[operand].address).astype(TYPES[kind])  # type: ignore[return-value]
+            return np.uint64(self.places[operand].address).astype(TYPES[kind])
         if operand == "WARP_SZ":
             operand = "32"
         if found := re.fullmatch(r"0([fF])([0-9a-fA-F]{8})|0([dD])([0-9a-fA-F]{16})", operand):
@@ -90,17 +90,17 @@ class Scope:
             if kind in ("f32", "f64"):
                 return np.asarray(number.astype(TYPES[kind]))[()]
             if bits.itemsize == width_bytes(kind):
-                return bits.view(TYPES[kind])  # type: ignore[return-value]
+                return bits.view(TYPES[kind])
         elif re.fullmatch(r"[+-]?\d+\.\d*(?:[eE][+-]?\d+)?", operand) and kind in ("f32", "f64"):
-            return TYPES[kind](operand)  # type: ignore[no-any-return]
+            return TYPES[kind](operand)
         elif re.fullmatch(r"-?\d\w*", operand):
             value = integer(operand)
             if kind == "pred":
-                return np.bool_(value)  # type: ignore[return-value]
+                return np.bool_(value)
             width = width_bytes(kind)
             if kind not in ("f32", "f64"):
                 unsigned = REGISTER_TYPES[width](value % (1 << 8 * width))
-                return unsigned.view(TYPES[kind])  # type: ignore[no-any-return]
+                return unsigned.view(TYPES[kind])
         raise PtxSyntaxError(f"operand {operand!r} as {kind}")
 
     def write(self, operand: str, kind: str) -> Writer:
@@ -130,7 +130,7 @@ class Scope:
         if base in self.places:
             place = self.places[base]
             constant = np.uint64(place.address + offset)
-            return lambda threads: constant, place.space  # type: ignore[return-value]
+            return lambda threads: constant, place.space
         width = width_bytes(_plain(self.kinds[base])) if base in self.kinds else 8
         inner = self.read(base, {4: "u32", 8: "u64"}[width])
         if width == 4:

@@ -216,7 +216,7 @@ def _declare(table: dict[str, int] | dict[str, str], scope: _Scope, name: str, v
         if name in scope.names:
             raise PtxSyntaxError(f"line {line}: {name} is declared twice")
         raise PtxSyntaxError(f"line {line}: {name} hides a name of an outer scope")
-    table[name] = value  # type: ignore[assignment]
+    table[name] = value
     scope.names.append(name)
 
 
@@ -251,7 +251,7 @@ def _rename(function: Function, scope: _Scope, suffix: str) -> None:
     new_names = {name: name + suffix for name in names}
     for table in (function.registers, function.labels):
         for name in names & table.keys():
-            table[new_names[name]] = table.pop(name)  # type: ignore[index, assignment]
+            table[new_names[name]] = table.pop(name)
     function.variables = [each._replace(name=new_names.get(each.name, each.name)) for each in function.variables]
     for index in range(scope.first_instruction, len(function.body)):
         function.body[index] = renamed(function.body[index], new_names)

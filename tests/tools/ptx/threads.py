@@ -126,14 +126,14 @@ class Threads:
         if name in ("%laneid", "%warpid"):
             return (self.thread % WARP if name == "%laneid" else self.thread // WARP).astype(np.uint32)
         if name == "%dynamic_smem_size":
-            return np.uint32(self.shared_bytes)  # type: ignore[return-value]
+            return np.uint32(self.shared_bytes)
         base, _, axis = name[1:].partition(".")
         if base.startswith("lanemask_"):
             return self._lane_mask(base.removeprefix("lanemask_"))
         extents, index = (self.block, self.thread) if base in ("tid", "ntid") else (self.grid, self.block_index)
         place = "xyz".index(axis)
         if base.startswith("n"):
-            return np.uint32(extents[place])  # type: ignore[return-value]
+            return np.uint32(extents[place])
         stride = int(np.prod(extents[:place], dtype=np.int64))
         return (index // stride % extents[place]).astype(np.uint32)
 
