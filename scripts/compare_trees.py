@@ -115,7 +115,10 @@ def convert_all(root: Path) -> dict[str, Answer]:
             for output_format in ("bitsandbytes", "compressed-tensors"):
                 with tempfile.TemporaryDirectory() as work:
                     out, key = Path(work, "out"), f"{kind}/{folder.name} {output_format}"
-                    options = {"format": output_format, "min_coverage": 0.0, "on_event": lambda event: None}
+                    options: dict[str, Any] = {"format": output_format, "min_coverage": 0.0}
+                    if hasattr(int8convert, "PlanOptions"):  # older trees take the options one by one
+                        options = {"options": int8convert.PlanOptions(**options)}
+                    options["on_event"] = lambda event: None
                     if note(key, int8convert.quantize, source, out, **options) and kind in ("tiny", "fp8", "demo"):
                         for i, export in enumerate(EXPORTS):
                             note(f"{key} {export}", int8convert.export, out, Path(work, f"export-{i}"), **export)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -144,3 +145,12 @@ def test_public_names_exist_and_are_listed() -> None:
         assert getattr(int8convert, name) is not None
     with pytest.raises(AttributeError):
         int8convert.no_such_name  # noqa: B018
+
+
+def test_public_functions_take_at_most_twelve_parameters() -> None:
+    import int8convert
+
+    functions = [getattr(int8convert, name) for name in int8convert.__all__]
+    counts = {f.__name__: len(inspect.signature(f).parameters) for f in functions if inspect.isfunction(f)}
+    assert "quantize" in counts
+    assert {name: n for name, n in counts.items() if n > 12} == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from int8convert.cli.console import (
     describe_error,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from int8convert.conversion.disk_budget import DiskBudget
     from int8convert.planning.pending_plan import PlanRequirements
     from int8convert.planning.plan import ConversionPlan
+    from int8convert.planning.plan_checkpoint import PlanOptions
 
 
 def print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
@@ -42,8 +43,7 @@ def print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
 def print_plan(
     src: str,
     out: str | None,
-    options: dict[str, Any],
-    min_coverage: float | None,
+    options: PlanOptions,
     workers: int | None,
     device: str,
     reader: str,
@@ -60,18 +60,18 @@ def print_plan(
     from int8convert.conversion.device import choose_device
     from int8convert.conversion.readers import Reader
     from int8convert.planning.pending_plan import PlanRequirements
-    from int8convert.planning.plan_checkpoint import PlanOptions, plan_unchecked
+    from int8convert.planning.plan_checkpoint import plan_unchecked
     from int8convert.text import parse_size
 
     chosen = choose_device(device)
-    requirements = PlanRequirements(min_coverage, tuple(options["allow_missing"]))
-    conversion_plan = plan_unchecked(src, PlanOptions(**options))
+    requirements = PlanRequirements(options.min_coverage, tuple(options.allow_missing))
+    conversion_plan = plan_unchecked(src, options)
     costs = estimate(conversion_plan, workers, chosen)
     disk = estimate_disk(conversion_plan, Path(out or "."), destination)
     fetch = estimate_fetch(
         conversion_plan,
         costs.n_workers,
-        options["cache_dir"],
+        Path(options.cache_dir) if options.cache_dir is not None else None,
         parse_size(bandwidth),
         Reader(reader),
         disk.n_spare_bytes,

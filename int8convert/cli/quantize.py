@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -210,27 +210,29 @@ def quantize(
     _check_combination(context, src)
     if out is None and upload is not None:
         out = f"int8convert-{upload.rpartition('/')[2]}"
-    shared: dict[str, Any] = {
-        "skip": skip or (),
-        "only": only or (),
-        "format": format,
-        "max_shard_size": max_shard_size,
-        "lora": lora,
-        "trust_remote_code": trust_remote_code,
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "allow_missing": allow_missing or (),
-    }
-    min_share = min_coverage / 100 if min_coverage is not None else None
     resumable = RESUMABLE if upload is None else RESUMABLE_THERE
     with (
         reporting_errors(as_json, "nothing was written" if dry_run else resumable),
         quieting_hub(),
         reusable_file(calibrate) as text,
     ):
+        from int8convert.planning.plan_checkpoint import PlanOptions
+
+        options = PlanOptions(
+            skip=skip or (),
+            only=only or (),
+            format=format,
+            max_shard_size=max_shard_size,
+            lora=lora,
+            trust_remote_code=trust_remote_code,
+            allow_missing=allow_missing or (),
+            min_coverage=min_coverage / 100 if min_coverage is not None else None,
+            revision=revision,
+            cache_dir=cache_dir,
+        )
         if dry_run:
             destination = make_destination(upload, private, keep, max_disk, ignore)
-            print_plan(src, out, shared, min_share, workers, device, reader, bandwidth, destination, as_json)
+            print_plan(src, out, options, workers, device, reader, bandwidth, destination, as_json)
             return
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -244,9 +246,8 @@ def quantize(
             report = run(
                 src,
                 out or "",
-                **shared,
+                options,
                 threshold=threshold,
-                min_coverage=min_share,
                 on_nonfinite=on_nonfinite,
                 workers=workers,
                 device=device,

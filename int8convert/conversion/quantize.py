@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from int8convert.conversion.records import plan_summary
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NonFiniteWeightError, stating
 from int8convert.events import Event, EventSink
-from int8convert.formats.output_format import OutputFormat
 from int8convert.planning.output_config import converted_config
 from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
@@ -33,26 +32,17 @@ DEFAULT_THRESHOLD = 6.0
 def quantize(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    options: PlanOptions | None = None,
     *,
-    skip: Sequence[str] = (),
-    only: Sequence[str] = (),
-    format: str = OutputFormat.BITSANDBYTES,
     threshold: float = DEFAULT_THRESHOLD,
-    min_coverage: float | None = None,
-    max_shard_size: int | str | None = None,
     on_nonfinite: str = "error",
-    lora: str | os.PathLike[str] | None = None,
-    trust_remote_code: bool = False,
     workers: int | None = None,
     device: str = "auto",
+    reader: str = Reader.AUTO,
     overwrite: bool = False,
     check: bool = False,
-    revision: str | None = None,
-    reader: str = Reader.AUTO,
-    cache_dir: str | os.PathLike[str] | None = None,
     destination: Destination | None = None,
     on_event: EventSink | None = None,
-    allow_missing: Sequence[str] = (),
 ) -> ConversionReport:
     """Turn a checkpoint directory into an LLM.int8() checkpoint that others load with nothing of ours installed.
 
@@ -65,74 +55,52 @@ def quantize(
             of a repository on the Hub, ORGANIZATION/NAME.
         out: the directory to write; must not exist, be empty, or hold an unfinished conversion of the same source with
             the same options, unless `overwrite`.
-        skip: modules that stay 16-bit; full names or dotted tails, with shell wildcards.
-        only: if given, no other modules become int8.
-        format: "bitsandbytes", which transformers loads, or "compressed-tensors", which vLLM serves, int8 experts
-            included. SGLang serves those with `--quantization w8a8_int8`.
+        options: what becomes int8, in which format and files; None takes the defaults.
         threshold: magnitude from which a feature dimension counts as outlier; written for the loader, it does not
             change the weights.
-        min_coverage: share of the parameters, 0 to 1, that must become int8; None refuses only a conversion that leaves
-            nearly all Linear weights 16-bit.
-        max_shard_size: bytes, or a string such as "5GB"; None makes one output shard for each source shard.
         on_nonfinite: "error", or "keep" to leave modules 16-bit whose weights hold NaN, infinity or what fp16 cannot.
-        lora: a PEFT adapter's directory; it is merged into the weights, in float32, before they are quantized.
-        trust_remote_code: run the checkpoint's own code where transformers has no class of the model's name.
         workers: threads; None takes the cores this process may use.
         device: where rows are quantized: "cpu", "cuda[:n]", which needs the extra cuda12 or cuda13, or "auto", which
             is the CPU. The output does not depend on it.
+        reader: how to read Hub weights: "stream" (no extra disk), "download" (up to two of the source's shards on
+            disk), or "auto" (the latter where it fits). The output does not depend on it.
         overwrite: replace a checkpoint in `out`.
         check: when resuming, trust finished shards by their sha256 and not only by their size.
-        revision: of the repository: a branch, a tag or a commit; None is its main branch.
-        reader: "stream", which takes no disk beside the output; "download", which takes two of the source's shards; or
-            "auto", the latter where there is room. The output does not depend on it.
-        cache_dir: a Hub cache in which what is downloaded stays.
         destination: where finished shards go; None keeps them in `out`. Where it keeps none, `out` holds those that are
             not sent yet, and is removed at the end.
-        on_event: told what happens; None shows a tqdm bar.
-        allow_missing: patterns, as for `skip`, of tensors or modules that the source may lack although the model needs
-            them. A loader of the output makes up their values; so it is for heads that are yet to be trained.
+        on_event: receives the events of `int8convert.events`; None shows a tqdm bar.
 
     Raises:
         Int8ConvertError: what went wrong, and what to do.
         ValueError: an argument is out of its range.
     """
     began = time.perf_counter()
-    plan_options = PlanOptions(
-        skip=skip,
-        only=only,
-        format=format,
-        max_shard_size=max_shard_size,
-        lora=lora,
-        trust_remote_code=trust_remote_code,
-        allow_missing=allow_missing,
-        revision=revision,
-        cache_dir=cache_dir,
-    )
+    options = options or PlanOptions()
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
-    is_share = min_coverage is None or 0 <= min_coverage <= 1
+    is_share = options.min_coverage is None or 0 <= options.min_coverage <= 1
     if n_workers < 1 or not threshold >= 0 or not is_share or on_nonfinite not in ("error", "keep"):
         raise ValueError(
             "workers must be at least 1, threshold at least 0, min_coverage between 0 and 1, on_nonfinite error or keep"
         )
     device_used = choose_device(device)
-    cache = Path(cache_dir) if cache_dir is not None else None
+    cache = Path(options.cache_dir) if options.cache_dir is not None else None
     reading = Reading(Reader(reader), cache)
-    request = open_request(src, plan_options)
-    options: dict[str, Any] = {
-        "skip": list(skip),
-        "only": list(only),
+    request = open_request(src, options)
+    recorded: dict[str, Any] = {
+        "skip": list(options.skip),
+        "only": list(options.only),
         "threshold": float(threshold),
         "max_shard_bytes": request.max_shard_bytes,
         "on_nonfinite": on_nonfinite,
     }
     if request.adapter is not None:
-        options["lora"] = request.adapter.identity()
-    if allow_missing:
-        options["allow_missing"] = list(allow_missing)
-    output = OutputDirectory(out, request.source, _recorded(request, options), overwrite)
+        recorded["lora"] = request.adapter.identity()
+    if options.allow_missing:
+        recorded["allow_missing"] = list(options.allow_missing)
+    output = OutputDirectory(out, request.source, _recorded(request, recorded), overwrite)
     destination = destination or LocalDestination()
     job = Conversion(output, destination, reading, check)
-    requirements = PlanRequirements(min_coverage, tuple(allow_missing))
+    requirements = PlanRequirements(options.min_coverage, tuple(options.allow_missing))
     report = ReportBuilder()
     with sink_or_bar(on_event, "quantize") as sink, output.in_use(), job.stating_progress():
 

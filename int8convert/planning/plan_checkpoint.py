@@ -32,6 +32,8 @@ class PlanOptions:
         trust_remote_code: run the checkpoint's own code where transformers has no class of the model's name.
         allow_missing: patterns, as for `skip`, of tensors or modules that the source may lack although the model needs
             them. Loaders of the output make up their values, so it is for heads that are yet to be trained.
+        min_coverage: share of the parameters, 0 to 1, that must become int8; None refuses only a plan that leaves
+            nearly all Linear weights 16-bit. `plan` does not check it.
         revision: branch, tag or commit of a repository; None is its main branch.
         cache_dir: a Hub cache that keeps downloads.
     """
@@ -43,6 +45,7 @@ class PlanOptions:
     lora: str | os.PathLike[str] | None = None
     trust_remote_code: bool = False
     allow_missing: Sequence[str] = ()
+    min_coverage: float | None = None
     revision: str | None = None
     cache_dir: str | os.PathLike[str] | None = None
 

@@ -41,7 +41,9 @@ def out(hub: Hub, connect: Connect, tmp_path: Path, map_in_process: None) -> Pat
     saved = save(outlier_model(tokenizer), tmp_path / "saved", tokenizer)
     hub.add_repo(SOURCE, {path.name: path for path in saved.iterdir()} | {"LICENSE.md": b"mine"})
     connect(hub, hub.token)
-    int8convert.quantize(SOURCE, tmp_path / "out", max_shard_size="100KB", on_event=lambda event: None)
+    int8convert.quantize(
+        SOURCE, tmp_path / "out", int8convert.PlanOptions(max_shard_size="100KB"), on_event=lambda event: None
+    )
     int8convert.store_outliers(SOURCE, tmp_path / "out", {FC1: [1, 5]})
     publish(hub, tmp_path / "out")
     return tmp_path / "out"

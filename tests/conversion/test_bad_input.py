@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.events import Event, PlanMade
+from tests.tools.options import quantize
 from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -27,7 +28,7 @@ def fail(source: Path, out: Path, error: type[errors.Int8ConvertError], match: s
     """The conversion raises, in two plain lines, and the disk is as before."""
     before = file_bytes(out.parent)
     with pytest.raises(error, match=match) as caught:
-        int8convert.quantize(source, out, **{"on_event": lambda event: None, **options})
+        quantize(source, out, **options)
     for line in (caught.value.message, caught.value.hint):
         assert line and "\n" not in line and not line.endswith(".")
     assert file_bytes(out.parent) == before

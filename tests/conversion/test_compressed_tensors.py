@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-import int8convert
 from int8convert.errors import CoverageError
 from int8convert.verification.verify import verify
 from tests.tools.family_models import build_family, families
+from tests.tools.options import quantize
 from tests.tools.tiny_models import build_model, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -22,7 +22,7 @@ TOKENS = torch.arange(3, 35)[None]
 
 
 def convert(source: Path, out: Path, output_format: str = "compressed-tensors", **options: Any) -> Any:
-    return int8convert.quantize(source, out, format=output_format, on_event=lambda event: None, **options)
+    return quantize(source, out, format=output_format, **options)
 
 
 def save_falcon(directory: Path, dtype: torch.dtype) -> Path:

@@ -15,6 +15,7 @@ import int8convert
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import CoverageError, PatternError
 from int8convert.planning.expert_layouts import ExpertLayout, fits, split
+from tests.tools.options import quantize
 from tests.tools.tiny_models import read_tensors
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -152,7 +153,10 @@ def test_every_expert_is_within_half_a_step_of_its_source(family: str, tmp_path:
     model = build(family)
     model.save_pretrained(tmp_path / "source")
     report = int8convert.quantize(
-        tmp_path / "source", tmp_path / "out", format="compressed-tensors", on_event=lambda event: None
+        tmp_path / "source",
+        tmp_path / "out",
+        int8convert.PlanOptions(format="compressed-tensors"),
+        on_event=lambda event: None,
     )
     assert report.coverage >= 0.9
     written = read_tensors(tmp_path / "out")
@@ -170,7 +174,10 @@ def test_biases_of_fused_experts_go_along(tmp_path: Path) -> None:
     model = build("gpt_oss")
     model.save_pretrained(tmp_path / "source")
     int8convert.quantize(
-        tmp_path / "source", tmp_path / "out", format="compressed-tensors", on_event=lambda event: None
+        tmp_path / "source",
+        tmp_path / "out",
+        int8convert.PlanOptions(format="compressed-tensors"),
+        on_event=lambda event: None,
     )
     written = read_tensors(tmp_path / "out")
     for i, layer in enumerate(model.model.layers):
@@ -194,14 +201,14 @@ def test_default_format_stops_and_names_the_one_that_holds_experts(tmp_path: Pat
 def test_patterns_choose_among_experts(tmp_path: Path) -> None:
     build("gpt_oss").save_pretrained(tmp_path / "source")
     options: dict[str, Any] = {"format": "compressed-tensors", "min_coverage": 0, "on_event": lambda event: None}
-    int8convert.quantize(tmp_path / "source", tmp_path / "out", skip=["layers.0.mlp.experts.*"], **options)
+    quantize(tmp_path / "source", tmp_path / "out", skip=["layers.0.mlp.experts.*"], **options)
     written = read_tensors(tmp_path / "out")
     source = read_tensors(tmp_path / "source")
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert torch.equal(written[name], source[name])
     assert written["model.layers.1.mlp.experts.0.gate_proj.weight"].dtype == torch.int8
     with pytest.raises(PatternError):
-        int8convert.quantize(tmp_path / "source", tmp_path / "out 2", skip=["no_such_expert"], **options)
+        quantize(tmp_path / "source", tmp_path / "out 2", skip=["no_such_expert"], **options)
 
 
 @pytest.mark.parametrize(

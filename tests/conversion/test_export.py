@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert.events import Event, ShardFinished
 from int8convert.formats.int8_config import CONV1D_NAMES, is_conv1d
+from tests.tools.options import quantize
 from tests.tools.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = [
@@ -34,7 +35,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 def make_int8(directory: Path, name: str = "opt", dtype: torch.dtype = torch.float16, **options: Any) -> Path:
     """An int8 checkpoint in several shards; its source beside it."""
     source = save_checkpoint(name, directory / "source", dtype, max_shard_size="60KB")
-    int8convert.quantize(source, directory / "int8", on_event=lambda event: None, **options)
+    quantize(source, directory / "int8", **options)
     return directory / "int8"
 
 

@@ -10,16 +10,16 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-import int8convert
 from int8convert.errors import AdapterError, OutputError
 from tests.planning.test_lora import save_adapter
+from tests.tools.options import quantize
 from tests.tools.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("map_in_process"), pytest.mark.filterwarnings("ignore")]
 
 
 def convert(source: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
-    int8convert.quantize(source, out, on_event=lambda event: None, **options)
+    quantize(source, out, **options)
     return read_tensors(out)
 
 

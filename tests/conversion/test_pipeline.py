@@ -26,7 +26,9 @@ def test_refused_plan_leaves_nothing(tmp_path: Path) -> None:
     source = save_checkpoint("opt", tmp_path / "source", max_shard_size="60KB")
     before = file_bytes(tmp_path)
     with pytest.raises(CoverageError):
-        int8convert.quantize(source, tmp_path / "a" / "b" / "out", min_coverage=0.9, on_event=lambda event: None)
+        int8convert.quantize(
+            source, tmp_path / "a" / "b" / "out", int8convert.PlanOptions(min_coverage=0.9), on_event=lambda event: None
+        )
     assert file_bytes(tmp_path) == before and not (tmp_path / "a").exists()
 
 
@@ -35,7 +37,13 @@ def test_old_checkpoint_survives_a_refused_overwrite(tmp_path: Path) -> None:
     int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)
     before = file_bytes(tmp_path)
     with pytest.raises(CoverageError):
-        int8convert.quantize(source, tmp_path / "out", overwrite=True, min_coverage=0.9, on_event=lambda event: None)
+        int8convert.quantize(
+            source,
+            tmp_path / "out",
+            int8convert.PlanOptions(min_coverage=0.9),
+            overwrite=True,
+            on_event=lambda event: None,
+        )
     assert file_bytes(tmp_path) == before
 
 

@@ -44,7 +44,9 @@ def test_bar_begins_anew_with_the_conversion(bars: list[Any], tmp_path: Path) ->
     tensors = read_tensors(source)
     tensors["model.decoder.layers.1.fc2.weight"][3, 5] = torch.inf
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    report = int8convert.quantize(source, tmp_path / "out", on_nonfinite="keep", min_coverage=0)
+    report = int8convert.quantize(
+        source, tmp_path / "out", int8convert.PlanOptions(min_coverage=0), on_nonfinite="keep"
+    )
     (bar,) = bars
     assert bar.n == bar.total == report.n_read_bytes
 
@@ -52,6 +54,6 @@ def test_bar_begins_anew_with_the_conversion(bars: list[Any], tmp_path: Path) ->
 def test_bar_is_closed_by_an_error(bars: list[Any], tmp_path: Path) -> None:
     source = save_checkpoint("opt", tmp_path / "source")
     with pytest.raises(int8convert.Int8ConvertError, match="parameters would become int8"):
-        int8convert.quantize(source, tmp_path / "out", min_coverage=1.0)
+        int8convert.quantize(source, tmp_path / "out", int8convert.PlanOptions(min_coverage=1.0))
     (bar,) = bars
     assert bar.disable

@@ -18,13 +18,14 @@ from int8convert.checkpoint.rows import BLOCK_BYTES
 from int8convert.events import Event, PlanMade, ShardFinished, ShardStarted, TensorKept, TensorQuantized
 from int8convert.planning.plan_checkpoint import PlanOptions
 from int8convert.text import parse_size
+from tests.tools.options import quantize
 from tests.tools.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
 
 def convert(source: Path, out: Path, **options: Any) -> int8convert.ConversionReport:
-    return int8convert.quantize(source, out, **{"on_event": lambda event: None, **options})
+    return quantize(source, out, **options)
 
 
 def large_row_checkpoint(directory: Path, n_columns: int = 3 * BLOCK_BYTES // 8) -> Path:

@@ -93,7 +93,9 @@ def plain(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("output_format", ["bitsandbytes", "compressed-tensors"])
 def test_int8_is_that_of_the_decoded_weights(kind: str, output_format: str, plain: Path, tmp_path: Path) -> None:
     weights = save_fp8(plain, tmp_path / "fp8", kind)
-    report = int8convert.quantize(tmp_path / "fp8", tmp_path / "out", format=output_format, on_event=lambda event: None)
+    report = int8convert.quantize(
+        tmp_path / "fp8", tmp_path / "out", int8convert.PlanOptions(format=output_format), on_event=lambda event: None
+    )
     written = read_tensors(tmp_path / "out")
     assert sum(error.n_tensors for error in report.errors) == 14
     for name, weight in weights.items():
@@ -113,7 +115,10 @@ def test_int8_is_that_of_the_decoded_weights(kind: str, output_format: str, plai
 def test_kept_fp8_weights_are_written_as_the_bf16_they_load_as(plain: Path, tmp_path: Path) -> None:
     weights = save_fp8(plain, tmp_path / "fp8", "block")
     int8convert.quantize(
-        tmp_path / "fp8", tmp_path / "out", skip=["layers.0.*"], min_coverage=0, on_event=lambda event: None
+        tmp_path / "fp8",
+        tmp_path / "out",
+        int8convert.PlanOptions(skip=["layers.0.*"], min_coverage=0),
+        on_event=lambda event: None,
     )
     written = read_tensors(tmp_path / "out")
     name = "model.layers.0.mlp.down_proj.weight"

@@ -26,6 +26,7 @@ import int8convert.hub.open_repository
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.publish.shard_publisher import HubPublisher
 from tests.tools.hub_server.bandwidth import Bandwidth
+from tests.tools.options import quantize
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +97,7 @@ class ClientProcesses:
 
 def _convert(upload: str | None = None, **arguments: Any) -> None:
     destination = PublishedDestination(HubPublisher(upload)) if upload is not None else None
-    int8convert.quantize(**arguments, destination=destination, on_event=lambda event: None)
+    quantize(**arguments, destination=destination)
 
 
 def _serve(source: str) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import int8convert
 from int8convert.events import EventSink
 from tests.tools.hub_server.hub import Hub
+from tests.tools.options import quantize
 from tests.tools.tiny_models import file_bytes
 
 READERS = ("stream", "download")
@@ -20,7 +20,7 @@ def convert(
     source: str | Path, out: Path, reader: str = "auto", on_event: EventSink = lambda event: None, **options: Any
 ) -> dict[str, bytes]:
     """The files of the output, by name."""
-    int8convert.quantize(source, out, reader=reader, workers=2, on_event=on_event, **options)
+    quantize(source, out, reader=reader, workers=2, on_event=on_event, **options)
     return file_bytes(out)
 
 

@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import int8convert
 from int8convert.events import Event
 from tests.tools.hub_server.http_messages import Origin
 from tests.tools.hub_server.hub import Hub
+from tests.tools.options import quantize
 from tests.tools.tiny_models import file_bytes, save_as_pickles, save_checkpoint
 
 NAME = "facebook/opt-66b"
@@ -35,7 +35,7 @@ def add(hub: Hub, directory: Path, name: str = NAME, **more: bytes) -> dict[str,
 def convert(name: str | Path, out: Path, **options: Any) -> list[Event]:
     """Convert; the events."""
     events: list[Event] = []
-    int8convert.quantize(name, out, **{"on_event": events.append, **options})
+    quantize(name, out, **{"on_event": events.append, **options})
     return events
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-import int8convert
 from tests.runtime.language_models import language_model
+from tests.tools.options import quantize
 
 SHIFTED = {7: 40.0, 50: -40.0}
 """Dimension -> what is added to it: outliers of one sign at every token."""
@@ -61,5 +61,5 @@ def save(model: Any, directory: Path, tokenizer: Any, dtype: torch.dtype = torch
 
 
 def convert(source: Path, out: Path, **options: Any) -> Path:
-    int8convert.quantize(source, out, on_event=lambda event: None, **options)
+    quantize(source, out, **options)
     return out

@@ -22,6 +22,7 @@ from int8convert.runtime.linear import Int8Linear
 from tests.conversion.test_experts import build, experts_of
 from tests.decoding.test_fp8 import save_fp8
 from tests.planning.test_lora import save_adapter
+from tests.tools.options import quantize
 from tests.tools.tiny_models import build_model, file_bytes, read_tensors, save_as_pickles, save_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("map_in_process"), pytest.mark.filterwarnings("ignore")]
@@ -30,7 +31,7 @@ COLUMNS = (0, 5, 63)
 
 
 def convert(source: Path, out: Path, **options: Any) -> Path:
-    int8convert.quantize(source, out, on_event=lambda event: None, **options)
+    quantize(source, out, **options)
     return out
 
 

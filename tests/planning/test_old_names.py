@@ -43,7 +43,9 @@ def check_like_plain(model: Any, folder: Path, rename: Callable[[str], str]) -> 
     assert save_renamed(model, folder / "source", rename) != plain
     loaded = []
     for name in ("plain", "source"):
-        int8convert.quantize(folder / name, folder / f"{name} int8", min_coverage=0, on_event=lambda event: None)
+        int8convert.quantize(
+            folder / name, folder / f"{name} int8", int8convert.PlanOptions(min_coverage=0), on_event=lambda event: None
+        )
         int8_model, info = model_class.from_pretrained(
             folder / f"{name} int8", device_map="cpu", output_loading_info=True
         )
@@ -115,7 +117,9 @@ def test_weight_norm_of_older_torch(tmp_path: Path, map_in_process: None) -> Non
         return head + names[dot + tail] if dot else name
 
     assert "encoder.pos_conv_embed.conv.weight_g" in save_renamed(model, tmp_path / "source", rename)
-    int8convert.quantize(tmp_path / "source", tmp_path / "ours", min_coverage=0, on_event=lambda event: None)
+    int8convert.quantize(
+        tmp_path / "source", tmp_path / "ours", int8convert.PlanOptions(min_coverage=0), on_event=lambda event: None
+    )
     loaded, info = transformers.Wav2Vec2Model.from_pretrained(
         tmp_path / "ours", device_map="cpu", output_loading_info=True
     )

@@ -97,7 +97,7 @@ def test_code_of_the_checkpoint_is_refused_unless_the_user_trusts_it(novel: Path
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_trusted_code_decides_as_it_does_for_the_loader(novel: Path, trace: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    report = int8convert.quantize(novel, tmp_path / "out", trust_remote_code=True)
+    report = int8convert.quantize(novel, tmp_path / "out", int8convert.PlanOptions(trust_remote_code=True))
     assert report.model_class == "NovelForCausalLM"
     assert trace.exists() and any("was run" in text for text in report.notes)
     plain = {"device_map": "cpu", "trust_remote_code": True}
@@ -148,7 +148,7 @@ def test_auto_map_that_names_no_class(auto_map: Any, novel: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_fidelity_is_measured_with_trusted_code_only(novel: Path, trace: Path, tmp_path: Path) -> None:
-    int8convert.quantize(novel, tmp_path / "out", trust_remote_code=True)
+    int8convert.quantize(novel, tmp_path / "out", int8convert.PlanOptions(trust_remote_code=True))
     trace.unlink()
     windows = TokenWindows(torch.arange(3, 43).view(2, 20), "numbers", "", 40)
     with pytest.raises(RemoteCodeError, match=r"novel' is code in the checkpoint \(auto_map"):

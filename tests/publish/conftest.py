@@ -56,7 +56,9 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def out(source: Path, tmp_path: Path, map_in_process: None) -> Path:
     """Converted, into several shards."""
-    int8convert.quantize(source, tmp_path / "out", max_shard_size="100KB", on_event=lambda event: None)
+    int8convert.quantize(
+        source, tmp_path / "out", int8convert.PlanOptions(max_shard_size="100KB"), on_event=lambda event: None
+    )
     return tmp_path / "out"
 
 

@@ -137,7 +137,9 @@ def test_columns_are_excepted_from_what_the_command_makes_again(is_told: bool, s
 def test_command_to_reproduce_has_the_options_of_the_conversion(
     source: Path, tmp_path: Path, map_in_process: None
 ) -> None:
-    int8convert.quantize(source, tmp_path / "o", skip=["*.fc2"], threshold=5.0, on_event=lambda event: None)
+    int8convert.quantize(
+        source, tmp_path / "o", int8convert.PlanOptions(skip=["*.fc2"]), threshold=5.0, on_event=lambda event: None
+    )
     as_from_the_hub(tmp_path / "o")
 
     expected = f"int8convert quantize org/model OUT --revision {'c' * 40} --skip '*.fc2' --threshold 5.0"
@@ -146,7 +148,9 @@ def test_command_to_reproduce_has_the_options_of_the_conversion(
 
 def test_command_with_many_patterns_is_whole(source: Path, tmp_path: Path, map_in_process: None) -> None:
     patterns = ["model.decoder.layers.0.fc2"] * 32
-    int8convert.quantize(source, tmp_path / "o", skip=patterns, threshold=5.0, on_event=lambda event: None)
+    int8convert.quantize(
+        source, tmp_path / "o", int8convert.PlanOptions(skip=patterns), threshold=5.0, on_event=lambda event: None
+    )
 
     (command,) = re.findall(r"\nint8convert quantize (.*)\n", card_of(tmp_path / "o"))
     assert command.count("--skip") == 32 and command.endswith(" --threshold 5.0")
@@ -154,7 +158,9 @@ def test_command_with_many_patterns_is_whole(source: Path, tmp_path: Path, map_i
 
 def test_other_layout_has_its_own_tag_and_loader(tmp_path: Path, map_in_process: None) -> None:
     source = save_checkpoint("llama", tmp_path / "source")
-    int8convert.quantize(source, tmp_path / "o", format="compressed-tensors", on_event=lambda event: None)
+    int8convert.quantize(
+        source, tmp_path / "o", int8convert.PlanOptions(format="compressed-tensors"), on_event=lambda event: None
+    )
     card = card_of(tmp_path / "o")
 
     assert "compressed-tensors" in (ModelCard(card).data.tags or [])
@@ -357,7 +363,9 @@ def test_vllm_is_told_of_where_it_has_a_loader(format_name: str, tmp_path: Path,
     cards = {}
     for source in (dense, tmp_path / "experts"):
         out = tmp_path / f"{source.name}-int8"
-        int8convert.quantize(source, out, format=format_name, min_coverage=0, on_event=lambda event: None)
+        int8convert.quantize(
+            source, out, int8convert.PlanOptions(format=format_name, min_coverage=0), on_event=lambda event: None
+        )
         cards[source.name] = card_of(out)
 
     needs = "vllm vllm-bnb-plugin" if format_name == "bitsandbytes" else "vllm"

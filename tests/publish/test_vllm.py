@@ -113,7 +113,7 @@ def test_card_s_snippet_runs_as_it_stands(format_name: str, hub: Hub, connect: C
     """From a private repository, with outlier columns beside the weights, which vLLM is not to take for such."""
     source = save("opt", tmp_path / "source")
     out = tmp_path / "out"
-    int8convert.quantize(source, out, format=format_name, on_event=lambda event: None)
+    int8convert.quantize(source, out, int8convert.PlanOptions(format=format_name), on_event=lambda event: None)
     int8convert.store_outliers(source, out, {"model.decoder.layers.0.fc1": (3, 5)})
     connect(hub, hub.token)
     int8convert.upload(out, "me/int8", private=True, allow_unverified=True)
@@ -136,7 +136,9 @@ def test_card_s_snippet_runs_as_it_stands(format_name: str, hub: Hub, connect: C
 )
 def test_log_probabilities_are_those_of_the_source(name: str, format_name: str, tmp_path: Path) -> None:
     source = save(name, tmp_path / "source")
-    int8convert.quantize(source, tmp_path / "out", format=format_name, on_event=lambda event: None)
+    int8convert.quantize(
+        source, tmp_path / "out", int8convert.PlanOptions(format=format_name), on_event=lambda event: None
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         logits = model(torch.tensor([IDS])).logits[0, :-1]

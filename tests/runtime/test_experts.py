@@ -14,6 +14,7 @@ import int8convert
 from int8convert.runtime.experts import Int8Experts
 from int8convert.runtime.linear import Int8Linear
 from tests.conversion.test_experts import FAMILIES, N_EXPERTS
+from tests.tools.options import quantize
 from tests.tools.tiny_models import read_tensors
 
 pytestmark = [
@@ -57,9 +58,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def convert(model: Any, folder: Path, **options: Any) -> Path:
     model.save_pretrained(folder / "source")
-    int8convert.quantize(
-        folder / "source", folder / "out", format="compressed-tensors", on_event=lambda event: None, **options
-    )
+    quantize(folder / "source", folder / "out", format="compressed-tensors", **options)
     return folder / "out"
 
 

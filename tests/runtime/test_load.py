@@ -15,6 +15,7 @@ import int8convert
 from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.errors import CorruptFileError, FormatError, SourceError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
+from tests.tools.options import quantize
 from tests.tools.tiny_models import build_model, edit_config, read_tensors, save_checkpoint
 
 pytestmark = [
@@ -39,7 +40,7 @@ FORMATS = ["bitsandbytes", "compressed-tensors"]
 
 
 def convert(source: Path, out: Path, **options: Any) -> Path:
-    int8convert.quantize(source, out, on_event=lambda event: None, **options)
+    quantize(source, out, **options)
     return out
 
 

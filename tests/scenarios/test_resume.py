@@ -23,6 +23,7 @@ from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.manifest import first_difference
 from int8convert.events import Event, ShardFinished, ShardSkipped, ShardStarted
+from tests.tools.options import quantize
 from tests.tools.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -34,7 +35,7 @@ N_KILLS = int(os.environ.get("INT8CONVERT_KILLS", "100"))
 def convert(source: Path, out: Path, **options: Any) -> list[Event]:
     """Convert; the events."""
     events: list[Event] = []
-    int8convert.quantize(source, out, **{"on_event": events.append, **options})
+    quantize(source, out, **{"on_event": events.append, **options})
     return events
 
 
@@ -65,7 +66,7 @@ def stop_after(n_shards: int) -> Callable[[Event], None]:
 def interrupt(source: Path, out: Path, n_shards: int, **options: Any) -> None:
     """Convert, interrupted when `n_shards` are finished."""
     with pytest.raises(KeyboardInterrupt):
-        int8convert.quantize(source, out, on_event=stop_after(n_shards), **options)
+        quantize(source, out, on_event=stop_after(n_shards), **options)
 
 
 def test_interrupt_before_the_first_shard_leaves_nothing(source: Path, tmp_path: Path) -> None:
@@ -474,7 +475,7 @@ def _kill_a_conversion(source: Path, out: Path, n_before: int, delay_s: float) -
             if isinstance(event, ShardFinished):
                 os.write(write_end, b".")
 
-        int8convert.quantize(source, out, min_coverage=0, on_event=on_event)
+        int8convert.quantize(source, out, int8convert.PlanOptions(min_coverage=0), on_event=on_event)
         os._exit(0)
     os.close(write_end)
     with open(read_end, "rb") as pipe:

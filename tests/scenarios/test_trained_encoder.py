@@ -66,7 +66,9 @@ def nearest(embeddings: torch.Tensor) -> list[int]:
 def test_sentences_keep_their_meaning_and_their_neighbours(tmp_path: Path, map_in_process: None) -> None:
     source = Path(minilm.get_model_path())
     # More than half of this model is its vocabulary.
-    report = int8convert.quantize(source, tmp_path / "int8", min_coverage=0.4, on_event=lambda event: None)
+    report = int8convert.quantize(
+        source, tmp_path / "int8", int8convert.PlanOptions(min_coverage=0.4), on_event=lambda event: None
+    )
     assert report.model_class == "BertModel" and report.n_int8_parameters == (6 * 12 + 1) * 384**2
     before, after = embed(source), embed(tmp_path / "int8")
     assert not torch.equal(before, after)

@@ -162,7 +162,9 @@ def compare(model: Any, folder: Path, result: FamilyResult, inputs: Inputs) -> N
     model_class = type(model)
     del model
     try:
-        report = int8convert.quantize(source, ours, min_coverage=0, on_event=lambda event: None)
+        report = int8convert.quantize(
+            source, ours, int8convert.PlanOptions(min_coverage=0), on_event=lambda event: None
+        )
     except Int8ConvertError as error:
         if (ours / "config.json").exists() or any(ours.glob("*.safetensors")):
             raise Mismatch(f"refused, but left files: {error.message}") from error

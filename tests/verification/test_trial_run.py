@@ -39,7 +39,9 @@ def save_family(name: str, directory: Path) -> Path:
 
 def convert(name: str, folder: Path, output_format: str = "bitsandbytes") -> Path:
     source, out = save_family(name, folder / "source"), folder / "out"
-    int8convert.quantize(source, out, format=output_format, min_coverage=0, on_event=lambda event: None)
+    int8convert.quantize(
+        source, out, int8convert.PlanOptions(format=output_format, min_coverage=0), on_event=lambda event: None
+    )
     return out
 
 

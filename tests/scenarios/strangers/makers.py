@@ -15,9 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import int8convert
 from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.verify import verify
+from tests.tools.options import quantize
 
 N_WORDS = 128
 """Vocabulary of `make_model`; token i from 3 on is the word `w{i}`."""
@@ -90,7 +90,7 @@ def change_block(out: Path, **entries: Any) -> None:
 
 def convert(source: Path, out: Path, **options: Any) -> Path:
     """`int8convert.quantize` in this process; with the fixture `map_in_process`, its model map too."""
-    int8convert.quantize(source, out, on_event=lambda event: None, **options)
+    quantize(source, out, **options)
     return out
 
 

@@ -17,20 +17,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import int8convert
-from int8convert.conversion.report import ConversionReport
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.runtime.models import read_config
 from int8convert.sources import open_source
 from tests.scenarios.strangers.makers import change, convert, make_model, passes_exact, write, write_shards
+from tests.tools.options import quantize
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-
-def quantize(source: Path, out: Path, **options: Any) -> ConversionReport:
-    return int8convert.quantize(source, out, on_event=lambda event: None, **options)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
