@@ -32,10 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-def printable(text: str) -> str:
-    """Text on one line: each character that does not print, such as the first of an escape sequence, is escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+from int8convert.text import printable
 
 
 class Int8ConvertError(Exception):

@@ -10,10 +10,10 @@ from math import prod
 from typing import Any
 
 from int8convert.checkpoint.manifest import Manifest
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.sources import open_source
+from int8convert.text import quoted
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _SCALE_SUFFIXES = (

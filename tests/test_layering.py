@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("cli", "verification", "outliers", "conversion", "publish", "planning", "runtime"),
     *("inspection", "sources", "hub", "decoding", "formats", "checkpoint", "patterns"),
-    *("progress_bar", "events", "text", "errors"),
+    *("progress_bar", "events", "errors", "text"),
 )
 """The packages and modules of int8convert: each imports only itself and what follows it."""
 

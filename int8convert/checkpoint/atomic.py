@@ -21,8 +21,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.names import open_regular, quoted
+from int8convert.checkpoint.names import open_regular
 from int8convert.errors import OutputError
+from int8convert.text import quoted
 
 INCOMPLETE_SUFFIX = ".incomplete"
 _LONGEST_KEPT_NAME = 100

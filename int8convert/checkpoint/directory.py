@@ -25,12 +25,12 @@ from int8convert.checkpoint.names import (
     carried_paths,
     find_file,
     open_regular,
-    quoted,
 )
 from int8convert.checkpoint.pickle.reader import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.text import quoted
 
 
 def open_directory(directory: Path, label: str, ignores_adapter: bool = False) -> CheckpointSource:

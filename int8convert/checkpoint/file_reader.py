@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from int8convert.checkpoint.names import open_regular, quoted
+from int8convert.checkpoint.names import open_regular
 from int8convert.checkpoint.safetensors_file import read_exactly
 from int8convert.errors import CorruptFileError
+from int8convert.text import quoted
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.names import quoted, refuse_pointer
+from int8convert.checkpoint.names import refuse_pointer
 from int8convert.errors import CorruptFileError
+from int8convert.text import quoted
 
 MAX_JSON_BYTES = 200_000_000
 """For files of our own."""

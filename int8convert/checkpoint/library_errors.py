@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import DeviceError, Int8ConvertError, RemoteCodeError, SourceError
+from int8convert.text import quoted
 
 RUNS_NO_CODE = "code of a checkpoint is not run here; read it, then load it by int8convert.load(trust_remote_code=True)"
 TRUST_CODE = "read that code, then pass --trust-remote-code to have it run"

@@ -24,10 +24,11 @@ from typing import Any
 from int8convert.checkpoint.atomic import INCOMPLETE_SUFFIX, make_folder, write_json
 from int8convert.checkpoint.file_reader import FileIdentity
 from int8convert.checkpoint.json_file import read_own_json
-from int8convert.checkpoint.names import OWN_FOLDER, find_file, quoted
+from int8convert.checkpoint.names import OWN_FOLDER, find_file
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.text import quoted
 
 ARITHMETIC_VERSION = 1
 """Raised when the same source and options would give other bytes; shards of two versions are never mixed."""

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.names import CARD_NAME, find_file, open_regular, quoted
+from int8convert.checkpoint.names import CARD_NAME, find_file, open_regular
 from int8convert.errors import CorruptFileError
+from int8convert.text import quoted
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)

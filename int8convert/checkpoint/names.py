@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.text import quoted
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
@@ -60,17 +61,6 @@ _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 def shard_name(i: int, n: int) -> str:
     """The file name of output shard i of n, counted from 0."""
     return "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-
-
-def counted(n: int, noun: str) -> str:
-    """Return a number with its noun: "1 file", "2,000 files". For nouns whose plural ends in s."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
-def quoted(text: str, max_length: int = 100) -> str:
-    """Somebody else's text between quotes, on one line: what does not print is escaped, what is long is cut."""
-    shown = repr(text[: max_length + 1])
-    return shown if len(shown) <= max_length else shown[: max_length - 4] + "...'"
 
 
 def find_file(directory: Path, name: str) -> Path | None:

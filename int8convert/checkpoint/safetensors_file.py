@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from int8convert.checkpoint.json_file import parse_json_object
-from int8convert.checkpoint.names import POINTER_START_BYTES, open_regular, quoted, refuse_pointer
+from int8convert.checkpoint.names import POINTER_START_BYTES, open_regular, refuse_pointer
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, check_tensor_name, is_shape, is_size
 from int8convert.errors import CorruptFileError
+from int8convert.text import quoted
 
 METADATA_NAME = "__metadata__"
 """The header's one key that is no tensor."""

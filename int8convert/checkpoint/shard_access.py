@@ -12,9 +12,9 @@ from typing import Protocol
 
 from int8convert.checkpoint.file_reader import FileReader
 from int8convert.checkpoint.hashing import OrderedSha256, expected_sha256
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import ShardReader, SourceShard
 from int8convert.errors import CorruptFileError
+from int8convert.text import quoted
 
 
 class DamagedShardError(Exception):

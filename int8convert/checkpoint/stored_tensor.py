@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import CorruptFileError
+from int8convert.text import quoted
 
 DTYPE_BYTES: dict[str, int] = {
     "BOOL": 1,

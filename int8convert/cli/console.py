@@ -243,37 +243,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     print_line("", head=title)  # a title of the table's own would wrap at the table's width
     with writing_result():
         stdout.print(table, soft_wrap=False, crop=False)
-
-
-def format_bytes(n: float) -> str:
-    """Decimal units, three digits: 2.63 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 999.5 or (unit == "B" and n < 1000):
-            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:,.3g} TB" if n < 1000 else f"{n:,.0f} TB"
-
-
-def format_count(n: float) -> str:
-    """Parameters: 1.32 B."""
-    for unit in ("", " k", " M", " B"):
-        if abs(n) < 999.5:
-            return f"{n:.0f}" if not unit else f"{n:.3g}{unit}"
-        n /= 1000
-    return f"{n:.3g} T"
-
-
-def format_percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def format_shards(n: int) -> str:
-    return "1 shard" if n == 1 else f"{n:,} shards"
-
-
-def format_seconds(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

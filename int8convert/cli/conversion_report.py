@@ -5,17 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.names import counted
-from int8convert.cli.console import (
-    format_bytes,
-    format_percent,
-    format_seconds,
-    format_shards,
-    note,
-    print_line,
-    print_table,
-)
+from int8convert.cli.console import note, print_line, print_table
 from int8convert.cli.dry_run import print_kept
+from int8convert.text import counted, format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
@@ -35,7 +27,7 @@ def print_report(report: ConversionReport, place: str | None) -> None:
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
         f"({format_percent(report.n_written_bytes / max(1, report.n_read_bytes))}) "
-        f"in {format_shards(report.n_shards)}{run}"
+        f"in {counted(report.n_shards, 'shard')}{run}"
     )
     print_table(
         "Weight error (signal to quantization noise, higher is better)",

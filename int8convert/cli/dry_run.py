@@ -5,19 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from int8convert.cli.console import (
-    describe_error,
-    failure,
-    format_bytes,
-    format_count,
-    format_percent,
-    format_seconds,
-    note,
-    print_json,
-    print_line,
-    print_table,
-)
+from int8convert.cli.console import describe_error, failure, note, print_json, print_line, print_table
 from int8convert.errors import Int8ConvertError
+from int8convert.text import format_bytes, format_count, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from int8convert.conversion.cost import ConversionCosts, FetchCosts

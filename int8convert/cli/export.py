@@ -6,16 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8convert.cli.console import (
-    format_bytes,
-    format_seconds,
-    format_shards,
-    note,
-    print_json,
-    print_line,
-    reporting_errors,
-)
+from int8convert.cli.console import note, print_json, print_line, reporting_errors
 from int8convert.cli.options import AsJson, UsageError, check_choice, check_named, check_size
+from int8convert.text import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from int8convert.conversion.export import ExportReport
@@ -92,7 +85,7 @@ def _print_report(report: ExportReport) -> None:
     )
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
-        f"in {format_shards(report.n_shards)}, {format_seconds(report.elapsed_s)}"
+        f"in {counted(report.n_shards, 'shard')}, {format_seconds(report.elapsed_s)}"
     )
     for text in report.notes:
         note(text)

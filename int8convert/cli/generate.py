@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from int8convert.cli.console import (
-    format_bytes,
-    format_seconds,
     note,
     print_json,
     quieting_libraries,
@@ -23,6 +21,7 @@ from int8convert.cli.console import (
 from int8convert.cli.options import AsJson, check_choice, check_device, check_named
 from int8convert.cli.terminal import plain
 from int8convert.errors import SourceError
+from int8convert.text import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from int8convert.runtime.generate import GenerationReport

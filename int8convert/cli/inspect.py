@@ -6,18 +6,9 @@ from typing import Annotated
 
 import typer
 
-from int8convert.cli.console import (
-    format_bytes,
-    format_count,
-    format_percent,
-    format_shards,
-    print_json,
-    print_line,
-    print_table,
-    quieting_hub,
-    reporting_errors,
-)
+from int8convert.cli.console import print_json, print_line, print_table, quieting_hub, reporting_errors
 from int8convert.cli.options import AsJson, check_named, check_remote
+from int8convert.text import counted, format_bytes, format_count, format_percent
 
 HELP = """Show what is in a checkpoint, source or output: tensors, dtypes, how much of it is int8.
 
@@ -57,7 +48,7 @@ def inspect(
         print_line(
             f"{at}: {', '.join(found.architectures) or 'no architecture named'}, "
             f"{format_count(found.n_parameters)} parameters in {found.n_tensors} tensors, "
-            f"{format_bytes(found.n_bytes)} in {format_shards(found.n_shards)}",
+            f"{format_bytes(found.n_bytes)} in {counted(found.n_shards, 'shard')}",
             head=str(found.path),
         )
         print_line(

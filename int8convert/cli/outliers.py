@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from int8convert.cli.console import (
-    format_bytes,
-    format_percent,
-    format_seconds,
     note,
     print_json,
     print_line,
@@ -23,6 +20,7 @@ from int8convert.cli.console import (
 from int8convert.cli.options import AsJson, check_device, check_named
 from int8convert.cli.static_set import print_stored, store
 from int8convert.errors import SourceError
+from int8convert.text import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from int8convert.outliers.find import OutlierReport

@@ -9,14 +9,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from int8convert.cli.console import (
-    format_bytes,
-    format_percent,
-    format_shards,
-    note,
-    stderr,
-    wants_live_display,
-)
+from int8convert.cli.console import note, stderr, wants_live_display
 from int8convert.conversion.report import notes_of
 from int8convert.events import (
     DownloadStarted,
@@ -36,6 +29,7 @@ from int8convert.events import (
     TensorsCompared,
     ignore,
 )
+from int8convert.text import counted, format_bytes, format_percent
 
 SKIPPED = "is done from an earlier run"
 _WIDE, _MEDIUM = 100, 80
@@ -93,7 +87,7 @@ class _Renderer:
             case PlanMade():
                 return (
                     f"{event.model_class or 'unknown class'}: {format_bytes(event.n_read_bytes)} in "
-                    f"{format_shards(event.n_source_shards)} -> {format_bytes(event.n_written_bytes)} in "
+                    f"{counted(event.n_source_shards, 'shard')} -> {format_bytes(event.n_written_bytes)} in "
                     f"{event.n_shards}, {format_percent(event.coverage)} of the parameters to int8"
                 )
             case ShardSkipped(i, n, file_name):

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from int8convert.checkpoint.manifest import Manifest
-from int8convert.cli.console import format_bytes, print_line
+from int8convert.cli.console import print_line
 from int8convert.errors import Int8ConvertError
+from int8convert.text import format_bytes
 
 if TYPE_CHECKING:
     from int8convert.outliers.find import OutlierReport

@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8convert.cli.console import (
-    format_bytes,
-    note,
-    print_json,
-    print_line,
-    quieting_hub,
-    reporting_errors,
-    wants_live_display,
-)
+from int8convert.cli.console import note, print_json, print_line, quieting_hub, reporting_errors, wants_live_display
 from int8convert.cli.options import AsJson, check_named
+from int8convert.text import format_bytes
 
 if TYPE_CHECKING:
     from int8convert.publish.upload import UploadReport

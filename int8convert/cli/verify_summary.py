@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.names import counted
-from int8convert.cli.console import (
-    format_bytes,
-    format_percent,
-    format_seconds,
-    note,
-    print_line,
-    print_table,
-)
+from int8convert.cli.console import note, print_line, print_table
 from int8convert.publish.verify_json import Status
+from int8convert.text import counted, format_bytes, format_percent, format_seconds
 from int8convert.verification.verify_report import fidelity_rows
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from int8convert.checkpoint.names import quoted
 from int8convert.conversion.readers import is_remote
 from int8convert.errors import DiskFullError
 from int8convert.planning.plan import ConversionPlan
+from int8convert.text import quoted
 
 _SMALL_BYTES = 20_000_000
 """Bytes of manifest, index and records, beside the auxiliary files: 4 MB for 100,000 tensors."""

@@ -20,7 +20,6 @@ from typing import Any
 
 from int8convert import __version__
 from int8convert.checkpoint.manifest import ShardRecord, describe_source
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.safetensors_file import METADATA_NAME
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_export_plan
@@ -33,7 +32,7 @@ from int8convert.formats.int8_checkpoint import DTYPES, SourceReaders, open_int8
 from int8convert.formats.int8_config import Int8Format
 from int8convert.formats.quantization_config import build_index
 from int8convert.sources import is_repository_name, open_source
-from int8convert.text import parse_size
+from int8convert.text import parse_size, quoted
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from int8convert.checkpoint.names import quoted, shard_name
+from int8convert.checkpoint.names import shard_name
 from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
 from int8convert.checkpoint.source import CheckpointSource
@@ -28,6 +28,7 @@ from int8convert.formats.quantization_config import (
     torchao_config,
 )
 from int8convert.formats.torchao_metadata import torchao_metadata
+from int8convert.text import quoted
 
 Item = Int8Weight | PlacedTensor
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import TracebackType
 
 from int8convert.checkpoint.manifest import Manifest, ShardRecord
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.commit import Committer, ConvertedShard, Deliver
@@ -34,6 +33,7 @@ from int8convert.errors import CorruptFileError, NonFiniteWeightError
 from int8convert.events import Event, EventSink, ShardRepeated, ShardSkipped, ShardStarted
 from int8convert.planning.plan import ConversionPlan, PlannedShard
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
+from int8convert.text import quoted
 
 _TRIES = 3
 """Times that a source shard may arrive with wrong bytes."""

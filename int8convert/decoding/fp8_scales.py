@@ -15,12 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from int8convert.checkpoint.floats import NUMPY_DTYPE
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.decoding.fp8 import FP8_DTYPES, Fp8Scale
 from int8convert.errors import CorruptFileError
 from int8convert.formats.int8_config import is_ignored
+from int8convert.text import quoted
 
 _UNUSED_SUFFIXES = (
     *(".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale", ".qscale_act"),

@@ -25,12 +25,12 @@ import numpy as np
 import numpy.typing as npt
 
 from int8convert.checkpoint.floats import widen_bfloat16
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.rows import Scratch, as_array, read_rows
 from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.int8_config import Int8Format, is_conv1d, read_format, read_skipped_names
+from int8convert.text import quoted
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import SourceError
 from int8convert.formats.name_pattern import PatternRefusedError, TailPatterns
+from int8convert.text import quoted
 
 
 class Int8Format(StrEnum):

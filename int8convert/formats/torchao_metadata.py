@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.safetensors_file import read_safetensors_metadata
 from int8convert.errors import CorruptFileError
 from int8convert.formats.int8_checkpoint import Int8Checkpoint, Int8Weight
 from int8convert.formats.int8_config import Int8Format
+from int8convert.text import quoted
 
 _PLAIN = json.dumps({"_type": "Tensor"})
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from int8convert.checkpoint.model_card import read_card
-from int8convert.checkpoint.names import CARD_NAME, quoted
+from int8convert.checkpoint.names import CARD_NAME
 from int8convert.errors import CorruptFileError, HubAccessError, HubConnectionError, HubError, HubMissingError
 from int8convert.hub.errors import call_hub, endpoint, translating_client_errors, translating_errors
 from int8convert.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
 from int8convert.hub.repository_name import looks_like_repository
 from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
+from int8convert.text import quoted
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete

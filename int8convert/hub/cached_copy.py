@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from int8convert.checkpoint.file_reader import FileIdentity
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError, DiskFullError
 from int8convert.events import DownloadStarted, EventSink, ignore
@@ -23,6 +22,7 @@ from int8convert.hub.open_repository import RemoteShard, hub_file
 from int8convert.hub.remote_file import HubFile
 from int8convert.hub.repository import discard_cached, find_repository
 from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
+from int8convert.text import quoted
 
 
 def fetch_beside(source: CheckpointSource, names: Iterable[str]) -> frozenset[str]:

@@ -24,7 +24,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from int8convert.checkpoint.file_reader import FileReader
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.shard_access import DamagedShardError, HashingReader, LocalShards, OrderedReader
 from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import DiskFullError, HubConnectionError, HubError, OutputError
@@ -36,6 +35,7 @@ from int8convert.hub.open_repository import RemoteShard
 from int8convert.hub.remote_file import HubFile
 from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
 from int8convert.hub.shard_check import ShardCheck
+from int8convert.text import quoted
 
 MAX_ON_DISK = 2
 _CLOSE_S = 0.5

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import HubAccessError, HubConnectionError, HubError, HubMissingError
 from int8convert.hub.retry import PassingError, Patience
+from int8convert.text import quoted
 
 if TYPE_CHECKING:
     import httpx2

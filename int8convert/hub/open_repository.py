@@ -28,7 +28,6 @@ from int8convert.checkpoint.names import (
     REQUEST_FILE,
     carried_paths,
     find_file,
-    quoted,
 )
 from int8convert.checkpoint.pickle.reader import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
@@ -44,6 +43,7 @@ from int8convert.hub.repository import (
     find_cached,
     find_repository,
 )
+from int8convert.text import quoted
 
 _HEADERS_AT_ONCE = 8
 

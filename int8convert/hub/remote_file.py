@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import HubError
 from int8convert.hub.bounded_answer import raise_for_status
 from int8convert.hub.errors import translating_errors
 from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
+from int8convert.text import quoted
 
 if TYPE_CHECKING:
     import httpx2

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from int8convert.checkpoint.names import CONFIG_NAME, INDEX_NAME, MAX_CARRIED_BYTES, quoted
+from int8convert.checkpoint.names import CONFIG_NAME, INDEX_NAME, MAX_CARRIED_BYTES
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, DiskFullError, HubConnectionError, HubError, OutputError
 from int8convert.hub.bounded_answer import get_json
 from int8convert.hub.byte_counter import byte_counter, is_too_long
 from int8convert.hub.errors import call_hub, endpoint
+from int8convert.text import quoted
 
 _FETCHES_AT_ONCE = 4
 _MAIN = "main"

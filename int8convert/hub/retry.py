@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import HubConnectionError, HubError
+from int8convert.text import quoted
 
 tells = logging.getLogger(__name__)
 interrupted = threading.Event()

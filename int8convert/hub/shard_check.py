@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.shard_access import DamagedShardError
 from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import CorruptFileError
 from int8convert.hub.open_repository import RemoteShard
+from int8convert.text import quoted
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from int8convert.checkpoint.atomic import make_folder
 from int8convert.checkpoint.floats import convert_floats, widen
 from int8convert.checkpoint.lock import DirectoryLock
-from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE, quoted
+from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE
 from int8convert.checkpoint.rows import Scratch, read_rows, row_ranges
 from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import ShardWriter, order_for_alignment
@@ -38,6 +38,7 @@ from int8convert.formats.scales import absmax_to_scale
 from int8convert.planning.plan import PlannedTensor
 from int8convert.planning.plan_checkpoint import PlanOptions, plan
 from int8convert.sources import open_source
+from int8convert.text import quoted
 
 
 @dataclass(frozen=True, slots=True)

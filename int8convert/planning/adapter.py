@@ -19,11 +19,12 @@ from pathlib import Path
 from int8convert.checkpoint.directory import read_shard
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.json_file import read_config
-from int8convert.checkpoint.names import find_file, quoted
+from int8convert.checkpoint.names import find_file
 from int8convert.checkpoint.source import SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AdapterError
 from int8convert.planning.adapter_config import MERGE_WITH_PEFT, AdapterConfig, parse_adapter_config
+from int8convert.text import quoted
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import AdapterError
 from int8convert.formats.name_pattern import PatternRefusedError, TailPatterns
+from int8convert.text import quoted
 
 MERGE_WITH_PEFT = "merge the adapter with PEFT (merge_and_unload) and convert the merged checkpoint"
 

@@ -23,12 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from int8convert.checkpoint.floats import widen
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.rows import read_whole
 from int8convert.checkpoint.source import ShardReader, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AdapterError
 from int8convert.planning.adapter import Adapter, LowRankUpdate, open_adapter
+from int8convert.text import quoted
 
 __all__ = ["AdapterPlacement", "BaseTensor", "LoadedDelta", "LoraDelta", "open_adapter", "place_adapter"]
 

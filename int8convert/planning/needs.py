@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import CorruptFileError, MissingWeightsError, PatternError
 from int8convert.patterns import is_allowed
 from int8convert.planning.model_map.model_map import ModelMap, ModelNeeds
+from int8convert.text import quoted
 
 
 def made_up(model_map: ModelMap) -> list[str]:

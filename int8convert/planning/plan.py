@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from int8convert.checkpoint.names import quoted, shard_name
+from int8convert.checkpoint.names import shard_name
 from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, contiguous_strides
@@ -24,6 +24,7 @@ from int8convert.planning.adapter import Adapter
 from int8convert.planning.expert_layouts import split
 from int8convert.planning.lora import AdapterPlacement, BaseTensor, LoraDelta, place_adapter
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap
+from int8convert.text import quoted
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,12 @@ from typing import Any
 
 from int8convert.checkpoint.json_file import read_own_json
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION
-from int8convert.checkpoint.names import MANIFEST_NAME, find_file, quoted
+from int8convert.checkpoint.names import MANIFEST_NAME, find_file
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.int8_config import Int8Format
 from int8convert.formats.output_format import OutputFormat
+from int8convert.text import quoted
 
 _SCHEMA = 1
 _LARGEST = 1.7976931348623157e308

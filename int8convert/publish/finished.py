@@ -27,11 +27,11 @@ from int8convert.checkpoint.names import (
     OUTLIERS_FILE,
     OWN_FOLDER,
     VERIFY_FILE,
-    quoted,
 )
 from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
 from int8convert.planning.recorded_request import read_recorded_request
 from int8convert.publish.verify_json import clearing_command, read_recorded_report
+from int8convert.text import quoted
 
 _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
 """Of our own folder: what only this machine, or a conversion that goes on, needs."""

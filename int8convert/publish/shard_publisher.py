@@ -26,7 +26,6 @@ from int8convert.checkpoint.names import (
     OWN_FOLDER,
     VERIFY_FILE,
     is_loaded_as_weights,
-    quoted,
 )
 from int8convert.errors import HubError, OutputError
 from int8convert.events import EventSink, FileSent, ignore
@@ -36,6 +35,7 @@ from int8convert.hub.repository import Repository, RepositoryFile, fetch_small_f
 from int8convert.inspection import inspect_source
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_published
+from int8convert.text import quoted
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

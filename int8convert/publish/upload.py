@@ -20,7 +20,7 @@ from int8convert import __version__
 from int8convert.checkpoint.atomic import write_text
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.model_card import read_card
-from int8convert.checkpoint.names import CARD_NAME, MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights, quoted
+from int8convert.checkpoint.names import CARD_NAME, MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights
 from int8convert.errors import HubError, OutputError, stating
 from int8convert.events import EventSink, FileSent, ignore
 from int8convert.hub.branch import CARD_MARK, MAIN, Target
@@ -29,6 +29,7 @@ from int8convert.inspection import inspect
 from int8convert.progress_bar import sink_or_bar
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import FinishedOutput, check_shards, check_verified, read_finished
+from int8convert.text import quoted
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ from typing import Any
 
 from int8convert.checkpoint.atomic import make_folder, write_json
 from int8convert.checkpoint.json_file import read_own_json
-from int8convert.checkpoint.names import CONFIG_NAME, MANIFEST_NAME, VERIFY_FILE, find_file, quoted
+from int8convert.checkpoint.names import CONFIG_NAME, MANIFEST_NAME, VERIFY_FILE, find_file
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.text import quoted
 
 _MAX_LINES = 10
 _TEXT_ENTRIES = ("name", "sha256", "dataset", "is_default", "n_sequences", "length", "convention")

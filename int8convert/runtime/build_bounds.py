@@ -20,8 +20,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import CorruptFileError
+from int8convert.text import quoted
 
 MAX_LAYERS = 10_000
 """Largest number of layers that config.json may name. Models have up to 200."""

@@ -23,20 +23,13 @@ import transformers
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
 from int8convert.checkpoint.json_file import read_config as read_bounded_config
 from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
-from int8convert.checkpoint.names import (
-    ADAPTER_CONFIG,
-    CONFIG_NAME,
-    INDEX_NAME,
-    check_files,
-    find_file,
-    quoted,
-    shard_name,
-)
+from int8convert.checkpoint.names import ADAPTER_CONFIG, CONFIG_NAME, INDEX_NAME, check_files, find_file, shard_name
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import RemoteCodeError, SourceError
 from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
 from int8convert.runtime.transformers_internals import cached_file, not_waiting_for_consent
+from int8convert.text import quoted
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 _ATTENTION = ("eager", "sdpa", "flex_attention")

@@ -21,12 +21,13 @@ from torch import nn
 
 from cuda_kernels.reference import N_STEPS
 from int8convert.checkpoint.atomic import create_file, make_folder, rename_into_place, temporary_path
-from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE, quoted
+from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import CorruptFileError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.tensor_names import live_names
+from int8convert.text import quoted
 
 _WRITE_AGAIN = "write it again with int8convert outliers --write, or remove it"
 

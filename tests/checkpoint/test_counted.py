@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from int8convert.checkpoint.names import counted
+from int8convert.text import counted
 
 
 @pytest.mark.parametrize(("n", "shown"), [(0, "0 exports"), (1, "1 export"), (2, "2 exports"), (3600, "3,600 exports")])

@@ -7,8 +7,9 @@ from importlib.metadata import version
 from typing import Any
 
 from int8convert.checkpoint.loaders.listing import Listing
-from int8convert.checkpoint.names import CONFIG_NAME, quoted
+from int8convert.checkpoint.names import CONFIG_NAME
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.text import quoted
 
 DETOURS = ("configuration_files", "transformers_weights")
 """Entries of config.json that send transformers to other files. A converted checkpoint has none."""

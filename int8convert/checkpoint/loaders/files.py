@@ -42,9 +42,9 @@ from int8convert.checkpoint.names import (
     PICKLE_INDEX_NAME,
     TEMPLATES_FOLDER,
     is_weight_file,
-    quoted,
 )
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.text import quoted
 
 WEIGHTS = ("model.safetensors", INDEX_NAME, "pytorch_model.bin", PICKLE_INDEX_NAME)
 """Weight files and indices in the order in which transformers looks for them."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from int8convert.checkpoint.loaders.config import is_versioned_config
 from int8convert.checkpoint.loaders.listing import Listing
-from int8convert.checkpoint.names import ADAPTER_CONFIG, CONFIG_NAME, INDEX_NAME, is_loaded_as_weights, quoted
+from int8convert.checkpoint.names import ADAPTER_CONFIG, CONFIG_NAME, INDEX_NAME, is_loaded_as_weights
+from int8convert.text import quoted
 
 
 def vllm_weights(root: Collection[str]) -> tuple[str, ...]:

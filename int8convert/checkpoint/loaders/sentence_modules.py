@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from int8convert.checkpoint.loaders.listing import Listing
-from int8convert.checkpoint.names import CONFIG_NAME, quoted
+from int8convert.checkpoint.names import CONFIG_NAME
 from int8convert.errors import SourceError
+from int8convert.text import quoted
 
 MODULES = "modules.json"
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.text import quoted
 
 if TYPE_CHECKING:
     from int8convert.checkpoint.source import SourceShard

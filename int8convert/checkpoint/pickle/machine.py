@@ -11,7 +11,6 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.pickle.values import (
     CLASSES,
     DTYPES,
@@ -28,6 +27,7 @@ from int8convert.checkpoint.pickle.values import (
     kind_of,
 )
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, is_size
+from int8convert.text import quoted
 
 MAX_OBJECTS = 2_000_000
 """Containers, entries, calls and marks of a pickle. A tensor takes 10; each costs up to 400 bytes of memory, for as few

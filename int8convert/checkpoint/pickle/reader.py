@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from int8convert.checkpoint.names import POINTER_START_BYTES, open_regular, quoted, refuse_pointer
+from int8convert.checkpoint.names import POINTER_START_BYTES, open_regular, refuse_pointer
 from int8convert.checkpoint.pickle.machine import Unpickler
 from int8convert.checkpoint.pickle.values import MAX_PICKLE_BYTES, Dictionary, RefusedError, Storage, Tensor, kind_of
 from int8convert.checkpoint.pickle.zip import ZipArchive
@@ -30,6 +30,7 @@ from int8convert.checkpoint.stored_tensor import (
     is_size,
 )
 from int8convert.errors import CorruptFileError
+from int8convert.text import quoted
 
 MAX_STRIDED_BYTES = 16_000_000_000
 """Of a tensor that is no plain run of bytes, and of the bytes it lies among: making it one takes both in memory.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 from typing import BinaryIO
 
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.pickle.values import MAX_PICKLE_BYTES, RefusedError
+from int8convert.text import quoted
 
 _ALIGNMENT = 64
 """Of a record's data, as torch has written it since 1.6."""

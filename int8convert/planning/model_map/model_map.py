@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import AlreadyQuantizedError, ModelMapError, PatternError
 from int8convert.formats.output_format import OutputFormat
 from int8convert.patterns import matches
 from int8convert.planning.expert_layouts import ExpertLayout
+from int8convert.text import quoted
 
 
 class Action(StrEnum):

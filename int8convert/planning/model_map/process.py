@@ -9,7 +9,6 @@ from __future__ import annotations
 from textwrap import shorten
 from typing import Any
 
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.fp8_scales import as_loaded
 from int8convert.errors import ModelMapError
@@ -18,6 +17,7 @@ from int8convert.planning.model_map.cache import ModelMapCache
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap, ModelNeeds, ModuleFilter
 from int8convert.planning.weights_dtype import dtype_of_weights
 from int8convert.runtime.worker_process import Worker, WorkerError
+from int8convert.text import quoted
 
 
 class ModelMapProcess:

@@ -15,9 +15,9 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from int8convert.checkpoint.json_file import MAX_CONFIG_BYTES, read_json_object
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import CorruptFileError
 from int8convert.runtime.pretrained import locate_file
+from int8convert.text import quoted
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 100, 1000

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.export_plan import exported_config
 from int8convert.conversion.export_tensors import Target
@@ -24,6 +23,7 @@ from int8convert.formats.int8_config import Int8Format, read_format, read_skippe
 from int8convert.planning.output_config import converted_config
 from int8convert.planning.plan import ConversionPlan
 from int8convert.sources import open_source
+from int8convert.text import quoted
 from int8convert.verification.checks import Check, Finding, make_check
 from int8convert.verification.exact.foreign_config import foreign_block, foreign_entries
 from int8convert.verification.exact.layout import is_left_alone

@@ -26,13 +26,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from int8convert.checkpoint.manifest import describe_source
-from int8convert.checkpoint.names import counted, quoted
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.events import EventSink, TensorsCompared, ignore
 from int8convert.formats.int8_config import Int8Format, read_format
 from int8convert.planning.plan import ConversionPlan
 from int8convert.planning.plan_checkpoint import PlanOptions, plan_unchecked
+from int8convert.text import counted, quoted
 from int8convert.verification.checks import Check, Finding, make_check
 from int8convert.verification.exact.beside import check_beside, check_carried, hash_beside
 from int8convert.verification.exact.config import check_config

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.manifest import Manifest
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import AdapterError, CorruptFileError, SourceError
 from int8convert.formats.int8_config import Int8Format, read_format
@@ -22,6 +21,7 @@ from int8convert.formats.output_format import OutputFormat
 from int8convert.planning.adapter import open_adapter
 from int8convert.planning.recorded_request import RecordedRequest, read_recorded_request
 from int8convert.sources import is_repository_name
+from int8convert.text import quoted
 
 _MAX_EXPORTS = 20
 """Of exports of exports; a chain that is longer goes in circles."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from int8convert.checkpoint.names import quoted
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import SourceError
 from int8convert.formats.int8_config import Int8Format, read_format
 from int8convert.runtime.worker_process import Worker, WorkerError
+from int8convert.text import quoted
 from int8convert.verification.checks import Check, Finding, make_check
 
 LIMIT_S = 600.0

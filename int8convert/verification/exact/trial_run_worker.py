@@ -25,12 +25,12 @@ from torch.overrides import TorchFunctionMode
 from transformers.quantizers import HfQuantizer
 
 from int8convert.checkpoint.library_errors import library_errors
-from int8convert.checkpoint.names import quoted
 from int8convert.errors import ModelMapError, SourceError
 from int8convert.formats.int8_config import is_ignored, loader_skip_list, skipping
 from int8convert.formats.output_format import OutputFormat
 from int8convert.planning.model_map.build import build_model
 from int8convert.runtime.transformers_internals import Conv1D, kept_in_fp32, mark_quantized, should_convert_module
+from int8convert.text import quoted
 
 N_TOKENS = 8
 FILLING = 0.01

@@ -16,7 +16,8 @@ from int8convert.checkpoint.library_errors import library_errors
 from int8convert.cli.console import print_line, print_table, stderr
 from int8convert.cli.generate import _Output
 from int8convert.cli.terminal import PlainConsole, escaping_messages, plain
-from int8convert.errors import DeviceError, Int8ConvertError, RemoteCodeError, SourceError, printable
+from int8convert.errors import DeviceError, Int8ConvertError, RemoteCodeError, SourceError
+from int8convert.text import printable
 from tests.cli.conftest import Run
 from tests.scenarios.strangers.makers import Spoil, change, change_block, spoil_entries, spoil_text
 
