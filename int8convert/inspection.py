@@ -12,15 +12,13 @@ from typing import Any
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.formats.format import Format
+from int8convert.formats.modules import endings_beside
 from int8convert.sources import open_source
 from int8convert.text import quoted
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-_SCALE_SUFFIXES = (
-    *(".SCB", ".weight_format"),  # bitsandbytes
-    *(".weight_scale", ".weight_zero_point"),  # compressed-tensors
-    *("._weight_scale", "._weight_zero_point"),  # torchao
-)
+_SCALE_SUFFIXES = endings_beside(Format)
 _MAX_TEXT = 300
 
 

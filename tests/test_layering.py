@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = (
     *("cli", "verification", "outliers", "conversion", "publish", "planning", "runtime"),
-    *("inspection", "sources", "hub", "decoding", "formats", "checkpoint", "patterns"),
+    *("inspection", "sources", "hub", "decoding", "formats", "checkpoint", "transformers_internals", "patterns"),
     *("progress_bar", "events", "errors", "text"),
 )
 """The packages and modules of int8convert: each imports only itself and what follows it."""
@@ -78,7 +78,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_undocumented_names_of_transformers_are_in_one_file(path: Path) -> None:
-    if module_name(path) == "int8convert.runtime.transformers_internals":
+    if module_name(path) == "int8convert.transformers_internals":
         return
     text = path.read_text()
     found = {name for name in imports(ast.parse(text), NAMES) if name.startswith("transformers.")}
@@ -91,6 +91,54 @@ def test_no_circle_of_imports() -> None:
     """Imports of every kind count, but for those that only type checkers follow."""
     graph = {module_name(path): {*imports(without_types(path), NAMES)} & NAMES for path in sources()}
     TopologicalSorter({name: found - {name, "int8convert"} for name, found in graph.items()}).prepare()
+
+
+FORMAT_NAMES = frozenset({"bitsandbytes", "compressed-tensors", "torchao"})
+MAY_KNOW_FORMATS = ("int8convert/formats/", "int8convert/cli/options.py")
+
+
+def names_format(node: ast.AST) -> bool:
+    """Return whether an expression or a pattern holds a format's name or a member of their enum."""
+    return any(
+        (isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value in FORMAT_NAMES)
+        or (isinstance(part, ast.Attribute) and ast.unparse(part.value) == "Format" and part.attr.isupper())
+        for part in ast.walk(node)
+    )
+
+
+def format_comparisons(tree: ast.Module) -> list[int]:
+    """Return the lines that compare something with a format by its name."""
+    compared = [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+    matched = [node.pattern for node in ast.walk(tree) if isinstance(node, ast.match_case)]
+    return [node.lineno for node in (*compared, *matched) if names_format(node)]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_format_is_known_by_name_outside_formats(path: Path) -> None:
+    """What depends on the format is asked of its module, so that a new one is one new module."""
+    if not str(path.relative_to(ROOT)).startswith(MAY_KNOW_FORMATS):
+        assert format_comparisons(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'x == "torchao"',
+        'x != "bitsandbytes"',
+        "x is Format.TORCHAO",
+        "x is not Format.TORCHAO",
+        'x in ("a", "torchao")',
+        "x not in {Format.BITSANDBYTES}",
+        "match x:\n    case Format.TORCHAO | 1:\n        pass",
+        'match x:\n    case {"quant_method": "torchao"}:\n        pass',
+    ],
+)
+def test_comparison_with_a_format_is_found(code: str) -> None:
+    assert format_comparisons(ast.parse(code)) != []
+
+
+def test_names_of_formats_may_be_passed_on() -> None:
+    assert format_comparisons(ast.parse('f(Format.TORCHAO, "torchao"); x == y')) == []
 
 
 def without_types(path: Path) -> ast.Module:

@@ -52,10 +52,10 @@ def export(
     with reporting_errors(as_json, _INTERRUPTED):
         from int8convert.cli.progress import showing_progress
         from int8convert.conversion import export as conversion
+        from int8convert.formats.format import Format
         from int8convert.formats.int8_checkpoint import DTYPES
-        from int8convert.formats.int8_config import Int8Format
 
-        check_choice(format, Int8Format, "--format")
+        check_choice(format, Format, "--format")
         check_choice(dequantize, DTYPES, "--dequantize")
         if format and dequantize:
             raise UsageError("give --format or --dequantize, not both")

@@ -55,9 +55,9 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 
 
 def _check_format(name: str) -> str:
-    from int8convert.formats.output_format import OutputFormat
+    from int8convert.formats.format import QUANTIZE_FORMATS
 
-    check_choice(name, OutputFormat)
+    check_choice(name, QUANTIZE_FORMATS)
     return name
 
 

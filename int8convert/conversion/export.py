@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
+from int8convert.checkpoint.loaders.shard_index import build_index
 from int8convert.checkpoint.manifest import ShardRecord, describe_source
 from int8convert.checkpoint.safetensors_file import METADATA_NAME
 from int8convert.checkpoint.shard_writer import ShardWriter
@@ -28,9 +29,8 @@ from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.output_place import as_output_error
 from int8convert.errors import DiskFullError, Int8ConvertError, OutputError, SourceError, stating
 from int8convert.events import EventSink, ShardFinished, ignore
+from int8convert.formats.format import Format
 from int8convert.formats.int8_checkpoint import DTYPES, SourceReaders, open_int8_checkpoint
-from int8convert.formats.int8_config import Int8Format
-from int8convert.formats.quantization_config import build_index
 from int8convert.sources import is_repository_name, open_source
 from int8convert.text import parse_size, quoted
 
@@ -106,7 +106,7 @@ def export(
     source = open_source(src)
     _check_outside(Path(out), source.directory)
     checkpoint = open_int8_checkpoint(source)
-    wanted = Int8Format(format) if format else None if dequantize else checkpoint.format
+    wanted = Format(format) if format else None if dequantize else checkpoint.format
     plan = make_export_plan(
         checkpoint, Target(checkpoint.format, wanted, DTYPES.get(dequantize or "", "")), max_shard_bytes
     )
@@ -149,8 +149,8 @@ def export(
 
 def check_choice(format: str | None, dequantize: str | None, max_shard_size: int | str | None) -> None:
     """Raise a ValueError unless the options ask for something, and for one thing."""
-    if format is not None and format not in tuple(Int8Format):
-        raise ValueError(f"format must be one of {', '.join(Int8Format)}, not {format!r}")
+    if format is not None and format not in tuple(Format):
+        raise ValueError(f"format must be one of {', '.join(Format)}, not {format!r}")
     if dequantize is not None and dequantize not in DTYPES:
         raise ValueError(f"dequantize must be one of {', '.join(DTYPES)}, not {dequantize!r}")
     if format and dequantize:

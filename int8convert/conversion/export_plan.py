@@ -18,16 +18,11 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.conversion.export_tensors import Target
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.errors import CorruptFileError, FormatError
-from int8convert.formats.int8_checkpoint import DTYPES, Int8Checkpoint, Int8Weight, PlacedTensor
-from int8convert.formats.int8_config import CONV1D_NAMES, Int8Format, read_threshold
-from int8convert.formats.output_format import TensorSpecs
-from int8convert.formats.quantization_config import (
-    bitsandbytes_config,
-    compressed_tensors_config,
-    plain_config,
-    torchao_config,
-)
-from int8convert.formats.torchao_metadata import torchao_metadata
+from int8convert.formats.config import int8_config, plain_config, read_threshold
+from int8convert.formats.format import TensorSpecs
+from int8convert.formats.int8_checkpoint import DTYPES, Int8Checkpoint, Int8Weight, PlacedTensor, header_entries
+from int8convert.formats.layers import CONV1D_NAMES
+from int8convert.formats.modules import module_of
 from int8convert.text import quoted
 
 Item = Int8Weight | PlacedTensor
@@ -86,9 +81,8 @@ def make_export_plan(checkpoint: Int8Checkpoint, target: Target, max_shard_bytes
         CorruptFileError: two tensors would get one name.
     """
     _check_target(checkpoint, target)
-    metadata = {}
-    if target.format is Int8Format.TORCHAO:
-        metadata = {METADATA_NAME: FileMetadata(torchao_metadata(checkpoint))}
+    entries = header_entries(checkpoint, target.format) if target.format is not None else {}
+    metadata = {METADATA_NAME: FileMetadata(entries)} if entries else {}
     groups = _group(checkpoint.items, target, max_shard_bytes)
     shards = []
     seen: set[str] = set()
@@ -141,15 +135,16 @@ def _check_unique(name: str, seen: set[str]) -> None:
 def _check_target(checkpoint: Int8Checkpoint, target: Target) -> None:
     if target.is_copy or target.format is None:
         return
+    source, module = module_of(checkpoint.format), module_of(target.format)
     conv1d = next((weight for weight in checkpoint.weights if weight.is_transposed), None)
-    if conv1d is not None:
+    if conv1d is not None and not (source.HOLDS_CONV1D and module.HOLDS_CONV1D):
         raise FormatError(
             f"{target.format} has no form for Conv1D layers such as {quoted(conv1d.module_name)}: "
             "its loaders know int8 weights of Linear layers only",
             "keep the bitsandbytes format, or pass --dequantize",
         )
     expert = next((weight for weight in checkpoint.weights if weight.is_expert), None)
-    if expert is not None and target.format is not Int8Format.COMPRESSED_TENSORS:
+    if expert is not None and not module.HOLDS_EXPERTS:
         raise FormatError(
             f"{target.format} cannot hold int8 experts such as {quoted(expert.module_name)}: "
             "transformers fuses experts into one parameter, for which it has no int8 form",
@@ -165,14 +160,8 @@ def exported_config(checkpoint: Int8Checkpoint, target: Target) -> dict[str, Any
     if target.format is None:
         spelled = {stored: name for name, stored in DTYPES.items()}
         return plain_config(config, spelled[target.dtype])
-    dtype, skip_modules = checkpoint.dtype, checkpoint.skip_modules()
-    match target.format:
-        case Int8Format.BITSANDBYTES:
-            return bitsandbytes_config(config, dtype, read_threshold(config, DEFAULT_THRESHOLD), skip_modules)
-        case Int8Format.COMPRESSED_TENSORS:
-            return compressed_tensors_config(config, dtype, skip_modules)
-        case Int8Format.TORCHAO:
-            return torchao_config(config, dtype, skip_modules)
+    threshold = read_threshold(config, DEFAULT_THRESHOLD)
+    return int8_config(config, target.format, checkpoint.dtype, checkpoint.skip_modules(), threshold)
 
 
 def _notes(checkpoint: Int8Checkpoint, target: Target) -> tuple[str, ...]:

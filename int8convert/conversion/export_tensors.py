@@ -16,10 +16,9 @@ import numpy.typing as npt
 from int8convert.checkpoint.floats import convert_floats
 from int8convert.checkpoint.rows import BLOCK_BYTES, Scratch, row_ranges
 from int8convert.checkpoint.shard_writer import ShardWriter
-from int8convert.formats import scales
-from int8convert.formats.int8_checkpoint import NAMES, Int8Weight, PlacedTensor, SourceReaders
-from int8convert.formats.int8_config import Int8Format
-from int8convert.formats.output_format import TensorSpecs
+from int8convert.formats.format import Format, TensorSpecs
+from int8convert.formats.int8_checkpoint import Int8Weight, PlacedTensor, SourceReaders
+from int8convert.formats.modules import module_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +31,8 @@ class Target:
         dtype: safetensors' name of what they are dequantized to; "" otherwise.
     """
 
-    source_format: Int8Format
-    format: Int8Format | None
+    source_format: Format
+    format: Format | None
     dtype: str = ""
 
     @property
@@ -52,22 +51,14 @@ class Target:
             return {
                 f"{item.module_name}.weight": (self.dtype, (columns, rows) if item.is_transposed else (rows, columns))
             }
-        names = NAMES[self.format]
-        codes, scale, zeros = (item.module_name + suffix for suffix in (names.codes, names.scale, names.zeros))
-        match self.format:
-            case Int8Format.BITSANDBYTES:
-                return {codes: ("I8", (rows, columns)), scale: ("F32", (rows,)), zeros: ("U8", ())}
-            case Int8Format.COMPRESSED_TENSORS:
-                return {codes: ("I8", (rows, columns)), scale: ("F32", (rows, 1))}
-            case Int8Format.TORCHAO:
-                return {codes: ("I8", (rows, columns)), scale: ("F32", (rows, 1)), zeros: ("I8", (rows, 1))}
+        return module_of(self.format).weight_specs(f"{item.module_name}.weight", (rows, columns))
 
 
 class ItemWriter:
     """Writes items into one output shard.
 
     Attributes:
-        n_changed_scales: rows whose scale no absmax gives back exactly, see `scales`.
+        n_changed_scales: rows whose scale no absmax gives back exactly, see `formats.scales`.
     """
 
     def __init__(self, target: Target, readers: SourceReaders, writer: ShardWriter) -> None:
@@ -103,21 +94,14 @@ class ItemWriter:
             self._readers.read(tensor, block.data, begin)
             self._writer.write(output_name, block.data, begin)
 
-    def _convert(self, weight: Int8Weight, target: Int8Format) -> None:
-        names = NAMES[target]
-        self._copy(weight.codes, weight.module_name + names.codes)
-        stored_scale = self._readers.read_scale(weight.scale)
-        scale = stored_scale
-        if self._target.source_format is Int8Format.BITSANDBYTES:
-            scale = scales.absmax_to_scale(stored_scale)
-        elif target is Int8Format.BITSANDBYTES:
-            scale = scales.scale_to_absmax(stored_scale)
-            self.n_changed_scales += int(np.count_nonzero(scales.absmax_to_scale(scale) != stored_scale))
-        self._writer.write(weight.module_name + names.scale, scale.view(np.uint8).data)
-        if target is Int8Format.BITSANDBYTES:
-            self._writer.write(weight.module_name + names.zeros, memoryview(b"\0"))
-        elif target is Int8Format.TORCHAO:
-            self._writer.write(weight.module_name + names.zeros, memoryview(bytes(scale.size)))
+    def _convert(self, weight: Int8Weight, target: Format) -> None:
+        module = module_of(target)
+        self._copy(weight.codes, module.NAMES.under(weight.module_name).codes)
+        scale = module_of(self._target.source_format).to_scale(self._readers.read_scale(weight.scale))
+        stored = module.from_scale(scale)
+        self.n_changed_scales += int(np.count_nonzero(module.to_scale(stored) != scale))
+        for name, data in module.tensors_beside(f"{weight.module_name}.weight", stored).items():
+            self._writer.write(name, data)
 
     def _dequantize(self, weight: Int8Weight) -> None:
         scale = self._readers.read_scale(weight.scale)
@@ -148,8 +132,6 @@ class ItemWriter:
         self, codes: npt.NDArray[np.int8], scale: npt.NDArray[np.float32], is_transposed: bool
     ) -> npt.NDArray[np.uint8]:
         """The bytes of the weights: what the source's own loader computes in float32, rounded once."""
-        is_absmax = self._target.source_format is Int8Format.BITSANDBYTES
-        dequantize = scales.dequantize_by_absmax if is_absmax else scales.dequantize_by_scale
-        weights = dequantize(codes, scale)
+        weights = module_of(self._target.source_format).dequantize(codes, scale)
         flat = np.ascontiguousarray(weights.T if is_transposed else weights).reshape(-1)
         return convert_floats(flat.view(np.uint8), "F32", self._target.dtype)

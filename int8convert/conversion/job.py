@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from int8convert.checkpoint.hashing import file_sha256
+from int8convert.checkpoint.loaders.shard_index import build_index
 from int8convert.checkpoint.manifest import ShardRecord
 from int8convert.conversion.destination import Destination
 from int8convert.conversion.device import Device
@@ -18,7 +19,6 @@ from int8convert.conversion.readers import ReaderChoice, Reading, access_maker, 
 from int8convert.conversion.records import plan_made
 from int8convert.errors import DiskFullError, Int8ConvertError
 from int8convert.events import EventSink
-from int8convert.formats.quantization_config import build_index
 from int8convert.planning.plan import ConversionPlan, PlannedShard, output_weight_map
 from int8convert.planning.reading_order import ReadingOrder
 

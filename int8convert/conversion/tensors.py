@@ -25,6 +25,7 @@ from int8convert.conversion.records import kept_event, quantized_event
 from int8convert.decoding.fp8 import FP8_DTYPES, Fp8Decoder
 from int8convert.errors import NonFiniteWeightError
 from int8convert.events import TensorKept, TensorQuantized
+from int8convert.formats.modules import module_of
 from int8convert.planning.plan import PlannedTensor
 
 FP16_MAX = 65504.0
@@ -175,7 +176,9 @@ class TensorQuantization:
 
     def finish(self) -> TensorQuantized:
         """Write the scales and sum up; after the last block."""
-        for name, data in self._tensor.format.scale_tensors(self._tensor.output_name, self._absmax).items():
+        module = module_of(self._tensor.format)
+        stored = module.from_absmax(self._absmax)
+        for name, data in module.tensors_beside(self._tensor.output_name, stored).items():
             self._writer.write(name, data)
         squared_scale = np.square(self._absmax.astype(np.float64) / N_STEPS)
         signal, noise = float(self._signal @ squared_scale), float(self._noise @ squared_scale)

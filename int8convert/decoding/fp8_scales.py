@@ -19,7 +19,7 @@ from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.decoding.fp8 import FP8_DTYPES, Fp8Scale
 from int8convert.errors import CorruptFileError
-from int8convert.formats.int8_config import is_ignored
+from int8convert.formats.compressed_tensors import is_ignored
 from int8convert.text import quoted
 
 _UNUSED_SUFFIXES = (
@@ -149,8 +149,7 @@ def _is_left_alone(name: str, block: Mapping[str, Any]) -> bool:
     listed = [entry for entry in names if isinstance(entry, str)] if isinstance(names, list) else []
     if any(f"{module}.".startswith(f"{entry}.") or module.endswith(f".{entry}") for entry in listed):
         return True
-    is_compressed = block.get("quant_method") == "compressed-tensors"
-    return is_compressed and is_ignored(module, type("Linear", (), {}), block)
+    return is_ignored(module, type("Linear", (), {}), block)  # its keys are those of no other method
 
 
 def _block_size(block: Mapping[str, Any]) -> tuple[int, int]:

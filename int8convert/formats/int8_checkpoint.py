@@ -26,27 +26,15 @@ import numpy.typing as npt
 
 from int8convert.checkpoint.floats import widen_bfloat16
 from int8convert.checkpoint.rows import Scratch, as_array, read_rows
+from int8convert.checkpoint.safetensors_file import read_safetensors_metadata
 from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.errors import CorruptFileError, SourceError
-from int8convert.formats.int8_config import Int8Format, is_conv1d, read_format, read_skipped_names
+from int8convert.formats.config import BLOCK, read_format
+from int8convert.formats.format import Format, WeightNames
+from int8convert.formats.layers import is_conv1d
+from int8convert.formats.modules import module_of
 from int8convert.text import quoted
-
-
-@dataclass(frozen=True, slots=True)
-class TensorNames:
-    """What a format appends to a module's name; `zeros` holds nothing but zeros and may be missing."""
-
-    codes: str
-    scale: str
-    zeros: str
-
-
-NAMES: dict[Int8Format, TensorNames] = {
-    Int8Format.BITSANDBYTES: TensorNames(".weight", ".SCB", ".weight_format"),
-    Int8Format.COMPRESSED_TENSORS: TensorNames(".weight", ".weight_scale", ".weight_zero_point"),
-    Int8Format.TORCHAO: TensorNames("._weight_qdata", "._weight_scale", "._weight_zero_point"),
-}
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 """What a model computes in: config.json's name -> safetensors' name."""
@@ -86,7 +74,7 @@ class Int8Weight:
         codes: I8 [out, in], also where the model's own weight is [in, out].
         scale: a float for each row: the absmax in bitsandbytes' format, the scale in the others.
         zeros: a zero point or a format number, all zero; None if there is none.
-        is_transposed: whether the model's own weight is [in, out], see `int8_config.is_conv1d`.
+        is_transposed: whether the model's own weight is [in, out], see `layers.is_conv1d`.
     """
 
     module_name: str
@@ -115,7 +103,7 @@ class Int8Checkpoint:
     """
 
     source: CheckpointSource
-    format: Int8Format
+    format: Format
     items: tuple[Int8Weight | PlacedTensor, ...] = field(repr=False)
 
     @property
@@ -150,7 +138,7 @@ class Int8Checkpoint:
         matrices = {name for name in matrices if name.rpartition(".")[2] not in _EMBEDDING_NAMES}
         fused = (_FUSED_EXPERTS.fullmatch(t.name) for t in self.kept if len(t.stored.shape) == 3)
         meant = {name for module_name in matrices for name in _names_for(module_name)}
-        unseen = set(read_skipped_names(self.source.config, self.format)) - meant
+        unseen = set(module_of(self.format).listed_names(self.source.config[BLOCK])) - meant
         return sorted(matrices | {match[1] for match in fused if match} | unseen)
 
 
@@ -170,13 +158,14 @@ def open_int8_checkpoint(source: CheckpointSource) -> Int8Checkpoint:
         CorruptFileError: a weight is not whole: a part is missing, has a wrong shape, or is no number.
     """
     found = read_format(source.config, quoted(source.label, 300))
-    names = NAMES[found]
+    leaves = module_of(found).NAMES
     tensors = {t.name: PlacedTensor(t, shard) for shard in source.shards for t in shard.tensors}
     weights = {}
     parts: set[str] = set()
     for name, tensor in tensors.items():
-        if tensor.stored.dtype == "I8" and name.endswith(names.codes):
-            weights[name] = _find_weight(name.removesuffix(names.codes), names, tensors, source)
+        module_name, _, leaf = name.rpartition(".")
+        if tensor.stored.dtype == "I8" and leaf == leaves.codes and module_name:
+            weights[name] = _find_weight(module_name, leaves.under(module_name), tensors, source)
             parts.update(part.name for part in weights[name].parts)
     others = {name: tensor for name, tensor in tensors.items() if name not in parts}
     for name, tensor in others.items():
@@ -195,15 +184,11 @@ def open_int8_checkpoint(source: CheckpointSource) -> Int8Checkpoint:
 
 
 def _find_weight(
-    module_name: str, names: TensorNames, tensors: Mapping[str, PlacedTensor], source: CheckpointSource
+    module_name: str, names: WeightNames, tensors: Mapping[str, PlacedTensor], source: CheckpointSource
 ) -> Int8Weight:
-    codes = tensors[module_name + names.codes]
-    scale = tensors.get(module_name + names.scale)
-    zeros = tensors.get(module_name + names.zeros)
+    codes, scale, zeros = tensors[names.codes], tensors.get(names.scale), tensors.get(names.zeros)
     if scale is None:
-        raise CorruptFileError(
-            f"{quoted(codes.name)} is int8 and has no {quoted(module_name + names.scale)} beside it", _REFETCH
-        )
+        raise CorruptFileError(f"{quoted(codes.name)} is int8 and has no {quoted(names.scale)} beside it", _REFETCH)
     if len(codes.stored.shape) != 2 or 0 in codes.stored.shape:
         raise CorruptFileError(
             f"{quoted(codes.name)} has shape {list(codes.stored.shape)}, expected two dimensions that are not empty",
@@ -233,7 +218,7 @@ def _check_part(part: PlacedTensor, n_rows: int, dtypes: frozenset[str]) -> None
         )
 
 
-def _check_values(found: Int8Format, weights: Iterable[Int8Weight]) -> None:
+def _check_values(found: Format, weights: Iterable[Int8Weight]) -> None:
     """Look at all that is not codes."""
     with SourceReaders() as readers:
         for weight in weights:
@@ -246,11 +231,30 @@ def _check_values(found: Int8Format, weights: Iterable[Int8Weight]) -> None:
                     _REFETCH,
                 )
             if weight.zeros is not None and readers.read_all(weight.zeros).any():
-                meaning = "a layout" if found is Int8Format.BITSANDBYTES else "a zero point"
                 raise SourceError(
-                    f"{quoted(weight.zeros.name)} is not zero: the weight has {meaning} that only {found} reads",
+                    f"{quoted(weight.zeros.name)} is not zero: the weight has a zero point or a layout that only "
+                    f"{found} reads",
                     "convert the 16-bit original",
                 )
+
+
+def header_entries(checkpoint: Int8Checkpoint, format: Format) -> dict[str, str]:
+    """Return what a format's loader demands in the header of each file that a checkpoint is exported to.
+
+    Raises:
+        CorruptFileError: the checkpoint has this format already, and its own headers lack it.
+    """
+    module = module_of(format)
+    if checkpoint.format is format:
+        headers = (read_safetensors_metadata(shard.path) for shard in checkpoint.source.shards)
+        return module.merged_metadata(headers, [f"{weight.module_name}.weight" for weight in checkpoint.weights])
+    tensors = {
+        f"{item.module_name}.weight" if isinstance(item, Int8Weight) else item.name: (
+            item.codes.stored.shape if isinstance(item, Int8Weight) else None
+        )
+        for item in checkpoint.items
+    }
+    return module.file_metadata(tensors, checkpoint.dtype)
 
 
 class SourceReaders:

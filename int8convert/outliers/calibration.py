@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.formats.layers import is_conv1d_layer
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
 from int8convert.outliers.statistics import features_of, watching
 from int8convert.runtime.in_memory import modules_to_replace
@@ -113,4 +114,4 @@ def _outliers(module: Any, columns: torch.Tensor) -> StoredOutliers:
         module.mode = OutlierMode.STATIC_GUARD
         return found
     weight = module.weight.detach()
-    return StoredOutliers(columns, (weight[at].t() if type(module).__name__ == "Conv1D" else weight[:, at]).clone())
+    return StoredOutliers(columns, (weight[at].t() if is_conv1d_layer(module) else weight[:, at]).clone())

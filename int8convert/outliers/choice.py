@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from cuda_kernels.reference import N_STEPS
+from int8convert.formats.layers import is_conv1d_layer
 from int8convert.outliers.statistics import InputStatistics, features_of
 from int8convert.runtime.linear import Int8Linear
 
@@ -110,7 +111,7 @@ def removed_error(layer: Any, seen: InputStatistics) -> torch.Tensor:
 def _weight_squares(layer: Any) -> tuple[torch.Tensor, float]:
     """Return the sum of w^2 over each column, float64 [in], and the sum of w_step^2 over all rows."""
     is_int8 = isinstance(layer, Int8Linear)
-    weight = layer.weight.detach().t() if type(layer).__name__ == "Conv1D" else layer.weight.detach()
+    weight = layer.weight.detach().t() if is_conv1d_layer(layer) else layer.weight.detach()
     column_squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     step_squares = 0.0
     for begin in range(0, weight.shape[0], _ROWS_AT_A_TIME):

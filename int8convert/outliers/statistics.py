@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import N_STEPS
+from int8convert.formats.layers import is_conv1d_layer
 
 MAX_COLUMNS = 256
 """Columns of one input that get a histogram: those that have outliers first, in one batch those with most of them."""
@@ -156,7 +157,7 @@ def features_of(module: Any) -> tuple[int, int] | None:
     """Return how many features a Linear layer, or GPT-2's Conv1D, reads and writes; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return (module.nx, module.nf) if type(module).__name__ == "Conv1D" else None
+    return (module.nx, module.nf) if is_conv1d_layer(module) else None
 
 
 @contextmanager

@@ -31,10 +31,9 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.conversion.output_place import as_output_error
 from int8convert.conversion.tensors import SourceRows, values_dtype
 from int8convert.errors import SourceError, stating
+from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import Int8Checkpoint, Int8Weight, SourceReaders, open_int8_checkpoint
-from int8convert.formats.int8_config import Int8Format
-from int8convert.formats.output_format import OutputFormat, TensorSpecs
-from int8convert.formats.scales import absmax_to_scale
+from int8convert.formats.modules import module_of
 from int8convert.planning.plan import PlannedTensor
 from int8convert.planning.plan_checkpoint import PlanOptions, plan
 from int8convert.sources import open_source
@@ -134,7 +133,7 @@ def store_outliers(
             writer = ShardWriter(path, specs)
             try:
                 for place in chosen:
-                    _write(place, writer, readers)
+                    _write(place, checkpoint.format, writer, readers)
                 writer.commit()
             finally:
                 writer.discard()
@@ -152,9 +151,8 @@ def _find(
     revision: str | None,
 ) -> list[_ChosenColumns]:
     """Where the weights are, in the order of the source's files."""
-    is_bitsandbytes = checkpoint.format is Int8Format.BITSANDBYTES
-    output_format = OutputFormat.BITSANDBYTES if is_bitsandbytes else OutputFormat.COMPRESSED_TENSORS
-    options = PlanOptions(format=output_format, lora=lora, trust_remote_code=trust_remote_code, revision=revision)
+    planned_as = module_of(checkpoint.format).PLANNED_AS
+    options = PlanOptions(format=planned_as, lora=lora, trust_remote_code=trust_remote_code, revision=revision)
     planned = plan(src, options)
     sources = {t.output_name.removesuffix(".weight"): t for t in planned.tensors if t.output_name.endswith(".weight")}
     weights = {weight.module_name: weight for weight in checkpoint.weights}
@@ -177,12 +175,10 @@ def _shown(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
-def _write(place: _ChosenColumns, writer: ShardWriter, readers: SourceReaders) -> None:
+def _write(place: _ChosenColumns, format: Format, writer: ShardWriter, readers: SourceReaders) -> None:
     """Write the two tensors of a weight, block by block."""
     writer.write(f"{place.name}.outlier_columns", place.columns.view(np.uint8).data)
-    step = readers.read_scale(place.weight.scale)
-    if place.weight.scale.name.endswith(".SCB"):
-        step = absmax_to_scale(step)
+    step = module_of(format).to_scale(readers.read_scale(place.weight.scale))
     stored, rows, scratch = place.tensor.source, SourceRows(place.tensor, place.tensor.source), Scratch()
     for begin, end in row_ranges(stored):
         with readers.reading(place.tensor.shard) as reader:

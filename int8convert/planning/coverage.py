@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 
 from int8convert.errors import CoverageError
+from int8convert.formats.format import QUANTIZE_FORMATS
+from int8convert.formats.modules import module_of
 from int8convert.planning.plan import ConversionPlan
 
 LOW_COVERAGE = 0.5
@@ -93,8 +95,10 @@ def _with_reasons(message: str, plan: ConversionPlan) -> str:
 def _hint(plan: ConversionPlan, passing: float | None) -> str:
     """What lets more become int8, or lets the plan pass."""
     ways = []
-    if any("bitsandbytes loader" in reason for reason in plan.kept_by_reason()):
-        ways.append("pass --format compressed-tensors, which holds such modules as int8")
+    own = plan.model_map.output_format
+    wider = [format for format in QUANTIZE_FORMATS if module_of(format).HOLDS_EXPERTS]
+    if own not in wider and any(f"{own} loader" in reason for reason in plan.kept_by_reason()):
+        ways.append(f"pass --format {wider[0]}, which holds such modules as int8")
     if passing is not None:
         ways.append(f"pass --min-coverage {math.floor(100 * passing)} to accept it")
     return f"{', or '.join(ways) or 'name a checkpoint with Linear weights'}"

@@ -19,7 +19,8 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, cont
 from int8convert.decoding.fp8 import Fp8Scale
 from int8convert.decoding.fp8_scales import find_scales
 from int8convert.errors import AdapterError, CorruptFileError
-from int8convert.formats.output_format import OutputFormat, TensorSpecs
+from int8convert.formats.format import Format, TensorSpecs
+from int8convert.formats.modules import module_of
 from int8convert.planning.adapter import Adapter
 from int8convert.planning.expert_layouts import split
 from int8convert.planning.lora import AdapterPlacement, BaseTensor, LoraDelta, place_adapter
@@ -47,7 +48,7 @@ class PlannedTensor:
     output_name: str
     output_dtype: str
     reason: str
-    format: OutputFormat
+    format: Format
     fp8: Fp8Scale | None = field(default=None, repr=False)
     lora: LoraDelta | None = field(default=None, repr=False)
 
@@ -64,7 +65,7 @@ class PlannedTensor:
         """The tensors it becomes."""
         if not self.is_quantized:
             return {self.output_name: (self.output_dtype, self.source.shape)}
-        return self.format.weight_specs(self.output_name, self.source.shape)
+        return module_of(self.format).weight_specs(self.output_name, self.source.shape)
 
     @property
     def output_bytes(self) -> int:
@@ -257,7 +258,7 @@ def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
         seen: the names of the tensors before, and those beside their int8 weights; this tensor's are added.
     """
     written = set(tensor.output_specs())
-    beside = set(tensor.format.names_beside(tensor.output_name)) if tensor.is_quantized else set()
+    beside = set(module_of(tensor.format).names_beside(tensor.output_name)) if tensor.is_quantized else set()
     for name in sorted(written | beside):
         if name in seen:
             raise CorruptFileError(
@@ -283,7 +284,7 @@ def _plan_tensor(
     stored: StoredTensor,
     shard: SourceShard,
     mapped: MappedTensor,
-    output_format: OutputFormat,
+    output_format: Format,
     fp8: Fp8Scale | None,
     lora: LoraDelta | None,
 ) -> PlannedTensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from int8convert.decoding.fp8 import is_fp8
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import DEFAULT_FORMAT, quantize_format
 from int8convert.planning.adapter import open_adapter
 from int8convert.planning.model_map.model_map import ModuleFilter, check_config
 from int8convert.planning.needs import check_needs
@@ -40,7 +40,7 @@ class PlanOptions:
 
     skip: Sequence[str] = ()
     only: Sequence[str] = ()
-    format: str = OutputFormat.BITSANDBYTES
+    format: str = DEFAULT_FORMAT
     max_shard_size: int | str | None = None
     lora: str | os.PathLike[str] | None = None
     trust_remote_code: bool = False
@@ -80,7 +80,7 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
         ValueError: an option is out of its range.
     """
     modules = ModuleFilter(
-        tuple(options.skip), tuple(options.only), OutputFormat(options.format), options.trust_remote_code
+        tuple(options.skip), tuple(options.only), quantize_format(options.format), options.trust_remote_code
     )
     max_shard_bytes = parse_size(options.max_shard_size)
     cache = Path(options.cache_dir) if options.cache_dir is not None else None

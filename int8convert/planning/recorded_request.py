@@ -19,8 +19,7 @@ from int8convert.checkpoint.manifest import ARITHMETIC_VERSION
 from int8convert.checkpoint.names import MANIFEST_NAME, find_file
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError
-from int8convert.formats.int8_config import Int8Format
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import QUANTIZE_FORMATS, Format
 from int8convert.text import quoted
 
 _SCHEMA = 1
@@ -34,7 +33,7 @@ class RecordedRequest:
 
     Attributes:
         is_export: made from another int8 checkpoint and not from a 16-bit one.
-        format: an `OutputFormat`; of an export an `Int8Format`, or the dtype it was dequantized to.
+        format: a `Format`; of an export also the dtype it was dequantized to.
         source: see `manifest.describe_source`.
         skip, only, threshold, on_nonfinite, max_shard_bytes, allow_missing: the options of `quantize`.
         lora: what identifies the adapter that was merged; None if none was.
@@ -79,7 +78,7 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
     source = _Entries(request).object("source")
     _check_source(source)
     if "arithmetic" not in request:
-        allowed = (*Int8Format, *_PLAIN_DTYPES)
+        allowed = (*Format, *_PLAIN_DTYPES)
         return RecordedRequest(True, _Entries(request).one_of("format", allowed), source)
     if type(request["arithmetic"]) is not int or request["arithmetic"] != ARITHMETIC_VERSION:
         raise _not_understood("arithmetic", f"{ARITHMETIC_VERSION}", request["arithmetic"])
@@ -88,7 +87,7 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
     entries.check_known({"skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"})
     return RecordedRequest(
         is_export=False,
-        format=_Entries(request).one_of("format", tuple(OutputFormat)),
+        format=_Entries(request).one_of("format", QUANTIZE_FORMATS),
         source=source,
         skip=entries.texts("skip"),
         only=entries.texts("only"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from int8convert.checkpoint.names import OUTLIERS_FILE
+from int8convert.formats.modules import module_of
 from int8convert.hub.branch import CARD_MARK
 from int8convert.inspection import Inspection
 from int8convert.publish.card_commands import reproduce
@@ -45,7 +46,7 @@ def make_card(output: FinishedOutput, repository: str, found: Inspection) -> str
         fidelity(output, repository),
         _outliers(output),
         snippets(output, repository),
-        _hardware(output, found),
+        _hardware(output),
         reproduce(output, repository),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -130,8 +131,8 @@ def _outliers(output: FinishedOutput) -> str:
     return "## Outlier features\n\n" + " ".join(said) if said else ""
 
 
-def _hardware(output: FinishedOutput, found: Inspection) -> str:
-    if found.quant_method == "bitsandbytes":
+def _hardware(output: FinishedOutput) -> str:
+    if output.format is not None and module_of(output.format).GAINS_MEMORY_ONLY:
         vllm = "vLLM loads this layout without tensor parallelism, and not of every model class"
         if not serves_in_vllm(output):
             vllm = "vLLM does not load this layout of a model with experts"

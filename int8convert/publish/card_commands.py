@@ -7,7 +7,7 @@ from shlex import join
 from typing import Any
 
 from int8convert.checkpoint.names import OUTLIERS_FILE
-from int8convert.formats.int8_config import Int8Format
+from int8convert.formats.format import DEFAULT_FORMAT, Format
 from int8convert.publish.card_source import source_repository
 from int8convert.publish.card_stored_columns import read_stored_columns
 from int8convert.publish.card_text import code, plain
@@ -69,13 +69,13 @@ def _convert(output: FinishedOutput) -> list[str]:
     made = output.request.get("format")
     if "arithmetic" not in output.request:
         words = ["int8convert", "export", "SOURCE", "OUT"]
-        words += ["--format" if made in tuple(Int8Format) else "--dequantize", str(made)]
+        words += ["--format" if made in tuple(Format) else "--dequantize", str(made)]
     else:
         words = ["int8convert", "quantize", source, "OUT"]
         commit = output.manifest.get("source_revision")
         if isinstance(commit, str) and source != "SOURCE":
             words += ["--revision", commit]
-        if made not in (None, "bitsandbytes"):
+        if made not in (None, DEFAULT_FORMAT):
             words += ["--format", str(made)]
     for key in ("skip", "only"):
         words += [word for pattern in options.get(key) or [] for word in (f"--{key}", str(pattern))]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from int8convert.checkpoint.names import OUTLIERS_FILE
+from int8convert.formats.format import Format
+from int8convert.formats.modules import module_of
 from int8convert.publish.card_metadata import pipeline_of
 from int8convert.publish.finished import FinishedOutput
 
@@ -19,30 +21,26 @@ _GENERATING = ("text-generation", "text2text-generation")
 
 def snippets(output: FinishedOutput, repository: str) -> str:
     """The section on loading."""
-    method = output.quant_method
     pipeline = pipeline_of(output)
     auto_class = _AUTO_CLASSES.get(pipeline or "", "AutoModel")
     generates = pipeline in _GENERATING and (output.path / "tokenizer_config.json").is_file()
     has_columns = (output.path / OUTLIERS_FILE).is_file()
-    needs = "bitsandbytes" if method == "bitsandbytes" else "compressed-tensors"
+    layout = module_of(output.format or Format.COMPRESSED_TENSORS)
     parts = [
         "## Use",
-        f"transformers (`pip install transformers accelerate {needs}`):",
+        f"transformers (`pip install transformers accelerate {layout.PACKAGES}`):",
         _block(_transformers(repository, auto_class, generates)),
         f"int8convert, by its own runtime{', which also uses the stored outlier columns' if has_columns else ''}:",
         _block(_int8convert(repository, generates)),
     ]
     if pipeline == "text-generation" and serves_in_vllm(output):
-        needs = "vllm vllm-bnb-plugin" if method == "bitsandbytes" else "vllm"
-        parts += [f"vLLM (`pip install {needs}`):", _block(_vllm(repository))]
+        parts += [f"vLLM (`pip install {layout.VLLM_PACKAGES}`):", _block(_vllm(repository))]
     return "\n\n".join(parts)
 
 
 def serves_in_vllm(output: FinishedOutput) -> bool:
-    """Whether vLLM has a loader for this layout of this model: that of bitsandbytes refuses all models with experts,
-    also if these are in 16 bits (vLLM 0.32 with vllm-bnb-plugin 0.0.3)."""
-    block = output.config.get("quantization_config")
-    if not isinstance(block, dict) or block.get("quant_method") != "bitsandbytes":
+    """Return whether vLLM loads this format of this model: some loaders refuse all models with experts."""
+    if output.format is None or module_of(output.format).VLLM_LOADS_EXPERTS:
         return True
     reasons = {tensor.reason or "" for record in output.records for tensor in record.tensors.values()}
     return not any(reason == "router" or reason.startswith("experts") for reason in reasons)

@@ -29,6 +29,7 @@ from int8convert.checkpoint.names import (
     VERIFY_FILE,
 )
 from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
+from int8convert.formats.format import Format
 from int8convert.planning.recorded_request import read_recorded_request
 from int8convert.publish.verify_json import clearing_command, read_recorded_report
 from int8convert.text import quoted
@@ -77,6 +78,11 @@ class FinishedOutput:
         """The layout that config.json names; "" if it names none."""
         block = self.config.get("quantization_config")
         return str(block.get("quant_method") or "") if isinstance(block, dict) else ""
+
+    @property
+    def format(self) -> Format | None:
+        """The int8 format of the checkpoint; None if it has another or none."""
+        return Format(self.quant_method) if self.quant_method in tuple(Format) else None
 
     def files(self) -> dict[str, Path]:
         """Name in the repository -> path of all that is published, but for the model card."""

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import Format
 from int8convert.runtime.linear import Int8Linear, OutlierMode
-from int8convert.runtime.transformers_internals import (
+from int8convert.transformers_internals import (
     WeightConverter,
     WeightRenaming,
     get_model_conversion_mapping,
@@ -128,7 +128,7 @@ class Int8Experts(nn.Module):
         for i in range(form.n_experts):
             expert = nn.Module()
             for name, (n_in, n_out) in form.projections.items():
-                layout = OutputFormat.COMPRESSED_TENSORS
+                layout = Format.COMPRESSED_TENSORS
                 layer = Int8Linear(
                     n_in, n_out, form.has_bias, "meta", dtype, layout=layout, mode=mode, threshold=threshold
                 )

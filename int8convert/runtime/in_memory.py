@@ -17,6 +17,9 @@ from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.errors import CoverageError, NonFiniteWeightError, PatternError
+from int8convert.formats.format import Format
+from int8convert.formats.layers import is_conv1d_layer
+from int8convert.formats.modules import module_of
 from int8convert.patterns import matches
 from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_path
 from int8convert.runtime.linear import Int8Linear, OutlierMode
@@ -68,7 +71,8 @@ def quantize_(
     places = defaultdict(list)  # a module may stand in several, and be one all the same
     for name, module in model.named_modules(remove_duplicate=False):
         places[id(module)].append(name)
-    replaced = {name: type(model.get_submodule(name)) for name in names}
+    loader_replaces = module_of(Format.BITSANDBYTES).replaces
+    lost = [name for name in names if not loader_replaces(model.get_submodule(name))]
     for name in names:
         module = model.get_submodule(name)
         new = _int8_form(name, module, mode, threshold, stored)
@@ -76,7 +80,7 @@ def quantize_(
             model.set_submodule(place, new)
     leave_fast_path(model)
     if hasattr(model, "_keep_in_fp32_modules"):
-        describe_for_saving(model, replaced, threshold, stored)
+        describe_for_saving(model, lost, threshold, stored)
     return model
 
 
@@ -118,7 +122,7 @@ def _without_default_skips(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Those that transformers would quantize, if the model is one of its own."""
     if not hasattr(model, "_keep_in_fp32_modules"):
         return list(names)
-    from int8convert.runtime.transformers_internals import (
+    from int8convert.transformers_internals import (
         get_keys_to_not_convert,
         kept_in_fp32,
         should_convert_module,
@@ -128,16 +132,12 @@ def _without_default_skips(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if should_convert_module(name, skips)]
 
 
-def _is_conv1d(module: Any) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def _is_replaceable(module: nn.Module) -> bool:
     """A subclass of Linear that computes something else than Linear does stays what it is."""
     if any(p.dtype not in _DTYPES for p in module.parameters(recurse=False)):
         return False
     is_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return is_linear or _is_conv1d(module) or Int8MultiheadAttention.can_replace(module)
+    return is_linear or is_conv1d_layer(module) or Int8MultiheadAttention.can_replace(module)
 
 
 def _check_finite(name: str, module: nn.Module) -> None:
@@ -155,7 +155,7 @@ def _check_outliers(model: nn.Module, stored: Mapping[str, StoredOutliers]) -> N
     modules: dict[str, Any] = dict(model.named_modules())
     for name, outliers in stored.items():
         weight = getattr(modules.get(name), "weight", None)
-        size = None if weight is None else weight.shape[::-1] if _is_conv1d(modules[name]) else weight.shape
+        size = None if weight is None else weight.shape[::-1] if is_conv1d_layer(modules[name]) else weight.shape
         columns = outliers.columns
         if size is None or outliers.weight.shape != (size[0], columns.numel()) or (columns >= size[1]).any():
             raise ValueError(f"the outlier columns for {name!r} fit no layer of the model: calibrate this model anew")
@@ -168,7 +168,7 @@ def _int8_form(
         return Int8MultiheadAttention.from_float(module, mode, threshold)
     weight = module.weight.detach()
     layer = Int8Linear.from_float(
-        weight.t().contiguous() if _is_conv1d(module) else weight, module.bias, mode=mode, threshold=threshold
+        weight.t().contiguous() if is_conv1d_layer(module) else weight, module.bias, mode=mode, threshold=threshold
     )
     if name in stored:
         layer.set_outliers(stored[name].columns, stored[name].weight)

@@ -25,7 +25,8 @@ from torch import nn
 
 from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD, QuantizedWeight
 from int8convert.errors import FormatError
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import Format
+from int8convert.formats.modules import module_of
 from int8convert.runtime.peft_guard import guard_adapters
 
 MAX_FOUND_COLUMNS = 256
@@ -78,7 +79,7 @@ class Int8Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        layout: OutputFormat = OutputFormat.BITSANDBYTES,
+        layout: Format = Format.BITSANDBYTES,
         mode: OutlierMode = OutlierMode.DYNAMIC,
         threshold: float = OUTLIER_THRESHOLD,
     ) -> None:
@@ -86,15 +87,17 @@ class Int8Linear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.layout = layout
+        self.scale_name = module_of(layout).NAMES.scale
+        self.stores_absmax = module_of(layout).STORES_ABSMAX
         self.mode = mode
         self.threshold = threshold
         weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        if layout is OutputFormat.BITSANDBYTES:
-            self.SCB = _float32(out_features, device=device)
-            self.register_buffer("weight_format", torch.zeros((), dtype=torch.uint8, device=device))
-        else:
-            self.weight_scale = _float32(out_features, 1, device=device)
+        specs, zeros_name = module_of(layout).weight_specs(".weight", weight.shape), module_of(layout).NAMES.zeros
+        scale = torch.empty(specs[f".{self.scale_name}"][1], dtype=torch.float32, device=device)
+        self.register_parameter(self.scale_name, nn.Parameter(scale, requires_grad=False))
+        if f".{zeros_name}" in specs:
+            self.register_buffer(zeros_name, torch.zeros((), dtype=torch.uint8, device=device))
         empty_bias = torch.empty(out_features, dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(empty_bias, requires_grad=False) if bias else None)
         self.register_buffer("outlier_columns", torch.empty(0, dtype=torch.int32, device=device), persistent=False)
@@ -135,14 +138,13 @@ class Int8Linear(nn.Linear):
         if self.outlier_columns.numel():
             self.weight.__dict__.pop("SCB", None)
             return
-        self.weight.SCB = self.SCB if self.layout is OutputFormat.BITSANDBYTES else self.weight_scale  # type: ignore[attr-defined]
+        self.weight.SCB = getattr(self, self.scale_name)  # type: ignore[attr-defined]
 
     @property
     def weight_absmax(self) -> torch.Tensor:
         """float32 [out_features]."""
-        if self.layout is OutputFormat.BITSANDBYTES:
-            return self.SCB
-        return self.weight_scale.view(-1) * N_STEPS
+        scale: torch.Tensor = getattr(self, self.scale_name)
+        return scale if self.stores_absmax else scale.view(-1) * N_STEPS
 
     @property
     def W_q(self) -> torch.Tensor:
@@ -188,13 +190,12 @@ class Int8Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Linear:
         # .half() and .to(dtype) reach every floating tensor; rounded scales would shift every output.
-        name = "SCB" if self.layout is OutputFormat.BITSANDBYTES else "weight_scale"
-        scale = self._parameters.pop(name)
+        scale = self._parameters.pop(self.scale_name)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         assert scale is not None
         moved = fn(scale.data)
         kept = moved if moved.dtype == torch.float32 else scale.data.to(moved.device)
-        self._parameters[name] = nn.Parameter(kept, requires_grad=False)
+        self._parameters[self.scale_name] = nn.Parameter(kept, requires_grad=False)
         self.show_scale()  # not the one of before, which may be on another device
         return self
 
@@ -203,10 +204,6 @@ class Int8Linear(nn.Linear):
             f"{super().extra_repr()}, mode={self.mode}, threshold={self.threshold:g}, "
             f"n_outlier_columns={self.outlier_columns.numel()}"
         )
-
-
-def _float32(*shape: int, device: torch.device | str | None) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=device), requires_grad=False)
 
 
 guard_adapters(Int8Linear)

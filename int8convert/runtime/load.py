@@ -8,6 +8,8 @@ from typing import Any
 
 from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.formats.format import QUANTIZE_FORMATS
+from int8convert.formats.modules import endings_beside
 from int8convert.patterns import is_allowed
 from int8convert.runtime.linear import OutlierMode
 from int8convert.runtime.pretrained import hub_options, load_model, locate_file, read_config
@@ -18,7 +20,7 @@ _NOT_NEEDED = ("weight_format", "position_ids", "num_batches_tracked")
 """Checkpoints of early bitsandbytes have no format; ours is zero then, which is what it would say. Buffers of positions
 and of counts are set by the class."""
 
-_INT8_PARTS = (".SCB", ".weight_format", ".weight_scale", ".weight_zero_point")
+_INT8_PARTS = endings_beside(QUANTIZE_FORMATS)
 """Tensors that only an int8 layer has. Where the model has no such layer, the codes beside them are lost."""
 
 

@@ -10,7 +10,7 @@ import torch
 from int8convert.checkpoint.library_errors import TRUST_CODE
 from int8convert.decoding.fp8 import FP8_DTYPES
 from int8convert.errors import CorruptFileError, SourceError
-from int8convert.formats.int8_config import loader_skip_list
+from int8convert.formats.skip_list import checked_names
 from int8convert.runtime import pretrained
 from int8convert.runtime.load import load
 from int8convert.runtime.text.tokenizer_process import TokenizerProcess
@@ -121,7 +121,7 @@ def _check_fp8_form(path: str | os.PathLike[str]) -> None:
     block = source.config.get("quantization_config")
     if not isinstance(block, dict):
         return
-    loader_skip_list(block, "modules_to_not_convert")
+    checked_names(block, "modules_to_not_convert")
     if block.get("quant_method") != "fp8":
         return
     tensors = [tensor for shard in source.shards for tensor in shard.tensors]

@@ -28,8 +28,8 @@ from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import RemoteCodeError, SourceError
 from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
-from int8convert.runtime.transformers_internals import cached_file, not_waiting_for_consent
 from int8convert.text import quoted
+from int8convert.transformers_internals import cached_file, not_waiting_for_consent
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 _ATTENTION = ("eager", "sdpa", "flex_attention")

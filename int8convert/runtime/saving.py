@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MethodType
 from typing import Any
 
-from torch import nn
-
 from int8convert.errors import FormatError
-from int8convert.formats.quantization_config import bitsandbytes_block
+from int8convert.formats.format import Format
+from int8convert.formats.modules import module_of
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.stored_columns import StoredOutliers, save_with_outliers
-from int8convert.runtime.transformers_internals import Conv1D, kept_in_fp32, should_convert_module
+from int8convert.transformers_internals import kept_in_fp32
 
 
 def describe_for_saving(
-    model: Any, replaced: Mapping[str, type], threshold: float, stored: Mapping[str, StoredOutliers]
+    model: Any, lost: Iterable[str], threshold: float, stored: Mapping[str, StoredOutliers]
 ) -> None:
     """Give a transformers model the block its config.json needs; or refuse to save it, if no loader could read it.
 
     Args:
-        replaced: the modules that have become int8, and what they were.
+        lost: modules that have become int8, and that the loader does not replace.
         stored: outlier columns, by module.
     """
-    left = [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
-    # transformers reads a skipped name as a tail or the beginning of others, too.
-    skips = [*left, *kept_in_fp32(model)]
+    layout = module_of(Format.BITSANDBYTES)
+    left = [name for name, module in model.named_modules() if layout.replaces(module)]
     int8 = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
-    lost = [name for name, kind in replaced.items() if kind is not nn.Linear and not issubclass(kind, Conv1D)]
-    lost += [name for name in int8 if not should_convert_module(name, skips)]
+    covered = layout.covered(int8, [*left, *kept_in_fp32(model)])
+    lost = [*lost, *(name for name in int8 if name in covered)]
     if lost:
         model._int8convert_unloadable = lost[0]
         model.save_pretrained = MethodType(_refuse_to_save, model)
         return
-    model.config.quantization_config = bitsandbytes_block(threshold, left)
+    model.config.quantization_config = layout.block(left, threshold)
     if stored:
         model.save_pretrained = MethodType(save_with_outliers, model)
 

@@ -18,7 +18,7 @@ def live_names(model: Any, module_names: Iterable[str]) -> dict[str, str]:
     others = [name for name in names if name not in found]
     if not others or not hasattr(model, "base_model_prefix"):
         return found
-    from int8convert.runtime.transformers_internals import (
+    from int8convert.transformers_internals import (
         WeightRenaming,
         get_model_conversion_mapping,
         rename_source_key,

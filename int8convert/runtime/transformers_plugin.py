@@ -26,20 +26,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.errors import FormatError
-from int8convert.formats.int8_config import (
-    Int8Format,
-    is_ignored,
-    loader_skip_list,
-    read_format,
-    read_threshold,
-    skipping,
-)
-from int8convert.formats.output_format import OutputFormat
-from int8convert.formats.quantization_config import bitsandbytes_block
+from int8convert.formats.config import read_format, read_threshold
+from int8convert.formats.format import QUANTIZE_FORMATS, Format
+from int8convert.formats.layers import is_conv1d_layer
+from int8convert.formats.modules import module_of
 from int8convert.runtime.experts import Int8Experts, experts_form, experts_in
 from int8convert.runtime.linear import Int8Linear, OutlierMode
-from int8convert.runtime.transformers_internals import (
-    Conv1D,
+from int8convert.runtime.weight_readers import modules_with_read_weights
+from int8convert.transformers_internals import (
     ConversionOps,
     WeightConverter,
     get_module_from_name,
@@ -49,7 +43,6 @@ from int8convert.runtime.transformers_internals import (
     prefer_callers_config,
     should_convert_module,
 )
-from int8convert.runtime.weight_readers import modules_with_read_weights
 
 METHOD = "int8convert"
 
@@ -81,7 +74,7 @@ class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.threshold = threshold
         self.skip_modules = skip_modules
         self.block: dict[str, Any] | None = None
-        self.layout = OutputFormat.BITSANDBYTES
+        self.layout = Format.BITSANDBYTES
 
     def for_checkpoint(self, block: Mapping[str, Any] | Any) -> Int8ConvertConfig:
         """The same, for a checkpoint whose config.json has this block.
@@ -93,14 +86,14 @@ class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if isinstance(block, QuantizationConfigMixin):
             block = block.to_dict()
         found = read_format({"quantization_config": block}, "it")
-        if found is Int8Format.TORCHAO:
+        if not module_of(found).RUNTIME_LOADS:
             raise FormatError(
-                "the runtime reads the bitsandbytes and compressed-tensors layouts, and this checkpoint is torchao's",
+                f"the runtime reads the formats {' and '.join(QUANTIZE_FORMATS)}, and this checkpoint is {found}",
                 "int8convert export OUT NEW --format bitsandbytes rewrites the same codes",
             )
         chosen = Int8ConvertConfig(self.outliers, self.threshold)
         chosen.block = dict(block)
-        chosen.layout = OutputFormat(found)
+        chosen.layout = found
         return chosen
 
     @property
@@ -115,10 +108,10 @@ class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """The block for config.json: the layout's own."""
+        module = module_of(self.layout)
         if self.block is None:
-            return bitsandbytes_block(self.outlier_threshold, self.skip_modules or ())
-        has_threshold = self.layout is OutputFormat.BITSANDBYTES
-        return {**self.block, **({"llm_int8_threshold": self.outlier_threshold} if has_threshold else {})}
+            return module.block(self.skip_modules or (), self.outlier_threshold)
+        return {**self.block, **({"llm_int8_threshold": self.outlier_threshold} if module.HAS_THRESHOLD else {})}
 
 
 @register_quantizer(METHOD)
@@ -131,42 +124,35 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         config = self.quantization_config
-        if config.layout is OutputFormat.COMPRESSED_TENSORS:
+        module_of_format = module_of(config.layout)
+        if module_of_format.HOLDS_EXPERTS:
             _replace_experts(model, config, _tensor_names(checkpoint_files or ()))
-        is_int8 = self._modules_by_block(model) if config.block is not None else self._modules_to_quantize(model)
+        if config.block is not None:
+            is_int8 = module_of_format.int8_modules(model, config.block)
+        else:
+            is_int8 = self._modules_to_quantize(model)
         self._conv1d: set[str] = set()
         for name, module in list(model.named_modules()):
             if not isinstance(module, Int8Linear) and is_int8(name, module):
-                if isinstance(module, Conv1D):
+                if is_conv1d_layer(module):
                     self._conv1d.add(name)
                 model.set_submodule(name, _empty_layer(module, config))
         layers: list[Any] = [module for module in model.modules() if isinstance(module, Int8Linear)]
         for layer in layers:
             mark_loaded(layer)  # transformers would draw random weights for one that is on the disk
 
-    def _modules_by_block(self, model: Any) -> Callable[[str, nn.Module], bool]:
-        """Whether a checkpoint holds a module as int8, by the rule of the loader it was written for."""
-        block = self.quantization_config.block or {}
-        if self.quantization_config.layout is OutputFormat.COMPRESSED_TENSORS:
-            return lambda name, module: isinstance(module, nn.Linear) and not is_ignored(name, type(module), block)
-        named = loader_skip_list(block)
-        own = self.get_modules_to_not_convert(model, None if named is None else [], kept_in_fp32(model))
-        skips = skipping(named or [])
-        return lambda name, module: (
-            _bitsandbytes_replaces(module) and not skips(name) and should_convert_module(name, own)
-        )
-
     def _modules_to_quantize(self, model: Any) -> Callable[[str, nn.Module], bool]:
-        """The same for a checkpoint that is not int8, where the names left out are put down for its config.json."""
+        """Return which modules of a checkpoint that is not int8 become it; record the others for its config.json."""
         config = self.quantization_config
+        replaces = module_of(config.layout).replaces
         skips = self.get_modules_to_not_convert(model, config.skip_modules, kept_in_fp32(model))
         read = modules_with_read_weights(model)
         chosen = {
             name
             for name, module in model.named_modules()
-            if _bitsandbytes_replaces(module) and should_convert_module(name, skips) and name not in read
+            if replaces(module) and should_convert_module(name, skips) and name not in read
         }
-        left = (n for n, m in model.named_modules() if _bitsandbytes_replaces(m) and n not in chosen)
+        left = (n for n, m in model.named_modules() if replaces(m) and n not in chosen)
         config.skip_modules = sorted(left)
         return lambda name, _: name in chosen
 
@@ -258,13 +244,9 @@ def _replace_experts(model: Any, config: Int8ConvertConfig, tensor_names: set[st
             model.set_submodule(name, Int8Experts(module, form, names, config.mode, config.outlier_threshold))
 
 
-def _bitsandbytes_replaces(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
-
-
 def _empty_layer(module: Any, config: Int8ConvertConfig) -> Int8Linear:
     """An `Int8Linear` on the meta device in place of a Linear or a Conv1D."""
-    n_in, n_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+    n_in, n_out = module.weight.shape if is_conv1d_layer(module) else module.weight.shape[::-1]
     has_bias = module.bias is not None
     return Int8Linear(
         n_in,

@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from int8convert.formats.layers import is_conv1d_layer
+
 _SET_UP = (
     "__init__",
     "_init",
@@ -104,7 +106,7 @@ def modules_with_read_weights(model: Any, reads_of_torch: bool = True) -> dict[s
         reads_of_torch: False leaves out the reads of torch's own layers, for callers that replace those layers.
     """
     if hasattr(model, "_keep_in_fp32_modules"):
-        from int8convert.runtime.transformers_internals import mark_quantized
+        from int8convert.transformers_internals import mark_quantized
 
         mark_quantized(model)
     classes = {type(module) for module in model.modules()}
@@ -334,4 +336,4 @@ def _value(node: ast.expr, module: Any) -> Any:
 
 
 def _is_linear(module: Any) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, without an import of it
+    return isinstance(module, nn.Linear) or is_conv1d_layer(module)

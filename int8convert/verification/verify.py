@@ -21,7 +21,7 @@ from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.events import EventSink
-from int8convert.formats.int8_config import read_threshold
+from int8convert.formats.config import read_threshold
 from int8convert.progress_bar import sink_or_bar
 from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import Text, open_text

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import int8convert
 from int8convert.events import Event, ShardFinished
-from int8convert.formats.int8_config import CONV1D_NAMES, is_conv1d
+from int8convert.formats.layers import CONV1D_NAMES, is_conv1d
 from tests.tools.options import quantize
 from tests.tools.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
 

@@ -16,7 +16,7 @@ from int8convert.checkpoint.rows import Block
 from int8convert.decoding.fp8_scales import as_loaded
 from int8convert.errors import DiskFullError, HubConnectionError, HubError
 from int8convert.events import PlanMade, ShardFinished, ShardSkipped, ShardStarted, SourceFetched
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import Format
 from int8convert.hub.stream import ShardStream
 from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.planning.name_rules import map_by_name
@@ -419,7 +419,7 @@ def test_stream_holds_no_more_than_its_window(
 def test_reading_order_knows_what_is_needed_last(tmp_path: Path) -> None:
     """Of three views whose order is not that of their bytes, nothing may go before the last of them was read."""
     source = open_source(views_of_one_storage(tmp_path))
-    modules = ModuleFilter((), (), OutputFormat.BITSANDBYTES, False)
+    modules = ModuleFilter((), (), Format.BITSANDBYTES, False)
     plan = make_plan(source, map_by_name(as_loaded(source), modules, None, "test"))
     order = ReadingOrder(plan)
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]

@@ -9,7 +9,7 @@ import torch
 
 import int8convert
 from int8convert.errors import FormatError
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import Format
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -178,7 +178,7 @@ def test_rounding_the_model_does_not_round_the_scales() -> None:
 def test_scales_of_both_layouts_give_the_same() -> None:
     _, bias, x = weight_and_input(torch.float32)
     layer = layer_for(OutlierMode.DYNAMIC, torch.float32)
-    other = Int8Linear(96, 80, dtype=torch.float32, layout=OutputFormat.COMPRESSED_TENSORS)
+    other = Int8Linear(96, 80, dtype=torch.float32, layout=Format.COMPRESSED_TENSORS)
     other.load_state_dict({"weight": layer.weight, "bias": bias, "weight_scale": (layer.SCB / 127)[:, None]})
     torch.testing.assert_close(other(x), layer(x), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(other.dequantize(), layer.dequantize(), rtol=1e-6, atol=0)

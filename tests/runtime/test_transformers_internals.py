@@ -19,8 +19,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 
-from int8convert.runtime import transformers_internals as internals
+from int8convert import transformers_internals as internals
+from int8convert.formats.layers import is_conv1d_layer
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
@@ -216,7 +218,8 @@ def test_parameter_is_found_by_its_name() -> None:
 
 
 def test_conv1d_holds_its_weight_as_in_times_out() -> None:
-    assert internals.Conv1D(3, 5).weight.shape == (5, 3)
+    conv1d = Conv1D(3, 5)
+    assert conv1d.weight.shape == (5, 3) and is_conv1d_layer(conv1d) and not is_conv1d_layer(torch.nn.Linear(3, 5))
 
 
 def test_callers_config_wins_over_that_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

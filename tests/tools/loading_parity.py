@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import Format
 from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.sources import open_source
 from tests.conftest import InProcessMap
@@ -76,8 +76,6 @@ def transformers_says(model_class: Any, directory: Path) -> Said | None:
 
 def plan_says(directory: Path) -> Said:
     """By the format that every family has."""
-    needs = (
-        InProcessMap(open_source(directory), ModuleFilter(output_format=OutputFormat.COMPRESSED_TENSORS)).result().needs
-    )
+    needs = InProcessMap(open_source(directory), ModuleFilter(output_format=Format.COMPRESSED_TENSORS)).result().needs
     assert needs is not None
     return Said(frozenset(needs.missing), frozenset(needs.unexpected), frozenset(needs.mismatched))

@@ -11,8 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cuda_kernels import reference
-from int8convert.formats.int8_config import Int8Format
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import Format
 from int8convert.verification.exact import rows
 from int8convert.verification.exact.level import rules_for
 from int8convert.verification.exact.provenance import Provenance
@@ -76,7 +75,7 @@ def test_what_rounding_adds_to_half_a_step_is_allowed_and_no_more() -> None:
 
 
 def test_merged_weights_may_differ_in_their_last_bits_from_machine_to_machine() -> None:
-    rules = rules_for(Provenance("", OutputFormat.BITSANDBYTES, lora="adapter", is_known=True), Int8Format.BITSANDBYTES)
+    rules = rules_for(Provenance("", Format.BITSANDBYTES, lora="adapter", is_known=True), Format.BITSANDBYTES)
     weight = np.array([[127, 100.5, 3.5, 1]], np.float32)
     there = reference.row_quantize(weight * np.float32(1 + 8e-6) + np.array([[0, 1e-4, 0, 0]], np.float32))
     found = judge(weight, there.codes, there.absmax, rules)

@@ -17,13 +17,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.text import quoted
 
 if TYPE_CHECKING:
     from int8convert.checkpoint.source import SourceShard
+
+
+def build_index(weight_map: Mapping[str, str], n_bytes: int, n_parameters: int) -> dict[str, Any]:
+    """Return the content of `model.safetensors.index.json`.
+
+    Args:
+        weight_map: tensor name -> file name.
+        n_bytes: bytes of all tensors.
+    """
+    return {
+        "metadata": {"total_parameters": n_parameters, "total_size": n_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
 
 _COMPARED_BYTES = 1 << 30
 """Most bytes of repeated tensors that are compared, so that repeated tensors cannot delay the plan."""

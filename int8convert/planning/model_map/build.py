@@ -18,8 +18,8 @@ from int8convert.checkpoint.library_errors import library_errors
 from int8convert.errors import CorruptFileError, ModelMapError, RemoteCodeError, SourceError
 from int8convert.planning.model_map.experts import CheckpointTensor
 from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
-from int8convert.runtime.transformers_internals import get_class_from_dynamic_module, no_tie_weights
 from int8convert.text import quoted
+from int8convert.transformers_internals import get_class_from_dynamic_module, no_tie_weights
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -25,14 +25,16 @@ from int8convert.planning.weights_dtype import dtype_of_weights
 MAX_MAPS = 100
 
 _PACKAGE = Path(__file__).parents[2]
+_FORMATS = ("format", "modules", "layers", "skip_list", "bitsandbytes", "compressed_tensors", "torchao")
 SHAPING_MODULES = (
     *(f"planning/model_map/{name}" for name in ("build", "experts", "keys", "model_map", "needs", "worker")),
     *("planning/expert_layouts", "planning/name_rules"),
-    *("runtime/build_bounds", "runtime/linear_subclasses", "runtime/transformers_internals", "runtime/weight_readers"),
-    *("formats/output_format", "checkpoint/stored_tensor", "patterns"),
+    *("runtime/build_bounds", "runtime/linear_subclasses", "runtime/weight_readers"),
+    *(f"formats/{name}" for name in _FORMATS),
+    *("checkpoint/stored_tensor", "patterns", "transformers_internals"),
 )
 """The modules of int8convert that decide what a map says: those that the child process imports, without those that only
-name files and report errors."""
+name files, report errors, and read or write weights and config blocks."""
 
 
 def cache_folder() -> Path | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from int8convert.planning.expert_layouts import ExpertLayout, fits
 from int8convert.planning.model_map.keys import LoadedInto
-from int8convert.runtime.transformers_internals import Concatenate, Interleave, MergeModulelist, Transpose
+from int8convert.transformers_internals import Concatenate, Interleave, MergeModulelist, Transpose
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from int8convert.formats.output_format import OutputFormat
-from int8convert.runtime.transformers_internals import (
+from int8convert.transformers_internals import (
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -23,8 +22,6 @@ from int8convert.runtime.transformers_internals import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-
-_INT8_PATTERNS = ["weight", "SCB", "weight_format"]
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,21 @@ class ModelKeys:
     Args:
         model: built, on the meta device.
         names: all keys of the checkpoint.
+        moved_together: see `FormatModule.MOVED_TOGETHER`.
 
     Attributes:
         loaded: key -> the parameter it is loaded into; None where the model has no use for it.
         unmatched: of those without use, key -> the parameters it would be loaded into if the model had them.
     """
 
-    def __init__(self, model: Any, names: list[str]) -> None:
+    def __init__(self, model: Any, names: list[str], moved_together: tuple[str, ...]) -> None:
+        self._moved_together = moved_together
         transforms = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-        # What the bitsandbytes loader adds, behind the model's own; the operation is never run here.
-        self._int8_converters = [*self._converters, WeightConverter(_INT8_PATTERNS, "weight", [Transpose()])]
+        # What the int8 loader adds, after the model's own; the operation is never run here.
+        added = [WeightConverter(list(moved_together), "weight", [Transpose()])] if moved_together else []
+        self._int8_converters = [*self._converters, *added]
         self._converter_of = {pattern: c for c in self._converters for pattern in c.source_patterns}
         self._base_prefix = model.base_model_prefix
         self._parameters = model.state_dict()
@@ -95,10 +95,14 @@ class ModelKeys:
         return next((name for name in names if self._rename(name, self._int8_converters)[0] == parameter), key)
 
     def int8_output_name(self, key: str, parameter: str) -> str | None:
-        """The key of a weight that becomes int8; None if the loader would not find weight, scale and format."""
+        """Return the key of a weight that becomes int8; None if the loader would not find it and what is beside it."""
+        if not self._moved_together:
+            name = self.output_name(key, parameter)
+            return name if name.endswith(".weight") else None
         for name in (apply_renamings(parameter, self._reversed), key, parameter):
-            parts = OutputFormat.BITSANDBYTES.weight_specs(name, (0, 0))
+            _, *others = self._moved_together
+            parts = [name, *(f"{name.removesuffix('.weight')}.{leaf}" for leaf in others)]
             found = [self._rename(part, self._int8_converters) for part in parts]
-            if all(renamed == parameter and pattern in (None, *_INT8_PATTERNS) for renamed, pattern in found):
+            if all(renamed == parameter and pattern in (None, *self._moved_together) for renamed, pattern in found):
                 return name
         return None

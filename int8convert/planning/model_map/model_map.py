@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from int8convert.errors import AlreadyQuantizedError, ModelMapError, PatternError
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import Format
 from int8convert.patterns import matches
 from int8convert.planning.expert_layouts import ExpertLayout
 from int8convert.text import quoted
@@ -98,7 +98,7 @@ class ModelMap:
     dtype: str
     tensors: dict[str, MappedTensor] = field(repr=False)
     skip_modules: tuple[str, ...]
-    output_format: OutputFormat = OutputFormat.BITSANDBYTES
+    output_format: Format = Format.BITSANDBYTES
     parameters: dict[str, tuple[str, bool]] = field(repr=False, default_factory=dict)
     notes: tuple[str, ...] = ()
     needs: ModelNeeds | None = field(repr=False, default=None)
@@ -128,7 +128,7 @@ class ModuleFilter:
 
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-    output_format: OutputFormat = OutputFormat.BITSANDBYTES
+    output_format: Format = Format.BITSANDBYTES
     trusts_code: bool = False
 
     def allows(self, module_name: str) -> bool:

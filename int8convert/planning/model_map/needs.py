@@ -22,7 +22,7 @@ import torch
 from int8convert.planning.model_map.experts import CheckpointTensor
 from int8convert.planning.model_map.keys import ModelKeys
 from int8convert.planning.model_map.model_map import ModelNeeds, Shape
-from int8convert.runtime.transformers_internals import (
+from int8convert.transformers_internals import (
     SkipParameters,
     WeightRenaming,
     dot_natural_key,

@@ -2,7 +2,7 @@
 
 1. Build the model of config.json on the meta device (`model_build`).
 2. Map each checkpoint key to the parameter transformers would load it into, by transformers' own renaming.
-3. Choose what becomes int8: exactly the modules the bitsandbytes loader will replace, given the skip list we write.
+3. Choose what becomes int8: exactly the modules the format's loader will replace, given the skip list we write.
 4. Give each other tensor the dtype a plain load would give it: the loader of int8 checkpoints takes them as stored.
 5. Say which parameters the checkpoint does not give, and which tensors the model does not take (`model_needs`).
 
@@ -21,7 +21,9 @@ import transformers
 from torch import nn
 
 from int8convert.errors import ModelMapError
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import Format
+from int8convert.formats.layers import is_conv1d_layer, is_linear
+from int8convert.formats.modules import module_of
 from int8convert.planning.expert_layouts import ExpertLayout
 from int8convert.planning.model_map.build import TORCH_DTYPE, build_model
 from int8convert.planning.model_map.experts import CheckpointTensor, fused_layout, is_one_expert
@@ -30,8 +32,8 @@ from int8convert.planning.model_map.model_map import Action, ModuleFilter
 from int8convert.planning.model_map.needs import find_needs
 from int8convert.planning.name_rules import QUANTIZABLE_DTYPES
 from int8convert.runtime.linear_subclasses import computes_as_linear
-from int8convert.runtime.transformers_internals import (
-    Conv1D,
+from int8convert.runtime.weight_readers import ReadKind, modules_with_read_weights
+from int8convert.transformers_internals import (
     get_keys_to_not_convert,
     kept_in_fp32,
     parameter_dtypes,
@@ -39,14 +41,13 @@ from int8convert.runtime.transformers_internals import (
     should_convert_module,
     tied_parameters,
 )
-from int8convert.runtime.weight_readers import ReadKind, modules_with_read_weights
 
 _STORED_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 
-def check_loadable(model: Any) -> None:
+def check_loadable(model: Any, output_format: Format) -> None:
     """Raise a ModelMapError if transformers' int8 loader puts modules of other weights into a model."""
-    for name, new_class in patched_modules(model, "bitsandbytes").items():
+    for name, new_class in patched_modules(model, output_format).items():
         raise ModelMapError(
             f"transformers {transformers.__version__} loads no int8 checkpoint of {type(model).__name__}: "
             f"it makes {name} a {new_class}, for which the checkpoint has no weights",
@@ -69,7 +70,8 @@ class TensorChoice:
         self.dtype = dtype
         self.tensors = tensors
         self.modules = modules
-        self.keys = ModelKeys(model, [tensor.name for tensor in tensors])
+        self.format = module_of(modules.output_format)
+        self.keys = ModelKeys(model, [tensor.name for tensor in tensors], self.format.MOVED_TOGETHER)
         self.loaded = self.keys.loaded
         self._module_by_name = dict(model.named_modules())
         self._tied = tied_parameters(model)
@@ -78,18 +80,8 @@ class TensorChoice:
 
     @cached_property
     def replaceable(self) -> set[str]:
-        """The modules the loader replaces unless told not to.
-
-        That of bitsandbytes: Linear itself, no subclass, and Conv1D. That of compressed-tensors: Linear by the names
-        of a module's class and its base classes.
-        """
-        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
-            return {name for name, module in self._module_by_name.items() if isinstance(module, nn.Linear)}
-        return {
-            name
-            for name, module in self._module_by_name.items()
-            if type(module) is nn.Linear or isinstance(module, Conv1D)
-        }
+        """The modules the loader replaces unless told not to."""
+        return {name for name, module in self._module_by_name.items() if self.format.replaces(module)}
 
     @cached_property
     def _routers(self) -> set[str]:
@@ -98,7 +90,7 @@ class TensorChoice:
         bitsandbytes rounds those that are Linear, so its format does too. Servers of compressed-tensors expect none.
         """
         routers = {name for name, module in self._module_by_name.items() if type(module).__name__.endswith("Router")}
-        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
+        if self.format.KEEPS_ROUTERS:
             routers |= {name for name in self._module_by_name if not _ROUTER_NAMES.isdisjoint(name.split("."))}
         return routers
 
@@ -120,7 +112,7 @@ class TensorChoice:
                 and module_name not in self._routers
                 and module_name not in self._read_by_code
                 and computes_as_linear(self._module_by_name[module_name])
-                and self._loader_finds(tensor.name, module_name)
+                and self.keys.int8_output_name(tensor.name, into.parameter) is not None
             ):
                 found[module_name] = tensor.name
         return found
@@ -129,28 +121,17 @@ class TensorChoice:
     def _read_by_code(self) -> dict[str, ReadKind]:
         return modules_with_read_weights(self.model)
 
-    def _loader_finds(self, key: str, module_name: str) -> bool:
-        """Whether the int8 form of a weight gets where the loader wants it.
-
-        compressed-tensors has a module's weight and scale side by side, so the weight's key must name its module.
-        """
-        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
-            return self.keys.output_name(key, f"{module_name}.weight").endswith(".weight")
-        return self.keys.int8_output_name(key, f"{module_name}.weight") is not None
-
     @cached_property
     def chosen(self) -> set[str]:
         """The modules that become int8: the candidates the user allows, less those the written skip list would cover.
 
-        The loader reads a skipped name also as a regular expression and as a tail of other names, so what it would
-        replace is computed with its own function, until list and choice agree. compressed-tensors reads names as names.
+        A loader may read a skipped name also as a regular expression and as a tail of other names, so what it would
+        replace is computed by its own rule, until list and choice agree.
         """
         chosen = {name for name in self.candidates if self.modules.allows(name)}
-        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
-            return chosen
         while True:
             skips = [*(self.replaceable - chosen), *self._keep_in_fp32]
-            covered = {name for name in chosen if not should_convert_module(name, skips)}
+            covered = self.format.covered(chosen, skips)
             if not covered:
                 return chosen
             chosen -= covered
@@ -158,7 +139,7 @@ class TensorChoice:
     @cached_property
     def skip_modules(self) -> list[str]:
         kept = self.replaceable - self.chosen
-        if self.modules.output_format is OutputFormat.COMPRESSED_TENSORS:
+        if self.format.KEEPS_ROUTERS:
             kept |= self._routers  # servers build a Linear where transformers has a class of its own
         return sorted(kept)
 
@@ -185,14 +166,14 @@ class TensorChoice:
     @cached_property
     def chosen_experts(self) -> set[str]:
         """Checkpoint keys of the experts that become int8."""
-        if self.modules.output_format is OutputFormat.BITSANDBYTES:
+        if not self.format.HOLDS_EXPERTS:
             return set()
         return {key for key in self.experts if self.modules.allows(self._expert_module(key))}
 
     @property
     def pattern_targets(self) -> list[str]:
         """The modules that patterns of the user's may match."""
-        if self.modules.output_format is OutputFormat.BITSANDBYTES:
+        if not self.format.HOLDS_EXPERTS:
             return sorted(self.candidates)
         return sorted({*self.candidates, *map(self._expert_module, self.experts)})
 
@@ -203,7 +184,7 @@ class TensorChoice:
         for key, into in self.loaded.items():
             if into is not None and not into.is_converted:
                 module = self._module_by_name.get(into.parameter.removesuffix(".weight"))
-                found[into.parameter] = key, isinstance(module, Conv1D)
+                found[into.parameter] = key, is_conv1d_layer(module)
         return {**{name: found[to] for name, to in self._tied.items() if to in found}, **found}
 
     def decide(self, tensor: CheckpointTensor) -> tuple[Action, str, str, str, dict[str, Any] | None]:
@@ -222,9 +203,8 @@ class TensorChoice:
         output_name = self.keys.output_name(tensor.name, into.parameter) if not into.is_converted else tensor.name
         module_name, _, leaf = into.parameter.rpartition(".")
         if leaf == "weight" and module_name in self.chosen and not into.is_converted:
-            is_conv1d = isinstance(self._module_by_name[module_name], Conv1D)
-            if self.modules.output_format is OutputFormat.BITSANDBYTES:
-                output_name = self.keys.int8_output_name(tensor.name, into.parameter) or output_name
+            is_conv1d = is_conv1d_layer(self._module_by_name[module_name])
+            output_name = self.keys.int8_output_name(tensor.name, into.parameter) or output_name
             return Action.QUANTIZE_TRANSPOSED if is_conv1d else Action.QUANTIZE, "", output_name, "I8"
         dtype = self._output_dtype(tensor, into)
         if self._is_duplicate(tensor, into):
@@ -258,12 +238,13 @@ class TensorChoice:
     def _reason_to_keep(self, tensor: CheckpointTensor, into: LoadedInto, module_name: str, leaf: str) -> str:
         module = self._module_by_name.get(module_name)
         if tensor.name in self.experts:
-            is_choice = self.modules.output_format is OutputFormat.COMPRESSED_TENSORS
-            return "user skip" if is_choice else "experts: not replaced by the bitsandbytes loader"
+            if self.format.HOLDS_EXPERTS:
+                return "user skip"
+            return f"experts: not replaced by the {self.modules.output_format} loader"
         is_tied = into.parameter in self._tied or into.parameter in self._tied.values()
         if isinstance(module, nn.Embedding):
             return "embedding, tied" if is_tied else "embedding"
-        if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D):
+        if module is None or leaf != "weight" or not (is_linear(module) or is_conv1d_layer(module)):
             if len(tensor.shape) == 3 and "expert" in into.parameter:
                 return "experts in an unknown layout"
             if isinstance(module, nn.MultiheadAttention) and len(tensor.shape) == 2:
@@ -279,9 +260,9 @@ class TensorChoice:
         if module_name in self._routers:
             return "router"
         if module_name not in self.replaceable:
-            if isinstance(module, Conv1D):
-                return "Conv1D: compressed-tensors has no form for it"
-            return f"{type(module).__name__}: not replaced by the bitsandbytes loader"
+            if is_conv1d_layer(module):
+                return f"Conv1D: {self.modules.output_format} has no form for it"
+            return f"{type(module).__name__}: not replaced by the {self.modules.output_format} loader"
         if into.is_converted:
             return "merged or split on loading"
         if module_name in self.candidates:
@@ -292,7 +273,7 @@ class TensorChoice:
             return f"{type(module).__name__}: computes something else than a Linear"
         if module_name in self._read_by_code:
             return str(self._read_by_code[module_name])
-        if not self._loader_finds(tensor.name, module_name):
+        if self.keys.int8_output_name(tensor.name, into.parameter) is None:
             return "renamed on loading, its scale is not"
         return "last module of the model"
 
@@ -301,9 +282,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Return the map that `process.worker_request` asks for, as `process.parse_worker_answer` reads it."""
     tensors = [CheckpointTensor(name, dtype, tuple(shape), place) for name, dtype, shape, place in request["tensors"]]
     model, dtype, notes = build_model(request["directory"], tensors, request["trusts_code"], request["dtype"])
-    if request["output_format"] == OutputFormat.BITSANDBYTES:
-        check_loadable(model)
-    modules = ModuleFilter(tuple(request["skip"]), tuple(request["only"]), OutputFormat(request["output_format"]))
+    output_format = Format(request["output_format"])
+    if not module_of(output_format).HOLDS_EXPERTS:
+        check_loadable(model, output_format)
+    modules = ModuleFilter(tuple(request["skip"]), tuple(request["only"]), output_format)
     choice = TensorChoice(model, dtype, tensors, modules)
     return {
         "model_class": type(model).__name__,

@@ -18,21 +18,20 @@ from typing import Any
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.export_plan import exported_config
 from int8convert.conversion.export_tensors import Target
+from int8convert.formats.config import read_format
+from int8convert.formats.format import Format
 from int8convert.formats.int8_checkpoint import open_int8_checkpoint
-from int8convert.formats.int8_config import Int8Format, read_format, read_skipped_names
+from int8convert.formats.modules import module_of
 from int8convert.planning.output_config import converted_config
 from int8convert.planning.plan import ConversionPlan
 from int8convert.sources import open_source
 from int8convert.text import quoted
 from int8convert.verification.checks import Check, Finding, make_check
-from int8convert.verification.exact.foreign_config import foreign_block, foreign_entries
-from int8convert.verification.exact.layout import is_left_alone
+from int8convert.verification.exact.foreign_config import foreign_entries
 from int8convert.verification.exact.provenance import Provenance
 
 BLOCK = "quantization_config"
 _LIST_KEYS = ("llm_int8_skip_modules", "ignore", "modules_to_not_convert")
-_BY_PARTS = (Int8Format.BITSANDBYTES, Int8Format.TORCHAO)
-"""Formats whose loaders also match a listed name as a prefix or suffix of others."""
 _PLAIN_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
@@ -46,7 +45,7 @@ def check_config(out: CheckpointSource, plan: ConversionPlan, provenance: Proven
     expected = _expected_config(plan, provenance)
     findings = [*_threshold(out, expected), *_lists(out, expected, int8_modules)]
     if expected is None:
-        findings += (_entry(*found) for found in foreign_block(out.config[BLOCK]))
+        findings += (_entry(*found) for found in module_of(read_format(out.config)).foreign_entries(out.config[BLOCK]))
         findings += (_entry(*found) for found in foreign_entries(out.config, plan.source.config))
     else:
         reported = {"llm_int8_threshold", *_LIST_KEYS}
@@ -62,13 +61,13 @@ def _expected_config(plan: ConversionPlan, provenance: Provenance) -> dict[str, 
     config = converted_config(plan, provenance.threshold)
     for step in provenance.exports:
         checkpoint = open_int8_checkpoint(replace(open_source(step.directory), config=config))
-        config = exported_config(checkpoint, Target(checkpoint.format, Int8Format(step.format)))
+        config = exported_config(checkpoint, Target(checkpoint.format, Format(step.format)))
     return config
 
 
 def _threshold(out: CheckpointSource, expected: Mapping[str, Any] | None) -> Iterator[Finding]:
-    if read_format(out.config) is not Int8Format.BITSANDBYTES:
-        return  # the others have none
+    if not module_of(read_format(out.config)).HAS_THRESHOLD:
+        return
     found = out.config[BLOCK].get("llm_int8_threshold")
     if found is None and expected is None:
         return
@@ -86,7 +85,7 @@ def _lists(out: CheckpointSource, expected: Mapping[str, Any] | None, int8_modul
     A loader that leaves an int8 module alone reads codes as weights; one that does not leave alone a 16-bit module
     looks for scales that are not there.
     """
-    found = read_format(out.config)
+    leaves_alone = module_of(read_format(out.config)).leaves_alone
     lists = {key: out.config[BLOCK][key] for key in _LIST_KEYS if key in out.config[BLOCK]}
     wanted = {key: expected[BLOCK][key] for key in _LIST_KEYS if key in expected[BLOCK]} if expected is not None else {}
     if not any(isinstance(names, list) for names in lists.values()):
@@ -100,9 +99,8 @@ def _lists(out: CheckpointSource, expected: Mapping[str, Any] | None, int8_modul
             for name in (names if isinstance(names, list) else [])
             if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name)
         )
-    listed = set(read_skipped_names(out.config, found))
     for module in sorted(int8_modules):
-        if module in listed or (found in _BY_PARTS and is_left_alone(module, listed)):
+        if leaves_alone(module, out.config[BLOCK]):
             yield _entry(BLOCK, f"{module} to be loaded as int8", "it is among those to leave alone")
             return
     if expected is not None:

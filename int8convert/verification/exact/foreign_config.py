@@ -11,10 +11,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from int8convert.formats.format import Difference
 from int8convert.verification.exact.as_loaded import as_loaded
-
-Difference = tuple[str, str, str]
-"""The name of an entry, what was expected, what was found."""
 
 WRITTEN_BY_OTHERS = frozenset(
     {"quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
@@ -29,74 +27,6 @@ _MOST_ADDED = 200
 """Entries beside the source's that count only if the model's class reads them."""
 
 _DTYPES = ("float16", "bfloat16", "float32")
-
-
-_FORMATS = ("int-quantized", "naive-quantized")
-_BLOCK: dict[str, Any] = {
-    **{"quant_method": ("compressed-tensors",), "format": _FORMATS, "quantization_status": ("compressed",)},
-    **{"config_groups": None, "ignore": None, "global_compression_ratio": None, "version": None},
-    **{"kv_cache_scheme": (None,), "moe_sparsity_config": (None,), "transform_config": (None, {})},
-    **{"sparsity_config": (None, {}), "run_compressed": (None, True, False)},
-}
-"""Entries of a compressed-tensors block -> their values; see `_not_allowed`. `ignore` is compared elsewhere."""
-
-_GROUP: dict[str, Any] = {
-    **{"targets": (["Linear"],), "weights": None, "input_activations": None, "output_activations": (None,)},
-    "format": (None, *_FORMATS),
-}
-_EIGHT_BITS: dict[str, Any] = {
-    **{"num_bits": (8,), "type": ("int",), "symmetric": (True,), "observer": None, "observer_kwargs": None},
-    **{"group_size": (None,), "block_structure": (None,), "actorder": (None, False)},
-    **{"scale_dtype": None, "zp_dtype": None},
-}
-_WEIGHTS = {**_EIGHT_BITS, "strategy": ("channel",), "dynamic": (None, False)}
-_INPUTS = {**_EIGHT_BITS, "strategy": ("token",), "dynamic": (True,)}
-
-
-def foreign_block(block: Mapping[str, Any]) -> Iterator[Difference]:
-    """Entries of quantization_config that would have a loader read the weights in another way."""
-    if block.get("llm_int8_has_fp16_weight"):
-        yield "quantization_config.llm_int8_has_fp16_weight", "False", "another"
-    if block.get("quant_method") == "compressed-tensors":
-        yield from _foreign_compressed_tensors(block)
-
-
-def _foreign_compressed_tensors(block: Mapping[str, Any]) -> Iterator[Difference]:
-    """What is neither in a block of ours nor in one that llm-compressor writes for the same arithmetic."""
-    path = "quantization_config"
-    yield from _not_allowed(path, block, _BLOCK)
-    groups = block.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        yield f"{path}.config_groups", "one group", f"{len(groups) if isinstance(groups, dict) else 'no'} groups"
-        return
-    path += ".config_groups.*"
-    group = next(iter(groups.values()))
-    if not isinstance(group, dict):
-        yield path, "an object", type(group).__name__
-        return
-    yield from _not_allowed(path, group, _GROUP)
-    for name, wanted in (("weights", _WEIGHTS), ("input_activations", _INPUTS)):
-        if isinstance(group.get(name), dict):
-            yield from _not_allowed(f"{path}.{name}", group[name], wanted)
-        else:
-            yield f"{path}.{name}", "an object", _shown(group, name)
-
-
-def _not_allowed(path: str, entries: Mapping[str, Any], allowed: Mapping[str, Any]) -> Iterator[Difference]:
-    """Entries of other values than are allowed, and entries of no known name.
-
-    Args:
-        allowed: entry -> the values that it may have, None for any; a value of None is that of no entry.
-    """
-    for key in sorted(entries.keys() | allowed.keys()):
-        values = allowed.get(key, (None,))
-        if values is not None and not any(_is_same(entries.get(key), value) for value in values):
-            expected = " or ".join(json.dumps(value) for value in values)
-            yield f"{path}.{key[:60]}", expected if values != (None,) else "no such entry", _shown(entries, key)
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and bool(one == other)
 
 
 def foreign_entries(found: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[Difference]:

@@ -9,13 +9,15 @@ What may differ without being one, where no manifest tells what was asked for: m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
-from int8convert.formats.int8_checkpoint import NAMES, PlacedTensor
-from int8convert.formats.int8_config import Int8Format, is_ignored_by_name, read_format, read_skipped_names
+from int8convert.formats.config import read_format
+from int8convert.formats.format import Format
+from int8convert.formats.int8_checkpoint import PlacedTensor
+from int8convert.formats.modules import module_of
 from int8convert.planning.plan import ConversionPlan, PlannedTensor
 from int8convert.verification.checks import Finding
 from int8convert.verification.exact.provenance import Provenance
@@ -79,7 +81,7 @@ class Layout:
         planned_modules: those that should be int8, paired or not.
     """
 
-    format: Int8Format
+    format: Format
     pairs: tuple[Pair, ...] = field(repr=False)
     findings: tuple[Finding, ...]
     n_expected: int
@@ -88,14 +90,6 @@ class Layout:
     @property
     def int8_modules(self) -> set[str]:
         return {pair.module_name for pair in self.pairs if isinstance(pair, Int8Pair)}
-
-
-def is_left_alone(module: str, names: Iterable[str]) -> bool:
-    """Whether loaders of bitsandbytes' and torchao's formats leave a module alone that such a list names.
-
-    Source: transformers/quantizers/quantizers_utils.py, `should_convert_module`.
-    """
-    return any(f"{module}.".startswith(f"{name}.") or module.endswith(name) for name in names)
 
 
 def lay_out(out: CheckpointSource, plan: ConversionPlan, provenance: Provenance) -> Layout:
@@ -111,7 +105,7 @@ class _Pairing:
         self._plan = plan
         self._provenance = provenance
         self._format = read_format(out.config)
-        self._names = NAMES[self._format]
+        self._module = module_of(self._format)
         self._left = {t.name: PlacedTensor(t, shard) for shard in out.shards for t in shard.tensors}
         self._pairs: list[Pair] = []
         self._findings: list[Finding] = []
@@ -140,14 +134,14 @@ class _Pairing:
             return
         self._modules.add(module)
         shape = planned.source.shape
-        codes = self._take(module + self._names.codes, {"I8"}, [shape])
+        names = self._module.NAMES.under(module)
+        specs = self._module.weight_specs(f"{module}.weight", shape)
+        codes = self._take(names.codes, {"I8"}, [shape])
         dtypes: Set[str] = {"F32"} if self._provenance.is_known else _FLOATS
-        is_absmax = self._format is Int8Format.BITSANDBYTES
-        scale = self._take(module + self._names.scale, dtypes, [shape[:1]] if is_absmax else [(shape[0], 1), shape[:1]])
+        scale = self._take(names.scale, dtypes, [specs[names.scale][1], shape[:1]])
         zeros = None
-        # bitsandbytes' own loader needs it; others take zero where there is none.
-        if module + self._names.zeros in self._left or (is_absmax and self._provenance.is_known):
-            zeros = self._take(module + self._names.zeros, set(DTYPE_BYTES), [(), shape[:1], (shape[0], 1)])
+        if names.zeros in self._left or (names.zeros in specs and self._provenance.is_known):
+            zeros = self._take(names.zeros, set(DTYPE_BYTES), [(), shape[:1], (shape[0], 1)])
         if codes is not None and scale is not None:
             self._pairs.append(Int8Pair(planned, codes, scale, zeros))
 
@@ -155,9 +149,7 @@ class _Pairing:
         """Whether config.json tells loaders to leave a module alone, and no manifest says otherwise."""
         if self._provenance.is_known:
             return False
-        if self._format is Int8Format.COMPRESSED_TENSORS:
-            return is_ignored_by_name(module, self._out.config["quantization_config"])
-        return is_left_alone(module, read_skipped_names(self._out.config, self._format))
+        return self._module.leaves_alone(module, self._out.config["quantization_config"])
 
     def _place_kept(self, planned: PlannedTensor) -> None:
         name = planned.output_name
@@ -179,8 +171,8 @@ class _Pairing:
             self._place_int8(replace(planned, output_dtype="I8", reason=""))
             return
         self._n_expected += 1
-        module = planned.output_name.removesuffix(".weight")
-        for name in (planned.output_name, module + self._names.scale, module + self._names.zeros):
+        names = self._module.NAMES.under(planned.output_name.removesuffix(".weight"))
+        for name in (planned.output_name, names.scale, names.zeros):
             self._left.pop(name, None)
         expected = f"{planned.output_dtype}, which stays as it is: {planned.reason}"
         self._findings.append(Finding(planned.output_name, expected, "int8 codes"))

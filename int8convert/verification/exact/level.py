@@ -29,7 +29,9 @@ from int8convert.checkpoint.manifest import describe_source
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.events import EventSink, TensorsCompared, ignore
-from int8convert.formats.int8_config import Int8Format, read_format
+from int8convert.formats.config import read_format
+from int8convert.formats.format import Format
+from int8convert.formats.modules import module_of
 from int8convert.planning.plan import ConversionPlan
 from int8convert.planning.plan_checkpoint import PlanOptions, plan_unchecked
 from int8convert.text import counted, quoted
@@ -174,7 +176,7 @@ def _compared(source: CheckpointSource, provenance: Provenance) -> str:
     return f"{files}{carried}, as its manifest says they were converted{exports}"
 
 
-def _format(out: CheckpointSource) -> Int8Format:
+def _format(out: CheckpointSource) -> Format:
     if "quantization_config" not in out.config:
         what = "its config.json has no quantization_config" if out.config else "it has no config.json"
         raise SourceError(
@@ -206,15 +208,15 @@ def _identity(described: Any) -> Any:
     return described.get("config_sha256"), sizes
 
 
-def rules_for(provenance: Provenance, found: Int8Format) -> RowRules:
+def rules_for(provenance: Provenance, found: Format) -> RowRules:
     """What may differ in a checkpoint of this origin."""
-    stores_absmax = found is Int8Format.BITSANDBYTES
+    stores_absmax = module_of(found).STORES_ABSMAX
     if not provenance.is_known:
         # Kernels on GPUs divide less exactly, and others round to other dtypes first.
         return RowRules(stores_absmax, 1e-3, False, None, may_be_fp16=True)
     if provenance.lora is not None:
         return RowRules(stores_absmax, 0.01, False, 1e-5)
-    # From scale to absmax and back, some move by one unit in the last place, see `conversion.scales`.
+    # From scale to absmax and back, some move by one unit in the last place, see `formats.scales`.
     return RowRules(stores_absmax, 1e-4, True, 2.0**-22) if provenance.is_exported else RowRules(stores_absmax)
 
 

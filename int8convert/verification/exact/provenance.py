@@ -16,8 +16,9 @@ from typing import Any
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import AdapterError, CorruptFileError, SourceError
-from int8convert.formats.int8_config import Int8Format, read_format
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.config import read_format
+from int8convert.formats.format import Format
+from int8convert.formats.modules import module_of
 from int8convert.planning.adapter import open_adapter
 from int8convert.planning.recorded_request import RecordedRequest, read_recorded_request
 from int8convert.sources import is_repository_name
@@ -36,7 +37,7 @@ class ExportStep:
 
     Attributes:
         directory: the int8 checkpoint it was made from.
-        format: what it was to be written in, an `Int8Format`.
+        format: what it was to be written in, a `Format`.
     """
 
     directory: Path
@@ -62,7 +63,7 @@ class Provenance:
     """
 
     reference: str
-    format: OutputFormat
+    format: Format
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     threshold: float | None = None
@@ -109,13 +110,12 @@ def find_provenance(
     adapter = os.fspath(lora) if lora is not None else None
     request = found.request
     if request is None:
-        is_bitsandbytes = read_format(out.config) is Int8Format.BITSANDBYTES
-        own = OutputFormat.BITSANDBYTES if is_bitsandbytes else OutputFormat.COMPRESSED_TENSORS
-        return Provenance(named, own, lora=adapter, problem=found.problem)
+        planned_as = module_of(read_format(out.config)).PLANNED_AS
+        return Provenance(named, planned_as, lora=adapter, problem=found.problem)
     _check_adapter(request.lora, adapter)
     return Provenance(
         reference=named,
-        format=OutputFormat(request.format),
+        format=Format(request.format),
         skip=request.skip,
         only=request.only,
         threshold=request.threshold,

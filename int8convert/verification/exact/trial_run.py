@@ -11,7 +11,8 @@ from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import SourceError
-from int8convert.formats.int8_config import Int8Format, read_format
+from int8convert.formats.config import read_format
+from int8convert.formats.modules import module_of
 from int8convert.runtime.worker_process import Worker, WorkerError
 from int8convert.text import quoted
 from int8convert.verification.checks import Check, Finding, make_check
@@ -27,10 +28,9 @@ class TrialRun:
     """
 
     def __init__(self, out: CheckpointSource, trusts_code: bool) -> None:
-        self._format = read_format(out.config)
-        self._request = {"directory": str(out.directory), "format": str(self._format), "trusts_code": trusts_code}
-        # torchao's loader makes weights that look like floats to model code.
-        self._worker = self._start() if self._format is not Int8Format.TORCHAO else None
+        found = read_format(out.config)
+        self._request = {"directory": str(out.directory), "format": str(found), "trusts_code": trusts_code}
+        self._worker = self._start() if module_of(found).SHOWS_CODES else None
 
     def _start(self) -> Worker | None:
         worker = Worker("int8convert.verification.exact.trial_run_worker")

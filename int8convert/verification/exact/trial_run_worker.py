@@ -22,15 +22,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers.quantizers import HfQuantizer
 
 from int8convert.checkpoint.library_errors import library_errors
 from int8convert.errors import ModelMapError, SourceError
-from int8convert.formats.int8_config import is_ignored, loader_skip_list, skipping
-from int8convert.formats.output_format import OutputFormat
+from int8convert.formats.format import Format
+from int8convert.formats.layers import is_conv1d_layer
+from int8convert.formats.modules import module_of
 from int8convert.planning.model_map.build import build_model
-from int8convert.runtime.transformers_internals import Conv1D, kept_in_fp32, mark_quantized, should_convert_module
 from int8convert.text import quoted
+from int8convert.transformers_internals import mark_quantized
 
 N_TOKENS = 8
 FILLING = 0.01
@@ -112,7 +112,7 @@ class HollowInt8Linear(nn.Linear):
 
     def __init__(self, name: str, module: Any, record: Record) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
-        is_conv1d = isinstance(module, Conv1D)
+        is_conv1d = is_conv1d_layer(module)
         self.in_features, self.out_features = module.weight.shape if is_conv1d else module.weight.shape[::-1]
         codes: Any = _constant((self.out_features, self.in_features), torch.int8).as_subclass(Codes)
         codes.module_name, codes.record = name, record
@@ -159,24 +159,6 @@ def _constant(shape: Any, dtype: torch.dtype) -> torch.Tensor:
     value = torch.full((), FILLING if dtype.is_floating_point else 0, dtype=dtype)
     shown = value.expand(shape)
     return shown.clone() if shown.numel() <= MAX_OWN_ELEMENTS else shown
-
-
-def loader_replaces(model: Any, block: dict[str, Any], output_format: OutputFormat) -> list[str]:
-    """Return the names of the modules that the loader replaces by int8 ones, by the block in config.json."""
-    modules = dict(model.named_modules())
-    if output_format is OutputFormat.COMPRESSED_TENSORS:
-        linear = (name for name, module in modules.items() if isinstance(module, nn.Linear))
-        return [name for name in linear if not is_ignored(name, type(modules[name]), block)]
-    named = loader_skip_list(block)
-    own = HfQuantizer.get_modules_to_not_convert(model, None if named is None else [], kept_in_fp32(model))
-    skips = skipping(named or [])
-    return [
-        name
-        for name, module in modules.items()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D))
-        and not skips(name)
-        and should_convert_module(name, own)
-    ]
 
 
 def _fill(model: Any) -> None:
@@ -247,11 +229,12 @@ def _token_ids(entries: dict[str, Any]) -> Iterator[int]:
             yield value
 
 
-def try_model(directory: str, output_format: OutputFormat, trusts_code: bool) -> dict[str, Any]:
+def try_model(directory: str, output_format: Format, trusts_code: bool) -> dict[str, Any]:
     """Run the int8 model, and where something comes up, the model with its own Linear layers for comparison."""
     model, record = _build(directory, trusts_code), Record()
     block = model.config.to_dict()["quantization_config"]
-    replaced = loader_replaces(model, block, output_format)
+    is_int8 = module_of(output_format).int8_modules(model, block)
+    replaced = [name for name, module in model.named_modules() if is_int8(name, module)]
     mark_quantized(model)  # as the loader does; Jamba then calls a layer whose weight it would read
     for name in replaced:
         model.set_submodule(name, HollowInt8Linear(name, model.get_submodule(name), record))
@@ -295,6 +278,6 @@ def _attempt(model: Any, record: Record) -> str | None:
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return try_model(request["directory"], OutputFormat(request["format"]), request["trusts_code"])
+        return try_model(request["directory"], Format(request["format"]), request["trusts_code"])
     except (SourceError, ModelMapError) as error:
         return {"n_replaced": 0, "n_called": 0, "found": [], "not_run": error.message}

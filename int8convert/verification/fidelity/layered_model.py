@@ -31,7 +31,7 @@ from int8convert.errors import CorruptFileError, SourceError
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.stored_columns import StoredOutliers, attach_outliers
 from int8convert.runtime.tensor_names import live_names
-from int8convert.runtime.transformers_internals import (
+from int8convert.transformers_internals import (
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,

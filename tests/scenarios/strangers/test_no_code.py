@@ -15,7 +15,7 @@ import transformers
 
 import int8convert
 from int8convert.errors import Int8ConvertError, ModelMapError, RemoteCodeError, SourceError
-from int8convert.formats.int8_config import skipping
+from int8convert.formats.skip_list import plain_rule
 from int8convert.runtime.models import load_model as load_reference
 from int8convert.runtime.pretrained import asking_nobody, load_model, read_config
 from int8convert.runtime.text.tokenizer_process import TokenizerProcess
@@ -184,7 +184,7 @@ def test_plain_names_are_skipped_by_transformers_own_rule() -> None:
     lists = [[], ["lm_head"], ["model.layers.1"], ["mlp"], ["layers.1", "ab"], ["b"], ["a.b"], ["model", "x.lm_head"]]
     for names in lists:
         expected = [not should_convert_module(module, names) for module in modules]
-        assert [skipping(names)(module) for module in modules] == expected, names
+        assert [plain_rule(names)(module) for module in modules] == expected, names
 
 
 @pytest.mark.parametrize(

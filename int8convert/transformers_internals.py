@@ -32,7 +32,6 @@ from transformers.core_model_loading import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module  # a class in the checkpoint's own code
 from transformers.initialization import no_tie_weights  # builds a model with tied weights still apart
 from transformers.modeling_utils import load_state_dict  # reads a `.bin` file
-from transformers.pytorch_utils import Conv1D  # GPT-2's layer, with its weight stored [in, out]
 from transformers.quantizers.auto import AutoHfQuantizer  # chooses between the caller's quantization and the file's
 from transformers.quantizers.base import (
     MODULES_TO_PATCH_FOR_QUANTIZATION,  # modules that loaders of int8 exchange for others with other weights
@@ -47,7 +46,6 @@ from transformers.utils.hub import cached_file  # one file of a repository, from
 
 __all__ = [
     "Concatenate",
-    "Conv1D",
     "ConversionOps",
     "Interleave",
     "MergeModulelist",

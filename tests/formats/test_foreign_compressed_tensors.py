@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from int8convert.formats.quantization_config import compressed_tensors_config
-from int8convert.verification.exact.foreign_config import foreign_block
+from int8convert.formats import compressed_tensors
 
 
 def block() -> dict[str, Any]:
-    made: dict[str, Any] = compressed_tensors_config({}, "float16", ["lm_head"])["quantization_config"]
-    return copy.deepcopy(made)
+    return copy.deepcopy(compressed_tensors.block(["lm_head"], 6.0))
 
 
 def with_entries(where: tuple[str, ...], **entries: Any) -> dict[str, Any]:
@@ -64,10 +62,10 @@ WRONG = {
 
 @pytest.mark.parametrize("name", OF_OTHER_TOOLS)
 def test_same_scheme_in_other_words_is_taken(name: str) -> None:
-    assert list(foreign_block(OF_OTHER_TOOLS[name])) == []
+    assert list(compressed_tensors.foreign_entries(OF_OTHER_TOOLS[name])) == []
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_loaders_read_in_another_way_is_found(name: str) -> None:
-    (found,) = foreign_block(WRONG[name])
+    (found,) = compressed_tensors.foreign_entries(WRONG[name])
     assert found[0].endswith(f".{name.rstrip('.')}")
