@@ -17,7 +17,7 @@ from int8convert.errors import SourceError
 from int8convert.formats import foreign_compressed_tensors, scales, skip_list
 from int8convert.formats.format import Format, TensorSpecs, WeightNames
 from int8convert.formats.layers import is_linear
-from int8convert.formats.name_pattern import PatternRefusedError, TailPatterns
+from int8convert.formats.name_pattern import PatternRefusedError, matches_start
 from int8convert.text import quoted
 
 NAMES = WeightNames("weight", "weight_scale", "weight_zero_point")
@@ -153,8 +153,7 @@ def is_ignored(module_name: str, module_class: type, block: Mapping[str, Any]) -
         names = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
         if module_name in names or not classes.isdisjoint(names):
             return True
-        patterns = [f"^({name.removeprefix('re:')}).*" for name in names if name.startswith("re:")]
-        return _matches_any(tuple(patterns), module_name)
+        return any(_matches(name.removeprefix("re:"), module_name) for name in names if name.startswith("re:"))
 
     targets = _targets(block)
     return is_named(block.get("ignore")) or (bool(targets) and not any(map(is_named, targets)))
@@ -165,9 +164,9 @@ def _targets(block: Mapping[str, Any]) -> list[Any]:
     return [group.get("targets") for group in groups.values()] if isinstance(groups, dict) else []
 
 
-def _matches_any(patterns: tuple[str, ...], module_name: str) -> bool:
+def _matches(pattern: str, module_name: str) -> bool:
     try:
-        return TailPatterns(patterns).first_match(module_name) is not None
+        return matches_start(pattern, module_name)
     except PatternRefusedError as error:
         raise SourceError(
             f"quantization_config names modules by a pattern that is not read: {quoted(str(error))}",

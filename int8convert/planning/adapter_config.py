@@ -73,21 +73,13 @@ class AdapterConfig:
     _alpha_patterns: TailPatterns = field(repr=False)
 
     def rank_of(self, module_name: str) -> int:
-        """The rank of a module's matrices.
-
-        Raises:
-            AdapterError: the patterns take too long to match.
-        """
-        pattern = _first_match(self._rank_patterns, module_name, "rank_pattern")
+        """The rank of a module's matrices."""
+        pattern = self._rank_patterns.first_match(module_name)
         return self.rank if pattern is None else self.rank_by_pattern[pattern]
 
     def scaling_of(self, module_name: str) -> float:
-        """What B @ A is multiplied by: alpha / r, or alpha / sqrt(r).
-
-        Raises:
-            AdapterError: the patterns take too long to match.
-        """
-        pattern = _first_match(self._alpha_patterns, module_name, "alpha_pattern")
+        """What B @ A is multiplied by: alpha / r, or alpha / sqrt(r)."""
+        pattern = self._alpha_patterns.first_match(module_name)
         alpha = self.alpha if pattern is None else self.alpha_by_pattern[pattern]
         rank = self.rank_of(module_name)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
@@ -97,13 +89,6 @@ class AdapterConfig:
         return self.target_modules is None or any(
             module_name == target or module_name.endswith(f".{target}") for target in self.target_modules
         )
-
-
-def _first_match(patterns: TailPatterns, module_name: str, option: str) -> str | None:
-    try:
-        return patterns.first_match(module_name)
-    except PatternRefusedError as refused:
-        raise _refused_pattern(option, refused) from None
 
 
 def parse_adapter_config(config: Mapping[str, Any]) -> AdapterConfig:
@@ -203,11 +188,7 @@ def _compile(table: Mapping[str, Any], option: str) -> TailPatterns:
     try:
         return TailPatterns(table)
     except PatternRefusedError as refused:
-        raise _refused_pattern(option, refused) from None
-
-
-def _refused_pattern(option: str, refused: PatternRefusedError) -> AdapterError:
-    return AdapterError(
-        f"adapter_config.json has a pattern in {option} that int8convert does not match: {refused}",
-        "write the names of the modules instead",
-    )
+        raise AdapterError(
+            f"adapter_config.json has a pattern in {option} that int8convert does not match: {refused}",
+            "write the names of the modules instead",
+        ) from None

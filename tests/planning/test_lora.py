@@ -380,12 +380,6 @@ def test_patterns_that_are_not_matched(option: str, pattern: str, adapter: Path)
     refused(adapter, f"pattern in {option}")
 
 
-def test_pattern_that_would_take_for_ever(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("int8convert.formats.name_pattern.MAX_STEPS", 100)
-    edit_config(adapter, alpha_pattern={"(.*.*)*x": 4})
-    refused(adapter, "takes too long")
-
-
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
