@@ -1,4 +1,4 @@
-"""What a verification found: named checks, each with the places where something is not as it should be."""
+"""The checks of a verification, each with its findings."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_FINDINGS = 20
-"""Of one check. The first few name the defect; a million more would bury it, so they are only counted."""
+"""Findings of one check that are kept. The others are only counted: a million of them would bury the defect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be, in one tensor or one file.
+    """A defect in one tensor or one file.
 
     Attributes:
-        tensor: its name in the int8 checkpoint, or the name of the file.
+        tensor: name of the tensor in the int8 checkpoint, or of the file.
         expected, found: phrases, such as "code 12" and "code 13".
-        row, column: the first place; None where it is the whole that is wrong.
-        n_places: how many such places the tensor has.
+        row, column: the first place; None if the whole is wrong.
+        n_places: number of such places in the tensor.
     """
 
     tensor: str
@@ -36,13 +36,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at everywhere.
+    """One property that was checked everywhere.
 
     Attributes:
-        is_passed: nothing was found that counts against the checkpoint.
-        n_checked: how many files, tensors, rows or codes were looked at; 0 where there was nothing to compare with.
-        findings: the first `MAX_FINDINGS` of them, in the order of the files.
-        n_findings: of all, a tensor counted once.
+        is_passed: whether there is no finding.
+        n_checked: number of files, tensors, rows or codes that were checked; 0 if there was nothing to compare with.
+        findings: the first `MAX_FINDINGS`, in the order of the files.
+        n_findings: number of all findings; a tensor counts once.
     """
 
     name: str
@@ -52,11 +52,7 @@ class Check:
     n_findings: int = 0
 
 
-def make_check(name: str, n_checked: int, findings: Iterable[Finding], is_gate: bool = True) -> Check:
-    """A check that fails if there is any finding.
-
-    Args:
-        is_gate: whether it may fail; one that may not tells what it found all the same.
-    """
+def make_check(name: str, n_checked: int, findings: Iterable[Finding]) -> Check:
+    """Return a check that fails if there is any finding."""
     found = tuple(findings)
-    return Check(name, not (found and is_gate), n_checked, found[:MAX_FINDINGS], len(found))
+    return Check(name, not found, n_checked, found[:MAX_FINDINGS], len(found))

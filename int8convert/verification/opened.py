@@ -1,8 +1,8 @@
-"""The int8 checkpoint that is looked at: a directory, or a repository on the Hub.
+"""Opens the int8 checkpoint that is examined: a directory, or a repository on the Hub.
 
-Of a repository, config, small files and what a conversion of ours wrote beside the weights are had through the cache of
-the Hub's client. Its weight files are read from there as far as the cache has them, else by range; what the manifest
-says of them is then compared with what the Hub lists, for a range has no hash.
+For a repository, config.json, auxiliary files, manifest and stored columns come through the cache of the Hub's client.
+Weight files in that cache are read there, others by range. A range has no hash, so the manifest is then compared with
+the sha256 that the Hub lists.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class ExaminedCheckpoint:
     """An int8 checkpoint, opened.
 
     Attributes:
-        source: its config, headers and small files.
-        names: the files that lie there, by their path with `/`, whether a loader takes them or not.
-        refused: what lies there and is no file of it -> why; see `PresentFiles`.
+        source: config, headers and auxiliary files.
+        names: all present files, by their path with `/`, whether a loader takes them or not.
+        refused: entries that are no file of the checkpoint -> reason; see `PresentFiles`.
     """
 
     source: CheckpointSource
@@ -37,11 +37,11 @@ class ExaminedCheckpoint:
 
     @property
     def weight_files(self) -> frozenset[str]:
-        """Names of the safetensors files that lie there, whether its index names them or not."""
+        """Names of all present safetensors files, whether the index names them or not."""
         return frozenset(name for name in self.names if "/" not in name and name.endswith(".safetensors"))
 
     def path_of(self, name: str) -> Path | None:
-        """Return where a file is; None if it is no file of the checkpoint, or on the Hub and not here."""
+        """Return the local path of a file; None if it is no file of the checkpoint, or not on this machine."""
         if name not in self.names or name in self.refused:
             return None
         path = self.source.directory / name
@@ -52,12 +52,12 @@ def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> E
     """Read config, index, headers and manifest; no weights.
 
     Args:
-        revision: of a repository on the Hub.
+        revision: branch, tag or commit of a repository on the Hub.
 
     Raises:
-        Int8ConvertError: as `open_source`.
+        Int8ConvertError: see `open_source`.
     """
-    source = open_source(out, revision, ignores_adapter=True)  # `exact_beside` finds it
+    source = open_source(out, revision, ignores_adapter=True)  # `exact.beside` reports an adapter
     if source.commit is None:
         present = find_present(source.directory)
         return ExaminedCheckpoint(source, frozenset(present.files), present.refused)
@@ -68,7 +68,7 @@ def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> E
 
 
 def hub_reading(source: CheckpointSource, is_kept: bool = False) -> HubReadStarted | None:
-    """What reading all of a checkpoint takes from the Hub; None of a directory."""
+    """Return the event for reading all of a checkpoint from the Hub; None for a directory."""
     if source.commit is None:
         return None
     return HubReadStarted(source.label, source.commit, sum(map(_remote_bytes, source.shards)), is_kept)

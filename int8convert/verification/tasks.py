@@ -1,14 +1,13 @@
-"""Zero-shot tasks for both models, on the same samples, by EleutherAI's lm-evaluation-harness.
+"""Zero-shot tasks for both models on the same questions, by EleutherAI's lm-evaluation-harness.
 
     winogrande acc; hellaswag, piqa acc and acc_norm; lambada_openai acc and perplexity
 
-Each model answers each question by itself, one at a time, so that no question's outlier columns depend on another's.
-What is compared is pairs: questions that only one of the two answers right. Whether these are more of one kind than
-chance makes them is McNemar's test in its exact form, a two-sided binomial test of their numbers.
+Each model answers one question at a time, so that no question's outlier columns depend on another's. Questions that
+only one of the two models answers right are compared by McNemar's test in its exact form, a two-sided binomial test.
 
-The tasks come from the Hugging Face Hub or its cache, or, with no network, from a folder of YAML and JSON files. They
-are in the harness's form, which runs what code they have. Costs one model in memory at a time, and some ten thousand
-runs of each.
+The tasks come from the Hugging Face Hub or its cache or, without a network, from a folder of YAML and JSON files. They
+are in the harness's form, and the harness runs any code in them. Costs one model in memory at a time, and some ten
+thousand runs of each.
 
 Source: Sec. 3.3 of LLM.int8(), arXiv:2208.07339, for the tasks; McNemar, Psychometrika 12 (1947), for the test.
 """
@@ -36,10 +35,10 @@ class TaskReport:
     """One metric of one task.
 
     Attributes:
-        n_samples: questions, the same for both models.
+        n_samples: number of questions.
         reference, int8: share of right answers, 0 to 1; or the perplexity.
-        n_only_reference, n_only_int8: questions that only one of the two answers right; None of a perplexity.
-        p_value: of McNemar's exact test, two-sided; None of a perplexity.
+        n_only_reference, n_only_int8: questions that only one of the models answers right; None for a perplexity.
+        p_value: two-sided p-value of McNemar's exact test; None for a perplexity.
     """
 
     task: str
@@ -58,9 +57,9 @@ class TaskReport:
 
 
 def mcnemar(n_only_one: int, n_only_other: int) -> float:
-    """The exact two-sided p value: that chance splits so many pairs at least as unevenly, each a toss of a coin."""
+    """Return the exact two-sided p-value: the probability that coin tosses split the pairs at least as unevenly."""
     n = n_only_one + n_only_other
-    # In integers: neither term of the quotient fits a float where there are thousands of pairs.
+    # In integers: with thousands of pairs neither term of the quotient fits a float.
     tail = sum(comb(n, k) for k in range(min(n_only_one, n_only_other) + 1))
     return min(1.0, 2 * tail / (1 << n))
 
@@ -76,13 +75,13 @@ def measure_tasks(
     """Let an int8 checkpoint and its source answer the same questions.
 
     Args:
-        reference, out: the two directories.
+        reference, out: the directories of the source and of the int8 checkpoint.
         tasks: which tasks, and how many questions of each.
         device: "auto", "cpu" or "cuda[:n]".
-        trust_remote_code: code in the checkpoints may run.
+        trust_remote_code: run code in the checkpoints.
 
     Raises:
-        SourceError: the harness is not installed, a task is not to be had, or a checkpoint cannot be loaded.
+        SourceError: the harness is not installed, a task cannot be fetched, or a checkpoint cannot be loaded.
     """
     harness = load_harness()
     manager = harness.tasks.TaskManager(
@@ -93,7 +92,7 @@ def measure_tasks(
     if unknown or not names:
         raise SourceError(
             f"there is no task {unknown[0]!r}" if unknown else f"'{tasks.path}' holds no task",
-            f"the tasks there are: {', '.join(sorted(manager.all_tasks)[:8]) or 'none'}",
+            f"name an existing task: {', '.join(sorted(manager.all_tasks)[:8]) or 'there is none'}",
         )
     found = []
     for path in (reference, out):
@@ -103,7 +102,7 @@ def measure_tasks(
 
 
 def load_harness() -> Any:
-    """The harness's Python module.
+    """Import the harness.
 
     Raises:
         SourceError: it is not installed.
@@ -148,7 +147,7 @@ def _answer(
 
 
 def _pair(name: str, reference: Mapping[str, Any], int8: Mapping[str, Any]) -> Iterator[TaskReport]:
-    """The metrics of one task."""
+    """Yield a report for each metric of one task."""
     one, other = ({s["doc_id"]: s for s in result["samples"][name]} for result in (reference, int8))
     assert one.keys() == other.keys(), "both models were asked the same questions"
     first: Mapping[str, Any] = next(iter(one.values()), {})

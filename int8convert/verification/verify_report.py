@@ -1,4 +1,4 @@
-"""What `verify` found out, and whether that passes; docs/verify-json.md is its form as JSON."""
+"""The report of `verify`: what was found, and whether it passes. docs/verify-json.md describes its JSON."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TextUsed:
-    """What was measured on.
+    """The text that the models read.
 
     Attributes:
-        name, sha256: of the file.
-        description: what it is, for people.
-        n_text_tokens: of the whole text.
-        n_sequences, length: windows of so many tokens.
-        convention: how they were cut, and what perplexity means then.
-        dataset: its name, of one that others measure on, too; None of a text of one's own.
+        name, sha256: name and hash of the file.
+        description: what the text is, for people.
+        n_text_tokens: tokens of the whole text.
+        n_sequences, length: number of windows, and tokens of each.
+        convention: how the text was cut, and what perplexity means then.
+        dataset: name of a published dataset; None for another text.
     """
 
     name: str
@@ -49,15 +49,15 @@ class VerifyReport:
 
     Attributes:
         out: the int8 checkpoint, as the caller named it.
-        reference: the source: a repository on the Hub, or a directory; None if `out` cannot even be opened.
-        level: the one asked for; the levels below it come first, and one that fails is the last.
-        files: those of the checkpoint that were looked at -> sha256, to tell later whether the report is of what is
-            there.
-        fidelity: one for each arithmetic that was run; empty if that level was not reached.
-        sweep: the same at several outlier thresholds, if asked for; no gate looks at it.
-        tasks: one for each metric of each task; empty if that level was not reached.
-        earlier_failures: what earlier runs measured, failed, and this one does not clear.
-        failures: one line for each thing that is wrong, earlier failures that stand included.
+        level: the requested level; the levels before it come first, and one that fails is the last.
+        files: sha256 of each file of the checkpoint that was examined. If one changes, the report no longer applies.
+        text: what the models read; None if they did not run.
+        fidelity: a report for each arithmetic that ran; empty if that level was not reached.
+        sweep: the same at several outlier thresholds, if asked for; no gate applies to it.
+        tasks: a report for each metric of each task; empty if that level was not reached.
+        reference: the source: a repository on the Hub, or a directory; None if `out` cannot be opened.
+        earlier_failures: failures of earlier runs that this one does not clear.
+        failures: one line for each defect, earlier failures that stand included.
     """
 
     tool: str
@@ -84,7 +84,7 @@ class VerifyReport:
 
     @property
     def standing(self) -> tuple[EarlierFailure, ...]:
-        """Earlier failures because of which the checkpoint does not pass, whatever this run found."""
+        """Earlier failures that keep the checkpoint from passing, whatever this run found."""
         return tuple(earlier for earlier in self.earlier_failures if earlier.status is Status.STANDS)
 
     @property
@@ -92,16 +92,16 @@ class VerifyReport:
         return not self.failures
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; numbers JSON has not are strings: "inf", "nan"."""
+        """Return a JSON object; numbers that JSON cannot hold are strings: "inf", "nan"."""
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         first = {"schema": 1, "is_passed": self.is_passed, "failures": values.pop("failures")}
         result: dict[str, Any] = _plain({**first, **values})
         result["exact"]["is_passed"] = self.exact.is_passed
-        del result["exact"]["files"]  # they are those of the whole report
+        del result["exact"]["files"]  # the same as those of the whole report
         return result
 
     def to_published_json(self) -> dict[str, Any]:
-        """The same without the places of this machine: of directories the last name alone."""
+        """Return the same without paths of this machine: directories by their last name."""
         result = self.to_json()
         result["out"] = result["exact"]["out"] = Path(self.out).resolve().name
         if self.reference is not None:
@@ -112,7 +112,7 @@ class VerifyReport:
 
 
 def fidelity_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[str]]]:
-    """What to show of the fidelity level: label -> the number of each arithmetic, for people."""
+    """Return rows for people: label, and the value of each arithmetic."""
     rows: list[tuple[str, Callable[[FidelityReport], str]]] = [
         ("outlier threshold", lambda r: "none" if r.threshold is None else f"{r.threshold:g}"),
         ("columns in 16 bits", lambda r: f"{100 * r.outlier_share:.1f} %"),
@@ -135,7 +135,7 @@ def fidelity_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[str
 
 
 def _describe(check: Check) -> Iterator[str]:
-    """A line for each of the first few findings; the others counted."""
+    """Yield a line for each of the first findings, and one with the number of the others."""
     n_shown = 3
     for finding in check.findings[:n_shown]:
         yield f"{check.name}: {finding}"

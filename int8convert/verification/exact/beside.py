@@ -1,7 +1,7 @@
-"""The files beside the weights of an int8 checkpoint: those carried over from the source, and any other.
+"""Checks the auxiliary files of an int8 checkpoint, and finds files that should not be there.
 
-Loaders take what is in a directory: a template, a token map, code, an adapter, a pickle. So a file that neither the
-source has nor the conversion writes is a finding, whatever its name. Files that no loader reads are exempt.
+Loaders take what is in a directory: a template, a token map, code, an adapter, a pickle. So a file that the source
+lacks and the conversion does not write is a finding, whatever its name. Files that no loader reads are exempt.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from int8convert.verification.opened import ExaminedCheckpoint
 
 _OWN = (MANIFEST_NAME, VERIFY_FILE, OUTLIERS_FILE, LOCAL_FILE, LOCK_FILE)
 _NOT_VOUCHED_FOR = frozenset({VERIFY_FILE, LOCAL_FILE, LOCK_FILE, CARD_NAME})
-"""Files that are written after the comparison, or stay on this machine."""
+"""Files that are written after the comparison, or are not published."""
 
 
 def check_carried(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Check:
-    """Compare tokenizer, templates and other small files with the source's.
+    """Compare tokenizer, templates and other auxiliary files with the source's.
 
-    Byte for byte where a manifest says that they were copied; see `exact_foreign_files` for those that others saved.
+    Byte by byte if a manifest says that they were copied; `foreign_files` compares files that other tools saved.
     """
     if not provenance.is_known:
         return make_check("carried", *check_foreign_files(examined, source))
@@ -65,14 +65,14 @@ def _strange(examined: ExaminedCheckpoint, source: CheckpointSource, provenance:
     for name in sorted(examined.names - expected):
         if is_inert(name) or (not provenance.is_known and is_saved_by_others(name, carried)):
             continue
-        yield Finding(name, "no such file: neither the source has it nor the conversion writes it", "one")
+        yield Finding(name, "no such file: the source lacks it, and the conversion does not write it", "one")
 
 
 def hash_beside(examined: ExaminedCheckpoint, source: CheckpointSource) -> dict[str, str]:
-    """Return the sha256 of the local files beside the weights that were compared.
+    """Return the sha256 of the auxiliary files that were compared.
 
-    Files that are written afterwards are left out, and files that no loader reads and the source does not have: notes,
-    pictures, the pages of `verify --report`.
+    Files that are written afterwards are left out, and files that no loader reads and the source lacks: notes,
+    pictures, pages of `verify --report`.
     """
     carried = {path.relative_to(source.directory).as_posix() for path in source.carried}
     names = {name for name in examined.names - examined.weight_files if name in carried or not is_inert(name)}

@@ -1,4 +1,4 @@
-"""The weight files of an int8 checkpoint and their index, against the manifest: names, sizes, sha256."""
+"""Compares the weight files of an int8 checkpoint and their index with the manifest: names, sizes, sha256."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from int8convert.verification.opened import ExaminedCheckpoint
 
 
 def read_records(out: CheckpointSource) -> dict[str, ShardRecord]:
-    """What the manifest says of each weight file; empty where there is no manifest, or none that can be read."""
+    """Return the manifest's record of each weight file; {} if no manifest can be read."""
     manifest = Manifest(out.directory)
     try:
         return manifest.read_finished_records() if manifest.is_complete else {}
@@ -29,7 +29,7 @@ def read_records(out: CheckpointSource) -> dict[str, ShardRecord]:
 def check_files(
     examined: ExaminedCheckpoint, records: Mapping[str, ShardRecord], provenance: Provenance
 ) -> Iterator[Finding]:
-    """Weight files the manifest does not name, names and is not there, or that have another size; and the index."""
+    """Find weight files that are missing, unknown to the manifest or of another size, and errors in the index."""
     if provenance.problem:
         yield Finding(MANIFEST_NAME, "a manifest of this version of int8convert", provenance.problem)
     shards = {shard.path.name: shard for shard in examined.source.shards}
@@ -49,7 +49,7 @@ def check_files(
 
 
 def _check_index(out: CheckpointSource) -> Iterator[Finding]:
-    """The index names each tensor, and nothing else: loaders go by it. What it names wrongly, `exact_needs` finds."""
+    """Find tensors that the index lacks, and entries that no index has. `needs` finds tensors that it misplaces."""
     path = out.directory / INDEX_NAME
     if not has_index(out) or not path.is_file():
         return
@@ -64,12 +64,12 @@ def _check_index(out: CheckpointSource) -> Iterator[Finding]:
 
 
 def has_index(out: CheckpointSource) -> bool:
-    """Whether a checkpoint's files are named by an index: one file of the usual name needs none."""
+    """Return whether a checkpoint has an index: a single file of the usual name needs none."""
     return [shard.path.name for shard in out.shards] != ["model.safetensors"]
 
 
 def hash_shard(shard: SourceShard) -> str:
-    """The sha256 of a weight file: of what is read here, or what the Hub says that it is."""
+    """Return the sha256 of a weight file: of its bytes, or as the Hub lists it."""
     return (
         file_sha256(shard.path, shard.identity)
         if shard.remote is None
@@ -78,14 +78,14 @@ def hash_shard(shard: SourceShard) -> str:
 
 
 def compare_sha256(shard: SourceShard, sha256: str, record: ShardRecord | None) -> Finding | None:
-    """Compare a file with its record; one of another size has been found by that."""
+    """Compare a file with its record. A file of another size is a finding already."""
     if record is None or shard.n_bytes != record.n_bytes or sha256 == record.sha256:
         return None
     return Finding(shard.path.name, f"sha256 {quoted(record.sha256)[1:-1]}", f"sha256 {sha256}")
 
 
 def _remote_sha256(shard: SourceShard) -> str:
-    """Of a file outside of LFS, which the Hub knows by another hash."""
+    """Hash a remote file outside of LFS, for which the Hub lists another hash."""
     digest, buffer, reader = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES)), shard.open()
     for begin in range(0, shard.n_bytes, CHUNK_BYTES):
         part = buffer[: shard.n_bytes - begin]

@@ -1,8 +1,8 @@
-"""Small files of checkpoints that other tools wrote: what saving them again changes, and what it must not.
+"""Compares auxiliary files of checkpoints that other tools wrote, without the differences that saving makes.
 
-transformers saves a tokenizer in the form of its own version: other entries, templates in a file of their own. The
-rest is compared. Files that transformers does not write itself must be the source's, byte for byte. A file
-that the source does not have is accepted if transformers writes it from what the source has, and if it says the same.
+transformers saves a tokenizer in the form of its own version: other entries, templates in a separate file. The rest is
+compared. Files that transformers does not write must be the source's, byte by byte. A file that the source lacks is
+accepted if transformers derives it from files of the source, and if it says the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPECIAL_TOKENS, _ADDED_TOKENS, _GENERATION = "special_tokens_map.json", "added_
 
 _PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _PARTS = frozenset({"image_processor", "feature_extractor", "video_processor"})
-"""Of processor_config.json: what preprocessor_config.json says in checkpoints that older versions saved."""
+"""Entries of processor_config.json that older versions save as preprocessor_config.json."""
 
 _REWRITTEN = {
     _TOKENIZER_CONFIG: frozenset(
@@ -41,7 +41,7 @@ _REWRITTEN = {
     _PREPROCESSOR: frozenset({"processor_class"}),
     _GENERATION: frozenset({"_from_model_config", "transformers_version", "use_cache"}),
 }
-"""File -> entries that saving adds, drops or spells in another way. What tokens they stand for is in tokenizer.json."""
+"""File -> entries that saving adds, drops or spells differently. tokenizer.json has the tokens themselves."""
 
 _SAVED = frozenset(
     {
@@ -51,21 +51,20 @@ _SAVED = frozenset(
 )
 """Files that transformers writes when it saves a model or a tokenizer, whether the source has them or not."""
 
-
 _TOKENIZER_FILES = tuple(sorted(_SAVED - {_GENERATION, _TEMPLATE}))
 
 
 def is_saved_by_others(name: str, originals: Collection[str]) -> bool:
-    """Return whether a file is allowed though the source does not have it. Its content is then compared.
+    """Return whether a file that the source lacks is allowed. Its content is then compared.
 
     Args:
-        originals: names of the source's small files.
+        originals: names of the source's auxiliary files.
     """
     return name in _SAVED or (name == _PROCESSOR and _PREPROCESSOR in originals)
 
 
 def check_foreign_files(examined: ExaminedCheckpoint, source: CheckpointSource) -> tuple[int, list[Finding]]:
-    """Compare the small files of a checkpoint with no manifest; return how many, and what is wrong."""
+    """Compare the auxiliary files of a checkpoint without a manifest; return their number, and the findings."""
     originals = {path.relative_to(source.directory).as_posix(): path for path in source.carried}
     pair = _Pair(examined, originals, source.config)
     findings: list[Finding] = []
@@ -82,21 +81,21 @@ def check_foreign_files(examined: ExaminedCheckpoint, source: CheckpointSource) 
         except CorruptFileError as error:
             findings.append(Finding(name, "what the source has", error.message))
     findings += pair.compare_templates()
-    if not findings:  # what is found already may well have changed how texts are read
+    if not findings:  # a difference in the files explains one in the readings
         findings += pair.compare_readings(source.directory)
     return n_checked, findings
 
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A checkpoint without a manifest, and the small files and the config of its source."""
+    """A checkpoint without a manifest, and auxiliary files and config of its source."""
 
     examined: ExaminedCheckpoint
     originals: Mapping[str, Path] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
 
     def compare(self, name: str, copy: Path, original: Path | None) -> Iterator[Finding]:
-        """Compare a file that is not the source's byte for byte."""
+        """Compare a file whose bytes differ from the source's."""
         if name.endswith(".json"):
             found = read_json_object(copy)
             expected = read_json_object(original) if original is not None else self._derived(name)
@@ -117,7 +116,7 @@ class _Pair:
             yield from compare_tokenizers(self.examined.source.directory, directory)
 
     def _derived(self, name: str) -> Mapping[str, Any] | None:
-        """Return what transformers derives a file from that the source does not have; None if nothing."""
+        """Return the entries from which transformers derives a file that the source lacks; None if there are none."""
         if name == _GENERATION:
             return self.config
         if name == _PROCESSOR:
@@ -135,7 +134,7 @@ class _Pair:
         return read_json_object(self.originals[name]) if name in self.originals else None
 
     def compare_templates(self) -> Iterator[Finding]:
-        """A chat template stands in a file or in tokenizer_config.json; the file counts."""
+        """Compare chat templates, which are in a file or in tokenizer_config.json; the file takes precedence."""
         paths = {name: self.examined.path_of(name) for name in (_TEMPLATE, _TOKENIZER_CONFIG)}
         if not any(paths.values()):
             return
@@ -151,7 +150,7 @@ def _template(paths: Mapping[str, Path | None]) -> Any:
     try:
         return read_json_object(path).get("chat_template") if (path := paths[_TOKENIZER_CONFIG]) is not None else None
     except CorruptFileError:
-        return None  # which `compare` finds
+        return None  # `compare` reports it
 
 
 def _differences(
@@ -174,7 +173,7 @@ def _is_other(pair: tuple[Path | None, Path | None]) -> bool:
 
 
 def _processor_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Finding]:
-    """Numbers, switches and lists that differ; versions spell classes and sizes in other ways."""
+    """Yield numbers, switches and lists that differ; versions spell classes and sizes differently."""
     for key in sorted(found.keys() - _PARTS - {"processor_class"}):
         yield Finding(f"{_PROCESSOR}: {key[:60]!r}", "no such entry", json.dumps(found[key])[:60])
     for part in sorted(found.keys() & _PARTS):

@@ -1,9 +1,9 @@
-"""Whether two checkpoints' tokenizers read texts alike, as transformers loads them.
+"""Compares the tokens that two checkpoints' tokenizers make of texts, as transformers loads them.
 
-A class named in tokenizer_config.json may rebuild what tokenizer.json says, so files that look alike can read texts
-differently, and files of other forms alike. Both tokenizers are asked, each in a process of its own.
+A class named in tokenizer_config.json may rebuild what tokenizer.json says. So files that look alike may give other
+tokens, and different files the same. Each tokenizer runs in its own process.
 
-Left out on purpose: how they write tokens back to text, where versions of transformers differ by default.
+Left out on purpose: decoding, in which versions of transformers differ by default.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _MOST_SPECIAL, _MOST_IDS, _AT_ONCE = 50, 400, 20
 
 
 def compare_tokenizers(copy: Path, original: Path) -> Iterator[Finding]:
-    """Find in what the tokenizer of one directory differs from that of another, which both have one.
+    """Find differences between the tokenizers of two directories.
 
-    Of an original that transformers cannot load, as one that needs code of the checkpoint, nothing is said.
+    Finds nothing if transformers cannot load the original, such as one that is code in the checkpoint.
     """
     try:
         source = TokenizerProcess(str(original), is_as_stated=True)
@@ -53,7 +53,7 @@ def compare_tokenizers(copy: Path, original: Path) -> Iterator[Finding]:
 
 
 def _some_ids(n: int) -> Iterator[list[int]]:
-    """Ids from all over a vocabulary, some at once: their texts have words that the tokenizer knows."""
+    """Return ids from all over a vocabulary, in groups: their texts have words that the tokenizer knows."""
     ids = range(0, n, max(1, n // _MOST_IDS))
     return (list(ids[at : at + _AT_ONCE]) for at in range(0, len(ids), _AT_ONCE))
 

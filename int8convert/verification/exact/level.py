@@ -1,19 +1,20 @@
-"""The exact level of `verify`: an int8 checkpoint against its source, tensor by tensor, with no model run.
+"""The exact level of `verify`: compares an int8 checkpoint with its source, tensor by tensor, without running a model.
 
-1. The manifest tells the source and the options of the conversion; from them the plan is rebuilt, as `quantize` makes
-   it, which says what each tensor must have become (`exact_layout`), and what the model lacks (`exact_needs`).
-2. Every weight file is hashed and compared with the manifest, while other threads compare the tensors in it: codes and
-   scales with what rounding the source gives, everything else byte for byte (`exact_tensors`, `exact_rows`).
-3. config.json is compared entry by entry with what the conversion writes (`exact_config`), the files carried over with
-   the source's, and whatever else lies there is a finding, unless no loader reads it (`exact_beside`).
+1. The manifest names the source and the options of the conversion. From them the plan is rebuilt, as `quantize` makes
+   it. It says what each tensor must have become (`layout`), and what the model lacks (`needs`).
+2. Every weight file is hashed and compared with the manifest, while other threads compare its tensors: codes and scales
+   with the rounding of the source, everything else byte by byte (`tensors`, `rows`).
+3. config.json is compared entry by entry with what the conversion writes (`config`), and auxiliary files with the
+   source's. Any other file is a finding, unless no loader reads it (`beside`).
 4. Meanwhile a child process runs a few tokens through the model, without its weights (`trial_run`).
 
-Either checkpoint may be on the Hub: its tensors are read by range, and nothing of its weights stays here.
+Either checkpoint may be on the Hub. Its tensors are then read by range, and its weights are not stored.
 
-Costs the reading of both checkpoints, once, and a few megabytes for each thread. The arithmetic is written anew in
-NumPy; shared with the converter is how a source is read, and which tensors it plans to make int8.
+Costs one reading of both checkpoints, and a few megabytes for each thread. The arithmetic is written again on purpose,
+in NumPy, so that the judge shares no defect with the converter. Shared are the reading of a source, and the plan of
+which tensors become int8.
 
-What it does not know: whether rounding to int8 harms this model. That is for the level above.
+Does not know whether rounding to int8 harms this model; the fidelity level measures that.
 """
 
 from __future__ import annotations
@@ -58,17 +59,17 @@ class ExactReport:
     """The outcome of the exact level.
 
     Attributes:
-        out, reference: the two checkpoints; no reference where the first could not even be opened.
-        commit, reference_commit: of those that are repositories on the Hub.
-        format: quant_method of the first.
-        checks: all that was looked at; see docs/verify-json.md for each.
-        n_int8_weights: weights that are int8.
-        n_different_codes, n_different_scales: those that differ from what the reference rounding gives, whether that
-            is a defect or not: a checkpoint of other origin may have been computed otherwise.
-        n_read_bytes: of both checkpoints.
-        notes: what the user should know of how this was measured.
-        files: every file of the first that was looked at -> sha256.
-        compared: what it was compared with, for people.
+        out, reference: the two checkpoints; the reference is None if `out` cannot be opened.
+        format: the format of `out`.
+        checks: all checks; docs/verify-json.md describes each.
+        n_int8_weights: number of int8 weights.
+        n_different_codes, n_different_scales: number of codes and scales that differ from the reference rounding. They
+            are no defect if another tool computed the checkpoint.
+        n_read_bytes: bytes of both checkpoints.
+        notes: what the user should know about the measurement.
+        commit, reference_commit: commits of checkpoints on the Hub; else None.
+        files: sha256 of every file of `out` that was examined.
+        compared: what `out` was compared with, for people.
     """
 
     out: str
@@ -104,19 +105,19 @@ def verify_exact(
     workers: int | None = None,
     on_event: EventSink = ignore,
 ) -> ExactReport:
-    """Compare an int8 checkpoint with the checkpoint it was made of.
+    """Compare an int8 checkpoint with its source.
 
     Args:
-        out: the int8 checkpoint: a directory, or a repository on the Hub, which is read from there; or opened already.
-        revision: of that repository.
-        reference: the source, which on the Hub is read from there; None takes the one the manifest names.
+        out: the int8 checkpoint: a directory, a repository on the Hub, or one that is open.
+        revision: branch, tag or commit of that repository.
+        reference: the source; None for the one that the manifest names.
         lora: the adapter that was merged in the conversion.
-        trust_remote_code: as `quantize` has it.
-        workers: threads; None takes the cores this process may use.
+        trust_remote_code: run code in the source, as `quantize` does.
+        workers: number of threads; None for the cores that this process may use.
         on_event: receives `HubReadStarted` and `TensorsCompared`.
 
     Raises:
-        SourceError: `out` is no int8 checkpoint, or what it was made of is not there.
+        SourceError: `out` is no int8 checkpoint, or its source is missing.
         Int8ConvertError: the source cannot be read or planned, or the adapter is another one.
     """
     began = time.perf_counter()
@@ -131,7 +132,7 @@ def verify_exact(
     provenance = find_provenance(checkpoint, reference, lora)
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
     with TrialRun(checkpoint, trust_remote_code) as trial:
-        # A module that was left alone for its values is not planned as int8, and must then hold such values.
+        # Modules that were kept for their values are not planned as int8, and must then hold such values.
         planned = plan_unchecked(
             provenance.reference,
             PlanOptions(
@@ -189,19 +190,19 @@ def _format(out: CheckpointSource) -> Format:
 def _notes(provenance: Provenance, planned: ConversionPlan) -> Iterator[str]:
     if not provenance.is_known:
         yield (
-            "no manifest tells how this checkpoint came about: its codes are judged by their distance to the weights, "
+            "no manifest tells how the checkpoint was made: codes are judged by their distance to the weights, "
             "and no file by its sha256"
         )
     elif provenance.source_files and _identity(describe_source(planned.source)) != _identity(provenance.source_files):
         yield "the source is not the one of the conversion: its config.json, its files or their headers have changed"
     if provenance.lora is not None:
-        yield "an adapter was merged, whose last bits no two machines share: codes may differ where weights lie halfway"
+        yield "an adapter was merged, whose last bits depend on the machine: codes may differ halfway between two codes"
     if (allowed := allowed_note(planned.model_map, provenance)) is not None:
         yield allowed
 
 
 def _identity(described: Any) -> Any:
-    """What tells two sources apart but the times of their files, which a copy changes."""
+    """Return what tells two sources apart, without the times of their files, which a copy changes."""
     files = described.get("files")
     files = files if isinstance(files, dict) else {}
     sizes = {name: (f.get("n_bytes"), f.get("header_sha256")) for name, f in files.items() if isinstance(f, dict)}
@@ -209,10 +210,10 @@ def _identity(described: Any) -> Any:
 
 
 def rules_for(provenance: Provenance, found: Format) -> RowRules:
-    """What may differ in a checkpoint of this origin."""
+    """Return what may differ in a checkpoint of this origin."""
     stores_absmax = module_of(found).STORES_ABSMAX
     if not provenance.is_known:
-        # Kernels on GPUs divide less exactly, and others round to other dtypes first.
+        # Kernels on GPUs divide less exactly, and other tools round to other dtypes first.
         return RowRules(stores_absmax, 1e-3, False, None, may_be_fp16=True)
     if provenance.lora is not None:
         return RowRules(stores_absmax, 0.01, False, 1e-5)
@@ -221,11 +222,11 @@ def rules_for(provenance: Provenance, found: Format) -> RowRules:
 
 
 class _Comparison:
-    """All that is compared.
+    """The comparison of two checkpoints.
 
     Attributes:
-        totals: of all tensors.
-        n_bytes: that are read for it.
+        totals: sums over all tensors.
+        n_bytes: bytes to read.
         hashes: see `ExactReport.files`.
     """
 
@@ -244,7 +245,7 @@ class _Comparison:
         self.n_bytes = out.n_bytes + planned.n_read_bytes
 
     def run(self, n_workers: int, on_event: EventSink) -> tuple[Check, ...]:
-        """All checks, those that tell the most first."""
+        """Return all checks, the most telling first."""
         self._findings["files"] += check_files(self._examined, self._records, self._provenance)
         self._findings["tensors"] += self.layout.findings
         self._findings["outlier columns"] += self._outliers.findings
@@ -270,7 +271,7 @@ class _Comparison:
         return make_check(name, n_checked, self._findings[name])
 
     def _submit(self, pool: ThreadPoolExecutor) -> list[tuple[Future[Any], int]]:
-        """File by file, so that what is hashed and what is compared is read from the disk once."""
+        """Submit tasks file by file, so that hashing and comparing read each file from the disk once."""
         tasks: list[tuple[Future[Any], int]] = []
         by_file: dict[str, list[Pair]] = {}
         for pair in self.layout.pairs:
@@ -292,7 +293,7 @@ class _Comparison:
         return compare_kept(pair)
 
     def _collect(self, tasks: Iterable[tuple[Future[Any], int]], on_event: EventSink) -> None:
-        """In the order of the files, whichever thread is done first."""
+        """Collect results in the order of the files."""
         n_done = 0
         for task, n_bytes in tasks:
             result = task.result()

@@ -1,7 +1,7 @@
-"""Checks that an int8 checkpoint gives its model every weight, once, and from the files its index names.
+"""Checks that an int8 checkpoint has every weight of its model once, in the file that its index names.
 
-The plan of the source says what the source lacks (`model_map.ModelNeeds`); that the checkpoint holds all the rest is
-for the check of its tensors (`exact_layout`). Together they cover every parameter of the model.
+The plan says what the source lacks (`model_map.ModelNeeds`), and the check of tensors (`layout`) that the checkpoint
+has all the rest. Together they cover every parameter of the model.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from int8convert.verification.exact.provenance import Provenance
 
 
 def check_needs(out: CheckpointSource, model_map: ModelMap, provenance: Provenance) -> Check:
-    """Find weights that loaders would make up or take from elsewhere than the index says.
+    """Find weights that loaders would initialize at random, or take from another file than the index says.
 
     Args:
-        model_map: the source's. Where name rules made it, nothing is known of what the model needs.
+        model_map: the source's. If name rules made it, the needs of the model are unknown.
     """
     n_tensors = sum(len(shard.tensors) for shard in out.shards)
     return make_check("needs", n_tensors, [*_lacking(model_map, provenance), *_misplaced(out.index)])
@@ -34,7 +34,7 @@ def _lacking(model_map: ModelMap, provenance: Provenance) -> Iterator[Finding]:
     for name in made_up(model_map):
         if not is_allowed(name, provenance.allow_missing):
             expected = f"{list(needs.missing[name])}, which {model_map.model_class} needs"
-            yield Finding(name, expected, "no such tensor: loaders make its values up")
+            yield Finding(name, expected, "no such tensor: loaders initialize it at random")
     for name, (found, has) in needs.mismatched.items():
         given = "tensors that do not fit together" if found is None else str(list(found))
         yield Finding(name, f"{list(has)}, which {model_map.model_class} has", given)

@@ -1,4 +1,4 @@
-"""The stored outlier columns of an int8 checkpoint, found and paired with the weights they belong to."""
+"""Pairs the stored outlier columns of an int8 checkpoint with the weights they belong to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS, _WEIGHT = ".outlier_columns", ".outlier_weight"
 
 @dataclass(frozen=True, slots=True)
 class PairedOutliers:
-    """Stored columns by the module they belong to, and what is wrong with others."""
+    """Stored columns by module, and findings for columns that fit no module."""
 
     pairs: dict[str, OutlierPair] = field(default_factory=dict, repr=False)
     findings: tuple[Finding, ...] = ()
@@ -33,7 +33,7 @@ def pair_outliers(out: CheckpointSource, layout: Layout, is_known: bool) -> Pair
     """Read the headers and column numbers of the stored columns.
 
     Args:
-        is_known: a manifest tells how the checkpoint came about; then the columns have the source's dtype.
+        is_known: whether a manifest names the source; the columns then have the source's dtype.
     """
     path = find_file(out.directory, OUTLIERS_FILE)
     if path is None:
@@ -48,7 +48,7 @@ def pair_outliers(out: CheckpointSource, layout: Layout, is_known: bool) -> Pair
     findings: list[Finding] = []
     for module in sorted({name.rpartition(".")[0] for name in tensors}):
         if module in layout.planned_modules - weights.keys():
-            continue  # what is wrong with the module itself has been found
+            continue  # the module itself is a finding already
         columns, weight = tensors.get(module + _COLUMNS), tensors.get(module + _WEIGHT)
         if columns is None or weight is None or module not in weights:
             expected = "columns and their weights, of a module that is int8"
@@ -63,7 +63,7 @@ def pair_outliers(out: CheckpointSource, layout: Layout, is_known: bool) -> Pair
 
 
 def _misfits(pair: Int8Pair, columns: PlacedTensor, weight: PlacedTensor, is_known: bool) -> Iterator[Finding]:
-    """What makes these no columns of this weight, short of their values."""
+    """Find why these are not columns of this weight, by dtype, shape and indices."""
     n_rows, n_columns = pair.planned.source.shape
     if columns.stored.dtype != "I32" or len(columns.stored.shape) != 1:
         yield Finding(columns.name, "I32 [n]", f"{columns.stored.dtype} {list(columns.stored.shape)}")

@@ -1,16 +1,17 @@
-"""Rows of int8 weights against the weights they were made of, in NumPy: an independent judge of the converter.
+"""Judges rows of int8 weights against the source's weights, in NumPy.
 
-Two questions are asked of each row, w the weights, c the codes, s the stored step (absmax / 127):
+The arithmetic is written again on purpose, so that the judge shares no defect with the converter. Two questions are
+asked of each row, with w the weights, c the codes and s the stored step (absmax / 127):
 
 1. Are codes and scale those of the reference rounding?
        inv = fl32(fl32(1 / absmax) * 127),   c = rint(fl32(w * inv)), ties to even
 2. If not: is each weight within half a step of what its code stands for?
        |w - c * s| <= s / 2 + 2 ulp(absmax)
 
-The two ulps are what the three roundings of (1) and the one of s can add up to: 4 * 127 * 2^-24 steps. So (1) implies
-(2), and rows that pass (1), which are nearly all, cost no more than that.
+The three roundings of (1) and the one of s add up to at most two ulps: 4 * 127 * 2^-24 steps. So (1) implies (2), and
+rows that pass (1), which are nearly all, cost no more than that.
 
-What it does not know: whether the weights themselves are what they should be.
+Does not know whether the source's weights are right.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _MAX_SHOWN_STEPS = 1e6
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
-    """What may differ, and why.
+    """Differences that are no defect.
 
     Attributes:
-        stores_absmax: the checkpoint stores the absmax of a row; else absmax / 127.
-        slack_steps: by how many steps a weight may be further away than half a step.
-        needs_reference_codes: codes other than those of (1) are a defect, also where a weight lies halfway.
-        scale_tolerance: relative difference of the scale that is no defect; None if any is none.
-        may_be_fp16: the weights may have been rounded to fp16 first, as bitsandbytes does.
+        stores_absmax: whether the checkpoint stores the absmax of a row; else absmax / 127.
+        slack_steps: steps by which a weight may be further away than half a step.
+        needs_reference_codes: whether codes other than those of (1) are a defect, even halfway between two codes.
+        scale_tolerance: allowed relative difference of the scale; None allows any.
+        may_be_fp16: whether the weights may have been rounded to fp16 first, as bitsandbytes does.
     """
 
     stores_absmax: bool
@@ -48,10 +49,10 @@ class RowRules:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What was found in some rows.
+    """The result for some rows.
 
     Attributes:
-        n_codes, n_scales: codes and scales that differ from the reference rounding, defect or not.
+        n_codes, n_scales: number of codes and scales that differ from the reference rounding, defect or not.
         findings: check -> the first place, with the number of places in these rows.
     """
 
@@ -74,16 +75,16 @@ def judge_rows(
     """Compare some rows.
 
     Args:
-        name: of the weight, for findings.
+        name: name of the weight, for findings.
         weight: float32 [rows, cols], the source's.
         codes: int8 [rows, cols].
         stored: float32 [rows], absmax or scale.
-        first_row: where these rows are in the matrix.
+        first_row: index of the first of these rows in the matrix.
     """
     absmax = np.maximum(weight.max(axis=1), -weight.min(axis=1))  # keeps NaN
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         inv_scale = (np.float32(1) / absmax) * np.float32(_N_STEPS)
-    # An all-zero row, and one so small that its inv_scale overflows, has the codes 0. NaN and infinity are found below.
+    # A zero row, and one so small that its inv_scale overflows, has the codes 0. NaN and infinity are found below.
     inv_scale[~np.isfinite(inv_scale)] = 0
     with np.errstate(invalid="ignore"):
         in_steps = weight * inv_scale[:, None]
@@ -98,7 +99,7 @@ def judge_rows(
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows in which something differs, looked at closely."""
+    """Rows in which something differs."""
 
     name: str
     weight: npt.NDArray[np.float32]
@@ -142,7 +143,7 @@ class _Rows:
             yield "scales", self._finding(expected, found, is_wrong, row)
 
     def _weights(self, is_finite: npt.NDArray[np.bool_]) -> Iterator[tuple[str, Finding]]:
-        """Weights too far from what their codes stand for."""
+        """Find weights too far from what their codes stand for."""
         if not is_finite.all():
             row = int(np.argmin(is_finite))
             value = float(self.absmax[row])
@@ -155,7 +156,7 @@ class _Rows:
             if self.rules.may_be_fp16:
                 away = np.minimum(away, np.abs(self.weight.astype(np.float16) - rounded))
             limit = (0.5 + self.rules.slack_steps) * np.abs(step) + 2 * np.spacing(self.absmax).astype(np.float64)
-            # Rows that have no int8 form lose all they have, which is too little to matter.
+            # Rows that are too small for int8 become zero.
             limit[self.inv_scale == 0] = np.inf
             too_far = ~(away <= limit[:, None])
         if too_far.any():
@@ -166,7 +167,7 @@ class _Rows:
             yield "weights", self._finding(expected, found, too_far, row, column)
 
     def _rows(self, is_finite: npt.NDArray[np.bool_]) -> Iterator[tuple[str, Finding]]:
-        """Rows that became zero, or do not use their codes."""
+        """Find rows that became zero, or do not use the full range of codes."""
         peak = np.abs(self.codes.astype(np.int16)).max(axis=1)
         holds = is_finite & (self.inv_scale > 0)
         is_zero = holds & ((peak == 0) | ~(self.stored > 0))

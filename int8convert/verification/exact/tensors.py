@@ -1,6 +1,6 @@
-"""One tensor of an int8 checkpoint against what it was made of, block by block: a megabyte or two of memory each.
+"""Compares one tensor of an int8 checkpoint with the source, in blocks of a megabyte or two.
 
-Stored outlier columns are compared on the way, with the rows they were taken from.
+Stored outlier columns are compared in the same pass, with the rows they were taken from.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from int8convert.verification.exact.values import (
 )
 
 _MERGED_TOLERANCE = 1e-5
-"""B @ A is left to BLAS, whose last bits depend on processor and blocks; relative to the largest value of a row."""
+"""Allowed difference after a merge, relative to the largest value of a row: the last bits of B @ A by BLAS depend on
+processor and blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ class OutlierPair:
     """Stored outlier columns of one module.
 
     Attributes:
-        columns: int32 [n], where they are in the weight.
-        weight: [out, n].
+        columns: int32 [n], their indices in the weight.
+        weight: [out, n], their values.
     """
 
     columns: npt.NDArray[np.int32] = field(repr=False)
@@ -49,10 +50,10 @@ class OutlierPair:
 
 @dataclass
 class TensorResult:
-    """What one tensor's comparison gave.
+    """The comparison of one tensor.
 
     Attributes:
-        n_checked: check -> how much was looked at.
+        n_checked: check -> number of things checked.
         findings: check -> the first place, with the number of places.
     """
 
@@ -62,7 +63,7 @@ class TensorResult:
     n_different_scales: int = 0
 
     def add(self, check: str, finding: Finding) -> None:
-        """Another block's finding: the first is kept, the places are added up."""
+        """Add a block's finding: the first place is kept, the numbers of places are added."""
         before = self.findings.get(check)
         if before is not None:
             finding = replace(before, n_places=before.n_places + finding.n_places)
@@ -70,7 +71,7 @@ class TensorResult:
 
 
 def compare_int8(pair: Int8Pair, rules: RowRules, outliers: OutlierPair | None) -> TensorResult:
-    """Codes, scale and stored columns of an int8 weight."""
+    """Compare codes, scale and stored columns of an int8 weight."""
     result = TensorResult()
     planned = pair.planned
     n_rows, n_columns = planned.source.shape
@@ -99,7 +100,7 @@ def compare_int8(pair: Int8Pair, rules: RowRules, outliers: OutlierPair | None) 
 
 
 def _check_zeros(pair: Int8Pair, result: TensorResult) -> None:
-    """A zero point moves every weight of a row; a format number but 0 is another order of the codes."""
+    """Find zero points, which shift every weight of a row, and format numbers other than 0, which reorder codes."""
     if pair.zeros is None:
         return
     values = read_all(pair.zeros)
@@ -138,7 +139,7 @@ def _compare_columns(
 
 
 def _agree(expected: npt.NDArray[Any], found: npt.NDArray[Any], dtype: str, is_merged: bool) -> npt.NDArray[np.bool_]:
-    """Where two arrays agree: bit for bit, but for what an adapter was merged into."""
+    """Return where two arrays agree: bit by bit, or within a tolerance if an adapter was merged."""
     is_same = same_bits(expected, found)
     if is_merged and dtype in FLOATS and not is_same.all():
         one, other = float_values(expected, dtype), float_values(found, dtype)
@@ -149,11 +150,11 @@ def _agree(expected: npt.NDArray[Any], found: npt.NDArray[Any], dtype: str, is_m
 
 
 def compare_kept(pair: KeptPair) -> TensorResult:
-    """A tensor that stays as it is, or in another float dtype."""
+    """Compare a tensor that is kept, possibly in another float dtype."""
     result = TensorResult(n_checked={"kept": 1})
     planned, there = pair.planned, pair.tensor.stored
     source = planned.source
-    # Row by row only where a value's place in its row matters.
+    # Row by row only if a value's place in its row matters.
     is_plain = source.strides is None and there.strides is None and planned.fp8 is None and planned.lora is None
     source, there = (flat(source), flat(there)) if is_plain or not source.shape else (source, there)
     has_int8_form = True

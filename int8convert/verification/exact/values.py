@@ -1,7 +1,7 @@
-"""Values of a checkpoint as NumPy arrays, and what they become in another dtype: written anew, to judge the converter.
+"""Reads values of a checkpoint as NumPy arrays, and casts them to another dtype.
 
-What is shared with the converter is where the bytes are: which rows of which tensor of the source make a tensor of the
-output, decoded from FP8 and merged with an adapter where that was asked for.
+The casts are written again on purpose, to judge the converter. Shared with the converter is where the bytes are: which
+rows of which source tensor make a tensor of the output, decoded from FP8 and merged with an adapter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLOATS = frozenset({*_NUMPY, "BF16"})
 
 
 class TensorRows:
-    """Rows of one tensor of a file, as arrays. A context manager; each thread has its own."""
+    """Reads rows of one tensor of a file. A context manager; each thread has its own."""
 
     def __init__(self, stored: StoredTensor, shard: SourceShard) -> None:
         self.stored = stored
@@ -43,16 +43,16 @@ class TensorRows:
         self._reader.close()
 
     def read(self, begin: int, end: int) -> npt.NDArray[Any]:
-        """The rows as they lie there: floats as `float_values` takes them, others as unsigned integers."""
+        """Return rows as stored: floats as `float_values` takes them, others as unsigned integers."""
         block = read_rows(self.stored, self._reader, begin, end, self._scratch)
         return as_array(self.stored, block, begin, end)
 
 
 class PlannedRows:
-    """Rows of what a tensor of the output was made of. A context manager.
+    """Reads the source's rows of a tensor of the output. A context manager.
 
     Attributes:
-        dtype: of the values: the source's, but F32 where codes were decoded or an adapter merged.
+        dtype: the source's dtype; F32 if codes were decoded or an adapter merged.
     """
 
     def __init__(self, planned: PlannedTensor, stored: StoredTensor) -> None:
@@ -75,27 +75,27 @@ class PlannedRows:
 
 
 def blocks_of(stored: StoredTensor) -> Iterator[tuple[int, int]]:
-    """The row ranges of a tensor that has any elements."""
+    """Return the row ranges of a tensor; none if it has no elements."""
     return row_ranges(stored) if stored.n_elements else iter(())
 
 
 def flat(stored: StoredTensor) -> StoredTensor:
-    """A contiguous tensor as one row after the other of a single element, so that no row is too long."""
+    """Return a contiguous tensor as a column, so that no row is too long."""
     return replace(stored, shape=(stored.n_elements,))
 
 
 def read_all(tensor: PlacedTensor) -> npt.NDArray[Any]:
-    """A small tensor, flat."""
+    """Read a small tensor, flat."""
     stored = flat(tensor.stored) if tensor.stored.strides is None else tensor.stored
     with TensorRows(stored, tensor.shard) as rows:
         return rows.read(0, stored.shape[0]).reshape(-1).copy()
 
 
 def float_values(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    """float32 of the values; exact but for F64, which is rounded to nearest even.
+    """Return values in float32, exact except for F64, which is rounded to nearest even.
 
     Args:
-        array: of `dtype`; BF16 as integers of its 16 bits.
+        array: values of `dtype`; BF16 as integers of its 16 bits.
     """
     if dtype == "BF16":
         wide = array.view(np.uint16).astype(np.uint32)
@@ -106,9 +106,9 @@ def float_values(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]
 
 
 def cast(array: npt.NDArray[Any], dtype: str, wanted: str) -> npt.NDArray[Any]:
-    """Float values in another float dtype, rounded once to nearest even; BF16 as integers of its 16 bits.
+    """Cast float values to another float dtype, rounded once to nearest even; BF16 as integers of its 16 bits.
 
-    By torch, which is what the model's own loader casts with.
+    torch casts, as in the model's own loader.
     """
     if dtype == wanted:
         return array
@@ -123,13 +123,13 @@ def cast(array: npt.NDArray[Any], dtype: str, wanted: str) -> npt.NDArray[Any]:
 
 
 def same_bits(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Where two arrays of one dtype hold the same bits; NaN equals NaN, and zero is not minus zero."""
+    """Compare two arrays of one dtype bit by bit: NaN equals NaN, and zero is not minus zero."""
     bits = np.dtype(f"u{one.dtype.itemsize}")
     same: npt.NDArray[np.bool_] = one.view(bits) == other.view(bits)
     return same
 
 
 def shown(array: npt.NDArray[Any], dtype: str, index: int) -> str:
-    """One value for a person."""
+    """Return one value as text."""
     value = array.reshape(-1)[index : index + 1]
     return f"{float(float_values(value, dtype)[0]):.7g}" if dtype in FLOATS else f"{value[0]}"

@@ -1,10 +1,10 @@
-"""Which arithmetic an int8 model runs: the same weights are different models under each.
+"""Arithmetics of an int8 model: under each of them the same weights are a different model.
 
     none            every column int8: vector-wise
-    dynamic         LLM.int8(): columns that reach the threshold in this batch stay 16-bit, weights from the codes
-    static          stored columns stay 16-bit, weights as they were
+    dynamic         LLM.int8(): columns that reach the threshold in this batch stay 16-bit, with dequantized weights
+    static          stored columns stay 16-bit, with the source's weights
     static+guard    both
-    weight-only     weights are what the codes stand for, inputs are not quantized at all
+    weight-only     weights are dequantized, inputs are not quantized at all
 
 The first four are the modes of `int8convert.runtime.linear`.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ class Arithmetic:
     Attributes:
         mode: one of `MODES`.
         threshold: magnitude from which a column is an outlier, in the units of the inputs; 0 and infinity find none.
-            None where the mode looks for none.
+            None if the mode does not look for outliers.
     """
 
     mode: str
@@ -52,33 +52,34 @@ class Arithmetic:
 
 @dataclass(slots=True)
 class ColumnCount:
-    """Columns of inputs that stayed 16-bit, of all that int8 layers read."""
+    """Number of input columns of int8 layers, and of those that stayed 16-bit."""
 
     n_kept: int = 0
     n_columns: int = 0
 
     @property
     def share(self) -> float:
-        """0 to 1; each layer counts by its columns, each time that it runs."""
+        """Share that stayed 16-bit, 0 to 1; a layer counts by its columns, each time it runs."""
         return self.n_kept / self.n_columns if self.n_columns else 0.0
 
 
 def choose_arithmetics(model: nn.Module, modes: Sequence[str], thresholds: Sequence[float]) -> tuple[Arithmetic, ...]:
-    """Each mode at each threshold, once; modes that look for no outliers have none.
+    """Return each mode at each threshold, once; a mode that looks for no outliers has no threshold.
 
     Args:
-        model: as `int8convert.load` has it.
-        modes: none for the model's own.
-        thresholds: none for the model's own.
+        model: a model that `int8convert.load` made.
+        modes, thresholds: none for the model's own.
 
     Raises:
         CoverageError: the model has no int8 layer.
         SourceError: a mode uses stored columns, and the checkpoint has none.
-        ValueError: there is no such mode, or a threshold is negative.
+        ValueError: a mode is unknown, or a threshold is negative.
     """
     layer = next((module for module in model.modules() if isinstance(module, Int8Linear)), None)
     if layer is None:
-        raise CoverageError(f"{type(model).__name__} has no int8 layer", "name the checkpoint that was converted")
+        raise CoverageError(
+            f"{type(model).__name__} has no int8 layer", "give the int8 checkpoint that a conversion wrote"
+        )
     chosen = []
     for mode in modes or (layer.mode,):
         if mode not in MODES:
@@ -91,33 +92,30 @@ def choose_arithmetics(model: nn.Module, modes: Sequence[str], thresholds: Seque
     if not layer.mode.uses_stored and any(choice.uses_stored and choice.mode != WEIGHT_ONLY for choice in chosen):
         raise SourceError(
             "static outliers are asked for, and the checkpoint has no stored columns",
-            "int8convert outliers SRC --write finds and stores them; mode dynamic needs none",
+            "store columns with int8convert outliers SRC --write OUT, or use mode dynamic",
         )
     return tuple(dict.fromkeys(chosen))
 
 
 @contextmanager
 def running(model: nn.Module, arithmetic: Arithmetic, columns: ColumnCount) -> Iterator[None]:
-    """Let the int8 layers of a model compute so as long as this lasts, and count the columns that stay 16-bit."""
-    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
-    before = [(layer.mode, layer.threshold) for layer in layers]
-    hooks = [
-        layer.register_forward_pre_hook(partial(_count, arithmetic, columns), with_kwargs=True) for layer in layers
-    ]
-    for layer in layers:
-        if arithmetic.outlier_mode is None:
-            layer.forward = partial(_weight_only, layer)  # type: ignore[method-assign]
-        else:
-            layer.mode = arithmetic.outlier_mode
-        layer.threshold = layer.threshold if arithmetic.threshold is None else arithmetic.threshold
-    try:
+    """Run the int8 layers of a model by an arithmetic until the context ends, and count columns that stay 16-bit."""
+    with ExitStack() as stack:
+        for layer in [module for module in model.modules() if isinstance(module, Int8Linear)]:
+            stack.callback(_restore, layer, layer.mode, layer.threshold)
+            hook = layer.register_forward_pre_hook(partial(_count, arithmetic, columns), with_kwargs=True)
+            stack.callback(hook.remove)
+            if arithmetic.outlier_mode is None:
+                layer.forward = partial(_weight_only, layer)  # type: ignore[method-assign]
+            else:
+                layer.mode = arithmetic.outlier_mode
+            layer.threshold = layer.threshold if arithmetic.threshold is None else arithmetic.threshold
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, (mode, threshold) in zip(layers, before, strict=True):
-            layer.__dict__.pop("forward", None)
-            layer.mode, layer.threshold = mode, threshold
+
+
+def _restore(layer: Int8Linear, mode: OutlierMode, threshold: float) -> None:
+    layer.__dict__.pop("forward", None)
+    layer.mode, layer.threshold = mode, threshold
 
 
 def _weight_only(layer: Int8Linear, input: torch.Tensor) -> torch.Tensor:

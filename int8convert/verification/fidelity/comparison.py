@@ -1,4 +1,4 @@
-"""What is compared, and what is summed up while reference and int8 model run, side by side or in lockstep."""
+"""Inputs and sums of a fidelity measurement, for both ways to run it: side by side and in lockstep."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ from int8convert.verification.options import Execution
 
 @dataclass(slots=True)
 class Comparison:
-    """Sums over all windows.
-
-    Attributes:
-        arithmetic: of the int8 model.
-        statistics: of its predictions.
-        columns: that stayed 16-bit.
-    """
+    """Sums over all windows for one arithmetic of the int8 model."""
 
     arithmetic: Arithmetic
     statistics: PairedStatistics = field(default_factory=PairedStatistics)
@@ -36,20 +30,20 @@ class Comparison:
     _squares: dict[str, list[float]] = field(default_factory=dict)
 
     def add_layer(self, name: str, output: torch.Tensor, reference: torch.Tensor) -> None:
-        """Count what a decoder layer returned for a window, after all the layers before it, int8 as they are."""
+        """Count the hidden state after a decoder layer of one window, all layers before it included."""
         squares = self._squares.setdefault(name, [0.0, 0.0])
         exact = reference.to(output.device, torch.float32)
         squares[0] += float(torch.linalg.vector_norm(output.float() - exact, dtype=torch.float64)) ** 2
         squares[1] += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
 
     def layer_errors(self) -> tuple[tuple[str, float], ...]:
-        """Layer -> |output - reference| / |reference|, over all tokens, in the order they ran."""
+        """Return layer -> |output - reference| / |reference| over all tokens, in the order they ran."""
         return tuple((name, _ratio(*squares)) for name, squares in self._squares.items())
 
 
 @dataclass(frozen=True, slots=True)
 class FidelityTask:
-    """What `int8convert.verification.fidelity.level.measure_fidelity` was asked for; see there."""
+    """The arguments of `measure_fidelity`, with a device that was chosen, and the loaders of both models."""
 
     reference: str | os.PathLike[str]
     out: str | os.PathLike[str]
@@ -65,23 +59,23 @@ class FidelityTask:
 
     @property
     def n_arithmetics(self) -> int:
-        """At most."""
+        """The largest number of arithmetics."""
         return max(1, len(self.execution.modes)) * max(1, len(self.execution.thresholds))
 
     def load_reference(self) -> Any:
-        """A whole model."""
+        """Load the whole reference."""
         return load_model(self.reference, self.device, trust_remote_code=self.trusts_code)
 
     def settle_reference(self, part: nn.Module) -> None:
-        """What loading it as a whole does to its parts."""
+        """Do to a part what loading the whole reference does to it."""
         settle_dtype(part, self.reference, self.device)
 
     def load_int8(self) -> Any:
-        """A whole model."""
+        """Load the whole int8 model."""
         return load(self.out, device_map={"": self.device}, trust_remote_code=self.trusts_code)
 
     def start_comparisons(self, int8: nn.Module) -> tuple[Comparison, ...]:
-        """One for each arithmetic; errors as `choose_arithmetics` has them."""
+        """Return a comparison for each arithmetic; errors as for `choose_arithmetics`."""
         return tuple(
             Comparison(choice) for choice in choose_arithmetics(int8, self.execution.modes, self.execution.thresholds)
         )
@@ -92,8 +86,8 @@ class Measured:
     """All comparisons of a measurement.
 
     Attributes:
-        dtype: of what is not int8 in the int8 model.
-        reference_dtype: of the reference.
+        dtype: dtype of the int8 model's other tensors.
+        reference_dtype: dtype of the reference.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -102,7 +96,7 @@ class Measured:
 
 
 def check_vocabulary(logits: torch.Tensor, reference: torch.Tensor) -> None:
-    """See that both models choose from the same tokens.
+    """Check that both models choose from the same number of tokens.
 
     Raises:
         SourceError: they do not.
@@ -110,7 +104,7 @@ def check_vocabulary(logits: torch.Tensor, reference: torch.Tensor) -> None:
     if logits.shape[-1] != reference.shape[-1]:
         raise SourceError(
             f"the int8 model predicts one of {logits.shape[-1]:,} tokens, the reference one of {reference.shape[-1]:,}",
-            "name the checkpoint that was converted",
+            "give the source with --reference SRC",
         )
 
 
@@ -121,7 +115,7 @@ def _ratio(error: float, size: float) -> float:
 
 
 def decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """The layers that pass on the hidden state, by their names: the largest list of modules that is in no other.
+    """Return the layers that pass on the hidden state, by name: the largest list of modules that is in no other.
 
     Raises:
         SourceError: the model has no such list, or does not predict the next token.
@@ -129,14 +123,14 @@ def decoder_layers(model: Any) -> dict[str, nn.Module]:
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise SourceError(
             f"{type(model).__name__} does not predict the next token, by which fidelity is measured",
-            "the exact comparison needs no such model",
+            "use --level exact, which runs no model",
         )
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = {name: found for name, found in lists.items() if not _is_inside(name, lists)}
     if not outermost:
         raise SourceError(
             f"{type(model).__name__} has no list of layers, one after the other",
-            "the exact comparison needs none",
+            "use --level exact, which runs no model",
         )
     largest = max(outermost, key=lambda name: sum(p.numel() for p in outermost[name].parameters()))
     return {f"{largest}.{i}": layer for i, layer in enumerate(outermost[largest])}
@@ -147,6 +141,6 @@ def _is_inside(name: str, others: dict[str, nn.ModuleList]) -> bool:
 
 
 def hidden_state(output: Any) -> torch.Tensor:
-    """What a decoder layer passes on, of what it returns."""
+    """Return the hidden state in the output of a decoder layer."""
     state: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return state

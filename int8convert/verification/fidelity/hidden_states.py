@@ -1,4 +1,4 @@
-"""The hidden states of all windows between two layers: in memory, or in files that the system may drop from it."""
+"""The hidden states of all windows between two layers, in memory or in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class HiddenStates:
     """One tensor for each window, on the CPU.
 
     Args:
-        folder: where files may be made; None keeps them in memory.
+        folder: a folder for files; None keeps the tensors in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -27,7 +27,7 @@ class HiddenStates:
         return self._states[i]
 
     def __setitem__(self, i: int, state: torch.Tensor) -> None:
-        """Keep a copy, in place of the one that was there.
+        """Store a copy.
 
         Raises:
             DiskFullError: there is no room for the file.
@@ -42,14 +42,14 @@ class HiddenStates:
             return torch.empty(state.shape, dtype=state.dtype)
         handle, name = tempfile.mkstemp(dir=self._folder)
         try:
-            # Without this, a full disk would kill the process when a page is written.
+            # Otherwise a full disk would kill the process when a page is written.
             os.posix_fallocate(handle, 0, max(1, state.nbytes))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             raise DiskFullError(
                 f"the disk of '{self._folder}' has no room for hidden states of {state.nbytes:,} bytes a window",
-                "set TMPDIR to a folder with more room, or measure fewer windows; nothing of it was kept",
+                "set TMPDIR to a folder with more room, or measure fewer windows",
             ) from error
         finally:
             os.close(handle)

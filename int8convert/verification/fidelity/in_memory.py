@@ -1,9 +1,9 @@
-"""Reference and int8 model side by side, both in memory: every window through both."""
+"""Runs every window through reference and int8 model, both in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,11 +37,15 @@ def compare_in_memory(task: FidelityTask) -> Measured:
     int8_layers = decoder_layers(int8)
     comparisons = task.start_comparisons(int8)
     for i, ids in enumerate(windows.ids):
-        with _recording(layers) as states:
+        states: dict[str, torch.Tensor] = {}
+        with _passing_states(layers, states.__setitem__):
             exact_logits = _logits(exact, ids)
         scored = slice(windows.scored_from(i) - 1, -1)
         for comparison in comparisons:
-            with running(int8, comparison.arithmetic, comparison.columns), _comparing(int8_layers, states, comparison):
+            with (
+                running(int8, comparison.arithmetic, comparison.columns),
+                _passing_states(int8_layers, partial(_compare, comparison, states)),
+            ):
                 logits = _logits(int8, ids)
             check_vocabulary(logits, exact_logits)
             comparison.statistics.add(logits[scored], exact_logits[scored], ids[scored.start + 1 :])
@@ -56,36 +60,18 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-@contextmanager
-def _recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """What decoder layers pass on while this lasts."""
-    states: dict[str, torch.Tensor] = {}
-
-    def record(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        states[name] = hidden_state(output).detach()
-
-    with _hooked(layers, record):
-        yield states
+def _compare(comparison: Comparison, reference: Mapping[str, torch.Tensor], name: str, state: torch.Tensor) -> None:
+    comparison.add_layer(name, state, reference[name])
 
 
 @contextmanager
-def _comparing(
-    layers: Mapping[str, nn.Module], states: Mapping[str, torch.Tensor], comparison: Comparison
-) -> Iterator[None]:
-    """Compare what decoder layers pass on with what was recorded, while this lasts."""
+def _passing_states(layers: Mapping[str, nn.Module], receive: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Pass name and hidden state to a function whenever a decoder layer has run, until the context ends."""
 
-    def compare(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        comparison.add_layer(name, hidden_state(output), states[name])
+    def after(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        receive(name, hidden_state(output).detach())
 
-    with _hooked(layers, compare):
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(partial(after, name)).remove)
         yield
-
-
-@contextmanager
-def _hooked(layers: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
-    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,14 +1,14 @@
-"""How faithful an int8 checkpoint is to the one it was made of: both read the same tokens, and are compared.
+"""The fidelity level of `verify`: compares the predictions of an int8 checkpoint and its source on the same tokens.
 
-1. Every window of the text goes through the reference and through the int8 model, one window at a time, so that no
-   window's outlier columns depend on another's.
-2. At each position the two distributions over the vocabulary are compared; see `paired_statistics`. At each decoder
-   layer the two hidden states are: an error that begins at a layer shows from there on.
-3. If both models fit in memory, they are held there; else they go through the layers in lockstep, see `lockstep`. The
-   results are the same to rounding.
+1. Every window of the text goes through both models, one window at a time, so that no window's outlier columns depend
+   on another's.
+2. At each position the two distributions over the vocabulary are compared (`paired_statistics`). After each decoder
+   layer the two hidden states are compared, so an error shows from the layer where it begins.
+3. Both models are in memory if they fit. Otherwise they go through the layers in lockstep (`lockstep`). The results are
+   the same to rounding.
 
-The int8 model is what `int8convert.load` gives, in its own dtype. The reference is computed in float32 on the CPU,
-where 16 bits are slower and less exact, and in its own dtype elsewhere: what the int8 model's 16-bit parts round is in
+The int8 model is what `int8convert.load` returns, in its own dtype. The reference runs in float32 on the CPU, where 16
+bits are slower and less exact, and in its own dtype elsewhere. So the rounding of the int8 model's 16-bit parts is in
 the result, too.
 
 Does not know how other texts would come out, and says nothing of tasks.
@@ -39,22 +39,21 @@ from int8convert.verification.options import Execution
 
 @dataclass(frozen=True, slots=True)
 class FidelityReport:
-    """What one arithmetic of the int8 model does to the predictions.
+    """Effect of one arithmetic of the int8 model on the predictions.
 
     Attributes:
-        mode: the arithmetic that ran, one of `int8convert.verification.fidelity.arithmetic.MODES`.
-        threshold: magnitude from which a column is an outlier; None where the mode looks for none.
-        outlier_share: of the columns of the int8 layers' inputs, those that stayed 16-bit, 0 to 1.
-        dtype, reference_dtype: of what is not int8 in the model, and of the reference.
+        mode: the arithmetic, one of `fidelity.arithmetic.MODES`.
+        threshold: magnitude from which a column is an outlier; None if the mode does not look for outliers.
+        outlier_share: share of the int8 layers' input columns that stayed 16-bit, 0 to 1.
+        dtype, reference_dtype: dtype of the int8 model's other tensors, and of the reference.
         layer_errors: decoder layer -> |difference of the hidden states| / |reference's| after it, in the order of the
-            layers, each after all the int8 layers before it.
-        streamed: layer by layer; else both models were in memory.
-        peak_memory_bytes: the most that was resident in this process, files that were mapped included; without what a
-            GPU held.
-        seconds: of the whole measurement, which all its arithmetics share.
-        convention: how the text was cut, which tokens were scored, and how perplexity comes of it.
+            layers; all int8 layers before it included.
+        streamed: whether the models ran layer by layer.
+        peak_memory_bytes: the most memory that was resident in this process, mapped files included, GPUs excluded.
+        seconds: time of the whole measurement, which all its arithmetics share.
+        convention: how the text was cut, which tokens were scored, and what perplexity means then.
 
-    All others: see `int8convert.verification.fidelity.paired_statistics.PairedSummary`.
+    All others are those of `paired_statistics.PairedSummary`.
     """
 
     mode: str
@@ -100,15 +99,15 @@ def measure_fidelity(
         out: the int8 checkpoint's directory.
         windows: the tokens, by the reference's tokenizer.
         execution: how the models run.
-        trust_remote_code: code in the checkpoints may run.
+        trust_remote_code: run code in the checkpoints.
         on_event: receives `FidelityStarted` and `FidelityStep`.
 
     Returns:
         one report for each arithmetic.
 
     Raises:
-        Int8ConvertError: a checkpoint cannot be read, does not predict the next token, or has not what a mode needs.
-        ValueError: there is no such mode, or a threshold is negative.
+        Int8ConvertError: a checkpoint cannot be read, does not predict the next token, or lacks what a mode needs.
+        ValueError: a mode is unknown, or a threshold is negative.
     """
     began = time.perf_counter()
     start_peak()
@@ -142,6 +141,6 @@ def _statistics(comparison: Comparison, reference: str | os.PathLike[str]) -> di
     if math.isnan(summary["reference_perplexity"]):
         raise SourceError(
             f"'{os.fspath(reference)}' predicts NaN on this text: there is nothing to compare with",
-            "the exact comparison needs no predictions",
+            "use --level exact, which needs no predictions",
         )
     return summary

@@ -1,21 +1,19 @@
-"""Reference and int8 model layer by layer, for models that do not fit in memory.
+"""Runs reference and int8 model layer by layer, for models that do not fit in memory.
 
-1. Of each model only what lies outside of the decoder layers is loaded; see `layered_model`.
-2. For each decoder layer: the reference's weights are loaded, all windows go through, the weights are let go of; then
-   the same with the int8 model, once for each of its arithmetics, and the hidden states are compared.
+1. The parts of each model outside of the decoder layers are loaded; see `layered_model`.
+2. For each decoder layer, the reference's weights are loaded, all windows go through, and the weights are released.
+   Then the int8 model does the same, once for each of its arithmetics, and the hidden states are compared.
 3. At the end the output heads are loaded, and give the logits of each window, some positions at a time.
 
-A layer is run by the model's own forward, so that masks, positions and whatever else a layer is given are what the
-model makes of them: layers before the one that runs hand on what is there, the last of them the hidden state that was
-kept, and behind the one that runs the forward is left. So each layer is loaded once, and what it is given is made anew
-for each window, which costs little beside the layer.
+A layer runs inside the model's own forward, so masks, positions and other arguments are what the model makes of them.
+Layers before the current one return their input, the last of them the stored hidden state. After the current layer the
+forward is aborted. So each layer is loaded once; its arguments are computed again for each window, which costs little.
 
-Costs of memory: one decoder layer of one of the models, embeddings and heads of both, and the hidden states of all
-windows, which lie in files where they would take too much. Time is that of tokens times layers, and of reading both
-checkpoints once.
+Costs memory for one decoder layer of one of the models, for embeddings and heads of both, and for the hidden states of
+all windows, which go into files if they are large. Takes time for tokens times layers, and for reading both checkpoints
+once.
 
-Does not know layers that hand on more than one hidden state, by another way than the model's forward: these are
-refused where that shows.
+Does not support layers that pass on more than one hidden state by another way than the forward: refuses them if seen.
 """
 
 from __future__ import annotations
@@ -49,14 +47,14 @@ from int8convert.verification.fidelity.stream_plan import LOGITS_AT_A_TIME, plan
 
 
 class _LayerDone(BaseException):
-    """Leaves a model's forward behind the layer that was to run; no Exception, lest model code catches it."""
+    """Aborts `forward` after the requested layer. A BaseException, so that model code cannot catch it."""
 
 
 class LayerRunner:
     """Runs one decoder layer at a time, or the output head, inside the model's own forward.
 
     Attributes:
-        n_forwards: how often a decoder layer ran.
+        n_forwards: how many times a decoder layer ran.
     """
 
     def __init__(self, layered: LayeredModel) -> None:
@@ -72,11 +70,12 @@ class LayerRunner:
             layer.forward = partial(self._forward, i)
 
     def run(self, layer: int, ids: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
-        """What a layer, counted from 0, makes of a window.
+        """Return the hidden state of a window after a layer.
 
         Args:
+            layer: index from 0.
             ids: int64 [length].
-            state: what the layer before made of it; None for the first layer.
+            state: the hidden state after the layer before; None for the first layer.
         """
         self._current, self._state = layer, state
         try:
@@ -87,7 +86,7 @@ class LayerRunner:
         self._refuse(f"does not run its layer {layer}")
 
     def logits(self, ids: torch.Tensor, state: torch.Tensor) -> Iterator[torch.Tensor]:
-        """[positions, vocabulary], some positions after the other, from what the last layer made of a window."""
+        """Yield logits [positions, vocabulary] of a window, some positions at a time, from its last hidden state."""
         self._current, self._state = len(self._layers), state
         if "logits_to_keep" not in inspect.signature(self._model.forward).parameters:
             yield self._call(ids).logits[0]
@@ -99,7 +98,7 @@ class LayerRunner:
     def _refuse(self, what: str) -> NoReturn:
         raise SourceError(
             f"{type(self._model).__name__} {what}: it cannot be run layer by layer",
-            "such a model is measured with both models in memory",
+            "measure it without --stream, with both models in memory",
         )
 
     def _call(self, ids: torch.Tensor, **options: Any) -> Any:
@@ -107,7 +106,7 @@ class LayerRunner:
             return self._model(ids[None].to(self._model.device), use_cache=False, **options)
 
     def _forward(self, i: int, *inputs: Any, **named: Any) -> Any:
-        """In place of the forward of layer i."""
+        """Replace the forward of layer i."""
         if i == self._current:
             shared = [value for value in (*inputs, *named.values()) if isinstance(value, MutableMapping | list)]
             sizes = [len(value) for value in shared]
@@ -128,7 +127,7 @@ def compare_in_lockstep(task: FidelityTask) -> Measured:
     Raises:
         SourceError: the model cannot be run layer by layer.
         CorruptFileError: weights are missing, or do not fit.
-        DiskFullError: hidden states have to lie in files, and there is no room.
+        DiskFullError: there is no room for the files of hidden states.
     """
     plan = plan_stream(task)
     task.on_event(FidelityStarted(True, plan.peak_bytes, plan.n_layers + 1))
@@ -166,7 +165,7 @@ class _Lockstep:
         self._int8_states = [(comparison, HiddenStates(folder)) for comparison in comparisons]
 
     def run_layer(self, i: int, name: str) -> None:
-        """Hand all windows on by one layer."""
+        """Run all windows through one layer of both models."""
         with self._exact.holding(name):
             for w, ids in enumerate(self._windows.ids):
                 self._exact_states[w] = self._exact_runner.run(i, ids, self._exact_states[w] if i else None)
@@ -178,7 +177,7 @@ class _Lockstep:
                         comparison.add_layer(name, states[w], self._exact_states[w])
 
     def run_heads(self) -> None:
-        """Make logits of the last hidden states, and count them."""
+        """Compute the logits from the last hidden states, and count them."""
         with self._exact.holding(self._exact.head), self._int8.holding(self._int8.head):
             for comparison, states in self._int8_states:
                 with running(self._int8.model, comparison.arithmetic, comparison.columns):

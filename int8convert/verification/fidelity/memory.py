@@ -1,4 +1,4 @@
-"""How much memory there is, and how much of it was used."""
+"""Memory of this process: what is available, and what was used."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: str) -> int:
-    """What this process may still take on a device, by what the system, its container and its limits say."""
+    """Return the memory this process may still take on a device: the least of system, container and limits."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    candidates = [_available_of_the_machine(), _available_in_the_container()]
+    candidates = [_available_on_machine(), _available_in_container()]
     sizes = {resource.RLIMIT_AS: "VmSize", resource.RLIMIT_DATA: "VmData"}
     for limit, used in sizes.items():
         allowed = resource.getrlimit(limit)[0]
@@ -25,12 +25,12 @@ def available_bytes(device: str) -> int:
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Return the memory of this process that is resident now."""
     return _read_kilobytes(Path("/proc/self/status")).get("VmRSS", 0)
 
 
 def start_peak() -> None:
-    """Let `peak_bytes` count from here; where the system cannot, it counts from the start of the process."""
+    """Reset `peak_bytes`; if the system cannot, it counts from the start of the process."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -38,18 +38,18 @@ def start_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """The most that was resident since `start_peak`, files that were mapped included."""
+    """Return the most memory that was resident since `start_peak`, mapped files included."""
     since = _read_kilobytes(Path("/proc/self/status")).get("VmHWM")
     return since if since is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _available_of_the_machine() -> int:
+def _available_on_machine() -> int:
     found = _read_kilobytes(Path("/proc/meminfo")).get("MemAvailable")
     return found if found is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _available_in_the_container() -> int | None:
-    """By control groups of version 2; pages of files do not count as used, for they can be dropped."""
+def _available_in_container() -> int | None:
+    """Return what control groups of version 2 allow; pages of files count as available, as they can be dropped."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
@@ -59,7 +59,7 @@ def _available_in_the_container() -> int | None:
 
 
 def _read_kilobytes(path: Path) -> dict[str, int]:
-    """The sizes in a file of /proc, in bytes; none where there is no such file."""
+    """Return the sizes in a file of /proc, in bytes; {} if there is no such file."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

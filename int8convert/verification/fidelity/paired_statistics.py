@@ -1,22 +1,22 @@
-"""How one model's predictions differ from another's on the same tokens, with intervals that mean something.
+"""Paired statistics: how one model's predictions differ from another's on the same tokens, with 95 % intervals.
 
 At each position both models give a distribution over the vocabulary, p of the reference and q of the other, and a
-token t came:
+token t follows:
 
     delta NLL = ln p(t) - ln q(t)            its mean is the logarithm of the ratio of the perplexities
     KL        = sum_v p(v) (ln p(v) - ln q(v))
     delta p   = q(t) - p(t)
 
-Both models see the same tokens, so what is hard about a text cancels: an interval of the difference is a hundred times
-tighter than those of the two perplexities. Tokens of one sequence depend on each other, sequences hardly do, so 95 %
+Both models see the same tokens, so the difficulty of the text cancels: an interval of the difference is a hundred times
+tighter than those of the two perplexities. Tokens of one sequence depend on each other and sequences hardly do, so
 intervals come from the means of the sequences:
 
     M +- t(0.975, n - 1) * s / sqrt(n),  s^2 = sum_i (w_i (m_i - M))^2 / (n - 1)
 
-with m_i the mean of sequence i, w_i its tokens by those of the average sequence, and M the mean over all tokens.
+with m_i the mean of sequence i, w_i its tokens divided by those of the average sequence, M the mean over all tokens.
 
-Computed in float64, in blocks of tokens, so that no second [tokens, vocabulary] is ever held; one float for each token
-is kept, so that percentiles are exact. Does not know how other texts would come out.
+Computed in float64 in blocks of tokens, so that no second [tokens, vocabulary] is held. One float for each token is
+kept, so percentiles are exact. Does not know how other texts would come out.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ import numpy as np
 import torch
 
 BLOCK_ELEMENTS = 1 << 22
-"""Of [tokens, vocabulary] in float64: 32 MiB, of which a handful are alive at a time."""
+"""Elements of a block of [tokens, vocabulary]: 32 MiB in float64, of which a handful are alive at a time."""
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class PairedSummary:
-    """What came out.
+    """The statistics of all tokens.
 
     Attributes:
-        n_sequences, n_tokens: that were predicted.
-        reference_perplexity, perplexity: exp of the mean negative log-likelihood; infinite where that overflows.
-        delta_nll: mean difference of the log-likelihoods, in nats a token; positive where the reference is better.
+        n_sequences, n_tokens: numbers of sequences, and of tokens that were predicted.
+        reference_perplexity, perplexity: exp of the mean negative log-likelihood; infinite if that overflows.
+        delta_nll: mean difference of the log-likelihoods, in nats a token; positive if the reference is better.
         mean_kl, median_kl, p99_kl, p999_kl: over tokens, in nats.
         delta_nll_interval, mean_kl_interval: 95 %, infinite for one sequence.
-        same_top1: share of the tokens where both models find the same one the likeliest, 0 to 1.
-        delta_p: root of the mean square, 0 to 1.
+        same_top1: share of the positions at which both models have the same likeliest token, 0 to 1.
+        delta_p: root mean square of delta p, 0 to 1.
     """
 
     n_sequences: int
@@ -76,7 +76,7 @@ class _Sequence:
 
 @dataclass(slots=True)
 class PairedStatistics:
-    """Sums up predictions, block by block."""
+    """Accumulates predictions, block by block."""
 
     _sequences: list[_Sequence] = field(default_factory=list)
     _kl: list[torch.Tensor] = field(default_factory=list)
@@ -89,10 +89,10 @@ class PairedStatistics:
         """Count positions of a sequence.
 
         Args:
-            log_probs, reference: [positions, vocabulary] of any float dtype: natural logarithms of probabilities, or
-                what is this but for a constant at each position, as logits are.
-            targets: int64 [positions], the tokens that came.
-            continues: these belong to the sequence of the last call; else to a new one.
+            log_probs, reference: [positions, vocabulary] of any float dtype: logits or natural logarithms of
+                probabilities; a constant at each position does not matter.
+            targets: int64 [positions], the tokens that follow.
+            continues: whether the positions belong to the sequence of the last call.
         """
         if not continues:
             self._sequences.append(_Sequence())
@@ -112,7 +112,7 @@ class PairedStatistics:
             self._squared_delta_p += float((q_came.exp() - p_came.exp()).square().sum())
 
     def summarize(self) -> PairedSummary:
-        """Everything that was counted; at least one token."""
+        """Return the statistics of at least one token."""
         n = np.array([sums.n_tokens for sums in self._sequences], dtype=np.float64)
         reference, nll, kl = (
             np.array([getattr(sums, name) for sums in self._sequences]) for name in ("reference_nll", "nll", "kl")
@@ -138,7 +138,7 @@ class PairedStatistics:
 
 
 def interval(sums: np.ndarray, n_tokens: np.ndarray) -> Interval:
-    """95 % interval of a mean over tokens, from sums over sequences; see the module.
+    """Return the 95 % interval of a mean over tokens, from sums over sequences; see the module.
 
     Args:
         sums: float64 [sequences].
@@ -155,10 +155,10 @@ def interval(sums: np.ndarray, n_tokens: np.ndarray) -> Interval:
 
 @cache
 def t_quantile(n_free: int) -> float:
-    """The t that a Student-t of `n_free` degrees of freedom stays within, on both sides, 95 % of the time.
+    """Return the two-sided 95 % quantile of Student's t with `n_free` degrees of freedom.
 
-    With t = sqrt(n_free) tan(a), the probability to lie in [0, t] is c * integral of cos(x)^(n_free - 1) from 0 to a,
-    c = Gamma((n_free + 1) / 2) / (sqrt(pi) Gamma(n_free / 2)); integrated by Gauss's rule, and a found by bisection.
+    With t = sqrt(n_free) tan(a), the probability of [0, t] is c * integral of cos(x)^(n_free - 1) from 0 to a, with
+    c = Gamma((n_free + 1) / 2) / (sqrt(pi) Gamma(n_free / 2)). Gauss's rule integrates, and bisection finds a.
     """
     c = math.exp(math.lgamma((n_free + 1) / 2) - math.lgamma(n_free / 2)) / math.sqrt(math.pi)
     nodes, weights = np.polynomial.legendre.leggauss(64)
@@ -176,7 +176,7 @@ def _blocks(n_positions: int, n_tokens: int) -> Iterator[slice]:
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """[positions]; tokens that p rules out count for nothing."""
+    """Return the divergence at each position; tokens with p = 0 contribute nothing."""
     terms = torch.where(p > -math.inf, p.exp() * (p - q), 0.0)
     return terms.sum(-1)
 

@@ -1,4 +1,4 @@
-"""What a comparison takes in memory, from the files' headers: both models at once, or layer by layer."""
+"""Plans the memory of a comparison from the files' headers, for both models in memory and layer by layer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from int8convert.verification.fidelity.memory import available_bytes, resident_b
 from int8convert.verification.fidelity.paired_statistics import BLOCK_ELEMENTS
 
 _CODE_BYTES = 200_000_000
-"""What is imported and compiled while the first measurement runs, and what the allocator keeps: 134 MB measured on
-Linux x86-64, Python 3.11, torch 2.13, transformers 5.23."""
+"""Bytes for imports, compilation and the allocator in the first measurement: 134 MB measured on Linux x86-64, Python
+3.11, torch 2.13, transformers 5.23."""
 
 USABLE = 0.9
-"""Share of the memory at hand that a measurement may plan for."""
+"""Share of the available memory that a measurement may plan for."""
 
 LOGITS_AT_A_TIME = 1 << 24
-"""Elements of a model's logits that are made at a time when streamed: 64 MiB in float32."""
+"""Elements of the logits that are computed at a time when streamed: 64 MiB in float32."""
 
 _STATES_SHARE = 0.25
-"""Share of the memory at hand that hidden states may take; beyond it they lie in files."""
+"""Share of the available memory that hidden states may take; larger ones go into files."""
 
 _LAYER = re.compile(r"(?:.*?\.)??(\d+)\.")
 
@@ -36,9 +36,9 @@ class StreamPlan:
     """A comparison layer by layer.
 
     Attributes:
-        peak_bytes: that will be resident in this process.
-        n_layers: of the model.
-        states_in_files: hidden states would take too much memory.
+        peak_bytes: the most memory that will be resident in this process.
+        n_layers: decoder layers of the model.
+        states_in_files: whether hidden states go into files.
     """
 
     peak_bytes: int
@@ -47,7 +47,7 @@ class StreamPlan:
 
 
 def bytes_in_memory(task: FidelityTask) -> int:
-    """What both models and a window on its way through them take."""
+    """Return the memory for both models and one window."""
     text = read_config(task.reference, task.trusts_code).get_text_config()
     window = 4 * task.windows.ids.shape[1] * (text.num_hidden_layers * text.hidden_size + 2 * text.vocab_size)
     models = sum(_reference_bytes(tensor, task.device) for tensor in _tensors(task.reference))
@@ -56,7 +56,7 @@ def bytes_in_memory(task: FidelityTask) -> int:
 
 
 def plan_stream(task: FidelityTask) -> StreamPlan:
-    """What the comparison takes layer by layer, as far as names and shapes tell."""
+    """Plan the memory of a comparison layer by layer, from names and shapes."""
     config = read_config(task.reference, task.trusts_code).get_text_config()
     states = 4 * (1 + task.n_arithmetics) * task.windows.ids.numel() * config.hidden_size
     in_files = states > _STATES_SHARE * available_bytes("cpu")
@@ -69,7 +69,7 @@ def plan_stream(task: FidelityTask) -> StreamPlan:
             if layer is None:
                 rest += n_bytes
             else:
-                # Beside what is held: tensors that wait for the change of dtype, or for being put together.
+                # Tensors before the change of dtype, or before they are joined, come on top.
                 held[int(layer[1])] += n_bytes + max(tensor.n_bytes, n_bytes if _is_of_expert(tensor.name) else 0)
         layers += held.values()
     peak = resident_bytes() + rest + max(layers) + _working_bytes(task) + (0 if in_files else states)
@@ -85,14 +85,16 @@ def _is_of_expert(name: str) -> bool:
 
 
 def _reference_bytes(tensor: StoredTensor, device: str) -> int:
-    """What a tensor of the reference takes in memory: on the CPU it is held in float32."""
+    """Return the memory of a tensor of the reference, which is float32 on the CPU."""
     is_float = tensor.dtype.startswith(("F", "BF"))
     return tensor.n_elements * (4 if is_float and device == "cpu" else DTYPE_BYTES[tensor.dtype])
 
 
 def _working_bytes(task: FidelityTask) -> int:
-    """Of one window inside one layer: inputs, inner features, a mask; all scores where a model knows no other way. And
-    of one block of logits, with what the statistics make of it."""
+    """Return the memory of one window inside one layer, and of one block of logits with its statistics.
+
+    A layer holds inputs, inner features and a mask, and all attention scores if the model has no SDPA.
+    """
     whole = read_config(task.reference, task.trusts_code)
     config = whole.get_text_config()
     length = task.windows.ids.shape[1]

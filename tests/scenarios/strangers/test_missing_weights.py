@@ -169,7 +169,7 @@ def test_verify_finds_what_source_and_output_lack_alike(source: Path, tmp_path: 
     manifest.write_text(json.dumps(value))
     expected = (
         "model.norm.weight: expected [64], which LlamaForCausalLM needs, "
-        "found no such tensor: loaders make its values up"
+        "found no such tensor: loaders initialize it at random"
     )
     assert findings(verify_exact(out), "needs") == [expected]
     manifest.unlink()

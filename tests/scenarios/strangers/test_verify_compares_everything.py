@@ -225,7 +225,7 @@ def test_export_is_compared_by_the_same_rule(how: str, out: Path, tmp_path: Path
     assert found_in(new) == {
         "config": "config.json: rms_norm_eps: expected '1e-06', found '0.001'",
         "carried": "generation_config.json: expected the source's content, found another",
-        "beside": "modeling_x.py: expected no such file: neither the source has it nor the conversion writes it, "
+        "beside": "modeling_x.py: expected no such file: the source lacks it, and the conversion does not write it, "
         "found one",
     }
     block = json.loads((new / "config.json").read_text())["quantization_config"]
