@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its headers and config alone: tensors by pattern, dtypes, how much of it is int8."""
+"""Inspects a checkpoint by its headers and config alone: tensors by pattern, dtypes, share of int8."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ _MAX_TEXT = 300
 class TensorGroup:
     """Tensors that differ in their layer number only.
 
-    pattern: the name with `*` for the numbers; shape, dtype and reason are the same for all.
-    reason: why they are not int8, as the conversion wrote it down; "" if they are, or nothing is known.
+    Attributes:
+        pattern: the name with `*` for the numbers.
+        dtype, shape: those of each tensor.
+        n_tensors, n_bytes: those of all tensors together.
+        reason: why they are not int8, as the conversion recorded; "" if they are, or nothing is known.
     """
 
     pattern: str
@@ -43,20 +46,23 @@ class TensorGroup:
 
     @property
     def is_scale(self) -> bool:
-        """Part of the int8 form of another tensor, and no parameter of the model."""
+        """The tensors belong to the int8 form of others, and are no parameters."""
         return self.pattern.endswith(_SCALE_SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint at a glance.
+    """A summary of a checkpoint.
 
     Attributes:
-        quant_method: as config.json names it; None if it names none.
+        path: the checkpoint as the user named it.
+        architectures: the model classes that config.json names.
+        quant_method: the layout that config.json names; None if it names none.
+        threshold: magnitude from which input features are multiplied in 16 bits; None if config.json has none.
+        skip_modules: the modules that config.json tells loaders to leave alone.
         n_parameters: elements of all tensors but scales.
-        n_int8_parameters: of them in int8.
-        skip_modules: those config.json tells the loader to leave alone.
-        commit: of a repository on the Hub; None of a directory.
+        n_int8_parameters: those of them in int8.
+        commit: the commit of a repository on the Hub; None for a directory.
     """
 
     path: str
@@ -83,11 +89,12 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest: Manifest | None = None) -> Inspection:
-    """Look at a source or an output, in a directory or on the Hub; reads headers and config only.
+    """Inspect a source or an output, in a directory or on the Hub.
 
     Args:
-        revision: of a repository on the Hub.
-        manifest: what tells why tensors stayed 16-bit; None takes the one beside the checkpoint, if it has one.
+        path: a directory, or ORGANIZATION/NAME.
+        revision: the repository's branch, tag or commit.
+        manifest: the record of why tensors stayed 16-bit; None takes the one beside the checkpoint, if any.
 
     Raises:
         Int8ConvertError: there is no checkpoint, or it is broken.
@@ -96,7 +103,7 @@ def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest:
 
 
 def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -> Inspection:
-    """The same of one that is open."""
+    """Inspect a checkpoint that is open already. See `inspect`."""
     tensors = [tensor for shard in source.shards for tensor in shard.tensors]
     parameters = [tensor for tensor in tensors if not tensor.name.endswith(_SCALE_SUFFIXES)]
     block = source.config.get("quantization_config")
@@ -120,7 +127,7 @@ def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -
 
 
 def _finite(value: Any) -> float | None:
-    """A number, if it is one that float32 can hold."""
+    """Return a number that float32 can hold; None for anything else."""
     return float(value) if isinstance(value, int | float) and abs(value) < 3e38 else None
 
 
@@ -129,12 +136,12 @@ def _strings(value: Any) -> tuple[str, ...]:
 
 
 def _clean(text: str) -> str:
-    """Text of a stranger's config, to be printed: as it is if it prints and is short."""
+    """Return text of a stranger's config for printing: quoted unless it is short and printable."""
     return text if text.isprintable() and len(text) <= _MAX_TEXT else quoted(text, _MAX_TEXT)
 
 
 def _reasons(manifest: Manifest) -> dict[str, str]:
-    """Tensor name -> why it is not int8, from the manifest of a conversion of ours; empty where there is none."""
+    """Return tensor name -> reason why it is not int8, from the manifest; {} without one."""
     if not manifest.is_complete:
         return {}
     return {

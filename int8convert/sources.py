@@ -1,4 +1,4 @@
-"""Opens whatever a user may call a source: a directory, or a repository on the Hub by its name."""
+"""Opens the sources that a user can name: directories, and repositories on the Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from int8convert.text import quoted
 
 
 def is_repository_name(src: str | os.PathLike[str]) -> bool:
-    """Whether this names a repository on the Hub: it looks like one, and no file or directory has that name."""
+    """Return whether `src` has the form of a repository's name, and no file or directory has that name."""
     return isinstance(src, str) and looks_like_repository(src) and not Path(src).exists()
 
 
@@ -23,19 +23,19 @@ def open_source(
     cache_dir: Path | None = None,
     ignores_adapter: bool = False,
 ) -> CheckpointSource:
-    """Read a checkpoint's config, index and shard headers; no weights. `checkpoint.loaders` says which files these are.
+    """Read a checkpoint's config, index and shard headers, but no weights. `checkpoint.loaders` chooses the files.
 
     Args:
-        src: a directory; or, if there is none of that name, the name of a repository on the Hub, ORGANIZATION/NAME.
-        revision: of the repository: a branch, a tag or a commit.
-        cache_dir: where the small files of a repository go; None is the Hub's cache.
-        ignores_adapter: read the weights alone, also where an adapter lies beside them.
+        src: a directory; or ORGANIZATION/NAME on the Hub, if no directory has that name.
+        revision: the repository's branch, tag or commit.
+        cache_dir: the cache for the small files of a repository; None is the Hub's cache.
+        ignores_adapter: read the weights alone where an adapter is beside them.
 
     Raises:
-        SourceError: there is no such directory, no weights are in it, files are none or lie elsewhere, or loaders would
-            take what is not converted here.
-        CorruptFileError: a file contradicts what it, or the index, promises.
-        HubError: the repository cannot be had.
+        SourceError: the directory is missing or holds no weights, a file of it is a link that leads elsewhere, or
+            loaders would read something that is not converted here.
+        CorruptFileError: a file contradicts itself or the index.
+        HubError: the repository cannot be read.
     """
     if not is_repository_name(src):
         if not Path(src).is_dir():
@@ -47,13 +47,13 @@ def open_source(
     try:
         return open_repository(str(src), revision, cache_dir, ignores_adapter)
     except HubMissingError as error:
-        if revision is None:  # else a repository is meant
+        if revision is None:  # with a revision, a repository is meant
             error.hint += f"; no directory {quoted(str(src), 200)} is here either"
         raise
 
 
 def _naming_hint(label: str) -> str:
-    """What to name in place of something that is no directory."""
+    """Return what to name instead."""
     if name := name_of_address(label):
         return f"name it {name}"
     return "give a checkpoint directory, or ORGANIZATION/NAME on the Hub, such as openai-community/gpt2"

@@ -73,7 +73,7 @@ def unfinished(folder: Path) -> Path:
 def test_unfinished_conversion_is_told_as_one_here_and_on_the_hub(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 1.0)
+    monkeypatch.setattr(retry, "CALL_RETRY_S", 1.0)
     directory = unfinished(tmp_path / "out")
     files = {str(path.relative_to(directory)): path for path in directory.rglob("*.*")}
     hub.add_repo("me/half", files)

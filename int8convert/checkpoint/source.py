@@ -50,7 +50,7 @@ class RemoteFile(Protocol):
         They are compared when the whole file comes, see `int8convert.checkpoint.shard_access`.
         """
 
-    def comes_again(self, ranges: Iterable[tuple[int, int]]) -> bool:
+    def refetch_matches(self, ranges: Iterable[tuple[int, int]]) -> bool:
         """Whether such parts are the same when they are fetched once more; if not, all of them are forgotten."""
 
 

@@ -185,11 +185,11 @@ class _Notes(logging.Handler):
 def telling_waits() -> Iterator[None]:
     """A note of each wait for the Hub that a person would notice."""
     handler = _Notes()
-    retry.tells.addHandler(handler)
+    retry.retry_log.addHandler(handler)
     try:
         yield
     finally:
-        retry.tells.removeHandler(handler)
+        retry.retry_log.removeHandler(handler)
 
 
 def note(message: str) -> None:

@@ -14,8 +14,8 @@ from int8convert.text import format_bytes
 if TYPE_CHECKING:
     from int8convert.publish.upload import UploadReport
 
-_MOST_LEFT = 20
-"""Most unpublished files that are named."""
+_MAX_SKIPPED = 20
+"""Number of unpublished files that are named."""
 
 HELP = """Publish a converted checkpoint on the Hub, with a model card, and check that it arrived.
 
@@ -94,10 +94,10 @@ def _print_report(report: UploadReport) -> None:
     if not report.is_verified:
         note("not verified, as the model card says")
     vouches = "verify does not vouch for it" if report.is_verified else "the conversion did not write it"
-    for name in report.left[:_MOST_LEFT]:
+    for name in report.skipped_files[:_MAX_SKIPPED]:
         note(f"{name} is left here: {vouches}")
-    if len(report.left) > _MOST_LEFT:
-        note(f"and {len(report.left) - _MOST_LEFT:,} more files are left here; --json names them")
+    if len(report.skipped_files) > _MAX_SKIPPED:
+        note(f"and {len(report.skipped_files) - _MAX_SKIPPED:,} more files are left here; --json names them")
     for name in report.deleted:
         note(f"{name} {'would be' if report.is_dry_run else 'was'} removed: it is no part of this checkpoint")
     if report.is_dry_run:

@@ -58,7 +58,7 @@ class Fp8Scale:
 
     def is_as_fetched(self) -> bool:
         """Whether a scale on the Hub comes once more as it had come; any other is what it is."""
-        return self.shard.remote is None or self.shard.remote.comes_again([self.span])
+        return self.shard.remote is None or self.shard.remote.refetch_matches([self.span])
 
 
 def fetch_scales(scales: Iterable[Fp8Scale]) -> None:

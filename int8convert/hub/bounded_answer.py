@@ -25,7 +25,7 @@ def get_json(url: str, subject: str) -> tuple[Any, str | None]:
     not be sent there.
 
     Args:
-        subject: what is done, for the error: "listing 'a/b'".
+        subject: the operation, for the error: "listing 'a/b'".
 
     Raises:
         HubError: the answer is larger than any of the Hub's.
@@ -63,13 +63,13 @@ def raise_for_status(response: httpx2.Response) -> None:
 
     if response.is_success or response.is_redirect:
         return
-    said = {
+    headers = {
         name: value for name, value in response.headers.items() if name not in ("content-encoding", "content-length")
     }
     hf_raise_for_status(
         httpx2.Response(
             response.status_code,
-            headers=said,
+            headers=headers,
             content=_read(response, _MAX_ERROR_BYTES),
             request=response.request,
             extensions={"reason_phrase": response.reason_phrase.encode()},

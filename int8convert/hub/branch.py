@@ -1,13 +1,13 @@
-"""A branch of a repository on the Hub that is written to.
+"""A branch of a repository on the Hub to write to.
 
-Large files are sent first, one by one, each of which the server keeps once it has it; a commit then names them. So what
-is interrupted begins again at the file in flight, and the branch is never seen half-written. `upload_folder` of the
-client does the same, but tells nothing on the way and sends everything once more after an answer that was lost.
+Large files are sent first, one by one, and the server keeps each; a commit then names them. So an interrupted upload
+resumes at the file in flight, and the branch is never in a half-written state. The client's `upload_folder` does the
+same, but reports no progress and sends everything again after a lost answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,90 +15,86 @@ from typing import TYPE_CHECKING
 from int8convert.checkpoint.model_card import read_card
 from int8convert.checkpoint.names import CARD_NAME
 from int8convert.errors import CorruptFileError, HubAccessError, HubConnectionError, HubError, HubMissingError
-from int8convert.hub.errors import call_hub, endpoint, translating_client_errors, translating_errors
-from int8convert.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
+from int8convert.hub.errors import TransientError, endpoint, translating_client_errors, translating_errors
+from int8convert.hub.repository import MAIN, Repository, RepositoryFile, find_repository
 from int8convert.hub.repository_name import looks_like_repository
-from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
+from int8convert.hub.retry import RetryBudget, call_hub, retrying, transfer_budget
+from int8convert.hub.small_files import fetch_small_files
 from int8convert.text import quoted
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 
-MAIN = "main"
+
 CARD_MARK = "<!-- written by int8convert upload -->"
-"""In a model card that may be written anew."""
+"""Marks model cards that `upload` may overwrite."""
 
 _ANSWER_S = 120.0
-"""For an answer of the Hub, or a piece of a file to be taken; a large commit takes it a minute."""
+"""Seconds to wait for an answer, or for a piece of a file to be taken. The Hub needs a minute for a large commit."""
 
 _CONNECT_S = 10.0
-_MOST_ASKED_S = 3600.0
-"""That the Hub may ask a commit to wait: it counts them by the hour."""
+_MAX_ASKED_S = 3600.0
+"""Seconds that the Hub may ask a commit to wait. It limits commits per hour."""
 
 
-class Target:
-    """Where to write.
+class Branch:
+    """A branch to write to.
 
     Args:
-        name: the repository, ORGANIZATION/NAME.
-        branch: of it.
-        is_private: whether a repository that has to be made is, and one that is there must be; None is as it comes.
-        as_pull_request: propose the change to the branch in place of making it.
+        repository: ORGANIZATION/NAME.
+        name: the branch.
+        is_private: whether a new repository is private, and an existing one must be; None accepts either.
+        as_pull_request: propose the change instead of making it.
 
     Raises:
         HubError: no repository can have that name.
     """
 
     def __init__(
-        self, name: str, branch: str = MAIN, is_private: bool | None = None, as_pull_request: bool = False
+        self, repository: str, name: str = MAIN, is_private: bool | None = None, as_pull_request: bool = False
     ) -> None:
-        if not looks_like_repository(name):
+        if not looks_like_repository(repository):
             raise HubError(
-                f"no repository to write to can be named {quoted(name)}",
+                f"no repository to write to can be named {quoted(repository)}",
                 "give it as ORGANIZATION/NAME, such as me/opt-66b-int8",
             )
+        self.repository = repository
         self.name = name
-        self.branch = branch
         self.is_private = is_private
         self._as_pull_request = as_pull_request
 
     @property
     def url(self) -> str:
-        """Where people look at it."""
-        return f"{endpoint()}/{self.name}" + (f"/tree/{self.branch}" if self.branch != MAIN else "")
+        """The address of the branch's page."""
+        return f"{endpoint()}/{self.repository}" + (f"/tree/{self.name}" if self.name != MAIN else "")
 
     def find(self, revision: str | None = None) -> Repository | None:
-        """The repository at the branch; None if the one or the other is not there.
+        """Look the repository up at the branch; None if either does not exist.
 
         Args:
-            revision: another one than the branch.
+            revision: another revision than the branch.
 
         Raises:
-            HubAccessError: it is there, and more or less private than it is to be.
+            HubAccessError: the repository's visibility is not the one asked for.
         """
         try:
-            found = find_repository(self.name, revision or self.branch)
+            found = find_repository(self.repository, revision or self.name)
         except HubMissingError:
             return None
         if self.is_private is not None and found.is_private != self.is_private:
-            asked, there = ("--private", "public") if self.is_private else ("--public", "private")
+            option, visibility = ("--private", "public") if self.is_private else ("--public", "private")
             raise HubAccessError(
-                f"{quoted(self.name)} exists and is {there}, but {asked} was given",
-                f"change that at {endpoint()}/{self.name}/settings, or leave the option out",
+                f"{quoted(self.repository)} exists and is {visibility}, but {option} was given",
+                f"change that at {endpoint()}/{self.repository}/settings, or leave the option out",
             )
         return found
 
-    def files(self, revision: str | None = None) -> dict[str, RepositoryFile]:
-        """The files by name; none if there is no such repository or branch."""
-        found = self.find(revision)
-        return dict(found.files) if found is not None else {}
-
     def head(self) -> str:
-        """The branch's newest commit."""
-        return find_repository(self.name, self.branch).commit
+        """Return the branch's newest commit."""
+        return find_repository(self.repository, self.name).commit
 
     def has_foreign_card(self, found: Repository | None) -> bool:
-        """Whether the repository has a model card of somebody's own."""
+        """Return whether the repository has a model card that int8convert did not write."""
         if found is None or CARD_NAME not in found.files:
             return False
         card = fetch_small_files(found, [CARD_NAME]) / CARD_NAME
@@ -106,16 +102,16 @@ class Target:
 
     @property
     def has_token(self) -> bool:
-        """Whether there is a token, of whatever rights."""
+        """A token is set, of whatever rights."""
         from huggingface_hub import get_token
 
         return get_token() is not None
 
     def check_online(self, why: str) -> None:
-        """See that the user allows the network.
+        """Check that HF_HUB_OFFLINE allows the network.
 
         Args:
-            why: what it is needed for, as a clause.
+            why: what needs it, as a clause.
 
         Raises:
             HubConnectionError: HF_HUB_OFFLINE is set.
@@ -126,64 +122,66 @@ class Target:
             raise HubConnectionError(f"HF_HUB_OFFLINE is set; {why}", "unset HF_HUB_OFFLINE")
 
     def check_access(self) -> None:
-        """See, without asking the Hub, that there is a network and a token.
+        """Check, without a request, that the network is allowed and a token is set.
 
         Raises:
-            HubError: there is not.
+            HubError: one of them is missing.
         """
-        self.check_online("what is sent goes over the network")
+        self.check_online("files are sent over the network")
         if not self.has_token:
-            owner = self.name.partition("/")[0]
+            owner = self.repository.partition("/")[0]
             raise HubAccessError(
-                f"no token is set; writing to {quoted(self.name)} needs one",
+                f"no token is set; writing to {quoted(self.repository)} needs one",
                 f"log in by `hf auth login`, or set HF_TOKEN to one that may write to {quoted(owner)}",
             )
 
-    def make(self) -> None:
-        """Make the repository and the branch, if they are not there.
+    def create(self) -> None:
+        """Create the repository and the branch, if they do not exist.
 
         Raises:
-            HubError: the token may not.
+            HubError: the token has no right to.
         """
         from huggingface_hub import HfApi
 
         _limit_waits()
         api = HfApi()
-        subject = f"making {quoted(self.name)}"
-        call_hub(lambda: api.create_repo(self.name, private=self.is_private, exist_ok=True), subject, self.name)
-        if self.branch != MAIN:
-            call_hub(lambda: api.create_branch(self.name, branch=self.branch, exist_ok=True), subject, self.name)
+        subject = f"creating {quoted(self.repository)}"
+
+        def call(request: Callable[[], object]) -> None:
+            call_hub(request, RetryBudget(subject), self.repository)
+
+        call(lambda: api.create_repo(self.repository, private=self.is_private, exist_ok=True))
+        if self.name != MAIN:
+            call(lambda: api.create_branch(self.repository, branch=self.name, exist_ok=True))
 
     def send(self, name: str, path: Path, sha256: str | None = None) -> CommitOperationAdd:
-        """Have the server keep a file's bytes, if it is a large one; what it keeps already is not sent.
+        """Send a file's bytes if it is a large one that the server does not have; return its addition to a commit.
 
         Args:
-            sha256: what the file must hold; None takes what is there.
-
-        Returns: what a commit needs to name them.
+            sha256: the hash that the file must have; None accepts any.
 
         Raises:
-            CorruptFileError: it holds something else.
+            CorruptFileError: the file has another hash.
             HubError: it does not arrive.
         """
         from huggingface_hub import CommitOperationAdd, HfApi
 
         _limit_waits()
-        patience = Patience(f"sending {quoted(name)} to {quoted(self.name)}", transfer_patience_s())
-        while True:
+
+        def send() -> CommitOperationAdd:
             addition = CommitOperationAdd(name, str(path))
             if sha256 is not None and addition.upload_info.sha256.hex() != sha256:
                 raise CorruptFileError(
                     f"{quoted(name)} was changed after it was compared", "run the same command again"
                 )
-            try:
-                with translating_client_errors(self.name), _translating_transfer(self.name):
-                    HfApi().preupload_lfs_files(
-                        self.name, [addition], revision=self.branch, create_pr=self._as_pull_request
-                    )
-                return addition
-            except PassingError as trouble:
-                patience.wait(trouble)
+            with _translating_transfer(self.repository):
+                HfApi().preupload_lfs_files(
+                    self.repository, [addition], revision=self.name, create_pr=self._as_pull_request
+                )
+            return addition
+
+        subject = f"sending {quoted(name)} to {quoted(self.repository)}"
+        return call_hub(send, transfer_budget(subject), self.repository)
 
     def commit(
         self,
@@ -192,51 +190,60 @@ class Target:
         message: str,
         parent: str | None = None,
     ) -> CommitInfo | None:
-        """Make all of it the branch's new state, at once.
+        """Commit additions and deletions at once.
 
         Args:
             parent: the commit that the branch must be at.
 
-        Returns: what the Hub says of the commit; None if it was made, and the answer got lost.
+        Returns:
+            the Hub's answer; None if the commit was made and the answer was lost.
 
         Raises:
-            HubError: it was not made.
+            HubError: the commit was not made.
         """
         from huggingface_hub import HfApi
 
         _limit_waits()
-        patience = Patience(f"the commit to {quoted(self.name)}", transfer_patience_s(), _MOST_ASKED_S)
-        while True:
+        is_retry = False
+
+        def commit() -> CommitInfo | None:
+            nonlocal is_retry
+            if is_retry and not self._as_pull_request and self._is_committed(additions, deletions):
+                return None
+            is_retry = True
             try:
-                with translating_client_errors(self.name), _translating_transfer(self.name):
+                with translating_client_errors(self.repository), _translating_transfer(self.repository):
                     return HfApi().create_commit(
-                        self.name,
+                        self.repository,
                         [*additions, *deletions],
                         commit_message=message,
-                        revision=self.branch,
+                        revision=self.name,
                         create_pr=self._as_pull_request,
                         parent_commit=parent,
                     )
-            except PassingError as trouble:
-                if self._as_pull_request and not trouble.is_refusal:
-                    raise HubConnectionError(
-                        f"the pull request to {quoted(self.name)} may have been made, its answer got lost: {trouble}",
-                        f"see whether it is at {endpoint()}/{self.name}/discussions before you run the command again",
-                    ) from None
-                patience.wait(trouble)
-                if not self._as_pull_request and self._is_there(additions, deletions):
-                    return None
+            except TransientError as error:
+                if error.is_refusal or not self._as_pull_request:
+                    raise
+                raise HubConnectionError(
+                    f"the pull request to {quoted(self.repository)} may exist; the answer was lost: {error}",
+                    f"see {endpoint()}/{self.repository}/discussions before you run the command again",
+                ) from None
 
-    def _is_there(self, additions: Sequence[CommitOperationAdd], deletions: Sequence[CommitOperationDelete]) -> bool:
-        there = self.files()
+        subject = f"the commit to {quoted(self.repository)}"
+        return retrying(commit, transfer_budget(subject, _MAX_ASKED_S))
+
+    def _is_committed(
+        self, additions: Sequence[CommitOperationAdd], deletions: Sequence[CommitOperationDelete]
+    ) -> bool:
+        found = self.find()
+        files = found.files if found is not None else {}
         return all(
-            addition.path_in_repo in there and _holds(there[addition.path_in_repo], addition) for addition in additions
-        ) and not any(deletion.path_in_repo in there for deletion in deletions)
+            addition.path_in_repo in files and _holds(files[addition.path_in_repo], addition) for addition in additions
+        ) and not any(deletion.path_in_repo in files for deletion in deletions)
 
 
 def _limit_waits() -> None:
-    """Have the client's session, which waits for ever for an answer, wait for minutes: a connection that a router on
-    the way forgot would hold a night's work."""
+    """Limit how long the client's session waits for an answer. By default it waits forever."""
     import httpx2
     from huggingface_hub.utils import get_session
 
@@ -256,19 +263,19 @@ def _holds(file: RepositoryFile, addition: CommitOperationAdd) -> bool:
 
 @contextmanager
 def _translating_transfer(name: str) -> Iterator[None]:
-    """Turns what the transfer of large files raises beside the client's own errors into a PassingError or HubError."""
+    """Translate what the transfer of large files raises besides the client's own errors."""
     try:
         yield
     except ConnectionError as error:  # of hf_xet; the client's own do not come as this
         if "xet-write-token" in str(error):
             raise HubError(
-                f"the server of {quoted(name)} does not know the xet protocol, by which the client sends large files",
+                f"the server of {quoted(name)} does not support xet, by which the client sends large files",
                 "pass --no-xet to send them by HTTP",
             ) from None
-        raise PassingError("the connection broke off") from None
+        raise TransientError("the connection broke off") from None
     except RuntimeError as error:
         cause = error.__cause__
         if not isinstance(cause, Exception):
-            raise PassingError("the transfer broke off") from None
+            raise TransientError("the transfer broke off") from None
         with translating_errors(name):
             raise cause from None

@@ -29,10 +29,10 @@ def byte_counter(on_bytes: Callable[[int], None]) -> Any:
     class Counter(tqdm):  # type: ignore[type-arg]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "disable": True})
-            self._n_come = options.get("initial", 0) or 0
+            self._n_received = options.get("initial", 0) or 0
 
         def update(self, n: float | None = 1) -> None:
-            self._n_come += n or 0
-            on_bytes(int(self._n_come))
+            self._n_received += n or 0
+            on_bytes(int(self._n_received))
 
     return Counter

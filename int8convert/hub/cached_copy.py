@@ -1,7 +1,7 @@
-"""A repository's checkpoint as a directory of the Hub's cache, for what needs all of it at hand: running the model.
+"""A repository's checkpoint as a directory of the Hub's cache, to run the model from.
 
-What is in the cache already is not fetched again; what comes is compared with the hash the Hub lists. Nobody writes
-into the cache but the Hub's own client.
+Files in the cache are not fetched again; fetched files are compared with the hash the Hub lists. Only the Hub's client
+writes into the cache.
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from int8convert.checkpoint.file_reader import FileIdentity
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError, DiskFullError
 from int8convert.events import DownloadStarted, EventSink, ignore
-from int8convert.hub.errors import translating_client_errors
-from int8convert.hub.local_copy import cached_path, is_content
+from int8convert.hub.local_copy import cached_path, has_content
 from int8convert.hub.open_repository import RemoteShard, hub_file
 from int8convert.hub.remote_file import HubFile
-from int8convert.hub.repository import discard_cached, find_repository
-from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
+from int8convert.hub.repository import find_repository
+from int8convert.hub.retry import call_hub, transfer_budget
+from int8convert.hub.small_files import discard_cached
 from int8convert.text import quoted
 
 
 def fetch_beside(source: CheckpointSource, names: Iterable[str]) -> frozenset[str]:
-    """Bring further files of a repository, those it has of these, into the directory of its small files.
+    """Fetch further files of a repository, as far as it has them, into the directory of its small files.
 
     Returns:
-        the names of all files it has; without the network, of those the cache has.
+        the names of all files of the repository; without the network, of those in the cache.
 
     Raises:
         HubError, CorruptFileError: as `fetch_checkpoint`.
@@ -49,7 +48,7 @@ def fetch_beside(source: CheckpointSource, names: Iterable[str]) -> frozenset[st
 
 
 def reading_cached(source: CheckpointSource) -> CheckpointSource:
-    """The same checkpoint, of which the weight files that the Hub's cache has are read from there."""
+    """Return the same checkpoint, with shards that are in the Hub's cache read from there."""
     return replace(source, shards=tuple(map(_reading_cached, source.shards)))
 
 
@@ -61,16 +60,16 @@ def _reading_cached(shard: SourceShard) -> SourceShard:
 
 
 def fetch_checkpoint(source: CheckpointSource, on_event: EventSink = ignore) -> Path:
-    """The directory of the Hub's cache that holds a repository's config, weights and small files.
+    """Fetch a repository's weights; return the directory of the Hub's cache with its config, weights and small files.
 
     Args:
-        source: the repository, at the commit it was opened at.
+        source: the repository, at the commit at which it was opened.
         on_event: receives `DownloadStarted`.
 
     Raises:
-        HubError: it cannot be had.
-        DiskFullError: the cache's disk has no room for it.
-        CorruptFileError: a file comes with other bytes than the Hub lists.
+        HubError: a file cannot be fetched.
+        DiskFullError: the cache's disk has too little room.
+        CorruptFileError: a file has other bytes than the Hub lists.
     """
     from huggingface_hub import constants
 
@@ -93,18 +92,13 @@ def fetch_checkpoint(source: CheckpointSource, on_event: EventSink = ignore) -> 
 def _fetch(file: HubFile) -> None:
     from huggingface_hub import hf_hub_download
 
-    patience = Patience(file.subject, transfer_patience_s())
-    download = partial(hf_hub_download, file.repository, file.name, revision=file.commit)
-    while True:
-        try:
-            with translating_client_errors(file.repository):
-                path = Path(download())
-            break
-        except PassingError as trouble:
-            patience.wait(trouble)
-    if not is_content(path, file):
+    def download() -> Path:
+        return Path(hf_hub_download(file.repository, file.name, revision=file.commit))
+
+    path = call_hub(download, transfer_budget(file.subject), file.repository)
+    if not has_content(path, file):
         discard_cached(path)
         raise CorruptFileError(
             f"{quoted(file.name)} of {quoted(file.repository)} came with other bytes than the Hub lists",
-            "it was removed; the same command fetches it again",
+            "it was removed; run the same command again to fetch it",
         )

@@ -1,9 +1,10 @@
-"""What goes wrong between here and the Hub: which of it passes by itself, and what the rest means to the user.
+"""Errors of the Hub, its client and the network: the transient ones, and a HubError of two lines for every other.
 
-What passes - connections cut or silent, statuses 408, 429 and 5xx, signed addresses that have run out - is tried
-again, after waits that double, for as long as `Patience` lasts. Everything else, and what did not pass, becomes a
-HubError of two lines. These never hold an address with its query, which may be signed, nor a request's headers, which
-hold the token; the client's own errors hold the former, so they are not chained to ours, and taken out of what it logs.
+Transient: connections cut or silent, statuses 408, 425, 429 and 5xx, expired signed URLs, truncated or malformed
+answers. `int8convert.hub.retry` retries these.
+
+No message holds a URL with its query, which may be signed, or a request's headers, which hold the token. The client's
+own errors hold the former: they are not chained to ours, and queries are removed from the client's log.
 """
 
 from __future__ import annotations
@@ -12,78 +13,77 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from int8convert.errors import HubAccessError, HubConnectionError, HubError, HubMissingError
-from int8convert.hub.retry import PassingError, Patience
+from int8convert.errors import HubAccessError, HubConnectionError, HubError, HubMissingError, Int8ConvertError
 from int8convert.text import quoted
 
 if TYPE_CHECKING:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
-_PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-_REFUSALS = frozenset({425, 429, 503})
-"""With these nothing was done of what was asked; of the others, the answer may come from a gateway that gave up."""
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_REFUSAL_STATUS = frozenset({425, 429, 503})
+"""Transient statuses of a request that was not executed. The others may come from a gateway after execution."""
 
 _LOCAL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES})
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_MOST_ADDRESSES = 4
+_MAX_EXPIRED_URLS = 4
 _MAX_REASON = 160
-_LOGS = ("huggingface_hub.file_download", "huggingface_hub.utils._http")
+_CLIENT_LOGS = ("huggingface_hub.file_download", "huggingface_hub.utils._http")
 _QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")
-_REFUSED_FILES = "LFS batch API returned errors"
-_NOT_AS_LISTED = "the answer was not whole, or not one of the Hub's"
-
-T = TypeVar("T")
+_FILES_REJECTED = "LFS batch API returned errors"
+_MALFORMED = "the answer is incomplete, or not one of the Hub's"
 
 
-class _WithoutQueries(logging.Filter):
-    """Takes from the addresses in a line of the log what may be a signature."""
+class TransientError(Exception):
+    """A failure that may be over at the next attempt. Only `int8convert.hub.retry` catches it.
+
+    Attributes:
+        retry_after_s: seconds to wait, as the server asks; None if it does not ask.
+        max_failures: failures in a row of this kind before giving up; None if only time counts.
+        is_refusal: the server did not execute the request. Otherwise it may have, and the answer was lost.
+        final: the error to raise when the retries end; None for a HubConnectionError with this reason.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        retry_after_s: float | None = None,
+        *,
+        max_failures: int | None = None,
+        is_refusal: bool = False,
+        final: Int8ConvertError | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+        self.max_failures = max_failures
+        self.is_refusal = is_refusal
+        self.final = final
+
+
+class _QueryFilter(logging.Filter):
+    """Removes the queries of URLs, which may be signatures, from log lines."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = _QUERY.sub(r"\1?...", record.getMessage()), ()
         return True
 
 
-_without_queries = _WithoutQueries()
-
-
-def call_hub(call: Callable[[], T], subject: str, name: str) -> T:
-    """The result of a small request, tried again while its trouble may pass.
-
-    Args:
-        call: makes the request, by huggingface_hub or its HTTP client; run again after trouble, so it must bear that.
-        subject: what it does: "looking for 'a/b'".
-        name: the repository, as the user knows it.
-
-    Raises:
-        HubError: what did not pass.
-    """
-    patience = Patience(subject)
-    while True:
-        try:
-            with translating_client_errors(name):
-                return call()
-        except PassingError as trouble:
-            patience.wait(trouble)
+_query_filter = _QueryFilter()
 
 
 @contextmanager
-def translating_errors(name: str) -> Iterator[None]:
-    """Turns what huggingface_hub and its HTTP client raise into a PassingError or a HubError, without their text.
-
-    Args:
-        name: the repository.
-    """
+def translating_errors(repository: str) -> Iterator[None]:
+    """Translate the typed errors of huggingface_hub and its HTTP client into a TransientError or a HubError."""
     import httpx2
     from huggingface_hub import errors
 
-    for name_of_log in _LOGS:
-        logging.getLogger(name_of_log).addFilter(_without_queries)
+    for name in _CLIENT_LOGS:
+        logging.getLogger(name).addFilter(_query_filter)
     known = (
         errors.OfflineModeIsEnabled,
         errors.HfHubHTTPError,
@@ -95,75 +95,80 @@ def translating_errors(name: str) -> Iterator[None]:
     try:
         yield
     except known as error:
-        raise _translated(error, name) from None
+        raise _translated(error, repository) from None
 
 
 @contextmanager
-def translating_client_errors(name: str) -> Iterator[None]:
-    """The same around one call of huggingface_hub and nothing of ours: what it does not expect has no type of its own.
+def translating_client_errors(repository: str) -> Iterator[None]:
+    """Translate also the untyped errors of one call of huggingface_hub. The block must hold nothing else.
 
-    It is an OSError without a number where an answer is shorter than the Hub says or lacks its headers, a ValueError
-    where it is no JSON, a RuntimeError or an OSError of hf_xet's where the faster protocol breaks off.
+    The client raises an OSError without a number for an answer that is too short or lacks its headers, a ValueError
+    for one that is not JSON, and hf_xet raises a RuntimeError or an OSError for a broken connection.
     """
     try:
-        with translating_errors(name):
+        with translating_errors(repository):
             yield
     except OSError as error:
         if error.errno is not None:  # this machine's: its disk is full, or not writable
             raise
-        raise PassingError(_NOT_AS_LISTED) from None
+        raise TransientError(_MALFORMED) from None
     except ValueError as error:
-        if _REFUSED_FILES in str(error):
+        if _FILES_REJECTED in str(error):
+            reason = quoted(str(error).partition(chr(10))[2].strip(), _MAX_REASON)
             raise HubError(
-                f"the Hub does not take it: {quoted(str(error).partition(chr(10))[2].strip(), _MAX_REASON)}",
-                f"see the limits of your account, and {endpoint()}/{name}",
+                f"the Hub rejects the files: {reason}",
+                f"see the limits of your account, and {endpoint()}/{repository}",
             ) from None
-        raise (_translated(error.__cause__, name) if error.__cause__ else PassingError(_NOT_AS_LISTED)) from None
+        raise (_translated(error.__cause__, repository) if error.__cause__ else TransientError(_MALFORMED)) from None
     except RuntimeError as error:
         found = _OS_ERROR.search(str(error))
-        if found and int(found[1]) in _LOCAL_ERRORS:  # hf_xet's words for this machine's trouble
+        if found and int(found[1]) in _LOCAL_ERRORS:  # hf_xet names errors of this machine so
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
-        raise PassingError("the connection broke off") from None
+        raise TransientError("the connection broke off") from None
 
 
-def _translated(error: BaseException, name: str) -> PassingError | HubError:
+def _translated(error: BaseException, repository: str) -> TransientError | HubError:
     import httpx2
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return _offline(name)
+        return _offline(repository)
     if isinstance(error, errors.HfHubHTTPError):
-        return _of_answer(error, name)
+        return _status_error(error, repository)
     if isinstance(error, errors.LocalEntryNotFoundError):
-        # The client hides why it did not get a file behind the fact that the cache has none either.
+        # The client reports a failed download as a file that is missing in the cache.
         if constants.HF_HUB_OFFLINE:
-            return _offline(name)
-        return _translated(error.__cause__, name) if error.__cause__ else PassingError("the connection broke off")
+            return _offline(repository)
+        cause = error.__cause__
+        return _translated(cause, repository) if cause else TransientError("the connection broke off")
     if isinstance(error, errors.HFValidationError):
-        return HubError(f"no repository can be named {quoted(name)}: {_short(error)}", "names are ORGANIZATION/NAME")
+        return HubError(
+            f"{quoted(repository)} cannot be the name of a repository: {_first_line(error)}",
+            "give the name as ORGANIZATION/NAME",
+        )
     if isinstance(error, httpx2.UnsupportedProtocol):
         return HubConnectionError(
             f"HF_ENDPOINT is {quoted(endpoint())}, expected an address that begins with https:// or http://",
-            "set it to one, or unset it for huggingface.co",
+            "correct it, or unset it for huggingface.co",
         )
     if isinstance(error, httpx2.ProxyError) and str(error).startswith("407"):  # its answer to CONNECT
         return _proxy_login()
     if isinstance(error, httpx2.TransportError | httpx2.StreamError):
-        return PassingError(_connection_reason(error))
-    return PassingError(_NOT_AS_LISTED)
+        return TransientError(_connection_reason(error))
+    return TransientError(_MALFORMED)
 
 
-def _offline(name: str) -> HubError:
+def _offline(repository: str) -> HubError:
     return HubConnectionError(
-        f"HF_HUB_OFFLINE is set, and {quoted(name)} is not complete in the cache",
+        f"HF_HUB_OFFLINE is set, and {quoted(repository)} is not complete in the cache",
         "unset it, or name the --cache-dir or the directory that holds the checkpoint",
     )
 
 
 def _proxy_login() -> HubError:
     return HubConnectionError(
-        "the proxy before the Hub wants a login it was not given: status 407",
-        "set HTTPS_PROXY to one with name and password that it accepts, as http://NAME:PASSWORD@HOST:PORT",
+        "the proxy in front of the Hub demands a login: status 407",
+        "set HTTPS_PROXY with name and password: http://NAME:PASSWORD@HOST:PORT",
     )
 
 
@@ -173,89 +178,89 @@ def _connection_reason(error: BaseException) -> str:
     if isinstance(error, httpx2.ConnectTimeout | httpx2.PoolTimeout):
         return "no connection within the time limit"
     if isinstance(error, httpx2.TimeoutException):
-        return "nothing came within the time limit"
+        return "no answer within the time limit"
     if isinstance(error, httpx2.ProxyError):
-        return f"the proxy refused: {_short(error)}"
+        return f"the proxy refused: {_first_line(error)}"
     if isinstance(error, httpx2.ConnectError):
-        return f"no connection to {_host_of(error)}: {_short(error)}"
+        return f"no connection to {_host_of(error)}: {_first_line(error)}"
     return "the connection broke off"
 
 
-def _of_answer(error: HfHubHTTPError, name: str) -> PassingError | HubError:
-    """What an answer with an error status comes to."""
+def _status_error(error: HfHubHTTPError, repository: str) -> TransientError | HubError:
+    """Return what an answer with an error status means."""
     from huggingface_hub import errors
 
     response = error.response
     status = int(response.status_code)
-    if status in _PASSING_STATUS:
-        asked_s = _retry_after_s(response.headers)
-        return PassingError(f"status {status} of {response.url.host}", asked_s, is_refusal=status in _REFUSALS)
+    name, page = quoted(repository), f"{endpoint()}/{repository}"
+    if status in _TRANSIENT_STATUS:
+        reason = f"status {status} of {response.url.host}"
+        return TransientError(reason, _retry_after_s(response.headers), is_refusal=status in _REFUSAL_STATUS)
     if status == 407:
         return _proxy_login()
     if status == 412:
         return HubError(
-            f"{quoted(name)} was changed by somebody else meanwhile",
-            "see who and what; the same command goes on from what is there then",
+            f"somebody else changed {name} in the meantime",
+            "see who and what; the same command resumes from the new state",
         )
     if isinstance(error, errors.GatedRepoError):
         return HubAccessError(
-            f"{quoted(name)} is gated: its owner lets in those who accept its terms",
-            f"accept them at {endpoint()}/{name}, then log in by `hf auth login` or set HF_TOKEN",
+            f"{name} is gated: its owner admits those who accept its terms",
+            f"accept them at {page}, then log in by `hf auth login` or set HF_TOKEN",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return HubMissingError(
-            f"{quoted(name)} has no branch, tag or commit of the name asked for",
-            f"its branches and tags: {endpoint()}/{name}/tree/main",
+            f"{name} has no branch, tag or commit of the given name", f"see its branches and tags at {page}/tree/main"
         )
     if isinstance(error, errors.EntryNotFoundError):
-        return HubError(f"{quoted(name)} has no longer a file it listed", "run the same command again")
+        return HubError(f"{name} no longer has a file that it listed", "run the same command again")
     if isinstance(error, errors.DisabledRepoError):
-        return HubError(f"{quoted(name)} is disabled", f"see why at {endpoint()}/{name}")
+        return HubError(f"{name} is disabled", f"see why at {page}")
     if response.url.host != urlsplit(endpoint()).hostname and status in (400, 401, 403, 404, 410):
-        # Of the store behind the Hub, which knows signed addresses only: a new one is had by asking the Hub again. If
-        # new ones are no better, something between here and the store forbids it.
-        reason = f"status {status} of {response.url.host}, as of an address that has run out"
-        return PassingError(reason, most_times=_MOST_ADDRESSES)
+        # The store behind the Hub refuses signed URLs when they expire; the next request to the Hub gives a new one.
+        # If new ones fail as well, a proxy in front of the store forbids them.
+        reason = f"status {status} of {response.url.host}, as for an expired address"
+        return TransientError(reason, max_failures=_MAX_EXPIRED_URLS)
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
-        return _not_found(response, name)
+        return _not_found(response, repository)
     if status == 403:
         return HubAccessError(
-            f"the Hub forbids it: {_reason(response)}",
-            f"use a token with the right to it for {quoted(name)}: `hf auth login`, or HF_TOKEN",
+            f"the Hub forbids the request: {_reason(response)}",
+            f"use a token with the right to it for {name}: `hf auth login`, or HF_TOKEN",
         )
-    return HubError(f"the Hub answered with status {status}: {_reason(response)}", f"see {endpoint()}/{name}")
+    return HubError(f"the Hub answered with status {status}: {_reason(response)}", f"see {page}")
 
 
-def _not_found(response: object, name: str) -> HubError:
+def _not_found(response: object, repository: str) -> HubError:
     from huggingface_hub import get_token
 
     if "invalid credentials" in _reason(response).lower():
         return HubAccessError(
-            "the Hub does not accept the token: it is invalid or has run out",
+            "the Hub rejects the token: it is invalid or has expired",
             "log in by `hf auth login`, or set HF_TOKEN to a valid one",
         )
-    who = "that this token may see" if get_token() else "that is public, and no token is set"
+    visible = "visible to this token" if get_token() else "that is public, and no token is set"
     return HubMissingError(
-        f"{endpoint()} has no repository {quoted(name)} {who}",
+        f"{endpoint()} has no repository {quoted(repository)} {visible}",
         "check the name (ORGANIZATION/NAME); for a private one log in by `hf auth login` or set HF_TOKEN",
     )
 
 
 def _reason(response: object) -> str:
-    """The server's own words, or the status's."""
+    """Return the server's own words, or the status's."""
     headers = getattr(response, "headers", {})
-    said = headers.get("X-Error-Message") or getattr(response, "reason_phrase", "") or "no reason given"
-    return quoted(said, _MAX_REASON)
+    message = headers.get("X-Error-Message") or getattr(response, "reason_phrase", "") or "no reason given"
+    return quoted(message, _MAX_REASON)
 
 
-def _short(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return quoted(str(error).split("\n", 1)[0], _MAX_REASON)
 
 
 def _host_of(error: httpx2.RequestError) -> str:
     try:
         return str(error.request.url.host)
-    except RuntimeError:  # the error came to be without a request
+    except RuntimeError:  # the error has no request
         return urlsplit(endpoint()).hostname or endpoint()
 
 
@@ -270,7 +275,7 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def endpoint() -> str:
-    """The Hub's address: HF_ENDPOINT."""
+    """Return the Hub's address: HF_ENDPOINT."""
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT)

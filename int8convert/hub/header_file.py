@@ -1,7 +1,7 @@
-"""A file on the Hub as a binary file to be read here and there, for its header; what was read is remembered as hashes.
+"""A file on the Hub as a seekable binary file, for its header. What was read is remembered as digests.
 
-The Hub knows no hash of a range, so a header could come with wrong bytes unnoticed. `Evidence` holds the hash of each
-range a header was read from; it is compared when the whole file comes by, whose sha256 the Hub does know.
+The Hub knows no hash of a range, so a header may arrive with wrong bytes. A `RangeDigest` holds the hash of each range
+that was read; it is compared when the whole file arrives, whose sha256 the Hub knows.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ from typing import BinaryIO
 from int8convert.hub.remote_file import HubFile
 
 _BLOCK_BYTES = 1 << 16
-"""Most headers are in the first one; the directory of a `.bin` file is in the last."""
+"""Bytes per request. Most headers fit into the first block, and the directory of a `.bin` file into the last."""
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """What a range of a file was when it was read.
-
-    Attributes:
-        begin, end: the range, in bytes.
-        sha256: of its content.
-    """
+class RangeDigest:
+    """The sha256 of the bytes from `begin` to `end` of a file, as they were read."""
 
     begin: int
     end: int
@@ -33,7 +28,7 @@ class Evidence:
 
 
 class HeaderFile(io.RawIOBase):
-    """A read-only file whose blocks are fetched when they are asked for, and kept."""
+    """A read-only file whose blocks are fetched on demand, and kept."""
 
     def __init__(self, file: HubFile) -> None:
         super().__init__()
@@ -57,32 +52,27 @@ class HeaderFile(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         n = max(0, min(len(buffer), self._file.n_bytes - self._at))
-        first, last = self._at // _BLOCK_BYTES, (self._at + n - 1) // _BLOCK_BYTES
-        self._fetch(first, last)
-        self._ranges.append((self._at, self._at + n))
-        done = 0
-        for index in range(first, last + 1) if n else ():
-            begin = self._at + done - index * _BLOCK_BYTES
-            part = self._blocks[index][begin : begin + n - done]
-            buffer[done : done + len(part)] = part
-            done += len(part)
-        self._at += n
+        if n:
+            self._fetch(self._at // _BLOCK_BYTES, (self._at + n - 1) // _BLOCK_BYTES)
+            self._ranges.append((self._at, self._at + n))
+            buffer[:n] = self._content(self._at, self._at + n)
+            self._at += n
         return n
 
     def _fetch(self, first: int, last: int) -> None:
-        """Get the blocks that are missing, neighbours by one request."""
+        """Fetch the missing blocks, each run of neighbours by one request."""
         missing = [index for index in range(first, last + 1) if index not in self._blocks]
-        for begin, end in _runs(missing):
+        for begin, end in _united((index, index + 1) for index in missing):
             offset = begin * _BLOCK_BYTES
             content = self._file.read_range(offset, min(end * _BLOCK_BYTES, self._file.n_bytes) - offset)
             for index in range(begin, end):
                 at = (index - begin) * _BLOCK_BYTES
                 self._blocks[index] = content[at : at + _BLOCK_BYTES]
 
-    def evidence(self) -> tuple[Evidence, ...]:
-        """Of everything that was read, in order; not of what came along, which nothing was made of."""
+    def digests(self) -> tuple[RangeDigest, ...]:
+        """Return the digests of all that was read, in order. Bytes that were fetched and not read are not covered."""
         return tuple(
-            Evidence(begin, end, hashlib.sha256(self._content(begin, end)).digest())
+            RangeDigest(begin, end, hashlib.sha256(self._content(begin, end)).digest())
             for begin, end in _united(self._ranges)
         )
 
@@ -92,54 +82,45 @@ class HeaderFile(io.RawIOBase):
         return blocks[begin - first * _BLOCK_BYTES : end - first * _BLOCK_BYTES]
 
 
-def _united(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same bytes in ranges that lie apart, in order."""
+def _united(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Unite ranges that touch or overlap; yield them in order."""
     united: list[tuple[int, int]] = []
     for begin, end in sorted(ranges):
         if united and begin <= united[-1][1]:
             united[-1] = united[-1][0], max(end, united[-1][1])
         elif begin < end:
             united.append((begin, end))
-    return united
+    yield from united
 
 
-def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Neighbouring numbers as ranges: first, and one behind the last."""
-    begin = end = -1
-    for number in numbers:
-        if number != end:
-            if begin >= 0:
-                yield begin, end
-            begin = number
-        end = number + 1
-    if begin >= 0:
-        yield begin, end
+class DigestCheck:
+    """Compares a file's bytes, fed in order and without gaps, with digests.
 
+    Attributes:
+        matches: no digest differed so far.
+    """
 
-class EvidenceCheck:
-    """Sees a file's bytes pass, in order and without gaps, and whether they are what the evidence says."""
-
-    def __init__(self, evidence: Iterable[Evidence]) -> None:
-        self._waiting = list(evidence)[::-1]
+    def __init__(self, digests: Iterable[RangeDigest]) -> None:
+        self._pending = list(digests)[::-1]
         self._hash = hashlib.sha256()
         self._at = 0
-        self.is_kept = True
+        self.matches = True
 
     def feed(self, data: bytes | memoryview) -> None:
-        """The file's next bytes."""
+        """Take the file's next bytes."""
         view = memoryview(data)
         end = self._at + len(view)
-        while self._waiting and self._waiting[-1].begin < end:
-            one = self._waiting[-1]
-            self._hash.update(view[max(0, one.begin - self._at) : one.end - self._at])
-            if one.end > end:
+        while self._pending and self._pending[-1].begin < end:
+            digest = self._pending[-1]
+            self._hash.update(view[max(0, digest.begin - self._at) : digest.end - self._at])
+            if digest.end > end:
                 break
-            self.is_kept &= self._hash.digest() == one.sha256
+            self.matches &= self._hash.digest() == digest.sha256
             self._hash = hashlib.sha256()
-            self._waiting.pop()
+            self._pending.pop()
         self._at = end
 
 
 def as_binary_file(file: HeaderFile) -> BinaryIO:
-    """With a `read` that gives all that is asked for."""
+    """Return a file whose `read` returns all bytes asked for."""
     return io.BufferedReader(file, 4096)

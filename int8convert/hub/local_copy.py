@@ -1,6 +1,6 @@
-"""A file of the Hub on this machine's disk: fetched by the Hub's own client, found in its cache, compared.
+"""Files of the Hub on this machine's disk: fetched by the Hub's client, found in its cache, compared with the Hub.
 
-The client checks nothing but the size, so whoever reads the file must.
+The client checks the size alone; callers check the content.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from int8convert.hub.byte_counter import byte_counter
-from int8convert.hub.header_file import Evidence
+from int8convert.hub.header_file import RangeDigest
 from int8convert.hub.remote_file import HubFile
 from int8convert.hub.repository import ContentCheck
 
@@ -18,13 +18,13 @@ _PIECE_BYTES = 1 << 20
 
 
 def cached_path(file: HubFile, cache_dir: Path | None = None) -> Path | None:
-    """Where a file is in the Hub's cache, with the right size; None if it is not."""
+    """Return a file's path in the Hub's cache; None if it is not there with the right size."""
     found = _find(file, cache_dir)
     return found if found is not None and found.stat().st_size == file.n_bytes else None
 
 
 def is_in_cache(file: HubFile, cache_dir: Path | None = None) -> bool:
-    """Whether a file is in the Hub's cache, of whatever size."""
+    """Return whether a file is in the Hub's cache, of whatever size."""
     return _find(file, cache_dir) is not None
 
 
@@ -43,13 +43,13 @@ def download_file(
     is_forced: bool,
     on_bytes: Callable[[int], None],
 ) -> Path:
-    """Have the client fetch a file; it raises what it likes.
+    """Fetch a file by the client, whose errors are not translated.
 
     Args:
-        cache_dir: into this cache; None is the client's own.
-        local_dir: into this directory instead.
-        is_forced: whether what is there already does not count.
-        on_bytes: told how many bytes have come; what it raises ends the download, if not at once.
+        cache_dir: the cache to fetch into; None is the client's own.
+        local_dir: a directory to fetch into instead.
+        is_forced: whether to replace a file that is there.
+        on_bytes: called with the number of bytes received; what it raises ends the download, though not at once.
     """
     from huggingface_hub import hf_hub_download
 
@@ -66,20 +66,20 @@ def download_file(
     )
 
 
-def is_content(path: Path, file: HubFile) -> bool:
-    """Whether a local file has the bytes the Hub lists."""
+def has_content(path: Path, file: HubFile) -> bool:
+    """Return whether a local file has the bytes that the Hub lists."""
     check = ContentCheck(file.n_bytes, file.sha256, file.blob_id)
     with path.open("rb") as opened:
         while piece := opened.read(_PIECE_BYTES):
             check.feed(piece)
-    return check.is_right
+    return check.matches
 
 
-def holds_evidence(path: Path, evidence: Iterable[Evidence]) -> bool:
-    """Whether the parts of a file that were read of it before are in it."""
+def matches_digests(path: Path, digests: Iterable[RangeDigest]) -> bool:
+    """Return whether a local file holds the ranges that were read before."""
     with path.open("rb") as file:
-        for one in evidence:
-            file.seek(one.begin)
-            if hashlib.sha256(file.read(one.end - one.begin)).digest() != one.sha256:
+        for digest in digests:
+            file.seek(digest.begin)
+            if hashlib.sha256(file.read(digest.end - digest.begin)).digest() != digest.sha256:
                 return False
     return True

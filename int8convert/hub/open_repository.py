@@ -1,9 +1,9 @@
-"""A repository on the Hub as a source: which of its files are needed, its config, and its shards' headers by range.
+"""Opens a repository on the Hub as a source: its config, and its shards' headers by range requests.
 
-Which files these are, `loader_files` tells, as of a directory. The bytes of the weights are not touched here: 66
-billion parameters in 14 `.bin` files cost some hundred small requests and 2 MB.
+`int8convert.checkpoint.loaders` chooses the files, as for a directory. Weights are not read: the headers of 66 billion
+parameters in 14 `.bin` files cost some hundred small requests and 2 MB.
 
-Without the network (HF_HUB_OFFLINE) a repository is what the Hub's cache has of it, and read like any directory.
+Without the network (HF_HUB_OFFLINE) the Hub's cache is read like a directory.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ from int8convert.checkpoint.pickle.reader import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
 from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard
 from int8convert.errors import CorruptFileError
-from int8convert.hub.header_file import Evidence, HeaderFile, as_binary_file
-from int8convert.hub.known_ranges import KnownRanges
+from int8convert.hub.errors import TransientError
+from int8convert.hub.header_file import HeaderFile, RangeDigest, as_binary_file
+from int8convert.hub.prefetched_ranges import PrefetchedRanges
 from int8convert.hub.remote_file import HubFile, RangeReader
-from int8convert.hub.repository import (
-    Repository,
-    RepositoryFile,
-    fetch_small_files,
-    find_cached,
-    find_repository,
-)
+from int8convert.hub.repository import Repository, RepositoryFile, find_repository
+from int8convert.hub.retry import RetryBudget, retrying
+from int8convert.hub.small_files import fetch_small_files, find_cached
 from int8convert.text import quoted
 
-_HEADERS_AT_ONCE = 8
+_N_CONNECTIONS = 8
+_MAX_HEADER_READS = 2
+"""Reads of a header that contradicts itself: it may have arrived with wrong bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,39 +52,39 @@ class RemoteShard:
     """A shard on the Hub. A `RemoteFile` of `int8convert.checkpoint.source`.
 
     Attributes:
-        file: where it is.
-        evidence: what its header was read from.
-        known: parts that were fetched beforehand.
+        file: the file on the Hub.
+        header_digests: digests of the ranges from which the header was read.
+        prefetched: ranges that were fetched beforehand.
     """
 
     file: HubFile
-    evidence: tuple[Evidence, ...]
-    known: KnownRanges = field(default_factory=KnownRanges, repr=False, compare=False)
+    header_digests: tuple[RangeDigest, ...]
+    prefetched: PrefetchedRanges = field(default_factory=PrefetchedRanges, repr=False, compare=False)
 
     @property
     def sha256(self) -> str | None:
         return self.file.sha256
 
     def open(self) -> ShardReader:
-        return _PartReader(self.known, self.file.open())
+        return _PrefetchingReader(self.prefetched, self.file.open())
 
     def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        self.known.fetch(self.file, ranges)
+        self.prefetched.fetch(self.file, ranges)
 
-    def comes_again(self, ranges: Iterable[tuple[int, int]]) -> bool:
-        return self.known.comes_again(self.file, ranges)
+    def refetch_matches(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        return self.prefetched.refetch_matches(self.file, ranges)
 
 
-class _PartReader:
-    """A `ShardReader` that has some of it in memory."""
+class _PrefetchingReader:
+    """A `ShardReader` that serves prefetched ranges from memory, and fetches all others."""
 
-    def __init__(self, known: KnownRanges, reader: RangeReader) -> None:
-        self._known = known
+    def __init__(self, prefetched: PrefetchedRanges, reader: RangeReader) -> None:
+        self._prefetched = prefetched
         self._reader = reader
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """See `ShardReader`."""
-        if not self._known.read_into(buffer, offset):
+        if not self._prefetched.read_into(buffer, offset):
             self._reader.read_into(buffer, offset)
 
     def close(self) -> None:
@@ -96,16 +95,16 @@ class _PartReader:
 def open_repository(
     name: str, revision: str | None = None, cache_dir: Path | None = None, ignores_adapter: bool = False
 ) -> CheckpointSource:
-    """Read a repository's config, index and shard headers; no weights.
+    """Read a repository's config, index and shard headers, but no weights.
 
     Args:
         name: ORGANIZATION/NAME.
         revision: a branch, a tag or a commit; None is the main branch.
-        cache_dir: where the small files go; None is the Hub's cache.
-        ignores_adapter: as `open_source`.
+        cache_dir: the cache for the small files; None is the Hub's cache.
+        ignores_adapter: as in `open_source`.
 
     Raises:
-        HubError: it cannot be had.
+        HubError: the repository cannot be read.
         SourceError: it holds no weights.
         CorruptFileError: its files contradict each other.
     """
@@ -120,15 +119,15 @@ def open_repository(
     taken = find_loader_files(listing, ignores_adapter)
     sizes = {file_name: repository.files[file_name].n_bytes for file_name in taken.carried}
     carried = [file_name for file_name, n_bytes in sizes.items() if n_bytes <= MAX_CARRIED_BYTES]
-    # The card is read, not carried: it tells the licence.
+    # The card is read for its licence, and not carried over.
     read = {CONFIG_NAME, CARD_NAME, taken.config_name or CONFIG_NAME, *([taken.weights] if taken.is_indexed else [])}
     small = sorted(file_name for file_name in read if file_name in repository.files)
     directory = fetch_small_files(repository, [*small, *carried], cache_dir)
-    find_file(directory, CARD_NAME)  # as of a directory: refused now, not when all is converted
+    find_file(directory, CARD_NAME)  # refuses a bad card now, as for a directory, not after the conversion
     weight_map = read_weight_map(found_file(directory, taken.weights), taken.suffix) if taken.is_indexed else {}
     names = _listed(repository, weight_map, taken.weights) if weight_map else [taken.weights]
     files = [hub_file(repository, repository.files[file_name]) for file_name in names]
-    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_N_CONNECTIONS) as pool:
         shards, differences = compare_index(
             weight_map, tuple(pool.map(lambda file: _read_shard(file, directory), files))
         )
@@ -149,10 +148,10 @@ def open_repository(
 
 
 class RepositoryListing:
-    """A `Listing` of a repository on the Hub. Reads a file by bringing it into the Hub's cache.
+    """A `Listing` of a repository on the Hub. `read` fetches a file into the Hub's cache.
 
     Args:
-        label: what the user calls it.
+        label: the user's name for the repository.
     """
 
     is_remote = True
@@ -165,7 +164,7 @@ class RepositoryListing:
 
     @cached_property
     def _by_folder(self) -> dict[str, list[str]]:
-        """The files of each folder of the root, those of its own folders included."""
+        """The files below each folder of the root."""
         found: dict[str, list[str]] = {}
         for name in self._repository.files:
             found.setdefault(name.partition("/")[0], []).append(name)
@@ -195,21 +194,24 @@ def _listed(repository: Repository, weight_map: dict[str, str], index_name: str)
         if name not in repository.files:
             raise CorruptFileError(
                 f"'{index_name}' of {quoted(repository.name)} names shard {quoted(name)}, which is not there",
-                "the repository is not complete; name another --revision of it",
+                "name another --revision of the repository; this one is incomplete",
             )
     return names
 
 
 def hub_file(repository: Repository, file: RepositoryFile) -> HubFile:
-    """A file of the repository, to be read."""
+    """Return a listed file as one that can be read."""
     return HubFile(repository.name, repository.commit, file.name, file.n_bytes, file.sha256, file.blob_id)
 
 
 def _read_shard(file: HubFile, directory: Path) -> SourceShard:
-    try:
-        return _read_header(file, directory)
-    except CorruptFileError:
-        return _read_header(file, directory)  # it may have come with wrong bytes
+    def attempt() -> SourceShard:
+        try:
+            return _read_header(file, directory)
+        except CorruptFileError as error:
+            raise TransientError("a bad header", max_failures=_MAX_HEADER_READS, final=error) from None
+
+    return retrying(attempt, RetryBudget(file.subject))
 
 
 def _read_header(file: HubFile, directory: Path) -> SourceShard:
@@ -219,4 +221,4 @@ def _read_header(file: HubFile, directory: Path) -> SourceShard:
         tensors = find_safetensors_tensors(opened, file.n_bytes, file.name)
     else:
         tensors = find_pickle_tensors(opened, file.n_bytes, file.name, is_remote=True)
-    return SourceShard(directory / file.name, file.n_bytes, tensors, RemoteShard(file, header.evidence()))
+    return SourceShard(directory / file.name, file.n_bytes, tensors, RemoteShard(file, header.digests()))

@@ -1,4 +1,4 @@
-"""The names of repositories on the Hub, and the addresses people have for them."""
+"""Recognizes names of repositories on the Hub, and their addresses."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from urllib.parse import unquote
 
 _NAME_PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _REPOSITORY_NAME = re.compile(f"{_NAME_PART}/{_NAME_PART}", re.ASCII)
-"""Names without an organization, which a few old repositories have, are taken for directories."""
+"""ORGANIZATION/NAME. The few names without an organization count as directories."""
 
 _REPOSITORY_ADDRESS = re.compile(
     r"(?:https?://[^/]+/|(?:huggingface|hf)\.co/|hf://|(?=[^/]+/[^/]+@))(?!datasets/|spaces/)(?:models/)?"
     rf"(?P<name>{_NAME_PART}/{_NAME_PART})(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[^/?#]+))?(?:[/?#].*)?",
     re.ASCII,
 )
-"""What people have at hand that names a repository and is no name: a page of it, a form of other tools."""
+"""Addresses of a repository's pages, and the notations of other tools."""
 
 
 def looks_like_repository(name: str) -> bool:
-    """Whether a repository could have this name."""
+    """Return whether a repository could have this name."""
     return _REPOSITORY_NAME.fullmatch(name) is not None
 
 

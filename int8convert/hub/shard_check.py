@@ -1,4 +1,4 @@
-"""What a shard from the Hub turned out to be, once all of its bytes have come."""
+"""Judges a shard from the Hub once all of its bytes have arrived."""
 
 from __future__ import annotations
 
@@ -13,37 +13,36 @@ from int8convert.text import quoted
 
 @dataclass(frozen=True, slots=True)
 class ShardCheck:
-    """Compares what came with what the Hub lists, and with what came before.
+    """The comparison of a shard's bytes with what was expected.
 
     Attributes:
-        sha256: of what came, in hex.
-        is_right: whether that is what the Hub lists.
-        is_kept: whether the header is the one the plan was made from.
-        is_known: whether the parts that were fetched beforehand are in it.
+        sha256: of the bytes, in hex.
+        content_matches: they have the hash that the Hub lists.
+        header_matches: they hold the header from which the conversion was planned.
+        prefetched_matches: they hold the ranges that were fetched beforehand.
     """
 
     sha256: str
-    is_right: bool
-    is_kept: bool
-    is_known: bool
+    content_matches: bool
+    header_matches: bool
+    prefetched_matches: bool
 
     def sha256_of(self, shard: SourceShard) -> str:
-        """The sha256, if all is well.
+        """Return the sha256 if everything matches.
 
         Raises:
-            DamagedShardError: it is not, and fetching again may help.
-            CorruptFileError: the plan was made from another header.
+            DamagedShardError: the bytes differ, and fetching them again may help.
+            CorruptFileError: the conversion was planned from another header.
         """
         assert isinstance(shard.remote, RemoteShard)
-        if not self.is_right:
+        if not self.content_matches:
             raise DamagedShardError(shard, f"sha256 {self.sha256}, expected {shard.remote.sha256}")
-        if not self.is_known:
-            shard.remote.known.forget()
-            raise DamagedShardError(shard, "a part of it that was fetched before was another one")
-        if not self.is_kept:
+        if not self.prefetched_matches:
+            shard.remote.prefetched.forget()
+            raise DamagedShardError(shard, "a range that was fetched beforehand differs")
+        if not self.header_matches:
             raise CorruptFileError(
-                f"the header of {quoted(shard.path.name)} was other when the conversion was planned than in the file "
-                "itself",
-                "it came with wrong bytes then; the same command plans anew",
+                f"the header of {quoted(shard.path.name)} differs from the one the conversion was planned from",
+                "run the same command again; it plans from the new header",
             )
         return self.sha256

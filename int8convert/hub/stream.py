@@ -1,15 +1,15 @@
-"""Shards that pass by: fetched one after the other as streams, held only as long as somebody has to read them.
+"""Shards as streams: fetched one after the other, and held in memory only while they are read.
 
-1. A thread fetches the shards in order, over one connection at a time, and puts what comes into chunks of memory. When
-   the chunks in use come to `window_bytes`, it waits.
-2. Readers wait for the bytes they want, and say from where on they still need any; chunks before that are used again.
-   While one shard is read to its end, the next is already coming.
-3. Every byte is hashed as it comes, read or not. At the end the hash must be the Hub's, and the header the plan was
-   made from must have passed by, too.
-A connection that breaks off is continued at the next byte, by a Range request. Nothing is written to the disk.
+1. A thread fetches the shards in order, over one connection at a time, into chunks of memory. It waits while the chunks
+   in use reach `window_bytes`.
+2. Readers wait for the bytes they want, and say from where on they still need any; earlier chunks are reused. While one
+   shard is read to its end, the next is already fetched.
+3. Every byte is hashed as it arrives. At the end the hash must be the Hub's, and the header must be the one that the
+   conversion was planned from.
+A broken connection is resumed at the next byte by a Range request. Nothing is written to the disk.
 
-Costs the window. Left out on purpose: several connections at once, which the order of the hash would make wait for each
-other; who has the disk for it downloads by xet, which does that.
+Cost: the window. Several connections at once were left out: the hash needs the bytes in order, so they would wait for
+each other. `int8convert.hub.download` fetches in parallel, by xet, for those who have the disk.
 """
 
 from __future__ import annotations
@@ -21,49 +21,58 @@ from int8convert.checkpoint.shard_access import LocalShards, OrderedReader
 from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import HubError
 from int8convert.events import EventSink, SourceFetched, ignore
-from int8convert.hub.header_file import EvidenceCheck
+from int8convert.hub.errors import TransientError
+from int8convert.hub.header_file import DigestCheck
 from int8convert.hub.open_repository import RemoteShard
 from int8convert.hub.repository import ContentCheck
-from int8convert.hub.retry import PassingError, Patience, transfer_patience_s
+from int8convert.hub.retry import retrying, transfer_budget
 from int8convert.hub.shard_check import ShardCheck
 
 CHUNK_BYTES = 4 << 20
-_MOST_AT_ONCE = 40_000_000_000
-"""Of a file by one request: beyond 50 GB the store behind the Hub gives parts only (`MAX_HTTP_DOWNLOAD_SIZE` of the
+_MAX_REQUEST_BYTES = 40_000_000_000
+"""Bytes of one request. Beyond 50 GB the store behind the Hub serves ranges only (`MAX_HTTP_DOWNLOAD_SIZE` of the
 client)."""
 
 _CLOSE_S = 0.5
 
 
-class _Stopped(Exception):
-    """Nobody wants the stream any longer. Stays in its thread."""
+class _StoppedError(Exception):
+    """Ends the fetching thread after `close`. Stays in the thread."""
 
 
-class _Passing:
-    """One shard on its way by."""
+class _ShardInFlight:
+    """A shard that is being received. Readers and the fetching thread share it under the stream's condition."""
 
     def __init__(self, shard: SourceShard, needed_from: int) -> None:
         assert isinstance(shard.remote, RemoteShard)
         self.shard = shard
-        self.remote = shard.remote
-        self.n_come = 0
+        self.file = shard.remote.file
+        self.n_received = 0
         self.needed_from = needed_from
         self.chunks: dict[int, bytearray] = {}
-        self.is_whole = False
-        file = shard.remote.file
-        self.content = ContentCheck(file.n_bytes, file.sha256, file.blob_id)
-        self.header = EvidenceCheck(shard.remote.evidence)
-        self.known = EvidenceCheck(shard.remote.known.evidence())
+        self.content = ContentCheck(self.file.n_bytes, self.file.sha256, self.file.blob_id)
+        self.header = DigestCheck(shard.remote.header_digests)
+        self.prefetched = DigestCheck(shard.remote.prefetched.digests())
+        self.is_complete = False
+
+    def feed(self, data: memoryview) -> None:
+        """Check the next bytes."""
+        for check in (self.content, self.header, self.prefetched):
+            check.feed(data)
+
+    def is_unneeded(self, i: int) -> bool:
+        """Return whether no reader needs chunk i."""
+        return self.needed_from >= min((i + 1) * CHUNK_BYTES, self.shard.n_bytes)
 
 
 class ShardStream:
-    """`ShardAccess` to shards on the Hub, in the order given.
+    """`ShardAccess` to shards on the Hub.
 
     Args:
-        shards: those that will be opened, in order.
-        first_needed: of each, the first byte that will be read.
-        window_bytes: most memory for bytes that have come and are still needed; at least what the blocks that are read
-            at the same time, and the tensors that are no plain run of bytes, span.
+        shards: the shards in the order in which they will be opened.
+        first_needed: the first byte of each that will be read.
+        window_bytes: the most memory for received bytes that are still needed. It must hold the blocks that are read at
+            the same time, and tensors that are not one run of bytes.
         on_event: receives `SourceFetched`, in the fetching thread.
     """
 
@@ -76,11 +85,11 @@ class ShardStream:
     ) -> None:
         self._shards = list(shards)
         self._first_needed = list(first_needed)
-        self._most_chunks = -(-window_bytes // CHUNK_BYTES) + 1  # the window may begin within a chunk
+        self._max_chunks = -(-window_bytes // CHUNK_BYTES) + 1  # the window may begin within a chunk
         self._on_event = on_event
         self._local = LocalShards()
         self._changed = threading.Condition()
-        self._passing: dict[str, _Passing] = {}
+        self._in_flight: dict[str, _ShardInFlight] = {}
         self._free: list[bytearray] = []
         self._n_used = 0
         self._error: BaseException | None = None
@@ -104,16 +113,17 @@ class ShardStream:
             return self._local.finish(shard)
         name = shard.path.name
         with self._changed:
-            self._wait_for(lambda: name in self._passing)
-            passing = self._passing[name]
-            self._release(passing, shard.n_bytes)
-            self._wait_for(lambda: passing.is_whole)
-            del self._passing[name]
-        content, header, known = passing.content, passing.header, passing.known
-        return ShardCheck(content.sha256, content.is_right, header.is_kept, known.is_kept).sha256_of(shard)
+            self._wait_for(lambda: name in self._in_flight)
+            received = self._in_flight[name]
+            self._release(received, shard.n_bytes)
+            self._wait_for(lambda: received.is_complete)
+            del self._in_flight[name]
+        content = received.content
+        check = ShardCheck(content.sha256, content.matches, received.header.matches, received.prefetched.matches)
+        return check.sha256_of(shard)
 
     def close(self) -> None:
-        """See `ShardAccess`. The thread may wait for the network; it ends by itself, and harms nobody meanwhile."""
+        """See `ShardAccess`. The thread ends after its current wait for the network."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -124,10 +134,10 @@ class ShardStream:
         """Wait for bytes of a shard, and copy them."""
         name = shard.path.name
         with self._changed:
-            self._wait_for(lambda: name in self._passing and self._passing[name].n_come >= offset + len(buffer))
-            chunks = self._passing[name].chunks
+            self._wait_for(lambda: name in self._in_flight and self._in_flight[name].n_received >= offset + len(buffer))
+            chunks = self._in_flight[name].chunks
             first = offset // CHUNK_BYTES
-            # Chunks stay as they are until the reader says that it is through with them.
+            # The copy below needs no lock: chunks stay unchanged until the reader releases them.
             wanted = [chunks[i] for i in range(first, (offset + len(buffer) - 1) // CHUNK_BYTES + 1)]
         done = 0
         for i, chunk in enumerate(wanted, first):
@@ -137,22 +147,21 @@ class ShardStream:
             done += len(part)
 
     def release(self, shard: SourceShard, needed_from: int) -> None:
-        """No byte of the shard before this one will be read again."""
+        """Reuse the memory of a shard's bytes before `needed_from`."""
         with self._changed:
-            if shard.path.name in self._passing:
-                self._release(self._passing[shard.path.name], needed_from)
+            if shard.path.name in self._in_flight:
+                self._release(self._in_flight[shard.path.name], needed_from)
 
-    def _release(self, passing: _Passing, needed_from: int) -> None:
-        passing.needed_from = max(passing.needed_from, needed_from)
-        is_over = passing.needed_from >= passing.shard.n_bytes
-        for i in [i for i in passing.chunks if is_over or (i + 1) * CHUNK_BYTES <= passing.needed_from]:
-            self._free.append(passing.chunks.pop(i))
+    def _release(self, received: _ShardInFlight, needed_from: int) -> None:
+        received.needed_from = max(received.needed_from, needed_from)
+        for i in [i for i in received.chunks if received.is_unneeded(i)]:
+            self._free.append(received.chunks.pop(i))
             self._n_used -= 1
         self._changed.notify_all()
 
-    def _wait_for(self, is_so: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._error is not None or self._is_closed or is_so())
-        if not is_so():
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: self._error is not None or self._is_closed or condition())
+        if not condition():
             raise self._error or HubError("the stream was closed", "run the same command again")
 
     def _fetch_all(self) -> None:
@@ -160,84 +169,77 @@ class ShardStream:
             for shard, first_needed in zip(self._shards, self._first_needed, strict=True):
                 if shard.remote is None:
                     continue
-                passing = _Passing(shard, first_needed)
+                in_flight = _ShardInFlight(shard, first_needed)
                 with self._changed:
-                    self._passing[shard.path.name] = passing
+                    self._in_flight[shard.path.name] = in_flight
                     self._changed.notify_all()
-                self._fetch(passing)
-        except _Stopped:
+                self._fetch(in_flight)
+        except _StoppedError:
             pass
-        except BaseException as error:  # whoever waits for bytes raises it; without one it would wait for ever
+        except BaseException as error:  # raised to the readers, which would wait forever
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _fetch(self, passing: _Passing) -> None:
-        """One shard, over as many connections as it takes."""
-        file = passing.remote.file
-        patience = Patience(file.subject, transfer_patience_s())
-        while passing.n_come < file.n_bytes:
-            if self._is_closed:
-                raise _Stopped
-            end = min(passing.n_come + _MOST_AT_ONCE, file.n_bytes)
-            try:
-                with file.stream(passing.n_come, end) as pieces:
-                    for piece in pieces:
-                        if passing.n_come == end:
-                            break
-                        self._take(passing, memoryview(piece)[: end - passing.n_come])
-                        patience.progressed()
-                if passing.n_come < end:
-                    raise PassingError("the answer ended early")
-            except PassingError as trouble:
-                patience.wait(trouble, self._pause)
+    def _fetch(self, shard: _ShardInFlight) -> None:
+        """Fetch one shard over as many connections as it takes."""
+        file = shard.file
+        budget = transfer_budget(file.subject)
+
+        def attempt() -> None:
+            end = min(shard.n_received + _MAX_REQUEST_BYTES, file.n_bytes)
+            with file.stream(shard.n_received, end) as pieces:
+                for piece in pieces:
+                    if shard.n_received == end:
+                        break
+                    self._take(shard, memoryview(piece)[: end - shard.n_received])
+                    budget.progressed()
+            if shard.n_received < end:
+                raise TransientError("the answer ended early")
+
+        while shard.n_received < file.n_bytes:
+            retrying(attempt, budget, self._pause)
         with self._changed:
-            passing.is_whole = True
+            shard.is_complete = True
             self._changed.notify_all()
 
     def _pause(self, seconds: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed, seconds)
+            if self._changed.wait_for(lambda: self._is_closed, seconds):
+                raise _StoppedError
 
-    def _take(self, passing: _Passing, piece: memoryview) -> None:
-        """Put the next bytes where readers find them."""
-        passing.content.feed(piece)
-        passing.header.feed(piece)
-        passing.known.feed(piece)
-        at = passing.n_come
+    def _take(self, shard: _ShardInFlight, piece: memoryview) -> None:
+        """Check the next bytes, and put them where readers find them."""
+        shard.feed(piece)
+        at = shard.n_received
         while len(piece):
             i, begin = divmod(at, CHUNK_BYTES)
             part = piece[: CHUNK_BYTES - begin]
-            chunk = self._chunk(passing, i)
+            chunk = self._chunk(shard, i)
             if chunk is not None:
                 chunk[begin : begin + len(part)] = part
             at += len(part)
             piece = piece[len(part) :]
             with self._changed:
-                passing.n_come = at
+                shard.n_received = at
                 self._changed.notify_all()
-        self._on_event(SourceFetched(passing.shard.path.name, at))
+        self._on_event(SourceFetched(shard.shard.path.name, at))
 
-    def _chunk(self, passing: _Passing, i: int) -> bytearray | None:
-        """The chunk for these bytes, once there is room for it; None if nobody needs them."""
+    def _chunk(self, shard: _ShardInFlight, i: int) -> bytearray | None:
+        """Wait for room, and return the memory of chunk i; None if no reader needs it."""
         with self._changed:
-            if i not in passing.chunks:
+            if i not in shard.chunks:
                 self._changed.wait_for(
-                    lambda: self._is_closed or self._n_used < self._most_chunks or _is_needless(passing, i)
+                    lambda: self._is_closed or self._n_used < self._max_chunks or shard.is_unneeded(i)
                 )
-                if self._is_closed:
-                    raise _Stopped
-                if _is_needless(passing, i):
+                if not self._is_closed and shard.is_unneeded(i):
                     return None
-                passing.chunks[i] = self._free.pop() if self._free else bytearray(CHUNK_BYTES)
+            if self._is_closed:
+                raise _StoppedError
+            if i not in shard.chunks:
+                shard.chunks[i] = self._free.pop() if self._free else bytearray(CHUNK_BYTES)
                 self._n_used += 1
-            elif self._is_closed:
-                raise _Stopped
-            return passing.chunks[i]
-
-
-def _is_needless(passing: _Passing, i: int) -> bool:
-    return passing.needed_from >= min((i + 1) * CHUNK_BYTES, passing.shard.n_bytes)
+            return shard.chunks[i]
 
 
 class _StreamReader:

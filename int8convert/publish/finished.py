@@ -1,9 +1,9 @@
-"""What may be published: a conversion of ours that is finished, whole on the disk, and verified.
+"""Reads what may be published: a conversion of ours that is finished, whole on the disk, and verified.
 
-Published are the files that verify.json vouches for, in the very bytes that it names. Of an output that is not
-verified, and is to be published all the same, it is those that the manifest names, carried files only in the bytes
-that it names: the conversion wrote them, though nobody has compared them since. Whatever else lies there stays there,
-or is an error if a loader might take it. The hashes are fixed before anything is sent; see `Target.send`.
+Published are the files that verify.json lists, with the bytes that it lists. An unverified output that is published
+all the same consists of the files that the manifest lists, carried files only with the bytes that it lists: the
+conversion wrote them, though nothing has compared them since. All other files stay here, or are an error if a loader
+might read them. Hashes are fixed before anything is sent; see `Branch.send`.
 """
 
 from __future__ import annotations
@@ -15,32 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.hashing import file_sha256
-from int8convert.checkpoint.json_file import read_config, read_own_hashed_json, read_own_json
+from int8convert.checkpoint.json_file import read_config, read_own_json
 from int8convert.checkpoint.loaders.files import is_inert
 from int8convert.checkpoint.loaders.present_files import PresentFiles, find_present
-from int8convert.checkpoint.manifest import NOT_PUBLISHED, Manifest, ShardRecord
-from int8convert.checkpoint.names import (
-    CARD_NAME,
-    CONFIG_NAME,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    OUTLIERS_FILE,
-    OWN_FOLDER,
-    VERIFY_FILE,
-)
-from int8convert.errors import CorruptFileError, OutputError, SourceError, UnverifiedError
+from int8convert.checkpoint.manifest import Manifest, ShardRecord
+from int8convert.checkpoint.names import CARD_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE
+from int8convert.errors import CorruptFileError, OutputError, UnverifiedError
 from int8convert.formats.format import Format
 from int8convert.planning.recorded_request import read_recorded_request
-from int8convert.publish.verify_json import clearing_command, read_recorded_report
+from int8convert.publish.verify_json import clearing_command
+from int8convert.publish.vouched_files import NEVER_VERIFIED, Vouching, is_private, read_vouching
 from int8convert.text import quoted
 
-_NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
-"""Of our own folder: what only this machine, or a conversion that goes on, needs."""
-
 _OF_EVERY_OUTPUT = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE})
-_MAX_FAILURES = 3
-
-NEVER_VERIFIED = "not verified yet"
+_RERUN = "run the same quantize again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +36,15 @@ class FinishedOutput:
     """A finished conversion.
 
     Attributes:
-        config, manifest: the parsed files.
-        records: of its shards.
-        present: the files that lie there.
-        hashes: name in the repository -> the sha256 in which a file is published, of all but the model card.
-        verify: the parsed verify.json; None if there is none that is about these bytes and passed.
-        unverified: why not, as a phrase; "" if there is.
-        is_damaged: its weight files were not those of the manifest when it was verified.
+        path: the directory.
+        config: config.json, parsed.
+        manifest: the manifest, parsed.
+        records: the records of its shards.
+        present: the files in the directory.
+        hashes: name in the repository -> sha256 to publish, without the model card.
+        verify: verify.json, parsed; None unless it is about these bytes and passed.
+        unverified: why `verify` is None, as a phrase; "" otherwise.
+        is_damaged: when the output was verified, its weight files were not those of the manifest.
     """
 
     path: Path
@@ -69,8 +59,14 @@ class FinishedOutput:
 
     @property
     def request(self) -> dict[str, Any]:
-        """What was asked of the conversion."""
+        """The request of the conversion: source, format and options."""
         found = self.manifest.get("conversion")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the conversion."""
+        found = self.request.get("options")
         return found if isinstance(found, dict) else {}
 
     @property
@@ -85,28 +81,23 @@ class FinishedOutput:
         return Format(self.quant_method) if self.quant_method in tuple(Format) else None
 
     def files(self) -> dict[str, Path]:
-        """Name in the repository -> path of all that is published, but for the model card."""
+        """Return name in the repository -> path of all files to publish, without the model card."""
         return {name: path for name, path in self.present.files.items() if name in self.hashes}
 
-    def left(self) -> tuple[str, ...]:
-        """Names of the files that are not published, but for those of our own folder that stay here always."""
+    def skipped_files(self) -> tuple[str, ...]:
+        """Return the names of files that are not published, without those of our own folder that never are."""
         published = self.files()
         return tuple(
-            name for name in self.present.files if name not in published and name != CARD_NAME and not _is_private(name)
+            name for name in self.present.files if name not in published and name != CARD_NAME and not is_private(name)
         )
 
 
-def _is_private(name: str) -> bool:
-    parts = name.split("/")
-    return parts[0] == OWN_FOLDER and len(parts) > 1 and parts[1] in _NOT_PUBLISHED
-
-
 def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
-    """Look at an output, and see that it is finished and its shards have their sizes.
+    """Read an output, and check that it is finished and its shards have their sizes.
 
     Raises:
         OutputError: it is no finished conversion of ours, or holds a link out of it, or a pipe.
-        CorruptFileError: a shard is not there, or of another size; or the manifest is not understood.
+        CorruptFileError: a shard is missing or has another size; or the manifest is not understood.
     """
     path = Path(out)
     manifest = Manifest(path)
@@ -115,117 +106,64 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
         is_begun = manifest.read_request() is not None
         raise OutputError(
             f"{shown} is {'an unfinished conversion' if is_begun else 'no output of int8convert quantize'}",
-            "run the same quantize again to finish it" if is_begun else "name one",
+            f"{_RERUN} to finish it" if is_begun else "name one",
         )
     present = find_present(path)
     for name, why in present.refused.items():
         is_needed = why.startswith("a link") and "folder" not in why and not is_inert(name) and "/" not in name
-        way_out = "replace the link with a copy of the file" if is_needed else "remove it"
-        raise OutputError(f"{quoted(name)} in {shown} is {why}", way_out)
+        hint = "replace the link with a copy of the file" if is_needed else "remove it"
+        raise OutputError(f"{quoted(name)} in {shown} is {why}", hint)
     read_recorded_request(path)
-    records = tuple(manifest.read_finished_records().values())
-    for record in records:
+    output = _read(path, present, is_here=True)
+    for record in output.records:
         shard = present.files.get(record.file_name)
         n_bytes = shard.stat().st_size if shard is not None else None
         if n_bytes != record.n_bytes:
             found = "no such file" if n_bytes is None else f"{n_bytes:,} bytes"
             raise CorruptFileError(
                 f"{quoted(record.file_name)} in {shown}: expected {record.n_bytes:,} bytes, found {found}",
-                "run the same quantize again, which makes what is missing",
+                f"{_RERUN} to make it",
             )
-    shards = {record.file_name: record.sha256 for record in records}
-    recorded = _read_verify(present, shards)
-    whole = read_own_json(path / MANIFEST_NAME)
-    config = read_config(path / CONFIG_NAME)
-    hashes = recorded.vouched if recorded.verify is not None else _as_converted(present, whole, shards)
-    hashes = {name: sha256 for name, sha256 in {**hashes, **recorded.own}.items() if name != CARD_NAME}
-    return FinishedOutput(
-        path, config, whole, records, present, hashes, recorded.verify, recorded.unverified, recorded.is_damaged
-    )
+    return output
 
 
 def read_published(out: Path) -> FinishedOutput:
-    """As `read_finished`, of an output whose shards are not here any longer, and which was not verified."""
-    manifest = Manifest(out)
-    records = tuple(manifest.read_finished_records().values())
-    whole = read_own_json(out / MANIFEST_NAME)
-    config = read_config(out / CONFIG_NAME)
-    present = find_present(out)
-    hashes = _as_converted(present, whole, {record.file_name: record.sha256 for record in records})
-    return FinishedOutput(out, config, whole, records, present, hashes, None, NEVER_VERIFIED)
+    """Read an output whose shards are not here any longer, and which was not verified."""
+    return _read(out, find_present(out), is_here=False)
+
+
+def _read(path: Path, present: PresentFiles, is_here: bool) -> FinishedOutput:
+    records = tuple(Manifest(path).read_finished_records().values())
+    shards = {record.file_name: record.sha256 for record in records}
+    manifest = read_own_json(path / MANIFEST_NAME)
+    report = read_vouching(present, shards) if is_here else Vouching(None, NEVER_VERIFIED)
+    hashes = report.vouched if report.verify is not None else _as_converted(present, manifest, shards)
+    return FinishedOutput(
+        path,
+        read_config(path / CONFIG_NAME),
+        manifest,
+        records,
+        present,
+        {name: sha256 for name, sha256 in {**hashes, **report.own}.items() if name != CARD_NAME},
+        report.verify,
+        report.unverified,
+        report.is_damaged,
+    )
 
 
 def _as_converted(present: PresentFiles, manifest: Mapping[str, Any], shards: Mapping[str, str]) -> dict[str, str]:
-    """The files that are as the conversion wrote them, by its manifest -> their sha256.
+    """Return file -> sha256 of the files that are as the conversion wrote them.
 
-    Of config.json and the other files that each output has, the manifest holds no hash: they are as they are now.
+    The manifest has no hash of config.json and the other files of every output; they are taken as they are.
     """
-    told = manifest.get("carried")
-    carried = told if isinstance(told, dict) else {}
-    now = {name: file_sha256(present.files[name]) for name in {*carried, *_OF_EVERY_OUTPUT} & present.files.keys()}
-    return {**{name: found for name, found in now.items() if carried.get(name, found) == found}, **shards}
-
-
-@dataclass(frozen=True, slots=True)
-class _RecordedReport:
-    """What verify.json means for the files that are there: attributes of `FinishedOutput`, and
-
-    Attributes:
-        own: its name -> its sha256, as it was read, if it is about these bytes; else it is not published.
-        vouched: file -> sha256, as it says.
-    """
-
-    verify: dict[str, Any] | None
-    unverified: str
-    is_damaged: bool = False
-    own: Mapping[str, str] = field(default_factory=dict)
-    vouched: Mapping[str, str] = field(default_factory=dict)
-
-
-def _read_verify(present: PresentFiles, shards: Mapping[str, str]) -> _RecordedReport:
-    """Read verify.json, once.
-
-    Args:
-        shards: weight file -> sha256, as the manifest has it; `check_shards` compares the files with that.
-    """
-    if VERIFY_FILE not in present.files:
-        return _RecordedReport(None, NEVER_VERIFIED)
-    try:
-        report, sha256 = read_own_hashed_json(present.files[VERIFY_FILE])
-    except (CorruptFileError, SourceError):
-        return _RecordedReport(None, "its verify.json cannot be read")
-    told = report.get("files")
-    vouched = told if isinstance(told, dict) else {}
-    unverified = _first_unverified(present, vouched, shards)
-    own = {VERIFY_FILE: sha256} if not unverified else {}
-    if report.get("is_passed") is not True:
-        found = report.get("failures")
-        lines = [quoted(line, 300)[1:-1] for line in found if isinstance(line, str)] if isinstance(found, list) else []
-        what = f": {'; '.join(lines[:_MAX_FAILURES])}" if lines else ""
-        is_damaged = any(line.startswith("files: ") for line in lines)
-        return _RecordedReport(None, f"it did not pass when it was verified{what}", is_damaged, own if lines else {})
-    whole = read_recorded_report(report)
-    if not unverified and whole is None:
-        return _RecordedReport(None, "its verify.json holds what verify does not write")
-    return _RecordedReport(None if unverified else whole, unverified, False, own, vouched)
-
-
-def _first_unverified(present: PresentFiles, vouched: Mapping[str, Any], shards: Mapping[str, str]) -> str:
-    """The first file that verify.json does not vouch for as it is now, as a phrase; "" if there is none."""
-    for name in sorted({*vouched, *shards, CONFIG_NAME, MANIFEST_NAME}):
-        path = present.files.get(name)
-        if path is None:
-            return f"{quoted(name)} was verified and is gone"
-        if (shards.get(name) or file_sha256(path)) != vouched.get(name):
-            return f"{quoted(name)} is not the one that was verified"
-    for name in present.files.keys() - vouched.keys() - {VERIFY_FILE, CARD_NAME}:
-        if not is_inert(name) and not _is_private(name):
-            return f"{quoted(name)} is none of the files that were verified"
-    return ""
+    carried = manifest.get("carried")
+    expected = carried if isinstance(carried, dict) else {}
+    found = {name: file_sha256(present.files[name]) for name in {*expected, *_OF_EVERY_OUTPUT} & present.files.keys()}
+    return {**{name: sha256 for name, sha256 in found.items() if expected.get(name, sha256) == sha256}, **shards}
 
 
 def check_verified(output: FinishedOutput) -> None:
-    """Refuse an output that nothing has shown to be good.
+    """Refuse an output that is not verified.
 
     Raises:
         UnverifiedError: see `FinishedOutput.unverified`.
@@ -234,19 +172,16 @@ def check_verified(output: FinishedOutput) -> None:
         return
     command = clearing_command(output.path)
     hint = f"run `{command}`, or pass --allow-unverified; the model card then says so"
-    if output.is_damaged:  # which `check_shards` would refuse all the same
-        hint = f"remove what is named, run the same quantize again, then `{command}`"
-    raise UnverifiedError(
-        f"{quoted(str(output.path), 200)} cannot be published: {output.unverified}",
-        f"{hint}",
-    )
+    if output.is_damaged:  # `check_shards` would refuse it even with --allow-unverified
+        hint = f"remove what is named, {_RERUN}, then `{command}`"
+    raise UnverifiedError(f"{quoted(str(output.path), 200)} cannot be published: {output.unverified}", hint)
 
 
 def check_shards(output: FinishedOutput) -> None:
-    """Read all shards, and see that they are what the manifest says.
+    """Compare the sha256 of all shards with the manifest.
 
     Raises:
-        CorruptFileError: one is not.
+        CorruptFileError: one differs.
     """
     for record in output.records:
         found = file_sha256(output.path / record.file_name)
@@ -254,5 +189,5 @@ def check_shards(output: FinishedOutput) -> None:
             raise CorruptFileError(
                 f"{quoted(record.file_name)} in {quoted(str(output.path), 200)} has sha256 {found}, "
                 f"expected {record.sha256}, as the manifest says",
-                "remove it, and run the same quantize again, which makes it anew",
+                f"remove it, and {_RERUN} to make it again",
             )

@@ -1,12 +1,11 @@
-"""Shards that go to the Hub one by one while the conversion goes on: a `ShardPublisher` of the conversion.
+"""Publishes shards on the Hub one by one during the conversion: a `ShardPublisher`.
 
-Each shard is sent, then committed together with its record, and the first with what was asked of the conversion. So the
-repository itself knows how far it has got, and whoever goes on with it - the same machine or another - needs nothing
-else. That first commit also removes what is to be replaced, lest old and new shards look like one checkpoint. The last
-one brings config.json and the index, which make it a checkpoint, and removes those notes; it is made only if all shards
-are on the Hub as they were here.
+Each shard is sent, then committed with its record; the first commit also holds the conversion's request. So any machine
+can resume from the repository alone. The first commit also removes files that are to be replaced, lest old and new
+shards look like one checkpoint. The last commit adds config.json and the index, which make it a checkpoint, and removes
+request and records; it is made only if the Hub has all shards as they were here.
 
-Every commit names the one before it, so that of two who write to a repository at the same time one is stopped.
+Every commit names its parent, so of two concurrent writers one is stopped.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ from int8convert.checkpoint.names import (
 )
 from int8convert.errors import HubError, OutputError
 from int8convert.events import EventSink, FileSent, ignore
-from int8convert.hub.branch import MAIN, Target
+from int8convert.hub.branch import Branch
 from int8convert.hub.open_repository import open_repository
-from int8convert.hub.repository import Repository, RepositoryFile, fetch_small_files, find_repository
+from int8convert.hub.repository import MAIN, Repository, RepositoryFile, find_repository
+from int8convert.hub.small_files import fetch_small_files
 from int8convert.inspection import inspect_source
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_published
@@ -42,22 +42,21 @@ if TYPE_CHECKING:
 
 _REQUEST_NAME = f"{OWN_FOLDER}/conversion.json"
 _RECORDS_FOLDER = f"{OWN_FOLDER}/shards/"
-_OF_A_WHOLE = frozenset({CONFIG_NAME, MANIFEST_NAME, VERIFY_FILE})
+_COMPLETE_FILES = frozenset({CONFIG_NAME, MANIFEST_NAME, VERIFY_FILE})
 
 
 class HubPublisher:
-    """See `ShardPublisher` of the conversion.
+    """A `ShardPublisher`.
 
     Args:
-        repository: ORGANIZATION/NAME; made if it is not there.
-        private: whether it is then, and must be if it is there.
-        revision: the branch.
+        repository: ORGANIZATION/NAME; created if missing.
+        private: whether a new repository is private, and an existing one must be; None accepts either.
+        revision: the branch; created if missing.
         on_event: receives `FileSent`.
 
     Attributes:
-        url: where to look at it.
-        commit: the last one, once it is complete.
-        keeps_card: the repository has a model card of somebody's own, which is left as it is.
+        commit: the last commit, once the checkpoint is complete.
+        keeps_card: the repository's model card is not ours, and was kept.
     """
 
     def __init__(
@@ -67,11 +66,11 @@ class HubPublisher:
         revision: str = MAIN,
         on_event: EventSink = ignore,
     ) -> None:
-        self._target = Target(repository, revision, private)
+        self._branch = Branch(repository, revision, private)
         self._on_event = on_event
         self._request: Mapping[str, Any] = {}
         self._has_begun = False
-        self._overwrites = False
+        self._overwrite = False
         self._stale: list[str] = []
         self._head: str | None = None
         self._n_sent_bytes = 0
@@ -80,14 +79,15 @@ class HubPublisher:
 
     @property
     def url(self) -> str:
-        return self._target.url
+        """The address of the branch's page."""
+        return self._branch.url
 
     def begin(self, request: Mapping[str, Any], overwrite: bool) -> dict[str, ShardRecord]:
         """See `ShardPublisher`."""
-        self._target.check_access()
-        self._request, self._overwrites = request, overwrite
+        self._branch.check_access()
+        self._request, self._overwrite = request, overwrite
         self._has_begun, self._stale = False, []
-        found = self._target.find()
+        found = self._branch.find()
         if found is None:
             return {}
         self._head = found.commit
@@ -99,21 +99,21 @@ class HubPublisher:
         if not overwrite and (there is not None or any(map(is_loaded_as_weights, found.files))):
             what = f"a conversion that differs: {difference}" if difference else "weights of something else"
             raise OutputError(
-                f"{quoted(self._target.name)} holds {what}",
+                f"{quoted(self._branch.repository)} holds {what}",
                 "name another repository, or pass --overwrite to replace what is in it",
             )
         self._stale = [
-            name for name in found.files if name in _OF_A_WHOLE or _is_record(name) or is_loaded_as_weights(name)
+            name for name in found.files if name in _COMPLETE_FILES or _is_record(name) or is_loaded_as_weights(name)
         ]
         return {}
 
     def make(self) -> None:
         """See `ShardPublisher`."""
-        self._target.make()
-        self._head = self._target.head()
+        self._branch.create()
+        self._head = self._branch.head()
 
     def _read_state(self, found: Repository) -> tuple[dict[str, Any] | None, dict[str, ShardRecord]]:
-        """What was asked of the conversion that is there, and the records of its shards."""
+        """Return the request of the conversion that is there, None if none is, and the records of its shards."""
         if _REQUEST_NAME in found.files:
             names = [_REQUEST_NAME, *filter(_is_record, found.files)]
             folder = fetch_small_files(found, names)
@@ -132,41 +132,41 @@ class HubPublisher:
         from huggingface_hub import CommitOperationAdd
 
         additions = [
-            self._target.send(record.file_name, path, record.sha256),
+            self._branch.send(record.file_name, path, record.sha256),
             CommitOperationAdd(f"{_RECORDS_FOLDER}{record.file_name}.json", _encode(asdict(record))),
         ]
         if not self._has_begun:
             additions.append(CommitOperationAdd(_REQUEST_NAME, _encode(self._request)))
         self._commit(additions, self._stale, f"Add {record.file_name}")
         self._has_begun, self._stale = True, []
-        self._tell(record.file_name, record.n_bytes)
+        self._report(record.file_name, record.n_bytes)
 
     def complete(self, out: Path) -> None:
-        """See `ShardPublisher`. What is not verified here can be verified from there; the card tells that it is not."""
+        """See `ShardPublisher`. The model card says that the checkpoint is not verified."""
         from huggingface_hub import CommitOperationAdd
 
         output = read_published(out)
-        state = find_repository(self._target.name, self._target.branch)
+        state = find_repository(self._branch.repository, self._branch.name)
         shards = {record.file_name: record for record in output.records}
-        self._check(shards, state.files)
+        self._check_shards(shards, state.files)
         files = {name: path for name, path in output.files().items() if name not in shards}
-        additions = [self._target.send(name, path) for name, path in files.items()]
+        additions = [self._branch.send(name, path) for name, path in files.items()]
         kept = {*shards, *files}
         stale = [
             name
             for name in state.files
             if name == _REQUEST_NAME or _is_record(name) or (is_loaded_as_weights(name) and name not in kept)
         ]
-        self._head = state.commit  # that of the files which were compared
+        self._head = state.commit  # the one whose files were compared
         self._commit(additions, stale, "Complete the checkpoint")
         for name, path in files.items():
-            self._tell(name, path.stat().st_size)
-        self.keeps_card = not self._overwrites and self._target.has_foreign_card(state)
+            self._report(name, path.stat().st_size)
+        self.keeps_card = not self._overwrite and self._branch.has_foreign_card(state)
         if not self.keeps_card:
-            found = inspect_source(open_repository(self._target.name, self._head), Manifest(out))
-            card = make_card(output, self._target.name, found).encode()
+            found = inspect_source(open_repository(self._branch.repository, self._head), Manifest(out))
+            card = make_card(output, self._branch.repository, found).encode()
             self._commit([CommitOperationAdd(CARD_NAME, card)], [], "Write the model card")
-            self._tell(CARD_NAME, len(card))
+            self._report(CARD_NAME, len(card))
         self.commit = self._head
 
     def _commit(self, additions: Sequence[CommitOperationAdd], deleted: Sequence[str], message: str) -> None:
@@ -174,19 +174,19 @@ class HubPublisher:
 
         added = {addition.path_in_repo for addition in additions}
         deletions = [CommitOperationDelete(name) for name in deleted if name not in added]
-        info = self._target.commit(additions, deletions, message, self._head)
-        self._head = info.oid if info is not None else self._target.head()
+        info = self._branch.commit(additions, deletions, message, self._head)
+        self._head = info.oid if info is not None else self._branch.head()
 
-    def _tell(self, name: str, n_bytes: int) -> None:
+    def _report(self, name: str, n_bytes: int) -> None:
         self._n_sent_bytes += n_bytes
         self._on_event(FileSent(name, n_bytes, True, self._n_sent_bytes))
 
-    def _check(self, shards: Mapping[str, ShardRecord], there: Mapping[str, RepositoryFile]) -> None:
+    def _check_shards(self, shards: Mapping[str, ShardRecord], there: Mapping[str, RepositoryFile]) -> None:
         for name, record in shards.items():
             if not _is_whole(there.get(name), record):
                 raise HubError(
-                    f"{quoted(name)} of {quoted(self._target.name)} has other bytes on the Hub than it had here",
-                    "somebody else has changed it meanwhile; the same command makes it again",
+                    f"{quoted(name)} of {quoted(self._branch.repository)} has other bytes on the Hub than it had here",
+                    "run the same command again to replace it; somebody else has changed it",
                 )
 
 
@@ -195,8 +195,7 @@ def _is_record(name: str) -> bool:
 
 
 def _is_whole(file: RepositoryFile | None, record: ShardRecord) -> bool:
-    """Whether the Hub has a shard as its record says. A tiny one may lie outside of LFS, where the Hub knows no sha256;
-    its size is all there is to compare then."""
+    """Return whether the Hub has a shard as recorded. For a tiny one outside of LFS, it knows the size alone."""
     return file is not None and file.n_bytes == record.n_bytes and file.sha256 in (record.sha256, None)
 
 

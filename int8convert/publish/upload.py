@@ -1,17 +1,19 @@
-"""`upload`: a finished output becomes a repository on the Hub, and is seen to have arrived.
+"""Publishes a finished output as a repository on the Hub, and checks that it arrived.
 
-1. The output must be finished, verified, and byte for byte what its manifest and verify.json say; the repository must
-   hold no weights of something else, or be overwritten.
-2. Its model card is written, unless there is one that somebody wrote, here or there.
-3. Files that the branch does not have with the same bytes are sent, the large ones one by one; then one commit takes
-   them over, and removes weights that are no part of the output, which loaders would mix with ours.
-4. The Hub's list of the new commit is compared with the files, hash by hash.
+1. The output must be finished, verified, and byte for byte what its manifest and verify.json say. The repository must
+   hold no other weights, unless it is to be overwritten.
+2. The model card is written, unless somebody else wrote one, here or there.
+3. Files that the branch lacks are sent, one by one. One commit takes them over, and removes weights that are not part
+   of the output, which loaders would mix with it.
+4. The Hub's list of files at the new commit is compared with the files, hash by hash.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ from int8convert.checkpoint.model_card import read_card
 from int8convert.checkpoint.names import CARD_NAME, MANIFEST_NAME, OWN_FOLDER, is_loaded_as_weights
 from int8convert.errors import HubError, OutputError, stating
 from int8convert.events import EventSink, FileSent, ignore
-from int8convert.hub.branch import CARD_MARK, MAIN, Target
-from int8convert.hub.repository import Repository, RepositoryFile
+from int8convert.hub.branch import CARD_MARK, Branch
+from int8convert.hub.repository import MAIN, Repository, RepositoryFile
 from int8convert.inspection import inspect
 from int8convert.progress_bar import sink_or_bar
 from int8convert.publish.card import make_card
@@ -37,20 +39,25 @@ class UploadReport:
     """The outcome of `upload`.
 
     Attributes:
-        repository, branch: as asked for.
-        url: where to look at it; of a pull request, its own.
-        commit: the new one; None if nothing had to be changed, or it was a dry run.
-        is_verified: as the model card says.
-        n_files, n_bytes: of the whole.
-        n_sent_bytes: of the files that the branch did not have, or would be sent by what was a dry run.
-        sent, deleted: names of files.
-        left: names of files in `out` that nobody vouches for, and that are not published.
-        keeps_card: whose model card was left as it is: "" for none, "output" for one in `out`, which was sent,
-            "repository" for one that was there.
-        is_new: the repository or the branch was not there.
-        is_private: the repository; None if it would be made as the account has it.
-        has_token: without one the upload that was a dry run would be refused.
-        is_dry_run: nothing was changed, neither here nor there.
+        out: the output.
+        repository: ORGANIZATION/NAME.
+        branch: the branch written to.
+        url: the page of the branch, or of the pull request.
+        commit: the new commit; None if nothing differed, and for dry runs.
+        is_verified: `verify` passed the output, and the model card says so.
+        n_files: number of published files.
+        n_bytes: their bytes.
+        n_sent_bytes: bytes of the files that the branch did not have.
+        sent: names of these files.
+        deleted: names of the files that were removed from the branch.
+        skipped_files: names of files in `out` that are not published, since neither verify nor the conversion vouches
+            for them.
+        keeps_card: whose model card was kept: "output" for one in `out`, which was sent; "repository" for one that was
+            there; "" if one was written.
+        is_new: the repository or the branch did not exist.
+        is_private: only the owners see the repository; None if it would be created with the account's default.
+        has_token: a token is set; without one the upload itself would be refused.
+        is_dry_run: nothing was changed, here or there.
     """
 
     out: str
@@ -64,7 +71,7 @@ class UploadReport:
     n_sent_bytes: int
     sent: tuple[str, ...]
     deleted: tuple[str, ...]
-    left: tuple[str, ...]
+    skipped_files: tuple[str, ...]
     keeps_card: str
     is_new: bool
     is_private: bool | None
@@ -88,207 +95,209 @@ def upload(
     overwrite: bool = False,
     on_event: EventSink | None = None,
 ) -> UploadReport:
-    """Publish a finished output on the Hub. Interrupted, the same call goes on with the file it was at.
+    """Publish a finished output on the Hub. After an interruption the same call resumes at the file in flight.
 
     Large files are sent by xet where hf_xet is installed, unless HF_HUB_DISABLE_XET is set before huggingface_hub is
     imported.
 
     Args:
         out: an output of `quantize` or `export`.
-        repository: ORGANIZATION/NAME; made if it is not there.
-        private: whether it is then, and must be if it is there.
-        revision: the branch; made if it is not there.
-        create_pr: propose the change in place of making it.
-        message: of the commit.
-        dry_run: tell what would be done.
-        allow_unverified: publish what the conversion wrote though `verify` has not passed it; the model card says so.
-        overwrite: replace weights of something else and a model card of somebody's own that the repository has.
+        repository: ORGANIZATION/NAME; created if missing.
+        private: whether a new repository is private, and an existing one must be; None accepts either.
+        revision: the branch; created if missing.
+        create_pr: propose the change as a pull request.
+        message: the commit's message.
+        dry_run: report what would be sent, and change nothing.
+        allow_unverified: publish what `verify` has not passed; the model card says so.
+        overwrite: replace other weights, and a model card that int8convert did not write, in the repository.
         on_event: receives `FileSent`; None shows a tqdm bar.
 
     Raises:
-        OutputError, CorruptFileError: the output is not finished, or not what its manifest says; or the repository
-            holds weights of something else.
-        UnverifiedError: it is not verified.
-        HubError: the Hub does not take it, or has other bytes afterwards.
+        OutputError, CorruptFileError: the output is not finished, or differs from its manifest; or the repository holds
+            other weights.
+        UnverifiedError: the output is not verified.
+        HubError: the Hub refuses the files, or has other bytes afterwards.
     """
-    target = Target(repository, revision, private, create_pr)
+    branch = Branch(repository, revision, private, create_pr)
     with stating("nothing was sent"), sink_or_bar(ignore if dry_run else on_event, "upload") as sink:
-        job = _Upload(out, target, message, allow_unverified, overwrite, sink, is_dry_run=dry_run)
+        job = _Upload(Path(out), branch, message, allow_unverified, overwrite, dry_run, sink)
         if dry_run:
-            target.check_online("a dry run asks the Hub what REPO holds")
+            branch.check_online("a dry run asks the Hub what REPO holds")
             return job.run()
-        target.check_access()
-        return _upload_locked(job, out)
+        branch.check_access()
+        with _locking(Path(out)):
+            return job.run()
 
 
-def _upload_locked(job: _Upload, out: str | os.PathLike[str]) -> UploadReport:
+@contextmanager
+def _locking(out: Path) -> Iterator[None]:
     try:
-        with DirectoryLock(Path(out) / OWN_FOLDER / "lock"):
-            return job.run()
+        with DirectoryLock(out / OWN_FOLDER / "lock"):
+            yield
     except FileNotFoundError:
-        read_finished(out)  # says what is not there
+        read_finished(out)  # raises a clear error
         raise
     except PermissionError as error:
         raise OutputError(
-            f"{quoted(os.fspath(out), 200)} cannot be written to, and its model card and a lock belong into it",
-            "copy it where you may write",
+            f"{quoted(str(out), 200)} is not writable; an upload writes a model card and a lock into it",
+            "copy it to a writable directory",
         ) from error
 
 
 @dataclass(frozen=True, slots=True)
-class _Upload:
-    """What `upload` was asked for."""
+class _File:
+    """A file to publish. `is_there`: the branch has it with the same bytes."""
 
-    out: str | os.PathLike[str]
-    target: Target
+    path: Path
+    sha256: str
+    n_bytes: int
+    is_there: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """The arguments of `upload`."""
+
+    out: Path
+    branch: Branch
     message: str | None
-    allows_unverified: bool
-    overwrites: bool
-    on_event: EventSink
+    allow_unverified: bool
+    overwrite: bool
     is_dry_run: bool
+    on_event: EventSink
 
     def run(self) -> UploadReport:
         output = read_finished(self.out)
-        if not self.allows_unverified:
+        if not self.allow_unverified:
             check_verified(output)
         check_shards(output)
-        found = self.target.find()
-        there = dict(found.files) if found is not None else {}
-        files = output.files()
-        hashes = {name: output.hashes[name] for name in files}
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-        changed = [name for name in sizes if not _is_same(files[name], hashes[name], there.get(name))]
+        found = self.branch.find()
+        there = found.files if found is not None else {}
+        files = {name: _compared(path, output.hashes[name], there.get(name)) for name, path in output.files().items()}
         stale = sorted(name for name in there if is_loaded_as_weights(name) and name not in files)
-        replaced = sorted(name for name in changed if is_loaded_as_weights(name) and name in there)
-        if (stale or replaced) and not self.overwrites and MANIFEST_NAME not in there:
-            raise _foreign_weights(self.target.name, stale + replaced)
+        self._check_weights(stale, files, there)
         keeps_card = self._whose_card(output, found)
         card = self._card(output, keeps_card)
+        if card is not None:
+            is_there = CARD_NAME in there and there[CARD_NAME].is_content(card)
+            files[CARD_NAME] = _File(
+                output.path / CARD_NAME, hashlib.sha256(card).hexdigest(), len(card), is_there=is_there
+            )
+        commit, url, visible = None, self.branch.url, found
         if not self.is_dry_run:
             if card is not None and keeps_card != "output":
                 write_text(output.path / CARD_NAME, card.decode())
-            self.target.make()
-        if card is not None:
-            files[CARD_NAME] = output.path / CARD_NAME
-            sizes[CARD_NAME] = len(card)
-            hashes[CARD_NAME] = hashlib.sha256(card).hexdigest()
-            if CARD_NAME not in there or not there[CARD_NAME].is_content(card):
-                changed.append(CARD_NAME)
-        commit, url = None, self.target.url
-        is_private = found.is_private if found is not None else self.target.is_private
-        if not self.is_dry_run:
-            with stating("files that were sent are on the server, and the same command resumes after them"):
-                commit, url = self._send(files, hashes, sizes, changed, stale)
-                found_after = self.target.find(commit)
-                _check_arrived(self.target, found_after, files, hashes)
-            is_private = found_after.is_private if found_after is not None else is_private
+            commit, url, visible = self._publish(files, stale)
+        sent = tuple(sorted(name for name, file in files.items() if not file.is_there))
         return UploadReport(
-            out=os.fspath(self.out),
-            repository=self.target.name,
-            branch=self.target.branch,
+            out=str(self.out),
+            repository=self.branch.repository,
+            branch=self.branch.name,
             url=url,
             commit=commit,
             is_verified=not output.unverified,
-            n_files=len(sizes),
-            n_bytes=sum(sizes.values()),
-            n_sent_bytes=sum(sizes[name] for name in changed),
-            sent=tuple(sorted(changed)),
+            n_files=len(files),
+            n_bytes=sum(file.n_bytes for file in files.values()),
+            n_sent_bytes=sum(files[name].n_bytes for name in sent),
+            sent=sent,
             deleted=tuple(stale),
-            left=output.left(),
+            skipped_files=output.skipped_files(),
             keeps_card=keeps_card,
             is_new=found is None,
-            is_private=is_private,
-            has_token=self.target.has_token,
+            is_private=visible.is_private if visible is not None else self.branch.is_private,
+            has_token=self.branch.has_token,
             is_dry_run=self.is_dry_run,
         )
 
+    def _publish(self, files: Mapping[str, _File], stale: list[str]) -> tuple[str | None, str, Repository | None]:
+        """Send, commit and compare. Return the commit, None if nothing differed, its page, and the repository."""
+        self.branch.create()
+        with stating("files that were sent are on the server, and the same command resumes after them"):
+            commit, url = self._send(files, stale)
+        with stating("the commit was made" if commit else "nothing was sent"):
+            found = self.branch.find(commit)
+            _check_arrived(self.branch, found, files)
+        return commit, url, found
+
+    def _check_weights(self, stale: list[str], files: Mapping[str, _File], there: Mapping[str, RepositoryFile]) -> None:
+        """Refuse to replace weights of a repository without our manifest, unless `overwrite` is given."""
+        replaced = sorted(
+            name for name, file in files.items() if is_loaded_as_weights(name) and name in there and not file.is_there
+        )
+        names = stale + replaced
+        if names and not self.overwrite and MANIFEST_NAME not in there:
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            raise OutputError(
+                f"{quoted(self.branch.repository)} holds weights of something else: {quoted(names[0])}{more}",
+                "name another repository, or pass --overwrite to replace them",
+            )
+
     def _whose_card(self, output: FinishedOutput, found: Repository | None) -> str:
-        """See `UploadReport.keeps_card`."""
-        if _has_own_card(output.path / CARD_NAME):
+        """Return `UploadReport.keeps_card`."""
+        path = output.path / CARD_NAME
+        if path.is_file() and CARD_MARK.encode() not in read_card(path):
             return "output"
-        return "repository" if not self.overwrites and self.target.has_foreign_card(found) else ""
+        return "repository" if not self.overwrite and self.branch.has_foreign_card(found) else ""
 
     def _card(self, output: FinishedOutput, keeps_card: str) -> bytes | None:
-        """The model card to send; None if the repository's stays."""
+        """Return the model card to send; None if the repository's stays."""
         if keeps_card == "repository":
             return None
         if keeps_card == "output":
-            return _own_card(output.path / CARD_NAME)
-        return make_card(output, self.target.name, inspect(output.path)).encode()
+            return _read_utf8_card(output.path / CARD_NAME)
+        return make_card(output, self.branch.repository, inspect(output.path)).encode()
 
-    def _send(
-        self,
-        files: dict[str, Path],
-        hashes: dict[str, str],
-        sizes: dict[str, int],
-        changed: list[str],
-        stale: list[str],
-    ) -> tuple[str | None, str]:
-        """Send the files and commit them; the commit, None if nothing had to be changed, and where to look at it."""
+    def _send(self, files: Mapping[str, _File], stale: list[str]) -> tuple[str | None, str]:
+        """Send files and commit them. Return the commit, None if nothing differed, and the page to look at."""
         from huggingface_hub import CommitOperationDelete
 
-        done, total = 0, sum(sizes.values())
-
-        def tell(name: str, is_sent: bool) -> None:
-            nonlocal done
-            done += sizes[name]
-            self.on_event(FileSent(name, sizes[name], is_sent, done, total))
-
-        for name in sorted(set(sizes) - set(changed)):
-            tell(name, False)
-        if not changed and not stale:
-            return None, self.target.url
+        n_done, n_total = 0, sum(file.n_bytes for file in files.values())
         additions = []
-        for name in sorted(changed, key=lambda name: sizes[name]):
-            additions.append(self.target.send(name, files[name], hashes[name]))
-            tell(name, True)
+        for name, file in sorted(files.items(), key=lambda item: (not item[1].is_there, item[1].n_bytes)):
+            if not file.is_there:
+                additions.append(self.branch.send(name, file.path, file.sha256))
+            n_done += file.n_bytes
+            self.on_event(FileSent(name, file.n_bytes, not file.is_there, n_done, n_total))
+        if not additions and not stale:
+            return None, self.branch.url
         deletions = [CommitOperationDelete(name) for name in stale]
-        info = self.target.commit(additions, deletions, self.message or f"Upload by int8convert {__version__}")
+        info = self.branch.commit(additions, deletions, self.message or f"Upload by int8convert {__version__}")
         if info is None:
-            return self.target.head(), self.target.url
-        return info.oid, info.pr_url or self.target.url
+            return self.branch.head(), self.branch.url
+        return info.oid, info.pr_url or self.branch.url
 
 
-def _foreign_weights(repository: str, names: list[str]) -> OutputError:
-    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-    return OutputError(
-        f"{quoted(repository)} holds weights of something else: {quoted(names[0])}{more}",
-        "name another repository, or pass --overwrite to replace them",
-    )
-
-
-def _has_own_card(card: Path) -> bool:
-    """Whether somebody wrote a model card, who was not us."""
-    return card.is_file() and CARD_MARK.encode() not in read_card(card)
-
-
-def _own_card(path: Path) -> bytes:
+def _read_utf8_card(path: Path) -> bytes:
     content = read_card(path)
     try:
         content.decode()
     except UnicodeDecodeError:
         raise OutputError(
-            f"{quoted(str(path), 200)} is not in UTF-8, as the Hub wants model cards to be",
+            f"{quoted(str(path), 200)} is not in UTF-8, as the Hub requires",
             "save it in UTF-8, or remove it to have one written",
         ) from None
     return content
 
 
+def _compared(path: Path, sha256: str, there: RepositoryFile | None) -> _File:
+    return _File(path, sha256, path.stat().st_size, is_there=_is_same(path, sha256, there))
+
+
 def _is_same(path: Path, sha256: str, file: RepositoryFile | None) -> bool:
-    """Whether the Hub has a file with this content; small ones it knows by another hash, taken here of the bytes."""
+    """Return whether the Hub has a file with this content. For small files, which it knows by git's hash, read it."""
     if file is None or file.sha256 is not None:
         return file is not None and file.sha256 == sha256
     content = path.read_bytes() if file.n_bytes == path.stat().st_size else b""
     return hashlib.sha256(content).hexdigest() == sha256 and file.is_content(content)
 
 
-def _check_arrived(target: Target, found: Repository | None, files: dict[str, Path], hashes: dict[str, str]) -> None:
-    """Compare what the Hub lists with what was to be sent."""
+def _check_arrived(branch: Branch, found: Repository | None, files: Mapping[str, _File]) -> None:
+    """Compare the Hub's files with those that were sent."""
     there = found.files if found is not None else {}
-    different = [name for name, path in files.items() if not _is_same(path, hashes[name], there.get(name))]
+    different = [name for name, file in files.items() if not _is_same(file.path, file.sha256, there.get(name))]
     if different:
         raise HubError(
-            f"{quoted(target.name)} has other bytes than were sent for {', '.join(map(quoted, different[:3]))}"
+            f"{quoted(branch.repository)} has other bytes than were sent for {', '.join(map(quoted, different[:3]))}"
             f"{', ...' if len(different) > 3 else ''}",
-            "somebody else may have changed it meanwhile; run the same command again, which sends what differs",
+            "run the same command again; it sends what differs, which somebody else may have changed",
         )

@@ -262,6 +262,8 @@ def _parse_failure(told: Mapping[str, Any]) -> EarlierFailure | None:
     are_sizes = all(isinstance(key, str) and is_size(n) for key, n in measured.items())
     are_hashes = all(isinstance(value, str) for value in files.values())
     are_gates = all(_is_number(limit) and not math.isnan(float(limit)) for limit in limits)
+    is_text = all(is_size(text.get(name)) for name in ("n_sequences", "length")) and isinstance(text.get("name"), str)
+    is_whole = is_whole and (is_text or told.get("level") == "tasks")
     if not (is_whole and are_sizes and are_hashes and are_gates):
         return None
     status = told.get("status")

@@ -45,7 +45,7 @@ def model(hub: Hub, tmp_path: Path) -> Iterator[Hub]:
 
 def start(hub: Hub, folder: Path, maps: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | hub.client_environment(hub.token)
-    environment |= {"INT8CONVERT_HUB_PATIENCE": f"{LONG_S}", "XDG_CACHE_HOME": str(maps), "PYTHONPATH": str(ROOT)}
+    environment |= {"INT8CONVERT_HUB_RETRY_SECONDS": f"{LONG_S}", "XDG_CACHE_HOME": str(maps), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "int8convert", "quantize", NAME, "out", *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
@@ -102,7 +102,7 @@ def test_header_that_does_not_come_is_not_waited_for(model: Hub, tmp_path: Path,
     process = start(model, tmp_path, maps)
     assert process.stderr is not None
     said = process.stderr.readline()
-    assert said.startswith("note: reading 'model-0000") and "status 503 of localhost; trying again in" in said
+    assert said.startswith("note: reading 'model-0000") and "status 503 of localhost; retrying in" in said
 
     assert interrupt(process, signal.SIGINT)[0] == 130
 

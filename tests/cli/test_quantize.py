@@ -18,6 +18,7 @@ import int8convert
 from int8convert.cli import console, progress
 from int8convert.conversion import device
 from int8convert.events import PlanMade, ShardStarted, SourceFetched, TensorKept
+from int8convert.text import format_bytes
 from tests.cli.conftest import Run
 from tests.hub.repositories import NAME, add, opt_pickles
 from tests.tools.hub_server.fixtures import Connect, connect, hub
@@ -56,7 +57,7 @@ def test_resumed_one_counts_what_it_read_itself(run: Run, source: Path, tmp_path
     (tmp_path / "out" / plan.shards[1].file_name).unlink()
     n_bytes = plan.shards[1].n_read_bytes
     _, out, err = run("quantize", source, tmp_path / "out", "--check")
-    now = f"2 of 3 were done already, {console.format_bytes(n_bytes)} were read now, "
+    now = f"2 of 3 were done already, {format_bytes(n_bytes)} were read now, "
     assert re.search(rf"in 3 shards; {now}[\d.]+ s on cpu, [\d.]+ [kM]B/s\n", out)
     lines = [line for line in err.splitlines() if line.startswith("shard ")]
     assert lines[0] == f"shard 1 of 3: {plan.shards[0].file_name} is done from an earlier run, sha256 checked"
@@ -126,7 +127,7 @@ def test_dry_run_of_an_upload_tells_its_disk_and_asks_nothing_of_the_repository(
     hub.log.clear()
     _, out, _ = run("quantize", NAME, "--upload", "me/x", "--dry-run", "--reader", "stream")
     plan = json.loads(run("quantize", NAME, "--upload", "me/x", "--dry-run", "--json", "--reader", "stream")[1])
-    disk = console.format_bytes(plan["disk_bytes"])
+    disk = format_bytes(plan["disk_bytes"])
     assert plan["disk_bytes"] > 20_000_000 and f"--reader stream: {disk} of disk" in out
     assert f"--upload: at most {disk} of the output lie here at a time; whether {hub.endpoint}/me/x takes it" in out
     assert plan["upload"] == {"url": f"{hub.endpoint}/me/x", "commit": None}

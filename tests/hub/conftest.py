@@ -24,8 +24,8 @@ _LONGEST_WAIT_S = 0.02
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits of milliseconds, and few of them: what would be minutes of patience is over in two seconds."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 2.0)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "2")
+    monkeypatch.setattr(retry, "CALL_RETRY_S", 2.0)
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "2")
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_download, "time", quick)
     monkeypatch.setattr(_http, "time", quick)
     monkeypatch.setattr(retry, "FIRST_WAIT_S", _LONGEST_WAIT_S)
-    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 8.0)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "8")
+    monkeypatch.setattr(retry, "CALL_RETRY_S", 8.0)
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "8")
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_private_one_with_another_s_token(hub: Hub, connect: Connect, tmp_path: 
     hub.add_repo(NAME, opt_66b(tmp_path / "model"), Visibility.PRIVATE)
     connect(hub, hub.stranger_token)
     assert refusal(HubMissingError, NAME, tmp_path / "out") == (
-        f"{hub.endpoint} has no repository 'org/name' that this token may see",
+        f"{hub.endpoint} has no repository 'org/name' visible to this token",
         "check the name (ORGANIZATION/NAME); for a private one log in by `hf auth login` or set HF_TOKEN; "
         "no directory 'org/name' is here either",
     )
@@ -97,7 +97,7 @@ def test_gated_one_without_consent(hub: Hub, connect: Connect, tmp_path: Path, w
     hub.add_repo(NAME, opt_66b(tmp_path / "model"), Visibility.GATED)
     connect(hub, hub.stranger_token if who == "a stranger" else None)
     assert refusal(HubAccessError, NAME, tmp_path / "out") == (
-        "'org/name' is gated: its owner lets in those who accept its terms",
+        "'org/name' is gated: its owner admits those who accept its terms",
         f"accept them at {hub.endpoint}/org/name, then log in by `hf auth login` or set HF_TOKEN",
     )
 
@@ -106,7 +106,7 @@ def test_token_that_is_none(hub: Hub, connect: Connect, tmp_path: Path) -> None:
     hub.add_repo(NAME, opt_66b(tmp_path / "model"))
     connect(hub, "hf_" + "x" * 34)
     assert refusal(HubAccessError, NAME, tmp_path / "out") == (
-        "the Hub does not accept the token: it is invalid or has run out",
+        "the Hub rejects the token: it is invalid or has expired",
         "log in by `hf auth login`, or set HF_TOKEN to a valid one",
     )
 
@@ -115,8 +115,8 @@ def test_revision_that_is_none(hub: Hub, connect: Connect, tmp_path: Path) -> No
     hub.add_repo(NAME, opt_66b(tmp_path / "model"))
     connect(hub)
     assert refusal(HubMissingError, NAME, tmp_path / "out", revision="v2") == (
-        "'org/name' has no branch, tag or commit of the name asked for",
-        f"its branches and tags: {hub.endpoint}/org/name/tree/main",
+        "'org/name' has no branch, tag or commit of the given name",
+        f"see its branches and tags at {hub.endpoint}/org/name/tree/main",
     )
 
 
@@ -127,18 +127,18 @@ def test_endpoint_that_is_no_address(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "huggingface.co")
     assert refusal(HubConnectionError, NAME, tmp_path / "out") == (
         "HF_ENDPOINT is 'huggingface.co', expected an address that begins with https:// or http://",
-        "set it to one, or unset it for huggingface.co",
+        "correct it, or unset it for huggingface.co",
     )
 
 
-def test_patience_that_is_no_number(
+def test_retry_seconds_that_are_no_number(
     hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hub.add_repo(NAME, opt_66b(tmp_path / "model"))
     connect(hub)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "long")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "long")
     assert refusal(HubError, NAME, tmp_path / "out")[0] == (
-        "INT8CONVERT_HUB_PATIENCE is 'long', expected a number of seconds"
+        "INT8CONVERT_HUB_RETRY_SECONDS is 'long', expected a number of seconds"
     )
 
 
@@ -156,24 +156,24 @@ def test_cache_that_cannot_be_written(
         convert(NAME, tmp_path / "out", cache_dir="/cache")
     assert lines_of(caught.value) == (
         "the cache '/cache' cannot be written: Read-only file system",
-        "HF_HOME names another, of a source --cache-dir, too",
+        "set HF_HOME to another, or pass --cache-dir for a source",
     )
 
 
 def test_name_that_is_no_name(hub: Hub, connect: Connect, tmp_path: Path) -> None:
     connect(hub)
     assert refusal(HubError, "org/a--b", tmp_path / "out") == (
-        "no repository can be named 'org/a--b': \"Cannot have -- or .. in repo_id: 'org/a--b'.\"",
-        "names are ORGANIZATION/NAME",
+        "'org/a--b' cannot be the name of a repository: \"Cannot have -- or .. in repo_id: 'org/a--b'.\"",
+        "give the name as ORGANIZATION/NAME",
     )
 
 
 def test_no_network(hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("int8convert.hub.retry.CALL_PATIENCE_S", 0.1)
+    monkeypatch.setattr("int8convert.hub.retry.CALL_RETRY_S", 0.1)
     connect(hub)
     hub.stop()
     assert refusal(HubConnectionError, NAME, tmp_path / "out") == (
-        "looking for 'org/name' got no further in 0 s: no connection to 127.0.0.1: '[Errno 111] Connection refused'",
+        "looking for 'org/name' made no progress for 0 s: no connection to 127.0.0.1: '[Errno 111] Connection refused'",
         "check the network connection, then rerun the same command",
     )
 
@@ -184,11 +184,11 @@ def test_address_that_always_has_run_out_is_in_no_error(
     """No error holds what the client's own errors hold: the address, which may be signed."""
     hub.add_repo(NAME, opt_66b(tmp_path / "model"))
     connect(hub)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "1")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "1")
     hub.state.urls.lifetime_s = -1  # every signed address has run out before it is used
     with pytest.raises(HubConnectionError) as caught:
         convert(NAME, tmp_path / "out")
-    assert "status 403 of localhost, as of an address that has run out" in caught.value.message
+    assert "status 403 of localhost, as for an expired address" in caught.value.message
     everything = "".join(traceback.format_exception(caught.value))
     assert "Signature=" not in everything and "Expires=" not in everything
 
@@ -201,7 +201,7 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_command(hub: Hub, folder: Path, maps: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | hub.client_environment(hub.token)
-    environment |= {"INT8CONVERT_DEBUG": "1", "INT8CONVERT_HUB_PATIENCE": "2", "XDG_CACHE_HOME": str(maps)}
+    environment |= {"INT8CONVERT_DEBUG": "1", "INT8CONVERT_HUB_RETRY_SECONDS": "2", "XDG_CACHE_HOME": str(maps)}
     environment |= {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "int8convert", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)

@@ -13,7 +13,8 @@ import pytest
 from int8convert.errors import CorruptFileError, HubConnectionError, HubError
 from int8convert.hub import bounded_answer, repository, retry
 from int8convert.hub.byte_counter import is_too_long
-from int8convert.hub.repository import RepositoryFile, discard_cached, fetch_small_files, find_repository
+from int8convert.hub.repository import RepositoryFile, find_repository
+from int8convert.hub.small_files import discard_cached, fetch_small_files
 
 COMMIT = "c" * 40
 INFO = {"id": "org/name", "sha": COMMIT, "private": False}
@@ -40,7 +41,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
         return asked
 
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.test")
-    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 0.0)
+    monkeypatch.setattr(retry, "CALL_RETRY_S", 0.0)
     yield run
 
 
@@ -78,7 +79,7 @@ def test_list_of_several_pages_is_read_to_its_end(serve: Serve) -> None:
 @pytest.mark.parametrize("query", ["cursor=same", "recursive=true"])
 def test_page_that_comes_again_ends_the_list(serve: Serve, query: str) -> None:
     asked = serve(listing(lambda n: [FILE], lambda n: query))
-    with pytest.raises(HubError, match="the list of files of 'org/name' names a page again"):
+    with pytest.raises(HubError, match="the list of files of 'org/name' repeats a page"):
         find_repository("org/name")
     assert len(asked) <= 3
 
@@ -137,7 +138,7 @@ def test_body_without_end_is_read_to_the_bound(serve: Serve, monkeypatch: pytest
 )
 def test_list_of_what_no_repository_holds_is_refused(serve: Serve, entries: Any) -> None:
     serve(listing(lambda n: entries, lambda n: None))
-    with pytest.raises(HubConnectionError, match="the answer was not whole, or not one of the Hub's"):
+    with pytest.raises(HubConnectionError, match="the answer is incomplete, or not one of the Hub's"):
         find_repository("org/name")
 
 

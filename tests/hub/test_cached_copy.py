@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from int8convert.errors import CorruptFileError, DiskFullError
+from int8convert.events import DownloadStarted, Event
 from int8convert.hub import cached_copy
 from int8convert.hub.cached_copy import fetch_checkpoint
 from int8convert.hub.open_repository import open_repository
@@ -37,14 +38,14 @@ def copied(directory: Path) -> dict[str, bytes]:
 
 
 def test_all_weights_are_fetched_once(hub: Hub, weights: dict[str, bytes]) -> None:
-    told: list[tuple[str, int]] = []
-    first = fetch_checkpoint(open_repository(NAME), lambda name, n_bytes: told.append((name, n_bytes)))
+    events: list[Event] = []
+    first = fetch_checkpoint(open_repository(NAME), events.append)
     assert copied(first) == weights and (first / "config.json").is_file()
-    assert told == [(name, len(content)) for name, content in weights.items()]
-    told.clear()
+    assert events == [DownloadStarted(name, len(content)) for name, content in weights.items()]
+    events.clear()
 
-    assert fetch_checkpoint(open_repository(NAME), lambda name, n_bytes: told.append((name, n_bytes))) == first
-    assert not told
+    assert fetch_checkpoint(open_repository(NAME), events.append) == first
+    assert not events
 
 
 def test_trouble_that_passes_is_waited_for(hub: Hub, weights: dict[str, bytes]) -> None:
@@ -83,8 +84,8 @@ def test_only_what_lacks_counts(hub: Hub, weights: dict[str, bytes], monkeypatch
 
 
 def test_commit_that_was_looked_up_is_fetched_whatever_is_pushed_meanwhile(hub: Hub, weights: dict[str, bytes]) -> None:
-    def push(name: str, n_bytes: int) -> None:
-        if name == NAMES[0]:
+    def push(event: Event) -> None:
+        if event == DownloadStarted(NAMES[0], len(weights[NAMES[0]])):
             hub.repo(NAME).add_files({NAMES[1]: b"other"})
 
     assert copied(fetch_checkpoint(open_repository(NAME), push)) == weights

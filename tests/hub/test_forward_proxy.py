@@ -73,8 +73,8 @@ def test_proxy_that_refuses_is_told_and_its_password_is_not(
 
     assert proxy.n_refused == 1, "it was asked again, though a password does not mend itself"
     assert (caught.value.message, caught.value.hint) == (
-        "the proxy before the Hub wants a login it was not given: status 407",
-        "set HTTPS_PROXY to one with name and password that it accepts, as http://NAME:PASSWORD@HOST:PORT",
+        "the proxy in front of the Hub demands a login: status 407",
+        "set HTTPS_PROXY with name and password: http://NAME:PASSWORD@HOST:PORT",
     )
     assert "a-wrong-password" not in "".join(traceback.format_exception(caught.value))
 
@@ -82,7 +82,7 @@ def test_proxy_that_refuses_is_told_and_its_password_is_not(
 def test_proxy_that_is_not_there_is_told_and_its_password_is_not(
     model: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("int8convert.hub.retry.CALL_PATIENCE_S", 0.1)
+    monkeypatch.setattr("int8convert.hub.retry.CALL_RETRY_S", 0.1)
     with ForwardProxy() as gone:
         address = gone.url()
     go_through(address, monkeypatch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from int8convert.hub import header_file
-from int8convert.hub.header_file import EvidenceCheck, HeaderFile
+from int8convert.hub.header_file import DigestCheck, HeaderFile
 from int8convert.hub.remote_file import HubFile
 
 CONTENT = bytes(range(200))
@@ -30,7 +30,7 @@ def test_every_byte_that_was_read_is_compared_and_no_other(monkeypatch: pytest.M
         come = bytearray(CONTENT)
         if wrong is not None:
             come[wrong] ^= 1
-        check = EvidenceCheck(header.evidence())
+        check = DigestCheck(header.digests())
         for i in range(0, len(come), piece_bytes):
             check.feed(come[i : i + piece_bytes])
-        assert check.is_kept is (wrong not in was_read), wrong
+        assert check.matches is (wrong not in was_read), wrong

@@ -40,8 +40,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     template = "http://hub.test/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(retry, "CALL_PATIENCE_S", 0.2)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "0.2")
+    monkeypatch.setattr(retry, "CALL_RETRY_S", 0.2)
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "0.2")
     yield run
     for client in clients:
         client.close()
@@ -89,13 +89,13 @@ def test_file_of_another_size_is_told(serve: Serve) -> None:
 
 def test_range_behind_the_end_of_a_shorter_file_is_tried_again_and_told(serve: Serve) -> None:
     serve(saying(416, {"Content-Range": "bytes */10"}))
-    with pytest.raises(HubConnectionError, match="the server has fewer bytes of it than the Hub lists"):
+    with pytest.raises(HubConnectionError, match="the server's file has fewer bytes than the Hub lists"):
         FILE.read_range(100, 50)
 
 
 def test_encoded_answer_is_refused_though_none_was_asked_for(serve: Serve) -> None:
     asked = serve(saying(200, {"Content-Encoding": "gzip"}, b"\x1f\x8b"))
-    with pytest.raises(HubError, match="the server sends it in encoding 'gzip', though asked for it as it is"):
+    with pytest.raises(HubError, match="the server's encoding is 'gzip', expected none, as requested"):
         FILE.read_range(100, 50)
     assert [request.headers["Accept-Encoding"] for request in asked] == ["identity"]
 
@@ -108,7 +108,7 @@ def test_whole_file_in_many_pieces_for_a_range_is_skipped_to_its_place(serve: Se
 
 
 def test_no_gigabytes_are_skipped_for_a_small_range(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_file, "_MOST_AHEAD", 99)
+    monkeypatch.setattr(remote_file, "_MAX_READ_AHEAD", 99)
     serve(saying(200, {}, CONTENT))
     with pytest.raises(HubConnectionError, match="the server ignores Range requests"):
         FILE.read_range(100, 50)
@@ -119,7 +119,7 @@ def test_rate_limit_without_retry_after_is_waited_for_if_it_is_used_up(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, remaining: int, reset_s: int
 ) -> None:
     serve(saying(429, {"ratelimit": f'"api";r={remaining};t={reset_s}'}), part, at_hub=True)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "100")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "100")
     began = time.monotonic()
     assert FILE.read_range(100, 50) == CONTENT[100:150]
     assert (time.monotonic() - began >= reset_s) is (remaining == 0)
@@ -131,7 +131,7 @@ def test_rate_limit_without_retry_after_is_waited_for_if_it_is_used_up(
         (
             saying(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}),
             HubError,
-            "'org/name' has no longer a file it listed",
+            "'org/name' no longer has a file that it listed",
         ),
         (
             saying(403, {"X-Error-Message": "Access to this resource is disabled."}),
@@ -141,7 +141,7 @@ def test_rate_limit_without_retry_after_is_waited_for_if_it_is_used_up(
         (
             saying(403, {"X-Error-Message": "no\x1b[31m red" + "x" * 500}),
             HubAccessError,
-            "the Hub forbids it: 'no\\x1b[31m red",
+            "the Hub forbids the request: 'no\\x1b[31m red",
         ),
     ],
 )

@@ -25,7 +25,7 @@ from tests.tools.hub_server.routing import ROUTES
 pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 
 TIMEOUT_S = 0.3
-PATIENCE_S = 1.0
+RETRY_S = 1.0
 SOON_S = 60
 """Far more than patience even on a busy machine, and far less than what a server here asks for."""
 AGAIN = "check the network connection, then rerun the same command"
@@ -33,18 +33,18 @@ AGAIN = "check the network connection, then rerun the same command"
 REASONS = {
     FaultKind.CUT: "the connection broke off",
     FaultKind.RESET: "the connection broke off",
-    FaultKind.STALL: "nothing came within the time limit",
-    FaultKind.TRUNCATED: "the answer (ended early|was too short|was not whole, or not one of the Hub's)",
+    FaultKind.STALL: "no answer within the time limit",
+    FaultKind.TRUNCATED: "the answer (ended early|was too short|is incomplete, or not one of the Hub's)",
     FaultKind.TOO_MANY_REQUESTS: "status 429 of (localhost|127.0.0.1)",
     FaultKind.UNAVAILABLE: "status 503 of (localhost|127.0.0.1)",
-    FaultKind.URL_EXPIRED: "status 403 of localhost, as of an address that has run out",
+    FaultKind.URL_EXPIRED: "status 403 of localhost, as for an expired address",
 }
 
 
 @pytest.fixture
 def model(hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    monkeypatch.setattr("int8convert.hub.retry.CALL_PATIENCE_S", PATIENCE_S)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", str(PATIENCE_S))
+    monkeypatch.setattr("int8convert.hub.retry.CALL_RETRY_S", RETRY_S)
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", str(RETRY_S))
     hub.add_repo(NAME, opt_66b(tmp_path / "model"))
     connect(hub, timeout_s=TIMEOUT_S)
     return hub
@@ -59,7 +59,7 @@ def test_store_that_never_gives_a_shard(model: Hub, tmp_path: Path, kind: FaultK
     with pytest.raises(HubConnectionError) as caught:
         convert(NAME, out, reader)
 
-    what = r"reading 'pytorch_model-00002-of-00003\.bin' of 'facebook/opt-66b' got no further in \d+ s: "
+    what = r"reading 'pytorch_model-00002-of-00003\.bin' of 'facebook/opt-66b' made no progress for \d+ s: "
     assert re.fullmatch(what + REASONS[kind], caught.value.message), caught.value.message
     assert caught.value.hint == AGAIN
     assert caught.value.state == "1 finished shard is kept: the same command resumes behind it"
@@ -75,7 +75,7 @@ def test_hub_that_never_answers(model: Hub, tmp_path: Path, kind: FaultKind) -> 
     with pytest.raises(HubConnectionError) as caught:
         convert(NAME, tmp_path / "out")
 
-    what = r"looking for 'facebook/opt-66b' got no further in \d+ s: "
+    what = r"looking for 'facebook/opt-66b' made no progress for \d+ s: "
     assert re.fullmatch(what + REASONS[kind], caught.value.message), caught.value.message
     assert caught.value.hint == AGAIN
     assert time.monotonic() - began < SOON_S
@@ -90,7 +90,7 @@ def test_list_of_files_that_never_comes(model: Hub, tmp_path: Path, page: int) -
     with pytest.raises(HubConnectionError) as caught:
         convert(NAME, tmp_path / "out")
     assert re.fullmatch(
-        r"listing 'facebook/opt-66b' got no further in \d+ s: nothing came within the time limit", caught.value.message
+        r"listing 'facebook/opt-66b' made no progress for \d+ s: no answer within the time limit", caught.value.message
     )
 
 
@@ -118,7 +118,7 @@ def test_small_file_that_never_comes(model: Hub, tmp_path: Path, name: str) -> N
     with pytest.raises(HubConnectionError) as caught:
         convert(NAME, tmp_path / "out")
     assert re.fullmatch(
-        rf"fetching '{name}' of 'facebook/opt-66b' got no further in \d+ s: the answer was not whole, or not one of "
+        rf"fetching '{name}' of 'facebook/opt-66b' made no progress for \d+ s: the answer is incomplete, or not one of "
         "the Hub's",
         caught.value.message,
     )
@@ -140,7 +140,7 @@ def test_longer_than_patience_asked_by_retry_after_is_not_waited(model: Hub, tmp
 
 
 def test_retry_after_is_waited(model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "10")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "10")
     model.faults.add(FaultKind.TOO_MANY_REQUESTS, origin=Origin.STORAGE, nth=7, seconds=1)
     began = time.monotonic()
 
@@ -155,7 +155,7 @@ def test_download_that_always_ends_halfway_is_given_up(model: Hub, tmp_path: Pat
     model.faults.add(FaultKind.TRUNCATED, method="GET", origin=Origin.STORAGE, nth=7, times=math.inf, after_bytes=9000)
     model.log.clear()
 
-    with pytest.raises(HubConnectionError, match="the answer was not whole"):
+    with pytest.raises(HubConnectionError, match="the answer is incomplete"):
         convert(NAME, tmp_path / "out", "download")
     assert model.log.sent_bytes(origin=Origin.STORAGE) < 100 * 9000
 
@@ -164,10 +164,10 @@ def test_store_that_something_forbids_is_not_asked_for_minutes(
     model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A firewall says 403, too, and to every new address."""
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "300")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "300")
     model.faults.add(FaultKind.URL_EXPIRED, origin=Origin.STORAGE, path="", times=math.inf)
 
-    with pytest.raises(HubConnectionError, match="status 403 of localhost, as of an address that has run out"):
+    with pytest.raises(HubConnectionError, match="status 403 of localhost, as for an expired address"):
         int8convert.plan(NAME)
     assert len(model.log.requests("GET", origin=Origin.STORAGE)) <= 4 * 2 * 3, (
         "of three shards, at most two blocks each"
@@ -204,15 +204,15 @@ def test_gate_that_a_mirror_on_another_host_tells_of_is_believed(
 def test_waits_are_told_once_a_person_would_notice(
     model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("int8convert.hub.retry._TOLD_FROM_S", 0.5)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "10")
+    monkeypatch.setattr("int8convert.hub.retry._MIN_LOGGED_S", 0.5)
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "10")
     model.faults.add(FaultKind.UNAVAILABLE, origin=Origin.STORAGE, nth=7)
     model.faults.add(FaultKind.TOO_MANY_REQUESTS, origin=Origin.STORAGE, nth=9, seconds=1)
 
     convert(NAME, tmp_path / "out", "stream")
 
     assert [record.getMessage() for record in caplog.records if record.name.endswith("retry")] == [
-        "reading 'pytorch_model-00002-of-00003.bin' of 'facebook/opt-66b': status 429 of localhost; trying again in 1 s"
+        "reading 'pytorch_model-00002-of-00003.bin' of 'facebook/opt-66b': status 429 of localhost; retrying in 1 s"
     ]
 
 

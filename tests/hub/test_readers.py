@@ -266,7 +266,7 @@ def test_shard_that_the_client_cannot_download_is_streamed_or_refused_at_once(
     with pytest.raises(HubError) as caught:
         convert(NAME, tmp_path / "download", reader="download")
     assert caught.value.message == (
-        f"'{name}' of '{NAME}' has {weights[name].stat().st_size:,} bytes, and the Hub's client downloads that much by "
+        f"'{name}' of '{NAME}' has {weights[name].stat().st_size:,} bytes; the Hub's client downloads that much by "
         "xet alone, which is off or not installed"
     )
     made = [e for e in convert(NAME, tmp_path / "auto") if isinstance(e, PlanMade)]
@@ -407,7 +407,7 @@ def test_stream_holds_no_more_than_its_window(
     def counting(self: ShardStream, *arguments: object) -> None:
         take(self, *arguments)  # type: ignore[arg-type]
         used.append(self._n_used)
-        allowed.append(self._most_chunks)
+        allowed.append(self._max_chunks)
 
     monkeypatch.setattr(ShardStream, "_take", counting)
     convert(NAME, tmp_path / "out", reader="stream", workers=2)

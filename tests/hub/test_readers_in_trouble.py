@@ -52,7 +52,7 @@ def test_stream_holds_no_memory_but_its_window(
 
     def counting(self: ShardStream, *arguments: object) -> None:
         take(self, *arguments)  # type: ignore[arg-type]
-        held.append((self._n_used + len(self._free), self._most_chunks))
+        held.append((self._n_used + len(self._free), self._max_chunks))
 
     monkeypatch.setattr(ShardStream, "_take", counting)
     convert(NAME, tmp_path / "out", reader="stream")
@@ -82,7 +82,7 @@ def test_patience_of_a_stream_is_counted_from_its_last_byte(
     add(hub, opt_pickles(tmp_path))
     connect(hub)
     convert(NAME, tmp_path / "right", reader="stream")
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "0.4")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "0.4")
     hub.faults.add(FaultKind.CUT, origin=Origin.STORAGE, nth=7, times=40, after_bytes=1000)
 
     convert(NAME, tmp_path / "out", reader="stream")
@@ -106,7 +106,7 @@ def test_patience_of_a_download_is_counted_from_its_last_byte(
         return download_file(*arguments, on_bytes=on_bytes, **options)
 
     monkeypatch.setattr(download, "download_file", failing)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "0.4")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "0.4")
     convert(NAME, tmp_path / "out", reader="download")
     assert next(tries) == 40 + 3 + 1
 

@@ -12,7 +12,8 @@ import int8convert
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.events import PlanMade
 from int8convert.hub import repository
-from int8convert.hub.repository import fetch_small_files, find_repository
+from int8convert.hub.repository import find_repository
+from int8convert.hub.small_files import fetch_small_files
 from tests.hub.repositories import NAME, add, convert, opt_pickles, payload
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub

@@ -47,7 +47,7 @@ def test_very_large_shard_comes_by_several_requests(
     connect(hub)
     convert(NAME, tmp_path / "expected", reader="stream")
     n_headers = len(hub.log.requests("GET", origin=Origin.STORAGE)) - len(weights)
-    monkeypatch.setattr("int8convert.hub.stream._MOST_AT_ONCE", 40_000)
+    monkeypatch.setattr("int8convert.hub.stream._MAX_REQUEST_BYTES", 40_000)
     if ignores_ranges:
         hub.faults.add(FaultKind.RANGE_IGNORED, origin=Origin.STORAGE, nth=n_headers + 1, times=math.inf)
     hub.log.clear()

@@ -127,9 +127,9 @@ def test_header_that_was_another_when_the_plan_was_made_is_refused(
         convert(NAME, tmp_path / "out", reader, mend)
 
     assert caught.value.message == (
-        "the header of 'model.safetensors' was other when the conversion was planned than in the file itself"
+        "the header of 'model.safetensors' differs from the one the conversion was planned from"
     )
-    assert caught.value.hint == "it came with wrong bytes then; the same command plans anew"
+    assert caught.value.hint == "run the same command again; it plans from the new header"
     assert caught.value.state == "what this run had written was removed"
     assert not looks_complete(tmp_path / "out")
     assert convert(NAME, tmp_path / "out", reader) == convert(directory, tmp_path / "local") | {
@@ -147,7 +147,7 @@ def test_small_file_that_always_comes_wrong_is_refused(hub: Hub, connect: Connec
     assert caught.value.message == (
         "'config.json' of 'facebook/opt-66b' came 3 times with other bytes than the Hub lists"
     )
-    assert caught.value.hint == "a proxy or a disk on the way is broken"
+    assert caught.value.hint == "check the proxy and the disk on the way; one of them is broken"
     hub.faults.clear()
     convert(NAME, tmp_path / "out")
 

@@ -115,7 +115,7 @@ def test_stored_outlier_columns_are_counted(source: Path, out: Path) -> None:
     assert "outliers.safetensors" not in card_of(out) and "stored outlier columns" not in card_of(out)
     int8convert.store_outliers(source, out, {"model.decoder.layers.0.fc1": [1, 5], "model.decoder.layers.1.fc1": [2]})
 
-    assert "holds 3 columns of 2 weights in 16 bits, chosen in a way that the file does not tell: " in card_of(out)
+    assert "holds 3 columns of 2 weights in 16 bits, chosen in a way that the file does not record: " in card_of(out)
     assert "int8convert, by its own runtime, which also uses the stored outlier columns:" in card_of(out)
 
 
@@ -127,7 +127,7 @@ def test_columns_are_excepted_from_what_the_command_makes_again(is_told: bool, s
     columns = {"model.decoder.layers.0.fc1": [1]}
     int8convert.store_outliers(source, out, columns, calibration if is_told else None)
 
-    chosen = how if is_told else "in a way that the file does not tell"
+    chosen = how if is_told else "in a way that the file does not record"
     assert f"but not `int8convert/outliers.safetensors`, whose columns were chosen {chosen}." in card_of(out)
     assert f"\nint8convert verify {REPO} --reference SOURCE\n" in card_of(out)
     as_from_the_hub(out)

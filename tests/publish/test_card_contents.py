@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from int8convert.inspection import inspect
-from int8convert.publish.card_text import count, plain, size
+from int8convert.publish.card import plain
 from tests.publish.test_card import as_from_the_hub, card_of, edit_manifest
 
 pytestmark = [
@@ -72,12 +72,6 @@ def test_shares_of_what_is_not_int8_are_those_of_the_headers(out: Path) -> None:
     cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
     assert sum(int(row[1].replace(",", "")) for row in cells) == sum(group.n_tensors for group in kept)
     assert {row[0] for row in cells} == {group.reason for group in kept}
-
-
-def test_sizes_have_three_digits_and_a_unit() -> None:
-    shown = [size(n) for n in (999, 1000, 12_345_678, 65_700_000_000)]
-    assert shown == ["999 bytes", "1 kB", "12.3 MB", "65.7 GB"]
-    assert [count(n) for n in (999, 1000, 125_200_000, 65_700_000_000)] == ["999", "1 k", "125 M", "65.7 B"]
 
 
 def test_long_words_of_strangers_are_cut() -> None:

@@ -79,7 +79,7 @@ def test_repository_changed_by_somebody_else_is_not_completed(hub: Hub, source: 
     with pytest.raises(errors.HubError) as caught:
         through(tmp_path / "work", on_event=at_shard(3, interfere))
 
-    assert caught.value.message == f"'{REPO}' was changed by somebody else meanwhile"
+    assert caught.value.message == f"somebody else changed '{REPO}' in the meantime"
     assert "config.json" not in on_the_hub(hub)
     through(tmp_path / "work")
     convert(NAME, tmp_path / "expected", reader="stream")
@@ -193,7 +193,7 @@ def test_silent_connection_is_given_up_and_tried_again(
     hub.log.clear()
     close_session()
     monkeypatch.setattr("int8convert.hub.branch._ANSWER_S", 0.5)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "8")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "8")
     hub.faults.add(FaultKind.STALL, method=method, path=path, seconds=6, after_bytes=0)
 
     through(tmp_path / "work")
@@ -208,7 +208,7 @@ def test_waits_the_hub_asks_of_a_commit_do_not_end_the_run(
     hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It allows so many commits an hour, and says when the next may come."""
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "0.5")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "0.5")
     hub.faults.add(FaultKind.TOO_MANY_REQUESTS, method="POST", path="/commit/", nth=2, times=2, seconds=1)
 
     through(tmp_path / "work")

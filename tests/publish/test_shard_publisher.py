@@ -31,7 +31,7 @@ def test_shard_that_is_replaced_before_the_card_is_told(hub: Hub, expected: dict
     destination = PublishedDestination(HubPublisher(REPO, on_event=push))
     with pytest.raises(errors.HubError) as caught:
         convert(NAME, tmp_path / "work", reader="stream", destination=destination)
-    assert caught.value.message == f"'{REPO}' was changed by somebody else meanwhile"
+    assert caught.value.message == f"somebody else changed '{REPO}' in the meantime"
 
 
 def test_private_repository_and_branch_are_made_as_asked(

@@ -230,7 +230,7 @@ def test_faults_on_the_way_up_are_mended(
 ) -> None:
     """At requests and bytes drawn from seeds. A stall is longer than an answer is waited for."""
     monkeypatch.setattr("int8convert.hub.branch._ANSWER_S", 0.4)
-    monkeypatch.setenv("INT8CONVERT_HUB_PATIENCE", "10")
+    monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "10")
     close_session()
     seconds = {FaultKind.STALL: 1.0, FaultKind.TOO_MANY_REQUESTS: 0}.get(kind, 0.05)
     for seed in seeds:

@@ -235,7 +235,7 @@ def test_refusal_of_a_file_is_told_in_the_hubs_words(
     monkeypatch.setattr("tests.tools.hub_server.write_routes._lfs_object", full)
     connect(hub, hub.token)
 
-    with pytest.raises(errors.HubError, match=r"the Hub does not take it: .*Private repository storage limit reached"):
+    with pytest.raises(errors.HubError, match=r"the Hub rejects the files: .*Private repository storage limit reached"):
         int8convert.upload(verified, REPO)
     assert len(hub.log.requests("POST", "batch")) == 1
 
@@ -254,7 +254,7 @@ def test_pull_request_whose_answer_got_lost_is_not_made_twice(
     lost = [replace(route, answer=lose) if route.answer is write_routes.commit else route for route in ROUTES]
     monkeypatch.setattr("tests.tools.hub_server.routing.ROUTES", tuple(lost))
 
-    with pytest.raises(errors.HubConnectionError, match="may have been made, its answer got lost: status 502"):
+    with pytest.raises(errors.HubConnectionError, match="may exist; the answer was lost: status 502"):
         int8convert.upload(verified, REPO, create_pr=True)
     assert len(hub.repo(REPO).pull_request_titles) == 1
 
@@ -364,7 +364,7 @@ def changed_since(out: Path) -> str:
 
 def verified_before_columns_were_stored(out: Path) -> str:
     (out / "int8convert" / "outliers.safetensors").write_bytes(b"new")
-    return "'int8convert/outliers.safetensors' is none of the files that were verified"
+    return "'int8convert/outliers.safetensors' is not one of the verified files"
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,8 @@ def test_failed_gate_is_answered_by_the_same_measurement(verified: Path) -> None
     }
     report = json.loads(path.read_text()) | {"is_passed": False}
     command = f"run `int8convert verify {verified} --text t.txt --sequences 2 --length 32 --max-kl 0`"
-    for told in (failed, {"failures": [], "earlier_failures": [{**failed, "status": "stands"}]}):
+    earlier = {**failed, "level": "fidelity", "measured": {"dynamic": 60}, "files": report["files"], "status": "stands"}
+    for told in (failed, {"failures": [], "earlier_failures": [earlier]}):
         path.write_text(json.dumps(report | told))
         with pytest.raises(errors.UnverifiedError) as caught:
             check_verified(read_finished(verified))

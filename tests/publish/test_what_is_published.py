@@ -98,7 +98,7 @@ def test_output_that_cannot_be_written_to_is_told(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("int8convert.publish.upload.DirectoryLock", refuse)
-    with pytest.raises(errors.OutputError, match="cannot be written to, and its model card and a lock belong into it"):
+    with pytest.raises(errors.OutputError, match="is not writable; an upload writes a model card and a lock into it"):
         int8convert.upload(verified, REPO)
     assert not hub.log.requests()
 

@@ -121,7 +121,7 @@ def test_linked_folders_and_locks_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In two lines, by each command that would write there; nothing outside is written, emptied or removed."""
-    monkeypatch.setattr("int8convert.hub.branch.Target.check_access", lambda target: None)
+    monkeypatch.setattr("int8convert.hub.branch.Branch.check_access", lambda target: None)
     spoil(out, private)
     is_written = {"quantize", "quantize --overwrite"} if spoil in (records_folder, incoming) else set(COMMANDS)
     if spoil is lock_link:

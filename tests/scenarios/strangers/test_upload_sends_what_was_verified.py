@@ -17,7 +17,7 @@ import pytest
 import int8convert
 from int8convert.checkpoint.names import MANIFEST_NAME, VERIFY_FILE
 from int8convert.errors import CorruptFileError, Int8ConvertError, OutputError, UnverifiedError
-from int8convert.hub.branch import Target
+from int8convert.hub.branch import Branch
 from int8convert.inspection import inspect
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_finished
@@ -112,10 +112,10 @@ def test_what_was_verified_is_sent_and_nothing_else(verified: Path, hub: Hub) ->
         write(verified / name, "of this machine")
     before = file_bytes(verified)
 
-    assert dry_run(verified).left == left
+    assert dry_run(verified).skipped_files == left
     report = int8convert.upload(verified, REPO)
 
-    assert (report.left, report.is_verified) == (left, True)
+    assert (report.skipped_files, report.is_verified) == (left, True)
     assert hub.repo(REPO).files.keys() == FILES
     sent = {name: content for name, content in hub.repo(REPO).files.items() if name != "README.md"}
     assert sent == {name: before[name] for name in sent}
@@ -126,7 +126,7 @@ def test_files_that_no_loader_reads_are_not_vouched_for(out: Path, hub: Hub, con
     write(out / "report.html", str(out))
     assert passes_exact(out)
     connect(hub, hub.token)
-    assert dry_run(out).left == ("report.html",)
+    assert dry_run(out).skipped_files == ("report.html",)
 
 
 def test_licence_of_the_source_goes_along(source: Path, tmp_path: Path, hub: Hub, connect: Connect) -> None:
@@ -136,7 +136,7 @@ def test_licence_of_the_source_goes_along(source: Path, tmp_path: Path, hub: Hub
     assert passes_exact(out)
     connect(hub, hub.token)
     report = dry_run(out)
-    assert "LICENSE" in report.sent and report.left == ()
+    assert "LICENSE" in report.sent and report.skipped_files == ()
 
 
 def test_unverified_output_is_sent_as_the_conversion_wrote_it(out: Path, hub: Hub, connect: Connect) -> None:
@@ -149,7 +149,7 @@ def test_unverified_output_is_sent_as_the_conversion_wrote_it(out: Path, hub: Hu
 
     report = int8convert.upload(out, REPO, allow_unverified=True)
 
-    assert set(report.left) == strange and not report.is_verified
+    assert set(report.skipped_files) == strange and not report.is_verified
     assert hub.repo(REPO).files.keys() == FILES - {VERIFY_FILE}
     assert "**Not verified**" in hub.repo(REPO).files["README.md"].decode()
 
@@ -158,7 +158,7 @@ def test_unverified_output_leaves_carried_files_that_were_changed(verified: Path
     """And the verify.json that passed other bytes than these."""
     write(verified / "tokenizer_config.json", "private")
     report = int8convert.upload(verified, REPO, allow_unverified=True)
-    assert set(report.left) == {"tokenizer_config.json", VERIFY_FILE} and not report.is_verified
+    assert set(report.skipped_files) == {"tokenizer_config.json", VERIFY_FILE} and not report.is_verified
     assert hub.repo(REPO).files.keys() == FILES - {"tokenizer_config.json", VERIFY_FILE}
 
 
@@ -175,12 +175,12 @@ def test_report_is_sent_only_if_it_is_about_these_bytes(name: str, verified: Pat
     entries, is_sent = RECORDED[name]
     change(verified / VERIFY_FILE, **entries)
     report = dry_run(verified, allow_unverified=True)
-    assert (VERIFY_FILE in report.sent, VERIFY_FILE in report.left) == (is_sent, not is_sent)
+    assert (VERIFY_FILE in report.sent, VERIFY_FILE in report.skipped_files) == (is_sent, not is_sent)
 
 
 def test_report_that_cannot_be_read_is_left(verified: Path) -> None:
     write(verified / VERIFY_FILE, "{")
-    assert dry_run(verified, allow_unverified=True).left == (VERIFY_FILE,)
+    assert dry_run(verified, allow_unverified=True).skipped_files == (VERIFY_FILE,)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", MANIFEST_NAME, VERIFY_FILE])
@@ -188,13 +188,13 @@ def test_report_that_cannot_be_read_is_left(verified: Path) -> None:
 def test_file_that_changes_while_the_hub_is_asked_is_not_sent(
     name: str, allow_unverified: bool, verified: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = Target.find
+    find = Branch.find
 
-    def change_and_find(self: Target, *arguments: Any) -> Any:
+    def change_and_find(self: Branch, *arguments: Any) -> Any:
         change(verified / name, private=True)
         return find(self, *arguments)
 
-    monkeypatch.setattr(Target, "find", change_and_find)
+    monkeypatch.setattr(Branch, "find", change_and_find)
     with pytest.raises(CorruptFileError, match=r"was changed after it was compared"):
         int8convert.upload(verified, REPO, allow_unverified=allow_unverified)
     assert hub.repo(REPO).files == {}
