@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,21 +31,31 @@ def print_kept(kept: list[tuple[str, int, int]], n_parameters: int) -> None:
     )
 
 
-def print_plan(
-    src: str,
-    out: str | None,
-    options: PlanOptions,
-    workers: int | None,
-    device: str,
-    reader: str,
-    bandwidth: str | None,
-    destination: Destination,
-    as_json: bool,
-) -> None:
-    """Print what `quantize` would do with these options, and what that would cost; also where it would refuse to.
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """Options that decide what a conversion costs.
+
+    Attributes:
+        out: the directory to write; None for the current one.
+        destination: where finished shards go.
+        workers: threads; None for one on each core.
+        device, reader: as `quantize` takes them.
+        bandwidth: bytes a second from the Hub, as a size; None if unknown.
+    """
+
+    out: str | None
+    destination: Destination
+    workers: int | None
+    device: str
+    reader: str
+    bandwidth: str | None
+
+
+def print_plan(src: str, options: PlanOptions, run: DryRun, as_json: bool) -> None:
+    """Print the plan of a conversion and its costs.
 
     Raises:
-        Int8ConvertError: there is no plan; or `quantize` would refuse it, after it was printed.
+        Int8ConvertError: there is no plan; or, after it was printed, `quantize` would refuse it.
     """
     from int8convert.conversion.cost import estimate, estimate_disk, estimate_fetch
     from int8convert.conversion.device import choose_device
@@ -53,17 +64,17 @@ def print_plan(
     from int8convert.planning.plan_checkpoint import plan_unchecked
     from int8convert.text import parse_size
 
-    chosen = choose_device(device)
+    chosen, destination = choose_device(run.device), run.destination
     requirements = PlanRequirements(options.min_coverage, tuple(options.allow_missing))
     conversion_plan = plan_unchecked(src, options)
-    costs = estimate(conversion_plan, workers, chosen)
-    disk = estimate_disk(conversion_plan, Path(out or "."), destination)
+    costs = estimate(conversion_plan, run.workers, chosen)
+    disk = estimate_disk(conversion_plan, Path(run.out or "."), run.destination)
     fetch = estimate_fetch(
         conversion_plan,
         costs.n_workers,
         Path(options.cache_dir) if options.cache_dir is not None else None,
-        parse_size(bandwidth),
-        Reader(reader),
+        parse_size(run.bandwidth),
+        Reader(run.reader),
         disk.n_spare_bytes,
     )
     if as_json:

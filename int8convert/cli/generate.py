@@ -18,7 +18,7 @@ from int8convert.cli.console import (
     wants_live_display,
     writing_result,
 )
-from int8convert.cli.options import AsJson, check_choice, check_device, check_named
+from int8convert.cli.options import EXIT_CODES, AsJson, Device, Int8Checkpoint, check_choice
 from int8convert.cli.terminal import plain
 from int8convert.errors import SourceError
 from int8convert.text import format_bytes, format_seconds
@@ -26,17 +26,17 @@ from int8convert.text import format_bytes, format_seconds
 if TYPE_CHECKING:
     from int8convert.runtime.generate import GenerationReport
 
-HELP = """Let an int8 checkpoint continue a prompt.
+HELP = f"""Continue a prompt with an int8 checkpoint.
 
-OUT is an int8 checkpoint in the bitsandbytes or compressed-tensors layout, a directory or a repository's id. The text
-goes to stdout as it is generated; speed and memory go to stderr.
+OUT is in the bitsandbytes or compressed-tensors format. The text goes to stdout while it is generated. Speed and memory
+go to stderr.
 
 \b
 Examples:
   int8convert generate ./opt-66b-int8 "The capital of France is"
   int8convert generate ./qwen3-int8 --file prompts.txt --temperature 0.7 --seed 1
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
+{EXIT_CODES}
 """
 
 _INTERRUPTED = "nothing was written"
@@ -48,26 +48,32 @@ def _check_outliers(mode: str | None) -> str | None:
 
 
 def generate(
-    out: Annotated[str, typer.Argument(metavar="OUT", callback=check_named, help="The int8 checkpoint.")],
+    out: Int8Checkpoint,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts, one on each line, as one batch; --json keeps texts apart."),
+        typer.Option(
+            metavar="FILE", help="Prompts to run as one batch, one on each line. --json keeps their texts apart."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens written for each prompt.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Generate at most so many tokens for each prompt.")
+    ] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="X", help="Sampling temperature; 0 always takes the likeliest token.")
+        float, typer.Option(min=0.0, metavar="X", help="Sampling temperature. 0 takes the likeliest token.")
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, metavar="X", help="Sample from the likeliest tokens of this total probability."),
+        typer.Option(
+            min=0.0, max=1.0, metavar="X", help="Sample from the likeliest tokens with this total probability."
+        ),
     ] = 1.0,
     top_k: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Sample from this many likeliest tokens; 0 from all.")
+        int, typer.Option(min=0, metavar="N", help="Sample from so many of the likeliest tokens, or from all if 0.")
     ] = 0,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Random seed for sampling.")] = None,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: where there is one.")
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.  [default: if there is one]")
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The chat's system message.")] = None,
     outliers: Annotated[
@@ -75,15 +81,11 @@ def generate(
         typer.Option(
             callback=_check_outliers,
             metavar="MODE",
-            help="static, static+guard, dynamic or none; default: static+guard where OUT has stored outlier columns.",
+            help="How outliers are found: static, static+guard, dynamic or none.  [default: static+guard if OUT stores "
+            "outlier columns]",
         ),
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE", callback=check_device, envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n]."
-        ),
-    ] = "auto",
+    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the text.")] = False,
 ) -> None:
@@ -119,7 +121,7 @@ def generate(
                 output.write(f"{text}\n")
     if not quiet and not as_json:
         if temperature == 0 and (seed is not None or top_p < 1 or top_k > 0):
-            note("--seed, --top-p and --top-k change nothing at --temperature 0, which draws nothing")
+            note("--seed, --top-p and --top-k have no effect at --temperature 0")
         _print_notes(report, max_new_tokens)
 
 

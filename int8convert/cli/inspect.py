@@ -7,19 +7,19 @@ from typing import Annotated
 import typer
 
 from int8convert.cli.console import print_json, print_line, print_table, quieting_hub, reporting_errors
-from int8convert.cli.options import AsJson, check_named, check_remote
+from int8convert.cli.options import AsJson, Revision, check_named, check_remote
 from int8convert.text import counted, format_bytes, format_count, format_percent
 
-HELP = """Show what is in a checkpoint, source or output: tensors, dtypes, how much of it is int8.
+HELP = """Show the tensors of a checkpoint, their dtypes, and how much of it is int8.
 
-Reads headers and config alone, so it takes a moment for any size; of a repository on the Hub, too.
+Only headers and config are read, also of a repository on the Hub, so it takes a moment for any size.
 
 \b
 Examples:
   int8convert inspect ./opt-66b
   int8convert inspect facebook/opt-66b --json
 
-Exit codes: 0 done; 1 there is no checkpoint or it is broken; 2 wrong usage.
+Exit codes: 0 done; 1 no checkpoint, or a broken one; 2 wrong usage.
 """
 
 
@@ -30,9 +30,7 @@ def inspect(
             metavar="PATH", callback=check_named, help="A checkpoint directory, or ORGANIZATION/NAME on the Hub."
         ),
     ],
-    revision: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit on the Hub; default: main.")
-    ] = None,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     if revision is not None:

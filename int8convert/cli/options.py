@@ -1,17 +1,16 @@
-"""What the commands' options share: what a value may be, and what is said of one that it may not."""
+"""Options that several commands share, and the checks of their values."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout, errors included; implies --quiet.")
-]
+EXIT_CODES = "Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated."
 
 
 class UsageError(typer.BadParameter):
@@ -29,10 +28,10 @@ def check_named(parameter: typer.CallbackParam, value: str | None) -> str | None
 
 
 def check_choice(value: str | None, choices: Iterable[str], option: str | None = None) -> None:
-    """Refuse what is none of the choices.
+    """Refuse a value that is not one of the choices.
 
     Args:
-        option: its name, for those who do not ask in a callback of it.
+        option: its name, where this is not called in a callback of the option.
     """
     *others, last = choices
     if value is not None and value not in (*others, last):
@@ -40,9 +39,37 @@ def check_choice(value: str | None, choices: Iterable[str], option: str | None =
 
 
 def given_options(context: typer.Context) -> list[str]:
-    """Names of the parameters on the command line; a variable of the environment may be of no concern to a command."""
+    """Return the names of the parameters on the command line.
+
+    A variable of the environment does not count: it may not concern this command.
+    """
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def option_name(parameter: str) -> str:
+    """Return the option of a parameter: --max-disk of max_disk."""
+    return f"--{parameter.replace('_', '-')}"
+
+
+def check_needs(context: typer.Context, needs: Mapping[str, str]) -> None:
+    """Refuse options that have no effect without another one.
+
+    Args:
+        needs: parameter -> the option it needs, as shown: "--upload REPO".
+    """
+    given = given_options(context)
+    for name, needed in needs.items():
+        if name in given and needed.split()[0].lstrip("-").replace("-", "_") not in given:
+            option = "--public" if name == "private" and context.params[name] is False else option_name(name)
+            raise UsageError(f"{option} needs {needed}")
+
+
+def check_upload_options(context: typer.Context) -> None:
+    """Refuse options of --upload without it, and those that contradict each other."""
+    check_needs(context, dict.fromkeys(("keep", "max_disk", "private"), "--upload REPO"))
+    if {"keep", "max_disk"} <= set(given_options(context)):
+        raise UsageError("--max-disk limits the local disk; --keep keeps all of the output: give one of them")
 
 
 def check_remote(option: str, path: str, what: str) -> None:
@@ -66,7 +93,7 @@ def check_size(size: str | None) -> str | None:
 
 
 def check_bandwidth(rate: str | None) -> str | None:
-    """Bytes a second, with their unit: a bare 50 may be meant as MB, or as Mbit."""
+    """Return bytes a second, which must have a unit: a bare 50 may be meant as MB, or as Mbit."""
     from int8convert.text import parse_size
 
     if rate is None:
@@ -89,3 +116,88 @@ def check_device(device: str) -> str:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return device
+
+
+def _check_reader(name: str) -> str:
+    from int8convert.conversion.readers import Reader
+
+    check_choice(name, Reader)
+    return name
+
+
+def turn_off_xet(is_asked: bool) -> None:
+    """Obey --no-xet. huggingface_hub reads the variable when it is imported, which it is not yet."""
+    if is_asked:
+        os.environ["HF_HUB_DISABLE_XET"] = "1"
+
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, errors included; implies --quiet.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print notes, but no progress.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", callback=check_named, help="A checkpoint directory, or ORGANIZATION/NAME on the Hub."
+    ),
+]
+Int8Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="OUT", callback=check_named, help="The int8 checkpoint: a directory, or ORG/NAME on the Hub."
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit on the Hub.  [default: main]")
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        callback=check_device,
+        envvar="INT8CONVERT_DEVICE",
+        help="Where the model runs: auto, cpu or cuda[:n].",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the checkpoint's own code if transformers has no class for the model."
+    ),
+]
+MergedLora = Annotated[
+    str | None, typer.Option("--lora", metavar="ADAPTER", help="The adapter that was merged when OUT was made.")
+]
+Sequences = Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text to run.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", envvar="INT8CONVERT_WORKERS", help="Threads.  [default: one for each core]"),
+]
+ReaderName = Annotated[
+    str,
+    typer.Option(
+        metavar="READER",
+        callback=_check_reader,
+        envvar="INT8CONVERT_READER",
+        help="How to read Hub weights: stream (no extra disk), download (up to two shards on disk), or auto "
+        "(whichever fits).",
+    ),
+]
+CacheDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep downloads from the Hub in this cache.")]
+Check = Annotated[bool, typer.Option("--check", help="When resuming, compare finished shards with their sha256.")]
+Upload = Annotated[
+    str | None,
+    typer.Option(metavar="REPO", help="Send each finished shard to this repository on the Hub, and keep no copy."),
+]
+Keep = Annotated[bool, typer.Option("--keep", help="With --upload: also keep the output here.")]
+MaxDisk = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", callback=check_size, help="With --upload: limit disk use, e.g. to 20GB."),
+]
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--public", help="With --upload: who can see a new repository.  [default: the account's setting]"
+    ),
+]
+NoXet = Annotated[bool, typer.Option("--no-xet", help="Use HTTP in place of the Hub's xet protocol.")]

@@ -17,7 +17,16 @@ from int8convert.cli.console import (
     reporting_errors,
     wants_live_display,
 )
-from int8convert.cli.options import AsJson, check_device, check_named
+from int8convert.cli.options import (
+    EXIT_CODES,
+    AsJson,
+    Device,
+    MergedLora,
+    Sequences,
+    TrustRemoteCode,
+    check_named,
+    check_needs,
+)
 from int8convert.cli.static_set import print_stored, store
 from int8convert.errors import SourceError
 from int8convert.text import format_bytes, format_percent, format_seconds
@@ -25,10 +34,10 @@ from int8convert.text import format_bytes, format_percent, format_seconds
 if TYPE_CHECKING:
     from int8convert.outliers.find import OutlierReport
 
-HELP = """Find a model's outlier feature dimensions by running a text through it, and store their columns in 16 bits.
+HELP = f"""Find a model's outlier feature dimensions on a text, and store their columns in 16 bits.
 
-CHECKPOINT is a directory, converted or not; it has to fit into memory. With --write OUT the columns that matter most
-are taken from the source and stored beside the int8 weights in OUT, where int8convert.load finds them.
+CHECKPOINT is a directory, converted or not. It must fit into memory. With --write OUT, the most important columns are
+copied from the source and stored beside the int8 weights of OUT. `int8convert.load` uses them.
 
 \b
 Examples:
@@ -36,62 +45,60 @@ Examples:
   int8convert outliers opt-6.7b-int8 --text sample.txt --write opt-6.7b-int8
   int8convert outliers opt-6.7b-int8 --text sample.txt --json > outliers.json
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
+{EXIT_CODES}
 """
 
-_INTERRUPTED = "nothing was written; a static set that was there is still there"
+_INTERRUPTED = "nothing was written; earlier stored columns are still there"
 
 
 def outliers(
+    context: typer.Context,
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", callback=check_named, help="The checkpoint to run.")
     ],
-    text: Annotated[Path, typer.Option(metavar="FILE", help="Text to run through it, in UTF-8.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Text in UTF-8 to run through the model.")],
     write: Annotated[
         str | None, typer.Option("--write", metavar="OUT", help="Store the columns in this int8 checkpoint.")
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="What OUT was made of; default: CHECKPOINT, or what OUT's manifest names."),
+        typer.Option(
+            metavar="SRC",
+            help="With --write: the source of OUT.  [default: CHECKPOINT, or what OUT's manifest names]",
+        ),
     ] = None,
-    lora: Annotated[
-        str | None, typer.Option(metavar="ADAPTER", help="The adapter that was merged when OUT was made.")
-    ] = None,
+    lora: MergedLora = None,
     threshold: Annotated[
         float,
         typer.Option(
             min=0.0, metavar="X", envvar="INT8CONVERT_THRESHOLD", help="Magnitude from which a value is an outlier."
         ),
     ] = 6.0,
-    sequences: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text to run.")] = 16,
+    sequences: Sequences = 16,
     length: Annotated[
         int | None,
-        typer.Option(min=2, metavar="N", help="Tokens of each; default: 256, or what the model takes if that is less."),
+        typer.Option(min=2, metavar="N", help="Tokens of each window.  [default: 256, or what the model takes]"),
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(min=0.0, metavar="PERCENT", help="Room for more than the frequent outliers, of the int8 bytes."),
-    ] = 1.0,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Measure what taking the features away does.")] = False,
-    figures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Draw PNG and SVG files there; needs int8convert[report].")
-    ] = None,
-    device: Annotated[
-        str,
         typer.Option(
-            callback=check_device, metavar="DEVICE", envvar="INT8CONVERT_DEVICE", help="auto, cpu or cuda[:n]."
+            min=0.0,
+            metavar="PERCENT",
+            help="Room for columns beside the frequent outliers, as a share of the int8 bytes.",
         ),
-    ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with CHECKPOINT or SRC.")
-    ] = False,
+    ] = 1.0,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Measure the model with the features set to zero.")] = False,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write figures as PNG and SVG. Needs int8convert[report].")
+    ] = None,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no notes.")] = False,
 ) -> None:
     if threshold == 0:
         raise typer.BadParameter("it must be above 0", param_hint="--threshold")
-    if write is None and (source is not None or lora is not None):
-        raise typer.BadParameter("it is for --write OUT", param_hint="--source" if source else "--lora")
+    check_needs(context, {"source": "--write OUT", "lora": "--write OUT"})
     is_live = wants_live_display(quiet, as_json)
     with reporting_errors(as_json, _INTERRUPTED), quieting_libraries(is_live):
         taken_from = _find_source(checkpoint, write, source) if write is not None else ""
@@ -129,7 +136,7 @@ def outliers(
 
 
 def _find_source(checkpoint: str, out: str, source: str | None) -> str:
-    """Where the 16-bit weights are."""
+    """Return the checkpoint with the 16-bit weights."""
     from int8convert.checkpoint.manifest import Manifest
     from int8convert.runtime.models import is_int8
     from int8convert.sources import open_source

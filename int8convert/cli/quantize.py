@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from int8convert.cli.console import (
     RESUMABLE,
     RESUMABLE_THERE,
+    note,
     print_json,
     quieting_hub,
     quieting_libraries,
@@ -19,39 +19,64 @@ from int8convert.cli.console import (
     wants_live_display,
 )
 from int8convert.cli.conversion_report import print_report
-from int8convert.cli.dry_run import print_plan
+from int8convert.cli.dry_run import DryRun, print_plan
 from int8convert.cli.options import (
+    EXIT_CODES,
     AsJson,
+    CacheDir,
+    Check,
+    Keep,
+    MaxDisk,
+    NoXet,
+    Private,
+    Quiet,
+    ReaderName,
+    Source,
+    TrustRemoteCode,
+    Upload,
     UsageError,
+    Workers,
     check_bandwidth,
     check_choice,
     check_device,
     check_named,
+    check_needs,
     check_remote,
     check_size,
+    check_upload_options,
     given_options,
+    option_name,
+    turn_off_xet,
 )
 from int8convert.cli.publishing import make_destination, print_published
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
 from int8convert.events import ignore
 from int8convert.runtime.text.texts import reusable_file
 
-HELP = """Turn a checkpoint into an LLM.int8() checkpoint that transformers + bitsandbytes, or vLLM, load.
+if TYPE_CHECKING:
+    from int8convert.conversion.report import ConversionReport
+    from int8convert.outliers.store import StaticSet
 
-SRC is a directory with config.json and weights as safetensors or pytorch_model*.bin, whose files are only read; or the
-name of a repository on the Hub, whose weights are read shard by shard without keeping them. OUT gets int8 weights with
-their scales, everything else unchanged, and the small files that belong to a checkpoint. Interrupted, killed or out of
-disk: the same command resumes after the finished shards.
+HELP = f"""Convert a checkpoint to LLM.int8(), for transformers with bitsandbytes or for vLLM.
+
+SRC is a directory with config.json and weights in safetensors or pytorch_model*.bin files. It is only read. SRC can
+also be a repository on the Hub. Its weights are then read shard by shard and not stored.
+
+OUT gets int8 weights with their scales, all other tensors unchanged, and the checkpoint's small files. After an
+interruption, a kill or a full disk, run the same command again: it resumes after the finished shards.
 
 \b
 Examples:
   int8convert quantize ./opt-66b ./opt-66b-int8
   int8convert quantize facebook/opt-66b ./opt-66b-int8
   int8convert quantize facebook/opt-66b --dry-run --bandwidth 50MB
-  int8convert quantize facebook/opt-66b --upload me/opt-66b-int8 --max-disk 20GB
+  int8convert quantize facebook/opt-66b --upload me/opt-66b-int8
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
+{EXIT_CODES}
 """
+
+_OF_THE_RUN = ("threshold", "on_nonfinite", "calibrate", "overwrite", "check")
+"""Options that a dry run does not need."""
 
 
 def _check_format(name: str) -> str:
@@ -66,34 +91,22 @@ def _check_policy(policy: str) -> str:
     return policy
 
 
-def _check_reader(name: str) -> str:
-    from int8convert.conversion.readers import Reader
-
-    check_choice(name, Reader)
-    return name
-
-
 def quantize(
     context: typer.Context,
-    src: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC", callback=check_named, help="A checkpoint directory, or ORGANIZATION/NAME on the Hub."
-        ),
-    ],
+    src: Source,
     out: Annotated[
         str | None,
         typer.Argument(
-            metavar="OUT", callback=check_named, help="The directory to write; not needed with --dry-run or --upload."
+            metavar="OUT", callback=check_named, help="The directory to write. Optional with --dry-run or --upload."
         ),
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option("--skip", metavar="PATTERN", help="Leave these modules 16-bit, e.g. '*.fc2'; repeatable."),
+        typer.Option("--skip", metavar="PATTERN", help="Leave these modules 16-bit, e.g. '*.fc2'. Repeatable."),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="PATTERN", help="Turn no other modules into int8; repeatable."),
+        typer.Option("--only", metavar="PATTERN", help="Convert only these modules to int8. Repeatable."),
     ] = None,
     format: Annotated[
         str,
@@ -106,7 +119,10 @@ def quantize(
     threshold: Annotated[
         float,
         typer.Option(
-            min=0.0, metavar="X", envvar="INT8CONVERT_THRESHOLD", help="Outlier threshold written for the loader."
+            min=0.0,
+            metavar="X",
+            envvar="INT8CONVERT_THRESHOLD",
+            help="Outlier threshold, written to config.json for the loader.",
         ),
     ] = 6.0,
     min_coverage: Annotated[
@@ -115,7 +131,8 @@ def quantize(
             min=0.0,
             max=100.0,
             metavar="PERCENT",
-            help="Fail if less of the parameters would become int8; default: if nearly all Linear weights stay 16-bit.",
+            help="Fail if less of the parameters would become int8. By default, fail if nearly all Linear weights "
+            "would stay 16-bit.",
         ),
     ] = None,
     max_shard_size: Annotated[
@@ -123,91 +140,72 @@ def quantize(
         typer.Option(
             metavar="SIZE",
             callback=check_size,
-            help="Largest output shard, e.g. 5GB; default: one shard for each of SRC's.",
+            help="Largest output shard, e.g. 5GB.  [default: one shard for each shard of SRC]",
         ),
     ] = None,
     on_nonfinite: Annotated[
         str,
-        typer.Option(metavar="POLICY", callback=_check_policy, help="Weights no int8 can hold: error, or keep 16-bit."),
+        typer.Option(
+            metavar="POLICY",
+            callback=_check_policy,
+            help="For weights that int8 cannot hold: error, or keep them 16-bit.",
+        ),
     ] = "error",
     lora: Annotated[
-        str | None, typer.Option(metavar="ADAPTER", help="Merge this PEFT adapter's directory into the weights.")
+        str | None, typer.Option(metavar="ADAPTER", help="Merge the PEFT adapter in this directory into the weights.")
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Then run this text through OUT and store outlier columns in 16 bits."),
+        typer.Option(metavar="FILE", help="Afterwards run this text through OUT and store outlier columns in 16 bits."),
     ] = None,
     allow_missing: Annotated[
         list[str] | None,
         typer.Option(
             "--allow-missing",
             metavar="PATTERN",
-            help="Convert although SRC lacks these weights, e.g. 'score'; loaders make them up. Repeatable.",
+            help="Convert although SRC lacks these weights, e.g. 'score'. Loaders will make up their values. "
+            "Repeatable.",
         ),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run SRC's own code if transformers has no class for the model.")
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", envvar="INT8CONVERT_WORKERS", help="Threads; default: one for each core."),
-    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    workers: Workers = None,
     device: Annotated[
         str,
         typer.Option(
             metavar="DEVICE",
             callback=check_device,
             envvar="INT8CONVERT_DEVICE",
-            help="Where rows are quantized: cpu, cuda[:n], or auto, which is the CPU.",
+            help="Where rows are quantized: cpu, cuda[:n], or auto (the CPU).",
         ),
     ] = "auto",
     revision: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="SRC's branch, tag or commit on the Hub; default: main.")
+        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of SRC on the Hub.  [default: main]")
     ] = None,
-    reader: Annotated[
-        str,
-        typer.Option(
-            metavar="READER",
-            callback=_check_reader,
-            envvar="INT8CONVERT_READER",
-            help="How to read Hub weights: stream (no extra disk), download (up to two shards on disk), or auto "
-            "(whichever fits).",
-        ),
-    ] = "auto",
-    cache_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep what is downloaded from the Hub in this cache.")
-    ] = None,
+    reader: ReaderName = "auto",
+    cache_dir: CacheDir = None,
     bandwidth: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", callback=check_bandwidth, help="With --dry-run: bytes a second from the Hub, e.g. 50MB."
+            metavar="SIZE",
+            callback=check_bandwidth,
+            help="With --dry-run: estimate the download time at so many bytes a second, e.g. 50MB.",
         ),
     ] = None,
-    upload: Annotated[
-        str | None,
-        typer.Option(metavar="REPO", help="Send each finished shard to this repository, and keep none here."),
-    ] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="With --upload: keep OUT, too.")] = False,
-    max_disk: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", callback=check_size, help="With --upload: use at most this much disk, e.g. 20GB."),
-    ] = None,
-    private: Annotated[
-        bool | None,
-        typer.Option(
-            "--private/--public", help="With --upload: who sees a new repository; default: the account's setting."
-        ),
-    ] = None,
-    no_xet: Annotated[bool, typer.Option("--no-xet", help="Do not use the Hub's xet protocol.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT, or REPO.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="When resuming, check finished shards by sha256.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone.")] = False,
+    upload: Upload = None,
+    keep: Keep = False,
+    max_disk: MaxDisk = None,
+    private: Private = None,
+    no_xet: NoXet = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT or REPO.")] = False,
+    check: Check = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its costs, from headers alone.")
+    ] = False,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; notes are printed.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    if no_xet:
-        os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which it is not yet
     _check_combination(context, src)
+    turn_off_xet(no_xet)
     if out is None and upload is not None:
         out = f"int8convert-{upload.rpartition('/')[2]}"
     resumable = RESUMABLE if upload is None else RESUMABLE_THERE
@@ -230,9 +228,11 @@ def quantize(
             revision=revision,
             cache_dir=cache_dir,
         )
+        if not as_json:
+            _note_unused(context)
         if dry_run:
             destination = make_destination(upload, private, keep, max_disk, ignore)
-            print_plan(src, out, options, workers, device, reader, bandwidth, destination, as_json)
+            print_plan(src, options, DryRun(out, destination, workers, device, reader, bandwidth), as_json)
             return
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion.quantize import quantize as run
@@ -251,9 +251,9 @@ def quantize(
                 on_nonfinite=on_nonfinite,
                 workers=workers,
                 device=device,
+                reader=reader,
                 overwrite=overwrite,
                 check=check,
-                reader=reader,
                 destination=destination,
                 on_event=on_event,
             )
@@ -261,15 +261,30 @@ def quantize(
         if text is not None:
             with quieting_libraries(wants_live_display(quiet, as_json)):
                 stored = calibrate_output(src, out or "", text, lora, trust_remote_code, device)
-        there = destination.outcome()
-        if as_json:
-            print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": there})
-            return
-        print_report(report, there["url"] if there else report.out)
-        if upload is not None and there is not None:
-            print_published(upload, there, src)
-        if stored is not None:
-            print_stored(stored)
+        _print_outcome(report, stored, upload, destination.outcome(), as_json)
+
+
+def _print_outcome(
+    report: ConversionReport, stored: StaticSet | None, upload: str | None, there: dict[str, Any] | None, as_json: bool
+) -> None:
+    if as_json:
+        print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": there})
+        return
+    print_report(report, there["url"] if there else report.out)
+    if upload is not None and there is not None:
+        print_published(upload, there, report.source)
+    if stored is not None:
+        print_stored(stored)
+
+
+def _note_unused(context: typer.Context) -> None:
+    """Say which of the given options have no effect. --dry-run may be added to any command."""
+    given = given_options(context)
+    unused = [option_name(name) for name in _OF_THE_RUN if name in given] if "dry_run" in given else []
+    if unused:
+        note(f"no effect in a dry run: {', '.join(unused)}")
+    elif "threshold" in given and context.params["format"] != "bitsandbytes":
+        note(f"--threshold has no effect: a checkpoint in {context.params['format']} holds none")
 
 
 def _check_combination(context: typer.Context, src: str) -> None:
@@ -277,19 +292,10 @@ def _check_combination(context: typer.Context, src: str) -> None:
     given = set(given_options(context))
     if not given & {"out", "upload", "dry_run"}:
         raise UsageError("OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO")
-    needs = {"keep": "upload", "max_disk": "upload", "private": "upload", "bandwidth": "dry_run"}
-    for name, needed in needs.items():
-        if name in given and needed not in given:
-            option = "--public" if context.params[name] is False else _option(name)
-            raise UsageError(f"{option} needs {'--upload REPO' if needed == 'upload' else '--dry-run'}")
-    if {"keep", "max_disk"} <= given:
-        raise UsageError("--max-disk limits the local disk; --keep keeps all of OUT: give one of them")
+    check_needs(context, {"bandwidth": "--dry-run"})
+    check_upload_options(context)
     if {"upload", "calibrate"} <= given:
         raise UsageError("--calibrate stores columns after the last shard: convert with it, then int8convert upload")
-    for name in ("revision", "reader", "cache_dir", "bandwidth"):
+    for name in ("revision", "reader", "cache_dir", "bandwidth", *(() if "upload" in given else ("no_xet",))):
         if name in given:
-            check_remote(_option(name), src, "sources")
-
-
-def _option(parameter: str) -> str:
-    return f"--{parameter.replace('_', '-')}"
+            check_remote(option_name(name), src, "sources")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from int8convert.cli.console import note, print_json, print_line, quieting_hub, reporting_errors, wants_live_display
-from int8convert.cli.options import AsJson, check_named
+from int8convert.cli.options import EXIT_CODES, AsJson, NoXet, Quiet, check_named, turn_off_xet
 from int8convert.text import format_bytes
 
 if TYPE_CHECKING:
@@ -17,52 +16,59 @@ if TYPE_CHECKING:
 _MAX_SKIPPED = 20
 """Number of unpublished files that are named."""
 
-HELP = """Publish a converted checkpoint on the Hub, with a model card, and check that it arrived.
+HELP = f"""Publish a finished and verified checkpoint on the Hub, with a model card.
 
-OUT must be finished and verified. Files that REPO has already are not sent again, so after an interruption the same
-command resumes. Weights in REPO that are no part of OUT are removed: those of an earlier conversion always,
-others with --overwrite. README.md becomes a model card, unless OUT or REPO has one that int8convert did not write. The
-token is the one of `hf auth login`, or HF_TOKEN.
+Files that REPO already has are not sent again. After an interruption, run the same command again. At the end, the files
+in REPO are compared with those in OUT.
+
+Other weights in REPO are removed: those of an earlier conversion always, foreign ones only with --overwrite. README.md
+becomes a model card, unless OUT or REPO has a README.md that int8convert did not write. The token comes from
+`hf auth login` or HF_TOKEN.
 
 \b
 Examples:
   int8convert upload ./opt-66b-int8 me/opt-66b-int8 --private
   int8convert upload ./opt-66b-int8 me/opt-66b-int8 --dry-run
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
+{EXIT_CODES}
 """
 
-INTERRUPTED = "REPO is as it was; files that were sent stay with the server, and the same command resumes after them"
+INTERRUPTED = "REPO is unchanged; files that were sent stay on the server, and the same command resumes after them"
 
 
 def upload(
     out: Annotated[str, typer.Argument(metavar="OUT", callback=check_named, help="An output of quantize or export.")],
     repository: Annotated[
         str,
-        typer.Argument(metavar="REPO", callback=check_named, help="ORGANIZATION/NAME; created if missing."),
+        typer.Argument(metavar="REPO", callback=check_named, help="ORGANIZATION/NAME on the Hub. Created if missing."),
     ],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Make REPO so, or fail if it is not; default: leave it as it is."),
+        typer.Option(
+            "--private/--public", help="Make a new REPO so; fail if REPO exists and differs.  [default: the account's]"
+        ),
     ] = None,
-    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Branch to write to; created if missing.")] = "main",
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Branch to write to. Created if missing.")] = "main",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
     message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Commit message; default: Upload by int8convert VERSION.")
+        str | None, typer.Option(metavar="TEXT", help="Commit message.  [default: Upload by int8convert VERSION]")
     ] = None,
-    no_xet: Annotated[bool, typer.Option("--no-xet", help="Send by HTTP, for servers without xet.")] = False,
+    no_xet: NoXet = False,
     allow_unverified: Annotated[
-        bool, typer.Option("--allow-unverified", help="Publish what verify has not passed; the model card says so.")
+        bool, typer.Option("--allow-unverified", help="Publish without a passed verify. The model card says so.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace weights of something else, and a model card, in REPO.")
+        bool, typer.Option("--overwrite", help="Replace foreign weights and a foreign model card in REPO.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent; change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files that would be sent, and change nothing.")
+    ] = False,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    if no_xet:
-        os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which it is not yet
+    turn_off_xet(no_xet)
+    if dry_run and message is not None and not as_json:
+        note("no effect in a dry run: --message")
     with reporting_errors(as_json, INTERRUPTED), quieting_hub(wants_live_display(quiet, as_json)):
         from int8convert.cli.progress import showing_progress
         from int8convert.publish.upload import upload as run
@@ -88,18 +94,18 @@ def upload(
 
 def _print_report(report: UploadReport) -> None:
     if report.keeps_card == "output":
-        note(f"'{report.out}/README.md' was not written by int8convert, so it is taken as it is")
+        note(f"'{report.out}/README.md' was not written by int8convert; it is sent unchanged")
     if report.keeps_card == "repository":
         note(f"{report.repository} has a README.md not written by int8convert: it is kept; --overwrite replaces it")
     if not report.is_verified:
         note("not verified, as the model card says")
     vouches = "verify does not vouch for it" if report.is_verified else "the conversion did not write it"
     for name in report.skipped_files[:_MAX_SKIPPED]:
-        note(f"{name} is left here: {vouches}")
+        note(f"{name} is not sent: {vouches}")
     if len(report.skipped_files) > _MAX_SKIPPED:
-        note(f"and {len(report.skipped_files) - _MAX_SKIPPED:,} more files are left here; --json names them")
+        note(f"and {len(report.skipped_files) - _MAX_SKIPPED:,} more files are not sent; --json names them")
     for name in report.deleted:
-        note(f"{name} {'would be' if report.is_dry_run else 'was'} removed: it is no part of this checkpoint")
+        note(f"{name} {'would be' if report.is_dry_run else 'was'} removed: it does not belong to this checkpoint")
     if report.is_dry_run:
         if not report.has_token:
             note("no token is set: the upload itself would be refused")

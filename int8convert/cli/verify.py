@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import io
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8convert.cli.console import (
-    note,
-    print_json,
-    quieting_hub,
-    quieting_libraries,
-    reporting_errors,
-)
+from int8convert.cli.console import note, print_json, quieting_hub, quieting_libraries, reporting_errors
 from int8convert.cli.options import (
     AsJson,
+    Device,
+    Int8Checkpoint,
+    MergedLora,
+    Revision,
+    Sequences,
+    TrustRemoteCode,
     UsageError,
     check_choice,
-    check_device,
-    check_named,
     check_remote,
     given_options,
+    option_name,
 )
 from int8convert.runtime.text.texts import DATASETS, Convention, Text, reusable_file
 from int8convert.verification.options import Level
 
 if TYPE_CHECKING:
+    from int8convert.outliers.find import OutlierReport
     from int8convert.verification.verify_report import VerifyReport
 
-HELP = """Compare an int8 checkpoint with what it was made of, and say whether it passes.
+HELP = """Check an int8 checkpoint against its source.
 
-First every tensor, exactly and with no model run; then both models on the same tokens: difference in log-likelihood,
-KL divergence, agreement. What is found is also written into OUT, as int8convert/verify.json, unless OUT is on the Hub.
+The level exact compares every tensor and runs no model. The level fidelity also runs both models on the same tokens. It
+measures the difference in log-likelihood, the KL divergence and the agreement. The level tasks adds zero-shot tasks.
+
+The outcome is written into OUT as int8convert/verify.json, unless OUT is on the Hub.
 
 \b
 Examples:
@@ -47,14 +51,19 @@ Exit codes: 0 passed; 1 could not be measured; 2 wrong usage; 3 measured, and fa
 
 FAILED = 3
 
-_INTERRUPTED = "nothing was written; a verify.json that was there is still there"
+_INTERRUPTED = "nothing was written; an earlier verify.json is still there"
 _OF_TASKS = ("tasks", "tasks_path", "task_limit", "min_task_p")
-_OF_MODELS = ("text", "dataset", "max_dnll", "max_kl", "sequences", "length", "convention", "thresholds", "stream")
-"""Options of the levels "tasks", and "fidelity" and above."""
+"""Options of the level tasks."""
+
+_OF_MODELS = (
+    *("text", "dataset", "sequences", "length", "convention", "thresholds"),
+    *("max_dnll", "max_kl", "stream", "device", "figures"),
+)
+"""Options of the levels that run the models."""
 
 
 def _numbers(value: str | None) -> tuple[float, ...]:
-    """Thresholds between commas."""
+    """Return the thresholds between commas."""
     try:
         found = tuple(float(part) for part in value.split(",")) if value is not None else ()
     except ValueError:
@@ -66,109 +75,88 @@ def _numbers(value: str | None) -> tuple[float, ...]:
 
 def verify(
     context: typer.Context,
-    out: Annotated[
-        str,
-        typer.Argument(
-            metavar="OUT", callback=check_named, help="The int8 checkpoint: a directory, or ORG/NAME on the Hub."
-        ),
-    ],
-    revision: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of OUT on the Hub; default: main.")
-    ] = None,
+    out: Int8Checkpoint,
+    revision: Revision = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="SRC", help="What it was made of; default: what its manifest names.")
+        str | None, typer.Option(metavar="SRC", help="The source of OUT.  [default: what OUT's manifest names]")
     ] = None,
     level: Annotated[
         str,
         typer.Option(
             metavar="LEVEL",
-            help="exact: tensors alone; fidelity: and then both models on a text; tasks: and then on zero-shot tasks, "
-            "which needs int8convert[eval].",
+            help="exact (tensors), fidelity (also both models on a text), or tasks (also zero-shot tasks; needs "
+            "int8convert[eval]).",
         ),
     ] = "fidelity",
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to run both models on, in UTF-8; default: a small one.")
+        Path | None, typer.Option(metavar="FILE", help="Text in UTF-8 for both models.  [default: a small one]")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="wikitext2 or c4, from the Hugging Face Hub or its cache.")
+        str | None, typer.Option(metavar="NAME", help="Run wikitext2 or c4, from the Hub or its cache.")
     ] = None,
     max_dnll: Annotated[
         float,
         typer.Option(
-            min=0.0, metavar="X", help="Gate: upper 95 % bound of the difference in log-likelihood, nats a token."
+            min=0.0,
+            metavar="X",
+            help="Gate: upper 95 % bound of the difference in log-likelihood, in nats per token.",
         ),
     ] = 0.01,
-    max_kl: Annotated[float, typer.Option(min=0.0, metavar="X", help="Gate: mean KL divergence, nats a token.")] = 0.01,
-    sequences: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text to run.")] = 16,
+    max_kl: Annotated[
+        float, typer.Option(min=0.0, metavar="X", help="Gate: mean KL divergence, in nats per token.")
+    ] = 0.01,
+    sequences: Sequences = 16,
     length: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Tokens of each; default: 2048, or what the model takes.")
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens of each window.  [default: 2048, or what the model takes]"),
     ] = None,
     convention: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How the text is cut: spread, contiguous, strided or halves; default: contiguous, as "
-            "published figures are, for a dataset, else spread.",
+            help="How to cut the text: spread, contiguous, strided or halves.  [default: contiguous for a dataset, "
+            "else spread]",
         ),
     ] = None,
     thresholds: Annotated[
-        str | None, typer.Option(metavar="T,T,..", help="Outlier thresholds to compare, too, such as 0,3,inf.")
+        str | None, typer.Option(metavar="T,T,..", help="Also measure these outlier thresholds, e.g. 0,3,inf.")
     ] = None,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Layer by layer, one of each model in memory; default: where needed.")
+        bool,
+        typer.Option(
+            "--stream", help="Hold one layer of each model in memory at a time.  [default: if both do not fit]"
+        ),
     ] = False,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            metavar="TASK,..", help="Tasks of lm-eval; default: winogrande, hellaswag, piqa and lambada_openai."
-        ),
+        typer.Option(metavar="TASK,..", help="Tasks of lm-eval.  [default: winogrande,hellaswag,piqa,lambada_openai]"),
     ] = None,
     tasks_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Tasks of your own, in lm-eval's YAML; may run code in them.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Your own tasks in lm-eval's YAML. Code in them may run."),
     ] = None,
-    task_limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Questions of each task.")] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ask at most so many questions of each task.")
+    ] = None,
     min_task_p: Annotated[
         float,
         typer.Option(
             min=0.0, max=1.0, metavar="P", help="Gate: a worse task score fails if McNemar's p is below this."
         ),
     ] = 0.001,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE",
-            callback=check_device,
-            envvar="INT8CONVERT_DEVICE",
-            help="Where the models run: auto, cpu or cuda[:n].",
-        ),
-    ] = "auto",
-    lora: Annotated[
-        str | None,
-        typer.Option(metavar="ADAPTER", help="The adapter that was merged when OUT was made; --level exact only."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run SRC's own code to find its weights, as for quantize.")
-    ] = False,
+    device: Device = "auto",
+    lora: MergedLora = None,
+    trust_remote_code: TrustRemoteCode = False,
     report_file: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Also write a page with pictures, in HTML.")
+        Path | None, typer.Option("--report", metavar="FILE", help="Also write an HTML page with figures.")
     ] = None,
-    figures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write the pictures, as PNG and SVG.")
-    ] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the figures as PNG and SVG.")] = None,
     as_json: AsJson = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress, and no notes but those on the verdict.")
+        bool, typer.Option("--quiet", "-q", help="Print no progress, and only the notes on the verdict.")
     ] = False,
 ) -> None:
-    check_choice(level, tuple(Level), "--level")
-    _check_effect(context, level)
-    if revision is not None:
-        check_remote("--revision", out, "checkpoints")
-    check_choice(dataset, DATASETS, "--dataset")
-    check_choice(convention, tuple(Convention), "--convention")
-    swept = _numbers(thresholds)
-    if text is not None and dataset is not None:
-        raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
+    swept = _check_options(context, out, level)
     with (
         reporting_errors(as_json, _INTERRUPTED),
         quieting_hub(),
@@ -176,20 +164,14 @@ def verify(
     ):
         from int8convert.cli.progress import showing_progress
         from int8convert.publish.verify_json import Gates
-        from int8convert.verification.earlier_runs import kept_parts, write_report
+        from int8convert.verification.earlier_runs import kept_parts
         from int8convert.verification.options import Execution, Tasks
         from int8convert.verification.verify import verify as run
 
-        is_drawn = report_file is not None or figures is not None
-        libraries = quieting_libraries(False) if is_drawn or level != "exact" else nullcontext()  # it loads them
-        # The harness of the tasks has bars that nothing else turns off; errors are printed further out.
-        is_silent = level == "tasks" and (quiet or as_json)
-        bars = redirect_stderr(io.StringIO()) if is_silent else nullcontext()
-        with showing_progress(quiet, as_json) as on_event, libraries, bars:
-            if is_drawn:
-                from int8convert.verification.page import prepare
-
-                prepare(report_file, figures)
+        pages = _Pages(report_file, figures, Text(reusable, dataset, convention="spread"), device)
+        is_silent = quiet or as_json
+        with _running_models(level, is_silent, pages.is_wanted), showing_progress(quiet, as_json) as on_event:
+            pages.prepare()
             report = run(
                 out,
                 revision=revision,
@@ -203,58 +185,111 @@ def verify(
                 trust_remote_code=trust_remote_code,
                 on_event=on_event,
             )
-        written = None
-        kept = ", ".join(kept_parts(report).get("kept", ()))
-        try:
-            there = write_report(report)
-            written = str(there) if there is not None else None
-            if there is None and not quiet and not as_json:
-                note(f"no verify.json was written: {out} is on the Hub, and stays as it is")
-        except OSError as error:
-            note(f"the report could not be written into '{out}': {error.strerror}")
-        if is_drawn:
-            with quieting_libraries(False):
-                _write_pages(report, report_file, figures, reusable, dataset, device)
+        kept = kept_parts(report).get("kept", ())
+        written = _write(report, is_silent)
+        pages.write(report)
         if as_json:
             print_json({**report.to_json(), "written": written})
         else:
-            from int8convert.cli.verify_summary import print_report
-
-            print_report(report)
-            if kept and written and not quiet:
-                note(f"kept in verify.json of an earlier run on the same files: {kept}")
-            for path in (written, report_file, figures):
-                if path is not None and not quiet:
-                    note(f"written: {path}")
+            _print_outcome(report, kept if written else (), (written, report_file, figures), quiet)
         if not report.is_passed:
             raise typer.Exit(FAILED)
 
 
-def _check_effect(context: typer.Context, level: str) -> None:
-    """Refuse options that a lower level than theirs does nothing with."""
+def _check_options(context: typer.Context, out: str, level: str) -> tuple[float, ...]:
+    """Refuse options that are wrong, or that have no effect at this level; return the thresholds to measure."""
+    options = context.params
+    check_choice(level, tuple(Level), "--level")
     for name in given_options(context):
-        option = f"--{name.replace('_', '-')}"
         if name in _OF_TASKS and level != "tasks":
-            raise UsageError(f"{option} has no effect at --level {level}: it needs --level tasks")
+            raise UsageError(f"{option_name(name)} has no effect at --level {level}: it needs --level tasks")
         if name in _OF_MODELS and level == "exact":
-            raise UsageError(f"{option} has no effect at --level exact, which runs no model")
+            raise UsageError(f"{option_name(name)} has no effect at --level exact, which runs no model")
+    if options["revision"] is not None:
+        check_remote("--revision", out, "checkpoints")
+    check_choice(options["dataset"], DATASETS, "--dataset")
+    check_choice(options["convention"], tuple(Convention), "--convention")
+    if options["text"] is not None and options["dataset"] is not None:
+        raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
+    return _numbers(options["thresholds"])
 
 
-def _write_pages(
-    report: VerifyReport, page: Path | None, folder: Path | None, text: Path | None, dataset: str | None, device: str
+@contextmanager
+def _running_models(level: str, is_silent: bool, is_drawn: bool) -> Iterator[None]:
+    """Silence the libraries that a level loads."""
+    # The harness of the tasks has bars that nothing else turns off; errors are printed further out.
+    bars = redirect_stderr(io.StringIO()) if level == "tasks" and is_silent else nullcontext()
+    with quieting_libraries(False) if is_drawn or level != "exact" else nullcontext(), bars:
+        yield
+
+
+def _write(report: VerifyReport, is_silent: bool) -> str | None:
+    """Write verify.json; return where, None if it was not written."""
+    from int8convert.verification.earlier_runs import write_report
+
+    try:
+        there = write_report(report)
+    except OSError as error:
+        note(f"the report could not be written into '{report.out}': {error.strerror}")
+        return None
+    if there is None and not is_silent:
+        note(f"no verify.json was written: {report.out} is on the Hub, and stays as it is")
+    return str(there) if there is not None else None
+
+
+def _print_outcome(
+    report: VerifyReport, kept: Sequence[str], written: tuple[str | Path | None, ...], quiet: bool
 ) -> None:
-    """The page and its pictures; with the outliers on the same text, where the models fit in memory."""
-    from int8convert.sources import open_source
-    from int8convert.verification.page import draw_pictures, write_page, write_pictures
+    """Print a report, what verify.json keeps of an earlier one, and the files that were written."""
+    from int8convert.cli.verify_summary import print_report
 
-    outliers = None
-    if report.fidelity and not report.fidelity[0].streamed:
+    print_report(report)
+    if quiet:
+        return
+    if kept:
+        note(f"kept in verify.json of an earlier run on the same files: {', '.join(kept)}")
+    for path in filter(None, written):
+        note(f"written: {path}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pages:
+    """The page and the figures of a report, with the outliers of the same text where the models fit in memory."""
+
+    page: Path | None
+    folder: Path | None
+    text: Text
+    device: str
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.page is not None or self.folder is not None
+
+    def prepare(self) -> None:
+        """Check that they can be written, before hours of measuring."""
+        if self.is_wanted:
+            from int8convert.verification.page import prepare
+
+            prepare(self.page, self.folder)
+
+    def write(self, report: VerifyReport) -> None:
+        """Draw and write what is wanted."""
+        if not self.is_wanted:
+            return
+        from int8convert.verification.page import draw_pictures, write_page, write_pictures
+
+        with quieting_libraries(False):
+            pictures = draw_pictures(report, self._outliers(report))
+            if self.page is not None:
+                write_page(report, pictures, self.page)
+            if self.folder is not None:
+                write_pictures(pictures, self.folder)
+
+    def _outliers(self, report: VerifyReport) -> OutlierReport | None:
+        if not report.fidelity or report.fidelity[0].streamed:
+            return None
         from int8convert.outliers.find import find_outliers
+        from int8convert.sources import open_source
 
         directory = open_source(report.out, report.exact.commit).directory
-        outliers = find_outliers(directory, Text(text, dataset, convention="spread"), device=device)
-    pictures = draw_pictures(report, outliers)
-    if page is not None:
-        write_page(report, pictures, page)
-    if folder is not None:
-        write_pictures(pictures, folder)
+        return find_outliers(directory, self.text, device=self.device)

@@ -47,7 +47,7 @@ def said(err: str) -> str:
         (["quantize", "X", "Y", "--bandwidth", "50MB"], "--bandwidth needs --dry-run"),
         (
             ["quantize", "X", "--upload", "a/b", "--keep", "--max-disk", "3GB"],
-            "--max-disk limits the local disk; --keep keeps all of OUT: give one of them",
+            "--max-disk limits the local disk; --keep keeps all of the output: give one of them",
         ),
         (
             ["quantize", "X", "--upload", "a/b", "--calibrate", "text.txt"],
