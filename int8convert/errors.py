@@ -1,30 +1,29 @@
-"""Every error int8convert raises on purpose.
+"""The errors that int8convert raises on purpose.
 
-    Int8ConvertError              exit 1: two lines, what and what to do
-    ├── SourceError               the source cannot be used: missing, no weights, no usable config
-    │   ├── CorruptFileError      a file contradicts what it, or the index, promises
-    │   ├── MissingWeightsError   the model needs weights that are in no file
-    │   ├── AlreadyQuantizedError nothing to do here: convert the 16-bit original instead
-    │   └── NonFiniteWeightError  the weights hold NaN, infinity, or what fp16 cannot hold
-    ├── AdapterError              the LoRA adapter cannot be merged: of another kind, or made for another model
-    ├── ModelMapError             transformers cannot build the model the config describes
-    │   └── RemoteCodeError       its class is code in the checkpoint, which runs only if the user says so
-    ├── UnverifiedError           an output is to be published that nothing has shown to be good
-    ├── OutputError               the place to write to cannot be used: taken, same as the source, not writable
-    │   └── DiskFullError         it can, with more room
-    ├── FormatError               the format asked for cannot hold this model
+    Int8ConvertError              exit 1; printed as two lines: what is wrong, and what to do
+    ├── SourceError               the source is not usable: missing, no weights, no usable config
+    │   ├── CorruptFileError      a file contradicts itself or the index
+    │   ├── MissingWeightsError   no file holds weights that the model needs
+    │   ├── AlreadyQuantizedError the source is quantized already
+    │   └── NonFiniteWeightError  weights hold NaN, infinity, or values beyond fp16
+    ├── AdapterError              the LoRA adapter cannot be merged
+    ├── ModelMapError             transformers cannot build the model that the config describes
+    │   └── RemoteCodeError       the model's class is code in the checkpoint, which may not run
+    ├── UnverifiedError           the output to publish has not passed `verify`
+    ├── OutputError               the output cannot be written: occupied, same as the source, not writable
+    │   └── DiskFullError         the disk has too little room
+    ├── FormatError               the output format cannot hold this model
     ├── CoverageError             too little would become int8
-    ├── HubError                  the Hub has not, or does not take, what was asked for: a name, a revision, a file
-    │   ├── HubMissingError       there is no repository, or no revision, of that name
-    │   ├── HubAccessError        it wants a token, one with more rights, or consent to a licence first
-    │   └── HubConnectionError    it was not reached, or broke off again and again: the same command, later
+    ├── HubError                  the Hub refuses a request, or lacks a name, a revision or a file
+    │   ├── HubMissingError       the repository or the revision does not exist
+    │   ├── HubAccessError        the Hub requires a token, more rights, or consent to a licence
+    │   └── HubConnectionError    the Hub cannot be reached, or connections break repeatedly
     ├── PatternError              a --skip or --only pattern matches nothing
-    ├── PromptError               a prompt cannot be put to the model: too long, empty, or no chat for it
-    └── DeviceError               the device asked for is not usable here
+    ├── PromptError               the model cannot take a prompt: too long, empty, or no chat template
+    └── DeviceError               the device is not usable here
 
-A class exists because the caller would act differently. What a library raises while it reads or runs a stranger's
-files becomes one of these in `int8convert.checkpoint.library_errors`. Anything else that escapes is a bug and keeps its
-traceback.
+Each class exists because a caller would act differently on it. `int8convert.checkpoint.library_errors` translates what
+libraries raise while they read a stranger's files. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ from int8convert.text import printable
 
 
 class Int8ConvertError(Exception):
-    """The base of all.
+    """Base of all errors.
 
     Args:
-        message: what, where, expected against found. One line, no final stop.
+        message: what is wrong and where, expected against found. One line without a full stop.
         hint: the next step. One line.
 
-    Both may quote a stranger: characters that do not print are escaped here, for every error.
+    Both may quote a stranger's text, so characters that do not print are escaped here.
 
     Attributes:
-        state: what is on the disk, or on the Hub, now; "" where nothing could have been written. The command line
-            prints it after the hint. See `stating`.
+        state: what is now on the disk or on the Hub; "" where nothing could have been written. The command line prints
+            it after the hint. See `stating`.
     """
 
     exit_code = 1
@@ -59,14 +58,14 @@ class Int8ConvertError(Exception):
 
     @property
     def code(self) -> str:
-        """The stable name used in `--json`: `CorruptFileError` -> `corrupt_file`."""
+        """The stable name in `--json`: `corrupt_file` of `CorruptFileError`."""
         words = type(self).__name__.removesuffix("Error")
         return "".join("_" + c.lower() if c.isupper() else c for c in words).lstrip("_")
 
 
 @contextmanager
 def stating(state: str) -> Iterator[None]:
-    """Set the state of errors that pass, unless it is set already."""
+    """Set the state of errors that pass, unless they have one."""
     try:
         yield
     except Int8ConvertError as error:
@@ -75,15 +74,15 @@ def stating(state: str) -> Iterator[None]:
 
 
 class SourceError(Int8ConvertError):
-    """The source cannot be used."""
+    """The source is not usable."""
 
 
 class CorruptFileError(SourceError):
-    """A file contradicts what it, or the index, promises."""
+    """A file contradicts itself or the index."""
 
 
 class MissingWeightsError(SourceError):
-    """The model needs weights that are in no file, and the user has not said that they may be missing."""
+    """No file holds weights that the model needs, and the user has not allowed that."""
 
 
 class AlreadyQuantizedError(SourceError):
@@ -91,10 +90,10 @@ class AlreadyQuantizedError(SourceError):
 
 
 class NonFiniteWeightError(SourceError):
-    """The weights hold NaN, infinity, or what fp16 cannot hold.
+    """Weights hold NaN, infinity, or values beyond fp16.
 
     Attributes:
-        module_name: the module they belong to, for those who would rather keep it 16-bit.
+        module_name: the module of the weights, which a caller may keep 16-bit instead.
     """
 
     def __init__(self, message: str, hint: str, module_name: str) -> None:
@@ -107,27 +106,27 @@ class AdapterError(Int8ConvertError):
 
 
 class ModelMapError(Int8ConvertError):
-    """transformers cannot build the model the config describes."""
+    """transformers cannot build the model that the config describes."""
 
 
 class RemoteCodeError(ModelMapError):
-    """The model's class is code in the checkpoint, and the user has not said that it may be run."""
+    """The model's class is code in the checkpoint, and the user has not allowed it to run."""
 
 
 class UnverifiedError(Int8ConvertError):
-    """An output is to be published that nothing has shown to be good."""
+    """The output to publish has not passed `verify`."""
 
 
 class OutputError(Int8ConvertError):
-    """The place to write to cannot be used."""
+    """The output cannot be written."""
 
 
 class DiskFullError(OutputError):
-    """There is not enough room."""
+    """The disk has too little room."""
 
 
 class FormatError(Int8ConvertError):
-    """The format asked for cannot hold this model."""
+    """The output format cannot hold this model."""
 
 
 class CoverageError(Int8ConvertError):
@@ -135,19 +134,19 @@ class CoverageError(Int8ConvertError):
 
 
 class HubError(Int8ConvertError):
-    """The Hub has not, or does not take, what was asked for."""
+    """The Hub refuses a request, or lacks a name, a revision or a file."""
 
 
 class HubMissingError(HubError):
-    """The Hub has no repository, or no revision, of that name, or none for this token."""
+    """The repository or the revision does not exist, or not for this token."""
 
 
 class HubAccessError(HubError):
-    """The Hub wants a token, one with more rights, or consent to a licence first."""
+    """The Hub requires a token, more rights, or consent to a licence."""
 
 
 class HubConnectionError(HubError):
-    """The Hub was not reached, or broke off again and again."""
+    """The Hub cannot be reached, or connections break repeatedly."""
 
 
 class PatternError(Int8ConvertError):
@@ -155,8 +154,8 @@ class PatternError(Int8ConvertError):
 
 
 class PromptError(Int8ConvertError):
-    """A prompt cannot be put to the model."""
+    """The model cannot take a prompt."""
 
 
 class DeviceError(Int8ConvertError):
-    """The device asked for is not usable here."""
+    """The device is not usable here."""

@@ -1,7 +1,7 @@
-"""All that is printed: results to stdout; progress, notes and errors to stderr.
+"""Prints everything: results to stdout; progress, notes and errors to stderr.
 
-Nothing is markup. A path may hold brackets, and a stranger's checkpoint chooses the names in it, so style is given
-beside the text and never inside it.
+No text is markup: a path may hold brackets, and a stranger's checkpoint chooses the names in it. Style is passed beside
+the text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from int8convert.errors import Int8ConvertError, OutputError, SourceError
 from int8convert.hub import retry
 
 _WIDTH_OF_A_PIPE = 160
-"""Tables in a file or a pipe need not fit the 80 columns rich would assume."""
+"""Columns of a table in a file or a pipe. rich would assume 80."""
 
 stdout = PlainConsole(
     highlight=False,
@@ -39,13 +39,13 @@ stderr = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False, s
 
 
 def wants_live_display(quiet: bool, as_json: bool) -> bool:
-    """Whether a person is watching, on a terminal that can redraw. Not rich's own guess, which FORCE_COLOR changes."""
+    """Return whether a person watches a terminal that can redraw. FORCE_COLOR would change rich's own guess."""
     return sys.stderr.isatty() and not stderr.is_dumb_terminal and not quiet and not as_json
 
 
 @contextmanager
 def quieting_libraries(is_live: bool) -> Iterator[None]:
-    """stderr is for our notes: no warnings of libraries, and their progress bars only where a person is watching."""
+    """Silence the warnings of libraries, and their progress bars unless a person watches."""
     if os.environ.get("INT8CONVERT_DEBUG"):
         yield
         return
@@ -65,10 +65,10 @@ def quieting_libraries(is_live: bool) -> Iterator[None]:
 
 @contextmanager
 def quieting_hub(with_bars: bool = False) -> Iterator[None]:
-    """No lines of the Hub's client between ours: what it retries, we tell of, and what it warns of holds addresses.
+    """Silence the Hub's client: our notes report its retries, and its warnings hold addresses.
 
     Args:
-        with_bars: its progress bars may be seen, within a file; ours only know of whole ones.
+        with_bars: show its progress bars within a file; ours count whole files.
     """
     if os.environ.get("INT8CONVERT_DEBUG"):
         yield
@@ -88,16 +88,15 @@ def quieting_hub(with_bars: bool = False) -> Iterator[None]:
 
 
 RESUMABLE = "finished shards are kept, the one in work was removed; the same command resumes"
-RESUMABLE_THERE = (
-    "finished shards are on the Hub, where they are no checkpoint yet, or here; the one in work was removed; the same "
-    "command goes on, here or elsewhere"
-)
-"""The hint of a command that was interrupted and resumes."""
+RESUMABLE_THERE = "finished shards are kept, on the Hub or here; the same command resumes, here or on another machine"
+"""Hints of an interrupted command that resumes: without --upload, and with it."""
 
 
 @contextmanager
 def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE) -> Iterator[None]:
-    """The one boundary: our own errors become two lines and an exit code; all else is a bug and keeps its traceback.
+    """Print our own errors as two lines and exit with their code. Any other exception is a bug and keeps its traceback.
+
+    This is the only error boundary.
 
     Args:
         interrupted_hint: what is on the disk after Ctrl-C or SIGTERM.
@@ -122,12 +121,12 @@ def _check_current_directory() -> None:
         os.getcwd()
     except FileNotFoundError:
         raise SourceError(
-            "the current directory was deleted", "change to another directory, and run the same command there"
+            "the current directory was deleted", "change to another directory and rerun the same command"
         ) from None
 
 
 def tell_interruption(stop: KeyboardInterrupt, as_json: bool, hint: str) -> int:
-    """Print that it was Ctrl-C or SIGTERM; the exit code."""
+    """Print that Ctrl-C or SIGTERM stopped the command; return the exit code."""
     was_terminated = isinstance(stop, TerminatedError)
     word = "terminated" if was_terminated else "interrupted"
     _print_error(word, word, hint, as_json)
@@ -142,40 +141,40 @@ def _print_error(code: str, message: str, hint: str, as_json: bool) -> None:
 
 
 def failure(error: Int8ConvertError) -> typer.Exit:
-    """Print an error on stderr, beside a result that holds it; the exit to raise."""
+    """Print on stderr an error that the result on stdout also holds; return the exit to raise."""
     _print_error(error.code, error.message, error.hint, as_json=False)
     return typer.Exit(error.exit_code)
 
 
 def describe_error(error: Int8ConvertError) -> dict[str, str]:
-    """An error as the entry `error` of a JSON object."""
+    """Return an error as the entry `error` of a JSON object."""
     return {"code": error.code, "message": error.message, "hint": error.hint}
 
 
 def print_json_error(code: str, message: str, hint: str) -> None:
-    """The object that stands in place of the result; where stdout takes none, the error on stderr has to do."""
+    """Print the object that replaces the result. If stdout cannot be written, the error on stderr must suffice."""
     with suppress(OutputError):
         print_json({"schema": 1, "error": {"code": code, "message": message, "hint": hint}})
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM came: to be treated as Ctrl-C is, but for the exit code."""
+    """SIGTERM, handled like Ctrl-C except for the exit code."""
 
 
 def terminate(signal_number: int, frame: object) -> None:
-    """The handler for SIGTERM."""
+    """Handle SIGTERM."""
     retry.interrupted.set()
     raise TerminatedError
 
 
 def interrupt(signal_number: int, frame: object) -> None:
-    """The handler for SIGINT."""
+    """Handle SIGINT."""
     retry.interrupted.set()
     raise KeyboardInterrupt
 
 
 class _Notes(logging.Handler):
-    """Makes notes of what a module tells."""
+    """Prints log records as notes."""
 
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
@@ -183,7 +182,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def telling_waits() -> Iterator[None]:
-    """A note of each wait for the Hub that a person would notice."""
+    """Print a note for each long wait for the Hub."""
     handler = _Notes()
     retry.retry_log.addHandler(handler)
     try:
@@ -193,13 +192,13 @@ def telling_waits() -> Iterator[None]:
 
 
 def note(message: str) -> None:
-    """One line the user should see, on stderr."""
+    """Print one line that the user should see, on stderr."""
     stderr.print(Text.assemble(("note:", "bold"), f" {message}"))
 
 
 @contextmanager
 def writing_result() -> Iterator[None]:
-    """Tells that stdout takes no more, as of a file on a full disk; a reader that has gone is typer's affair."""
+    """Report that stdout cannot be written, e.g. on a full disk. typer handles a closed pipe."""
     try:
         yield
         sys.stdout.flush()
@@ -209,26 +208,26 @@ def writing_result() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails at its end on what is left
         raise OutputError(
             f"the result cannot be written to stdout: {error.strerror}",
-            "what else the command was to do is done; make room, or send its output elsewhere, and run it again",
+            "the command has done its work; make room and rerun it to see the result",
         ) from error
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The machine-readable result: one object, and nothing else on stdout."""
+    """Print the machine-readable result: one object, and nothing else on stdout."""
     with writing_result():
         sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def print_line(text: str, head: str = "", style: str = "") -> None:
-    """A line of the result: its head in bold, then the text in the style of rich's name."""
+    """Print a line of the result: its head in bold, then the text in a style of rich."""
     with writing_result():
         stdout.print(Text.assemble((head, "bold"), (text, style)))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of the result: the first column to the left, the others to the right.
+    """Print a table of the result: the first column left-aligned, the others right-aligned.
 
-    Cells are wrapped between words. What is still wider than the terminal is left to it: names stay whole to be copied.
+    Cells wrap between words. Longer words are not cut, so that names can be copied.
     """
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):

@@ -152,7 +152,7 @@ def test_result_that_finds_no_room_is_two_lines(option: str, source: Path, tmp_p
     first, second = done.stderr.splitlines()
     assert done.returncode == 1
     assert first == "error: the result cannot be written to stdout: No space left on device"
-    assert second.startswith("hint: what else the command was to do is done")
+    assert second.startswith("hint: the command has done its work")
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["inspect", "/nowhere"], 1), (["inspect"], 2)])

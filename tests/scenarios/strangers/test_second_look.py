@@ -57,7 +57,7 @@ def test_deleted_current_directory_ends_in_two_lines(out: Path, tmp_path: Path, 
     assert code == 1
     assert stderr.splitlines() == [
         "error: the current directory was deleted",
-        "hint: change to another directory, and run the same command there",
+        "hint: change to another directory and rerun the same command",
     ]
 
 
