@@ -180,3 +180,31 @@ def test_quiet_keeps_the_notes(run: Run, tmp_path: Path) -> None:
     code, _, err = run("quantize", source, tmp_path / "out", "-q")
     assert code == 0 and "note: the adapter beside the weights is left out" in err
     assert "shard 1 of" not in err
+
+
+@pytest.mark.parametrize("name", ["device", "figures"])
+def test_option_of_the_models_is_refused_at_the_exact_level(name: str, run: Run) -> None:
+    code, _, err = run("verify", "X", "--level", "exact", f"--{name}", "cpu")
+    assert (code, said(err)) == (2, f"--{name} has no effect at --level exact, which runs no model")
+
+
+def test_device_of_the_environment_does_not_concern_the_exact_level(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INT8CONVERT_DEVICE", "cpu")
+    assert run("verify", "X", "--level", "exact")[0] == 1
+
+
+def test_options_that_a_dry_run_does_not_use_are_named(run: Run, tmp_path: Path) -> None:
+    source = save_checkpoint("opt", tmp_path / "source")
+    code, _, err = run("quantize", source, "--dry-run", "--overwrite", "--check")
+    assert code == 0 and "note: no effect in a dry run: --overwrite, --check" in err
+
+
+def test_threshold_that_the_format_does_not_hold_is_named(run: Run, tmp_path: Path) -> None:
+    source = save_checkpoint("llama", tmp_path / "source")
+    code, _, err = run("quantize", source, tmp_path / "out", "--format", "compressed-tensors", "--threshold", "5")
+    assert code == 0 and "note: --threshold has no effect: a checkpoint in compressed-tensors holds none" in err
+
+
+def test_client_options_of_a_local_conversion_are_refused(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("quantize", tmp_path, tmp_path / "out", "--no-xet")
+    assert (code, said(err)) == (2, f"--no-xet applies to Hub sources only; {str(tmp_path)!r} is a local path")
