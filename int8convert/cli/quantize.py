@@ -283,8 +283,17 @@ def _note_unused(context: typer.Context) -> None:
     unused = [option_name(name) for name in _OF_THE_RUN if name in given] if "dry_run" in given else []
     if unused:
         note(f"no effect in a dry run: {', '.join(unused)}")
-    elif "threshold" in given and context.params["format"] != "bitsandbytes":
+    elif "threshold" in given and not _holds_threshold(context.params["format"]):
         note(f"--threshold has no effect: a checkpoint in {context.params['format']} holds none")
+
+
+def _holds_threshold(name: str) -> bool:
+    """Return whether config.json of a format differs for different thresholds."""
+    from int8convert.formats.format import Format
+    from int8convert.formats.modules import module_of
+
+    block = module_of(Format(name)).block
+    return block((), 1.0) != block((), 2.0)
 
 
 def _check_combination(context: typer.Context, src: str) -> None:
