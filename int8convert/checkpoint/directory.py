@@ -20,9 +20,9 @@ from int8convert.checkpoint.names import (
     ADAPTER_CONFIG,
     CARD_NAME,
     CONFIG_NAME,
-    MAX_CARRIED_BYTES,
+    MAX_AUXILIARY_BYTES,
     REQUEST_FILE,
-    carried_paths,
+    auxiliary_paths,
     find_file,
     open_regular,
 )
@@ -64,8 +64,8 @@ def _open_directory(directory: Path, label: str, ignores_adapter: bool) -> Check
         raise unfinished(label)
     files = find_loader_files(listing, ignores_adapter)
     find_file(directory, CARD_NAME)  # so that a card that cannot be read is refused now, not when all is converted
-    carried = carried_paths(directory, files.carried)
-    left = {path for path in carried if path.stat().st_size > MAX_CARRIED_BYTES}
+    auxiliary = auxiliary_paths(directory, files.auxiliary_files)
+    left = {path for path in auxiliary if path.stat().st_size > MAX_AUXILIARY_BYTES}
     shards, differences = _read_shards(directory, files)
     taken = (files.weights, *(shard.path.name for shard in shards))
     return CheckpointSource(
@@ -73,7 +73,7 @@ def _open_directory(directory: Path, label: str, ignores_adapter: bool) -> Check
         directory=directory,
         config=files.config,
         shards=shards,
-        carried=tuple(path for path in carried if path not in left),
+        auxiliary_files=tuple(path for path in auxiliary if path not in left),
         notes=(*files.notes, *note_aside(listing.root, taken), *note_large(sorted(path.name for path in left))),
         has_adapter=ADAPTER_CONFIG in listing.root,
         index=differences,

@@ -48,7 +48,7 @@ _WEIGHT_SUFFIXES = (
     *(".index.json", ".incomplete", ".tflite", ".mlmodel", ".pkl", ".onnx_data", ".nemo", ".tar", ".gz", ".zip"),
 )
 
-MAX_CARRIED_BYTES = 200_000_000
+MAX_AUXILIARY_BYTES = 200_000_000
 """Of a file that goes along. Tokenizers take up to 35 MB; what is larger is weights in some form."""
 MAX_POINTER_BYTES = 1024
 """Size of the largest Git LFS pointer, by its specification."""
@@ -198,7 +198,7 @@ def _is_pickle(name: str) -> bool:
     return name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))
 
 
-def carried_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
+def auxiliary_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
     """Return the paths of files to be carried over, sorted.
 
     What is no file of the checkpoint - a link out of it, a pipe - is refused and not passed over in silence: an output
@@ -208,11 +208,11 @@ def carried_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
         SourceError: one is no regular file of this checkpoint, or its name does not print.
     """
     found = (find_file(directory, name) for name in names)
-    carried = tuple(sorted(path for path in found if path is not None))
-    for path in carried:
+    paths = tuple(sorted(path for path in found if path is not None))
+    for path in paths:
         if not path.name.isprintable():  # whoever lists the output would have it act on the terminal
             raise SourceError(
                 f"the name of the file {quoted(path.name)} holds characters that cannot be printed",
                 "rename the file, or remove it",
             )
-    return carried
+    return paths

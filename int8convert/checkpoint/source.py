@@ -88,7 +88,7 @@ class CheckpointSource:
         directory: where its small files are.
         config: the config that transformers reads, see `loader_files`; {} where there is none.
         shards: its weight files.
-        carried: small files that go along unchanged.
+        auxiliary_files: small files that are copied unchanged, such as the tokenizer.
         commit: of the repository on the Hub that `label` names; None of a directory.
         notes: messages on files that are not converted.
         has_adapter: an adapter lies beside the weights, which is not part of them here.
@@ -101,7 +101,7 @@ class CheckpointSource:
     directory: Path
     config: dict[str, Any] = field(repr=False)
     shards: tuple[SourceShard, ...] = field(repr=False)
-    carried: tuple[Path, ...] = field(repr=False)
+    auxiliary_files: tuple[Path, ...] = field(repr=False)
     commit: str | None = None
     notes: tuple[str, ...] = ()
     has_adapter: bool = False

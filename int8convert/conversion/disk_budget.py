@@ -68,7 +68,7 @@ def shards_on_their_way(
 
 
 def _auxiliary_bytes(plan: ConversionPlan) -> int:
-    return sum(path.stat().st_size for path in plan.source.carried)
+    return sum(path.stat().st_size for path in plan.source.auxiliary_files)
 
 
 def _peak_bytes(plan: ConversionPlan, done: Collection[str], n_behind: int) -> int:

@@ -122,7 +122,7 @@ def export(
             "name another directory, or pass --overwrite to write it again",
         )
     with output.in_use():
-        needed = plan.n_written_bytes + sum(path.stat().st_size for path in source.carried)
+        needed = plan.n_written_bytes + sum(path.stat().st_size for path in source.auxiliary_files)
         if needed > output.free_bytes():
             raise DiskFullError(
                 f"OUT '{out}' needs {needed:,} bytes, its disk has {output.free_bytes():,} free",

@@ -208,7 +208,7 @@ class OutputDirectory:
             records: of all shards, in order.
         """
         carried: dict[str, str] = {}
-        for file in source.carried:
+        for file in source.auxiliary_files:
             name = file.relative_to(source.directory)
             target = self.path / name
             if target.parent != self.path:
@@ -241,7 +241,7 @@ class OutputDirectory:
 
 def _check_names(output: OutputDirectory, source: CheckpointSource) -> None:
     """Refuse folders that are links, and names that OUT cannot hold, before anything is written or removed."""
-    names = [file.relative_to(source.directory).as_posix() for file in source.carried]
+    names = [file.relative_to(source.directory).as_posix() for file in source.auxiliary_files]
     own = (output.manifest.folder, output.manifest.records_folder, output.incoming)
     for folder in (*own, *{(output.path / name).parent for name in names if "/" in name}):
         check_folder(folder)

@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from int8convert.checkpoint.loaders.files import is_carried_folder
+from int8convert.checkpoint.loaders.files import is_auxiliary_folder
 from int8convert.checkpoint.names import OWN_FOLDER
 from int8convert.errors import DiskFullError, OutputError
 
@@ -22,7 +22,7 @@ def check_place(out: Path, source: Path) -> None:
     if any(_is_same(resolved, folder) for folder in (source, *source.parents)):
         raise OutputError(f"OUT '{out}' is the source itself, or holds it", "name another directory")
     inner = next((folder for folder in (resolved, *resolved.parents) if _is_same(folder.parent, source)), None)
-    if inner is not None and (inner.name == OWN_FOLDER or is_carried_folder(inner.name)):
+    if inner is not None and (inner.name == OWN_FOLDER or is_auxiliary_folder(inner.name)):
         raise OutputError(
             f"OUT '{out}' lies in '{inner.name}', a folder of the source's own files",
             "name a directory outside of the source",

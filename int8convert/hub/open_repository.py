@@ -24,9 +24,9 @@ from int8convert.checkpoint.names import (
     ADAPTER_CONFIG,
     CARD_NAME,
     CONFIG_NAME,
-    MAX_CARRIED_BYTES,
+    MAX_AUXILIARY_BYTES,
     REQUEST_FILE,
-    carried_paths,
+    auxiliary_paths,
     find_file,
 )
 from int8convert.checkpoint.pickle.reader import find_pickle_tensors
@@ -117,8 +117,8 @@ def open_repository(
         raise unfinished(name)
     listing = RepositoryListing(repository, name, cache_dir)
     taken = find_loader_files(listing, ignores_adapter)
-    sizes = {file_name: repository.files[file_name].n_bytes for file_name in taken.carried}
-    carried = [file_name for file_name, n_bytes in sizes.items() if n_bytes <= MAX_CARRIED_BYTES]
+    sizes = {file_name: repository.files[file_name].n_bytes for file_name in taken.auxiliary_files}
+    carried = [file_name for file_name, n_bytes in sizes.items() if n_bytes <= MAX_AUXILIARY_BYTES]
     # The card is read for its licence, and not carried over.
     read = {CONFIG_NAME, CARD_NAME, taken.config_name or CONFIG_NAME, *([taken.weights] if taken.is_indexed else [])}
     small = sorted(file_name for file_name in read if file_name in repository.files)
@@ -137,7 +137,7 @@ def open_repository(
         directory=directory,
         config=taken.config,
         shards=shards,
-        carried=carried_paths(directory, carried),
+        auxiliary_files=auxiliary_paths(directory, carried),
         commit=repository.commit,
         notes=(*taken.notes, *aside, *note_large(file_name for file_name in sizes if file_name not in carried)),
         has_adapter=ADAPTER_CONFIG in listing.root,

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from int8convert.checkpoint.names import CONFIG_NAME, INDEX_NAME, MAX_CARRIED_BYTES
+from int8convert.checkpoint.names import CONFIG_NAME, INDEX_NAME, MAX_AUXILIARY_BYTES
 from int8convert.errors import CorruptFileError, DiskFullError, HubConnectionError, HubError, OutputError
 from int8convert.hub.byte_counter import byte_counter, is_too_long
 from int8convert.hub.errors import TransientError
@@ -37,10 +37,10 @@ def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: P
     names = list(names)
     for name in names:
         n_bytes = repository.files[name].n_bytes
-        if n_bytes > MAX_CARRIED_BYTES:
+        if n_bytes > MAX_AUXILIARY_BYTES:
             raise CorruptFileError(
                 f"{quoted(name)} of {quoted(repository.name)} has {n_bytes:,} bytes, expected at most "
-                f"{MAX_CARRIED_BYTES:,}",
+                f"{MAX_AUXILIARY_BYTES:,}",
                 "name another repository, or another --revision of it",
             )
     with ThreadPoolExecutor(_N_CONNECTIONS) as pool:

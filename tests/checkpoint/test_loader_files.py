@@ -93,13 +93,13 @@ def test_modules_are_bounded_in_number(n: int) -> None:
     if n > MAX_MODULES:
         assert refusal(files).message == "'modules.json' names 101 folders, expected at most 100"
     else:
-        assert find_loader_files(MadeUp(files, True)).carried == ("7_Dense/config.json", "modules.json")
+        assert find_loader_files(MadeUp(files, True)).auxiliary_files == ("7_Dense/config.json", "modules.json")
 
 
 @pytest.mark.parametrize("modules", [{}, ["x", 7, {"path": 3}, {}], [{"path": "."}, {"path": ""}]])
 def test_modules_that_name_no_folder_are_carried_as_they_are(modules: Any) -> None:
     files = {"model.safetensors": None, "modules.json": modules, "1_Pooling/config.json": {}}
-    assert find_loader_files(MadeUp(files, True)).carried == ("modules.json",)
+    assert find_loader_files(MadeUp(files, True)).auxiliary_files == ("modules.json",)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_inner_model_is_refused_however_its_folder_is_spelled(path: str) -> None
 @pytest.mark.parametrize("path", ["2_Dense", "./2_Dense", "2_Dense/.", "./2_Dense//"])
 def test_folder_of_a_module_is_carried_however_it_is_spelled(path: str) -> None:
     files = {"model.safetensors": None, "modules.json": [{"path": path}], "2_Dense/model.safetensors": None}
-    assert find_loader_files(MadeUp(files, True)).carried == ("2_Dense/model.safetensors", "modules.json")
+    assert find_loader_files(MadeUp(files, True)).auxiliary_files == ("2_Dense/model.safetensors", "modules.json")
 
 
 def routed(folder: str, structure: Any, **inner: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def routed(folder: str, structure: Any, **inner: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("folder", ["", "0_Router"])
 def test_modules_of_a_router_are_carried(folder: str) -> None:
     files = routed(folder, {"query": ["./query_0"], "document": [""]}, weights=None)
-    assert set(find_loader_files(MadeUp(files, True)).carried) == files.keys() - {"model.safetensors"}
+    assert set(find_loader_files(MadeUp(files, True)).auxiliary_files) == files.keys() - {"model.safetensors"}
 
 
 @pytest.mark.parametrize("folder", ["", "0_Router"])
@@ -175,4 +175,4 @@ def test_router_that_leads_outside_is_refused() -> None:
 
 @pytest.mark.parametrize("structure", [7, {"a": 3}, {"a": [None, {}]}])
 def test_router_of_other_types_leads_nowhere(structure: Any) -> None:
-    assert "modules.json" in find_loader_files(MadeUp(routed("0_Router", structure), True)).carried
+    assert "modules.json" in find_loader_files(MadeUp(routed("0_Router", structure), True)).auxiliary_files

@@ -23,7 +23,9 @@ def plan_of(carried: Path, *shards: tuple[int, str], scales_in: str | None = Non
         tensor = SimpleNamespace(shard=source, shards=(source, *scales))
         planned.append(SimpleNamespace(file_name=f"{i}", n_bytes=n_bytes, tensors=[tensor]))
     shards = [shard.tensors[0].shard for shard in planned]
-    return SimpleNamespace(shards=planned, source=SimpleNamespace(carried=(carried,), label="org/name", shards=shards))
+    return SimpleNamespace(
+        shards=planned, source=SimpleNamespace(auxiliary_files=(carried,), label="org/name", shards=shards)
+    )
 
 
 @pytest.fixture

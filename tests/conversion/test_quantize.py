@@ -119,7 +119,7 @@ def test_small_files_are_carried_over_and_foreign_weights_are_not(tmp_path: Path
 
 
 def test_large_file_of_no_known_kind_is_left_behind_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("int8convert.checkpoint.directory.MAX_CARRIED_BYTES", 1000)
+    monkeypatch.setattr("int8convert.checkpoint.directory.MAX_AUXILIARY_BYTES", 1000)
     source = save_checkpoint("llama", tmp_path / "source")
     (source / "video").write_bytes(b"x" * 1001)
     (source / "tokenizer.json").write_bytes(b"x" * 1000)

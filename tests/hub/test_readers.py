@@ -187,7 +187,7 @@ def test_only_the_files_needed_are_fetched(hub: Hub, connect: Connect, tmp_path:
 def test_large_file_of_no_known_kind_is_not_fetched(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("int8convert.hub.open_repository.MAX_CARRIED_BYTES", 100_000)
+    monkeypatch.setattr("int8convert.hub.open_repository.MAX_AUXILIARY_BYTES", 100_000)
     add(hub, opt_pickles(tmp_path), video=b"x" * 100_001)
     connect(hub)
 

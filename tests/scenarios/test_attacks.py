@@ -149,7 +149,7 @@ def test_disk_that_fails_is_an_error_of_two_lines(tmp_path: Path, monkeypatch: p
 def test_file_in_the_way_of_our_own_folder_is_not_carried(tmp_path: Path) -> None:
     checkpoint = prepare(tmp_path / "x")
     (checkpoint / "int8convert").write_text("in the way")
-    assert [path.name for path in open_checkpoint(checkpoint).carried] == ["tokenizer.json"]
+    assert [path.name for path in open_checkpoint(checkpoint).auxiliary_files] == ["tokenizer.json"]
 
 
 def test_corpus_is_the_same_every_time(tmp_path: Path) -> None:

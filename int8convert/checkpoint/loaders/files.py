@@ -76,14 +76,14 @@ class LoaderFiles:
         config_name: the config it reads; None if there is none.
         config: that config's entries; {} if there is none.
         weights: the weight file, or the index of shards.
-        carried: small files that belong beside the converted weights, by their paths with `/`.
+        auxiliary_files: small files that belong beside the converted weights, by their paths with `/`.
         notes: messages on files that are not converted.
     """
 
     config_name: str | None
     config: dict[str, Any] = field(repr=False)
     weights: str
-    carried: tuple[str, ...] = field(repr=False)
+    auxiliary_files: tuple[str, ...] = field(repr=False)
     notes: tuple[str, ...]
 
     @property
@@ -118,7 +118,7 @@ def find_loader_files(listing: Listing, ignores_adapter: bool = False) -> Loader
         config_name=config_name,
         config=config,
         weights=weights,
-        carried=tuple(sorted(_carried(listing, modules))),
+        auxiliary_files=tuple(sorted(_auxiliary_files(listing, modules))),
         notes=tuple(find_notes(listing, config_name, config, weights)),
     )
 
@@ -211,15 +211,15 @@ def _adapter_beside(listing: Listing) -> SourceError:
     )
 
 
-def _carried(listing: Listing, modules: Iterable[str]) -> set[str]:
+def _auxiliary_files(listing: Listing, modules: Iterable[str]) -> set[str]:
     """Tokenizer, templates, licence, code, and the modules of a sentence encoder, their small weights included."""
-    carried = {name for name in listing.root if is_carried(name)}
+    found = {name for name in listing.root if is_auxiliary(name)}
     for folder in (TEMPLATES_FOLDER, CODE_FOLDER, *modules):
-        carried.update(name for name in listing.files_under(folder) if not name.rpartition("/")[2].startswith("."))
-    return carried
+        found.update(name for name in listing.files_under(folder) if not name.rpartition("/")[2].startswith("."))
+    return found
 
 
-def is_carried(name: str) -> bool:
+def is_auxiliary(name: str) -> bool:
     """Return whether a file of the root belongs beside the converted weights, too.
 
     Not what sends a loader to other files or weights, and nothing hidden, which may be private.
@@ -227,7 +227,7 @@ def is_carried(name: str) -> bool:
     return not (name in _NOT_CARRIED or name.startswith(".") or is_versioned_config(name) or is_weight_file(name))
 
 
-def is_carried_folder(name: str) -> bool:
+def is_auxiliary_folder(name: str) -> bool:
     """Return whether a folder of the root is one whose files may be carried over, by its usual names."""
     return name in (TEMPLATES_FOLDER, CODE_FOLDER) or fnmatchcase(name, "[0-9]_*")
 

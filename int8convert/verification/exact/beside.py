@@ -41,14 +41,14 @@ def check_carried(examined: ExaminedCheckpoint, source: CheckpointSource, proven
     if not provenance.is_known:
         return make_check("carried", *check_foreign_files(examined, source))
     findings = []
-    for path in source.carried:
+    for path in source.auxiliary_files:
         name = path.relative_to(source.directory).as_posix()
         copy = examined.path_of(name)
         if copy is None:
             findings.append(Finding(name, "a copy of the source's", "no such file"))
         elif file_sha256(path) != file_sha256(copy):
             findings.append(Finding(name, "the source's content", "another"))
-    return make_check("carried", len(source.carried), findings)
+    return make_check("carried", len(source.auxiliary_files), findings)
 
 
 def check_beside(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Check:
@@ -59,7 +59,7 @@ def check_beside(examined: ExaminedCheckpoint, source: CheckpointSource, provena
 
 
 def _strange(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Iterator[Finding]:
-    carried = {path.relative_to(source.directory).as_posix() for path in source.carried}
+    carried = {path.relative_to(source.directory).as_posix() for path in source.auxiliary_files}
     expected = {CONFIG_NAME, *_OWN, *carried, *examined.weight_files}
     expected |= {INDEX_NAME} if has_index(examined.source) else set()
     for name in sorted(examined.names - expected):
@@ -74,7 +74,7 @@ def hash_beside(examined: ExaminedCheckpoint, source: CheckpointSource) -> dict[
     Files that are written afterwards are left out, and files that no loader reads and the source lacks: notes,
     pictures, pages of `verify --report`.
     """
-    carried = {path.relative_to(source.directory).as_posix() for path in source.carried}
+    carried = {path.relative_to(source.directory).as_posix() for path in source.auxiliary_files}
     names = {name for name in examined.names - examined.weight_files if name in carried or not is_inert(name)}
     paths = {name: examined.path_of(name) for name in names - _NOT_VOUCHED_FOR}
     return {name: file_sha256(path) for name, path in sorted(paths.items()) if isinstance(path, Path)}

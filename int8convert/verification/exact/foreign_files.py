@@ -65,7 +65,7 @@ def is_saved_by_others(name: str, originals: Collection[str]) -> bool:
 
 def check_foreign_files(examined: ExaminedCheckpoint, source: CheckpointSource) -> tuple[int, list[Finding]]:
     """Compare the auxiliary files of a checkpoint without a manifest; return their number, and the findings."""
-    originals = {path.relative_to(source.directory).as_posix(): path for path in source.carried}
+    originals = {path.relative_to(source.directory).as_posix(): path for path in source.auxiliary_files}
     pair = _Pair(examined, originals, source.config)
     findings: list[Finding] = []
     n_checked = 0

@@ -170,7 +170,7 @@ def verify_exact(
 def _compared(source: CheckpointSource, provenance: Provenance) -> str:
     """Return what the checkpoint was compared with: how much of the source, and by which rule."""
     files = f"{counted(len(source.shards), 'weight file')}, config.json"
-    carried = f" and {counted(len(source.carried), 'other file')}" if source.carried else ""
+    carried = f" and {counted(len(source.auxiliary_files), 'other file')}" if source.auxiliary_files else ""
     if not provenance.is_known:
         return f"{files}{carried}; no manifest tells what the conversion wrote"
     exports = f", through {counted(len(provenance.exports), 'export')}" if provenance.exports else ""

@@ -316,7 +316,7 @@ def test_linked_folder_of_a_module_is_not_followed_out(source: Path, tmp_path: P
 def test_hidden_files_are_not_carried_and_code_of_generate_is(source: Path) -> None:
     for name in (".env", ".netrc", ".config.json", "additional_chat_templates/.x.jinja", "custom_generate/generate.py"):
         write(source / name, "secret")
-    found = {path.relative_to(source).as_posix() for path in open_source(source).carried}
+    found = {path.relative_to(source).as_posix() for path in open_source(source).auxiliary_files}
     assert not any("/." in f"/{name}" for name in found)
     assert "custom_generate/generate.py" in found
 

@@ -64,5 +64,5 @@ def test_text_about_pointers_is_none(source: Path) -> None:
     """What counts is how a file begins, not what it speaks of; and a large file is none, however it begins."""
     write(source / "vocab.txt", "a\nversion https://git-lfs.github.com/spec/v1\n")
     write(source / "notes.txt", POINTER + "x" * 1024)
-    assert {path.name for path in int8convert.plan(source).source.carried} >= {"vocab.txt", "notes.txt"}
+    assert {path.name for path in int8convert.plan(source).source.auxiliary_files} >= {"vocab.txt", "notes.txt"}
     assert read_source_card(source) == {}

@@ -94,7 +94,7 @@ def check_source(source: CheckpointSource) -> None:
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parent.parent / "blobs")
         inside.append(inside[0].parent.parent.parent / "blobs")
-    for path in (*source.carried, *(shard.path for shard in source.shards)):
+    for path in (*source.auxiliary_files, *(shard.path for shard in source.shards)):
         real = Path(os.path.realpath(path))
         assert real.is_file() and any(real.is_relative_to(root) for root in inside), path
     for shard in source.shards:
