@@ -25,7 +25,7 @@ __all__ = ["hub"]
 
 REPO = "me/int8"
 LONG_S = 90
-"""Of a stall, and of patience; the command must be through long before."""
+"""Seconds of a stall, and of retries; the command must end long before."""
 
 SOON_S = 30
 

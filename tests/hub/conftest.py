@@ -22,7 +22,7 @@ _LONGEST_WAIT_S = 0.02
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits of milliseconds, and few of them: what would be minutes of patience is over in two seconds."""
+    """Waits of milliseconds, and few of them: minutes of retries are over in two seconds."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(retry, "CALL_RETRY_S", 2.0)
     monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "2")
@@ -30,7 +30,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience of seconds, and waits of milliseconds, ours and those of the client, which are seconds."""
+    """Retries for seconds, and waits of milliseconds, ours and those of the client, which are seconds."""
     quick = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, _LONGEST_WAIT_S)))
     monkeypatch.setattr(file_download, "time", quick)
     monkeypatch.setattr(_http, "time", quick)

@@ -1,4 +1,4 @@
-"""What does not pass ends in two lines that say what, and what to do; soon, as patience is short here."""
+"""What does not pass ends in two lines that say what, and what to do; soon, as the retry budget is short here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_waits", "map_in_process")
 TIMEOUT_S = 0.3
 RETRY_S = 1.0
 SOON_S = 60
-"""Far more than patience even on a busy machine, and far less than what a server here asks for."""
+"""Far more than the retry budget even on a busy machine, and far less than what a server here asks for."""
 AGAIN = "check the network connection, then rerun the same command"
 
 REASONS = {
@@ -130,7 +130,7 @@ def test_server_that_ignores_ranges_for_good_still_gives_small_shards(model: Hub
     assert convert(NAME, tmp_path / "out", "stream") == expected
 
 
-def test_longer_than_patience_asked_by_retry_after_is_not_waited(model: Hub, tmp_path: Path) -> None:
+def test_wait_longer_than_the_budget_asked_by_retry_after_is_not_waited(model: Hub, tmp_path: Path) -> None:
     model.faults.add(FaultKind.TOO_MANY_REQUESTS, origin=Origin.STORAGE, nth=7, times=math.inf, seconds=500)
     began = time.monotonic()
 
@@ -175,7 +175,7 @@ def test_store_that_something_forbids_is_not_asked_for_minutes(
 
 
 def test_trouble_at_the_end_of_a_long_try_is_borne(model: Hub, tmp_path: Path) -> None:
-    """A try that took longer than patience before it failed is followed by another."""
+    """An attempt that took longer than the budget before it failed is followed by another."""
     model.state.repository(NAME).add_files({"tokenizer.json": b"x" * 3_000_000})  # type: ignore[union-attr]
     model.bandwidth.bytes_per_s = 2e6
     model.faults.add(FaultKind.TRUNCATED, method="GET", path="tokenizer.json", after_bytes=2_900_000)

@@ -75,10 +75,10 @@ def test_wrong_file_in_a_cache_dir_is_fetched_again_into_it(hub: Hub, connect: C
     assert cached.read_bytes() == right
 
 
-def test_patience_of_a_stream_is_counted_from_its_last_byte(
+def test_retries_of_a_stream_are_counted_from_its_last_byte(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forty cuts, each soon after the last: longer than patience lasts in all, but never without a byte."""
+    """Forty cuts, each soon after the last: longer in all than the retry budget, but never without a byte."""
     add(hub, opt_pickles(tmp_path))
     connect(hub)
     convert(NAME, tmp_path / "right", reader="stream")
@@ -91,7 +91,7 @@ def test_patience_of_a_stream_is_counted_from_its_last_byte(
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "right")
 
 
-def test_patience_of_a_download_is_counted_from_its_last_byte(
+def test_retries_of_a_download_are_counted_from_its_last_byte(
     hub: Hub, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(hub, opt_pickles(tmp_path))

@@ -44,7 +44,7 @@ def test_waits_double_up_to_half_a_minute(clock: Clock) -> None:
     assert clock.slept == [0.5, 1, 2, 4, 8, 16, 30, 30, 30, 30, 30]
 
 
-def test_progress_begins_patience_and_waits_anew(clock: Clock) -> None:
+def test_progress_restores_the_budget_and_the_first_wait(clock: Clock) -> None:
     """A download of hours may meet trouble every few minutes."""
     waiting = RetryBudget("reading", 40)
     for _ in range(20):
@@ -59,7 +59,7 @@ def test_waits_the_server_asks_for_count_only_beyond_what_is_borne(clock: Clock)
     with pytest.raises(HubConnectionError):
         while True:
             waiting.wait(TransientError("later", 900), clock.sleep)
-    assert clock.slept == [900] * 4, "an hour in all, and the next one is longer than patience"
+    assert clock.slept == [900] * 4, "an hour in all, and the next one is longer than the budget"
 
 
 def test_server_that_asks_for_no_wait_is_not_borne_for_ever(clock: Clock) -> None:
@@ -83,7 +83,7 @@ def test_trouble_that_may_be_met_so_often_in_a_row_is_given_up_then(clock: Clock
         waiting.wait(TransientError("other trouble"), clock.sleep)
 
 
-def test_time_of_a_try_before_it_fails_is_none_of_patience(clock: Clock) -> None:
+def test_time_of_an_attempt_before_it_fails_is_not_counted(clock: Clock) -> None:
     waiting = RetryBudget("sending", 10)
     clock.now += 3600
     waiting.wait(TransientError("cut"), clock.sleep)

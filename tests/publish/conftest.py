@@ -26,7 +26,7 @@ LOOSE = Gates(max_dnll=9.0, max_kl=9.0)
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience of seconds, and waits of milliseconds."""
+    """Retries for seconds, and waits of milliseconds."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(retry, "CALL_RETRY_S", 2.0)
     monkeypatch.setenv("INT8CONVERT_HUB_RETRY_SECONDS", "2")
