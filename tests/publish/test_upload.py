@@ -539,5 +539,20 @@ def test_other_bytes_on_the_hub_are_noticed(
         return create_commit(self, REPO, [], **{**options})  # type: ignore[arg-type]
 
     monkeypatch.setattr(HfApi, "create_commit", racing)
-    with pytest.raises(errors.HubError, match=r"has other bytes than were sent for 'config\.json'"):
+    with pytest.raises(errors.HubError, match=r"has other bytes than were sent for 'config\.json'") as caught:
         int8convert.upload(verified, REPO)
+    assert caught.value.state == "the commit was made"
+
+
+def test_state_after_a_commit_that_failed_is_that_of_the_files(verified: Path, hub: Hub, connect: Connect) -> None:
+    connect(hub, hub.token)
+    hub.faults.add(FaultKind.UNAVAILABLE, method="POST", path="/commit/", times=10_000)
+
+    with pytest.raises(errors.HubConnectionError, match="the commit to 'me/model-int8' made no progress") as caught:
+        int8convert.upload(verified, REPO)
+
+    assert caught.value.state == "files that were sent are on the server, and the same command resumes after them"
+    hub.faults.clear()
+    n_puts = len(hub.log.requests("PUT"))
+    assert int8convert.upload(verified, REPO).commit is not None
+    assert len(hub.log.requests("PUT")) == n_puts, "a file was sent again"
