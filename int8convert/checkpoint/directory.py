@@ -16,9 +16,9 @@ from int8convert.checkpoint.loaders.files import LoaderFiles, find_loader_files
 from int8convert.checkpoint.loaders.listing import DirectoryListing
 from int8convert.checkpoint.loaders.notes import note_aside, note_large
 from int8convert.checkpoint.loaders.shard_index import IndexDifferences, compare_index
+from int8convert.checkpoint.model_card import find_card
 from int8convert.checkpoint.names import (
     ADAPTER_CONFIG,
-    CARD_NAME,
     CONFIG_NAME,
     MAX_AUXILIARY_BYTES,
     REQUEST_FILE,
@@ -63,7 +63,7 @@ def _open_directory(directory: Path, label: str, ignores_adapter: bool) -> Check
     if CONFIG_NAME not in listing.root and find_file(directory, REQUEST_FILE) is not None:
         raise unfinished(label)
     files = find_loader_files(listing, ignores_adapter)
-    find_file(directory, CARD_NAME)  # so that a card that cannot be read is refused now, not when all is converted
+    find_card(directory)  # so that a card that cannot be read is refused now, not when all is converted
     auxiliary = auxiliary_paths(directory, files.auxiliary_files)
     left = {path for path in auxiliary if path.stat().st_size > MAX_AUXILIARY_BYTES}
     shards, differences = _read_shards(directory, files)

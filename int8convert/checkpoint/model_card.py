@@ -37,6 +37,16 @@ def read_card(path: Path) -> bytes:
     return content
 
 
+def find_card(directory: Path) -> Path | None:
+    """Return the path of a checkpoint's card; None if README.md is missing, or a directory, pipe, socket or device.
+
+    Raises:
+        SourceError, CorruptFileError: as `find_file`, for a link out of the checkpoint and a Git LFS pointer.
+    """
+    path = directory / CARD_NAME
+    return None if path.exists() and not path.is_file() else find_file(directory, CARD_NAME)
+
+
 def read_source_card(directory: Path) -> dict[str, Any]:
     """The inherited entries of the card's YAML; none of a card that is missing or cannot be read.
 
@@ -52,7 +62,7 @@ def read_source_card(directory: Path) -> dict[str, Any]:
                 raise yaml.YAMLError("an alias")
             return super().compose_node(parent, index)
 
-    path = find_file(directory, CARD_NAME)
+    path = find_card(directory)
     if path is None:
         return {}
     with open(open_regular(path), encoding="utf-8", errors="replace") as file:

@@ -1,4 +1,4 @@
-"""The commands, put together."""
+"""The command line: all commands, and what happens around them."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def _options(
 
 
 def main() -> None:
-    """The console script.
+    """Run the console script.
 
-    What ends a command before its own boundary, `reporting_errors`, is wrong usage, which typer has printed by then, or
-    a signal, of which typer says nothing.
+    Two things end a command before its own boundary, `reporting_errors`: wrong usage, which typer prints, and a signal,
+    which is printed here.
     """
     open_missing_streams()
     signal.signal(signal.SIGTERM, terminate)
@@ -63,11 +63,11 @@ def main() -> None:
     except SystemExit as end:
         why = end.__context__
         if isinstance(why, typer.Exit) and isinstance(why.__cause__, KeyboardInterrupt):
-            end.code = tell_interruption(why.__cause__, as_json, "nothing was begun")
+            end.code = tell_interruption(why.__cause__, as_json, "nothing was started")
         elif isinstance(why, typer.TyperException) and as_json:
-            print_json_error("usage", why.format_message(), f"see {_command_line(why)} --help; nothing was begun")
+            print_json_error("usage", why.format_message(), f"see {_command_line(why)} --help; nothing was started")
         if interrupted.is_set():
-            # All is tidied up. Threads may be sending a file or waiting for the network; Python would wait for them.
+            # Everything is cleaned up. Python would wait for threads that send a file or wait for the network.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code if isinstance(end.code, int) else 1)
@@ -75,6 +75,6 @@ def main() -> None:
 
 
 def _command_line(error: typer.TyperException) -> str:
-    """The command that was used wrongly, as far as it is known."""
+    """Return the command that was used wrongly, as far as it is known."""
     context = getattr(error, "ctx", None)
     return str(context.command_path) if context is not None else "int8convert"

@@ -1,4 +1,4 @@
-"""What a conversion says when it is through."""
+"""Prints the report of a finished conversion."""
 
 from __future__ import annotations
 

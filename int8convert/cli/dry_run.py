@@ -1,4 +1,4 @@
-"""`quantize --dry-run`: the plan of a conversion, and what it will cost."""
+"""`quantize --dry-run`: the plan of a conversion and its costs."""
 
 from __future__ import annotations
 

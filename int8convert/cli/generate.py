@@ -1,4 +1,4 @@
-"""`int8convert generate`: run an int8 checkpoint."""
+"""`int8convert generate`: runs an int8 checkpoint."""
 
 from __future__ import annotations
 
@@ -140,9 +140,9 @@ def _print_notes(report: GenerationReport, max_new_tokens: int) -> None:
 
 
 class _Output:
-    """Model text on stdout as it is: what looks like markup in it is text.
+    """Writes the model's text to stdout. Nothing in it is markup.
 
-    Only a terminal gets control characters escaped: the model, and the words of its tokenizer, are a stranger's.
+    On a terminal, control characters are escaped: the model and its vocabulary are a stranger's.
     """
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ class _Output:
 
     @contextmanager
     def ending_its_line(self) -> Iterator[None]:
-        """Lest an error that comes in the middle of a text, or the shell's prompt, stand behind it."""
+        """End the last line, so that an error or the shell's prompt begins a new one."""
         try:
             yield
         finally:
@@ -170,7 +170,7 @@ def _read_prompts(file: Path) -> list[str]:
     except OSError as error:
         raise SourceError(f"'{file}' cannot be read: {error.strerror}", hint) from error
     except UnicodeDecodeError as error:
-        raise SourceError(f"'{file}' is no text in UTF-8: byte {error.start:,} {error.reason}", hint) from error
+        raise SourceError(f"'{file}' is not UTF-8 text: byte {error.start:,} {error.reason}", hint) from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise SourceError(f"'{file}' holds no prompt", hint)

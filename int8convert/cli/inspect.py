@@ -1,4 +1,4 @@
-"""`int8convert inspect`: what is in a checkpoint."""
+"""`int8convert inspect`: lists the tensors of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`int8convert outliers`: find outlier features, and store the columns worth keeping in 16 bits."""
+"""`int8convert outliers`: finds outlier features, and stores their columns in 16 bits."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ def _find_source(checkpoint: str, out: str, source: str | None) -> str:
     else:
         return named
     raise SourceError(
-        f"the 16-bit columns come from what '{out}' was made of, and its manifest names {found}",
-        "name that checkpoint with --source SRC",
+        f"the 16-bit columns come from the source of '{out}', and its manifest names {found}",
+        "name the source with --source SRC",
     )
 
 
@@ -208,7 +208,7 @@ def _print_features(report: OutlierReport) -> None:
 
 
 def _print_projections(report: OutlierReport) -> None:
-    """One row for each projection, over all layers."""
+    """Print one row for each projection, over all layers."""
     kinds: dict[str, list[Any]] = {}
     for entry in report.inputs:
         kinds.setdefault(entry.projection, []).append(entry)

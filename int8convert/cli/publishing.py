@@ -1,4 +1,4 @@
-"""`quantize --upload`: where finished shards go, and what is told of it."""
+"""`--upload`: where finished shards go, and what is printed about it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_destination(
 
 
 def print_published(repository: str, there: dict[str, Any], src: str) -> None:
-    """Tell where the shards of SRC went; `there` is what `destination.outcome` gives."""
+    """Print where the shards of SRC are; `there` is what `destination.outcome` returns."""
     print_line(f"commit: {there['commit']}; all shards compared by hash")
     if there["keeps_card"]:
         note(f"{repository} has a README.md not written by int8convert: it is kept; --overwrite replaces it")

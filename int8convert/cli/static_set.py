@@ -1,4 +1,4 @@
-"""What `outliers --write` and `quantize --calibrate` share: a static set is chosen, stored and told of."""
+"""Chooses and stores outlier columns, for `outliers --write` and `quantize --calibrate`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_calibration(src: str, text: Path, revision: str | None, cache_dir: Pat
 def calibrate_output(
     src: str, out: str, text: Path, lora: str | None, trust_remote_code: bool, device: str
 ) -> StaticSet:
-    """Run a text through a checkpoint that has just been converted, and store the columns that matter most in it."""
+    """Run a text through a new checkpoint and store its most important outlier columns."""
     from int8convert.outliers.find import find_outliers
     from int8convert.outliers.store import int8_modules
     from int8convert.runtime.text.texts import Text
@@ -47,7 +47,7 @@ def calibrate_output(
 
 
 def store(report: OutlierReport, src: str, out: str, lora: str | None, trust_remote_code: bool) -> StaticSet:
-    """Take the columns a report found worth storing from the source, and store them in `out`."""
+    """Copy the columns that a report chose from the source into `out`."""
     from int8convert.outliers.store import store_outliers
 
     return store_outliers(
@@ -62,7 +62,7 @@ def store(report: OutlierReport, src: str, out: str, lora: str | None, trust_rem
 
 
 def print_stored(stored: StaticSet) -> None:
-    """Say what was written."""
+    """Print what was stored."""
     print_line(
         f": {stored.n_columns:,} outlier columns of {stored.n_modules:,} layers in 16 bits, "
         f"{format_bytes(stored.n_bytes)}",

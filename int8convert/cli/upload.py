@@ -1,4 +1,4 @@
-"""`int8convert upload`: a finished output becomes a repository on the Hub."""
+"""`int8convert upload`: publishes a finished output on the Hub."""
 
 from __future__ import annotations
 
@@ -126,6 +126,6 @@ def _print_report(report: UploadReport) -> None:
 
 
 def _state(report: UploadReport) -> str:
-    """Whether it is new, and who sees it."""
+    """Return whether the repository is new, and who can see it."""
     seen = {True: "private", False: "public", None: "as private as the account's others"}[report.is_private]
     return f"new, {seen}" if report.is_new else seen

@@ -1,4 +1,4 @@
-"""`int8convert verify`: whether an int8 checkpoint is what it should be, and does what its source does."""
+"""`int8convert verify`: compares an int8 checkpoint with its source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `int8convert verify` prints on the terminal: the verdict, what failed, then tables."""
+"""Prints the outcome of `int8convert verify`: the verdict, the failures, then tables."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:
 
 
 def _print_sweep(reports: tuple[FidelityReport, ...]) -> None:
-    """One line for each threshold."""
+    """Print one line for each threshold."""
     if not reports:
         return
     print_table(
@@ -105,7 +105,7 @@ def _print_sweep(reports: tuple[FidelityReport, ...]) -> None:
 
 
 def _print_tasks(reports: tuple[TaskReport, ...]) -> None:
-    """One line for each metric."""
+    """Print one line for each metric."""
     if not reports:
         return
     print_table(

@@ -20,6 +20,7 @@ from int8convert.checkpoint.json_file import check_config_bytes, read_config_val
 from int8convert.checkpoint.loaders.files import find_loader_files
 from int8convert.checkpoint.loaders.notes import note_aside, note_large
 from int8convert.checkpoint.loaders.shard_index import compare_index
+from int8convert.checkpoint.model_card import find_card
 from int8convert.checkpoint.names import (
     ADAPTER_CONFIG,
     CARD_NAME,
@@ -27,7 +28,6 @@ from int8convert.checkpoint.names import (
     MAX_AUXILIARY_BYTES,
     REQUEST_FILE,
     auxiliary_paths,
-    find_file,
 )
 from int8convert.checkpoint.pickle.reader import find_pickle_tensors
 from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
@@ -123,7 +123,7 @@ def open_repository(
     read = {CONFIG_NAME, CARD_NAME, taken.config_name or CONFIG_NAME, *([taken.weights] if taken.is_indexed else [])}
     small = sorted(file_name for file_name in read if file_name in repository.files)
     directory = fetch_small_files(repository, [*small, *carried], cache_dir)
-    find_file(directory, CARD_NAME)  # refuses a bad card now, as for a directory, not after the conversion
+    find_card(directory)  # refuses a bad card now, as for a directory, not after the conversion
     weight_map = read_weight_map(found_file(directory, taken.weights), taken.suffix) if taken.is_indexed else {}
     names = _listed(repository, weight_map, taken.weights) if weight_map else [taken.weights]
     files = [hub_file(repository, repository.files[file_name]) for file_name in names]

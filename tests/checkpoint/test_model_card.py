@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import int8convert
 from int8convert.checkpoint.model_card import read_card, read_source_card
 from int8convert.errors import CorruptFileError
+from int8convert.inspection import inspect
+from int8convert.verification.exact.level import verify_exact
+from tests.tools.options import print_nothing
+from tests.tools.tiny_models import save_checkpoint
 
 
 def card(tmp_path: Path, text: str) -> dict[str, Any]:
@@ -70,3 +77,17 @@ def test_card_without_end_is_read_to_the_bound(tmp_path: Path, monkeypatch: pyte
     path.write_bytes(b"x" * 1001)
     with pytest.raises(CorruptFileError, match="has more than 1,000 bytes"):
         read_card(path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_commands_do_without_a_card_that_is_no_file(
+    make: Callable[[Path], None], tmp_path: Path, map_in_process: None
+) -> None:
+    source, out = save_checkpoint("opt", tmp_path / "source"), tmp_path / "out"
+    make(source / "README.md")
+    int8convert.quantize(source, out, on_event=print_nothing)
+    make(out / "README.md")
+    assert inspect(out).n_shards == 1
+    assert verify_exact(out).is_passed == (make is Path.mkdir)  # a pipe is a finding, and stops nothing
+    int8convert.export(out, tmp_path / "new", format="compressed-tensors", on_event=print_nothing)
+    int8convert.load(out)

@@ -119,10 +119,7 @@ def test_text_at_the_end_of_the_positions_is_told(run: Run, tmp_path: Path) -> N
 def test_limits_on_a_draw_that_is_none_are_told(run: Run, reciter: Path) -> None:
     code, out, err = run("generate", reciter, "n", "--top-p", "0.9")
     assert (code, out) == (0, RECITED[1:] + "\n")
-    assert (
-        err.splitlines()[0]
-        == "note: --seed, --top-p and --top-k change nothing at --temperature 0, which draws nothing"
-    )
+    assert err.splitlines()[0] == "note: --seed, --top-p and --top-k have no effect at --temperature 0"
     _, _, err = run("generate", reciter, "n", "--top-p", "0.9", "--temperature", "0.1")
     assert len(err.splitlines()) == 1
 
@@ -180,7 +177,7 @@ def test_file_that_is_a_directory(run: Run, reciter: Path, tmp_path: Path) -> No
 def test_file_that_is_no_text(run: Run, reciter: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"The cat\n\xff\xfe")
     result = run("generate", reciter, "--file", tmp_path / "prompts.txt")
-    check_error(result, "is no text in UTF-8: byte 8", "a text file in UTF-8")
+    check_error(result, "is not UTF-8 text: byte 8", "a text file in UTF-8")
 
 
 def test_file_without_a_prompt(run: Run, reciter: Path, tmp_path: Path) -> None:

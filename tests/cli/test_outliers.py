@@ -169,8 +169,8 @@ def test_wrong_source_is_an_error_and_leaves_nothing(
     [
         (("--threshold", "0"), "must be above 0"),
         (("--device", "tpu"), "--device"),
-        (("--source", "x"), "is for --write OUT"),
-        (("--lora", "x"), "is for --write OUT"),
+        (("--source", "x"), "--source needs --write OUT"),
+        (("--lora", "x"), "--lora needs --write OUT"),
         (("--sequences", "0"), "--sequences"),
         (("--length", "1"), "--length"),
     ],

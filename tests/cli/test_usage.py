@@ -126,7 +126,7 @@ def test_signal_while_arguments_are_read_is_told_like_a_later_one(
 
     monkeypatch.setattr(text, "parse_size", stopped)
     found, out, err = run("quantize", "a/b", "out", "--json")
-    assert (found, err) == (code, f"error: {word}\nhint: nothing was begun\n")
+    assert (found, err) == (code, f"error: {word}\nhint: nothing was started\n")
     assert json.loads(out)["error"]["code"] == word
 
 
