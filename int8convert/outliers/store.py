@@ -1,12 +1,12 @@
-"""The static outlier set of an int8 checkpoint: chosen columns of the source's weights, as they were before rounding.
+"""Stores the static outlier set of an int8 checkpoint: chosen columns of the source's weights, before rounding.
 
-1. The plan by which the source is converted says where each weight lies in it, and how it becomes [out, in]:
-   transposed, one expert of many, FP8 codes to decode, an adapter to merge.
-2. Its rows are read block by block, of each block the chosen columns are kept, and compared with the codes in OUT:
-   every value must lie within its code's step, or the two are no source and output.
-3. They are written as they come, under a temporary name that becomes `int8convert/outliers.safetensors` at the end.
+1. The plan of the conversion says where each weight is in the source, and how it becomes [out, in]: transposed, one
+   expert of many, decoded from FP8, merged with an adapter.
+2. Rows are read block by block. The chosen columns are kept and compared with the codes in OUT: every value must be
+   near what its code stands for, else the two checkpoints do not belong together.
+3. Columns are written as they are read, to a temporary file that becomes `int8convert/outliers.safetensors` at the end.
 
-Costs the reading of the weights concerned in both checkpoints, and the memory of one block.
+Costs the reading of these weights in both checkpoints, and the memory of one block.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from int8convert.text import quoted
 
 @dataclass(frozen=True, slots=True)
 class StaticSet:
-    """What was written.
+    """A static set that was written.
 
     Attributes:
         path: the file.
-        n_modules, n_columns: with stored columns, and how many of these.
-        n_bytes: of the file.
+        n_modules, n_columns: number of modules with stored columns, and of these columns.
+        n_bytes: size of the file.
     """
 
     path: str
@@ -58,11 +58,11 @@ class StaticSet:
 
 @dataclass(frozen=True, slots=True)
 class _ChosenColumns:
-    """Columns of one weight, and where it is.
+    """Columns of one weight.
 
     Attributes:
         columns: int32 [n], ascending, at least one.
-        tensor, weight: in the source, and in the int8 checkpoint.
+        tensor, weight: the weight in the source, and in the int8 checkpoint.
     """
 
     name: str
@@ -72,7 +72,7 @@ class _ChosenColumns:
 
     @property
     def dtype(self) -> str:
-        """The source's; float64 is rounded to float32, as it is when it is quantized."""
+        """The source's dtype; float64 is rounded to float32, as in quantization."""
         dtype = values_dtype(self.tensor)
         return "F32" if dtype == "F64" else dtype
 
@@ -86,10 +86,10 @@ class _ChosenColumns:
 
 
 def int8_modules(out: str | os.PathLike[str]) -> list[str]:
-    """The modules an int8 checkpoint holds as int8, as its tensors name them.
+    """Return the int8 modules of an int8 checkpoint, as its tensors name them.
 
     Raises:
-        SourceError: it is no int8 checkpoint.
+        SourceError: `out` is no int8 checkpoint.
     """
     return [weight.module_name for weight in open_int8_checkpoint(open_source(out)).weights]
 
@@ -105,21 +105,21 @@ def store_outliers(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> StaticSet:
-    """Store columns of a source's weights beside the int8 checkpoint made of it; `int8convert.load` then uses them.
+    """Store columns of a source's weights in its int8 checkpoint; `int8convert.load` then uses them.
 
     Args:
         src: the source.
-        out: the int8 checkpoint; a set that it has is replaced.
-        columns: module name as in `out` -> its columns, ascending; those without any are left out.
-        calibration: how they were chosen, kept in the file as JSON.
+        out: the int8 checkpoint; its present set is replaced.
+        columns: module name as in `out` -> its columns, ascending; modules without any are left out.
+        calibration: how the columns were chosen, stored in the file as JSON.
         lora: the adapter that was merged when `out` was made.
-        trust_remote_code: as `quantize` has it.
-        revision: of a source on the Hub, the one that was converted.
+        trust_remote_code: run code in the source, as `quantize` does.
+        revision: the converted revision of a source on the Hub.
 
     Raises:
         SourceError: one of the two is no such checkpoint, or they do not belong together.
-        OutputError: `out` cannot be written to, or another process is at it.
-        ValueError: columns are not ascending, or negative.
+        OutputError: `out` cannot be written to, or another process uses it.
+        ValueError: columns are negative, or not ascending.
     """
     checkpoint = open_int8_checkpoint(open_source(out))
     chosen = _find(src, checkpoint, columns, lora, trust_remote_code, revision)
@@ -150,7 +150,7 @@ def _find(
     trust_remote_code: bool,
     revision: str | None,
 ) -> list[_ChosenColumns]:
-    """Where the weights are, in the order of the source's files."""
+    """Find the weights, in the order of the source's files."""
     planned_as = module_of(checkpoint.format).PLANNED_AS
     options = PlanOptions(format=planned_as, lora=lora, trust_remote_code=trust_remote_code, revision=revision)
     planned = plan(src, options)
@@ -166,7 +166,7 @@ def _find(
                 f"'{os.fspath(src)}' and '{checkpoint.source.label}' do not belong together: "
                 f"{quoted(name)} is {_shown(shape)} in the latter, "
                 f"{_shown(sources[name].source.shape if name in sources else None)} in the former",
-                "name the checkpoint that was converted",
+                "give the checkpoint that was converted",
             )
     return [_ChosenColumns(n, chosen[n], tensor, weights[n]) for n, tensor in sources.items() if n in chosen]
 
@@ -206,13 +206,13 @@ def _check(
     step: npt.NDArray[np.float32],
     begin: int,
 ) -> None:
-    """Weights and codes that do not belong together differ by many steps somewhere."""
+    """Check weights against codes: those that do not belong together differ by many steps somewhere."""
     rounded = codes * step[:, None]
     is_near = np.abs(values - rounded) <= MAX_STEPS_AWAY * step[:, None]
     if not is_near.all():
         row, i = np.unravel_index(int(np.argmin(is_near)), is_near.shape)
         raise SourceError(
-            f"the source is not what the int8 checkpoint was made of: {quoted(place.name)} holds {values[row, i]:.4g} "
+            f"the source is not that of the int8 checkpoint: {quoted(place.name)} holds {values[row, i]:.4g} "
             f"at row {begin + int(row):,}, column {int(place.columns[i]):,}, its int8 form {rounded[row, i]:.4g}",
-            "name the checkpoint that was converted, with --lora if an adapter was merged",
+            "give the checkpoint that was converted, with --lora if an adapter was merged",
         )

@@ -130,7 +130,7 @@ def test_columns_are_those_of_the_merged_weights_and_the_bare_source_is_refused(
     source = save_checkpoint("llama", tmp_path / "source")
     adapter = save_adapter("llama", tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
     out = convert(source, tmp_path / "out", lora=adapter)
-    with pytest.raises(SourceError, match=r"is not what the int8 checkpoint was made of: .*q_proj") as error:
+    with pytest.raises(SourceError, match=r"the source is not that of the int8 checkpoint: .*q_proj") as error:
         store_all(source, out)
     assert "--lora" in error.value.hint and not (out / OUTLIERS_FILE).exists()
     weight = store_all(source, out, lora=adapter)["model.layers.0.self_attn.q_proj.outlier_weight"]

@@ -139,7 +139,7 @@ def test_model_that_takes_no_text_is_not_tried_and_says_so(tmp_path: Path) -> No
     report = verify_exact(tmp_path / "out")
     assert report.is_passed
     (note,) = report.notes
-    assert note.startswith("whether its model runs was not tried: without weights, ")
+    assert note.startswith("whether its model runs was not tested: without weights, ")
 
 
 def test_what_the_model_does_with_floats_too_is_no_finding(tmp_path: Path) -> None:

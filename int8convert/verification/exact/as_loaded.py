@@ -9,11 +9,11 @@ from int8convert.errors import Int8ConvertError
 from int8convert.runtime.worker_process import Worker, WorkerError
 
 LIMIT_S = 120.0
-"""Seconds after which the child is stopped."""
+"""Seconds until the child is stopped."""
 
 
 def as_loaded(configs: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return configs as transformers reads them; unchanged if it knows no class of the model, or if that refuses."""
+    """Return configs as transformers reads them; unchanged if it knows no class of the model, or the class refuses."""
     plain = [dict(config) for config in configs]
     worker = Worker("int8convert.verification.exact.as_loaded_worker")
     try:

@@ -1,10 +1,10 @@
-"""config.json of an int8 checkpoint, entry by entry, against the one that its conversion writes.
+"""Compares config.json of an int8 checkpoint, entry by entry, with the one that its conversion writes.
 
-With a manifest of ours the whole file is rebuilt from the source's, by the functions that `quantize` and `export`
-call, and every entry must be the same. Without one, the source's own entries must be there, see `exact_foreign_config`.
+With a manifest, the whole file is rebuilt from the source's by the functions that `quantize` and `export` call, and
+every entry must be the same. Without one, the source's entries must be present, see `foreign_config`.
 
-Names in the lists of modules that a loader leaves alone are compared as names. An entry that is an expression is a
-finding: loaders run it, and what it matches depends on the loader. No expression is run here.
+Entries in the lists of modules that a loader keeps are compared as names. A regular expression there is a finding: what
+it matches depends on the loader. No expression is run here.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _lists(out: CheckpointSource, expected: Mapping[str, Any] | None, int8_modul
     lists = {key: out.config[BLOCK][key] for key in _LIST_KEYS if key in out.config[BLOCK]}
     wanted = {key: expected[BLOCK][key] for key in _LIST_KEYS if key in expected[BLOCK]} if expected is not None else {}
     if not any(isinstance(names, list) for names in lists.values()):
-        # Loaders then go by the model's class, as whoever wrote the checkpoint did.
+        # Loaders then decide by the model's class, as the writer of the checkpoint did.
         if expected is not None:
             yield _entry(BLOCK, "a list of the modules to leave alone", "no such list")
         return

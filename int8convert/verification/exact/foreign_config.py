@@ -1,8 +1,8 @@
-"""What may differ in config.json of checkpoints that other tools wrote, without a manifest.
+"""Compares config.json of checkpoints that other tools wrote, without the differences that saving makes.
 
-transformers writes config.json from the loaded model when it saves: the entries below, beside those of the source, and
-these in the form of its own version. So where two configs differ, they are compared as the model's class reads them.
-Everything else must be the source's. `exact_foreign_files` is the same for the files beside.
+transformers writes config.json from the loaded model: it adds the entries below, and writes the others in the form of
+its own version. So configs that differ are compared as the model's class reads them. Everything else must be the
+source's. `foreign_files` does the same for auxiliary files.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from int8convert.verification.exact.as_loaded import as_loaded
 WRITTEN_BY_OTHERS = frozenset(
     {"quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 )
-"""Entries, at any depth, that saving a model writes from how it was loaded. None of them changes what is computed from
-int8 weights: what was kept may be in another float dtype, and that is compared tensor by tensor."""
+"""Entries, at any depth, that saving a model writes. None of them changes what is computed from int8 weights. The dtype
+may be that of kept tensors, which are compared one by one."""
 
 _SENDS_ELSEWHERE = frozenset({"auto_map", "configuration_files", "transformers_weights", "custom_pipelines"})
-"""Entries by which a loader takes code or files; no class of transformers reads them."""
+"""Entries that name code or files for a loader; no config class of transformers reads them."""
 
 _MOST_ADDED = 200
-"""Entries beside the source's that count only if the model's class reads them."""
+"""Largest number of added entries for which the model's class is asked whether it reads them."""
 
 _DTYPES = ("float16", "bfloat16", "float32")
 
@@ -40,7 +40,7 @@ def foreign_entries(found: Mapping[str, Any], source: Mapping[str, Any]) -> Iter
         plain, original = _without(found), _without(source)
         lacking = [{name: value for name, value in plain.items() if name != key} for key in added]
         one, other, *others = as_loaded([plain, original, *lacking])
-        # What the class does not look at, another loader or version may: a base of the rotation by its older name.
+        # Another loader or version may read what the class ignores, such as rope_theta by its older name.
         ignored = {key for key, loaded in zip(added, others, strict=True) if loaded == one} - other.keys()
         differing = (differing & _SENDS_ELSEWHERE) | ignored | _differing(one, other)
         found, source = {**found, **one}, {**source, **other}
@@ -54,7 +54,7 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, str]:
-    """Entry -> its JSON, without the entries that saving writes."""
+    """Return entry -> its JSON, without the entries that saving writes."""
     return {key: json.dumps(_without(value), sort_keys=True) for key, value in _without(config).items()}
 
 

@@ -1,10 +1,10 @@
-"""Which tensors an int8 checkpoint must hold, by the plan its source gives; and which of them are there.
+"""Pairs the tensors of an int8 checkpoint with the source's, by the plan.
 
-The plan is rebuilt from the source, with the options the manifest names. A tensor that is there as promised is paired
-with what it was made of, to be compared; whatever else is missing, too many, or of another dtype or shape is a finding.
+The plan is rebuilt from the source, with the options in the manifest. A tensor that is present as planned is paired
+with its source, to be compared. Tensors that are missing, unexpected, or of another dtype or shape are findings.
 
-What may differ without being one, where no manifest tells what was asked for: modules that config.json says stay
-16-bit, an output head that is int8 all the same, and the float dtype of what is kept.
+Without a manifest, three differences are allowed: modules that config.json keeps in 16 bits, an output head in int8,
+and the float dtype of kept tensors.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from int8convert.formats.modules import module_of
 from int8convert.planning.plan import ConversionPlan, PlannedTensor
 from int8convert.verification.checks import Finding
 from int8convert.verification.exact.provenance import Provenance
+from int8convert.verification.exact.values import FLOATS
 
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _CHOICES = ("output head", "last module of the model", "covered by a skipped name", "user skip")
-"""Reasons to keep a module that are a choice: some other tool may have chosen otherwise, and loaders read it."""
+"""Reasons to keep a module that other tools may decide otherwise; loaders read both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Pair:
-    """An int8 weight, and what it was made of.
+    """An int8 weight and its source.
 
     Attributes:
         zeros: a zero point or a format number; None if there is none.
@@ -46,16 +46,16 @@ class Int8Pair:
 
     @property
     def main(self) -> PlacedTensor:
-        """The tensor by which its place among the files is told."""
+        """The tensor that decides the order of comparison."""
         return self.codes
 
 
 @dataclass(frozen=True, slots=True)
 class KeptPair:
-    """A tensor that is no int8, and what it was made of.
+    """A tensor that is not int8, and its source.
 
     Attributes:
-        must_be_non_finite: it may be kept only if its values have no int8 form.
+        must_be_non_finite: whether it may be kept only because its values have no int8 form.
     """
 
     planned: PlannedTensor
@@ -72,13 +72,13 @@ Pair = Int8Pair | KeptPair
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What is there, beside what should be.
+    """The tensors of a checkpoint, paired with the plan.
 
     Attributes:
         pairs: in the order of the checkpoint's files and their bytes.
-        findings: tensors that are missing, too many, or not as promised.
-        n_expected: tensors that should be there.
-        planned_modules: those that should be int8, paired or not.
+        findings: tensors that are missing, unexpected, or not as planned.
+        n_expected: number of planned tensors.
+        planned_modules: modules that should be int8, paired or not.
     """
 
     format: Format
@@ -98,7 +98,7 @@ def lay_out(out: CheckpointSource, plan: ConversionPlan, provenance: Provenance)
 
 
 class _Pairing:
-    """The pairing while it is made."""
+    """A pairing in progress."""
 
     def __init__(self, out: CheckpointSource, plan: ConversionPlan, provenance: Provenance) -> None:
         self._out = out
@@ -129,7 +129,7 @@ class _Pairing:
     def _place_int8(self, planned: PlannedTensor) -> None:
         module = planned.output_name.removesuffix(".weight")
         there = self._left.get(planned.output_name)
-        if there is not None and there.stored.dtype in _FLOATS and self._may_be_kept(module):
+        if there is not None and there.stored.dtype in FLOATS and self._may_be_kept(module):
             self._place_kept(replace(planned, output_dtype=there.stored.dtype, reason="named in config.json"))
             return
         self._modules.add(module)
@@ -137,7 +137,7 @@ class _Pairing:
         names = self._module.NAMES.under(module)
         specs = self._module.weight_specs(f"{module}.weight", shape)
         codes = self._take(names.codes, {"I8"}, [shape])
-        dtypes: Set[str] = {"F32"} if self._provenance.is_known else _FLOATS
+        dtypes: Set[str] = {"F32"} if self._provenance.is_known else FLOATS
         scale = self._take(names.scale, dtypes, [specs[names.scale][1], shape[:1]])
         zeros = None
         if names.zeros in self._left or (names.zeros in specs and self._provenance.is_known):
@@ -146,7 +146,7 @@ class _Pairing:
             self._pairs.append(Int8Pair(planned, codes, scale, zeros))
 
     def _may_be_kept(self, module: str) -> bool:
-        """Whether config.json tells loaders to leave a module alone, and no manifest says otherwise."""
+        """Return whether config.json tells loaders to keep a module, and no manifest says otherwise."""
         if self._provenance.is_known:
             return False
         return self._module.leaves_alone(module, self._out.config["quantization_config"])
@@ -154,19 +154,19 @@ class _Pairing:
     def _place_kept(self, planned: PlannedTensor) -> None:
         name = planned.output_name
         there = self._left.get(name)
-        if there is not None and there.stored.dtype == "I8" and planned.output_dtype in _FLOATS:
+        if there is not None and there.stored.dtype == "I8" and planned.output_dtype in FLOATS:
             self._place_other_choice(planned)
             return
         dtypes: Set[str] = {planned.output_dtype}
-        if not self._provenance.is_known and planned.output_dtype in _FLOATS:
-            dtypes = _FLOATS
+        if not self._provenance.is_known and planned.output_dtype in FLOATS:
+            dtypes = FLOATS
         tensor = self._take(name, dtypes, [planned.source.shape])
         if tensor is not None:
             must_be = name.removesuffix(".weight") in self._provenance.kept_for_values and name.endswith(".weight")
             self._pairs.append(KeptPair(planned, tensor, must_be))
 
     def _place_other_choice(self, planned: PlannedTensor) -> None:
-        """int8 where the plan keeps a tensor: a finding, or another tool's choice."""
+        """Place int8 codes of a tensor that the plan keeps: a finding, or another tool's choice."""
         if not self._provenance.is_known and planned.reason.startswith(_CHOICES) and len(planned.source.shape) == 2:
             self._place_int8(replace(planned, output_dtype="I8", reason=""))
             return
@@ -178,7 +178,7 @@ class _Pairing:
         self._findings.append(Finding(planned.output_name, expected, "int8 codes"))
 
     def _take(self, name: str, dtypes: Set[str], shapes: Sequence[tuple[int, ...]]) -> PlacedTensor | None:
-        """The tensor of that name; None, and a finding, where there is none or another."""
+        """Return a tensor by its name; if it is missing or another, add a finding and return None."""
         self._n_expected += 1
         there = self._left.pop(name, None)
         if there is not None and there.stored.dtype in dtypes and there.stored.shape in shapes:

@@ -1,8 +1,8 @@
-"""How an int8 checkpoint came about, as far as its manifest tells: from which source, with which options.
+"""Provenance of an int8 checkpoint by its manifest: the source, and the options of the conversion.
 
-An export's manifest names the int8 checkpoint it was made of, whose manifest names the source: the chain is followed as
-long as its directories are there. Without a manifest - a checkpoint that transformers and bitsandbytes wrote - the
-source has to be named, and which modules were left out is read from config.json.
+An export's manifest names its int8 checkpoint, whose manifest names the source. The chain is followed while its
+directories exist. Without a manifest, as for checkpoints that transformers and bitsandbytes wrote, the user must name
+the source, and config.json tells which modules were kept.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from int8convert.sources import is_repository_name
 from int8convert.text import quoted
 
 _MAX_EXPORTS = 20
-"""Of exports of exports; a chain that is longer goes in circles."""
+"""Longest chain of exports that is followed; a longer one is a circle."""
 
 _NOT_FINITE = "not finite in int8"
-"""The reason `quantize` gives for modules that `--on-nonfinite keep` left alone."""
+"""The reason that `quantize` records for modules that `--on-nonfinite keep` kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class ExportStep:
     """An export between the conversion and the checkpoint.
 
     Attributes:
-        directory: the int8 checkpoint it was made from.
-        format: what it was to be written in, a `Format`.
+        directory: the int8 checkpoint that was exported.
+        format: the `Format` it was exported to.
     """
 
     directory: Path
@@ -46,20 +46,20 @@ class ExportStep:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where an int8 checkpoint comes from.
+    """The origin of an int8 checkpoint.
 
     Attributes:
-        reference: the checkpoint it was converted from: a directory, or a repository on the Hub.
-        revision: the commit of that repository, if the manifest tells it.
-        format: what `quantize` was asked to write, by which it was decided what becomes int8.
-        skip, only, allow_missing: its options.
-        threshold: the one it wrote; None if that is not known.
+        reference: the source: a directory, or a repository on the Hub.
+        format: the format that `quantize` wrote, which decides what becomes int8.
+        skip, only, allow_missing: options of the conversion.
+        threshold: the outlier threshold of the conversion; None if unknown.
         lora: the adapter that was merged, as the user names it now.
-        kept_for_values: modules that were left alone because their values are said to have no int8 form.
-        source_files: what the manifest says of the source, see `manifest.describe_source`; empty if it says nothing.
-        is_known: a manifest tells all this; if not, the codes may have been computed in some other way.
-        exports: those that lie between the conversion and the checkpoint, in their order.
-        problem: why the checkpoint's manifest is not understood; "" if it is, or if there is none.
+        kept_for_values: modules that were kept because their values have no int8 form.
+        source_files: the manifest's description of the source, see `manifest.describe_source`; {} if it has none.
+        is_known: whether a manifest says all this. If not, another tool may have computed the codes.
+        exports: exports between the conversion and the checkpoint, in order.
+        revision: the commit of a source on the Hub, if the manifest names it.
+        problem: why the checkpoint's manifest cannot be read; "" if it can, or if there is none.
     """
 
     reference: str
@@ -87,11 +87,11 @@ def find_provenance(
     """Follow an int8 checkpoint's manifest to its source.
 
     Args:
-        reference: the source; None takes the one the manifest names.
-        lora: the adapter that was merged, which the manifest knows by its hash alone.
+        reference: the source; None for the one that the manifest names.
+        lora: the adapter that was merged; the manifest has only its hash.
 
     Raises:
-        SourceError: it is no int8 checkpoint, or its source is neither named nor found.
+        SourceError: `out` is no int8 checkpoint, or its source is neither named nor found.
         AdapterError: an adapter was merged, and another or none is given.
     """
     found = _follow(out.directory)
@@ -99,7 +99,7 @@ def find_provenance(
     is_there = named is not None and (Path(named).is_dir() or is_repository_name(named))
     if named is None or (reference is None and not is_there):
         raise SourceError(
-            f"what {quoted(out.label, 200)} was made of is not known: "
+            f"the source of {quoted(out.label, 200)} is not known: "
             + (
                 found.problem or "no manifest names it"
                 if named is None
@@ -131,12 +131,12 @@ def find_provenance(
 
 @dataclass(frozen=True, slots=True)
 class _Followed:
-    """What a chain of manifests leads to.
+    """The end of a chain of manifests.
 
     Attributes:
-        manifest: the last one, of the conversion.
-        request: what it says; None if there is none, or none that can be understood.
-        source: the directory or repository it names; None if `request` is.
+        manifest: the manifest of the conversion.
+        request: its content; None if there is none that can be read.
+        source: the directory or repository that it names; None if `request` is None.
     """
 
     manifest: Manifest
@@ -160,7 +160,7 @@ def _follow(directory: Path) -> _Followed:
         manifest = Manifest(directory)
         try:
             request = read_recorded_request(directory)
-        except CorruptFileError:  # of another checkpoint, which is not the one that is judged
+        except CorruptFileError:  # another checkpoint's manifest, which is not judged here
             request = None
     if request is None or request.is_export:
         return _Followed(manifest)
@@ -177,17 +177,17 @@ def _kept_for_values(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _check_adapter(merged: Any, given: str | None) -> None:
-    """The adapter given is the one that was merged."""
+    """Check that the given adapter is the one that was merged."""
     if merged is None and given is None:
         return
     if given is None:
         raise AdapterError(
-            "a LoRA adapter was merged into the checkpoint, and its manifest knows it by its hash alone",
+            "a LoRA adapter was merged into the checkpoint, and the manifest has only its hash",
             "name it with --lora ADAPTER",
         )
     if merged is None or open_adapter(given).identity() != merged:
         what = "none was merged" if merged is None else "another one was merged"
         raise AdapterError(
-            f"the adapter {quoted(given, 200)} is not what the checkpoint was made with: {what}",
+            f"the adapter {quoted(given, 200)} is not the one of the conversion: {what}",
             "name the adapter of the conversion, or leave --lora out",
         )

@@ -1,8 +1,8 @@
-"""Tries whether an int8 checkpoint runs, without its weights, in a child process (`trial_run_worker`).
+"""Tests whether an int8 checkpoint runs, without its weights, in a child process (`trial_run_worker`).
 
-What loads may still not run, or run wrong: model code that casts an input to the dtype of a weight gets int8 for it.
-The child takes a few seconds for the import of transformers, beside the comparison of the weights, and little memory,
-whatever the model's size.
+A model that loads may still fail or compute garbage: code that casts an input to the dtype of a weight casts it to
+int8. The child runs beside the comparison of the weights. It takes a few seconds to import transformers, and little
+memory, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from int8convert.text import quoted
 from int8convert.verification.checks import Check, Finding, make_check
 
 LIMIT_S = 600.0
-"""Seconds after which the child is stopped. An untrusted config may ask for an endless model."""
+"""Seconds until the child is stopped: an untrusted config may describe an endless model."""
 
 
 class TrialRun:
-    """A few tokens through a checkpoint's model. Starting it returns at once; `result` waits.
+    """Runs a few tokens through a checkpoint's model. Starting it returns at once; `result` waits.
 
-    Does not know what the model computes: its weights are not read. A layer that a text does not reach is not tried.
+    Does not know what the model computes, as it reads no weights. Does not test layers that a text does not reach.
     """
 
     def __init__(self, out: CheckpointSource, trusts_code: bool) -> None:
@@ -45,7 +45,7 @@ class TrialRun:
             self._worker.stop()
 
     def result(self) -> tuple[Check, list[str]]:
-        """Wait for the check, and notes on what was not tried.
+        """Wait for the check, and for notes on what was not tested.
 
         Raises:
             SourceError: the child died, or took too long.
@@ -60,7 +60,7 @@ class TrialRun:
             reason = quoted(text, 200) if is_theirs else text or f"the process ended with status {error.status}"
             # A check that did not run must not count as passed.
             raise SourceError(
-                f"whether the model of config.json runs could not be tried: {reason}",
+                f"whether the model of config.json runs could not be tested: {reason}",
                 "free memory, and run verify again",
             ) from error
 
@@ -74,8 +74,8 @@ def read_answer(answer: dict[str, Any]) -> tuple[Check, list[str]]:
     findings = [Finding(module, "a module that runs as int8", found) for module, found in answer["found"]]
     check = make_check("runs", answer["n_called"], findings)
     if answer["not_run"]:
-        return check, [f"whether its model runs was not tried: without weights, {answer['not_run']}"]
+        return check, [f"whether its model runs was not tested: without weights, {answer['not_run']}"]
     n_missed = answer["n_replaced"] - answer["n_called"]
     if n_missed > 0:
-        return check, [f"a text reaches {answer['n_called']:,} of its int8 layers; {n_missed:,} were not tried"]
+        return check, [f"a text reaches {answer['n_called']:,} of its int8 layers; {n_missed:,} were not tested"]
     return check, []

@@ -1,15 +1,15 @@
-"""The child process of `TrialRun`: an int8 model runs a few tokens without its weights.
+"""Child process of `TrialRun`: runs a few tokens through an int8 model without its weights.
 
-1. Build the model of config.json on the meta device, and put layers without content where the loader of the format puts
-   int8 ones. Such a layer has int8 codes for `weight`, demands a floating input, and returns a constant.
-2. Give every other weight a constant in place of its values: one number, shown in the weight's shape. That takes no
-   memory, whatever the model's size, and model code takes its usual way on the CPU.
-3. Run a forward pass, and where there is a cache, a second one with one more token. Record each integer input of an
-   int8 layer, each look at its codes, and each operation that gives int8.
-4. A second run with ordinary Linear layers removes findings the model causes by itself.
+1. Build the model of config.json on the meta device, and put hollow layers where the loader of the format puts int8
+   ones. A hollow layer has int8 codes for `weight`, requires a floating input, and returns a constant.
+2. Give every other weight one number, expanded to the weight's shape. That takes no memory, whatever the model's size,
+   and model code runs as usual on the CPU.
+3. Run a forward pass, and with a cache a second one with one more token. Record each integer input of an int8 layer,
+   each access to its codes, and each operation that returns int8.
+4. If there are findings, a second run with ordinary Linear layers removes those that the model causes by itself.
 
-If the model still does not run (it needs images or sound, or its code rejects constants), the answer says why.
-Not known: layers that a text does not reach, and code that branches on values.
+If the model still does not run, because it needs images or sound or rejects constants, the answer says why.
+Does not know layers that a text does not reach, and code that branches on values.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from int8convert.transformers_internals import mark_quantized
 
 N_TOKENS = 8
 FILLING = 0.01
-"""The value of every weight: not zero, which norms and routers may divide by."""
+"""Value of every weight; not zero, because norms and routers may divide by it."""
 MAX_OWN_ELEMENTS = 65_536
-"""Elements up to which a tensor has memory of its own. Some model code writes into its buffers, which are small."""
+"""Largest number of elements of a tensor with memory of its own: some model code writes into small buffers."""
 
 _FACTS = frozenset({"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "layout", "is_cuda", "is_leaf"}) | {
     *("grad", "grad_fn", "size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "element_size"),
@@ -49,14 +49,14 @@ _SAME = frozenset({"detach", "requires_grad_", "data"})
 
 
 class Record:
-    """What model code did that int8 layers do not support.
+    """Operations of model code that int8 layers do not support.
 
     Attributes:
         running: names of the modules whose forward runs, the innermost last.
-        mistakes: module name -> what was found, for the layers without content.
-        int8_made: (module, operation) that gave an int8 tensor. Some models do that by themselves.
-        called: names of the layers without content that were called.
-        n_passes: completed forward passes.
+        mistakes: name of a hollow layer -> its misuse.
+        int8_made: (module, operation) that returned an int8 tensor; some models do that by themselves.
+        called: names of the hollow layers that were called.
+        n_passes: number of completed forward passes.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Record:
 
 
 class Codes(torch.Tensor):
-    """The codes of a layer without content. Model code that reads them gets floats instead, and is recorded."""
+    """The codes of a hollow layer. Model code that reads them gets floats instead, and is recorded."""
 
     module_name: str
     record: Record
@@ -108,7 +108,7 @@ def _without_codes(value: Any, name: str) -> Any:
 
 
 class HollowInt8Linear(nn.Linear):
-    """Stands in for the int8 layer of a loader."""
+    """A hollow layer, in place of the int8 layer of a loader."""
 
     def __init__(self, name: str, module: Any, record: Record) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
@@ -132,7 +132,7 @@ class HollowInt8Linear(nn.Linear):
 
 
 class Watch(TorchFunctionMode):
-    """Skips Linear products, and records operations that give int8."""
+    """Skips Linear products, and records operations that return int8."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def _on_meta(value: Any) -> Any:
 
 
 def _constant(shape: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of one value, that takes memory only where it is small."""
+    """Return a tensor of one value, which takes memory only if it is small."""
     value = torch.full((), FILLING if dtype.is_floating_point else 0, dtype=dtype)
     shown = value.expand(shape)
     return shown.clone() if shown.numel() <= MAX_OWN_ELEMENTS else shown
@@ -175,7 +175,7 @@ def _fill(model: Any) -> None:
 
 @contextmanager
 def _following(model: Any, record: Record) -> Iterator[None]:
-    """Maintain `record.running`. After an error it holds the place of the error."""
+    """Maintain `record.running`; after an error it ends with the module that raised it."""
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
 
     def enter(module: Any, _: Any) -> None:
@@ -194,9 +194,9 @@ def _following(model: Any, record: Record) -> Iterator[None]:
 
 
 def run_tokens(model: Any, record: Record) -> None:
-    """Run a few tokens, and one more with the cache of the first where there is one.
+    """Run a few tokens, and one more with the cache of the first if there is one.
 
-    Raises: whatever the model's code does.
+    Raises: whatever the model's code raises.
     """
     inputs = _tokens(model)
     with torch.no_grad(), _following(model, record), Watch(record):
@@ -230,7 +230,7 @@ def _token_ids(entries: dict[str, Any]) -> Iterator[int]:
 
 
 def try_model(directory: str, output_format: Format, trusts_code: bool) -> dict[str, Any]:
-    """Run the int8 model, and where something comes up, the model with its own Linear layers for comparison."""
+    """Run the int8 model and, if there are findings, the model with its own Linear layers for comparison."""
     model, record = _build(directory, trusts_code), Record()
     block = model.config.to_dict()["quantization_config"]
     is_int8 = module_of(output_format).int8_modules(model, block)
@@ -251,7 +251,7 @@ def try_model(directory: str, output_format: Format, trusts_code: bool) -> dict[
                 if (place, name) not in plain.int8_made
             ]
         if plain_error is not None:
-            not_run = plain_error if not record.n_passes else None  # of a cache alone that does not stand constants
+            not_run = plain_error if not record.n_passes else None  # a cache alone may reject constants
         elif error is not None and not found:
             found = [(record.place, error)]
     return {"n_replaced": len(replaced), "n_called": len(record.called), "found": found, "not_run": not_run}
@@ -267,7 +267,7 @@ def _build(directory: str, trusts_code: bool) -> Any:
 
 
 def _attempt(model: Any, record: Record) -> str | None:
-    """Run a model; the error it ends in, in one line."""
+    """Run a model; return its error in one line, or None."""
     _fill(model)
     try:
         run_tokens(model, record)

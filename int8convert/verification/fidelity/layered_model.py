@@ -1,14 +1,13 @@
-"""A model of which one decoder layer at a time is in memory, with transformers' own loader.
+"""A model with one decoder layer in memory at a time, loaded by transformers' own loader.
 
-1. `from_pretrained` builds the model without memory, as always, and comes to the loading of the weights. There only
-   what lies outside of the decoder layers is loaded: embeddings, norms. Everything before and after, the choice of
-   int8 layers and the making of buffers among it, is as for a whole model.
+1. `from_pretrained` builds the model without memory, as always, but loads only weights outside of the decoder layers:
+   embeddings and norms. All else, such as the choice of int8 layers and the buffers, is as for a whole model.
 2. `holding` loads the weights of one part, a decoder layer or the output head, by the same function and the same
-   mapping from the checkpoint's names to the model's, and lets go of them after.
+   mapping from the checkpoint's names to the model's, and releases them afterwards.
 
-Costs the part that is held, and the tensors of it that are on their way from one dtype to the other. Weights are read
-by pread, once each time the part is held. Left out on purpose: layers that share weights, which no part of its own can
-hold; `.bin` files that are no zip archives, which torch reads as a whole.
+Costs the memory of the held part, and of its tensors that are being cast. Weights are read by pread, once each time the
+part is held. Left out on purpose: layers that share weights, and `.bin` files that are no zip archives, which torch
+reads as a whole.
 """
 
 from __future__ import annotations
@@ -44,20 +43,20 @@ from int8convert.transformers_internals import (
 from int8convert.verification.fidelity.comparison import decoder_layers
 
 _MAY_LACK = "weight_format"
-"""Checkpoints of early bitsandbytes have none, see `int8convert.runtime.load`."""
+"""Suffix of tensors that checkpoints of early bitsandbytes lack, see `int8convert.runtime.load`."""
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 """Of transformers, which looks at it whenever it loads."""
 
 
 class LayeredModel:
-    """A transformers model and the weights of its parts, still in their files.
+    """A transformers model whose parts are still in their files.
 
     Attributes:
-        model: on its device, but for the weights of the parts, which are on the meta device.
-        layers: the decoder layers, by name, in their order.
-        parts: names of what can be held: the layers, and the output head if it is not tied to the embedding.
-        n_loads: how often a part was loaded.
+        model: the model, on its device; the weights of the parts are on the meta device.
+        layers: the decoder layers by name, in order.
+        parts: names of the parts: the layers, and the output head if it is not tied to the embedding.
+        n_loads: how many times a part was loaded.
     """
 
     def __init__(
@@ -66,12 +65,12 @@ class LayeredModel:
         load: Callable[[], Any],
         settle: Callable[[nn.Module], None] = lambda module: None,
     ) -> None:
-        """Load a checkpoint's model, but for its parts.
+        """Load a checkpoint's model without its parts.
 
         Args:
             path: the checkpoint's directory.
-            load: as a whole, by `from_pretrained`; its errors pass through.
-            settle: what that does to a model when it is loaded; done to each part.
+            load: loads the whole model by `from_pretrained`; its errors are passed on.
+            settle: does to a part what `load` does to a whole model after loading.
         """
         self._settle = settle
         self._path = Path(path)
@@ -95,11 +94,11 @@ class LayeredModel:
 
     @contextmanager
     def holding(self, part: str | None) -> Iterator[None]:
-        """Have a part's weights in memory as long as this lasts; nothing for None.
+        """Load a part's weights until the context ends; None loads nothing.
 
         Raises:
-            CorruptFileError: the checkpoint has not all of its weights.
-            SourceError: it shares weights with another part.
+            CorruptFileError: the checkpoint lacks weights of the part.
+            SourceError: the part shares weights with another one.
         """
         if part is None:
             yield
@@ -131,7 +130,7 @@ class LayeredModel:
         return {name: tensor.shape for name, tensor in state.items()}
 
     def _check_part(self, part: str, expected: dict[str, torch.Size]) -> None:
-        hint = "its config.json and its weights do not belong together; write or fetch the checkpoint again"
+        hint = "write or fetch the checkpoint again: its config.json and its weights do not belong together"
         for name, tensor in self.model.get_submodule(part).state_dict(prefix=f"{part}.").items():
             if tensor.shape != expected[name]:
                 raise CorruptFileError(
@@ -141,13 +140,13 @@ class LayeredModel:
             if tensor.is_meta and name in tied_parameters(self.model):
                 raise SourceError(
                     f"'{name}' of '{self._path}' is a weight of another layer, too: it cannot be run layer by layer",
-                    "such a model is measured with both models in memory",
+                    "measure it without --stream, with both models in memory",
                 )
             if tensor.is_meta and not name.endswith(_MAY_LACK):
                 raise CorruptFileError(f"'{self._path}' has no '{name}', or none of the right shape", hint)
 
     def _find_outliers(self) -> dict[str, str]:
-        """Stored outlier columns: module -> what the file calls it."""
+        """Return the modules with stored outlier columns -> their names in the file."""
         path = self._path / OUTLIERS_FILE
         if not path.is_file() or not any(isinstance(module, Int8Linear) for module in self.model.modules()):
             return {}
@@ -156,7 +155,7 @@ class LayeredModel:
         return {live: name for name, live in live_names(self.model, stored).items()}
 
     def _attach_outliers(self, part: str) -> None:
-        """Give the part's layers their stored columns anew: with the weights, these were left on the meta device."""
+        """Attach stored columns to the part's layers: like the weights, these were left on the meta device."""
         names = {live: name for live, name in self._outliers.items() if live.startswith(f"{part}.")}
         if not names:
             return
@@ -170,7 +169,7 @@ class LayeredModel:
 
     @contextmanager
     def _deferring(self) -> Iterator[None]:
-        """Let `from_pretrained` leave the parts' weights where they are, as long as this lasts."""
+        """Make `from_pretrained` skip the parts' weights until the context ends."""
 
         def load_rest(
             load_all: Any, model: Any, state_dict: dict[str, Any] | None, files: list[str], load_config: Any, *_: Any
@@ -196,7 +195,7 @@ class LayeredModel:
 
 
 def _open_lazily(files: list[str]) -> dict[str, Any]:
-    """Tensor name -> what reads it when it is indexed."""
+    """Return tensor name -> object that reads the tensor when it is indexed."""
     tensors: dict[str, Any] = {}
     for file in files:
         if file.endswith(".safetensors"):
@@ -208,7 +207,7 @@ def _open_lazily(files: list[str]) -> dict[str, Any]:
 
 
 def _targets(keys: Iterable[str], model: Any, load_config: Any) -> Iterator[tuple[str, str]]:
-    """Each tensor of a checkpoint with the parameter it goes to, the first one of several, as transformers finds it."""
+    """Yield each tensor of a checkpoint with its parameter, the first of several, as transformers finds it."""
     mapping = load_config.weight_mapping or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -221,7 +220,7 @@ def _targets(keys: Iterable[str], model: Any, load_config: Any) -> Iterator[tupl
 
 
 def _own_head(model: Any) -> list[str]:
-    """The name of the output head, unless its weight is that of another module."""
+    """Return the name of the output head in a list; [] if its weight is that of another module."""
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head and head is not None), None)
     tied = {name for pair in tied_parameters(model).items() for name in pair}
@@ -234,8 +233,8 @@ def _part_of(name: str, parts: list[str]) -> str | None:
 
 @contextmanager
 def _one_after_the_other() -> Iterator[None]:
-    """transformers would read with four threads, whose heaps keep what the tensors took: a third more memory at the
-    peak, by chance, and no faster from a disk of 2 GB/s or from memory."""
+    """Make transformers load with one thread: the heaps of its four threads took up to a third more memory at the peak,
+    and were no faster from a disk of 2 GB/s or from memory."""
     before = os.environ.get(_NO_THREADS)
     os.environ[_NO_THREADS] = "1"
     try:
@@ -249,7 +248,7 @@ def _one_after_the_other() -> Iterator[None]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """transformers shows a bar for each call of its loader."""
+    """Hide the bar that transformers shows for each call of its loader."""
     logging = transformers.logging
     if not logging.is_progress_bar_enabled():
         yield

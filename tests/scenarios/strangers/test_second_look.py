@@ -65,7 +65,7 @@ def test_trial_run_that_died_does_not_pass(out: Path) -> None:
     with TrialRun(open_source(out), False) as trial:
         assert trial._worker is not None
         trial._worker.stop()
-        with pytest.raises(SourceError, match=r"could not be tried: the process ended with status -9"):
+        with pytest.raises(SourceError, match=r"could not be tested: the process ended with status -9"):
             trial.result()
 
 

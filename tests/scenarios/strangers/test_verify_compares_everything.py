@@ -204,7 +204,7 @@ def test_manifest_that_is_not_understood_is_a_finding_and_not_no_manifest(name: 
     write(out / MANIFEST_NAME, manifest)
     found = found_in(out, source)
     assert found["files"].startswith(f"{MANIFEST_NAME}: expected a manifest of this version") and text in found["files"]
-    with pytest.raises(SourceError, match=r"was made of is not known: .* is not understood"):
+    with pytest.raises(SourceError, match=r"the source of .* is not known: .* is not understood"):
         verify_exact(out)
 
 
