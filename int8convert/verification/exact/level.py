@@ -23,7 +23,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from int8convert.checkpoint.manifest import describe_source
@@ -90,9 +90,6 @@ class ExactReport:
     @property
     def is_passed(self) -> bool:
         return all(check.is_passed for check in self.checks)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"is_passed": self.is_passed, **asdict(self)}
 
 
 def verify_exact(
