@@ -22,7 +22,7 @@ class PlanMade:
         model_class: the transformers class that decided; None where name rules did.
         n_source_shards, n_read_bytes: shards of the source, and bytes of their tensors.
         n_shards, n_written_bytes: shards of the output, and bytes of these files.
-        coverage: share of the parameters that become int8, 0 to 1.
+        coverage: share of the parameters that become int8, 0 to 1; None for an export.
         notes: what the user should know about the plan.
         device, device_reason: where rows are quantized; the reason is "" if the user chose the device.
         reader, reader_reason: how shards are read from the Hub; the reason is "" if the user chose the reader. None for
@@ -36,7 +36,7 @@ class PlanMade:
     n_read_bytes: int
     n_shards: int
     n_written_bytes: int
-    coverage: float
+    coverage: float | None
     notes: tuple[str, ...] = ()
     device: str = "cpu"
     device_reason: str = ""

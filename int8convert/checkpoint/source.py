@@ -79,6 +79,21 @@ class SourceShard:
         return self.remote.open() if self.remote is not None else FileReader(self.path, self.identity)
 
 
+def fetch_tensors(tensors: Iterable[tuple[SourceShard, StoredTensor]]) -> None:
+    """Fetch small tensors that are on the Hub, those of a shard by few requests. Readers of the shard then have them.
+
+    Raises:
+        HubError: they cannot be fetched.
+    """
+    ranges: dict[str, tuple[RemoteFile, list[tuple[int, int]]]] = {}
+    for shard, stored in tensors:
+        if shard.remote is not None:
+            span = stored.offset, stored.offset + stored.span_bytes
+            ranges.setdefault(shard.path.name, (shard.remote, []))[1].append(span)
+    for remote, wanted in ranges.values():
+        remote.fetch(wanted)
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointSource:
     """A checkpoint to read.

@@ -81,7 +81,7 @@ def export(
 def _print_report(report: ExportReport) -> None:
     print_line(
         f": {report.n_int8_weights} int8 weights of {report.source_format} as {report.format or report.dtype}",
-        head=report.out,
+        head=report.out or "",
     )
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "

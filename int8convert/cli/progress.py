@@ -84,12 +84,15 @@ class _Renderer:
     def _line(self, event: Event) -> str:
         """Return the line that reports an event; "" if it has none."""
         match event:
-            case PlanMade():
-                return (
-                    f"{event.model_class or 'unknown class'}: {format_bytes(event.n_read_bytes)} in "
-                    f"{counted(event.n_source_shards, 'shard')} -> {format_bytes(event.n_written_bytes)} in "
-                    f"{event.n_shards}, {format_percent(event.coverage)} of the parameters to int8"
+            case PlanMade(coverage=coverage):
+                sizes = (
+                    f"{format_bytes(event.n_read_bytes)} in {counted(event.n_source_shards, 'shard')} -> "
+                    f"{format_bytes(event.n_written_bytes)} in {event.n_shards}"
                 )
+                if coverage is None:
+                    return sizes
+                share = f"{format_percent(coverage)} of the parameters to int8"
+                return f"{event.model_class or 'unknown class'}: {sizes}, {share}"
             case ShardSkipped(i, n, file_name):
                 return f"shard {i + 1} of {n}: {file_name} {self._skipped}"
             case ShardFinished(i, n, file_name, n_bytes) if self._bar is None or not self._bar.is_shown:

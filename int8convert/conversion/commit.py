@@ -18,9 +18,10 @@ from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.checkpoint.source import SourceShard
 from int8convert.conversion.records import tensor_record
+from int8convert.decoding.scale import is_as_fetched
 from int8convert.errors import SourceError
 from int8convert.events import EventSink, ShardFinished, TensorKept, TensorQuantized
-from int8convert.planning.plan import ConversionPlan
+from int8convert.planning.plan import ShardedPlan
 
 Deliver = Callable[[ShardRecord, Path, Callable[[], None]], None]
 """Brings a shard that has its name and its record to its destination; see `destination`."""
@@ -79,7 +80,7 @@ class Committer:
         self,
         manifest: Manifest,
         out: Path,
-        plan: ConversionPlan,
+        plan: ShardedPlan,
         done: Mapping[str, ShardRecord],
         access: ShardAccess,
         emit: EventSink,
@@ -145,8 +146,8 @@ class Committer:
             is_open = tensor.shard.path.name not in self._sha256 and self._access.is_checked(tensor.shard)
             if tensor.output_name == output_name and is_open:
                 self._finish(tensor.shard)
-            if tensor.output_name == output_name and tensor.fp8 is not None and not tensor.fp8.is_as_fetched():
-                raise DamagedShardError(tensor.fp8.shard, "its scales were others when they were read again")
+            if tensor.output_name == output_name and tensor.scale is not None and not is_as_fetched(tensor.scale):
+                raise DamagedShardError(tensor.scale.shard, "its scales were others when they were read again")
 
     def _work(self, i: int, one: ConvertedShard) -> None:
         self._waiting.append((i, one))

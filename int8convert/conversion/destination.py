@@ -20,7 +20,7 @@ from int8convert.checkpoint.manifest import ShardRecord
 from int8convert.conversion.disk_budget import DiskBudget, shards_on_their_way, whole_output
 from int8convert.conversion.output import OutputDirectory
 from int8convert.errors import OutputError
-from int8convert.planning.plan import ConversionPlan
+from int8convert.planning.plan import ShardedPlan
 
 _POLL_S = 0.2
 """Seconds between two looks at whether the conversion was abandoned."""
@@ -84,12 +84,12 @@ class LocalDestination:
         """Return None: there is no other place to report."""
 
     def find_finished(
-        self, plan: ConversionPlan, done: dict[str, ShardRecord], output: OutputDirectory
+        self, plan: ShardedPlan, done: dict[str, ShardRecord], output: OutputDirectory
     ) -> dict[str, ShardRecord]:
         """Return the records of the shards that need no conversion: `done`, those that are finished in OUT."""
         return done
 
-    def budget(self, plan: ConversionPlan, done: Collection[str], n_free_bytes: int) -> DiskBudget:
+    def budget(self, plan: ShardedPlan, done: Collection[str], n_free_bytes: int) -> DiskBudget:
         """Return what the output needs; see `disk_budget.whole_output`."""
         return whole_output(plan, n_free_bytes)
 
@@ -133,7 +133,7 @@ class PublishedDestination:
         return {"url": self.url, "commit": self.publisher.commit, "keeps_card": self.publisher.keeps_card}
 
     def find_finished(
-        self, plan: ConversionPlan, done: dict[str, ShardRecord], output: OutputDirectory
+        self, plan: ShardedPlan, done: dict[str, ShardRecord], output: OutputDirectory
     ) -> dict[str, ShardRecord]:
         """Return the records of the shards that need no conversion: those sent by an earlier run, and `done`.
 
@@ -155,7 +155,7 @@ class PublishedDestination:
         }
         return done | self._sent
 
-    def budget(self, plan: ConversionPlan, done: Collection[str], n_free_bytes: int) -> DiskBudget:
+    def budget(self, plan: ShardedPlan, done: Collection[str], n_free_bytes: int) -> DiskBudget:
         """Return what the shards need that are on the disk at a time; see `disk_budget.shards_on_their_way`.
 
         Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from int8convert.conversion.readers import is_remote
 from int8convert.errors import DiskFullError
-from int8convert.planning.plan import ConversionPlan
+from int8convert.planning.plan import ShardedPlan
 from int8convert.text import quoted
 
 _SMALL_BYTES = 20_000_000
@@ -29,7 +29,7 @@ class DiskBudget:
     one_at_a_time: bool = False
 
 
-def whole_output(plan: ConversionPlan, n_free_bytes: int) -> DiskBudget:
+def whole_output(plan: ShardedPlan, n_free_bytes: int) -> DiskBudget:
     """Return the budget of an output that stays in OUT as a whole.
 
     Args:
@@ -40,7 +40,7 @@ def whole_output(plan: ConversionPlan, n_free_bytes: int) -> DiskBudget:
 
 
 def shards_on_their_way(
-    plan: ConversionPlan, done: Collection[str], n_free_bytes: int, max_disk_bytes: int | None
+    plan: ShardedPlan, done: Collection[str], n_free_bytes: int, max_disk_bytes: int | None
 ) -> DiskBudget:
     """Return the budget of an output whose shards are removed once they are sent: the fastest that fits.
 
@@ -67,11 +67,11 @@ def shards_on_their_way(
     )
 
 
-def _auxiliary_bytes(plan: ConversionPlan) -> int:
+def _auxiliary_bytes(plan: ShardedPlan) -> int:
     return sum(path.stat().st_size for path in plan.source.auxiliary_files)
 
 
-def _peak_bytes(plan: ConversionPlan, done: Collection[str], n_behind: int) -> int:
+def _peak_bytes(plan: ShardedPlan, done: Collection[str], n_behind: int) -> int:
     """Return the most bytes of shards that are begun and not yet gone, at any time.
 
     Args:

@@ -1,37 +1,30 @@
 """`export`: an int8 checkpoint rewritten for another loader, or dequantized, or in shards of another size.
 
-1. Headers, config and scales of the source are read and checked, and the output is laid out: nothing is written yet.
-2. Shard by shard, tensor by tensor, block by block: codes as they are, scales as the format wants them.
-3. Small files last, config.json the very last.
-
-Nothing is quantized anew. A run that fails or is interrupted removes what it wrote; it is not resumed, for it takes
-about as long as copying the files. Memory: a megabyte block or two, and the headers.
+It runs on the pipeline of `quantize`, by another plan: nothing is quantized. Codes are copied, scales recoded.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
-from int8convert.checkpoint.loaders.shard_index import build_index
-from int8convert.checkpoint.manifest import ShardRecord, describe_source
-from int8convert.checkpoint.safetensors_file import METADATA_NAME
-from int8convert.checkpoint.shard_writer import ShardWriter
-from int8convert.conversion.export_plan import ExportedShard, ExportPlan, make_export_plan
-from int8convert.conversion.export_tensors import ItemWriter, Target
+from int8convert.checkpoint.manifest import describe_source
+from int8convert.conversion.destination import Destination, LocalDestination
+from int8convert.conversion.device import CPU
+from int8convert.conversion.job import Conversion
 from int8convert.conversion.output import OutputDirectory
-from int8convert.conversion.output_place import as_output_error
-from int8convert.errors import DiskFullError, Int8ConvertError, OutputError, SourceError, stating
-from int8convert.events import EventSink, ShardFinished, ignore
+from int8convert.conversion.readers import Reading
+from int8convert.errors import OutputError, stating
+from int8convert.events import Event, EventSink, PlanMade, ShardSkipped
 from int8convert.formats.format import Format
-from int8convert.formats.int8_checkpoint import DTYPES, SourceReaders, open_int8_checkpoint
-from int8convert.sources import is_repository_name, open_source
+from int8convert.formats.int8_checkpoint import DTYPES, open_int8_checkpoint
+from int8convert.planning.export_plan import ExportPlan, Target, make_export_plan
+from int8convert.progress_bar import sink_or_bar
+from int8convert.sources import open_source
 from int8convert.text import parse_size, quoted
 
 
@@ -40,16 +33,19 @@ class ExportReport:
     """The outcome of `export`.
 
     Attributes:
-        source, out: as named by the caller.
+        source, out: as named by the caller; `out` is None if it was removed because all of it is elsewhere.
         source_format, format: quant_method before and after; None if dequantized.
         dtype: what the weights were dequantized to; None if they were not.
         n_int8_weights: weights of modules that are int8 in the source.
         n_changed_scales: rows whose scale no absmax gives back exactly, so that it moved by one unit in the last place.
         elapsed_s: seconds of wall time.
+        commit: of the source on the Hub; None for a directory.
+        reader, reader_reason: how shards came from the Hub; the reason is None if the user chose. None if none did.
+        n_done_shards: shards that an earlier run finished.
     """
 
     source: str
-    out: str
+    out: str | None
     source_format: str
     format: str | None
     dtype: str | None
@@ -60,6 +56,10 @@ class ExportReport:
     n_changed_scales: int
     notes: tuple[str, ...]
     elapsed_s: float
+    commit: str | None = None
+    reader: str | None = None
+    reader_reason: str | None = None
+    n_done_shards: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": 1, **asdict(self)}
@@ -73,78 +73,72 @@ def export(
     format: str | None = None,
     dequantize: str | None = None,
     max_shard_size: int | str | None = None,
+    workers: int | None = None,
     overwrite: bool = False,
+    check: bool = False,
+    reading: Reading | None = None,
+    destination: Destination | None = None,
     on_event: EventSink | None = None,
 ) -> ExportReport:
     """Rewrite an int8 checkpoint for another loader, dequantize it, or only cut it into other shards.
 
     The codes stay as they are. A scale that goes from one format to another and back is the same, bit for bit, if the
-    weights were quantized from fp16 or bf16; `scales` tells what else can happen. Dequantized weights are those the
-    source's own loader computes, rounded to `dequantize`.
+    weights were quantized from fp16 or bf16; `formats.scales` tells what else can happen. Dequantized weights are those
+    that the source's own loader computes, rounded to `dequantize`. An export that is interrupted resumes as `quantize`
+    does.
 
     Args:
-        src: an int8 checkpoint of bitsandbytes, compressed-tensors or torchao, written by int8convert or by them.
-        out: the directory to write; must not exist or be empty, unless `overwrite`.
+        src: an int8 checkpoint of bitsandbytes, compressed-tensors or torchao, written by int8convert or by them: a
+            directory, or the name of a repository on the Hub.
+        out: the directory to write; must not exist, be empty, or hold an unfinished export of the same source with the
+            same options, unless `overwrite`.
         format: "bitsandbytes", "compressed-tensors" or "torchao"; None keeps that of the source.
         dequantize: "float16", "bfloat16" or "float32", for weights that are not int8; other tensors stay as they are.
         max_shard_size: bytes, or a string such as "5GB"; None makes one output shard for each source shard.
+        workers: threads; None takes the cores this process may use.
         overwrite: replace a checkpoint in `out`.
-        on_event: receives `ShardFinished`.
+        check: when resuming, trust finished shards by their sha256 and not only by their size.
+        reading: how a repository is read; None takes the defaults.
+        destination: where finished shards go; None keeps them in `out`.
+        on_event: receives events; None shows a tqdm bar.
 
     Raises:
-        Int8ConvertError: what went wrong, and what to do; what was written is removed.
+        Int8ConvertError: what went wrong, and what to do.
         ValueError: an argument is out of its range, or there is nothing to change.
     """
     began = time.perf_counter()
     check_choice(format, dequantize, max_shard_size)
+    n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
+    if n_workers < 1:
+        raise ValueError("workers must be at least 1")
+    reading, destination = reading or Reading(), destination or LocalDestination()
     max_shard_bytes = parse_size(max_shard_size)
-    if is_repository_name(src):  # its shards would be read by range, which has no hash
-        raise SourceError(
-            f"no directory {quoted(str(src), 200)} is here, and export takes directories, not repositories on the Hub",
-            f"fetch the repository by `hf download {src} --local-dir DIR`, and name DIR",
-        )
-    source = open_source(src)
-    _check_outside(Path(out), source.directory)
+    source = open_source(src, reading.revision, reading.cache_dir)
+    if source.commit is None:
+        _check_outside(Path(out), source.directory)
     checkpoint = open_int8_checkpoint(source)
     wanted = Format(format) if format else None if dequantize else checkpoint.format
-    plan = make_export_plan(
-        checkpoint, Target(checkpoint.format, wanted, DTYPES.get(dequantize or "", "")), max_shard_bytes
-    )
+    target = Target(checkpoint.format, wanted, DTYPES.get(dequantize or "", ""))
+    plan = make_export_plan(checkpoint, target, max_shard_bytes)
     request = {
-        "format": str(wanted) if wanted else dequantize,
+        "format": target.name,
         "source": describe_source(source),
         "options": {"max_shard_bytes": max_shard_bytes},
     }
     output = OutputDirectory(out, source, request, overwrite)
-    if output.is_complete and not overwrite:
-        raise OutputError(
-            f"OUT '{out}' holds this very export already",
-            "name another directory, or pass --overwrite to write it again",
-        )
-    with output.in_use():
-        needed = plan.n_written_bytes + sum(path.stat().st_size for path in source.auxiliary_files)
-        if needed > output.free_bytes():
-            raise DiskFullError(
-                f"OUT '{out}' needs {needed:,} bytes, its disk has {output.free_bytes():,} free",
-                "make room, or name a directory on another disk, and rerun the same command",
-            )
-        with _leaving_nothing(output):
-            output.begin({}, len(plan.shards))
-            n_changed = _write(plan, output, on_event or ignore)
-    return ExportReport(
-        source=source.label,
-        out=str(out),
-        source_format=str(checkpoint.format),
-        format=str(wanted) if wanted else None,
-        dtype=dequantize,
-        n_shards=len(plan.shards),
-        n_read_bytes=source.n_bytes,
-        n_written_bytes=plan.n_written_bytes,
-        n_int8_weights=len(checkpoint.weights),
-        n_changed_scales=n_changed,
-        notes=(*source.notes, *plan.notes),
-        elapsed_s=time.perf_counter() - began,
-    )
+    job = Conversion(output, destination, reading, check)
+    seen: list[Event] = []
+    with sink_or_bar(on_event, "export") as sink, output.in_use(), job.stating_progress():
+
+        def emit(event: Event) -> None:
+            if isinstance(event, PlanMade | ShardSkipped):
+                seen.append(event)
+            sink(event)
+
+        job.run(plan, plan.config, _summary(plan), n_workers, CPU, emit)
+    if not destination.keeps:
+        output.remove_empty()
+    return _report(plan, seen, str(out) if destination.keeps else None, time.perf_counter() - began)
 
 
 def check_choice(format: str | None, dequantize: str | None, max_shard_size: int | str | None) -> None:
@@ -168,49 +162,33 @@ def _check_outside(new: Path, out: Path) -> None:
         )
 
 
-@contextmanager
-def _leaving_nothing(output: OutputDirectory) -> Iterator[None]:
-    """Whatever stops the body, what it wrote is removed; OSErrors here are the output's."""
-    try:
-        yield
-    except BaseException as error:
-        output.discard()
-        if not isinstance(error, OSError | Int8ConvertError):
-            raise
-        told = as_output_error(error, output.path) if isinstance(error, OSError) else error
-        told.state = "what this run had written was removed"
-        raise told from error
-
-
-def _write(plan: ExportPlan, output: OutputDirectory, emit: EventSink) -> int:
-    """Write all files; the number of scales that changed."""
-    records = []
-    n_changed = 0
-    for i, shard in enumerate(plan.shards):
-        writer = ShardWriter(output.path / shard.file_name, shard.outputs)
-        try:
-            n_changed += _write_items(shard, plan.target, writer)
-            sha256 = writer.commit()
-        finally:
-            writer.discard()
-        records.append(ShardRecord(shard.file_name, shard.n_bytes, sha256, "", {}, {}))
-        emit(ShardFinished(i, len(plan.shards), shard.file_name, shard.n_bytes))
-    summary = {
+def _summary(plan: ExportPlan) -> dict[str, Any]:
+    """Return the entries of the manifest that are about the whole checkpoint."""
+    return {
         "tool": f"int8convert {__version__}",
         "source_format": str(plan.target.source_format),
-        "n_changed_scales": n_changed,
+        "n_changed_scales": plan.n_changed_scales,
     }
-    index = None
-    if len(plan.shards) > 1:
-        weight_map = {name: s.file_name for s in plan.shards for name in s.outputs if name != METADATA_NAME}
-        index = build_index(weight_map, plan.n_tensor_bytes, plan.n_parameters)
-    output.complete(plan.source, plan.config, index, summary, records)
-    return n_changed
 
 
-def _write_items(shard: ExportedShard, target: Target, writer: ShardWriter) -> int:
-    with SourceReaders() as readers:
-        items = ItemWriter(target, readers, writer)
-        for item in shard.items:
-            items.write(item)
-        return items.n_changed_scales
+def _report(plan: ExportPlan, seen: list[Event], out: str | None, elapsed_s: float) -> ExportReport:
+    made = next(event for event in seen if isinstance(event, PlanMade))
+    target = plan.target
+    return ExportReport(
+        source=plan.source.label,
+        out=out,
+        source_format=str(target.source_format),
+        format=str(target.format) if target.format else None,
+        dtype=None if target.format else target.name,
+        n_shards=len(plan.shards),
+        n_read_bytes=plan.source.n_bytes,
+        n_written_bytes=plan.n_written_bytes,
+        n_int8_weights=plan.n_int8_weights,
+        n_changed_scales=plan.n_changed_scales,
+        notes=plan.notes,
+        elapsed_s=elapsed_s,
+        commit=plan.source.commit,
+        reader=made.reader,
+        reader_reason=made.reader_reason or None,
+        n_done_shards=sum(isinstance(event, ShardSkipped) for event in seen),
+    )

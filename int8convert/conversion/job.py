@@ -19,7 +19,7 @@ from int8convert.conversion.readers import ReaderChoice, Reading, access_maker, 
 from int8convert.conversion.records import plan_made
 from int8convert.errors import DiskFullError, Int8ConvertError
 from int8convert.events import EventSink
-from int8convert.planning.plan import ConversionPlan, PlannedShard, output_weight_map
+from int8convert.planning.plan import PlannedShard, ShardedPlan, output_weight_map
 from int8convert.planning.reading_order import ReadingOrder
 
 
@@ -41,7 +41,7 @@ class Conversion:
 
     def run(
         self,
-        plan: ConversionPlan,
+        plan: ShardedPlan,
         config: Mapping[str, Any],
         summary: Mapping[str, Any],
         n_workers: int,
@@ -78,7 +78,7 @@ class Conversion:
         self._output.complete(plan.source, config, index, summary, records)
         self._destination.complete(self._output)
 
-    def _find_finished(self, plan: ConversionPlan) -> dict[str, ShardRecord]:
+    def _find_finished(self, plan: ShardedPlan) -> dict[str, ShardRecord]:
         records = {} if self._output.replaces else self._output.manifest.read_records()
         done = {s.file_name: records[s.file_name] for s in plan.shards if self._is_done(s, records)}
         return self._destination.find_finished(plan, done, self._output)
@@ -93,7 +93,7 @@ class Conversion:
             return False
         return not self._check or file_sha256(path) == record.sha256
 
-    def _check_disk(self, plan: ConversionPlan, done: Mapping[str, ShardRecord]) -> DiskBudget:
+    def _check_disk(self, plan: ShardedPlan, done: Mapping[str, ShardRecord]) -> DiskBudget:
         n_free_bytes = self._output.free_bytes()
         budget = self._destination.budget(plan, done, n_free_bytes)
         if budget.n_spare_bytes < 0:
@@ -104,7 +104,7 @@ class Conversion:
         return budget
 
     def _choose_reader(
-        self, plan: ConversionPlan, done: Mapping[str, ShardRecord], budget: DiskBudget, n_workers: int
+        self, plan: ShardedPlan, done: Mapping[str, ShardRecord], budget: DiskBudget, n_workers: int
     ) -> ReaderChoice | None:
         """Return how the shards that are left come from the Hub; None for a local source."""
         if not is_remote(plan.source):

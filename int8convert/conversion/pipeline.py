@@ -31,7 +31,7 @@ from int8convert.conversion.records import replay_events
 from int8convert.conversion.shard_blocks import ShardBlocks
 from int8convert.errors import CorruptFileError, NonFiniteWeightError
 from int8convert.events import Event, EventSink, ShardRepeated, ShardSkipped, ShardStarted
-from int8convert.planning.plan import ConversionPlan, PlannedShard
+from int8convert.planning.plan import PlannedShard, ShardedPlan
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 from int8convert.text import quoted
 
@@ -75,7 +75,7 @@ class Pipeline:
 
     def run(
         self,
-        plan: ConversionPlan,
+        plan: ShardedPlan,
         done: Mapping[str, ShardRecord],
         make_access: MakeAccess,
         deliver: Deliver,
@@ -113,7 +113,7 @@ class Pipeline:
         return [records[shard.file_name] for shard in plan.shards]
 
     def _announce_repeat(
-        self, plan: ConversionPlan, records: Mapping[str, ShardRecord], damage: DamagedShardError, n_times: int
+        self, plan: ShardedPlan, records: Mapping[str, ShardRecord], damage: DamagedShardError, n_times: int
     ) -> None:
         """Announce that all unfinished shards are converted again, unless the source came too often with wrong bytes.
 
@@ -131,7 +131,7 @@ class Pipeline:
 
     def _convert_all(
         self,
-        plan: ConversionPlan,
+        plan: ShardedPlan,
         order: ReadingOrder,
         access: ShardAccess,
         committer: Committer,

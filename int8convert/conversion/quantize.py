@@ -19,13 +19,10 @@ from int8convert.conversion.records import plan_summary
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NonFiniteWeightError, stating
 from int8convert.events import Event, EventSink
-from int8convert.planning.output_config import converted_config
+from int8convert.planning.output_config import DEFAULT_THRESHOLD, converted_config
 from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
 from int8convert.progress_bar import sink_or_bar
-
-DEFAULT_THRESHOLD = 6.0
-"""Feature dimensions with a magnitude at or above it stay 16-bit: LLM.int8(), arXiv:2208.07339, Sec. 3.2."""
 
 
 @stating("nothing was written")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from int8convert.checkpoint.shard_access import LocalShards, ShardAccess
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.decoding.fp8 import fetch_scales
+from int8convert.decoding.scale import fetch_scales
 from int8convert.events import Event, EventSink, SourceFetched
 from int8convert.hub.download import MAX_ON_DISK, ShardDownload, is_cached, is_downloadable
 from int8convert.hub.stream import ShardStream
@@ -36,14 +36,17 @@ class Reader(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How shards are read from the Hub. Ignored for local sources.
+    """How a repository on the Hub is read. Ignored for local sources.
 
     Attributes:
+        reader: how its shards are read.
         cache_dir: a Hub cache that keeps downloads; None removes them after use.
+        revision: a branch, a tag or a commit; None is the main branch.
     """
 
     reader: Reader = Reader.AUTO
     cache_dir: Path | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

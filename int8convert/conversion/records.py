@@ -13,24 +13,24 @@ from int8convert.conversion.device import Device
 from int8convert.conversion.readers import ReaderChoice
 from int8convert.events import PlanMade, TensorKept, TensorQuantized
 from int8convert.planning.needs import made_up
-from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
+from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor, ShardedPlan
 
 _DECIMALS = 3
 """Decimals of decibels: the last digits of a float32 sum depend on the width of a processor's vectors."""
 
 
-def plan_made(plan: ConversionPlan, device: Device, reader: ReaderChoice | None = None) -> PlanMade:
+def plan_made(plan: ShardedPlan, device: Device, reader: ReaderChoice | None = None) -> PlanMade:
     """Return the event of a plan; `reader` is None where nothing is read from the Hub."""
     return PlanMade(
         source=plan.source.label,
         commit=plan.source.commit,
-        model_class=plan.model_map.model_class,
+        model_class=plan.model_class,
         n_source_shards=len(plan.source.shards),
         n_read_bytes=plan.n_read_bytes,
         n_shards=len(plan.shards),
         n_written_bytes=plan.n_written_bytes,
         coverage=plan.coverage,
-        notes=tuple(plan.model_map.notes),
+        notes=plan.notes,
         device=device.name,
         device_reason=device.reason or "",
         reader=str(reader.reader) if reader else None,

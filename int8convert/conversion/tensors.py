@@ -23,10 +23,11 @@ from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.conversion.records import kept_event, quantized_event
 from int8convert.decoding.fp8 import FP8_DTYPES, Fp8Decoder
+from int8convert.decoding.int8 import Int8Decoder, Int8Scale
 from int8convert.errors import NonFiniteWeightError
 from int8convert.events import TensorKept, TensorQuantized
 from int8convert.formats.modules import module_of
-from int8convert.planning.plan import PlannedTensor
+from int8convert.planning.plan import PlannedTensor, TensorAction
 
 FP16_MAX = 65504.0
 """bitsandbytes computes in fp16: a row with a larger weight would come out as infinity or zero there."""
@@ -38,15 +39,16 @@ _GLANCE_BYTES = 4096
 
 def values_dtype(tensor: PlannedTensor) -> str:
     """The dtype of the values that `SourceRows` gives."""
-    return "F32" if tensor.source.dtype in FP8_DTYPES or tensor.lora else tensor.source.dtype
+    is_decoded = tensor.source.dtype in FP8_DTYPES or tensor.action is TensorAction.DEQUANTIZE
+    return "F32" if is_decoded or tensor.lora else tensor.source.dtype
 
 
 class SourceRows:
-    """The rows of a planned tensor, as the values that count: FP8 codes decoded, an adapter merged, both in float32."""
+    """The rows of a planned tensor as numbers: codes decoded and an adapter merged, both in float32."""
 
     def __init__(self, tensor: PlannedTensor, stored: StoredTensor) -> None:
         self.stored = stored
-        self._fp8 = Fp8Decoder(stored.dtype, tensor.fp8) if stored.dtype in FP8_DTYPES else None
+        self._decoder = _decoder(tensor, stored)
         self._lora = tensor.lora.load() if tensor.lora else None
         if self._lora and tensor.lora and tensor.lora.is_transposed and not tensor.is_quantized:
             self._lora = self._lora.transposed()
@@ -55,15 +57,21 @@ class SourceRows:
     def values(self, block: Block, begin: int, end: int) -> npt.NDArray[Any]:
         """C-contiguous, of `dtype`."""
         rows = as_array(self.stored, block, begin, end)
-        if self._fp8:
-            rows = self._fp8.decode(rows, begin)
+        if self._decoder:
+            rows = self._decoder.decode(rows, begin)
         elif self._lora:
             rows = widen(rows, self.stored.dtype)
         return self._lora.merge(rows, begin) if self._lora else rows
 
 
+def _decoder(tensor: PlannedTensor, stored: StoredTensor) -> Fp8Decoder | Int8Decoder | None:
+    if isinstance(tensor.scale, Int8Scale):
+        return Int8Decoder(tensor.scale, is_transposed=stored.strides is not None)
+    return Fp8Decoder(stored.dtype, tensor.scale) if stored.dtype in FP8_DTYPES else None
+
+
 class TensorCopy:
-    """A tensor that stays as it is, or in another float dtype."""
+    """A tensor that is written in a float dtype: as it is, or decoded from FP8 or int8 codes."""
 
     def __init__(self, tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> None:
         self._tensor = tensor
@@ -106,7 +114,7 @@ class TensorCopy:
 def _without_dimensions(tensor: PlannedTensor) -> StoredTensor:
     """The tensor as one dimension, where its place in a row or column does not matter, so that no row is too long."""
     stored = tensor.source
-    if stored.strides is not None or tensor.fp8 is not None or tensor.lora is not None:
+    if stored.strides is not None or tensor.scale is not None or tensor.lora is not None:
         return stored
     return replace(stored, shape=(stored.n_elements,))
 
@@ -194,13 +202,52 @@ def _shown(value: Any) -> str:
     return "NaN" if np.isnan(value) else f"{value:g}"
 
 
-TensorTask = TensorCopy | TensorQuantization
+class ScaleRecoding:
+    """The scales of an int8 weight, which are written as another format has them."""
+
+    def __init__(self, tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> None:
+        self._tensor = tensor
+        self._reader = reader
+        self._writer = writer
+        self._stored = replace(tensor.source, shape=(tensor.source.n_elements,))
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield one range: the scales are small, and are written as one."""
+        yield 0, self._stored.shape[0]
+
+    def read(self, begin: int, end: int, scratch: Scratch) -> Block:
+        """Read the scales."""
+        return read_rows(self._stored, self._reader, begin, end, scratch)
+
+    def convert(self, block: Block, begin: int, end: int, scratch: Scratch) -> None:
+        """Write the scales, and what else the format's loader demands beside the codes."""
+        assert self._tensor.source_format is not None
+        source, target = module_of(self._tensor.source_format), module_of(self._tensor.format)
+        values = widen(as_array(self._stored, block, begin, end), self._stored.dtype)
+        stored = target.from_scale(source.to_scale(values))
+        for name, data in target.tensors_beside(self._tensor.weight_name, stored).items():
+            self._writer.write(name, data)
+
+    @property
+    def file_name(self) -> str:
+        return self._tensor.shard.path.name
+
+    def finish(self) -> TensorKept:
+        return kept_event(self._tensor, 0, 0)
+
+
+TensorTask = TensorCopy | TensorQuantization | ScaleRecoding
 
 
 def tensor_task(tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> TensorTask:
-    """The work the plan foresees for a tensor."""
-    task = TensorQuantization if tensor.is_quantized else TensorCopy
-    return task(tensor, reader, writer)
+    """Return the work that the plan foresees for a tensor."""
+    match tensor.action:
+        case TensorAction.QUANTIZE:
+            return TensorQuantization(tensor, reader, writer)
+        case TensorAction.RECODE:
+            return ScaleRecoding(tensor, reader, writer)
+        case TensorAction.COPY | TensorAction.DEQUANTIZE:
+            return TensorCopy(tensor, reader, writer)
 
 
 class BlockCounter:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cuda_kernels import cpu
 from int8convert.checkpoint.floats import NUMPY_DTYPE, widen
 from int8convert.checkpoint.rows import read_whole
-from int8convert.checkpoint.source import CheckpointSource, RemoteFile, SourceShard
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
@@ -50,25 +50,6 @@ class Fp8Scale:
             reader.close()
         n_columns = self.stored.shape[1] if len(self.stored.shape) == 2 else 1
         return np.ascontiguousarray(wide).reshape(-1, n_columns)
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """Where in the file it is: first byte, and one behind the last."""
-        return self.stored.offset, self.stored.offset + self.stored.span_bytes
-
-    def is_as_fetched(self) -> bool:
-        """Whether a scale on the Hub comes once more as it had come; any other is what it is."""
-        return self.shard.remote is None or self.shard.remote.refetch_matches([self.span])
-
-
-def fetch_scales(scales: Iterable[Fp8Scale]) -> None:
-    """Have the scales that are on the Hub before their weights are read, a whole shard's by few requests."""
-    ranges: dict[str, tuple[RemoteFile, list[tuple[int, int]]]] = {}
-    for scale in scales:
-        if (remote := scale.shard.remote) is not None:
-            ranges.setdefault(scale.shard.path.name, (remote, []))[1].append(scale.span)
-    for remote, wanted in ranges.values():
-        remote.fetch(wanted)
 
 
 def _e8m0_values(exponents: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

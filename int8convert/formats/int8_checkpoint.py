@@ -16,7 +16,7 @@ Source: bitsandbytes 0.50, compressed-tensors 0.20, torchao 0.18, as they write.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ import numpy.typing as npt
 from int8convert.checkpoint.floats import widen_bfloat16
 from int8convert.checkpoint.rows import Scratch, as_array, read_rows
 from int8convert.checkpoint.safetensors_file import read_safetensors_metadata
-from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard
+from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard, fetch_tensors
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.config import BLOCK, read_format
@@ -178,7 +178,7 @@ def open_int8_checkpoint(source: CheckpointSource) -> Int8Checkpoint:
             f"the source holds no int8 weights, although its config.json names {found}",
             "look at it with int8convert inspect",
         )
-    _check_values(found, weights.values())
+    _check_values(found, list(weights.values()))
     items = (weights.get(name, tensor) for name, tensor in tensors.items() if name in weights or name in others)
     return Int8Checkpoint(source, found, tuple(items))
 
@@ -218,8 +218,10 @@ def _check_part(part: PlacedTensor, n_rows: int, dtypes: frozenset[str]) -> None
         )
 
 
-def _check_values(found: Format, weights: Iterable[Int8Weight]) -> None:
+def _check_values(found: Format, weights: Sequence[Int8Weight]) -> None:
     """Look at all that is not codes."""
+    parts = [part for weight in weights for part in weight.parts[1:]]
+    fetch_tensors((part.shard, part.stored) for part in parts)
     with SourceReaders() as readers:
         for weight in weights:
             scale = readers.read_scale(weight.scale)

@@ -7,6 +7,9 @@ from typing import Any
 from int8convert.formats.config import int8_config
 from int8convert.planning.plan import ConversionPlan
 
+DEFAULT_THRESHOLD = 6.0
+"""Feature dimensions with a magnitude at or above it stay 16-bit: LLM.int8(), arXiv:2208.07339, Sec. 3.2."""
+
 
 def converted_config(plan: ConversionPlan, threshold: float) -> dict[str, Any]:
     """Return what `quantize` writes into config.json for a plan."""

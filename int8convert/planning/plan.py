@@ -9,15 +9,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 from int8convert.checkpoint.names import shard_name
+from int8convert.checkpoint.safetensors_file import METADATA_NAME
 from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, contiguous_strides
 from int8convert.decoding.fp8 import Fp8Scale
 from int8convert.decoding.fp8_scales import find_scales
+from int8convert.decoding.int8 import Int8Scale
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.modules import module_of
@@ -26,6 +29,21 @@ from int8convert.planning.expert_layouts import split
 from int8convert.planning.lora import AdapterPlacement, BaseTensor, LoraDelta, place_adapter
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap
 from int8convert.text import quoted
+
+
+class TensorAction(StrEnum):
+    """What is done with a tensor.
+
+    COPY: it stays as it is, or is written in another float dtype.
+    QUANTIZE: it becomes int8 codes with a scale for each row.
+    RECODE: it is the scale of an int8 weight, and is written as another format has it. The codes are copied.
+    DEQUANTIZE: it is the codes of an int8 weight, and becomes the weights that they stand for.
+    """
+
+    COPY = "copy"
+    QUANTIZE = "quantize"
+    RECODE = "recode"
+    DEQUANTIZE = "dequantize"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +57,9 @@ class PlannedTensor:
         output_dtype: I8 if it becomes int8 with a scale, else what it is copied as.
         reason: why it is copied; "" if quantized.
         format: where its scale will stand.
-        fp8: the scale of its FP8 codes; None if it has none.
+        scale: the scale of its FP8 or int8 codes, by which they are decoded; None if it has none.
         lora: what an adapter adds to it.
+        source_format: the format of an int8 weight that it belongs to, if it is recoded or dequantized.
     """
 
     source: StoredTensor
@@ -49,23 +68,43 @@ class PlannedTensor:
     output_dtype: str
     reason: str
     format: Format
-    fp8: Fp8Scale | None = field(default=None, repr=False)
+    scale: Fp8Scale | Int8Scale | None = field(default=None, repr=False)
     lora: LoraDelta | None = field(default=None, repr=False)
+    source_format: Format | None = None
 
     @property
     def shards(self) -> tuple[SourceShard, ...]:
         """The files it is made of: its own, and the one its scale is in."""
-        return (self.shard,) if self.fp8 is None else (self.shard, self.fp8.shard)
+        return (self.shard,) if self.scale is None else (self.shard, self.scale.shard)
+
+    @property
+    def action(self) -> TensorAction:
+        """What is done with it."""
+        if self.source_format is not None:
+            return TensorAction.DEQUANTIZE if self.source.dtype == "I8" else TensorAction.RECODE
+        is_quantized = self.output_dtype == "I8" and self.source.dtype != "I8"
+        return TensorAction.QUANTIZE if is_quantized else TensorAction.COPY
 
     @property
     def is_quantized(self) -> bool:
-        return self.output_dtype == "I8" and self.source.dtype != "I8"
+        return self.action is TensorAction.QUANTIZE
 
     def output_specs(self) -> TensorSpecs:
         """The tensors it becomes."""
-        if not self.is_quantized:
-            return {self.output_name: (self.output_dtype, self.source.shape)}
-        return module_of(self.format).weight_specs(self.output_name, self.source.shape)
+        module = module_of(self.format)
+        match self.action:
+            case TensorAction.QUANTIZE:
+                return module.weight_specs(self.output_name, self.source.shape)
+            case TensorAction.RECODE:
+                _codes, *beside = module.weight_specs(self.weight_name, (self.source.shape[0], 0)).items()
+                return dict(beside)
+            case TensorAction.COPY | TensorAction.DEQUANTIZE:
+                return {self.output_name: (self.output_dtype, self.source.shape)}
+
+    @property
+    def weight_name(self) -> str:
+        """The name that the weight of its module has in the output."""
+        return f"{self.output_name.rpartition('.')[0]}.weight"
 
     @property
     def output_bytes(self) -> int:
@@ -107,13 +146,64 @@ class PlannedShard:
                 t.source.strides,
                 t.output_name,
                 t.output_dtype,
-                t.fp8 and [t.fp8.shard.path.name, t.fp8.stored.name, t.fp8.block],
+                (isinstance(t.scale, Fp8Scale) and [t.scale.shard.path.name, t.scale.stored.name, t.scale.block])
+                or None,
                 t.lora and [t.lora.update.module_name, t.lora.update.scaling],
+                *([t.action, t.source_format, t.format] if t.source_format else []),
             ]
             for t in self.tensors
         ]
         content = json.dumps([self.file_name, list(self.outputs.items()), tensors])
         return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _scale_digest(scale: Fp8Scale | Int8Scale | None) -> list[Any] | None:
+    if scale is None:
+        return None
+    block = scale.block if isinstance(scale, Fp8Scale) else scale.format
+    return [scale.shard.path.name, scale.stored.name, block]
+
+
+class ShardedPlan(Protocol):
+    """What the conversion obeys: the shards of an output, made of the tensors of a source.
+
+    Attributes:
+        source: what is read.
+        shards: what is written.
+        n_parameters: of the model.
+        model_class: the transformers class that decided; None if none did.
+        coverage: share of the parameters that become int8, 0 to 1; None for an export.
+        notes: what the user should know.
+        tensors: of all shards.
+        n_read_bytes, n_written_bytes: of the tensors that are read, and of the shards, headers included.
+    """
+
+    @property
+    def source(self) -> CheckpointSource: ...
+
+    @property
+    def shards(self) -> tuple[PlannedShard, ...]: ...
+
+    @property
+    def n_parameters(self) -> int: ...
+
+    @property
+    def model_class(self) -> str | None: ...
+
+    @property
+    def coverage(self) -> float | None: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def tensors(self) -> Iterator[PlannedTensor]: ...
+
+    @property
+    def n_read_bytes(self) -> int: ...
+
+    @property
+    def n_written_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +221,14 @@ class ConversionPlan:
     model_map: ModelMap
     shards: tuple[PlannedShard, ...]
     dropped: dict[str, str]
+
+    @property
+    def model_class(self) -> str | None:
+        return self.model_map.model_class
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self.model_map.notes)
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
@@ -322,6 +420,6 @@ def _plan_shard(file_name: str, tensors: Iterable[PlannedTensor]) -> PlannedShar
     return PlannedShard(file_name, group, outputs, planned_shard_bytes(outputs))
 
 
-def output_weight_map(plan: ConversionPlan) -> dict[str, str]:
+def output_weight_map(plan: ShardedPlan) -> dict[str, str]:
     """Output tensor name -> file name."""
-    return {name: shard.file_name for shard in plan.shards for name in shard.outputs}
+    return {name: shard.file_name for shard in plan.shards for name in shard.outputs if name != METADATA_NAME}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Container
 from int8convert.checkpoint.rows import Block, largest_block_bytes
 from int8convert.checkpoint.shard_access import ShardAccess
 from int8convert.checkpoint.source import SourceShard
-from int8convert.planning.plan import ConversionPlan, PlannedTensor
+from int8convert.planning.plan import PlannedTensor, ShardedPlan
 
 MakeAccess = Callable[["ReadingOrder", Collection[str]], ShardAccess]
 """Access to the shards of a reading order; some files, by name, came with wrong bytes before."""
@@ -30,15 +30,15 @@ class ReadingOrder:
 
     Attributes:
         shards: source shards, in the order of their first tensor; behind them those of which only scales are needed.
-        scales: of FP8 codes; they are read before everything else.
+        scales: of FP8 and int8 codes; they are read before everything else.
     """
 
-    def __init__(self, plan: ConversionPlan, done: Container[str] = ()) -> None:
+    def __init__(self, plan: ShardedPlan, done: Container[str] = ()) -> None:
         tensors = [tensor for shard in plan.shards if shard.file_name not in done for tensor in shard.tensors]
         shards: dict[str, SourceShard] = {}
         for tensor in tensors:
             shards.setdefault(tensor.shard.path.name, tensor.shard)
-        self.scales = [tensor.fp8 for tensor in tensors if tensor.fp8 is not None]
+        self.scales = [tensor.scale for tensor in tensors if tensor.scale is not None]
         for scale in sorted(self.scales, key=lambda scale: scale.shard.path.name):
             shards.setdefault(scale.shard.path.name, scale.shard)
         self.shards = tuple(shards.values())

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from int8convert import __version__
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.quantize import DEFAULT_THRESHOLD
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.events import EventSink
 from int8convert.formats.config import read_threshold
+from int8convert.planning.output_config import DEFAULT_THRESHOLD
 from int8convert.progress_bar import sink_or_bar
 from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import Text, open_text

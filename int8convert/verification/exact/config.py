@@ -16,12 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.export_plan import exported_config
-from int8convert.conversion.export_tensors import Target
 from int8convert.formats.config import read_format
 from int8convert.formats.format import Format
 from int8convert.formats.int8_checkpoint import open_int8_checkpoint
 from int8convert.formats.modules import module_of
+from int8convert.planning.export_plan import Target, exported_config
 from int8convert.planning.output_config import converted_config
 from int8convert.planning.plan import ConversionPlan
 from int8convert.sources import open_source

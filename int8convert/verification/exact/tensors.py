@@ -155,7 +155,7 @@ def compare_kept(pair: KeptPair) -> TensorResult:
     planned, there = pair.planned, pair.tensor.stored
     source = planned.source
     # Row by row only if a value's place in its row matters.
-    is_plain = source.strides is None and there.strides is None and planned.fp8 is None and planned.lora is None
+    is_plain = source.strides is None and there.strides is None and planned.scale is None and planned.lora is None
     source, there = (flat(source), flat(there)) if is_plain or not source.shape else (source, there)
     has_int8_form = True
     with PlannedRows(planned, source) as expected_rows, TensorRows(there, pair.tensor.shard) as found_rows:
