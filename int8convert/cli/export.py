@@ -6,33 +6,70 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8convert.cli.console import note, print_json, print_line, reporting_errors
-from int8convert.cli.options import AsJson, UsageError, check_choice, check_named, check_size
+from int8convert.cli.console import (
+    RESUMABLE,
+    RESUMABLE_THERE,
+    note,
+    print_json,
+    print_line,
+    quieting_hub,
+    reporting_errors,
+)
+from int8convert.cli.options import (
+    EXIT_CODES,
+    AsJson,
+    CacheDir,
+    Check,
+    Int8Checkpoint,
+    Keep,
+    MaxDisk,
+    NoXet,
+    Private,
+    Quiet,
+    ReaderName,
+    Revision,
+    Upload,
+    UsageError,
+    Workers,
+    check_choice,
+    check_named,
+    check_remote,
+    check_size,
+    check_upload_options,
+    given_options,
+    option_name,
+    turn_off_xet,
+)
+from int8convert.cli.publishing import make_destination, print_published
 from int8convert.text import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from int8convert.conversion.export import ExportReport
 
-HELP = """Rewrite an int8 checkpoint for another loader, dequantize it, or cut it into other shards.
+HELP = f"""Rewrite an int8 checkpoint for another loader, dequantize it, or cut it into other shards.
 
-OUT is an int8 checkpoint, of int8convert, bitsandbytes, compressed-tensors or torchao; it is only read. NEW gets the
-same int8 codes with their scales as the format has them; nothing is quantized anew. A run that is interrupted leaves
-nothing and begins from the start: it takes about as long as copying.
+OUT is an int8 checkpoint of int8convert, bitsandbytes, compressed-tensors or torchao. It is only read. NEW gets the
+same int8 codes, with their scales as the format has them. Nothing is quantized.
+
+After an interruption, a kill or a full disk, run the same command again: it resumes after the finished shards.
 
 \b
 Examples:
   int8convert export ./opt-66b-int8 ./opt-66b-vllm --format compressed-tensors
+  int8convert export me/opt-66b-int8 --format compressed-tensors --upload me/opt-66b-vllm
   int8convert export ./opt-66b-int8 ./opt-66b-fp16 --dequantize float16 --max-shard-size 5GB
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
+{EXIT_CODES}
 """
-
-_INTERRUPTED = "what was written was removed; the same command begins from the start"
 
 
 def export(
-    out: Annotated[str, typer.Argument(metavar="OUT", callback=check_named, help="The int8 checkpoint to read.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", callback=check_named, help="The directory to write.")],
+    context: typer.Context,
+    out: Int8Checkpoint,
+    new: Annotated[
+        str | None,
+        typer.Argument(metavar="NEW", callback=check_named, help="The directory to write; not needed with --upload."),
+    ] = None,
     format: Annotated[
         str | None,
         typer.Option("--format", metavar="FORMAT", help="bitsandbytes, compressed-tensors or torchao."),
@@ -45,43 +82,81 @@ def export(
         str | None,
         typer.Option(metavar="SIZE", callback=check_size, help="Such as 5GB; default: one shard for each of OUT's."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in NEW.")] = False,
+    workers: Workers = None,
+    revision: Revision = None,
+    reader: ReaderName = "auto",
+    cache_dir: CacheDir = None,
+    upload: Upload = None,
+    keep: Keep = False,
+    max_disk: MaxDisk = None,
+    private: Private = None,
+    no_xet: NoXet = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in NEW, or REPO.")] = False,
+    check: Check = False,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; notes are printed.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    with reporting_errors(as_json, _INTERRUPTED):
-        from int8convert.cli.progress import showing_progress
+    if no_xet:
+        turn_off_xet()
+    _check_combination(context, out)
+    if new is None and upload is not None:
+        new = f"int8convert-{upload.rpartition('/')[2]}"
+    resumable = RESUMABLE if upload is None else RESUMABLE_THERE
+    with reporting_errors(as_json, resumable), quieting_hub():
+        from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion import export as conversion
+        from int8convert.conversion.readers import Reader, Reading
         from int8convert.formats.format import Format
         from int8convert.formats.int8_checkpoint import DTYPES
 
         check_choice(format, Format, "--format")
         check_choice(dequantize, DTYPES, "--dequantize")
-        if format and dequantize:
-            raise UsageError("give --format or --dequantize, not both")
-        if not (format or dequantize or max_shard_size):
-            raise UsageError("give --format, --dequantize or --max-shard-size")
-
-        with showing_progress(quiet, as_json) as on_event:
+        skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
+        with showing_progress(quiet, as_json, "reading the scales", skipped) as on_event:
+            destination = make_destination(upload, private, keep, max_disk, on_event)
             report = conversion.export(
                 out,
-                new,
+                new or "",
                 format=format,
                 dequantize=dequantize,
                 max_shard_size=max_shard_size,
+                workers=workers,
                 overwrite=overwrite,
+                check=check,
+                reading=Reading(Reader(reader), cache_dir, revision),
+                destination=destination,
                 on_event=on_event,
             )
+        there = destination.outcome()
         if as_json:
-            print_json(report.to_json())
-        else:
-            _print_report(report)
+            print_json({**report.to_json(), "upload": there})
+            return
+        _print_report(report, there["url"] if there else report.out or "")
+        if upload is not None and there is not None:
+            print_published(upload, there, out)
 
 
-def _print_report(report: ExportReport) -> None:
+def _check_combination(context: typer.Context, out: str) -> None:
+    """Refuse options that contradict each other or have no effect."""
+    given = set(given_options(context))
+    if {"format", "dequantize"} <= given:
+        raise UsageError("give --format or --dequantize, not both")
+    if not given & {"format", "dequantize", "max_shard_size"}:
+        raise UsageError("give --format, --dequantize or --max-shard-size")
+    if {"dequantize", "upload"} <= given:
+        raise UsageError("--upload sends int8 checkpoints; send a dequantized one by `hf upload`")
+    if not given & {"new", "upload"}:
+        raise UsageError("NEW is missing: name the directory to write, or pass --upload REPO")
+    check_upload_options(context)
+    for name in ("revision", "reader", "cache_dir"):
+        if name in given:
+            check_remote(option_name(name), out, "checkpoints")
+
+
+def _print_report(report: ExportReport, place: str) -> None:
     print_line(
         f": {report.n_int8_weights} int8 weights of {report.source_format} as {report.format or report.dtype}",
-        head=report.out or "",
+        head=place,
     )
     print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "

@@ -15,6 +15,7 @@ Source: bitsandbytes 0.50, compressed-tensors 0.20, torchao 0.18, as they write.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,11 @@ import numpy.typing as npt
 
 from int8convert.checkpoint.floats import widen_bfloat16
 from int8convert.checkpoint.rows import Scratch, as_array, read_rows
-from int8convert.checkpoint.safetensors_file import read_safetensors_metadata
+from int8convert.checkpoint.safetensors_file import (
+    METADATA_NAME,
+    parse_safetensors_header,
+    read_safetensors_metadata,
+)
 from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard, fetch_tensors
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.errors import CorruptFileError, SourceError
@@ -248,7 +253,7 @@ def header_entries(checkpoint: Int8Checkpoint, format: Format) -> dict[str, str]
     """
     module = module_of(format)
     if checkpoint.format is format:
-        headers = (read_safetensors_metadata(shard.path) for shard in checkpoint.source.shards)
+        headers = map(_file_metadata, checkpoint.source.shards)
         return module.merged_metadata(headers, [f"{weight.module_name}.weight" for weight in checkpoint.weights])
     tensors = {
         f"{item.module_name}.weight" if isinstance(item, Int8Weight) else item.name: (
@@ -257,6 +262,23 @@ def header_entries(checkpoint: Int8Checkpoint, format: Format) -> dict[str, str]
         for item in checkpoint.items
     }
     return module.file_metadata(tensors, checkpoint.dtype)
+
+
+def _file_metadata(shard: SourceShard) -> dict[str, str]:
+    """Return what the header of a shard says of the file as a whole. On the Hub, the header is read again."""
+    if shard.remote is None:
+        return read_safetensors_metadata(shard.path)
+    reader = shard.open()
+    try:
+        n_bytes = bytearray(8)
+        reader.read_into(memoryview(n_bytes), 0)
+        header = bytearray(int.from_bytes(n_bytes, "little"))
+        reader.read_into(memoryview(header), len(n_bytes))
+    finally:
+        reader.close()
+    parse_safetensors_header(bytes(header), shard.n_bytes, shard.path.name)
+    metadata: dict[str, str] = json.loads(header).get(METADATA_NAME) or {}
+    return metadata
 
 
 class SourceReaders:

@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from int8convert.cli.console import RESUMABLE
 from tests.cli.conftest import Run
-from tests.tools.tiny_models import file_bytes, save_checkpoint
+from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
+
+PARTS = ("weight", "SCB")
 
 
 @pytest.fixture
@@ -27,7 +30,8 @@ def int8(run: Run, tmp_path: Path) -> Path:
 def test_result_on_stdout_and_progress_on_stderr(run: Run, int8: Path, tmp_path: Path) -> None:
     code, out, err = run("export", int8, tmp_path / "new", "--format", "compressed-tensors")
     assert code == 0 and "12 int8 weights of bitsandbytes as compressed-tensors" in out
-    lines = err.splitlines()
+    plan, *lines = err.splitlines()
+    assert " in 3 shards -> " in plan and plan.endswith(" in 3")
     assert len(lines) == 3 and lines[0].startswith("shard 1 of 3: model-00001-of-00003.safetensors ")
     assert "shard 1" not in out
 
@@ -81,25 +85,33 @@ def test_inspect_counts_parameters_alike_in_every_format(run: Run, int8: Path, t
 @pytest.mark.parametrize(
     ("signal_number", "code", "word"), [(SIGINT, 130, "interrupted"), (SIGTERM, 143, "terminated")]
 )
-def test_signal_in_the_middle_leaves_nothing(signal_number: int, code: int, word: str, tmp_path: Path) -> None:
+def test_signal_in_the_middle_and_the_same_command_resumes(
+    signal_number: int, code: int, word: str, tmp_path: Path
+) -> None:
     """The real command, on 256 MB of codes, which take it long enough for the signal to fall in between."""
     int8, new = tmp_path / "int8", tmp_path / "parent" / "new"
     int8.mkdir()
-    tensors = {f"layers.{i}.fc1.weight": torch.ones(8192, 8192, dtype=torch.int8) for i in range(4)}
-    tensors |= {f"layers.{i}.fc1.SCB": torch.ones(8192) for i in range(4)}
-    save_file(tensors, int8 / "model.safetensors")
+    for i in range(4):
+        codes = {f"layers.{i}.fc1.weight": torch.full((8192, 8192), i, dtype=torch.int8)}
+        save_file(codes | {f"layers.{i}.fc1.SCB": torch.ones(8192)}, int8 / f"model-0000{i + 1}-of-00004.safetensors")
+    weight_map = {f"layers.{i}.fc1.{n}": f"model-0000{i + 1}-of-00004.safetensors" for i in range(4) for n in PARTS}
+    (int8 / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     block = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (int8 / "config.json").write_text(json.dumps({"quantization_config": block}))
     command = [sys.executable, "-m", "int8convert", "export", str(int8), str(new), "--dequantize", "bfloat16"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(new.glob("*.incomplete")):
+    while not (new / "model-00001-of-00004.safetensors").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal_number)
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (code, "")
-    assert stderr.splitlines() == [
-        f"error: {word}",
-        "hint: what was written was removed; the same command begins from the start",
-    ]
-    assert not (tmp_path / "parent").exists()
+    assert stderr.splitlines()[-2:] == [f"error: {word}", f"hint: {RESUMABLE}"]
+    n_finished = len(list(new.glob("*.safetensors")))
+    assert 1 <= n_finished < 4 and not (new / "config.json").exists() and not list(new.glob("*.incomplete"))
+    report = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(report.stdout)["n_done_shards"] == n_finished
+    found = read_tensors(new)
+    for i in range(4):
+        weight = found[f"layers.{i}.fc1.weight"]
+        assert weight.dtype == torch.bfloat16 and (weight == torch.tensor(i / 127).bfloat16()).all()

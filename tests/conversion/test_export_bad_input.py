@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -18,13 +17,14 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.shard_writer import ShardWriter
-from int8convert.events import Event
+from int8convert.events import Event, PlanMade, ShardFinished, ShardStarted
 from tests.conversion.test_export import make_experts, make_int8, read_config
 from tests.tools.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
 FC1 = "model.decoder.layers.0.fc1"
+N_SHARDS = 3
 
 
 def fail(source: Path, out: Path, error: type[errors.Int8ConvertError], match: str, **options: Any) -> None:
@@ -205,7 +205,9 @@ def test_output_is_there_already(int8: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "file").touch()
     fail(int8, tmp_path / "out", errors.OutputError, "exists and is not empty")
     int8convert.export(int8, tmp_path / "done", format="torchao")
-    fail(int8, tmp_path / "done", errors.OutputError, "holds this very export", format="torchao")
+    before = file_bytes(tmp_path / "done")
+    assert int8convert.export(int8, tmp_path / "done", format="torchao").n_done_shards == N_SHARDS
+    assert file_bytes(tmp_path / "done") == before
     fail(int8, tmp_path / "done", errors.OutputError, 'differs: format was "torchao"', format="compressed-tensors")
 
 
@@ -217,14 +219,14 @@ def test_no_room(int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("n_writes", [0, 1, 30, 45])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_disk_that_fills_up_leaves_nothing(
+def test_disk_that_fills_up_keeps_finished_shards(
     n_writes: int, overwrite: bool, int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With --overwrite nothing that looks like a checkpoint: the old one is gone from the first byte on."""
+    """Nothing looks like a checkpoint, not even the one that --overwrite replaces; the same command resumes."""
     out = tmp_path / "new"
+    int8convert.export(int8, tmp_path / "expected", format="compressed-tensors")
     if overwrite:
         int8convert.export(int8, out, format="torchao")
-    (int8 / "tokenizer.json").write_text("{}")
     write, left = ShardWriter.write, [n_writes]
 
     def write_some(*arguments: Any) -> None:
@@ -233,22 +235,28 @@ def test_disk_that_fills_up_leaves_nothing(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(*arguments)
 
-    monkeypatch.setattr(ShardWriter, "write", write_some)
-    with pytest.raises(errors.DiskFullError) as caught:
-        int8convert.export(int8, out, format="compressed-tensors", overwrite=overwrite)
-    assert caught.value.state == "what this run had written was removed"
-    left_over = set(file_bytes(out)) if out.exists() else set()
-    assert left_over == ({"generation_config.json"} if overwrite else set())
-    assert out.exists() == overwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", write_some)
+        with pytest.raises(errors.DiskFullError) as caught:
+            int8convert.export(int8, out, format="compressed-tensors", overwrite=overwrite, workers=1)
+    n_kept = len(list(out.glob("*.safetensors")))
+    assert n_kept == {0: 0, 1: 0, 30: 1, 45: 2}[n_writes]
+    assert ("removed" if n_kept == 0 else f"{n_kept} finished shard") in caught.value.state
+    assert out.exists() == (overwrite or n_kept > 0)
+    assert not (out / "config.json").exists()
+    report = int8convert.export(int8, out, format="compressed-tensors", overwrite=overwrite)
+    assert report.n_done_shards == n_kept
+    assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "model.safetensors.index.json", "config.json"])
-def test_failure_at_a_small_file_leaves_nothing(
+def test_failure_at_a_small_file_keeps_all_shards(
     name: str, int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (int8 / "tokenizer.json").write_text("{}")
     (int8 / "additional_chat_templates").mkdir()
     (int8 / "additional_chat_templates" / "a.jinja").write_text("")
+    int8convert.export(int8, tmp_path / "expected", format="torchao")
     replace = Path.replace
 
     def replace_unless(self: Path, target: Path) -> Path:
@@ -256,47 +264,60 @@ def test_failure_at_a_small_file_leaves_nothing(
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
         return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", replace_unless)
-    fail(int8, tmp_path / "out", errors.OutputError, f"{name}' cannot be written")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_unless)
+        with pytest.raises(errors.OutputError, match=f"{name}' cannot be written") as caught:
+            int8convert.export(int8, tmp_path / "out", format="torchao")
+    assert caught.value.state == "3 finished shards are kept: the same command resumes behind them"
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert int8convert.export(int8, tmp_path / "out", format="torchao").n_done_shards == N_SHARDS
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "expected")
 
 
-def test_interrupted_export_leaves_nothing(int8: Path, tmp_path: Path) -> None:
+def test_interrupted_export_resumes(int8: Path, tmp_path: Path) -> None:
+    int8convert.export(int8, tmp_path / "expected", format="torchao")
+
     def interrupt(event: Event) -> None:
-        if event.i == 1:
-            assert (tmp_path / "new" / "out" / event.file_name).is_file()
+        if isinstance(event, ShardFinished) and event.i == 1:
             raise KeyboardInterrupt
 
+    out = tmp_path / "new" / "out"
     with pytest.raises(KeyboardInterrupt):
-        int8convert.export(int8, tmp_path / "new" / "out", format="torchao", on_event=interrupt)
-    assert not (tmp_path / "new").exists()
-
-
-def test_killed_export_looks_like_nothing_and_the_same_command_makes_it_whole(
-    int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A kill cannot clean up: what it leaves has no config.json, and the next run writes it all again."""
-    out = tmp_path / "out"
-    int8convert.export(int8, tmp_path / "expected", format="torchao")
-    int8convert.export(int8, out, format="torchao")
-    manifest = json.loads((out / "int8convert" / "manifest.json").read_text())
-    (out / "int8convert" / "conversion.json").write_text(json.dumps(manifest["conversion"]))
-    for name in ("config.json", "model.safetensors.index.json", "int8convert/manifest.json"):
-        (out / name).unlink()
-    (out / "model-00002-of-00003.safetensors").rename(out / "model-00002-of-00003.safetensors.incomplete")
-    (out / "model-00001-of-00003.safetensors").write_bytes(b"of another time")
+        int8convert.export(int8, out, format="torchao", on_event=interrupt)
+    n_kept = len(list(out.glob("*.safetensors")))  # the third may have been on its way
+    assert n_kept >= 2 and not (out / "config.json").exists()
     fail(int8, out, errors.OutputError, "an unfinished conversion that differs", format="compressed-tensors")
-    int8convert.export(int8, out, format="torchao")
+    fail(int8, out, errors.OutputError, "an unfinished conversion that differs", dequantize="float16")
+    events: list[Event] = []
+    report = int8convert.export(int8, out, format="torchao", on_event=events.append)
+    assert report.n_done_shards == n_kept
+    assert [event.i for event in events if isinstance(event, ShardStarted)] == [2][: N_SHARDS - n_kept]
     assert file_bytes(out) == file_bytes(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("options", [{"format": "torchao"}, {"dequantize": "bfloat16"}, {"max_shard_size": "50KB"}])
+def test_damaged_shard_of_an_earlier_run_is_made_again(options: Any, int8: Path, tmp_path: Path) -> None:
+    int8convert.export(int8, tmp_path / "expected", **options)
+    shutil.copytree(tmp_path / "expected", tmp_path / "out")
+    shard = tmp_path / "out" / sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    int8convert.export(int8, tmp_path / "out", **options)
+    assert shard.read_bytes() == bytes(content)  # of the right size
+    int8convert.export(int8, tmp_path / "out", check=True, **options)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "expected")
 
 
 def test_source_that_shrinks_while_it_is_read(int8: Path, tmp_path: Path) -> None:
     def shrink(event: Event) -> None:
-        os.truncate(int8 / "model-00003-of-00003.safetensors", 4000)
+        if isinstance(event, PlanMade):
+            os.truncate(int8 / "model-00003-of-00003.safetensors", 4000)
 
-    before = file_bytes(tmp_path).keys()
-    with pytest.raises(errors.CorruptFileError, match="was changed since its header was read"):
+    with pytest.raises(errors.CorruptFileError, match="was changed since its header was read") as caught:
         int8convert.export(int8, tmp_path / "out", format="torchao", on_event=shrink)
-    assert file_bytes(tmp_path).keys() == before
+    assert caught.value.state == "2 finished shards are kept: the same command resumes behind them"
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -307,6 +328,7 @@ def test_source_that_shrinks_while_it_is_read(int8: Path, tmp_path: Path) -> Non
         ({"dequantize": "int8"}, "dequantize must be one of"),
         ({"format": "torchao", "dequantize": "float16"}, "exclude each other"),
         ({"max_shard_size": "5 apples"}, "a size must look like"),
+        ({"format": "torchao", "workers": 0}, "workers must be at least 1"),
     ],
 )
 def test_wrong_arguments(options: Any, match: str, int8: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _expected_config(plan: ConversionPlan, provenance: Provenance) -> dict[str, 
         return None
     config = converted_config(plan, provenance.threshold)
     for step in provenance.exports:
-        checkpoint = open_int8_checkpoint(replace(open_source(step.directory), config=config))
+        checkpoint = open_int8_checkpoint(replace(open_source(step.source, step.revision), config=config))
         config = exported_config(checkpoint, Target(checkpoint.format, Format(step.format)))
     return config
 

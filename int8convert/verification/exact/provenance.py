@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.names import MANIFEST_NAME
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.errors import AdapterError, CorruptFileError, SourceError
+from int8convert.errors import AdapterError, CorruptFileError, HubError, SourceError
 from int8convert.formats.config import read_format
 from int8convert.formats.format import Format
 from int8convert.formats.modules import module_of
+from int8convert.hub.cached_copy import fetch_beside
 from int8convert.planning.adapter import open_adapter
 from int8convert.planning.recorded_request import RecordedRequest, read_recorded_request
-from int8convert.sources import is_repository_name
+from int8convert.sources import is_repository_name, open_source
 from int8convert.text import quoted
 
 _MAX_EXPORTS = 20
@@ -36,11 +38,13 @@ class ExportStep:
     """An export between the conversion and the checkpoint.
 
     Attributes:
-        directory: the int8 checkpoint that was exported.
+        source: the int8 checkpoint that was exported: a directory, or a repository on the Hub.
+        revision: the commit of the repository; None for a directory.
         format: the `Format` it was exported to.
     """
 
-    directory: Path
+    source: str
+    revision: str | None
     format: str
 
 
@@ -155,16 +159,29 @@ def _follow(directory: Path) -> _Followed:
         return _Followed(manifest, problem=error.message)
     exports: list[ExportStep] = []
     while request is not None and request.is_export and len(exports) < _MAX_EXPORTS:
-        directory = Path(manifest.read_source() or "nowhere")
-        exports.insert(0, ExportStep(directory, request.format))
-        manifest = Manifest(directory)
+        step = ExportStep(manifest.read_source() or "nowhere", request.commit, request.format)
+        exports.insert(0, step)
         try:
-            request = read_recorded_request(directory)
-        except CorruptFileError:  # another checkpoint's manifest, which is not judged here
+            directory = _with_manifest(step)
+            manifest, request = Manifest(directory), read_recorded_request(directory)
+        except (CorruptFileError, HubError):  # another checkpoint's manifest, which is not judged here
             request = None
     if request is None or request.is_export:
         return _Followed(manifest)
     return _Followed(manifest, request, manifest.read_source(), tuple(exports))
+
+
+def _with_manifest(step: ExportStep) -> Path:
+    """Return the directory in which the source of an export has its manifest; of a repository, that in the cache.
+
+    Raises:
+        HubError: the manifest cannot be fetched.
+    """
+    if step.revision is None:
+        return Path(step.source)
+    source = open_source(step.source, step.revision)
+    fetch_beside(source, [MANIFEST_NAME])
+    return source.directory
 
 
 def _kept_for_values(manifest: Manifest) -> tuple[str, ...]:
