@@ -96,8 +96,7 @@ def export(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    if no_xet:
-        turn_off_xet()
+    turn_off_xet(no_xet)
     _check_combination(context, out)
     if new is None and upload is not None:
         new = f"int8convert-{upload.rpartition('/')[2]}"
@@ -148,7 +147,7 @@ def _check_combination(context: typer.Context, out: str) -> None:
     if not given & {"new", "upload"}:
         raise UsageError("NEW is missing: name the directory to write, or pass --upload REPO")
     check_upload_options(context)
-    for name in ("revision", "reader", "cache_dir"):
+    for name in ("revision", "reader", "cache_dir", *(() if "upload" in given else ("no_xet",))):
         if name in given:
             check_remote(option_name(name), out, "checkpoints")
 

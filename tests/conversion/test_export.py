@@ -238,6 +238,16 @@ def write_checkpoint(directory: Path, tensors: dict[str, torch.Tensor], config: 
     return directory
 
 
+@pytest.mark.parametrize("options", [{"format": "torchao"}, {"dequantize": "bfloat16"}, {"max_shard_size": "50KB"}])
+def test_number_of_threads_changes_no_byte(options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("int8convert.checkpoint.rows.BLOCK_BYTES", 1024)
+    int8 = make_int8(tmp_path)
+    for workers in (1, 2, 5):
+        int8convert.export(int8, tmp_path / f"{workers}", workers=workers, **options)
+    expected = file_bytes(tmp_path / "1")
+    assert file_bytes(tmp_path / "2") == file_bytes(tmp_path / "5") == expected
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_tensors_of_many_blocks(model_type: str, tmp_path: Path) -> None:
     """Some megabytes each, of an odd number of columns; with Conv1D read by rows and written by columns."""
