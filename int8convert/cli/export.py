@@ -161,10 +161,8 @@ def _print_report(report: ExportReport, place: str) -> None:
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
         f"in {counted(report.n_shards, 'shard')}, {format_seconds(report.elapsed_s)}"
     )
-    for text in report.notes:
-        note(text)
     if report.n_changed_scales:
         note(
-            f"{report.n_changed_scales:,} scales are no absmax divided by 127, for another tool made them: each moved "
-            "by one unit in its last place"
+            f"{report.n_changed_scales:,} scales are no absmax divided by 127, because another tool made them: each "
+            "moved by one unit in its last place"
         )

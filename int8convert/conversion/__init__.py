@@ -1,1 +1,1 @@
-"""The main job: which tensors become int8, and turning them into it, shard by shard."""
+"""Obeys plans: quantizes and exports checkpoints, shard by shard."""

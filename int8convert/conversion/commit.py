@@ -1,8 +1,8 @@
-"""Converted shards on their way to their names: in order, and only once every byte they were made of is checked.
+"""Gives converted shards their names: in order, and only after every byte they were made of is checked.
 
-A thread of its own finishes source shards when their last tensor was read, puts output shards on the disk, names them
-and writes them down, while the next one is converted. A shard made of what may yet turn out to have come with wrong
-bytes waits under its temporary name; if it did, it is dropped, and converted again.
+One thread finishes source shards after their last tensor was read, puts output shards on the disk, names and records
+them, while the next shard is converted. An output shard keeps its temporary name until the checksums of its sources are
+known. If one is wrong, the shard is discarded and converted again.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ class AbandonedError(Exception):
 
 
 class ConvertedShard:
-    """A shard whose bytes are written under a temporary name, and what is to be written down of it."""
+    """A shard that is written under a temporary name, and the records of its tensors."""
 
     def __init__(self, writer: ShardWriter) -> None:
         self.writer = writer
         self.tensors: dict[str, TensorRecord] = {}
 
     def record(self, event: TensorQuantized | TensorKept) -> None:
-        """Keep what became of a tensor, for the shard's record."""
+        """Add a tensor to the shard's record."""
         name, record = tensor_record(event)
         self.tensors[name] = record
 
     def discard(self) -> None:
-        """Remove what was written; harmless once it has its name."""
+        """Remove the file. Harmless after it got its name."""
         self.writer.discard()
 
 
 @contextmanager
 def reading(file_name: str) -> Iterator[None]:
-    """Tells trouble with the source from trouble with the output: both are OSErrors."""
+    """Raise a SourceError for an OSError in the body, which reads a file of the source."""
     try:
         yield
     except OSError as error:
@@ -61,15 +61,15 @@ def reading(file_name: str) -> Iterator[None]:
 
 
 class Committer:
-    """A context manager, for its thread.
+    """Names, records and delivers converted shards. A context manager, for its thread.
 
     Args:
-        manifest: where finished shards are written down.
-        out: where they are.
+        manifest: records the finished shards.
+        out: the directory of the shards.
         plan: what is converted.
         done: file name -> record of the shards that are finished already.
-        access: to the source's shards.
-        emit: told of each finished shard.
+        access: gives the checksums of the source's shards.
+        emit: receives `ShardFinished`.
         deliver: see `Deliver`.
 
     Attributes:
@@ -97,8 +97,8 @@ class Committer:
         self._sha256: dict[str, str] = {}
         self._is_abandoned = False
         self.records = dict(done)
-        # A source shard is written down with the last output shard made of it, whichever run converts that, and is
-        # done with after the last one that this run converts.
+        # A source shard is recorded with the last output shard made of it, whichever run converts that. It is finished
+        # after the last output shard that this run makes of it.
         self._last_use: dict[str, int] = {}
         self._last_need: dict[str, int] = {}
         self._sources: list[dict[str, SourceShard]] = []
@@ -113,7 +113,7 @@ class Committer:
         self._wait_for_scales()
 
     def _wait_for_scales(self) -> None:
-        """What comes from the Hub for its scales alone comes behind all that is converted."""
+        """Finish shards on the Hub that are needed only for scales after all others."""
         todo = [i for i, shard in enumerate(self._plan.shards) if shard.file_name not in self.records]
         converted = {tensor.shard.path.name for i in todo for tensor in self._plan.shards[i].tensors}
         for name in self._last_need.keys() - converted:
@@ -129,18 +129,18 @@ class Committer:
             waiting[1].discard()
 
     def abandon(self) -> None:
-        """Do nothing more, and wait for nothing that is under way elsewhere."""
+        """Stop before the next step, and do not wait for a delivery."""
         self._is_abandoned = True
 
     def submit(self, i: int, one: ConvertedShard) -> Future[None]:
-        """Hand over shard i; the result is there when all that could be done because of it is done."""
+        """Take over shard i. The future resolves when every shard that may be committed now is committed."""
         return self._thread.submit(self._work, i, one)
 
     def check_source_of(self, output_name: str, i: int) -> None:
-        """Read the source shard of a tensor of shard i to its end, if that tells whether its bytes are right.
+        """Read the source shard of a tensor of shard i to its end, if it has a checksum.
 
         Raises:
-            DamagedShardError: they are not.
+            DamagedShardError: its bytes are wrong.
         """
         for tensor in self._plan.shards[i].tensors:
             is_open = tensor.shard.path.name not in self._sha256 and self._access.is_checked(tensor.shard)

@@ -1,4 +1,4 @@
-"""What a planned conversion will cost: memory from its parts, quantization from a moment's measurement."""
+"""Estimates the costs of a plan: memory from its parts, time from a short measurement of the kernel."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ _PROBE_SHAPE = (256, 4096)
 
 @dataclass(frozen=True, slots=True)
 class ConversionCosts:
-    """An estimate.
+    """An estimate of memory and time.
 
-    peak_memory_bytes: resident set of all processes together, without the page cache.
-    work_memory_bytes: the same once transformers has mapped the model, which it does in the first seconds.
-    kernel_s: seconds of arithmetic on `n_workers` threads, and of copies to and from a CUDA device; a lower bound,
-        reading and writing come on top.
+    Attributes:
+        peak_memory_bytes: resident set of all processes together, without the page cache.
+        work_memory_bytes: the same after transformers has mapped the model, which takes the first seconds.
+        kernel_s: seconds of arithmetic on `n_workers` threads, and of copies to and from a CUDA device. A lower bound:
+            reading and writing come on top.
     """
 
     n_workers: int
@@ -59,7 +60,7 @@ class ConversionCosts:
 
 
 def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) -> ConversionCosts:
-    """Estimate from the plan; runs the kernel for some milliseconds, on a CUDA device after seconds of set-up."""
+    """Estimate memory and time. Runs the kernel for some milliseconds, on a CUDA device after seconds of set-up."""
     n_workers = workers or len(os.sched_getaffinity(0))
     bytes_per_s = _kernel_bytes_per_s(make_scratch(device))
     base_bytes = BASE_BYTES if device.is_cpu else max(BASE_BYTES, _resident_bytes())
@@ -88,13 +89,14 @@ def estimate_disk(plan: ConversionPlan, out: Path, destination: Destination) -> 
 
 @dataclass(frozen=True, slots=True)
 class FetchCosts:
-    """What it takes to get the weights from the Hub.
+    """The costs of reading the weights from the Hub.
 
-    n_bytes: to be fetched.
-    stream, download: of the two readers, see `ReaderCosts`.
-    bytes_per_s: of the network, as the user says; None if that is not known.
-    reader, reason: which one it would be, and why; the reason is "" if the user asked for it.
-    seconds: at that rate.
+    Attributes:
+        n_bytes: bytes to fetch.
+        stream, download: costs of the two readers.
+        bytes_per_s: rate of the network, as the user says; None if it is unknown.
+        reader, reason: the reader that would be used, and why; the reason is "" if the user asked for it.
+        seconds: time to fetch `n_bytes` at that rate.
     """
 
     n_bytes: int
@@ -120,11 +122,11 @@ def estimate_fetch(
     asked: Reader,
     n_spare_bytes: int,
 ) -> FetchCosts | None:
-    """Of a plan whose source is on the Hub; None of a local one.
+    """Estimate the costs of reading a plan's source from the Hub; None for a local source.
 
     Args:
-        asked: the reader.
-        n_spare_bytes: on the disk, beside the output.
+        asked: the reader that the user asked for.
+        n_spare_bytes: bytes of disk that the output leaves free.
     """
     if not is_remote(plan.source):
         return None
@@ -136,17 +138,17 @@ def estimate_fetch(
 
 
 def _resident_bytes() -> int:
-    """Of this process, now: with torch, the driver and what it maps, which differs from machine to machine."""
+    """Return the resident set of this process now. Torch and the driver map more on some machines than on others."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _is_in_rows(tensor: PlannedTensor) -> bool:
-    """Whether a block of it cannot be cut anywhere."""
+    """Return whether blocks of a tensor must be whole rows."""
     return tensor.is_quantized or tensor.source.strides is not None
 
 
 def _kernel_bytes_per_s(scratch: Scratch) -> float:
-    """Source bytes a second of fp16 by one thread, the best of a few runs."""
+    """Return the fp16 bytes that one thread quantizes in a second: the best of five runs."""
     rows, columns = _PROBE_SHAPE
     bits = scratch.source(2 * rows * columns).view(cpu.BITS_DTYPE["F16"]).reshape(_PROBE_SHAPE)
     bits[:] = np.random.default_rng(0).standard_normal(_PROBE_SHAPE).astype(np.float16).view(bits.dtype)

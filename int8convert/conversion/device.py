@@ -1,7 +1,7 @@
-"""Which device quantizes rows. The bytes written are the same on all.
+"""Chooses the device that quantizes rows. All devices write the same bytes.
 
-`auto` takes the CPU: hashing, reading and writing set the pace, and the row kernel is a tenth of the work
-(docs/results/convert.md), less than it costs to start up a device. Not yet measured on a GPU.
+`auto` takes the CPU: hashing, reading and writing set the pace. The row kernel is a tenth of the work
+(docs/results/convert.md), less than the start of a device costs. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from int8convert.errors import DeviceError
 
 
 class Device(NamedTuple):
-    """Where conversion computes: "cpu" or "cuda:n"; and why, if it was not asked for and might be another."""
+    """The device that computes: "cpu" or "cuda:n".
+
+    reason: why, if the user did not choose it and another is there.
+    """
 
     name: str
     reason: str | None = None
@@ -28,11 +31,11 @@ class Device(NamedTuple):
 CPU = Device("cpu")
 
 _NVIDIA = Path("/dev/nvidiactl")
-"""There where a driver is, and a GPU that this process may use."""
+"""A file that exists where there are a driver and a GPU that this process may use."""
 
 
 def check_device_name(device: str) -> None:
-    """Refuse what no machine has.
+    """Check the form of a device's name.
 
     Raises:
         ValueError: it is not auto, cpu or cuda[:n].
@@ -42,11 +45,11 @@ def check_device_name(device: str) -> None:
 
 
 def choose_device(device: str) -> Device:
-    """The device that converts.
+    """Return the device that converts.
 
     Raises:
         ValueError: it is not auto, cpu or cuda[:n].
-        DeviceError: it is not to be had, and why.
+        DeviceError: it cannot be used.
     """
     check_device_name(device)
     if device == "cpu":
@@ -62,13 +65,13 @@ def choose_device(device: str) -> Device:
     if reason is not None:
         raise DeviceError(
             f"--device {device} cannot be used: {reason}",
-            "pass --device cpu or leave the option out: the output is the same",
+            "pass --device cpu: the output is the same",
         )
     return Device(device if ":" in device else f"cuda:{torch.cuda.current_device()}")
 
 
 def make_scratch(device: Device) -> Scratch:
-    """A worker's buffers, which know where they quantize.
+    """Return a worker's buffers, which quantize on a device.
 
     Raises:
         DeviceError: the device has no room for them.

@@ -63,7 +63,7 @@ def shards_on_their_way(
     raise DiskFullError(
         f"shards of {quoted(plan.source.label)} take {needed:,} bytes of disk at a time, "
         f"{'--max-disk allows' if is_asked else 'free are'} {limit:,}",
-        "--max-shard-size makes smaller ones, as far as the source's own shards are small",
+        "pass a smaller --max-shard-size; it helps as far as the source's shards are small",
     )
 
 

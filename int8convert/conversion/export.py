@@ -33,14 +33,15 @@ class ExportReport:
     """The outcome of `export`.
 
     Attributes:
-        source, out: as named by the caller; `out` is None if it was removed because all of it is elsewhere.
+        source, out: as named by the caller; `out` is None if it was published and removed.
         source_format, format: quant_method before and after; None if dequantized.
         dtype: what the weights were dequantized to; None if they were not.
         n_int8_weights: weights of modules that are int8 in the source.
         n_changed_scales: rows whose scale no absmax gives back exactly, so that it moved by one unit in the last place.
         elapsed_s: seconds of wall time.
-        commit: of the source on the Hub; None for a directory.
-        reader, reader_reason: how shards came from the Hub; the reason is None if the user chose. None if none did.
+        commit: commit of the source on the Hub; None for a directory.
+        reader, reader_reason: how shards were read from the Hub; the reason is None if the user chose. None if none
+            were.
         n_done_shards: shards that an earlier run finished.
     """
 

@@ -1,9 +1,9 @@
-"""Blocks of rows to a CUDA device and back.
+"""Quantizes blocks of rows on a CUDA device.
 
-A worker thread has a stream of its own. A block is read into pinned memory, copied in, quantized, copied out; the
-thread sleeps until that is done. Meanwhile the others read, hash, write and copy, so that copies and kernels of several
-blocks overlap. All but the quantization of rows stays on the CPU: decoding FP8, merging an adapter, copying what stays
-16-bit. It takes twice a block of memory on the device for each thread. Not yet measured on a GPU.
+Each worker thread has a stream. A block is read into pinned memory, copied in, quantized and copied out, while the
+thread sleeps. The other threads read, hash, write and copy, so that copies and kernels of several blocks overlap. The
+CPU does the rest: decoding, merging an adapter, copying what stays 16-bit. Memory on the device: two blocks for each
+thread. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DTYPE_OF_BITS = {bits: dtype for dtype, bits in cpu.BITS_DTYPE.items()}
 
 
 class CudaStream:
-    """A worker's own queue of copies and launches on one device. A context manager: torch's current stream within."""
+    """A worker's queue of copies and launches on one device. A context manager: torch's current stream within."""
 
     def __init__(self, name: str) -> None:
         import torch
@@ -38,7 +38,7 @@ class CudaStream:
         self._torch = torch
         self._device = torch.device(name)
         self._stream = torch.cuda.Stream(self._device)
-        # The thread is to sleep while it waits: there are others that hash and write.
+        # The thread sleeps while it waits, so that others hash and write.
         self._done = torch.cuda.Event(blocking=True)
         self._entered = torch.cuda.stream(self._stream)
         self.kept_bytes = kept_bytes_of(self._device)
@@ -51,15 +51,15 @@ class CudaStream:
         self._entered.__exit__(*error)
 
     def pinned(self, n_bytes: int) -> torch.Tensor:
-        """Memory here that the device copies to and from by itself."""
+        """Return memory of this machine that the device copies to and from by itself."""
         return self._torch.empty(n_bytes, dtype=self._torch.uint8, pin_memory=True)
 
     def empty(self, n_bytes: int) -> torch.Tensor:
-        """Memory on the device."""
+        """Return memory on the device."""
         return self._torch.empty(n_bytes, dtype=self._torch.uint8, device=self._device)
 
     def address(self, tensor: torch.Tensor) -> int:
-        """Where memory on the device begins."""
+        """Return the address of memory on the device."""
         return tensor.data_ptr()
 
     def copy_in(self, target: torch.Tensor, source: npt.NDArray[Any]) -> None:
@@ -81,17 +81,17 @@ class CudaStream:
         run(launches, self._device)
 
     def wait(self) -> None:
-        """Until all is done that was asked for."""
+        """Wait until all queued work is done."""
         self._done.record(self._stream)
         self._done.synchronize()
 
 
 class CudaScratch(Scratch):
-    """A worker's buffers in pinned memory, their counterparts on the device, and the way there and back.
+    """A worker's buffers in pinned memory, and their counterparts on the device.
 
     Args:
-        name: of the device, for messages.
-        stream: the worker's own.
+        name: name of the device, for messages.
+        stream: the worker's stream.
     """
 
     def __init__(self, name: str, stream: CudaStream) -> None:
@@ -114,7 +114,7 @@ class CudaScratch(Scratch):
         signal: npt.NDArray[np.float64],
         noise: npt.NDArray[np.float64],
     ) -> None:
-        """As `cpu.row_quantize`, on the device; back when the results are here.
+        """Quantize like `cpu.row_quantize`, on the device. Returns after the results arrived.
 
         Raises:
             DeviceError: the device ran out of memory, or failed.
@@ -153,7 +153,7 @@ class CudaScratch(Scratch):
 
 @contextmanager
 def telling_of(name: str) -> Iterator[None]:
-    """Makes what torch and the driver raise of a device one of our errors."""
+    """Raise a DeviceError for what torch and the driver raise in the body."""
     try:
         yield
     except RuntimeError as error:

@@ -114,7 +114,7 @@ class Conversion:
         if cache_dir is None and choice.costs.disk_bytes > n_spare_bytes:
             raise DiskFullError(
                 f"a download needs {choice.costs.disk_bytes:,} bytes beside the output, free are {n_spare_bytes:,}",
-                "--reader stream needs none; or make room, and rerun the same command",
+                "pass --reader stream, which needs none",
             )
         return choice
 

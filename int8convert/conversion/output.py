@@ -1,7 +1,7 @@
-"""The directory a conversion writes into: its state found out, locked, brought to completion or left resumable.
+"""The directory that a conversion writes: checks its state, locks it, completes it or leaves it resumable.
 
-OUT is in one of four states when a conversion begins: empty; holding an unfinished or finished conversion of the same
-source with the same options, which is resumed; something else, which only `overwrite` replaces; or in use.
+OUT is in one of four states when a conversion begins: empty; an unfinished or finished conversion of the same source
+with the same options, which is resumed; something else, which only `overwrite` replaces; or in use.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class OutputDirectory:
     Args:
         out: need not exist.
         source: what is read. OUT must be another directory, and able to hold its file names.
-        request: what identifies the conversion, see `manifest.describe_source`.
-        overwrite: replace a checkpoint that is there. Files that are no part of one are left alone.
+        request: identifies the conversion, see `manifest.describe_source`.
+        overwrite: replace a checkpoint in OUT. Files that belong to none stay.
 
     Raises:
         OutputError: it is the source, holds something else already, or cannot be written to.
@@ -68,7 +68,7 @@ class OutputDirectory:
         self._find_state()
 
     def _find_state(self) -> None:
-        """Sets `replaces`, whether a checkpoint in OUT has to go first; raises where there is something else."""
+        """Set `replaces`: whether a checkpoint in OUT must be removed first. Raises if OUT holds something else."""
         self.replaces = False
         if not self.path.is_dir() or not any(not self._is_leftover(entry) for entry in self.path.iterdir()):
             return
@@ -91,7 +91,7 @@ class OutputDirectory:
         )
 
     def _is_leftover(self, entry: Path) -> bool:
-        """What a run that was killed before its first shard leaves."""
+        """Return whether a run that was killed before its first shard left an entry."""
         if entry.name == OWN_FOLDER and entry.is_dir():
             return {path.name.removesuffix(INCOMPLETE_SUFFIX) for path in entry.iterdir()} <= {
                 _LOCK_NAME,
@@ -103,27 +103,27 @@ class OutputDirectory:
 
     @property
     def request(self) -> Mapping[str, Any]:
-        """What identifies the conversion."""
+        """The JSON object that identifies the conversion."""
         return self._request
 
     @property
     def overwrites(self) -> bool:
-        """Whether what is there may be replaced."""
+        """Whether the contents of OUT may be replaced."""
         return self._overwrite
 
     @property
     def is_complete(self) -> bool:
-        """Whether a finished conversion of ours is in it."""
+        """Whether OUT holds a finished conversion of ours."""
         return self.manifest.is_complete and (self.path / CONFIG_NAME).is_file()
 
     def free_bytes(self) -> int:
-        """What the disk has free, weight files that are there counted as free."""
+        """Return the free bytes of OUT's disk. Weight files in OUT count as free."""
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
         return shutil.disk_usage(existing).free + sum(path.stat().st_size for path in self._weight_files())
 
     @property
     def incoming(self) -> Path:
-        """The folder for shards of the source that are downloaded, and removed after use."""
+        """The folder for downloads that are removed after use."""
         return self.manifest.folder / _INCOMING_NAME
 
     def _weight_files(self) -> list[Path]:
@@ -133,13 +133,13 @@ class OutputDirectory:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Makes and locks the directory. If the body fails before a shard is finished, all of it is removed again."""
+        """Make and lock the directory. If the body fails before a shard is finished, remove what it wrote."""
         with ExitStack() as cleanup:
             try:
                 self._make_and_lock(cleanup)
             except OSError as error:
                 raise as_output_error(error, self.path) from error
-            self._find_state()  # another process may have been at work between the first look and the lock
+            self._find_state()  # another process may have changed it between the first look and the lock
             if not self.replaces:
                 self._remove_incomplete()
             try:
@@ -167,14 +167,14 @@ class OutputDirectory:
         shutil.rmtree(self.incoming, ignore_errors=True)
 
     def begin(self, done: Mapping[str, ShardRecord], n_shards: int) -> None:
-        """All is checked: remove what is to be replaced, and write down what is being done.
+        """Remove what is replaced, and record the request. All is checked.
 
         Args:
-            done: records of the shards that are finished from an earlier run.
-            n_shards: of the whole; if all are done, a complete checkpoint stays complete.
+            done: file name -> record of the shards that an earlier run finished.
+            n_shards: number of shards of the output. If all are done, a complete checkpoint stays complete.
         """
         if self.replaces:
-            # First what makes it look complete, so that no half of it ever does; and what is of the weights that go.
+            # First what makes it look complete, so that no part of it ever does.
             for name in (CONFIG_NAME, INDEX_NAME, OUTLIERS_FILE, VERIFY_FILE):
                 (self.path / name).unlink(missing_ok=True)
             self.manifest.remove()
@@ -182,7 +182,7 @@ class OutputDirectory:
                 file.unlink()
             self.replaces = False
         if self.is_complete and len(done) < n_shards:
-            # A finished conversion of which files are missing or damaged: unfinished again.
+            # Files of a finished conversion are missing or damaged: it is unfinished again.
             for name in (CONFIG_NAME, INDEX_NAME):
                 (self.path / name).unlink(missing_ok=True)
             self.manifest.reopen(self._request, done.values())
@@ -224,12 +224,12 @@ class OutputDirectory:
         self.manifest.tidy()
 
     def remove_empty(self) -> None:
-        """Remove what is left of an output that is elsewhere: empty folders; not in use."""
+        """Remove the empty folders of an output that was published. OUT must not be in use."""
         for folder in (self.manifest.folder, self.path):
             _remove_if_empty(folder)
 
     def discard(self) -> None:
-        """Remove all that was written since `begin`, of an output that nobody would resume, or that is elsewhere."""
+        """Remove all that was written since `begin`: the output was published."""
         for name in (CONFIG_NAME, INDEX_NAME):
             (self.path / name).unlink(missing_ok=True)
         self.manifest.remove()

@@ -41,7 +41,7 @@ def as_output_error(error: OSError, out: Path) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskFullError(f"no room left while writing to '{out}'", "make room and rerun the same command")
     return OutputError(
-        f"'{error.filename or out}' cannot be written: {error.strerror}", "mend that and rerun the same command"
+        f"'{error.filename or out}' cannot be written: {error.strerror}", "fix the cause and rerun the same command"
     )
 
 

@@ -124,7 +124,7 @@ class Pipeline:
         if n_times == _TRIES:
             raise CorruptFileError(
                 f"{name} came {_TRIES} times with other bytes than the Hub lists: {damage}",
-                "a proxy, a network or a disk on the way alters it; nothing of it was kept",
+                "check the proxy, the network and the disk on the way: one of them alters it",
             )
         first = next(i for i, shard in enumerate(plan.shards) if shard.file_name not in records)
         self.emit(ShardRepeated(first, len(plan.shards), plan.shards[first].file_name, f"{name} came with wrong bytes"))

@@ -1,7 +1,7 @@
-"""How the shards of a repository on the Hub are to be read: streamed past, or downloaded one by one.
+"""Chooses how shards are read from the Hub: as a stream, or downloaded one by one.
 
-A download takes several connections at once, and the client's faster protocol; but two shards of the source have to lie
-beside the output. A stream takes no disk. So the disk decides, unless the user has.
+A download uses several connections and the client's faster protocol, but two shards of the source lie beside the
+output. A stream takes no disk. So free disk space decides, unless the user does.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from int8convert.hub.stream import ShardStream
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 
 _RESERVED_BYTES = 1_000_000_000
-"""That a download leaves free on the disk, when the choice is ours."""
+"""Bytes of the disk that a download must leave free, unless the user asked for it."""
 
 _REPORTED_BYTES = 4 << 20
 """Bytes fetched between two events: pieces come by the ten thousand a second."""
 
 
 class Reader(StrEnum):
-    """What the user asks for."""
+    """A way to read shards from the Hub, as the user names it."""
 
     AUTO = "auto"
     STREAM = "stream"
@@ -51,10 +51,11 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class ReaderCosts:
-    """What one reader takes.
+    """The costs of one reader.
 
-    disk_bytes: at most, beside the output; of what goes into a cache, all that is not there yet.
-    memory_bytes: beside what the conversion of a local checkpoint takes.
+    Attributes:
+        disk_bytes: the most bytes of disk beside the output; with a cache, all that it lacks.
+        memory_bytes: memory beside that of a local conversion.
     """
 
     disk_bytes: int
@@ -65,7 +66,9 @@ class ReaderCosts:
 class ReaderChoice:
     """The reader that is used.
 
-    reason: as a phrase that follows its name; "" if the user asked for it.
+    Attributes:
+        costs: what it takes.
+        reason: why, as a phrase that follows its name; "" if the user asked for it.
     """
 
     reader: Reader
@@ -74,12 +77,12 @@ class ReaderChoice:
 
 
 def stream_costs(order: ReadingOrder, n_workers: int) -> ReaderCosts:
-    """Of streaming the shards."""
+    """Return the costs of streaming the shards."""
     return ReaderCosts(0, order.window_bytes(n_workers))
 
 
 def download_costs(order: ReadingOrder, cache_dir: Path | None) -> ReaderCosts:
-    """Of downloading the shards."""
+    """Return the costs of downloading the shards."""
     sizes = sorted(shard.n_bytes for shard in order.shards if not is_cached(shard, cache_dir))
     return ReaderCosts(sum(sizes if cache_dir is not None else sizes[-MAX_ON_DISK:]), 0)
 
@@ -87,12 +90,12 @@ def download_costs(order: ReadingOrder, cache_dir: Path | None) -> ReaderCosts:
 def choose_reader(
     asked: Reader, order: ReadingOrder, n_workers: int, cache_dir: Path | None, free_bytes: int
 ) -> ReaderChoice:
-    """The reader asked for, or the one that fits.
+    """Return the reader asked for, or the one that fits.
 
     Args:
-        order: what is left to be read.
-        cache_dir: given, it is where downloads are to stay.
-        free_bytes: on the disk, the output deducted.
+        order: what is left to read.
+        cache_dir: keeps downloads; None removes them after use.
+        free_bytes: bytes of disk that the output leaves free.
     """
     stream, download = stream_costs(order, n_workers), download_costs(order, cache_dir)
     if asked is Reader.STREAM:
@@ -150,5 +153,5 @@ def _every_few_megabytes(order: ReadingOrder, emit: EventSink) -> EventSink:
 
 
 def is_remote(source: CheckpointSource) -> bool:
-    """Whether a source's weights are not on this machine."""
+    """Return whether a source's weights are on the Hub."""
     return any(shard.remote is not None for shard in source.shards)

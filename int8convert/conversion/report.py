@@ -1,4 +1,4 @@
-"""What a conversion did, collected from its events: coverage, what stayed and why, sizes, weight error, time."""
+"""The report of a conversion, collected from its events: coverage, what stayed and why, sizes, weight error, time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from int8convert.events import Event, PlanMade, ShardFinished, ShardRepeated, Sh
 from int8convert.planning.plan import ConversionPlan
 
 _MANY_ZEROS = 1 / 8
-"""Share of a matrix's rows from which zeros are told of; padded vocabularies and pruned channels have fewer."""
+"""Share of a matrix's rows that must be zeros to be reported; padded vocabularies and pruned channels have fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,9 @@ class KeptTensors:
 class LayerKindError:
     """Quantization error of the weights of one kind of layer, as signal to noise in decibels; higher is better.
 
-    mean_sqnr_db: mean of the tensors' values; infinite where nothing was lost.
-    worst_sqnr_db: of the worst tensor, `worst_tensor`.
+    Attributes:
+        mean_sqnr_db: mean of the tensors' values; infinite where nothing was lost.
+        worst_sqnr_db: value of the worst tensor, `worst_tensor`.
     """
 
     layer_kind: str
@@ -42,21 +43,22 @@ class ConversionReport:
     """The outcome of `quantize`.
 
     Attributes:
-        source, out: as named by the caller; `out` is None if it was removed, because all of it is elsewhere.
+        source, out: as named by the caller; `out` is None if it was published and removed.
         model_class: the transformers class that decided; None where name rules did.
         coverage, byte_coverage: share of parameters, and of source bytes, that became int8; 0 to 1.
-        kept: what did not, by reason.
+        kept: tensors that did not become int8, by reason.
         dropped: source tensors written under another name only.
-        non_finite: kept tensors that hold NaN or infinity -> how many.
-        zero_rows: matrices of which an eighth or more of the rows are zeros -> how many rows; such a file may be half
-            written. Output names.
+        non_finite: name of a kept tensor that holds NaN or infinity -> number of such values.
+        zero_rows: name of a matrix of which an eighth or more of the rows are zeros -> number of such rows. Its file
+            may be half written.
         errors: weight error by kind of layer.
         elapsed_s: seconds of wall time, start to end, without the interpreter's start.
         notes: what else a user should know.
-        commit: of the source on the Hub; None of a directory.
-        reader, reader_reason: how the source came from the Hub, and why so if nobody asked for it; None if nothing did.
-        n_done_shards: shards of an earlier run.
-        n_read_now_bytes: of `n_read_bytes`, what this run read.
+        commit: commit of the source on the Hub; None for a directory.
+        reader, reader_reason: how shards were read from the Hub; the reason is None if the user chose. None if none
+            were.
+        n_done_shards: shards that an earlier run finished.
+        n_read_now_bytes: bytes that this run read.
     """
 
     source: str
@@ -85,7 +87,7 @@ class ConversionReport:
     n_read_now_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; infinity, which JSON has not, becomes null."""
+        """Return a JSON object. Infinity, which JSON lacks, becomes null."""
         fields: dict[str, Any] = {"schema": 1, **asdict(self)}
         for error in fields["errors"]:
             for key in ("mean_sqnr_db", "worst_sqnr_db"):
@@ -94,7 +96,7 @@ class ConversionReport:
 
 
 def notes_of(event: Event) -> list[str]:
-    """What of an event the user should know, beside the numbers."""
+    """Return what the user should know of an event, beside the numbers."""
     match event:
         case PlanMade(device=device, reader=reader):
             notes = []
@@ -112,7 +114,7 @@ def notes_of(event: Event) -> list[str]:
 
 @dataclass(slots=True)
 class ReportBuilder:
-    """Listens to a conversion's events and makes its report."""
+    """Receives a conversion's events and makes its report."""
 
     quantized: dict[str, TensorQuantized] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
@@ -145,7 +147,7 @@ class ReportBuilder:
             self.zero_rows[event.name] = event.n_zero_rows
 
     def restart(self) -> None:
-        """Forget what was seen: the conversion begins again."""
+        """Forget all events: the conversion begins again."""
         self.quantized.clear()
         self.non_finite.clear()
         self.zero_rows.clear()

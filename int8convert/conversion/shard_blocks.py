@@ -1,4 +1,4 @@
-"""The blocks of one shard, handed to several threads in reading order, and their turns at what has to be in order."""
+"""The blocks of one shard: several threads take them in reading order, and take turns where order matters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from int8convert.planning.reading_order import ReadingOrder
 
 
 class Turns:
-    """Lets threads through one at a time, in the order of their numbers."""
+    """Lets threads pass one at a time, in the order of their numbers."""
 
     def __init__(self) -> None:
         self._next = 0
@@ -25,7 +25,7 @@ class Turns:
 
     @contextmanager
     def turn(self, number: int) -> Iterator[None]:
-        """Waits for the turn of `number`; once closed, all go at once."""
+        """Wait for the turn of `number`; after `close`, return at once."""
         with self._changed:
             self._changed.wait_for(lambda: self.is_closed or self._next == number)
         yield
@@ -34,7 +34,7 @@ class Turns:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nobody waits any longer."""
+        """Release all threads that wait."""
         with self._changed:
             self.is_closed = True
             self._changed.notify_all()
@@ -64,7 +64,7 @@ class ShardBlocks:
     def _cut(
         self, open_readers: ExitStack
     ) -> Iterator[tuple[PlannedTensor, BlockCounter, OrderedReader, int, int, bool]]:
-        """Source shards are opened as they come up."""
+        """Yield blocks, and open source shards when they are reached."""
         opened: dict[str, OrderedReader] = {}
         for tensor in self._shard.tensors:
             name = tensor.shard.path.name
@@ -79,7 +79,7 @@ class ShardBlocks:
                 yield tensor, counter, opened[name], begin, end, i == len(ranges) - 1
 
     def work(self, scratch: Scratch) -> None:
-        """Take and finish blocks until there are none; one call a thread."""
+        """Take and finish blocks until none is left. One call for each thread."""
         try:
             while not self.turns.is_closed:
                 if not self._work_on_one(scratch):

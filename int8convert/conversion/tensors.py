@@ -1,7 +1,7 @@
-"""One tensor: read in row blocks, turned into codes and scales, written. The memory it takes is one block per thread.
+"""The work on one tensor, a class for each action of the plan. Memory: one block for each thread.
 
-A block is read into a buffer small enough to stay in the core's cache, quantized out of it and written from the cache
-too, so the weights cross main memory once on the way in and once, half as large, on the way out.
+A block is read into a buffer that stays in the core's cache, is converted there and written from there. So weights
+cross main memory once on the way in and once, half as large, on the way out.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from int8convert.formats.modules import module_of
 from int8convert.planning.plan import PlannedTensor, TensorAction
 
 FP16_MAX = 65504.0
-"""bitsandbytes computes in fp16: a row with a larger weight would come out as infinity or zero there."""
-
+"""Largest magnitude of a weight: bitsandbytes computes in fp16, where a larger one becomes infinity."""
 
 _GLANCE_BYTES = 4096
-"""Bytes of a block that are looked at before all of it: nearly every block holds something there."""
+"""Bytes of a block that are tested for zeros before the rest: nearly every block has a value other than zero there."""
 
 
 def values_dtype(tensor: PlannedTensor) -> str:
-    """The dtype of the values that `SourceRows` gives."""
+    """Return the dtype of the values that `SourceRows` returns."""
     is_decoded = tensor.source.dtype in FP8_DTYPES or tensor.action is TensorAction.DEQUANTIZE
     return "F32" if is_decoded or tensor.lora else tensor.source.dtype
 
@@ -55,7 +54,7 @@ class SourceRows:
         self.dtype = values_dtype(tensor)
 
     def values(self, block: Block, begin: int, end: int) -> npt.NDArray[Any]:
-        """C-contiguous, of `dtype`."""
+        """Return the rows from `begin` to before `end`, C-contiguous, of `dtype`."""
         rows = as_array(self.stored, block, begin, end)
         if self._decoder:
             rows = self._decoder.decode(rows, begin)
@@ -82,15 +81,15 @@ class TensorCopy:
         self._n_zeros: list[int] = []
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Row ranges, in order."""
+        """Return row ranges, in order."""
         return row_ranges(self._rows.stored)
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
-        """The bytes of the rows from `begin` to before `end`."""
+        """Read the rows from `begin` to before `end`."""
         return read_rows(self._rows.stored, self._reader, begin, end, scratch)
 
     def convert(self, block: Block, begin: int, end: int, scratch: Scratch) -> None:
-        """Write those rows, in the dtype the output has."""
+        """Write those rows in the dtype of the output."""
         output_dtype = self._tensor.output_dtype
         data = self._rows.values(block, begin, end).reshape(-1).view(np.uint8)
         if output_dtype != self._rows.dtype:
@@ -112,7 +111,7 @@ class TensorCopy:
 
 
 def _without_dimensions(tensor: PlannedTensor) -> StoredTensor:
-    """The tensor as one dimension, where its place in a row or column does not matter, so that no row is too long."""
+    """Return the tensor in one dimension where rows do not matter, so that no row is too long for a block."""
     stored = tensor.source
     if stored.strides is not None or tensor.scale is not None or tensor.lora is not None:
         return stored
@@ -133,11 +132,11 @@ class TensorQuantization:
         self._noise = np.empty(n_rows, np.float64)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Row ranges, in order."""
+        """Return row ranges, in order."""
         return row_ranges(self._tensor.source)
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
-        """The bytes of the rows from `begin` to before `end`."""
+        """Read the rows from `begin` to before `end`."""
         return read_rows(self._tensor.source, self._reader, begin, end, scratch)
 
     def convert(self, block: Block, begin: int, end: int, scratch: Scratch) -> None:
@@ -167,8 +166,7 @@ class TensorQuantization:
         )
 
     def _count_outside(self) -> str:
-        """How many values of the whole tensor no row of codes can hold, for the error; "" of what would be fetched
-        again for it."""
+        """Return the number of values that int8 rows cannot hold, for the error; "" for a shard on the Hub."""
         if self._tensor.shard.remote is not None:
             return ""
         count = 0
@@ -183,7 +181,7 @@ class TensorQuantization:
         return self._tensor.shard.path.name
 
     def finish(self) -> TensorQuantized:
-        """Write the scales and sum up; after the last block."""
+        """Write the scales and return the event. Called after the last block."""
         module = module_of(self._tensor.format)
         stored = module.from_absmax(self._absmax)
         for name, data in module.tensors_beside(self._tensor.output_name, stored).items():
@@ -251,7 +249,7 @@ def tensor_task(tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter)
 
 
 class BlockCounter:
-    """Counts a tensor's unfinished blocks, so that whichever thread ends the last one finishes the tensor."""
+    """Counts a tensor's unfinished blocks, so that the thread that ends the last one finishes the tensor."""
 
     def __init__(self, task: TensorTask, n_blocks: int) -> None:
         self.task = task
@@ -259,7 +257,7 @@ class BlockCounter:
         self._lock = threading.Lock()
 
     def count_down(self) -> bool:
-        """Whether this was the last block."""
+        """Return whether this was the last block."""
         with self._lock:
             self._left -= 1
             return self._left == 0

@@ -81,7 +81,7 @@ def test_shard_that_always_comes_wrong_is_refused_after_three_times(
         "'pytorch_model-00002-of-00003.bin' came 3 times with other bytes than the Hub lists: sha256 "
     )
     assert caught.value.message.endswith(f", expected {second}")
-    assert caught.value.hint == "a proxy, a network or a disk on the way alters it; nothing of it was kept"
+    assert caught.value.hint == "check the proxy, the network and the disk on the way: one of them alters it"
     assert caught.value.state == "1 finished shard is kept: the same command resumes behind it"
     assert not looks_complete(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model-00001-of-00003.safetensors"]
