@@ -41,10 +41,10 @@ def make_sources(root: Path, kinds: list[str]) -> None:
     import torch
     import transformers
 
-    from tests.decoding.test_fp8 import save_fp8
     from tests.tools import family_models
     from tests.tools.attacks.make_attacks import make_attack
     from tests.tools.attacks.registry import ATTACKS
+    from tests.tools.fp8_checkpoints import save_fp8
     from tests.tools.tiny_models import MODELS, save_as_pickles, save_checkpoint
 
     transformers.logging.set_verbosity_error()

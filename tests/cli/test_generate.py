@@ -16,7 +16,7 @@ import torch
 
 import int8convert
 from tests.cli.conftest import Run
-from tests.runtime.language_models import CHAT_TEMPLATE, build_tokenizer, save_int8, save_reciter
+from tests.tools.language_models import CHAT_TEMPLATE, build_tokenizer, save_int8, save_reciter
 
 RECITED = "né 🦙[b]!"
 NOTE = re.compile(

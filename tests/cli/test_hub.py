@@ -12,7 +12,7 @@ import pytest
 
 from int8convert.hub import retry
 from tests.cli.conftest import Run
-from tests.hub.repositories import NAME, add, opt_pickles
+from tests.tools.hub_repositories import NAME, add, opt_pickles
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect, connect, hub
 from tests.tools.hub_server.http_messages import Origin

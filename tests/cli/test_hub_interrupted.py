@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.client_process import ROOT
-from tests.hub.repositories import NAME, add
+from tests.tools.client_process import ROOT
+from tests.tools.hub_repositories import NAME, add
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import hub
 from tests.tools.hub_server.http_messages import Origin

@@ -12,8 +12,8 @@ import torch
 import int8convert
 from int8convert.checkpoint.names import OUTLIERS_FILE
 from tests.cli.conftest import Run
-from tests.outliers.outlier_models import SCALED, SHIFTED, convert, outlier_model, save
-from tests.runtime.language_models import SENTENCES, build_tokenizer
+from tests.tools.language_models import SENTENCES, build_tokenizer
+from tests.tools.outlier_models import SCALED, SHIFTED, convert, outlier_model, save
 from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
 
 pytestmark = [

@@ -20,7 +20,7 @@ from int8convert.conversion import device
 from int8convert.events import PlanMade, ShardStarted, SourceFetched, TensorKept
 from int8convert.text import format_bytes
 from tests.cli.conftest import Run
-from tests.hub.repositories import NAME, add, opt_pickles
+from tests.tools.hub_repositories import NAME, add, opt_pickles
 from tests.tools.hub_server.fixtures import Connect, connect, hub
 from tests.tools.hub_server.hub import Hub
 from tests.tools.tiny_models import save_checkpoint

@@ -12,8 +12,8 @@ import pytest
 from int8convert.checkpoint.directory import read_shard
 from int8convert.checkpoint.names import VERIFY_FILE
 from tests.cli.conftest import Run
-from tests.outliers.outlier_models import convert, outlier_model, save
-from tests.runtime.language_models import SENTENCES, build_tokenizer
+from tests.tools.language_models import SENTENCES, build_tokenizer
+from tests.tools.outlier_models import convert, outlier_model, save
 from tests.tools.tiny_models import file_bytes
 
 pytestmark = [

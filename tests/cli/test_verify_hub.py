@@ -12,11 +12,11 @@ import int8convert
 from int8convert.checkpoint.directory import read_shard
 from int8convert.checkpoint.names import VERIFY_FILE
 from tests.cli.conftest import Run
-from tests.hub.repositories import NAME, add, opt_pickles
-from tests.outliers.outlier_models import outlier_model, save
-from tests.runtime.language_models import build_tokenizer
+from tests.tools.hub_repositories import NAME, add, opt_pickles
 from tests.tools.hub_server.fixtures import Connect, connect, hub
 from tests.tools.hub_server.hub import Hub
+from tests.tools.language_models import build_tokenizer
+from tests.tools.outlier_models import outlier_model, save
 from tests.tools.tiny_models import file_bytes
 
 __all__ = ["connect", "hub"]

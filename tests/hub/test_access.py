@@ -22,9 +22,9 @@ from int8convert.errors import (
     Int8ConvertError,
     OutputError,
 )
-from tests.hub.client_process import ROOT
-from tests.hub.conversions import READERS, convert
-from tests.hub.models import opt_66b
+from tests.tools.client_process import ROOT
+from tests.tools.hub_conversions import READERS, convert
+from tests.tools.hub_models import opt_66b
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.http_messages import Origin

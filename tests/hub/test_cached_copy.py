@@ -12,7 +12,7 @@ from int8convert.events import DownloadStarted, Event
 from int8convert.hub import cached_copy
 from int8convert.hub.cached_copy import fetch_checkpoint
 from int8convert.hub.open_repository import open_repository
-from tests.hub.models import NAME, opt_66b
+from tests.tools.hub_models import NAME, opt_66b
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.http_messages import Origin

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from int8convert.errors import CorruptFileError, Int8ConvertError
-from tests.hub.conversions import READERS, begin_anew, convert, looks_complete
-from tests.hub.models import NAME, opt_66b
+from tests.tools.hub_conversions import READERS, begin_anew, convert, looks_complete
+from tests.tools.hub_models import NAME, opt_66b
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.http_messages import Origin

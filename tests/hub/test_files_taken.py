@@ -12,7 +12,7 @@ import pytest
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.events import PlanMade
 from int8convert.sources import open_source
-from tests.hub.repositories import convert, payload
+from tests.tools.hub_repositories import convert, payload
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
 from tests.tools.tiny_models import save_checkpoint

@@ -11,9 +11,9 @@ from huggingface_hub import close_session
 
 import int8convert
 from int8convert.errors import HubConnectionError, HubError
-from tests.hub.conversions import READERS, convert
 from tests.hub.forward_proxy import ForwardProxy
-from tests.hub.models import NAME, opt_66b
+from tests.tools.hub_conversions import READERS, convert
+from tests.tools.hub_models import NAME, opt_66b
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
 from tests.tools.tiny_models import file_bytes

@@ -18,9 +18,9 @@ from huggingface_hub import constants
 from int8convert.errors import HubConnectionError, SourceError
 from int8convert.events import Event, ShardFinished
 from tests.conversion.test_experts import build
-from tests.decoding.test_fp8 import save_fp8
-from tests.hub.conversions import READERS, convert
-from tests.hub.models import NAME, files_of, opt_66b
+from tests.tools.fp8_checkpoints import save_fp8
+from tests.tools.hub_conversions import READERS, convert
+from tests.tools.hub_models import NAME, files_of, opt_66b
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
 from tests.tools.tiny_models import save_as_pickles, save_checkpoint

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from int8convert.checkpoint.manifest import Manifest
-from tests.hub.client_process import ClientProcesses
-from tests.hub.conversions import READERS, begin_anew, looks_complete, places
-from tests.hub.models import NAME, opt_66b
+from tests.tools.client_process import ClientProcesses
+from tests.tools.hub_conversions import READERS, begin_anew, looks_complete, places
+from tests.tools.hub_models import NAME, opt_66b
 from tests.tools.hub_server.http_messages import Origin
 from tests.tools.hub_server.hub import Hub
 from tests.tools.tiny_models import file_bytes

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from int8convert.events import ShardRepeated
-from tests.hub.repositories import NAME, add, convert
 from tests.hub.test_readers import fp8_with_scales_elsewhere, sha256_of
+from tests.tools.hub_repositories import NAME, add, convert
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.http_messages import Origin

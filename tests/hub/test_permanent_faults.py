@@ -13,8 +13,8 @@ import pytest
 import int8convert
 from int8convert.errors import HubAccessError, HubConnectionError
 from int8convert.events import SourceFetched
-from tests.hub.conversions import READERS, convert, looks_complete
-from tests.hub.models import NAME, opt_66b
+from tests.tools.hub_conversions import READERS, convert, looks_complete
+from tests.tools.hub_models import NAME, opt_66b
 from tests.tools.hub_server import storage_routes
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect

@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.hub.repositories import NAME, add, convert, fetched_bytes, opt_pickles
+from tests.tools.hub_repositories import NAME, add, convert, fetched_bytes, opt_pickles
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
 from tests.tools.tiny_models import file_bytes

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from tests.hub.repositories import NAME, add
+from tests.tools.hub_repositories import NAME, add
 from tests.tools.hub_server.hub import Hub
 
 MIB = 1 << 20

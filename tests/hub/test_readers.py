@@ -23,7 +23,7 @@ from int8convert.planning.name_rules import map_by_name
 from int8convert.planning.plan import make_plan
 from int8convert.planning.reading_order import ReadingOrder
 from int8convert.sources import open_source
-from tests.hub.repositories import NAME, add, convert, fetched_bytes, opt_pickles, payload
+from tests.tools.hub_repositories import NAME, add, convert, fetched_bytes, opt_pickles, payload
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.http_messages import Origin
 from tests.tools.hub_server.hub import Hub

@@ -17,7 +17,7 @@ from int8convert.events import ShardRepeated
 from int8convert.hub import download
 from int8convert.hub.open_repository import open_repository
 from int8convert.hub.stream import ShardStream
-from tests.hub.repositories import NAME, add, convert, opt_pickles
+from tests.tools.hub_repositories import NAME, add, convert, opt_pickles
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.http_messages import Origin

@@ -14,7 +14,7 @@ from int8convert.events import PlanMade
 from int8convert.hub import repository
 from int8convert.hub.repository import find_repository
 from int8convert.hub.small_files import fetch_small_files
-from tests.hub.repositories import NAME, add, convert, opt_pickles, payload
+from tests.tools.hub_repositories import NAME, add, convert, opt_pickles, payload
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from int8convert.errors import NonFiniteWeightError
-from tests.hub.repositories import NAME, add, convert, opt_pickles
+from tests.tools.hub_repositories import NAME, add, convert, opt_pickles
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.http_messages import Origin

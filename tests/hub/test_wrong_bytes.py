@@ -12,9 +12,9 @@ from huggingface_hub import hf_hub_download
 
 from int8convert.errors import CorruptFileError
 from int8convert.events import Event, PlanMade, ShardFinished, ShardRepeated
-from tests.decoding.test_fp8 import save_fp8
-from tests.hub.conversions import READERS, begin_anew, convert, looks_complete
-from tests.hub.models import NAME, files_of, opt_66b, save_opt
+from tests.tools.fp8_checkpoints import save_fp8
+from tests.tools.hub_conversions import READERS, begin_anew, convert, looks_complete
+from tests.tools.hub_models import NAME, files_of, opt_66b, save_opt
 from tests.tools.hub_server.blobs import KnownFile
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect

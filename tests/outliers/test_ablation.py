@@ -11,7 +11,7 @@ from torch import nn
 
 from int8convert.errors import SourceError
 from int8convert.outliers.ablation import ablate, zeroing
-from tests.outliers.outlier_models import SCALED, SHIFTED, outlier_model
+from tests.tools.outlier_models import SCALED, SHIFTED, outlier_model
 
 
 def states(model: Any) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import int8convert
-from tests.runtime.language_models import language_model
+from tests.tools.language_models import language_model
 from tests.tools.tiny_models import build_model
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)

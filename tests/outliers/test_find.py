@@ -14,8 +14,8 @@ from int8convert.errors import CorruptFileError, DeviceError, SourceError
 from int8convert.outliers.find import find_outliers
 from int8convert.runtime.text.texts import Text
 from int8convert.runtime.text.windows import read_windows
-from tests.outliers.outlier_models import SCALED, SHIFTED, convert, outlier_model, save
-from tests.runtime.language_models import language_model
+from tests.tools.language_models import language_model
+from tests.tools.outlier_models import SCALED, SHIFTED, convert, outlier_model, save
 from tests.tools.tiny_models import edit_config, read_tensors, save_checkpoint
 
 pytestmark = [

@@ -20,8 +20,8 @@ from int8convert.errors import AlreadyQuantizedError, DiskFullError, OutputError
 from int8convert.outliers.store import int8_modules, store_outliers
 from int8convert.runtime.linear import Int8Linear
 from tests.conversion.test_experts import build, experts_of
-from tests.decoding.test_fp8 import save_fp8
 from tests.planning.test_lora import save_adapter
+from tests.tools.fp8_checkpoints import save_fp8
 from tests.tools.options import quantize
 from tests.tools.tiny_models import build_model, file_bytes, read_tensors, save_as_pickles, save_checkpoint
 

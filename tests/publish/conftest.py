@@ -12,11 +12,11 @@ from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
-from tests.hub.repositories import NAME, add, convert, opt_pickles
-from tests.outliers.outlier_models import outlier_model, save
-from tests.runtime.language_models import build_tokenizer
+from tests.tools.hub_repositories import NAME, add, convert, opt_pickles
 from tests.tools.hub_server.fixtures import Connect, connect, hub, xet_hub
 from tests.tools.hub_server.hub import Hub
+from tests.tools.language_models import build_tokenizer
+from tests.tools.outlier_models import outlier_model, save
 from tests.tools.tiny_models import file_bytes
 
 __all__ = ["connect", "expected", "hub", "out", "soon", "source", "verified", "xet_hub"]

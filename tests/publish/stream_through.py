@@ -9,7 +9,7 @@ from typing import Any
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import ShardStarted
 from int8convert.publish.shard_publisher import HubPublisher
-from tests.hub.repositories import NAME, convert
+from tests.tools.hub_repositories import NAME, convert
 from tests.tools.hub_server.hub import Hub
 
 REPO = "me/opt-66b-int8"

@@ -14,12 +14,12 @@ import int8convert
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
-from tests.outliers.outlier_models import outlier_model, save
 from tests.publish.conftest import LOOSE
-from tests.runtime.language_models import build_tokenizer
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
 from tests.tools.hub_server.repositories import Visibility
+from tests.tools.language_models import build_tokenizer
+from tests.tools.outlier_models import outlier_model, save
 from tests.tools.tiny_models import file_bytes, save_as_pickles
 
 pytestmark = [

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from int8convert import errors
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.publish.shard_publisher import HubPublisher
-from tests.hub.repositories import NAME, add, convert
 from tests.publish.stream_through import REPO, Stopped, at_shard, on_the_hub, stop_at, through
+from tests.tools.hub_repositories import NAME, add, convert
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.client_process import ClientProcesses
-from tests.hub.conversions import begin_anew, places
-from tests.hub.models import NAME, opt_66b
+from tests.tools.client_process import ClientProcesses
+from tests.tools.hub_conversions import begin_anew, places
+from tests.tools.hub_models import NAME, opt_66b
 from tests.tools.hub_server.http_messages import Origin
 from tests.tools.hub_server.hub import Hub
 

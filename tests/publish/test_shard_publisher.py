@@ -12,8 +12,8 @@ from int8convert import errors
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import Event, FileSent, ShardSkipped
 from int8convert.publish.shard_publisher import HubPublisher
-from tests.hub.repositories import NAME, convert
 from tests.publish.stream_through import REPO, Stopped, on_the_hub, stop_at, through
+from tests.tools.hub_repositories import NAME, convert
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
 from tests.tools.hub_server.repositories import Visibility

@@ -22,8 +22,8 @@ from int8convert.checkpoint.manifest import ShardRecord
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import ShardSkipped
 from int8convert.publish.shard_publisher import HubPublisher
-from tests.hub.repositories import NAME, add, convert
 from tests.publish.stream_through import REPO, Stopped, on_the_hub, stop_at, through
+from tests.tools.hub_repositories import NAME, add, convert
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.http_messages import Origin

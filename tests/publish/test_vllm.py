@@ -19,9 +19,9 @@ import torch
 import transformers
 
 import int8convert
-from tests.runtime.language_models import build_tokenizer
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
+from tests.tools.language_models import build_tokenizer
 from tests.tools.tiny_models import save_as_pickles
 
 VLLM = os.environ.get("INT8CONVERT_VLLM")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.language_models import build_tokenizer
+from tests.tools.language_models import build_tokenizer
 
 
 @pytest.fixture(autouse=True)

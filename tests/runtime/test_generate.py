@@ -13,7 +13,7 @@ import transformers
 
 import int8convert
 from int8convert.errors import CorruptFileError, DeviceError, PromptError, SourceError
-from tests.runtime.language_models import CHAT_TEMPLATE, build_tokenizer, language_model, save_int8, save_reciter
+from tests.tools.language_models import CHAT_TEMPLATE, build_tokenizer, language_model, save_int8, save_reciter
 from tests.tools.tiny_models import edit_config
 
 RECITED = "né 🦙[b]!"

@@ -23,8 +23,8 @@ import int8convert
 from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.verification.exact.level import ExactReport, verify_exact
 from tests.conftest import InProcessMap
-from tests.outliers.outlier_models import convert, outlier_model
-from tests.runtime.language_models import build_tokenizer
+from tests.tools.language_models import build_tokenizer
+from tests.tools.outlier_models import convert, outlier_model
 from tests.tools.tiny_models import edit_config
 
 pytestmark = [

@@ -22,7 +22,7 @@ from scripts.simulated_methods import (
     quantize_zeropoint,
     simulating,
 )
-from tests.outliers.outlier_models import outlier_model
+from tests.tools.outlier_models import outlier_model
 
 BY_NAME = {method.name: method for method in METHODS}
 Matrix = list[list[Fraction]]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.language_models import SENTENCES, build_tokenizer
+from tests.tools.language_models import SENTENCES, build_tokenizer
 
 
 @pytest.fixture(autouse=True)

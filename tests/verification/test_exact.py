@@ -18,9 +18,9 @@ from int8convert.errors import AdapterError, SourceError
 from int8convert.events import Event, TensorsCompared
 from int8convert.verification.exact.level import ExactReport, verify_exact
 from tests.conversion.test_experts import build
-from tests.decoding.test_fp8 import save_fp8
-from tests.outliers.outlier_models import convert
 from tests.planning.test_lora import save_adapter
+from tests.tools.fp8_checkpoints import save_fp8
+from tests.tools.outlier_models import convert
 from tests.tools.tiny_models import MODELS, build_model, read_tensors, save_as_pickles, save_checkpoint
 
 pytestmark = [

@@ -17,7 +17,7 @@ from int8convert.runtime.text.windows import TokenWindows, read_windows, read_wi
 from int8convert.verification.fidelity.arithmetic import Arithmetic, ColumnCount, running
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
 from int8convert.verification.options import Execution
-from tests.outliers.outlier_models import convert, outlier_model, save
+from tests.tools.outlier_models import convert, outlier_model, save
 from tests.tools.tiny_models import build_model, edit_config
 
 pytestmark = [

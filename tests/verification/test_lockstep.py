@@ -22,8 +22,8 @@ from int8convert.verification.fidelity import hidden_states, lockstep, stream_pl
 from int8convert.verification.fidelity.layered_model import LayeredModel
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
 from int8convert.verification.options import Execution
-from tests.decoding.test_fp8 import save_fp8
-from tests.outliers.outlier_models import convert
+from tests.tools.fp8_checkpoints import save_fp8
+from tests.tools.outlier_models import convert
 from tests.tools.tiny_models import MODELS, read_tensors, save_as_pickles
 
 pytestmark = [

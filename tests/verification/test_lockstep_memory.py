@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from tests.outliers.outlier_models import convert
+from tests.tools.outlier_models import convert
 from tests.tools.tiny_models import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")

@@ -25,8 +25,8 @@ from int8convert.verification.gates import fidelity_failures
 from int8convert.verification.options import Execution
 from int8convert.verification.verify import verify
 from tests.conftest import InProcessMap
-from tests.outliers.outlier_models import convert, outlier_model, save
-from tests.runtime.language_models import build_tokenizer
+from tests.tools.language_models import build_tokenizer
+from tests.tools.outlier_models import convert, outlier_model, save
 from tests.tools.tiny_models import edit_config
 
 pytestmark = [

@@ -18,7 +18,7 @@ from int8convert.verification.gates import task_failures
 from int8convert.verification.options import Execution, Tasks
 from int8convert.verification.tasks import TaskReport, _pair, mcnemar, measure_tasks
 from int8convert.verification.verify import verify
-from tests.outliers.outlier_models import convert, outlier_model, save
+from tests.tools.outlier_models import convert, outlier_model, save
 
 pytestmark = [
     pytest.mark.usefixtures("map_in_process"),

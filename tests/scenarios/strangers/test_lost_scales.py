@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.errors import CorruptFileError, MissingWeightsError
-from tests.decoding.test_fp8 import save_fp8
 from tests.scenarios.strangers.makers import change, change_block, convert, make_model
+from tests.tools.fp8_checkpoints import save_fp8
 from tests.tools.tiny_models import read_tensors
 
 pytestmark = pytest.mark.usefixtures("map_in_process")

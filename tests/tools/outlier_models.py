@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.runtime.language_models import language_model
+from tests.tools.language_models import language_model
 from tests.tools.options import quantize
 
 SHIFTED = {7: 40.0, 50: -40.0}

@@ -1,6 +1,6 @@
 """Conversions in processes of their own, which a test may kill: forked, ready to go, from one that has all imported.
 
-`python -m tests.hub.client_process SOURCE` converts a local checkpoint first, so that the kernel is loaded and the
+`python -m tests.tools.client_process SOURCE` converts a local checkpoint first, so that the kernel is loaded and the
 map of that model remembered. Then, for every line of JSON on stdin - the arguments of `quantize`, and `upload`, a
 repository to send the shards to - it forks a process that does it, writes its id, waits for it, and writes its exit
 code.
@@ -44,7 +44,7 @@ class ClientProcesses:
 
     def __init__(self, source: Path, environment: Mapping[str, str]) -> None:
         self._parent = subprocess.Popen(
-            [sys.executable, "-m", "tests.hub.client_process", str(source)],
+            [sys.executable, "-m", "tests.tools.client_process", str(source)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

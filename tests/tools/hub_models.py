@@ -37,7 +37,7 @@ def save_opt(folder: Path, width: int = 128, n_layers: int = 3, max_shard_size: 
 
 def opt_66b(folder: Path, n_shards: int = 3, **sizes: int) -> Files:
     """As facebook/opt-66b is: `.bin` shards of keys without `model.`, the tied head written, other formats beside."""
-    source = save_opt(folder / "saved", **sizes)
+    source = save_opt(folder / "saved", **sizes)  # type: ignore[arg-type]
     directory = save_as_pickles(source, folder / "bin", n_shards, lambda name: name.removeprefix("model."))
     return files_of(directory) | {
         "README.md": _CARD,
