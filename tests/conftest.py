@@ -81,25 +81,13 @@ class InProcessTrial(TrialRun):
 
 
 NOT_FAST = (
-    *(
-        "scenarios",
-        "tools/ptx",
-        "tools/hub_server",
-        "cli",
-        "publish",
-        "verification/test_lockstep",
-        "verification/test_memory",
-    ),
-    *(
-        "hub/test_killed",
-        "hub/test_faults",
-        "hub/test_identical",
-        "hub/test_reader",
-        "hub/test_proxy",
-        "hub/test_forward",
-    ),
+    *("scenarios", "tools/ptx", "tools/hub_server", "cli", "publish", "test_layering"),
+    *("verification/test_lockstep", "verification/test_memory", "verification/test_trial_run"),
+    *("hub/test_killed", "hub/test_access", "hub/test_faults", "hub/test_permanent_faults", "hub/test_identical"),
+    *("hub/test_reader", "hub/test_proxy", "hub/test_forward"),
     *("kernels/test_cuda_", "kernels/test_intrinsics", "kernels/test_row_quantize_cuda", "kernels/test_stub_driver"),
-    *("planning/test_loading_parity", "planning/test_model_map_cache", "planning/test_old_names", "test_layering"),
+    *("planning/test_loading_parity", "planning/test_model_map_cache", "planning/test_old_names"),
+    *("planning/test_remote_code", "runtime/test_weight_readers"),
 )
 """Starts of the paths that --fast leaves out: commands in processes, kills, fuzzing, sweeps over PTX and families."""
 
@@ -160,6 +148,16 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     (folder / "cuda_kernels").symlink_to(shared_ptx)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
+
+
+@pytest.fixture
+def shared_maps(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Model maps that commands in processes of their own remember from test to test, and from worker to worker."""
+    base = tmp_path_factory.getbasetemp()
+    maps = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model_maps"
+    maps.mkdir(exist_ok=True)
+    (own_cache / "int8convert").mkdir()
+    (own_cache / "int8convert" / "model_maps").symlink_to(maps)
 
 
 @pytest.fixture

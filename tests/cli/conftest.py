@@ -25,3 +25,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, map
         return int(exit_info.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def remembered_maps(shared_maps: None) -> None:
+    """Commands find the maps of models that an earlier test converted: a child to make one costs five seconds."""

@@ -53,3 +53,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def client_cache(tmp_path: Path) -> Path:
     """Where the client that `connect` makes has its cache."""
     return tmp_path / "client"
+
+
+@pytest.fixture(autouse=True)
+def remembered_maps(shared_maps: None) -> None:
+    """Commands find the maps of models that an earlier test converted: a child to make one costs five seconds."""

@@ -1,4 +1,7 @@
-"""A class that is code in the checkpoint: never run unasked, and what decides once the user trusts it."""
+"""A class that is code in the checkpoint: never run unasked, and what decides once the user trusts it.
+
+The first two tests ask in a process of its own, as users do; the others ask the same code in this one.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,9 @@ def test_trusted_code_decides_as_it_does_for_the_loader(novel: Path, trace: Path
         assert torch.equal(model(tokens).logits, theirs(tokens).logits)
 
 
-def test_code_that_transformers_has_a_class_for_is_not_run_even_if_trusted(trace: Path, tmp_path: Path) -> None:
+def test_code_that_transformers_has_a_class_for_is_not_run_even_if_trusted(
+    trace: Path, tmp_path: Path, map_in_process: None
+) -> None:
     directory = save_checkpoint("llama", tmp_path / "llama")
     edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
     (directory / "modeling_llama.py").write_text(MODELING.format(trace=str(trace)))
@@ -128,7 +133,9 @@ def test_code_that_transformers_has_a_class_for_is_not_run_even_if_trusted(trace
     ("code", "complaint"),
     [("raise KeyError('odd')", "KeyError: 'odd'"), ("import no_such_package", "no_such_package"), (None, "OSError")],
 )
-def test_trusted_code_that_fails_is_an_error_not_a_guess(code: str | None, complaint: str, novel: Path) -> None:
+def test_trusted_code_that_fails_is_an_error_not_a_guess(
+    code: str | None, complaint: str, novel: Path, map_in_process: None
+) -> None:
     if code is None:
         (novel / "modeling_novel.py").unlink()
     else:
@@ -138,7 +145,7 @@ def test_trusted_code_that_fails_is_an_error_not_a_guess(code: str | None, compl
 
 
 @pytest.mark.parametrize("auto_map", [["modeling_novel.NovelForCausalLM"], {"AutoModel": 7}, {"AutoConfig": "a.B"}])
-def test_auto_map_that_names_no_class(auto_map: Any, novel: Path) -> None:
+def test_auto_map_that_names_no_class(auto_map: Any, novel: Path, map_in_process: None) -> None:
     edit_config(novel, auto_map=auto_map)
     with pytest.raises(RemoteCodeError):
         int8convert.plan(novel)
@@ -147,7 +154,9 @@ def test_auto_map_that_names_no_class(auto_map: Any, novel: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_fidelity_is_measured_with_trusted_code_only(novel: Path, trace: Path, tmp_path: Path) -> None:
+def test_fidelity_is_measured_with_trusted_code_only(
+    novel: Path, trace: Path, tmp_path: Path, map_in_process: None
+) -> None:
     int8convert.quantize(novel, tmp_path / "out", int8convert.PlanOptions(trust_remote_code=True))
     trace.unlink()
     windows = TokenWindows(torch.arange(3, 43).view(2, 20), "numbers", "", 40)

@@ -69,3 +69,8 @@ def verified(out: Path) -> Path:
     assert report.is_passed
     write_report(report)
     return out
+
+
+@pytest.fixture(autouse=True)
+def remembered_maps(shared_maps: None) -> None:
+    """Commands find the maps of models that an earlier test converted: a child to make one costs five seconds."""
