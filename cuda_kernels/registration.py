@@ -107,7 +107,7 @@ def _trace_int8_linear(x: Tensor, *operands: Any) -> Any:
     return x.new_empty(*x.shape[:-1], weight.codes.shape[0])
 
 
-def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001, torch names it
     _x, weight_codes, weight_absmax, outlier_weight, _bias, outlier_columns, *_ = inputs
     ctx.save_for_backward(weight_codes, weight_absmax, outlier_weight, outlier_columns)
 

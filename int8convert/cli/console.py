@@ -161,13 +161,13 @@ class TerminatedError(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C except for the exit code."""
 
 
-def terminate(signal_number: int, frame: object) -> None:
+def terminate(_signal_number: int, _frame: object) -> None:
     """Handle SIGTERM."""
     retry.interrupted.set()
     raise TerminatedError
 
 
-def interrupt(signal_number: int, frame: object) -> None:
+def interrupt(_signal_number: int, _frame: object) -> None:
     """Handle SIGINT."""
     retry.interrupted.set()
     raise KeyboardInterrupt

@@ -181,7 +181,7 @@ def _following(model: Any, record: Record) -> Iterator[None]:
     def enter(module: Any, _: Any) -> None:
         record.running.append(names.get(id(module), type(module).__name__))
 
-    def leave(module: Any, *_: Any) -> None:
+    def leave(*_: Any) -> None:
         record.running.pop()
 
     entering = nn.modules.module.register_module_forward_pre_hook(enter)
