@@ -161,6 +161,12 @@ def shared_maps(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> No
 
 
 @pytest.fixture
+def no_maps(shared_maps: None, own_cache: Path) -> None:
+    """No model is known yet, for tests of what happens while its map is made."""
+    (own_cache / "int8convert" / "model_maps").unlink()
+
+
+@pytest.fixture
 def empty_cache(own_cache: Path) -> Path:
     """No PTX either, for tests of its cache."""
     (own_cache / "cuda_kernels").unlink()

@@ -172,7 +172,7 @@ def test_console_script_on_a_terminal_shows_a_live_bar(source: Path, tmp_path: P
     ("signal_number", "code", "word"), [(SIGINT, 130, "interrupted"), (SIGTERM, 143, "terminated")]
 )
 def test_signal_while_transformers_starts_leaves_nothing(
-    signal_number: int, code: int, word: str, source: Path, tmp_path: Path
+    signal_number: int, code: int, word: str, source: Path, tmp_path: Path, no_maps: None
 ) -> None:
     """The real command; the child that maps the model takes seconds, in which the signal falls."""
     out = tmp_path / "new" / "out"
