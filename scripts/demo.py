@@ -16,6 +16,7 @@ Left out on purpose: speed. These matrices are far too small to say anything abo
 import argparse
 import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -303,6 +304,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     options = parse_arguments()
     transformers.utils.logging.disable_progress_bar()
+    # Of torchao, which transformers imports: that its CUDA extensions do not load, and of torch about torchao's enums.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     settings = TrainingSettings(seconds=options.seconds)
     if not find_cache(settings).is_dir():
         note("training a small language model on this Python's own sources; about 5 minutes on 2 cores, once")
