@@ -82,7 +82,7 @@ def reciter(tokenizer: Any, text: str) -> Any:
 
 def save_reciter(text: str, directory: Path, tokenizer: Any) -> Path:
     """An int8 checkpoint of it."""
-    model = int8convert.quantize_(reciter(tokenizer, text))  # type: ignore[operator]
-    model.save_pretrained(directory)
+    model = int8convert.quantize_(reciter(tokenizer, text))
+    model.save_pretrained(directory)  # type: ignore[operator]
     tokenizer.save_pretrained(directory)
     return directory
