@@ -11,6 +11,8 @@ import tqdm.auto
 from safetensors.torch import save_file
 
 import int8convert
+from int8convert.events import Event, FidelityStarted, FidelityStep, FileSent, TensorsCompared
+from int8convert.progress_bar import sink_or_bar
 from tests.tools.tiny_models import read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
@@ -57,3 +59,26 @@ def test_bar_is_closed_by_an_error(bars: list[Any], tmp_path: Path) -> None:
         int8convert.quantize(source, tmp_path / "out", int8convert.PlanOptions(min_coverage=1.0))
     (bar,) = bars
     assert bar.disable
+
+
+def test_bar_follows_the_events_of_other_commands(bars: list[Any]) -> None:
+    with sink_or_bar(None, "verify") as sink:
+        (bar,) = bars
+        for event, n, total in (
+            (TensorsCompared(30, 100), 30, 100),
+            (TensorsCompared(100, 100), 100, 100),
+            (FidelityStarted(True, 5000, 3), 0, 3),
+            (FidelityStep("model.layers.0", 1, 3), 1, 3),
+            (FileSent("config.json", 5, True, 5, 20), 5, 20),
+            (FileSent("shard", 15, False, 20, 20), 20, 20),
+        ):
+            sink(event)
+            assert (bar.n, bar.total) == (n, total)
+    assert bar.disable and bar.desc == "verify"
+
+
+def test_own_sink_gets_the_events_and_no_bar(bars: list[Any]) -> None:
+    seen: list[Event] = []
+    with sink_or_bar(seen.append, "upload") as sink:
+        sink(TensorsCompared(1, 2))
+    assert seen == [TensorsCompared(1, 2)] and not bars

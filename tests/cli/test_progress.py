@@ -1,0 +1,86 @@
+"""The renderer shows events of all commands: lines where nobody watches, notes if quiet, nothing for --json."""
+
+from __future__ import annotations
+
+import pytest
+
+from int8convert.cli.progress import showing_progress
+from int8convert.events import (
+    DownloadStarted,
+    Event,
+    FidelityStarted,
+    FidelityStep,
+    FileSent,
+    HubReadStarted,
+    PlanMade,
+    ShardFinished,
+    ShardRepeated,
+    ShardSkipped,
+    TensorKept,
+    TensorQuantized,
+    TensorsCompared,
+)
+
+PLAN = PlanMade("source", None, "OPTForCausalLM", 2, 2_000_000, 2, 1_000_000, 0.75, ("a note",))
+CASES: list[tuple[Event, str]] = [
+    (PLAN, "note: a note\nOPTForCausalLM: 2 MB in 2 shards -> 1 MB in 2, 75.0 % of the parameters to int8\n"),
+    (
+        ShardSkipped(0, 2, "model-00001-of-00002.safetensors", 9),
+        "shard 1 of 2: model-00001-of-00002.safetensors is done from an earlier run\n",
+    ),
+    (
+        ShardFinished(1, 2, "model-00002-of-00002.safetensors", 3000),
+        "shard 2 of 2: model-00002-of-00002.safetensors 3 kB written\n",
+    ),
+    (
+        ShardRepeated(0, 2, "a", "b came with wrong bytes"),
+        "note: shard 1 of 2, a, is made again: b came with wrong bytes\n",
+    ),
+    (FileSent("config.json", 700, True, 700), "config.json: 700 B sent\n"),
+    (FileSent("config.json", 700, True, 700, 2000), "config.json: 700 B sent; 700 B of 2 kB are there\n"),
+    (FileSent("config.json", 700, False, 700, 2000), ""),
+    (
+        HubReadStarted("me/x", "0123456789abcdef", 0, False),
+        "note: reading me/x at 0123456789ab from the cache of the Hub's client\n",
+    ),
+    (
+        HubReadStarted("me/x", "0123456789abcdef", 5, False),
+        "note: reading me/x at 0123456789ab from the Hub: 5 B, of which nothing is kept\n",
+    ),
+    (DownloadStarted("model.safetensors", 5), "note: fetching model.safetensors, 5 B\n"),
+    (TensorsCompared(1, 2), ""),
+    (FidelityStarted(False, 5_000_000, 20), "note: running both models in memory, at most 5 MB\n"),
+    (FidelityStep("window", 1, 20), ""),
+    (FidelityStep("window", 2, 20), "fidelity: 2 of 20 steps\n"),
+]
+
+
+@pytest.mark.parametrize(("event", "line"), CASES)
+def test_event_is_one_line_where_nobody_watches(event: Event, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with showing_progress(quiet=False, as_json=False) as sink:
+        sink(event)
+    assert capsys.readouterr() == ("", line)
+
+
+def test_quiet_prints_the_notes_of_the_plan_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with showing_progress(quiet=True, as_json=False) as sink:
+        for event, _ in CASES:
+            sink(event)
+    notes = "note: a note\nnote: shard 1 of 2, a, is made again: b came with wrong bytes\n"
+    assert capsys.readouterr() == ("", notes)
+
+
+def test_json_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with showing_progress(quiet=False, as_json=True) as sink:
+        for event, _ in CASES:
+            sink(event)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_rate_counts_what_this_run_read_and_no_tensor_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    done = TensorKept("a", "a", 1, 10**9, 10**9, "F16", "", is_replayed=True)
+    new = TensorQuantized("b", "b", 1, 1000, 500, 40.0, 1.0, 2.0)
+    with showing_progress(quiet=False, as_json=False) as sink:
+        for event in (PLAN, done, new, new, done):
+            sink(event)
+        assert (sink._counter.read_bytes, sink._counter.passed_bytes) == (1000, 10**9 + 1000)  # type: ignore[attr-defined]
