@@ -235,6 +235,8 @@ class _Upload:
     def _whose_card(self, output: FinishedOutput, found: Repository | None) -> str:
         """Return `UploadReport.keeps_card`."""
         path = output.path / CARD_NAME
+        if path.is_dir():
+            raise OutputError(f"{quoted(str(path), 200)} is a directory, expected a model card", "remove it")
         if path.is_file() and CARD_MARK.encode() not in read_card(path):
             return "output"
         return "repository" if not self.overwrite and self.branch.has_foreign_card(found) else ""

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +247,17 @@ def test_pipe_is_refused_and_not_opened(name: str, verified: Path) -> None:
     os.mkfifo(verified / name)
     with pytest.raises(OutputError, match=f"'{name}' in .* is a pipe"):
         dry_run(verified)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_card_that_is_no_file_is_refused_before_anything_is_sent(
+    make: Callable[[Path], None], verified: Path, hub: Hub
+) -> None:
+    make(verified / "README.md")
+    with pytest.raises(OutputError, match=r"README\.md' .*is a (pipe|directory)"):
+        int8convert.upload(verified, REPO, on_event=lambda event: None)
+    with pytest.raises(KeyError):
+        hub.repo(REPO)
 
 
 def test_file_that_changes_while_others_are_sent_is_not_sent(verified: Path, hub: Hub) -> None:
