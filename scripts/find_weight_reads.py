@@ -1,19 +1,14 @@
 #!/usr/bin/env python3
-"""Which Linear weights the model code of the installed transformers reads by itself, class by class.
+"""Derives the table in int8convert/runtime/weight_reads.py: the Linear weights that model code reads by itself.
 
-The converter applies the same rule (`int8convert.runtime.weight_readers`) to the classes of the model at hand,
-whatever transformers is installed. This table shows what the rule finds in all classes, and tests/conversion compares
-it with docs/weight-reads.md, so that a new transformers shows what it adds.
-
-1. Parse each `modeling_*.py` of transformers. Nothing is imported.
-2. Apply the rule to each class.
-3. Keep the reads of Linear weights: the type of `self.a.b` is told from `self.a = Class(...)`, in the class itself and
-   in those it names. Conv and embedding weights never become int8.
-
+1. Parse every module of the installed transformers, and torch.nn. Nothing is imported.
+2. Find the reads in each class (`reads_in_source`).
+3. Keep those of Linear weights: the type of `self.a.b` is told from `self.a = Class(...)`, in the class itself and in
+   those it names. Conv and embedding weights never become int8. A read of an unknown type is kept.
 4. Leave out what a condition rules out for every int8 model, as T5 does: `if self.wo.weight.dtype != torch.int8`.
 
-Costs some ten seconds. Not known: conditions on entries of a config, which the converter judges with the module at
-hand. So a row may be of a branch that no checkpoint takes. An unknown type is shown with a question mark.
+Costs some ten seconds. Not known: conditions on entries of a config. So a row may be of a branch that no checkpoint
+takes; CONDITIONS in that module has those that matter.
 """
 
 from __future__ import annotations
@@ -25,7 +20,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,20 +27,25 @@ from typing import Any
 
 from torch import nn
 
-from int8convert.runtime.weight_readers import ANY, Read, ReadKind, is_reached, reads_in_source
+from int8convert.runtime.weight_reads import ANY, ReadKind
+from scripts.reads_in_source import Read, is_reached, reads_in_source
 
-LINEAR = frozenset({"Linear", "Conv1D"})
+MODULE = Path(__file__).resolve().parents[1] / "int8convert/runtime/weight_reads.py"
+TORCH = "torch"
+"""The folder name of torch.nn."""
+
+LINEAR = frozenset({"Linear", "Conv1D", "NonDynamicallyQuantizableLinear"})
 CONTAINERS = frozenset({"ModuleList", "Sequential", "ModuleDict"})
 
-Row = tuple[str, str, str, str]
-"""Model folder, class, path to the module, what is read."""
+Row = tuple[str, str, str, ReadKind]
+"""Folder, class, path to the module, what is read."""
 
 
 class Classes:
     """The classes of all model files: which attribute is made by which call. A file is parsed when it is asked for.
 
     Args:
-        sources: model folder -> text of its modeling files.
+        sources: model folder -> text of its files.
     """
 
     def __init__(self, sources: dict[str, str]) -> None:
@@ -72,6 +71,17 @@ class Classes:
                 continue  # an entry of a container, whose own type is that of its entries here
             here = {made for name in here for made in self._attribute(folder, name, part)}
         return here
+
+    def is_linear(self, folder: str, class_name: str) -> bool:
+        """Whether a class is a Linear, or one derived from it."""
+        if class_name in LINEAR:
+            return True
+        if class_name not in self._nodes(folder):
+            folder = self._folders.get(class_name, "")
+        node = self._nodes(folder).get(class_name) if folder in self._sources else None
+        return node is not None and any(
+            self.is_linear(folder, name) for base in node.bases if (name := _last_name(base)) != class_name
+        )
 
     def _attribute(self, folder: str, class_name: str, attribute: str) -> set[str]:
         if class_name not in self._nodes(folder):
@@ -112,23 +122,59 @@ def _last_name(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def find_rows() -> list[Row]:
-    """The table, sorted."""
-    spec = find_spec("transformers")
-    assert spec is not None and spec.origin is not None
+def read_sources() -> dict[str, str]:
+    """Return the text of all modules: folder of transformers' models -> its files, "" -> the others of transformers."""
     sources: dict[str, str] = defaultdict(str)
-    for path in sorted((Path(spec.origin).parent / "models").glob("*/modeling_*.py")):
-        sources[path.parent.name] += path.read_text() + "\n"
+    for path in sorted(_folder("transformers").rglob("*.py")):
+        if not path.name.startswith("modular_"):  # from which the modeling files are made
+            is_model = path.parent.parent.name == "models"
+            sources[path.parent.name if is_model else ""] += path.read_text() + "\n"
+    sources[TORCH] = "\n".join(path.read_text() for path in sorted((_folder("torch") / "nn/modules").glob("*.py")))
+    future = re.compile(r"^from __future__.*$", re.MULTILINE)  # stands at the beginning of a file only
+    return {folder: future.sub("", source) for folder, source in sources.items()}
+
+
+def _folder(package: str) -> Path:
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+@cache
+def _found() -> list[tuple[str, str, Read]]:
+    """Return the reads that count: folder, class, read."""
+    sources = read_sources()
     classes = Classes(sources)
-    rows = set()
-    for folder, source in sources.items():
-        for class_name, reads in reads_in_source(source).items():
-            for read in reads:
-                if not is_reached(read, _int8_module(read.path)):
-                    continue
-                if (mark := _mark(classes, folder, class_name, read)) is not None:
-                    rows.add((folder, class_name, ".".join(read.path) + mark, _kind(read)))
-    return sorted(rows)
+    return [
+        (folder, class_name, read)
+        for folder, source in sources.items()
+        for class_name, reads in reads_in_source(source).items()
+        for read in reads
+        if is_reached(read, _int8_module(read.path)) and _may_be_linear(classes, folder, class_name, read)
+    ]
+
+
+def find_rows() -> list[Row]:
+    """Return the rows, sorted: folder, class, path of the module, and what is read."""
+    return sorted({(folder, class_name, ".".join(read.path), read.kind) for folder, class_name, read in _found()})
+
+
+def find_conditions() -> dict[str, set[str]]:
+    """Return the conditions on a module's own attributes around the reads of transformers, by class."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for folder, class_name, read in _found():
+        asked = {ast.unparse(test) for test, wanted in read.guards if wanted and _asks_self(test)}
+        if asked and folder != TORCH:
+            found[class_name] |= asked
+    return dict(found)
+
+
+def _asks_self(test: ast.expr) -> bool:
+    """Whether a condition depends on the module's own numbers and truths alone."""
+    nodes = list(ast.walk(test))
+    is_own = all(node.id == "self" for node in nodes if isinstance(node, ast.Name))
+    asked = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return is_own and not asked & {"weight", "training", "dtype"} and not any(isinstance(n, ast.Call) for n in nodes)
 
 
 class _QuantizedConfig:
@@ -148,54 +194,43 @@ def _int8_module(path: tuple[str, ...]) -> Any:
     return SimpleNamespace(**{**vars(target), "training": False, "config": _QuantizedConfig()}) if path else target
 
 
-def _mark(classes: Classes, folder: str, class_name: str, read: Read) -> str | None:
-    """What to put behind a path: nothing for a Linear, a question mark for an unknown type. None: no Linear."""
+def _may_be_linear(classes: Classes, folder: str, class_name: str, read: Read) -> bool:
+    """Whether a read is of a Linear weight, or of one whose type the source does not tell."""
     types = classes.types(folder, class_name, read.path)
-    if read.kind is ReadKind.FIRST_DTYPE:
-        return ".* ?"
-    return "" if types & LINEAR else None if types else " ?"
+    return read.kind is ReadKind.FIRST_DTYPE or not types or any(classes.is_linear(folder, name) for name in types)
 
 
-def _kind(read: Read) -> str:
-    return "weight" if read.kind is ReadKind.VALUES else "dtype"
-
-
-def markdown(rows: list[Row]) -> str:
-    """The table as a document."""
-    lines = [
-        "# Linear weights that model code reads",
-        "",
-        "A Linear layer that is int8 has codes for its `weight`, and `int8` for its `weight.dtype`. Model code that",
-        "reads either, instead of calling the layer, computes garbage or fails. int8convert leaves such layers 16-bit.",
-        "It does so in both formats, because `int8convert.load` keeps the codes in both. The code of a checkpoint",
-        "(`--trust-remote-code`) is examined by the same rule. vLLM and SGLang have model code of their own, which is",
-        "not examined.",
-        "",
-        f"The table lists what its rule finds in transformers {version('transformers')}.",
-        "",
-        "- `weight`: the values are read.",
-        "- `dtype`: something is cast to the dtype of the weight.",
-        "- `*` is any index, `?` a type that is not known from the source.",
-        "",
-        "A condition around a read is judged with the model at hand, so a row may be of a branch that no checkpoint",
-        "takes. Written by `./scripts/find_weight_reads`.",
-        "",
-        "| model | class | module | read |",
-        "|---|---|---|---|",
-        *(f"| {folder} | {class_name} | {path} | {kind} |" for folder, class_name, path, kind in rows),
-    ]
+def table(rows: list[Row]) -> str:
+    """Return the rows as the part of the module that holds them."""
+    lines = []
+    for name, in_torch in (("READS", False), ("TORCH_READS", True)):
+        lines.append(f"{name}: Mapping[ReadKind, Mapping[str, tuple[str, ...]]] = {{")
+        for kind in ReadKind:
+            paths: dict[str, set[str]] = defaultdict(set)
+            for folder, class_name, path, found in rows:
+                if found is kind and (folder == TORCH) == in_torch:
+                    paths[class_name].add(path)
+            if paths:
+                lines.append(f"    ReadKind.{kind.name}: {{")
+                for class_name, its in sorted(paths.items()):
+                    shown = ", ".join(f'"{path}"' for path in sorted(its)) + ("," if len(its) == 1 else "")
+                    lines.append(f'        "{class_name}": ({shown}),')
+                lines.append("    },")
+        lines += ["}", f'"""What the classes of {"torch.nn" if in_torch else "transformers"} read, by class: paths."""']
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="write the table here, as Markdown")
+    parser.add_argument("--write", action="store_true", help="write the table into int8convert/runtime/weight_reads.py")
     arguments = parser.parse_args()
-    table = markdown(find_rows())
+    found = table(find_rows())
     if arguments.write:
-        arguments.write.write_text(table)
+        text = MODULE.read_text()
+        begin, end = text.index("READS: "), text.index("CONDITIONS: ")
+        MODULE.write_text(f"{text[:begin]}{found}{text[end:]}")
     else:
-        print(table, end="")
+        print(found, end="")
     return 0
 
 

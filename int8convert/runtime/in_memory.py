@@ -25,7 +25,7 @@ from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_pat
 from int8convert.runtime.linear import Int8Linear, OutlierMode
 from int8convert.runtime.saving import describe_for_saving
 from int8convert.runtime.stored_columns import StoredOutliers
-from int8convert.runtime.weight_readers import modules_with_read_weights
+from int8convert.runtime.weight_reads import modules_with_read_weights
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -80,6 +80,9 @@ def quantize_(
             model.set_submodule(place, new)
     leave_fast_path(model)
     if hasattr(model, "_keep_in_fp32_modules"):
+        from int8convert.transformers_internals import mark_quantized
+
+        mark_quantized(model)  # Jamba then calls a layer whose weight it would read
         describe_for_saving(model, lost, threshold, stored)
     return model
 

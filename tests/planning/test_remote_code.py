@@ -169,21 +169,3 @@ def test_fidelity_is_measured_with_trusted_code_only(
         kls.append(report.mean_kl)
     assert kls[0] == pytest.approx(kls[1], rel=1e-6)
     assert 0 < kls[0] < 1e-3
-
-
-CASTING = """
-    def forward(self, input_ids=None, **options):
-        wanted = self.model.layers[1].mlp.up_proj.weight.dtype
-        return super().forward(inputs_embeds=self.model.embed_tokens(input_ids).to(wanted), **options)
-
-class ScaledLinear("""
-
-
-def test_trusted_code_that_casts_to_a_weights_dtype_keeps_that_module(novel: Path, map_in_process: None) -> None:
-    path = novel / "modeling_novel.py"
-    path.write_text(path.read_text().replace("\nclass ScaledLinear(", CASTING))
-    tensors = int8convert.plan(novel, PlanOptions(trust_remote_code=True)).model_map.tensors
-    reason = "the model's own code casts to its weight's dtype"
-    assert [name for name, mapped in tensors.items() if mapped.reason == reason] == [
-        "model.layers.1.mlp.up_proj.weight"
-    ]

@@ -29,7 +29,7 @@ _FORMATS = ("format", "modules", "layers", "skip_list", "bitsandbytes", "compres
 SHAPING_MODULES = (
     *(f"planning/model_map/{name}" for name in ("build", "experts", "keys", "model_map", "needs", "worker")),
     *("planning/expert_layouts", "planning/name_rules"),
-    *("runtime/build_bounds", "runtime/linear_subclasses", "runtime/weight_readers"),
+    *("runtime/build_bounds", "runtime/linear_subclasses", "runtime/weight_reads"),
     *(f"formats/{name}" for name in _FORMATS),
     *("checkpoint/stored_tensor", "patterns", "transformers_internals"),
 )

@@ -32,7 +32,7 @@ from int8convert.planning.model_map.model_map import Action, ModuleFilter
 from int8convert.planning.model_map.needs import find_needs
 from int8convert.planning.name_rules import QUANTIZABLE_DTYPES
 from int8convert.runtime.linear_subclasses import computes_as_linear
-from int8convert.runtime.weight_readers import ReadKind, modules_with_read_weights
+from int8convert.runtime.weight_reads import ReadKind, modules_with_read_weights
 from int8convert.transformers_internals import (
     get_keys_to_not_convert,
     kept_in_fp32,

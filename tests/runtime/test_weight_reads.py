@@ -1,4 +1,4 @@
-"""Which modules' weights a model's own code reads, told from the source of its classes."""
+"""Which modules' weights model code reads: the table, and the rule that derives it from the source of the classes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from int8convert.runtime.weight_readers import Read, ReadKind, modules_with_read_weights, reads_in_source
-from scripts.find_weight_reads import find_rows, markdown
+from int8convert.runtime.weight_reads import CONDITIONS, ReadKind, modules_with_read_weights
+from scripts.find_weight_reads import MODULE, find_conditions, find_rows, table
+from scripts.reads_in_source import Read, is_reached, reads_in_source
 
-DOCUMENT = Path(__file__).parents[2] / "docs/weight-reads.md"
+
+def reads_of(module: nn.Module) -> dict[str, ReadKind]:
+    """Path -> what the module's class, which is in this file, reads with the attributes that the module has."""
+    reads = reads_in_source(Path(__file__).read_text())[type(module).__name__]
+    return {".".join(read.path): read.kind for read in reads if is_reached(read, module)}
 
 
 class Reads(nn.Module):
@@ -46,30 +52,16 @@ class Reads(nn.Module):
         return x @ self.a.weight + self.pair.b.weight if is_long else x
 
 
-class Inherits(Reads):
-    def unrelated(self) -> None:
-        pass
-
-
-def model(**arguments: int) -> nn.Module:
-    return nn.Sequential(Inherits(**arguments)).eval()
-
-
 def test_only_weights_read_in_a_forward_pass_are_found() -> None:
-    assert modules_with_read_weights(model()) == dict.fromkeys(("0.a", "0.pair.b"), ReadKind.VALUES)
+    assert reads_of(Reads().eval()) == dict.fromkeys(("a", "pair.b"), ReadKind.VALUES)
 
 
 def test_a_condition_on_the_module_itself_is_looked_up() -> None:
-    assert modules_with_read_weights(model(n_slices=2)).keys() == {"0.a", "0.pair.b", "0.sliced", "0.unsliced"}
+    assert reads_of(Reads(n_slices=2).eval()).keys() == {"a", "pair.b", "sliced", "unsliced"}
 
 
 def test_a_training_branch_counts_for_a_model_in_training() -> None:
-    assert "0.trained" in modules_with_read_weights(model().train())
-
-
-def test_a_class_without_source_is_no_obstacle() -> None:
-    made = type("Made", (Reads,), {})
-    assert modules_with_read_weights(made()).keys() >= {"a", "pair.b"}
+    assert "trained" in reads_of(Reads().train())
 
 
 class Casts(nn.Module):
@@ -111,11 +103,12 @@ class Casts(nn.Module):
 
 
 def test_a_cast_to_the_dtype_of_a_weight_is_found_unless_it_is_guarded_against_int8() -> None:
-    assert modules_with_read_weights(Casts().eval()) == {
+    assert reads_of(Casts().eval()) == {
         "cast": ReadKind.DTYPE,
         "alias": ReadKind.DTYPE,
-        "table.0": ReadKind.FIRST_DTYPE,
-        **dict.fromkeys(("blocks.0", "blocks.1", "blocks.2"), ReadKind.DTYPE),
+        "table": ReadKind.FIRST_DTYPE,
+        "blocks.*": ReadKind.DTYPE,
+        "blocks.0": ReadKind.DTYPE,
         "norm": ReadKind.DTYPE,  # true of the code; a norm never becomes int8
     }
 
@@ -144,13 +137,45 @@ def test_a_read_within_an_expression_of_which_only_a_fact_is_asked_is_found() ->
     assert [read.path for read in reads_in_source(source)["A"]] == [("a",)]
 
 
+def test_table_is_what_the_classes_of_the_installed_transformers_read() -> None:
+    # A new transformers: ./scripts/find_weight_reads --write, and look at what is new in it.
+    assert table(find_rows()) in MODULE.read_text()
+    # Of Gemma 4's assistants it is the head, which stays 16-bit anyway.
+    found = {name: conditions for name, conditions in find_conditions().items() if not name.startswith("Gemma4")}
+    assert found == {name: {"self.pretraining_tp > 1 and self.slow_but_exact"} for name in CONDITIONS}
+
+
+def test_paths_with_an_index_and_first_parameters_are_resolved() -> None:
+    class EdgeTamVisionNeck(nn.Module):  # a row of the table
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])
+
+    class Swinv2SelfAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.continuous_position_bias_mlp = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    class Derived(Swinv2SelfAttention):
+        pass
+
+    model = nn.Sequential(EdgeTamVisionNeck(), Derived())
+    assert modules_with_read_weights(model) == {
+        "0.convs.0": ReadKind.DTYPE,
+        "0.convs.1": ReadKind.DTYPE,
+        "1.continuous_position_bias_mlp.0": ReadKind.FIRST_DTYPE,
+    }
+
+
+@pytest.mark.parametrize(("n", "is_exact", "expected"), [(1, True, 0), (2, False, 0), (2, True, 2)])
+def test_bloom_reads_its_weights_only_where_it_splits_them(n: int, is_exact: bool, expected: int) -> None:
+    config = transformers.BloomConfig(
+        hidden_size=8, n_layer=1, n_head=2, vocab_size=10, pretraining_tp=n, slow_but_exact=is_exact
+    )
+    assert len(modules_with_read_weights(transformers.BloomModel(config))) == expected
+
+
 def test_torchs_own_layers_count_unless_they_are_replaced_too() -> None:
     attention = nn.MultiheadAttention(4, 2, device="meta").eval()
     assert modules_with_read_weights(attention) == {"out_proj": ReadKind.VALUES}
     assert modules_with_read_weights(attention, reads_of_torch=False) == {}
-
-
-def test_document_lists_what_the_installed_transformers_reads() -> None:
-    # A new transformers: ./scripts/find_weight_reads --write docs/weight-reads.md, and look at what is new in it.
-    listed = DOCUMENT.read_text().partition("|---|")[2]
-    assert markdown(find_rows()).partition("|---|")[2] == listed

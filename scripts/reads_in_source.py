@@ -1,37 +1,26 @@
-"""Linear modules that break as int8 because a model's own code looks at their weight, instead of calling the module.
+"""Finds, in the source of model code, each look at the weight of another module. Runs nothing.
 
-Two forms, and what int8 codes make of them:
+1. Parse the classes. Collect each `self.<path>.weight` and each `next(self.<path>.parameters()).dtype` in methods other
+   than set-up, with the conditions around it.
+2. Judge a condition by what is known of the module, with int8 for the dtype of a Linear weight. T5's
+   `if self.wo.weight.dtype != torch.int8` rules a read out.
 
-- `self.dt_proj.weight @ time_step` multiplies codes where it expects the weight (Mamba).
-- `self.weights_proj(x.to(self.weights_proj.weight.dtype))` turns the input itself into int8 (HY-V4's indexer). That
-  ends in an error, or truncates the input to integers without a word.
-
-1. Parse the source of each class in the model, without running it. Collect each `self.<path>.weight` and each
-   `next(self.<path>.parameters()).dtype` in methods other than set-up.
-2. Judge the conditions around it with the attributes of the module at hand, and with int8 for the dtype of a Linear
-   weight. `if self.pretraining_tp > 1` and T5's `if self.wo.weight.dtype != torch.int8` rule a read out.
-
-Not known: a weight that is reached by another expression (a module passed to a function, or held in a local variable),
-conditions on anything but the module's own attributes. A getter counts if its own file calls it.
-`scripts/find_weight_reads` lists what the rule finds in the installed transformers; docs/weight-reads.md is its output.
+Not known: a weight that is reached by another expression, such as a module passed to a function or held in a local
+variable. A getter counts if its own file calls it.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
 import operator
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from int8convert.formats.layers import is_conv1d_layer
+from int8convert.runtime.weight_reads import ANY, ReadKind
 
 _SET_UP = (
     "__init__",
@@ -65,18 +54,6 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 _READ = re.compile(r"\bself(\.\w+|\[[^\]\n]*\])+\.weight\b|\.parameters\(\)\)\.dtype\b")
 """Cheap to look for. Parsing takes a second for the largest file, and most have nothing to find."""
 
-ANY = "*"
-"""The part of a path that is an index known only at run time."""
-
-
-class ReadKind(StrEnum):
-    """What a model's code reads; the value is the reason for which the module stays 16-bit."""
-
-    VALUES = "read by the model's own code"
-    DTYPE = "the model's own code casts to its weight's dtype"
-    FIRST_DTYPE = "the model's own code casts to the dtype of its first parameter"
-
-
 Guard = tuple[ast.expr, bool]
 """A condition, and the value it must have for the code below it to be reached."""
 
@@ -95,76 +72,9 @@ class Read(NamedTuple):
     guards: tuple[Guard, ...]
 
 
-def modules_with_read_weights(model: Any, reads_of_torch: bool = True) -> dict[str, ReadKind]:
-    """Full name of each module whose `weight` the code of another module reads -> what is read.
-
-    Does not know training: the model must be in eval mode. Marks a model of transformers as quantized, as the loader
-    does, because some code asks for that.
-
-    Args:
-        model: on any device, the meta device included; weights are not looked at.
-        reads_of_torch: False leaves out the reads of torch's own layers, for callers that replace those layers.
-    """
-    if hasattr(model, "_keep_in_fp32_modules"):
-        from int8convert.transformers_internals import mark_quantized
-
-        mark_quantized(model)
-    classes = {type(module) for module in model.modules()}
-    reads = {each: [r for owner in _owners(each, reads_of_torch) for r in _reads_by(owner)] for each in classes}
-    found: dict[str, ReadKind] = {}
-    for name, module in model.named_modules():
-        for read in reads[type(module)]:
-            if is_reached(read, module):
-                for path in _resolve(module, read):
-                    full_name = f"{name}.{path}" if name else path
-                    if found.get(full_name) is not ReadKind.VALUES:
-                        found[full_name] = read.kind
-    return found
-
-
 def is_reached(read: Read, module: Any) -> bool:
     """Whether the conditions around a read allow it in a module whose Linear weights are int8."""
     return all(_truth(condition, module) in (wanted, None) for condition, wanted in read.guards)
-
-
-def _resolve(module: nn.Module, read: Read) -> Iterator[str]:
-    """The paths from a module to those whose weight a read of its code may reach."""
-    if ANY in read.path:
-        pattern = re.compile(r"\.".join(r"[^.]+" if part == ANY else re.escape(part) for part in read.path))
-        paths = [path for path, _ in module.named_modules() if pattern.fullmatch(path)]
-    else:
-        paths = [".".join(read.path)]
-    if read.kind is not ReadKind.FIRST_DTYPE:
-        yield from paths
-        return
-    for path in paths:
-        try:
-            first, _ = next(module.get_submodule(path).named_parameters(prefix=path))
-        except (AttributeError, StopIteration):
-            continue
-        if first.endswith(".weight"):
-            yield first.removesuffix(".weight")
-
-
-def _owners(module_class: type, with_torch: bool) -> Iterator[type]:
-    """The classes whose methods a module class has, but for the base classes of all modules."""
-    for owner in module_class.__mro__:
-        is_base = owner is nn.Module or owner.__module__.startswith("transformers.modeling_utils")
-        if issubclass(owner, nn.Module) and not is_base and (with_torch or not owner.__module__.startswith("torch.")):
-            yield owner
-
-
-def _reads_by(owner: type) -> list[Read]:
-    return _reads_in_file(owner.__module__).get(owner.__name__, [])
-
-
-@cache
-def _reads_in_file(module_name: str) -> dict[str, list[Read]]:
-    """Class -> reads in its methods, for all classes of a Python module."""
-    try:
-        return reads_in_source(inspect.getsource(sys.modules[module_name]))
-    except (KeyError, OSError, TypeError):
-        return {}  # no source, as for a class made at run time
 
 
 def reads_in_source(source: str) -> dict[str, list[Read]]:
@@ -336,4 +246,4 @@ def _value(node: ast.expr, module: Any) -> Any:
 
 
 def _is_linear(module: Any) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d_layer(module)
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
