@@ -1,11 +1,11 @@
-"""A PEFT LoRA adapter's directory: which modules it changes by low-rank matrices, which tensors it replaces.
+"""Reads a PEFT LoRA adapter's directory: the modules it changes by low-rank matrices, and the tensors it replaces.
 
 1. Check adapter_config.json (`adapter_config`).
 2. Read the header of adapter_model.safetensors, or of adapter_model.bin, as one more shard.
-3. Sort its tensors by their names: `base_model.model.<module>.lora_A.weight` and the like are matrices; any other name
-   is a whole tensor of the model, as PEFT saves for `modules_to_save`, trained biases and resized embeddings.
+3. Sort the tensors by name: `base_model.model.<module>.lora_A.weight` and the like are matrices. Any other name is a
+   whole tensor of the model, which PEFT saves for `modules_to_save`, trained biases and resized embeddings.
 
-Reads no weights. What it costs: the header. An adapter is as much a stranger's as a checkpoint.
+Reads no weights. An adapter is as untrusted as a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from int8convert.text import quoted
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-"""In the order PEFT prefers them."""
+"""Names of an adapter's weight file, in the order in which PEFT prefers them."""
 
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _PREFIX = "base_model.model."
@@ -41,13 +41,13 @@ _LORA_KEY = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class LowRankUpdate:
-    """What an adapter adds to one module's weight: scaling * B @ A.
+    """An adapter's addition to one module's weight: scaling * B @ A.
 
     Attributes:
-        module_name: as the model has it.
-        a: [rank, in]; of an embedding [rank, tokens].
-        b: [out, rank]; of an embedding [features, rank].
-        magnitude: [out], the length DoRA scales each row to; None without DoRA.
+        module_name: the module's name in the model.
+        a: [rank, in]; for an embedding [rank, tokens].
+        b: [out, rank]; for an embedding [features, rank].
+        magnitude: [out], the length to which DoRA scales each row; None without DoRA.
         is_embedding: the weight is [tokens, features], the transpose of B @ A.
     """
 
@@ -64,7 +64,7 @@ class LowRankUpdate:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight: [out, in], or [tokens, features]."""
+        """The weight's shape: [out, in], or [tokens, features]."""
         out, columns = self.b.shape[0], self.a.shape[1]
         return (columns, out) if self.is_embedding else (out, columns)
 
@@ -75,9 +75,9 @@ class Adapter:
 
     Attributes:
         label: the directory as the user named it.
-        shard: its weight file, which can be read like one of the checkpoint's.
+        shard: the weight file, which is read like one of the checkpoint's.
         updates: by module name.
-        replacements: parameter name -> the tensor that takes its place, before any update is added.
+        replacements: parameter name -> the tensor that replaces it, before any update is added.
     """
 
     label: str
@@ -88,7 +88,7 @@ class Adapter:
     replacements: Mapping[str, StoredTensor] = field(repr=False)
 
     def identity(self) -> dict[str, str]:
-        """File name -> sha256 of all that decides what it does. Reads both files once."""
+        """Return file name -> sha256 of both files. Reads each once."""
         return {
             ADAPTER_CONFIG_NAME: file_sha256(self.directory / ADAPTER_CONFIG_NAME),
             self.shard.path.name: file_sha256(self.shard.path, self.shard.identity),
@@ -100,7 +100,7 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
 
     Raises:
         AdapterError: no such directory, no adapter in it, or one that cannot be merged here.
-        SourceError: its files are none, or lie elsewhere.
+        SourceError: a name leads to no file, or out of the directory.
         CorruptFileError: a file contradicts itself.
     """
     directory = Path(path)
@@ -146,7 +146,7 @@ def _open_directory(directory: Path, label: str) -> Adapter:
 
 
 def _model_names(shard: SourceShard) -> Iterator[tuple[StoredTensor, str]]:
-    """Its tensors and what they are called without PEFT's prefix."""
+    """Yield the tensors and their names without PEFT's prefix."""
     for tensor in shard.tensors:
         name = tensor.name.removeprefix(_PREFIX)
         if name == tensor.name:
@@ -164,13 +164,13 @@ def _model_names(shard: SourceShard) -> Iterator[tuple[StoredTensor, str]]:
 
 
 def _parameter_name(tensor: StoredTensor, name: str) -> str:
-    """The parameter a whole tensor replaces; below a changed module, PEFT calls the module's own `base_layer`."""
+    """Return the parameter that a whole tensor replaces. In a changed module, PEFT's name has `base_layer`."""
     parts = name.split(".")
     if len(parts) > 2 and parts[-2] == "base_layer":
         del parts[-2]
     if any(part.startswith("lora_") or part in ("base_layer", "modules_to_save", "token_adapter") for part in parts):
         raise AdapterError(
-            f"the adapter's tensor {quoted(tensor.name)} is of no kind int8convert merges",
+            f"the adapter's tensor {quoted(tensor.name)} is of a kind that int8convert does not merge",
             MERGE_WITH_PEFT,
         )
     return ".".join(parts)
@@ -193,7 +193,7 @@ def _update(module: str, tensors: Mapping[str, StoredTensor], config: AdapterCon
     if not config.targets(module):
         raise AdapterError(
             f"the adapter has matrices for {shown}, which is not among the target_modules of {ADAPTER_CONFIG_NAME}",
-            "PEFT would leave them out; fetch both files again",
+            "fetch both files again; PEFT would leave the matrices out",
         )
     a, b, magnitude = tensors[a_name], tensors[b_name], tensors.get("magnitude")
     _check_shapes(shown, a, b, magnitude, config.rank_of(module))
@@ -213,8 +213,8 @@ def _check_shapes(shown: str, a: StoredTensor, b: StoredTensor, magnitude: Store
     ):
         raise AdapterError(
             f"the adapter's matrices for {shown} are A {list(a.shape)} and B {list(b.shape)}, expected [{rank}, in] "
-            f"and [out, {rank}], and in or out to be {rank} at least",
-            "they may be parts that were not gathered before saving; fetch the adapter again",
+            f"and [out, {rank}], with in or out at least {rank}",
+            "fetch the adapter again; these may be parts that were not gathered before saving",
         )
     if magnitude is not None and magnitude.shape != b.shape[:1]:
         raise AdapterError(

@@ -1,7 +1,7 @@
-"""The adapter_config.json of a PEFT LoRA adapter: what of it decides how the adapter is merged.
+"""Reads from a PEFT LoRA adapter's adapter_config.json what decides how the adapter is merged.
 
-What PEFT can write is more than `W + alpha / r * B @ A`, and more with every version. So an option this module does not
-know must be unset: passing over one that matters would give weights that are wrong and load without an error.
+PEFT can write more than `W + alpha / r * B @ A`, and more with every version. So an option that is unknown here must be
+unset: to ignore one that matters would give wrong weights that load without an error.
 
 Source: peft/tuners/lora/config.py and model.py of PEFT 0.21.
 """
@@ -28,8 +28,8 @@ _WITHOUT_EFFECT = frozenset(
         *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
     )
 )
-"""Options read below, of training alone, or said again by the tensors: a saved bias is merged whatever `bias` says.
-`fan_in_fan_out` is among them, because PEFT itself goes by the module's class where the two differ."""
+"""Options that are read below, matter in training alone, or repeat the tensors: a saved bias is merged whatever `bias`
+says. `fan_in_fan_out` is here because PEFT uses the module's class where the two differ."""
 
 _REASON_BY_OPTION = {
     "alora_invocation_tokens": "it acts on some tokens only, which no merged weight can do",
@@ -50,14 +50,14 @@ _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal",
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """What decides how an adapter is merged.
+    """The options that decide how an adapter is merged.
 
     Attributes:
-        target_modules: names, or dotted tails of names, of the modules it changes; None where a regular expression, a
-            shorthand or PEFT's table of models says which.
-        modules_to_save: tails of the names of modules it replaces.
-        is_dora: it scales each row to a stored length.
-        task_type: what PEFT calls the task, such as SEQ_CLS; "" if it is not said. Decides nothing but a hint.
+        target_modules: names, or dotted tails of names, of the changed modules; None where a regular expression, a
+            shorthand or PEFT's table of models selects them.
+        modules_to_save: tails of the names of replaced modules.
+        is_dora: each row is scaled to a stored length.
+        task_type: PEFT's name of the task, such as SEQ_CLS, for a hint; "" if not stated.
     """
 
     rank: int
@@ -73,19 +73,19 @@ class AdapterConfig:
     _alpha_patterns: TailPatterns = field(repr=False)
 
     def rank_of(self, module_name: str) -> int:
-        """The rank of a module's matrices."""
+        """Return the rank of a module's matrices."""
         pattern = self._rank_patterns.first_match(module_name)
         return self.rank if pattern is None else self.rank_by_pattern[pattern]
 
     def scaling_of(self, module_name: str) -> float:
-        """What B @ A is multiplied by: alpha / r, or alpha / sqrt(r)."""
+        """Return the factor of B @ A: alpha / r, or alpha / sqrt(r)."""
         pattern = self._alpha_patterns.first_match(module_name)
         alpha = self.alpha if pattern is None else self.alpha_by_pattern[pattern]
         rank = self.rank_of(module_name)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
     def targets(self, module_name: str) -> bool:
-        """Whether the adapter is meant to change a module, as far as it says by names."""
+        """Return whether `target_modules` selects a module. True where it holds no names."""
         return self.target_modules is None or any(
             module_name == target or module_name.endswith(f".{target}") for target in self.target_modules
         )
@@ -95,7 +95,7 @@ def parse_adapter_config(config: Mapping[str, Any]) -> AdapterConfig:
     """Check an adapter_config.json that has been read.
 
     Raises:
-        AdapterError: the adapter is no LoRA, or of a variant that cannot be merged in row blocks.
+        AdapterError: the adapter is not a LoRA, or of a variant that cannot be merged in blocks of rows.
     """
     _check_kind(config)
     _check_unset(config)

@@ -1,7 +1,7 @@
-"""Experts of a mixture-of-experts model in one tensor: which matrices lie in it, and where.
+"""Finds the matrices in a tensor that holds all experts of a mixture-of-experts layer.
 
-Such a tensor holds one or two projections of all experts: gate and up behind each other or interleaved, each as [out,
-in] or as [in, out]. Every projection of every expert becomes a view of it, an ordinary [out, in] matrix under the name
+Such a tensor holds one or two projections of all experts: gate and up one after the other or interleaved, each as [out,
+in] or [in, out]. Every projection of every expert becomes a view of it, an ordinary [out, in] matrix under the name
 that loaders of int8 experts look for.
 """
 
@@ -16,15 +16,15 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, cont
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """What a fused tensor holds.
+    """The content of a fused tensor.
 
     Attributes:
-        module: where the experts are in the output: model.layers.0.mlp.experts.
-        projections: which of each expert: ("gate_proj", "up_proj").
+        module: the experts' module in the output: model.layers.0.mlp.experts.
+        projections: the projections of each expert: ("gate_proj", "up_proj").
         leaf: "weight": [experts, rows, columns], or [experts * rows, columns]; or "bias": [experts, rows].
-        n_experts: how many.
+        n_experts: the number of experts.
         is_transposed: matrices are stored as [in, out].
-        is_interleaved: output i belongs to projection i modulo their number; else to one after the other.
+        is_interleaved: output i belongs to projection i modulo their number; else the projections are contiguous.
     """
 
     module: str
@@ -39,7 +39,7 @@ class ExpertLayout:
 
 
 def fits(layout: ExpertLayout, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of this shape can be split that way, into matrices that hold something."""
+    """Return whether a tensor of this shape can be split into matrices that are not empty."""
     n_dimensions = 2 if layout.leaf == "bias" else 3
     if len(shape) == n_dimensions - 1 and shape[0] % layout.n_experts == 0:
         shape = (layout.n_experts, shape[0] // layout.n_experts, *shape[1:])
@@ -50,7 +50,7 @@ def fits(layout: ExpertLayout, shape: tuple[int, ...]) -> bool:
 
 
 def split(layout: ExpertLayout, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-    """Output name and place of each matrix, or bias, in the order of the file's bytes as far as there is one."""
+    """Yield output name and view of each matrix or bias, in the order of the file's bytes as far as there is one."""
     shape, strides = stored.shape, stored.strides or contiguous_strides(stored.shape)
     if shape[0] != layout.n_experts:
         n_rows = shape[0] // layout.n_experts

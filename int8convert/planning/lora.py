@@ -1,17 +1,15 @@
-"""Merging a LoRA adapter into a checkpoint's weights, rows at a time.
+"""Merges a LoRA adapter into a checkpoint's weights, rows at a time.
 
 1. `open_adapter` reads which modules the adapter changes (`int8convert.planning.adapter`).
 2. `place_adapter` finds the checkpoint's tensor for each of them, or refuses an adapter made for another model.
 3. `LoraDelta.load` reads one module's A and B; `LoadedDelta.merge` adds scaling * B @ A to a block of rows.
 
-What it costs: the matrices of the modules that are loaded, `LoraDelta.n_bytes` each, and a block of rows in float32,
-two with DoRA; nothing of the size of a weight.
+Costs the matrices of the loaded modules, `LoraDelta.n_bytes` each, and a block of rows in float32, or two with DoRA.
+The last bits are not defined: B @ A is computed by BLAS, where they depend on the processor and on the number of rows.
+On one machine, the same blocks give the same bits.
 
-What it does not promise: the last bits. B @ A is left to BLAS, where they depend on the processor and on how many rows
-are asked for at a time. On one machine, the same blocks give the same bits.
-
-What is left out on purpose: adapters on tied weights, since merged they would change both uses, which the adapter was
-not trained to do; tensors that transformers makes of several of the checkpoint's.
+Left out: adapters on tied weights, because merging would change both uses, which the adapter was not trained for; and
+tensors that transformers makes from several of the checkpoint's.
 """
 
 from __future__ import annotations
@@ -39,20 +37,20 @@ _CLASS_BY_TASK = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-"""By PEFT's `task_type`, the class whose head such an adapter brings along."""
+"""PEFT's `task_type` -> the class whose head such an adapter holds."""
 
 _OTHER_MODEL = "give the adapter with the model it was trained on"
 
 
 @dataclass(frozen=True, slots=True)
 class BaseTensor:
-    """A tensor of the checkpoint, as the adapter may change it.
+    """A tensor of the checkpoint that an adapter may change.
 
     Attributes:
         name: its key.
         shape: as stored.
-        is_transposed: stored [in, out], as Conv1D does. To be taken from the module's class: of a square weight,
-            neither the shape nor the adapter's `fan_in_fan_out` says it for sure.
+        is_transposed: stored [in, out], as by Conv1D. The module's class decides: of a square weight, neither the shape
+            nor the adapter's `fan_in_fan_out` is reliable.
     """
 
     name: str
@@ -65,8 +63,8 @@ class LoraDelta:
     """What an adapter does to one weight.
 
     Attributes:
-        shape: of the weight in its [out, in] orientation, whichever way it is stored; of an embedding as stored.
-        is_transposed: the weight is stored the other way round.
+        shape: of the weight as [out, in], however it is stored; of an embedding as stored.
+        is_transposed: the weight is stored [in, out].
     """
 
     update: LowRankUpdate = field(repr=False)
@@ -79,12 +77,12 @@ class LoraDelta:
 
     @property
     def n_bytes(self) -> int:
-        """Memory it takes once loaded."""
+        """Bytes of memory once loaded."""
         rows, columns = self.shape
         return 4 * (self.update.rank * (rows + columns) + (rows if self.update.magnitude is not None else 0))
 
     def load(self) -> LoadedDelta:
-        """Read its matrices.
+        """Read the matrices.
 
         Raises:
             AdapterError: they hold NaN or infinity.
@@ -110,7 +108,7 @@ class LoraDelta:
 
 @dataclass(frozen=True, slots=True)
 class LoadedDelta:
-    """One module's matrices. Nothing of it changes, so several threads may use it at once.
+    """One module's matrices. Immutable, so several threads may share it.
 
     Attributes:
         left: float32 [rows, rank].
@@ -124,26 +122,26 @@ class LoadedDelta:
     magnitude: Matrix | None = field(repr=False)
 
     def rows(self, begin: int, end: int) -> Matrix:
-        """scaling * B[begin:end] @ A: the product rounded to float32, then multiplied. Without DoRA's part.
+        """Return scaling * B[begin:end] @ A, rounded to float32 before scaling, and without DoRA's part.
 
         Returns:
-            float32 [end - begin, columns], the caller's own.
+            a new array, float32 [end - begin, columns].
         """
         delta = self.left[begin:end] @ self.right
         delta *= np.float32(self.scaling)
         return delta
 
     def merge(self, weight: Matrix, begin: int) -> Matrix:
-        """The merged rows, from those of the base weight: W + scaling * B @ A.
+        """Return the merged rows of a base weight: W + scaling * B @ A.
 
-        With DoRA m * (W + D) / |W + D|, the length of each row taken over all its columns, and in PEFT's order:
-        m / |W + D| first. A row of length zero becomes NaN, as it does there.
+        With DoRA: m * (W + D) / |W + D|, with each row's length over all its columns, in PEFT's order: m / |W + D|
+        first. A row of length zero becomes NaN, as in PEFT.
 
         Args:
-            weight: float32 [n, columns], the rows from `begin` on; left as it is.
+            weight: float32 [n, columns], the rows from `begin` on; not changed.
 
         Returns:
-            float32 [n, columns], the caller's own.
+            a new array, float32 [n, columns].
 
         Source: peft/tuners/lora/layer.py, Linear.merge; variants.py, DoraLinearVariant.merge_unsafe.
         """
@@ -156,10 +154,10 @@ class LoadedDelta:
         return merged
 
     def transposed(self) -> LoadedDelta:
-        """The same for a weight that stays as it is stored, [in, out].
+        """Return the update for a weight that stays stored as [in, out].
 
         Raises:
-            AdapterError: with DoRA, whose lengths are of rows that would be columns.
+            AdapterError: the adapter uses DoRA, whose lengths are of rows, here columns.
         """
         if self.magnitude is not None:
             raise AdapterError(
@@ -172,12 +170,12 @@ class LoadedDelta:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlacement:
-    """An adapter on one checkpoint; all by the checkpoint's keys.
+    """An adapter's changes by the checkpoint's keys.
 
     Attributes:
-        deltas: what is added to a tensor.
-        replacements: the tensor of `adapter.shard` to read in a tensor's place, before any delta is added. Its dtype is
-            the adapter's; PEFT rounds it to the model's.
+        deltas: key -> what is added to the tensor.
+        replacements: key -> the tensor of `adapter.shard` that is read in its place, before any delta is added. Its
+            dtype is the adapter's; PEFT rounds it to the model's.
     """
 
     adapter: Adapter
@@ -186,12 +184,12 @@ class AdapterPlacement:
 
 
 def place_adapter(adapter: Adapter, parameters: Mapping[str, BaseTensor]) -> AdapterPlacement:
-    """Find the checkpoint's tensor for all that an adapter changes.
+    """Find the checkpoint's tensor for each change of an adapter.
 
     Args:
-        parameters: the model's parameter name -> the checkpoint's tensor it is loaded from. Tied parameters have the
-            same tensor; those made of several tensors are left out. An adapter may also name a module as the checkpoint
-            does, which differs where a model was renamed or its experts fused since.
+        parameters: parameter of the model -> the checkpoint's tensor that it is loaded from, without parameters made
+            from several tensors. Tied parameters have one tensor. An adapter may also use the checkpoint's name of a
+            module, which differs where transformers renamed a model or fused its experts later.
 
     Raises:
         AdapterError: the adapter is for another model, or changes what is tied.
@@ -230,13 +228,13 @@ def _check_all_found(adapter: Adapter, wanted: list[str], found: Mapping[str, Ba
     if lost:
         raise AdapterError(
             f"{len(lost):,} of {len(wanted):,} tensors the adapter {quoted(adapter.label)} changes are not in the "
-            f"checkpoint: {_some(lost)}; it has {_some(keys)}",
+            f"checkpoint: {_some(lost)}; the checkpoint has {_some(keys)}",
             _OTHER_MODEL,
         )
 
 
 def _check_saved_modules(adapter: Adapter, parameters: Mapping[str, BaseTensor], found: Iterable[str]) -> None:
-    """Every parameter of a module in `modules_to_save` is saved; else some of what was trained would be left out."""
+    """Require every parameter of the modules in `modules_to_save`; else a trained one would be left out."""
     tails = adapter.config.modules_to_save
     have = set(found)
     for parameter in parameters:
@@ -283,5 +281,5 @@ def _some(names: list[str]) -> str:
 
 
 def read_float32(stored: StoredTensor, reader: ShardReader) -> Matrix:
-    """A tensor's values in float32, exact but for F64, which is rounded to nearest even."""
+    """Return a tensor's values as float32. Exact, except that F64 is rounded to nearest even."""
     return widen(read_whole(stored, reader), stored.dtype)

@@ -1,7 +1,7 @@
-"""Which tensors look like Linear weights, by name and shape alone: the fallback where transformers knows no class.
+"""Maps a checkpoint by names and shapes alone, as a fallback where transformers knows no class.
 
-Conservative: what might be an embedding, an output head, a router or a norm stays as it is. The rules do not know what
-the model's code does with a weight, so a map made by them always carries a note.
+A tensor that might be an embedding, an output head, a router or a norm stays as it is. The rules do not know what the
+model's code does with a weight, so their map always carries a note.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from int8convert.planning.model_map.model_map import Action, MappedTensor, Model
 QUANTIZABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MIN_FEATURES = 32
-"""Below this, a matrix is a projection of some few numbers, and its int8 form saves nothing."""
+"""Least rows and columns of a matrix that becomes int8. Smaller ones save nothing."""
 
 _REASON_BY_WORD = {
     "embed": "embedding",
@@ -37,8 +37,8 @@ def map_by_name(tensors: Sequence[StoredTensor], modules: ModuleFilter, dtype: s
     Args:
         tensors: all of the checkpoint.
         modules: the user's choice.
-        dtype: what config.json says the model computes in; None takes the first tensor's.
-        why: what went wrong with the model class; becomes the note.
+        dtype: the model's dtype by config.json; None takes the first tensor's.
+        why: why the model's class is unknown, for the note.
     """
     candidates = [tensor for tensor in tensors if not _reason_to_keep(tensor)]
     names = [tensor.name.removesuffix(".weight") for tensor in candidates]

@@ -1,7 +1,7 @@
-"""Notes and errors about weights that a checkpoint lacks.
+"""Judges the weights that a checkpoint lacks: notes and errors from the needs that the model map found.
 
-The model map knows them (`model_map.ModelNeeds`); this module judges them. An output that looks whole must not make a
-loader invent weights. Where name rules made the map, nothing is known of the model, and nothing is judged.
+An output that looks complete must not make a loader invent weights. Where name rules made the map, the model is
+unknown, and nothing is judged.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ def check_needs(model_map: ModelMap, source: CheckpointSource, allow_missing: Se
     """Refuse a checkpoint that does not give its model the weights it needs.
 
     Args:
-        allow_missing: patterns of the tensors that the loader is to make up.
+        allow_missing: patterns of the tensors whose values loaders may make up.
 
     Raises:
-        CorruptFileError: a parameter has another shape than the model's, which no loader takes, or is stored as
-            integers, which stand for other values if they are codes.
+        CorruptFileError: a parameter has another shape than the model's, or is stored as integers, which may be codes.
         MissingWeightsError: a parameter is in no file, and no pattern allows that.
-        PatternError: a pattern matches no tensor that is missing: most likely a typing error.
+        PatternError: a pattern matches no missing tensor, which is most likely a typing error.
     """
     needs = model_map.needs
     if needs is not None and needs.mismatched:

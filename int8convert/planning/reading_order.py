@@ -1,8 +1,8 @@
-"""In which order a plan reads its source shards, and from where on it needs each of them still.
+"""Computes the order in which a plan reads its source shards, and the first byte of each that is still needed.
 
-What passes by as a stream can be let go of when no tensor that comes later lies before it. Tensors come in the order of
-their bytes, so that is nearly always the end of what was read last; matrices that are read column by column, and views
-of one storage, are the exceptions.
+A stream can drop the bytes before the first one that a later tensor needs. Tensors are read in the order of their
+bytes, so that is nearly always the end of the last block. Exceptions are matrices that are read column by column, and
+views of one storage.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from int8convert.checkpoint.source import SourceShard
 from int8convert.planning.plan import PlannedTensor, ShardedPlan
 
 MakeAccess = Callable[["ReadingOrder", Collection[str]], ShardAccess]
-"""Access to the shards of a reading order; some files, by name, came with wrong bytes before."""
+"""Function of a reading order, and of the names of files whose bytes were wrong before, that opens the shards."""
 
 _AHEAD_BYTES = 48 << 20
-"""What may come before it is asked for: some tenths of a second at a GB/s."""
+"""Bytes of prefetch: some tenths of a second at 1 GB/s."""
 
 
 class ReadingOrder:
-    """Of the shards of a plan that are still to be converted.
+    """The order in which the pending shards of a plan are read.
 
     Args:
-        plan: what is read.
-        done: names of output shards that are finished.
+        plan: the plan.
+        done: names of finished output shards.
 
     Attributes:
-        shards: source shards, in the order of their first tensor; behind them those of which only scales are needed.
-        scales: of FP8 and int8 codes; they are read before everything else.
+        shards: source shards in the order of their first tensor; then those that only scales are read from.
+        scales: scales of FP8 and int8 codes, which are read first.
     """
 
     def __init__(self, plan: ShardedPlan, done: Container[str] = ()) -> None:
@@ -59,11 +59,11 @@ class ReadingOrder:
         self._largest_block = max((largest_block_bytes(tensor.source) for tensor in tensors), default=0)
 
     def first_needed(self, shard: SourceShard) -> int:
-        """The first byte of a shard that is read."""
+        """Return the first byte of a shard that is read."""
         return self._first[shard.path.name]
 
     def needed_from(self, tensor: PlannedTensor, block: Block, is_last: bool) -> int:
-        """The first byte of a tensor's shard that is needed once this block of it was read, and all before it."""
+        """Return the first byte of a tensor's shard that is needed after this block and all before it."""
         later = self._next[tensor.output_name]
         if is_last:
             return later
@@ -72,5 +72,5 @@ class ReadingOrder:
         return min(tensor.source.offset, later)
 
     def window_bytes(self, n_workers: int) -> int:
-        """Memory in which a stream can hold what is read at a time, and some that comes before it is asked for."""
+        """Return the bytes of memory that a stream needs for the blocks in work and for its prefetch."""
         return max(self._spans) + n_workers * self._largest_block + _AHEAD_BYTES

@@ -1,7 +1,7 @@
-"""The model a config describes, on the meta device: classes and names, no memory.
+"""Builds the model of a config on the meta device: classes and names, without memory.
 
-transformers' own class of the architecture comes first. Only where it has none does the checkpoint's own code count
-(`auto_map`), and that is run only if the user trusts it; else the class of the model type is taken, and said aloud.
+transformers' class of the architecture comes first. The checkpoint's own code (`auto_map`) is used only where
+transformers has none, and only if the user trusts it. Else the class of the model type is used, with a note.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ _AUTO_MAPPINGS = {
 def build_model(
     directory: str, tensors: list[CheckpointTensor], trusts_code: bool, weights_dtype: str = "float32"
 ) -> tuple[Any, torch.dtype, list[str]]:
-    """The model of the config in a directory, the dtype it loads in, and notes on how its class was found.
+    """Build the model of the config in a directory.
 
     Args:
-        trusts_code: the checkpoint's own code may be run, where transformers has no class of the architecture's name.
-        weights_dtype: the dtype it loads in where its config has none, see `weights_dtype`.
+        trusts_code: the checkpoint's own code may run where transformers has no class of the architecture's name.
+        weights_dtype: the dtype where the config has none, see `weights_dtype`.
+
+    Returns:
+        the model, the dtype it loads in, and notes on how its class was found.
 
     Raises:
-        RemoteCodeError: there is no other class than one in the checkpoint's own code.
-        ModelMapError: that code has no such class, or raises; or the model is larger than the tensors could fill; or
-            there is no such dtype.
+        RemoteCodeError: the only class is in the checkpoint's own code, and that may not run.
+        ModelMapError: that code has no such class or raises, the model is larger than the tensors could fill, or the
+            dtype is unknown.
         LookupError: there is no class at all.
     """
     stated = json.loads((Path(directory) / "config.json").read_bytes())
@@ -90,7 +93,7 @@ def _build(
 
 
 def _read_config(directory: str, stated: dict[str, Any]) -> Any:
-    """The config as transformers reads it. What it refuses of a model it knows, no loader of the output would take."""
+    """Return the config as transformers reads it. No loader takes a known model that it refuses."""
     try:
         with library_errors(f"transformers {transformers.__version__} cannot read 'config.json'", _FETCH_CONFIG):
             return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -115,7 +118,7 @@ def _class_of_transformers(config: Any, architecture: str, has_code: bool) -> tu
 
 
 def _class_of_the_checkpoint(directory: str, architecture: str, own_code: Any) -> tuple[Any, Any]:
-    """The config and the class that the checkpoint's code defines, by running it."""
+    """Return the config and the class that the checkpoint's code defines. Runs that code."""
     references = own_code if isinstance(own_code, dict) else {}
     reference = next((references[auto] for auto in _AUTO_MAPPINGS if isinstance(references.get(auto), str)), None)
     if reference is None:
@@ -130,12 +133,12 @@ def _class_of_the_checkpoint(directory: str, architecture: str, own_code: Any) -
         reason = quoted(" ".join(f"{type(error).__name__}: {error}".split()), 300)
         raise ModelMapError(
             f"the checkpoint's own code for {architecture}, {quoted(reference)}, raises {reason}",
-            "see that all its files are beside config.json and what it imports is installed",
+            "check that all its files are beside config.json, and install what it imports",
         ) from error
 
 
 def _load_dtype(config: Any, weights_dtype: str) -> torch.dtype:
-    """The dtype `from_pretrained` loads the source in: the config's, else that of its weights."""
+    """Return the dtype in which `from_pretrained` loads the source: the config's, else that of its weights."""
     stated = weights_dtype if config.dtype is None else config.dtype
     dtype: Any = getattr(torch, stated, None) if isinstance(stated, str) else stated
     if config.dtype is None and dtype not in TORCH_DTYPE.values():

@@ -1,9 +1,9 @@
-"""Model maps made before, so that the second command on a model does not wait for transformers to start.
+"""Keeps model maps in the user's cache folder, so that the second command on a model does not start transformers.
 
-The map is a function of config.json, the tensors' headers, the user's patterns, and the code that makes it; all of them
-are in the key. The newest maps are in the user's cache folder. Removing the folder costs seconds, nothing else.
+A map is a function of config.json, the tensors' headers, the user's patterns, and the code that makes it. All of them
+are in the key. The newest maps are kept; removing the folder costs seconds.
 
-What it does not know: an edit in an installed transformers or torch that leaves their version as it is.
+Does not know an edit in an installed transformers or torch that keeps its version.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ SHAPING_MODULES = (
     *(f"formats/{name}" for name in _FORMATS),
     *("checkpoint/stored_tensor", "patterns", "transformers_internals"),
 )
-"""The modules of int8convert that decide what a map says: those that the child process imports, without those that only
-name files, report errors, and read or write weights and config blocks."""
+"""The modules of int8convert that shape a map: those that the child process imports, without those that only name
+files, report errors, and read or write weights and config blocks."""
 
 
 def cache_folder() -> Path | None:
-    """Where the maps are: `int8convert/model_maps` in $XDG_CACHE_HOME, by default ~/.cache; None without a home."""
+    """Return `int8convert/model_maps` in $XDG_CACHE_HOME, by default ~/.cache; None without a home."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "int8convert" / "model_maps" if os.path.isabs(folder) else None
 
 
 class ModelMapCache:
-    """The remembered answer to one question. A folder that cannot be read or written is a cache that is empty."""
+    """The cached map of one request. A folder that cannot be read or written counts as an empty cache."""
 
     def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
         self._names = {tensor.name for tensor in as_loaded(source)}
-        question = {
+        request = {
             "code": [_sha256((_PACKAGE / f"{name}.py").read_bytes()) for name in SHAPING_MODULES],
             "versions": [platform.python_version(), _version("torch"), _version("transformers")],
             "config": source.config,
@@ -63,10 +63,10 @@ class ModelMapCache:
             "output_format": modules.output_format,
         }
         folder = cache_folder()
-        self._path = folder / f"{_sha256(json.dumps(question).encode())}.json" if folder is not None else None
+        self._path = folder / f"{_sha256(json.dumps(request).encode())}.json" if folder is not None else None
 
     def read(self) -> dict[str, Any] | None:
-        """The answer given before; None if there is none, or it is damaged."""
+        """Return the cached answer of the child; None if there is none, or it is damaged."""
         if self._path is None:
             return None
         try:
@@ -76,7 +76,7 @@ class ModelMapCache:
             return None
 
     def write(self, answer: dict[str, Any]) -> None:
-        """Remember an answer; forget the oldest where there are too many."""
+        """Write an answer, and remove the oldest ones beyond MAX_MAPS."""
         if self._path is None:
             return
         try:

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint hold experts, and how: told by the model's class and by transformers' own conversions.
+"""Finds the tensors of a checkpoint that hold experts, and their layout, by the model's class and its conversions.
 
-For the child process alone. What it does not know: experts under other parameter names than transformers' usual ones,
-DBRX's aside; they count as a layout nothing is known of, and stay as they are.
+Runs in the child process. Does not know experts under other parameter names than transformers' usual ones and DBRX's;
+they stay as they are.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from int8convert.transformers_internals import Concatenate, Interleave, MergeMod
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """One tensor as the model sees it.
+    """One tensor of the checkpoint.
 
     Attributes:
-        place: where its elements lie (file, storage, offset, strides, stored dtype), for comparison alone; None where
-            no other tensor can lie there, as in safetensors.
+        place: file, storage, offset, strides and stored dtype, which are only compared; None where tensors cannot share
+            bytes, as in safetensors.
     """
 
     name: str
@@ -40,7 +40,7 @@ _PROJECTIONS = {
 
 
 def is_one_expert(module: Any, into: LoadedInto, tensor: CheckpointTensor) -> bool:
-    """Whether a matrix is one projection of one expert, [out, in], that loading only stacks upon the others'."""
+    """Return whether a matrix is one projection of one expert, [out, in], which loading only stacks with others."""
     stacks = all(isinstance(operation, MergeModulelist | Concatenate) for operation in into.operations)
     leaf = into.parameter.rpartition(".")[2]
     is_stacked = into.is_converted and stacks and leaf in _PROJECTIONS and getattr(module, leaf).dim() == 3
@@ -48,7 +48,7 @@ def is_one_expert(module: Any, into: LoadedInto, tensor: CheckpointTensor) -> bo
 
 
 def fused_layout(module: Any, into: LoadedInto, tensor: CheckpointTensor) -> ExpertLayout | None:
-    """What a tensor of all experts holds; None if it is none, or in a layout that nothing here tells."""
+    """Return the layout of a tensor of all experts; None if it holds none, or in an unknown layout."""
     path, _, leaf = into.parameter.rpartition(".")
     if type(module).__name__ == "DbrxExpertGLU":
         projection = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}.get(leaf)
@@ -82,14 +82,14 @@ def fused_layout(module: Any, into: LoadedInto, tensor: CheckpointTensor) -> Exp
 
 
 def _is_only_turned(into: LoadedInto) -> bool:
-    """Whether loading leaves the matrices of a fused tensor whole."""
+    """Return whether loading leaves the matrices of a fused tensor whole."""
     return all(isinstance(operation, Transpose | Interleave) for operation in into.operations)
 
 
 def _experts_are_transposed(module: Any) -> bool | None:
-    """Whether the model holds its experts as [in, out]; None if it has none, or nothing tells.
+    """Return whether the model holds its experts as [in, out]; None if it has none, or if that is unknown.
 
-    Where the class does not say so, the shapes do: what goes into the second projection comes out of the first.
+    Where the class does not state it, the shapes decide: the second projection's inputs are the first one's outputs.
     """
     down = getattr(module, "down_proj", None)
     first = getattr(module, "gate_up_proj", None)

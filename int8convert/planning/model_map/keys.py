@@ -1,11 +1,11 @@
-"""Checkpoint keys and the parameters they are loaded into, for one model class: transformers' renaming, both ways.
+"""Maps checkpoint keys to a model's parameters and back, by transformers' renaming.
 
-Checkpoints carry the names of their day: a base model's prefix or none, `gamma` for `weight`, `language_model.model.`
-for `model.language_model.`. transformers renames them on loading and renames back on saving, so the output may keep
-the source's names, provided that the int8 loader finds all three tensors of a module under them.
+Old checkpoints have other names: a base model's prefix or none, `gamma` for `weight`, `language_model.model.` for
+`model.language_model.`. transformers renames them on loading, and back on saving. So the output may keep the source's
+names, provided that the int8 loader finds all tensors of a module under them.
 
-For the child process alone. What it does not know: values, and converters' arithmetic; a tensor that is merged or split
-on loading is marked as that.
+Runs in the child process. Does not know values or the arithmetic of conversions: a tensor that is merged or split on
+loading is marked as converted.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from int8convert.transformers_internals import (
 
 @dataclass(frozen=True)
 class LoadedInto:
-    """Where transformers puts a checkpoint tensor: the parameter's name, and whether it is merged or split there."""
+    """The parameter that transformers loads a checkpoint tensor into, and the conversion on the way."""
 
     parameter: str
     pattern: str | None = None
-    """Of the conversion, the source pattern that matched; None for a tensor that is loaded as it is."""
+    """Source pattern of the conversion that matched; None for a tensor that is loaded as it is."""
     converter: Any = None
-    """transformers' own, shared by all tensors of the pattern."""
+    """transformers' WeightConverter, shared by all tensors of the pattern."""
 
     @property
     def is_converted(self) -> bool:
@@ -52,8 +52,8 @@ class ModelKeys:
         moved_together: see `FormatModule.MOVED_TOGETHER`.
 
     Attributes:
-        loaded: key -> the parameter it is loaded into; None where the model has no use for it.
-        unmatched: of those without use, key -> the parameters it would be loaded into if the model had them.
+        loaded: key -> the parameter it is loaded into; None where the model does not use it.
+        unmatched: unused key -> the parameters it would be loaded into if the model had them.
     """
 
     def __init__(self, model: Any, names: list[str], moved_together: tuple[str, ...]) -> None:
@@ -90,7 +90,7 @@ class ModelKeys:
         return str(renamed), pattern
 
     def output_name(self, key: str, parameter: str) -> str:
-        """The key of a tensor that is copied: as transformers would save it, which mostly is the source's own."""
+        """Return the key of a copied tensor: the one under which transformers saves it, mostly the source's."""
         names = (apply_renamings(parameter, self._reversed), key, parameter)
         return next((name for name in names if self._rename(name, self._int8_converters)[0] == parameter), key)
 

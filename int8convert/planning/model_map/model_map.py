@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint are Linear weights that the output's loader will look for as int8.
+"""The model map: which tensors of a checkpoint are Linear weights that the output's loader expects as int8.
 
-Names lie; the model class does not. So transformers makes the map (`model_map_process`); where it cannot build the
-model, `name_rules` decide by name and shape, and the map says so.
+Names mislead, the model's class does not. So transformers makes the map (`process`). Where it cannot build the model,
+`name_rules` decide by name and shape, and the map carries a note.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from int8convert.text import quoted
 
 
 class Action(StrEnum):
-    """What happens to a tensor."""
+    """The treatment of a tensor."""
 
     QUANTIZE = "quantize"
     QUANTIZE_TRANSPOSED = "quantize transposed"
@@ -28,7 +28,7 @@ class Action(StrEnum):
     """Holds the matrices of several experts; each is written by itself."""
     KEEP = "keep"
     DROP = "drop"
-    """Another name for a tensor that is written anyway."""
+    """Another name of a tensor that is written anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class MappedTensor:
     """The decision on one tensor.
 
     Attributes:
-        action: what happens to it.
+        action: its treatment.
         reason: why it is kept or dropped; "" where it becomes int8.
         output_name: its key in the output: the source's, with the base model's prefix where the loader expects it.
-        output_dtype: I8 where it becomes int8; else the dtype a plain load of the source would give it.
-        experts: what it holds, where it is split; the name is then of no use.
+        output_dtype: I8 where it becomes int8; else the dtype that a plain load of the source gives it.
+        experts: its layout where it is split; `output_name` is then unused.
     """
 
     action: Action
@@ -55,18 +55,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class ModelNeeds:
-    """The parameters that a checkpoint does not give its model, and the tensors that the model does not take.
+    """The parameters that a checkpoint lacks, and the tensors that its model does not use.
 
     Attributes:
         n_parameters: elements of the model's parameters; tied ones count once, buffers do not count.
-        missing: parameter or persistent buffer -> its shape; loaders would make them up.
-        defaulted: parameter or persistent buffer that is missing too, and that its class declares it can do without:
-            loaders leave it as the class makes it. Counters, tied parameters and rotary frequencies aside.
-        counters: of the missing, buffers of positions and counts, which the class sets itself.
-        unexpected: names of tensors the model has no use for, without those its class declares it may meet.
-        mismatched: parameter -> the shape that the checkpoint gives, and the shape it has; None where the tensors it is
-            made of do not fit together.
-        integers: tensor of the checkpoint that goes into a float parameter -> its dtype, which is none of floats.
+        missing: parameter or persistent buffer -> its shape; loaders would make up its values.
+        defaulted: further missing parameters and buffers, which the class declares it can do without; loaders leave
+            them as the class makes them. Without counters, tied parameters and rotary frequencies.
+        counters: those of `missing` that are buffers of positions and counts, which the class sets itself.
+        unexpected: names of unused tensors, without those that the class declares it may meet.
+        mismatched: parameter -> its shape in the checkpoint, and in the model; the first is None where its tensors do
+            not fit together.
+        integers: tensor of integers that goes into a float parameter -> its dtype.
     """
 
     n_parameters: int
@@ -84,13 +84,13 @@ class ModelMap:
 
     Attributes:
         model_class: the transformers class that decided; None where the name rules did.
-        dtype: what the model computes in, as config.json spells it: float16.
-        tensors: by source name.
-        output_format: the loader it was made for.
+        dtype: the model's dtype as in config.json: float16.
+        tensors: source name -> decision.
+        skip_modules: full names of the modules that the loader would replace and must not.
+        output_format: the format whose loader the map is for.
         parameters: the model's parameter -> the source name it is loaded from, and whether it is stored [in, out].
             Without those made of several tensors; empty where name rules decided.
-        skip_modules: every module the loader would replace and must not, in full dotted names.
-        notes: what the user should know of how this came about.
+        notes: notes for the user.
         needs: what the checkpoint lacks; None where name rules decided.
     """
 
@@ -105,7 +105,7 @@ class ModelMap:
 
     @property
     def linears(self) -> set[str]:
-        """Source names of the weights that become int8, and of those that the loader would replace and must not."""
+        """Source names of the Linear weights: those that become int8, and those of `skip_modules`."""
         skipped = {f"{module}.weight" for module in self.skip_modules}
         kept = (Action.KEEP, Action.DROP)
         return {
@@ -115,15 +115,15 @@ class ModelMap:
 
 @dataclass(frozen=True, slots=True)
 class ModuleFilter:
-    """The user's choice of modules and of the loader, on top of the model's own.
+    """The user's choice of modules and format.
 
     A pattern matches a module's full name or a dotted tail of it, with shell wildcards: `fc2`, `layers.0.*`, `*_proj`.
 
     Attributes:
         skip: modules that stay 16-bit.
         only: if not empty, no other module becomes int8.
-        output_format: what its loader cannot replace stays 16-bit too.
-        trusts_code: the checkpoint's own code may be run to tell what its modules are.
+        output_format: modules that its loader does not replace stay 16-bit.
+        trusts_code: the checkpoint's own code may run.
     """
 
     skip: tuple[str, ...] = ()
@@ -136,28 +136,26 @@ class ModuleFilter:
         return matched_only and not any(matches(module_name, pattern) for pattern in self.skip)
 
     def check_used(self, module_names: Sequence[str]) -> None:
-        """Raise a PatternError for a pattern that matches none of the modules: most likely a typing error."""
+        """Raise a PatternError for a pattern that matches none of the modules, most likely a typing error."""
         for option, patterns in (("--skip", self.skip), ("--only", self.only)):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in module_names):
                     examples = ", ".join(repr(name) for name in module_names[:3]) or "none"
                     raise PatternError(
                         f"{option} {pattern!r} matches no module that could become int8",
-                        f"patterns match full module names or dotted tails, such as {examples}",
+                        f"give a full module name or a dotted tail of one, such as {examples}",
                     )
 
 
 def check_config(config: dict[str, Any], is_decodable: bool = False) -> None:
-    """Refuse at once what no map can be made of.
+    """Refuse a config that cannot be mapped, as far as that is known without transformers.
 
     Args:
         is_decodable: the weights are quantized in a form that is decoded while they are read.
 
-    Does not know whether transformers can build the model: a config may still be wrong in every other entry.
-
     Raises:
-        AlreadyQuantizedError: the weights are in some quantized form already.
-        ModelMapError: config.json is missing, names no architecture, or gives as a name what is none.
+        AlreadyQuantizedError: the weights are quantized already.
+        ModelMapError: config.json is missing, names no architecture, or has a name that is not a name.
     """
     block = config.get("quantization_config")
     if block is not None and not is_decodable:

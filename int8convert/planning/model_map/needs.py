@@ -1,12 +1,11 @@
-"""Finds which parameters a model gets from a checkpoint, by transformers' loading on the meta device.
+"""Finds which parameters a model gets from a checkpoint, by a load on the meta device.
 
-1. Each checkpoint tensor, as a shape without values, goes where `ModelKeys` says that transformers puts it.
-2. transformers' own conversions merge and split them.
-3. What arrives is compared with the model's parameters and persistent buffers, by name and shape.
-4. transformers' own rules take out what is tied, and what a class declares it can do without.
+1. Each checkpoint tensor, as a shape without values, goes to the parameter that `ModelKeys` names.
+2. transformers' conversions merge and split the tensors.
+3. The results are compared with the model's parameters and persistent buffers, by name and shape.
+4. transformers' rules remove tied parameters, and those that a class declares it can do without.
 
-For the child process alone. Costs microseconds a tensor. What it does not know: values. Run it last: tying changes the
-model.
+Runs in the child process, last, because tying changes the model. Costs microseconds a tensor. Does not know values.
 
 Source: transformers 5.24, `convert_and_load_state_dict_in_model` and `_finalize_model_loading`.
 """
@@ -32,7 +31,7 @@ from int8convert.transformers_internals import (
 )
 
 COUNTERS = ("position_ids", "num_batches_tracked")
-"""Buffers that older checkpoints lack and that do not matter: positions, and the number of batches seen in training."""
+"""Ends of the names of buffers that may lack: positions, and the number of batches seen in training."""
 
 
 _SAYING_NOTHING = (*COUNTERS, "inv_freq")
@@ -53,8 +52,8 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
     """Load a checkpoint's shapes into a model.
 
     Args:
-        model: on the meta device; its tied parameters are one afterwards.
-        keys: of that model and of these tensors.
+        model: on the meta device; its weights are tied afterwards.
+        keys: the keys of that model and these tensors.
     """
     needed = model.state_dict()
     parameters = dict(model.named_parameters())
@@ -94,8 +93,12 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
 def _collect(
     keys: ModelKeys, tensors: list[CheckpointTensor], info: _Loading, key_of: dict[str, str]
 ) -> dict[str, Any]:
-    """Parameter -> what makes it, of transformers' own kind, with the tensors it is made of; unexpected keys go to
-    `info`, and their checkpoint keys to `key_of`."""
+    """Return parameter -> transformers' conversion that makes it, with its tensors added.
+
+    Args:
+        info: receives unexpected keys.
+        key_of: receives their checkpoint keys.
+    """
     transforms: dict[str, Any] = {}
     for tensor in sorted(tensors, key=lambda tensor: dot_natural_key(tensor.name)):
         into = keys.loaded[tensor.name]
@@ -127,9 +130,9 @@ def _arrive(model: Any, needed: dict[str, Any], name: str, value: torch.Tensor, 
 
 
 def _integers(needed: dict[str, Any], keys: ModelKeys, tensors: list[CheckpointTensor]) -> dict[str, str]:
-    """The tensors without a float dtype whose parameter has one, and their dtypes.
+    """Return the tensors of integers that go into float parameters, and their dtypes.
 
-    A plain load casts them. The loaders of int8 checkpoints take them as stored, so the model would compute in them.
+    A plain load casts them. Loaders of int8 checkpoints take them as stored, so the model would compute in integers.
     """
     found = {}
     for tensor in tensors:

@@ -1,7 +1,7 @@
-"""transformers, asked for the model map of a checkpoint in a process of its own (`model_map_worker`).
+"""Makes the model map of a checkpoint in a child process, in which transformers builds the model (`worker`).
 
-That process builds the model on the meta device. It may be as slow to start, as large and as unlucky with a stranger's
-config as it likes, while this one stays small and goes on reading. What it answered is remembered (`model_map_cache`).
+The child may start slowly, grow large, or crash on an untrusted config, while this process stays small. Its answers are
+cached (`cache`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from int8convert.text import quoted
 
 
 class ModelMapProcess:
-    """transformers at work on the map of one checkpoint, in a child process; none where the answer is known already.
+    """The child process that maps one checkpoint. It is not started where the map is cached.
 
-    Starting it returns at once; `result` waits. Never asks the network, and runs code from the checkpoint only where
+    Construction returns at once; `result` waits. The child uses no network, and runs code of the checkpoint only where
     the user trusts it and transformers has no class of that name.
     """
 
@@ -31,11 +31,11 @@ class ModelMapProcess:
         self._source = source
         self._modules = modules
         self._cache = ModelMapCache(source, modules)
-        self._known = None if modules.trusts_code else self._cache.read()  # what that code does is not in its key
+        self._known = None if modules.trusts_code else self._cache.read()  # the key does not cover that code
         self._worker = None if self._known else Worker("int8convert.planning.model_map.worker")
 
     def result(self) -> ModelMap:
-        """The map, or the name rules' where transformers could not make one.
+        """Return the map, or the name rules' where transformers cannot make one.
 
         Raises:
             RemoteCodeError: the model's class is code in the checkpoint, and the user does not trust it.
@@ -67,10 +67,10 @@ class ModelMapProcess:
 
 
 def tensor_places(source: CheckpointSource) -> dict[str, list[Any]]:
-    """Tensor name -> where its elements lie, of those that may share them: equal for two that read the same bytes.
+    """Return tensor name -> place of its elements, for tensors that may share them. Equal for two with the same bytes.
 
-    The file counts, since each counts its storages from its own start, and so do the strides: a transposed view has
-    the same storage, and in a square one the same shape.
+    The file is part of it, because each file counts its storages from its own start. So are the strides: a transposed
+    view has the same storage, and if square the same shape.
     """
     return {
         t.name: [shard.path.name, t.storage, t.offset, t.strides and list(t.strides), t.dtype]
@@ -81,7 +81,7 @@ def tensor_places(source: CheckpointSource) -> dict[str, list[Any]]:
 
 
 def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str, Any]:
-    """What the child is asked, as a JSON object."""
+    """Return the request for the child, as a JSON object."""
     places = tensor_places(source)
     return {
         "directory": str(source.directory),
@@ -95,7 +95,7 @@ def worker_request(source: CheckpointSource, modules: ModuleFilter) -> dict[str,
 
 
 def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelMap:
-    """The map in a child's answer.
+    """Return the map in a child's answer.
 
     Raises:
         PatternError: a pattern matches none of the modules the child found.
@@ -141,7 +141,7 @@ def _mapped_tensor(
 
 
 def _why(architecture: str, model_type: Any, complaint: str) -> str:
-    """Why there is no class, in our words where that is known: the library's name ways out that are none here."""
+    """Return why there is no class; transformers' own text on an unknown type names remedies that do not apply."""
     if "does not recognize this architecture" in complaint and isinstance(model_type, str):
         return f"transformers does not know the model type {quoted(model_type, 60)}"
     return f"transformers cannot build {architecture} ({shorten(complaint, 200, placeholder=' ...')})"
