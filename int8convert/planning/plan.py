@@ -25,8 +25,9 @@ from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.modules import module_of
 from int8convert.planning.adapter import Adapter
+from int8convert.planning.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
 from int8convert.planning.expert_layouts import split
-from int8convert.planning.lora import AdapterPlacement, BaseTensor, LoraDelta, place_adapter
+from int8convert.planning.lora import LoraDelta
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap
 from int8convert.text import quoted
 

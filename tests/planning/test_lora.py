@@ -23,7 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AdapterError, CorruptFileError, Int8ConvertError, SourceError
-from int8convert.planning.lora import AdapterPlacement, BaseTensor, open_adapter, place_adapter, read_float32
+from int8convert.planning.adapter import open_adapter
+from int8convert.planning.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
+from int8convert.planning.lora import read_float32
 from tests.tools.attacks.mutate import mutate_json_text
 from tests.tools.tiny_models import MODELS, build_model
 
