@@ -1,7 +1,7 @@
-"""nn.MultiheadAttention with int8 projections: its weight for queries, keys and values is no Linear layer's.
+"""nn.MultiheadAttention with int8 projections, whose weight for queries, keys and values is not a Linear layer's.
 
-torch's encoders have a fast path of their own, which reads the weights of the layers inside and multiplies by them,
-whatever modules these are: one that holds an int8 layer has to be told not to take it.
+torch's encoders have a fast path that multiplies by the weights of their layers without calling them. `leave_fast_path`
+disables it in encoders that hold an int8 layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from int8convert.runtime.linear import Int8Linear, OutlierMode
 
 
 class Int8MultiheadAttention(nn.Module):
-    """In place of an nn.MultiheadAttention whose queries, keys and values are of one size.
+    """Replaces an nn.MultiheadAttention whose queries, keys and values have one size.
 
     Attributes:
         q_proj, k_proj, v_proj, out_proj: [embed_dim, embed_dim] each.
@@ -37,7 +37,7 @@ class Int8MultiheadAttention(nn.Module):
 
     @staticmethod
     def can_replace(module: Any) -> bool:
-        """Keys and values of other sizes, or with a learned or a zero token appended, are left alone."""
+        """Return whether keys and values have the queries' size, and no learned or zero token is appended."""
         return (
             isinstance(module, nn.MultiheadAttention)
             and type(module).forward is nn.MultiheadAttention.forward
@@ -72,9 +72,9 @@ class Int8MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As nn.MultiheadAttention has it: [batch, tokens, embed_dim] if `batch_first`, else [tokens, batch, ...].
+        """Do what nn.MultiheadAttention does: [batch, tokens, embed_dim] if `batch_first`, else [tokens, batch, ...].
 
-        `is_causal` is a hint that `attn_mask` is the causal one, and changes nothing.
+        `is_causal` is a hint that `attn_mask` is the causal one. It changes nothing.
 
         Raises:
             ValueError: the hint comes without that mask.
@@ -105,7 +105,7 @@ class Int8MultiheadAttention(nn.Module):
         return y if self.batch_first else y.transpose(0, 1), weights
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, embed_dim] -> [batch, heads, tokens, head_dim]."""
+        """Return [batch, heads, tokens, head_dim] of [batch, tokens, embed_dim]."""
         return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
     def _mask(
@@ -115,7 +115,7 @@ class Int8MultiheadAttention(nn.Module):
         key_padding_mask: torch.Tensor | None,
         attn_mask: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Both masks as one to be added to the scores, [batch, heads or 1, queries, keys]."""
+        """Return both masks as one summand of the scores, [batch, heads or 1, queries, keys]."""
         mask = None
         if attn_mask is not None:
             shape = (q.shape[0], self.num_heads, q.shape[2], k.shape[2]) if attn_mask.dim() == 3 else attn_mask.shape
@@ -127,7 +127,7 @@ class Int8MultiheadAttention(nn.Module):
 
 
 def leave_fast_path(model: nn.Module) -> None:
-    """Let torch's encoders that hold an int8 layer call the modules inside, in evaluation, too."""
+    """Make torch's encoders that hold an int8 layer call their modules in evaluation, too."""
     for module in model.modules():
         if not any(isinstance(inner, Int8Linear) for inner in module.modules()):
             continue
@@ -138,7 +138,7 @@ def leave_fast_path(model: nn.Module) -> None:
 
 
 def _to_add(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """True, where nothing is to be seen, as minus infinity."""
+    """Return a mask as a summand: a bool mask with -inf where it is True, which hides a key."""
     if mask.is_floating_point():
         return mask.to(dtype)
     if mask.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""Where a model runs: what --device asks for, and whether torch has it."""
+"""Chooses the device a model runs on, and checks that torch has it."""
 
 from __future__ import annotations
 

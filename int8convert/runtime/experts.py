@@ -1,15 +1,15 @@
-"""Int8 experts of a mixture-of-experts model, each projection of each expert a layer of its own.
+"""Int8 experts of a mixture-of-experts model: each projection of each expert is a layer.
 
-transformers holds all experts of a layer in one tensor, which no int8 checkpoint has: there they are written one by
-one, `experts.7.down_proj.weight`, and so they stay here. Loading converts nothing, offloading moves one expert, and
-saving gives the same files.
+transformers holds all experts of a layer in one tensor. Int8 checkpoints hold them one by one,
+`experts.7.down_proj.weight`, and so does this module. Loading converts nothing, offloading moves one expert, and saving
+writes the same files.
 
-1. The tokens are sorted by expert, once; an expert nobody chose costs nothing.
-2. Each expert's tokens go through its gate and up projections, the model's own activation, its down projection.
-3. The results are weighted and added where the tokens came from.
+1. The tokens are sorted by expert, once; an unused expert costs nothing.
+2. Each expert's tokens pass its gate and up projections, the model's activation, and its down projection.
+3. The results are weighted and added to the tokens' outputs.
 
-Left out on purpose: an expert layer that works in another way than those of transformers 5 do; it is not replaced, and
-loading its int8 weights ends in an error.
+Left out: expert layers that work in another way than those of transformers 5. They are not replaced, and loading their
+int8 weights ends in an error.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _ONE_EXPERT = re.compile(r"(.*)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
 
 @dataclass(frozen=True, slots=True)
 class ExpertsForm:
-    """What transformers' module says of its experts.
+    """The form of the experts in a module of transformers.
 
     Attributes:
-        n_experts: how many.
+        n_experts: number of experts.
         projections: name -> (in_features, out_features), in the order of the data; two if there is no gate.
-        has_bias: whether each projection has one.
-        is_interleaved: whether the model's activation takes outputs of gate and up by turns.
-        sees_all_tokens: whether each expert is given all tokens, those of others as zeros.
+        has_bias: each projection has a bias.
+        is_interleaved: the model's activation takes outputs of gate and up in turns.
+        sees_all_tokens: each expert is given all tokens, those of others as zeros.
     """
 
     n_experts: int
@@ -54,7 +54,7 @@ class ExpertsForm:
 
 
 def experts_form(module: Any) -> ExpertsForm | None:
-    """The form of a module's experts; None if it holds none, or in a form that is not known here."""
+    """Return the form of a module's experts; None if it holds none, or in an unknown form."""
     class_name = type(module).__name__
     if class_name == "DbrxExperts":
         sizes = _projections(module.hidden_size, module.ffn_hidden_size, has_gate=True)
@@ -81,9 +81,9 @@ def _projections(hidden: int, intermediate: int, has_gate: bool) -> dict[str, tu
 
 
 def experts_in(model: Any, tensor_names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The modules whose experts a checkpoint holds as int8: name -> what it calls each projection: {"up_proj": "w3"}.
+    """Return the modules whose experts are int8 in a checkpoint: name -> its names of projections, {"up_proj": "w3"}.
 
-    Told by the scales among its tensors and by transformers' own renaming, which puts experts together.
+    The scales among its tensors and transformers' renaming, which merges experts, decide.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -109,12 +109,12 @@ def experts_in(model: Any, tensor_names: Iterable[str]) -> dict[str, dict[str, s
 
 
 class Int8Experts(nn.Module):
-    """In place of the module that holds all experts of a layer; children 0, 1, ... are the experts.
+    """Replaces the module that holds all experts of a layer. Children 0, 1, ... are the experts.
 
     Args:
         experts: that module, on the meta device; kept for its activation, without its parameters.
-        form: of those experts.
-        names: what the checkpoint calls their projections.
+        form: the form of its experts.
+        names: the checkpoint's names of their projections.
         mode, threshold: for each layer, see `int8convert.runtime.linear`.
     """
 
@@ -139,9 +139,10 @@ class Int8Experts(nn.Module):
         self._original = (experts,)  # in a tuple, lest it count as a part of the model, whose weights want initializing
 
     def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
-        """hidden_states [tokens, hidden]; routing: of each token the chosen experts and their weights [tokens, top_k].
+        """Compute the experts' output for hidden_states [tokens, hidden].
 
-        Without routing where each expert sees all tokens: hidden_states [experts * tokens, hidden].
+        `routing` is each token's chosen experts and their weights, both [tokens, top_k]. Without it, each expert sees
+        all tokens: hidden_states are [experts * tokens, hidden].
         """
         if self.form.sees_all_tokens:
             return self._run_on_all(hidden_states)
@@ -155,7 +156,7 @@ class Int8Experts(nn.Module):
         return y.view_as(hidden_states)
 
     def _by_expert(self, top_k_index: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """The experts that were chosen, each with the places in `top_k_index` where it was."""
+        """Yield the chosen experts, each with its places in `top_k_index`."""
         flat = top_k_index.reshape(-1)
         order = flat.argsort(stable=True)
         experts, counts = flat.unique(return_counts=True)

@@ -1,7 +1,7 @@
-"""Text from an int8 checkpoint: chat template, sampling, streaming, and what it took.
+"""Generates text from an int8 checkpoint: chat template, sampling, streaming, and figures of time and memory.
 
-On a GPU the cache is of a fixed size, by which transformers compiles the decoding step into one CUDA graph: a step of a
-large model is hundreds of layers, and launching them one by one from Python takes longer than running them.
+On a GPU the cache has a fixed size, so transformers compiles the decoding step into one CUDA graph. A step of a large
+model is hundreds of layers, and launching them one by one from Python takes longer than running them.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from int8convert.runtime.text.tokenizer_process import TokenizerProcess
 
 @dataclass(frozen=True, slots=True)
 class GenerationReport:
-    """What came out, and what it took.
+    """Generated texts, and their cost.
 
     Attributes:
-        texts: what follows each prompt.
-        is_complete: of each text, whether it came to its own end before `max_new_tokens`.
-        max_new_tokens: how many could follow each prompt: those asked for, or those the model has positions for.
-        n_prompt_tokens, n_new_tokens: of all prompts together.
-        load_s: seconds until the model was there.
-        first_token_s: seconds from the prompts to the first token of each.
-        decode_tokens_per_s: new tokens after the first ones, of all prompts together; 0 if there were none.
-        peak_memory_bytes: of the device; on the CPU, of the process.
-        device: where it ran.
+        texts: the continuation of each prompt.
+        is_complete: whether each text ended by itself before `max_new_tokens`.
+        max_new_tokens: most new tokens of each prompt: those asked for, or those the model has positions for.
+        n_prompt_tokens, n_new_tokens: totals over all prompts.
+        load_s: seconds to load the model.
+        first_token_s: seconds from the prompts to the first new token of each.
+        decode_tokens_per_s: rate of new tokens after the first ones, over all prompts; 0 if there were none.
+        peak_memory_bytes: peak of the device; on the CPU, of the process.
+        device: the device it ran on.
     """
 
     texts: tuple[str, ...]
@@ -58,7 +58,7 @@ class GenerationReport:
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when the first new tokens come, and passes the text on as it grows."""
+    """Records the time of the first new tokens, and passes the text on as it grows."""
 
     def __init__(self, tokenizer: TokenizerProcess, on_text: Callable[[str], None] | None) -> None:
         self._tokenizer = tokenizer
@@ -111,31 +111,30 @@ def generate(
     device: str = "auto",
     on_text: Callable[[str], None] | None = None,
 ) -> GenerationReport:
-    """Let an int8 checkpoint continue prompts, all in one batch.
+    """Continue prompts with an int8 checkpoint, all in one batch.
 
-    Of the checkpoint's generation_config.json only where a text ends is taken over: `eos_token_id`, `bos_token_id`,
-    `decoder_start_token_id` and `stop_strings`. No code of the checkpoint runs.
+    Of the checkpoint's generation_config.json only `eos_token_id`, `bos_token_id`, `decoder_start_token_id` and
+    `stop_strings` are used. No code of the checkpoint runs.
 
     Args:
         path_or_repo: the checkpoint.
         prompts: at least one.
         max_new_tokens: for each prompt; fewer where the model has no positions left.
         temperature: 0 takes the likeliest token, always.
-        top_p, top_k: of a token's alternatives only those are drawn from that make up this probability, or this many
-            if it is not 0.
-        seed: of the drawing; None draws anew each time.
-        chat: send prompts through the model's chat template; None does where it has one.
+        top_p, top_k: sample from the likeliest tokens that make up this probability, and from this many if not 0.
+        seed: seed of the sampling; None takes another one each time.
+        chat: put prompts into the model's chat template; None does so where it has one.
         system: the system message of the chat.
         outliers: see `int8convert.load`.
         device: "auto", "cpu" or "cuda[:n]".
-        on_text: told the text as it comes; for a single prompt.
+        on_text: called with each piece of new text; for a single prompt.
 
     Raises:
-        SourceError: the checkpoint cannot be loaded or run, has no tokenizer, or is of no model that writes text.
-        RemoteCodeError: it needs code of its own.
-        PromptError: a prompt is empty, too long, or there is no chat template for it.
-        DeviceError: the device is not there.
-        ValueError: no prompts, or several and `on_text`; or a device of another kind.
+        SourceError: the checkpoint cannot be loaded or run, has no tokenizer, or its model writes no text.
+        RemoteCodeError: the checkpoint needs code of its own.
+        PromptError: a prompt is empty or too long, or there is no chat template for it.
+        DeviceError: the device is not available.
+        ValueError: there are no prompts, or several and `on_text`; or the device is of another kind.
     """
     if isinstance(prompts, str) or not prompts or (on_text is not None and len(prompts) > 1):
         raise ValueError("a list of prompts, one at least, and only one where its text is to be passed on as it comes")
@@ -184,7 +183,7 @@ def generate(
 def _run(
     model: Any, inputs: dict[str, torch.Tensor], settings: GenerationConfig, stop: StopAtStrings, clock: _Clock
 ) -> torch.Tensor:
-    """Token ids [prompts, tokens]: the prompts and what follows; of an encoder-decoder model what its decoder wrote."""
+    """Return token ids [prompts, tokens]: prompts and continuations; of an encoder-decoder model the decoder's."""
     stops = StoppingCriteriaList([stop] if stop.stop_strings else [])
     try:
         with model_errors(model):
@@ -199,14 +198,14 @@ def _run(
 
 
 def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
-    """None where a greedy choice is made: transformers warns of values that have no effect."""
+    """Return sampling settings. They are None for a greedy choice, for which transformers would warn of values."""
     is_drawn = temperature > 0
     values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     return {"do_sample": is_drawn, **{name: value if is_drawn else None for name, value in values.items()}}
 
 
 def _room(model: Any, n_prompt_tokens: int, max_new_tokens: int, path: str) -> int:
-    """How many tokens may follow: what is asked for, or what the model has positions for."""
+    """Return the number of tokens that may follow: those asked for, or those the model has positions for."""
     if not model.can_generate():
         raise SourceError(
             f"'{path}' is a {type(model).__name__}, which writes no text",
@@ -225,7 +224,7 @@ def _room(model: Any, n_prompt_tokens: int, max_new_tokens: int, path: str) -> i
 
 
 def _until_end(ids: list[int], ends: tuple[int, ...], is_stopped: bool) -> tuple[list[int], bool]:
-    """A row of new tokens up to its end, padding left out, and whether it came to that."""
+    """Return a row of new tokens up to its end, without padding, and whether it has an end."""
     n = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
     return ids[:n], is_stopped or n is not None
 

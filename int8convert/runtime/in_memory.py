@@ -1,9 +1,9 @@
-"""Quantizing a model that is in memory, in place: convert, and use immediately.
+"""Quantizes a model in memory, in place.
 
-Linear layers, GPT-2's Conv1D and the projections of nn.MultiheadAttention become int8, one after the other, so that
-memory never holds two models. Left alone: weights that several modules share, such as an output head tied to the
-embedding; modules whose weights the model's own code reads; modules that compute something of their own; and what
-transformers would leave alone in its own models.
+Linear layers, GPT-2's Conv1D and the projections of nn.MultiheadAttention become int8, one after the other, so memory
+never holds two models. Not replaced: weights that several modules share, such as an output head tied to the embedding;
+modules whose weight transformers' model code reads (`weight_reads`); modules with a `forward` of their own; and those
+that transformers leaves alone in its models.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ def quantize_(
 ) -> nn.Module:
     """Replace the Linear layers of a model by int8 ones.
 
-    Does not know how well the result works: compare its outputs with the model's own before. Hooks on the layers that
-    are replaced go with them. A model of transformers can be saved by its save_pretrained, for `int8convert.load` and
-    for transformers with bitsandbytes.
+    Does not know how accurate the result is: compare its outputs with the model's before. Does not know what code
+    outside transformers and torch reads of a weight. Hooks on replaced layers are lost. A model of transformers can be
+    saved by its save_pretrained, for `int8convert.load` and for transformers with bitsandbytes.
 
     Args:
         model: any module that has such layers; changed in place. Weights in other dtypes than float16, bfloat16 and
             float32 stay.
-        skip: modules that stay as they are, by full name or dotted tail, with shell wildcards; on top of what
-            transformers would leave out of its own models, such as the output head.
-        outliers: a mode, see `int8convert.runtime.linear`; or what `calibrate` found in this model, by which layers
-            store their outlier columns, with a guard for others.
+        skip: modules that stay as they are, by full name or dotted tail, with shell wildcards; besides those that
+            transformers leaves out of its models, such as the output head.
+        outliers: a mode, see `int8convert.runtime.linear`; or the columns that `calibrate` found in this model, which
+            layers then store, with a guard for others.
         threshold: magnitude from which a column is an outlier.
 
     Returns:
@@ -59,8 +59,8 @@ def quantize_(
         PatternError: a pattern of `skip` matches no module.
         NonFiniteWeightError: a weight holds NaN or infinity.
         CoverageError: the model has no layer that could become int8.
-        ValueError: the model is such a layer itself, or `outliers` is of another model.
-        All before anything is changed.
+        ValueError: the model is such a layer itself, or `outliers` belongs to another model.
+        All are raised before anything is changed.
     """
     stored = {} if isinstance(outliers, str) else outliers
     mode = OutlierMode(outliers) if isinstance(outliers, str) else OutlierMode.STATIC_GUARD
@@ -88,7 +88,7 @@ def quantize_(
 
 
 def modules_to_replace(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
-    """The names of the modules that `quantize_` replaces; arguments and errors as there."""
+    """Return the names of the modules that `quantize_` replaces. Arguments and errors are those of `quantize_`."""
     if _is_replaceable(model):
         raise ValueError(
             f"the model is a {type(model).__name__} itself, which nothing holds that could hold its int8 form: "
@@ -117,12 +117,12 @@ def modules_to_replace(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
 
 
 def _parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter, as often as a module holds it."""
+    """Return every parameter, once for each module that holds it."""
     return [p for module in model.modules() for p in module.parameters(recurse=False)]
 
 
 def _without_default_skips(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those that transformers would quantize, if the model is one of its own."""
+    """Return the names that transformers would quantize, if the model is its own; else all."""
     if not hasattr(model, "_keep_in_fp32_modules"):
         return list(names)
     from int8convert.transformers_internals import (
@@ -136,7 +136,7 @@ def _without_default_skips(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _is_replaceable(module: nn.Module) -> bool:
-    """A subclass of Linear that computes something else than Linear does stays what it is."""
+    """Return whether a module has an int8 form here. A subclass of Linear with a `forward` of its own has none."""
     if any(p.dtype not in _DTYPES for p in module.parameters(recurse=False)):
         return False
     is_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
@@ -149,7 +149,7 @@ def _check_finite(name: str, module: nn.Module) -> None:
             n_bad = int((~torch.isfinite(weight)).sum())
             raise NonFiniteWeightError(
                 f"'{name}.{leaf}' holds {n_bad:,} {'value' if n_bad == 1 else 'values'} that are NaN or infinite",
-                f"mend it, or leave the module as it is with skip=['{name}']",
+                f"correct it, or leave the module as it is with skip=['{name}']",
                 name,
             )
 
@@ -161,7 +161,7 @@ def _check_outliers(model: nn.Module, stored: Mapping[str, StoredOutliers]) -> N
         size = None if weight is None else weight.shape[::-1] if is_conv1d_layer(modules[name]) else weight.shape
         columns = outliers.columns
         if size is None or outliers.weight.shape != (size[0], columns.numel()) or (columns >= size[1]).any():
-            raise ValueError(f"the outlier columns for {name!r} fit no layer of the model: calibrate this model anew")
+            raise ValueError(f"the outlier columns for {name!r} fit no layer of the model: calibrate this model again")
 
 
 def _int8_form(

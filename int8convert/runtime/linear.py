@@ -2,16 +2,16 @@
 
     y = x8 @ weight8^T * x_absmax / 127 * weight_absmax / 127  +  x[:, O] @ weight[:, O]^T  +  bias
 
-O are the outlier columns. Which ones these are is the layer's mode:
+O are the outlier columns. The layer's mode selects them:
 
 - static: a set stored with the layer, found once by calibration, with its 16-bit weights. A token's output depends on
-  nothing but that token.
-- static+guard: the stored set, and columns outside it that reach the threshold in this very batch.
-- dynamic: only the latter; the paper's rule. Their weights are taken from the codes, as bitsandbytes does, and a
-  token's output depends on the other tokens of its batch.
+  that token alone.
+- static+guard: the stored set, and other columns that reach the threshold in this batch.
+- dynamic: the columns that reach the threshold in this batch, by the paper's rule. Their weights are taken from the
+  codes, as in bitsandbytes, and a token's output depends on the other tokens of its batch.
 - none: every column is int8.
 
-The parameters bear the names of the checkpoint's tensors, so that loading and saving convert nothing.
+The parameters have the names of the checkpoint's tensors, so loading and saving convert nothing.
 Source: LLM.int8(), arXiv:2208.07339, Sec. 2 and 3.
 """
 
@@ -30,12 +30,12 @@ from int8convert.formats.modules import module_of
 from int8convert.runtime.peft_guard import guard_adapters
 
 MAX_FOUND_COLUMNS = 256
-"""Outlier columns that a batch may add to the stored ones; those past it are rounded with the others. The largest model
+"""Most outlier columns that a batch adds to the stored ones; further ones are rounded like the rest. The largest model
 of the paper has seven (Sec. 4.1)."""
 
 
 class OutlierMode(StrEnum):
-    """Which columns of an activation stay 16-bit; see the module."""
+    """The choice of the columns of an activation that stay 16-bit; see the module."""
 
     STATIC = "static"
     STATIC_GUARD = "static+guard"
@@ -54,8 +54,8 @@ class OutlierMode(StrEnum):
 class Int8Linear(nn.Linear):
     """A Linear layer with an int8 weight.
 
-    A subclass of nn.Linear, so that what looks for those (PEFT, offloading) finds it. Its weight takes no gradient;
-    its input does, by the dequantized weight.
+    A subclass of nn.Linear, so that PEFT and offloading find it. Its weight takes no gradient; its input does, by the
+    dequantized weight.
 
     Attributes:
         weight: int8 [out_features, in_features], codes.
@@ -130,10 +130,10 @@ class Int8Linear(nn.Linear):
         return layer
 
     def show_scale(self) -> None:
-        """Give the weight its scale as the attribute `SCB`, as bitsandbytes does.
+        """Set the scale as the attribute `SCB` of the weight, as bitsandbytes does.
 
-        RWKV's code divides that scale in place. Without one it would divide the codes, which integers do not take. A
-        layer with stored columns shows none: their weights would stay undivided.
+        RWKV's code divides that scale in place. Without it, RWKV would divide the integer codes, which fails. A layer
+        with stored columns has none, because the columns' weights would stay undivided.
         """
         if self.outlier_columns.numel():
             self.weight.__dict__.pop("SCB", None)
@@ -148,7 +148,7 @@ class Int8Linear(nn.Linear):
 
     @property
     def W_q(self) -> torch.Tensor:
-        """The name by which PEFT knows a layer that has a `dequantize`, without which DoRA takes codes for weights."""
+        """The codes. PEFT calls `dequantize` on a layer with this name; else DoRA would take the codes for weights."""
         return self.weight
 
     def set_outliers(self, columns: torch.Tensor, weight: torch.Tensor) -> None:
@@ -158,11 +158,10 @@ class Int8Linear(nn.Linear):
         self.show_scale()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> y [..., out_features], in the dtype of x; `input` is nn.Linear's name for it.
+        """Return y [..., out_features] for x [..., in_features], in the dtype of x. nn.Linear calls x `input`.
 
         Raises:
-            FormatError: x is of an integer dtype. Model code that casts its input to the dtype of a layer's weight does
-                that to it.
+            FormatError: x has an integer dtype, because model code casts it to the dtype of a layer's weight.
         """
         from cuda_kernels import ops
 
@@ -183,7 +182,7 @@ class Int8Linear(nn.Linear):
         return ops.int8_linear(x, weight, stored, self.threshold, capacity)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight the codes stand for, [out_features, in_features], stored outlier columns as they are."""
+        """Return the weight of the codes, [out_features, in_features], with the stored outlier columns unchanged."""
         weight = (self.weight * (self.weight_absmax / N_STEPS)[:, None]).to(dtype)
         weight[:, self.outlier_columns.long()] = self.outlier_weight.to(dtype)
         return weight

@@ -1,4 +1,4 @@
-"""Loading an int8 checkpoint as an ordinary transformers model, with its stored outlier columns."""
+"""Loads an int8 checkpoint as an ordinary transformers model, with its stored outlier columns."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from int8convert.runtime.stored_columns import attach_outliers, read_outliers
 from int8convert.runtime.transformers_plugin import Int8ConvertConfig
 
 _NOT_NEEDED = ("weight_format", "position_ids", "num_batches_tracked")
-"""Checkpoints of early bitsandbytes have no format; ours is zero then, which is what it would say. Buffers of positions
-and of counts are set by the class."""
+"""Ends of the names of tensors that may lack. Early bitsandbytes wrote no format, which is zero then. A class sets its
+buffers of positions and of counts itself."""
 
 _INT8_PARTS = endings_beside(QUANTIZE_FORMATS)
-"""Tensors that only an int8 layer has. Where the model has no such layer, the codes beside them are lost."""
+"""Ends of the names of tensors that only an int8 layer has. If the model has no such layer, their codes are lost."""
 
 
 def load(
@@ -36,31 +36,32 @@ def load(
     allow_missing: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """Load an int8 checkpoint, in the bitsandbytes or the compressed-tensors layout, whoever wrote it.
+    """Load an int8 checkpoint of any tool, in the bitsandbytes or the compressed-tensors layout.
 
-    Each tensor goes straight to its device; what `device_map` sends to "disk" stays in the checkpoint's files, as int8.
+    Each tensor goes straight to its device. Modules that `device_map` sends to "disk" stay int8 in the checkpoint's
+    files.
 
     Args:
         path_or_repo: a directory, or the id of a repository.
-        device_map: as `from_pretrained` has it; None is the CPU.
+        device_map: see `from_pretrained`; None is the CPU.
         outliers: "static", "static+guard", "dynamic" or "none", see `int8convert.runtime.linear`; None is static+guard
             where the checkpoint has stored outlier columns, else dynamic.
         threshold: magnitude from which a column is an outlier; None takes the checkpoint's, or 6.
-        dtype: what the rest of the model is held in; None or "auto" takes what config.json says.
-        torch_dtype: the name that `dtype` had before transformers 5.
-        trust_remote_code: code that is part of the checkpoint may run; else a checkpoint that needs it is refused.
-        allow_missing: patterns, as `quantize` has them, of tensors that the checkpoint may lack; transformers makes up
-            their values.
+        dtype: dtype of the rest of the model; None or "auto" takes config.json's.
+        torch_dtype: the name of `dtype` before transformers 5.
+        trust_remote_code: run code of the checkpoint; else a checkpoint that needs it is refused.
+        allow_missing: patterns, as for `quantize`, of tensors that the checkpoint may lack. transformers makes up their
+            values.
         options: for `from_pretrained`.
 
     Returns:
-        a transformers model of the class config.json names, in eval mode.
+        a transformers model of the class that config.json names, in eval mode.
 
     Raises:
-        SourceError: there is none, it is not int8, or static outliers are asked for and it has none.
-        CorruptFileError: tensors are missing, or int8 ones fit nothing in the model. Others of no use to the model are
-            left aside, as transformers does.
-        RemoteCodeError: it needs code of the checkpoint, and `trust_remote_code` is False.
+        SourceError: there is no checkpoint, it is not int8, or it lacks the static outliers that are asked for.
+        CorruptFileError: tensors are missing, or int8 ones fit nothing in the model. Other unused tensors are ignored,
+            as by transformers.
+        RemoteCodeError: the checkpoint needs code of its own, and `trust_remote_code` is False.
         ValueError: `dtype` and `torch_dtype` differ.
     """
     path = os.fspath(path_or_repo)
@@ -91,7 +92,7 @@ def load(
 
 
 def _dtype(dtype: Any, torch_dtype: Any) -> Any:
-    """The dtype that was asked for by either name."""
+    """Return the dtype that was given under either name."""
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
         raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} are two names of one thing: give one")
     chosen = dtype if dtype is not None else torch_dtype
@@ -99,7 +100,7 @@ def _dtype(dtype: Any, torch_dtype: Any) -> Any:
 
 
 def read_int8_config(path: str, trust_remote_code: bool = False, **hub: Any) -> Any:
-    """The transformers config of an int8 checkpoint.
+    """Return the transformers config of an int8 checkpoint.
 
     Raises:
         SourceError: there is no such checkpoint, its config cannot be read, or it is not int8.
@@ -115,7 +116,7 @@ def read_int8_config(path: str, trust_remote_code: bool = False, **hub: Any) -> 
 
 
 def _check_complete(path: str, info: dict[str, Any], allow_missing: Sequence[str]) -> None:
-    """transformers warns of missing weights and makes them up; here they are an error."""
+    """Refuse missing weights, of which transformers only warns, and lost int8 ones."""
     missing = [name for name in info["missing_keys"] if not name.endswith(_NOT_NEEDED)]
     missing = sorted(name for name in missing if not is_allowed(name, allow_missing))
     unexpected = sorted(name for name in info["unexpected_keys"] if name.endswith(_INT8_PARTS))

@@ -1,4 +1,4 @@
-"""A checkpoint as a model to measure, int8 or not, and its tokenizer."""
+"""Opens a checkpoint, int8 or not, as a model to measure, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def open_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False, label: str = "") -> TokenizerProcess:
-    """The tokenizer among a checkpoint's small files, in a process of its own, to be closed.
+    """Open a checkpoint's tokenizer in a process of its own. The caller closes it.
 
     Args:
         label: what the user calls the checkpoint; empty for its path.
 
     Raises:
-        SourceError: it has none that transformers can read, or is no checkpoint itself.
+        SourceError: there is no checkpoint, or no tokenizer that transformers can read.
         RemoteCodeError: it is code in the checkpoint, which may not run.
     """
     if not os.path.isdir(path):  # transformers would look for it on the Hub; of a repository, its weights may be there
@@ -55,7 +55,7 @@ def is_int8(path: str | os.PathLike[str]) -> bool:
 
 
 def read_config(path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
-    """The transformers config of a checkpoint.
+    """Return the transformers config of a checkpoint.
 
     Raises:
         SourceError: transformers cannot read it.
@@ -113,9 +113,9 @@ def settle_dtype(module: torch.nn.Module, path: str | os.PathLike[str], device: 
 
 
 def _check_fp8_form(path: str | os.PathLike[str]) -> None:
-    """Refuse FP8 whose scales have a name that transformers does not look for: it would take the codes for weights.
+    """Refuse FP8 whose scales have a name that transformers does not know: it would take the codes for weights.
 
-    Also a list of modules that holds expressions, which transformers would match.
+    Refuse also a list of modules that holds regular expressions, which transformers would match.
     """
     source = open_source(path)
     block = source.config.get("quantization_config")
@@ -138,7 +138,7 @@ def _foreign_fp8(path: str | os.PathLike[str]) -> SourceError:
 
 
 def check_length(model: Any, windows: TokenWindows) -> None:
-    """See that the model takes windows of this length.
+    """Check that the model takes windows of this length.
 
     Raises:
         SourceError: it does not.

@@ -1,4 +1,4 @@
-"""What a model quantized in memory says of itself when it is saved: without that, its codes would load as weights."""
+"""Describes a model that was quantized in memory in its config, without which its codes would load as weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from int8convert.transformers_internals import kept_in_fp32
 def describe_for_saving(
     model: Any, lost: Iterable[str], threshold: float, stored: Mapping[str, StoredOutliers]
 ) -> None:
-    """Give a transformers model the block its config.json needs; or refuse to save it, if no loader could read it.
+    """Set the quantization block of a transformers model's config; refuse saving if no loader could read the model.
 
     Args:
-        lost: modules that have become int8, and that the loader does not replace.
-        stored: outlier columns, by module.
+        lost: int8 modules that the loader does not replace.
+        stored: module -> outlier columns.
     """
     layout = module_of(Format.BITSANDBYTES)
     left = [name for name, module in model.named_modules() if layout.replaces(module)]

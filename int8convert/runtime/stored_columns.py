@@ -1,9 +1,9 @@
-"""Stored outlier columns: read from a checkpoint, given to a model's layers, saved with them.
+"""Reads stored outlier columns from a checkpoint, attaches them to a model's layers, and saves them.
 
 `int8convert/outliers.safetensors` holds, for int8 modules P of the checkpoint, `P.outlier_columns` (int32 [n],
 ascending) and `P.outlier_weight` ([out_features, n], in the source's dtype): the columns before quantization. Its
-metadata may say, under `calibration`, by which text they were chosen. Columns that are no such thing are refused: each
-value must lie within its code's step.
+metadata may name the calibration text under `calibration`. Other columns are refused: each value must lie within its
+code's step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WRITE_AGAIN = "write it again with int8convert outliers --write, or remove it"
 
 @dataclass(frozen=True, slots=True)
 class StoredOutliers:
-    """The columns of one layer that stay 16-bit.
+    """The 16-bit columns of one layer.
 
     Attributes:
         columns: int32 [n], ascending.
@@ -46,7 +46,7 @@ class StoredOutliers:
 
 
 def read_outliers(path: str | os.PathLike[str]) -> dict[str, StoredOutliers]:
-    """Module name -> its stored columns.
+    """Return module name -> stored columns.
 
     Raises:
         CorruptFileError: the file is damaged, or holds something else.
@@ -96,12 +96,12 @@ def write_outliers(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: OutlierMode) -> None:
-    """Give the int8 layers of a model their stored columns, and the mode to run in; layers of other kinds need none.
+    """Attach stored columns to a model's int8 layers, and set their mode. Layers of other kinds are skipped.
 
-    Layers whose codes are on the disk are not compared with their columns.
+    Layers whose codes are offloaded to disk are not compared with their columns.
 
     Raises:
-        CorruptFileError: they are of another model.
+        CorruptFileError: the columns belong to another model.
     """
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, Int8Linear)}
@@ -124,7 +124,7 @@ def attach_outliers(model: Any, outliers: Mapping[str, StoredOutliers], mode: Ou
 
 
 def _check_belongs(name: str, layer: Int8Linear, stored: StoredOutliers) -> None:
-    """Columns of the right shape that are none of this layer's would be garbage without a word."""
+    """Reject columns of the right shape that belong to another layer; they would silently corrupt outputs."""
     if layer.weight.is_meta or not stored.columns.numel():
         return
     columns = stored.columns.to(layer.weight.device).long()
@@ -142,6 +142,6 @@ def _check_belongs(name: str, layer: Int8Linear, stored: StoredOutliers) -> None
 
 
 def save_with_outliers(model: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
-    """`save_pretrained` of a model with stored columns, which are no parameters of other loaders' layers."""
+    """Save a model, without its stored columns among the parameters, and the columns beside it."""
     type(model).save_pretrained(model, save_directory, **options)
     write_outliers(model, save_directory)

@@ -1,4 +1,4 @@
-"""Which module of a loaded model a checkpoint's tensor belongs to: transformers renames some on the way in."""
+"""Finds the module of a loaded model that a checkpoint's tensor belongs to. transformers renames some on loading."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def live_names(model: Any, module_names: Iterable[str]) -> dict[str, str]:
-    """Module name in a checkpoint -> that in the model; those that the model has no weight for are left out.
+    """Return module name in a checkpoint -> name in the model, without names that the model has no weight for.
 
     Args:
-        model: of transformers, in memory, int8 or not; or any module, whose names are taken to be the checkpoint's.
+        model: a model of transformers, int8 or not; or any module, whose names then are the checkpoint's.
         module_names: tensor names without `.weight`.
     """
     names, modules = list(module_names), {name for name, _ in model.named_modules()}

@@ -401,12 +401,12 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
         (f"{Q_PROJ}.lora_A.weight", torch.full((4, 64), float("nan")), "hold NaN or infinity"),
         (f"{Q_PROJ}.lora_B.weight", torch.full((64, 4), 1e300, dtype=torch.float64), "hold NaN or infinity"),
         (f"{Q_PROJ}.weight", torch.ones(64, 64), "both changes and replaces"),
-        (f"{Q_PROJ}.lora_B.bias", torch.ones(64), "of no kind"),
-        (f"{Q_PROJ}.lora_A.default.weight", torch.ones(4, 64), "of no kind"),
-        (f"{Q_PROJ}.lora_diag", torch.ones(4), "of no kind"),
+        (f"{Q_PROJ}.lora_B.bias", torch.ones(64), "does not merge"),
+        (f"{Q_PROJ}.lora_A.default.weight", torch.ones(4, 64), "does not merge"),
+        (f"{Q_PROJ}.lora_diag", torch.ones(4), "does not merge"),
         (f"{Q_PROJ}.base_layer.lora_A.weight", torch.ones(4, 64), "expected lora_A and lora_B"),
-        ("base_model.model.lm_head.modules_to_save.weight", torch.ones(64), "of no kind"),
-        ("base_model.model.token_adapter.trainable_tokens_delta", torch.ones(64), "of no kind"),
+        ("base_model.model.lm_head.modules_to_save.weight", torch.ones(64), "does not merge"),
+        ("base_model.model.token_adapter.trainable_tokens_delta", torch.ones(64), "does not merge"),
         ("model.norm.weight", torch.ones(64), "does not begin with 'base_model.model.'"),
         (
             "base_model.model.score.weight",
@@ -426,7 +426,7 @@ def test_rank_beyond_both_sides(tmp_path: Path) -> None:
     key = "model.layers.0.self_attn.q_proj"
     tensors = {f"{key}.lora_A.weight": torch.ones(65, 64), f"{key}.lora_B.weight": torch.ones(64, 65)}
     write_adapter(tmp_path, tensors, r=65)
-    refused(tmp_path, "in or out to be 65 at least")
+    refused(tmp_path, "with in or out at least 65")
 
 
 def test_module_that_is_not_targeted(adapter: Path) -> None:

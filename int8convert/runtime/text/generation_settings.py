@@ -1,4 +1,4 @@
-"""What `generate` takes from a checkpoint's generation_config.json: where a text ends, and nothing else.
+"""Reads from a checkpoint's generation_config.json where a text ends, which is all that `generate` uses of it.
 
 transformers has some eighty entries there, of which many change which token is chosen (`sequence_bias`,
 `repetition_penalty`), load code, or end in an error. So the settings are rebuilt, and three token ids and the stop
@@ -93,7 +93,7 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
     if not is_list or not all(isinstance(each, str) and 0 < len(each) <= MAX_STOP_LENGTH for each in found):
         raise CorruptFileError(
             f"'stop_strings' of {GENERATION_CONFIG_NAME} is {_shown(value)}, expected up to {MAX_STOP_STRINGS} texts",
-            "mend that entry, or remove it",
+            "correct that entry, or remove it",
         )
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""Prompts to token ids: the checkpoint's tokenizer, its chat template, and padding."""
+"""Turns prompts into token ids by the checkpoint's tokenizer and chat template, with padding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from int8convert.runtime.text.tokenizer_process import TokenizerProcess
 def encode(
     tokenizer: TokenizerProcess, prompts: Sequence[str], chat: bool | None, system: str | None
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` of a batch, int64 [prompts, tokens], padded on the left.
+    """Return `input_ids` and `attention_mask` of a batch, int64 [prompts, tokens], padded on the left.
 
     Args:
-        chat: through the chat template; None where there is one.
+        chat: use the chat template; None uses it where there is one.
         system: the system message of the chat.
 
     Raises:

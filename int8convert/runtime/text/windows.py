@@ -1,4 +1,4 @@
-"""Text as windows of tokens, all of one length, and which of their tokens are scored.
+"""Cuts a text into windows of tokens of one length, and selects the tokens that are scored.
 
 A perplexity is comparable to another only if both cut the text alike, so how it was cut is kept with the tokens. A text
 is what its file holds: for the usual figure of WikiText-2, its test split joined by blank lines; for that of C4, the
@@ -42,17 +42,17 @@ class TokenWindows:
 
     @property
     def n_scored(self) -> int:
-        """Tokens that count."""
+        """Number of scored tokens."""
         n, length = self.ids.shape
         return sum(length - self.scored_from(i) for i in range(n))
 
     def scored_from(self, i: int) -> int:
-        """Place of the first token of window i that counts."""
+        """Return the index of the first scored token of window i."""
         return self.first_scored[i] if self.first_scored else 1
 
     @property
     def convention(self) -> str:
-        """What perplexity means here, in words."""
+        """Return the definition of perplexity, in words."""
         n, length = self.ids.shape
         return (
             f"{self.cut}: {n:,} windows of {length:,} tokens (of {self.n_text_tokens:,} in {self.text}), "
