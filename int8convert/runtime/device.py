@@ -10,14 +10,14 @@ from int8convert.errors import DeviceError
 
 
 def choose_device(device: str) -> str:
-    """ "cpu" or "cuda[:n]" for what was asked for.
+    """Return "cpu" or "cuda[:n]".
 
     Args:
         device: "auto", which is the GPU if there is one, "cpu" or "cuda[:n]".
 
     Raises:
         DeviceError: torch has no such device here.
-        ValueError: it is no name of a device.
+        ValueError: it is not the name of a device.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,6 +1,6 @@
-"""Checks that a subclass of nn.Linear computes what nn.Linear does, as an int8 layer in its place would.
+"""Checks that a subclass of nn.Linear computes the same as nn.Linear, and so as an int8 layer in its place.
 
-Falcon's does, in other words. DeepSeek V4's multiplies groups of its input by parts of its weight.
+Falcon's does, by other operations. DeepSeek V4's multiplies groups of its input by parts of its weight.
 """
 
 from __future__ import annotations

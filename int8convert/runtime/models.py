@@ -25,7 +25,7 @@ def open_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False
     """Open a checkpoint's tokenizer in a process of its own. The caller closes it.
 
     Args:
-        label: what the user calls the checkpoint; empty for its path.
+        label: the user's name of the checkpoint; empty for its path.
 
     Raises:
         SourceError: there is no checkpoint, or no tokenizer that transformers can read.
@@ -45,7 +45,7 @@ def open_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False
 
 
 def is_int8(path: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds a checkpoint that is quantized; FP8, which transformers loads by itself, is not meant.
+    """Return whether a directory holds a quantized checkpoint, other than FP8, which transformers loads by itself.
 
     Raises:
         SourceError: it holds no checkpoint.
@@ -66,8 +66,10 @@ def read_config(path: str | os.PathLike[str], trust_remote_code: bool = False) -
 
 
 def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: bool = False) -> Any:
-    """A checkpoint's model in eval mode: int8 as `int8convert.load` has it, others in float32 on the CPU, where 16 bits
-    are slower and less exact, and in their own dtype elsewhere.
+    """Return a checkpoint's model in eval mode.
+
+    An int8 one is loaded by `int8convert.load`. Others are float32 on the CPU, where 16 bits are slower and less exact,
+    and have their own dtype elsewhere.
 
     Raises:
         SourceError: it cannot be loaded.
@@ -99,8 +101,9 @@ def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: 
 
 
 def settle_dtype(module: torch.nn.Module, path: str | os.PathLike[str], device: str) -> None:
-    """Hold a model that is not int8, or a part of it, in float32 on the CPU: of FP8 that transformers decodes while it
-    loads, it leaves what is around as it was.
+    """Convert a model that is not int8, or a part of it, to float32 on the CPU.
+
+    transformers decodes FP8 weights while it loads, and leaves the other tensors in their dtypes.
 
     Raises:
         SourceError: weights are still in FP8.

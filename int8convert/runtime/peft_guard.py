@@ -1,14 +1,14 @@
-"""What PEFT's adapters may do around an int8 layer, which they take for an nn.Linear with a weight.
+"""Restricts what PEFT's adapters do to an int8 layer, which they take for an nn.Linear with a weight.
 
-They call the layer and add to what it returns: that is all most need, and works. Two things go wrong without a word:
+Most adapters call the layer and add to its output, which works. Two things silently go wrong:
 
 1. Merging adds a float to codes. Some adapters cast it to int8 first, which makes it zero, and unload themselves.
-2. Some compute with the weight in every forward, or change it at once, and would take the codes for it.
+2. Some adapters compute with the weight in every forward, or change it at once, and would use the codes.
 
-PEFT has no way to say so of a layer. But torch tells when a module gets a child, and an adapter's layer gets the one
-it wraps as `base_layer`: from then on its `merge` is an error, or it is refused at once.
+PEFT cannot exclude a layer. But torch calls a hook when a module gets a child, and an adapter's layer gets the layer it
+wraps as `base_layer`. The hook makes the adapter's `merge` an error, or refuses the adapter.
 
-Measured on PEFT 0.21, all its adapters for Linear layers, on a layer's codes and on the weights these stand for.
+Measured on PEFT 0.21 with all its adapters for Linear layers, on a layer's codes and on the weights of the codes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ weight itself."""
 
 
 def guard_adapters(layer_class: type[nn.Module]) -> None:
-    """From now on, watch for adapters that wrap a layer of this class."""
+    """Register the hook, for adapters that wrap a layer of this class."""
 
     def is_around(child: Any) -> bool:
         while child is not None and not isinstance(child, layer_class):

@@ -1,11 +1,11 @@
 """Loads the config, tokenizer and model of an untrusted checkpoint in transformers; the only place that does.
 
-1. config.json is read within bounds, and what would send transformers for code or kernels elsewhere is refused.
-2. transformers loads. It runs code of the checkpoint only where the user said so, asks no question, reads no stdin and
-   prints nothing to stdout.
-3. Whatever it raises is an error of two lines (`int8convert.checkpoint.library_errors`).
+1. config.json is read within bounds. Entries that make transformers fetch code or kernels are refused.
+2. transformers loads. It runs code of the checkpoint only where the user trusts it. It cannot prompt, read stdin or
+   print to stdout.
+3. Its exceptions become errors of two lines (`int8convert.checkpoint.library_errors`).
 
-Not bounded here: the cost of the tokenizer's regular expressions, see `int8convert.runtime.text.tokenizer_process`.
+The cost of the tokenizer's regular expressions is bounded elsewhere, see `int8convert.runtime.text.tokenizer_process`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CODE_KEYS = ("fusion_config", "kernel_config", "distributed_config")
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of `from_pretrained`'s options that say where a file is."""
+    """Return those of `from_pretrained`'s options that locate files."""
     return {name: options[name] for name in _HUB_OPTIONS if name in options}
 
 
@@ -48,7 +48,7 @@ def locate_file(path: str, name: str, **hub: Any) -> Path | None:
     """Return a file of a checkpoint, which is a directory or a repository; None if it has no file of that name.
 
     Raises:
-        SourceError: the repository is out of reach, or what has that name is no regular file of the checkpoint.
+        SourceError: the repository cannot be reached, or the name is not that of a regular file of the checkpoint.
     """
     if os.path.isdir(path):
         return find_file(Path(path) / (hub.get("subfolder") or ""), name)
@@ -67,12 +67,12 @@ def read_config(
 
     Args:
         path: a directory, or the id of a repository.
-        hint: what to do where it cannot be read; `code_hint`: where it needs code that may not run.
+        hint: hint where it cannot be read. code_hint: hint where it needs code that may not run.
         trust_remote_code: the checkpoint's own code may run.
         hub: see `hub_options`.
 
     Raises:
-        SourceError: there is no such checkpoint, its config cannot be read, or a file of it is no regular file.
+        SourceError: there is no such checkpoint, its config cannot be read, or one of its files is not regular.
         RemoteCodeError: its classes are code in the checkpoint.
     """
     is_there = os.path.isdir(path)
@@ -120,7 +120,7 @@ def refuse_code(stated: Any) -> None:
 
 
 def attention_options(stated: Any) -> dict[str, Any]:
-    """Attention arguments for `from_pretrained`: {}, or automatic choice where config.json names a package."""
+    """Return attention arguments for `from_pretrained`: {}, or automatic choice where config.json names a package."""
     chosen = getattr(stated, "_attn_implementation", None)
     return {} if chosen is None or chosen in _ATTENTION else {"attn_implementation": None}
 
@@ -143,11 +143,11 @@ def load_model(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
-    """Return what `from_pretrained` does for a checkpoint: the model, and its missing and unexpected weights.
+    """Return a checkpoint's model, and its missing and unexpected weights, by `from_pretrained`.
 
     Args:
-        config: what `read_config` returned for it.
-        hint, code_hint: as there.
+        config: the result of `read_config`.
+        hint, code_hint: see `read_config`.
         options: for `from_pretrained`.
 
     Raises:
@@ -170,7 +170,7 @@ def load_model(
 
 
 def model_errors(model: Any) -> AbstractContextManager[None]:
-    """Context for calls of a checkpoint's model: what they raise becomes a SourceError, see `library_errors`."""
+    """Context for calls of a checkpoint's model. Exceptions become SourceErrors, see `library_errors`."""
     return library_errors(
         f"{type(model).__name__} cannot be run",
         "its config.json does not describe the model of its weights; write or fetch the checkpoint again",
@@ -202,11 +202,11 @@ def read_tokenizer(
     """Return the tokenizer of a checkpoint. It pads to the left, so that new tokens follow a prompt's last one.
 
     Args:
-        is_as_stated: it pads as the checkpoint says, or not at all.
+        is_as_stated: keep the checkpoint's padding, or none.
 
     Raises:
-        SourceError: there is none.
-        RemoteCodeError: it is code in the checkpoint.
+        SourceError: there is no tokenizer that transformers can read.
+        RemoteCodeError: its class is code in the checkpoint.
     """
     what = f"'{label or path}' has no tokenizer that transformers can read"
     hint = "copy the files of the source's tokenizer into it"

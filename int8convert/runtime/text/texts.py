@@ -1,12 +1,12 @@
-"""The text a model is measured on: the user's, a dataset's as others measure on it, or a small one that comes along.
+"""The text that a model is measured on: the user's, a dataset's, or a small one that comes with int8convert.
 
     default     22 kB of the Declaration of Independence, the Constitution of the United States and the Gettysburg
-                Address, all in the public domain. A blunt instrument: models know it by heart, so that perplexity on
-                it is low and says nothing of a model; the difference between two models it does show.
+                Address, all in the public domain. Models know it by heart, so its perplexity is low and says little of
+                one model. It shows differences between two models.
     wikitext2   wikitext-2-raw-v1, test split, its lines joined by blank lines (the convention of GPTQ's evaluation)
     c4          en, first validation file, its first 1,100 documents joined by spaces (likewise)
 
-Datasets come from the Hugging Face Hub or its cache; nothing else here needs a network.
+Datasets come from the Hugging Face Hub or its cache. Nothing else here needs a network.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FILES = {
 
 
 class Convention(StrEnum):
-    """How a text is cut.
+    """The way a text is cut into windows.
 
     - spread: windows at equal distances over it, no special tokens but one that the tokenizer puts before each text,
       before each window. Every token but a window's first is scored.
@@ -57,7 +57,7 @@ class Convention(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text to run models on, and how it is cut.
+    """A text to run models on, and the way it is cut.
 
     Attributes:
         path: a file in UTF-8; None for `dataset`, or for a small text that comes with int8convert.
@@ -92,14 +92,14 @@ class Text:
 
     @property
     def cut(self) -> Convention:
-        """The convention that applies."""
+        """The convention, with the default filled in."""
         default = Convention.SPREAD if self.dataset is None else Convention.CONTIGUOUS
         return Convention(self.convention or default)
 
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """The file of a text, and what it is in words."""
+    """The file of a text, and its description."""
 
     path: Path
     description: str
@@ -129,7 +129,7 @@ def open_text(text: Text) -> Iterator[TextFile]:
 
 @contextmanager
 def reusable_file(path: Path | None) -> Iterator[Path | None]:
-    """A text that can be opened again and again: the file itself, or a copy of what comes out of a pipe.
+    """Provide a file that can be opened repeatedly: the file itself, or a copy of a pipe's content.
 
     Args:
         path: the file; None yields None.
@@ -148,7 +148,7 @@ def reusable_file(path: Path | None) -> Iterator[Path | None]:
 
 
 def _read_pipe(path: Path) -> bytes | None:
-    """What a pipe or a device holds; None of a file, and of a path that nothing can be read from."""
+    """Return the content of a pipe or a device; None for a file, and for a path without anything to read."""
     try:
         mode = path.stat().st_mode
         return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else path.read_bytes()
@@ -173,7 +173,7 @@ def _read_wikitext2() -> str:
 
 
 def _fetch(dataset: str) -> str:
-    """The file in the Hub's cache, downloaded if it is not there."""
+    """Return the file in the Hub's cache. Downloads it if it is missing."""
     from huggingface_hub import hf_hub_download
 
     repository, file_name = _FILES[dataset]

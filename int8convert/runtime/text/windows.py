@@ -1,8 +1,8 @@
 """Cuts a text into windows of tokens of one length, and selects the tokens that are scored.
 
-A perplexity is comparable to another only if both cut the text alike, so how it was cut is kept with the tokens. A text
-is what its file holds: for the usual figure of WikiText-2, its test split joined by blank lines; for that of C4, the
-first 1,100 documents of the first validation shard joined by spaces, and 256 windows.
+Two perplexities are comparable only if both cut the text alike, so the windows record the cut. For the usual figure of
+WikiText-2, the text is its test split joined by blank lines. For that of C4, it is the first 1,100 documents of the
+first validation shard joined by spaces, in 256 windows.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class TokenWindows:
     Attributes:
         ids: int64 [n, length].
         text: file name, without its folder.
-        text_sha256: of the file.
-        n_text_tokens: of the whole text.
-        cut: how.
-        first_scored: place of the first token in each window that counts; empty for 1 in all.
+        text_sha256: sha256 of the file.
+        n_text_tokens: tokens of the whole text.
+        cut: the way the text was cut.
+        first_scored: index of the first scored token of each window; empty for 1 in all.
     """
 
     ids: torch.Tensor
@@ -61,10 +61,10 @@ class TokenWindows:
 
 
 def read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """A text file, and the sha256 of the bytes it was made of. The file is opened once: a pipe has no second time.
+    """Return the text of a file, and the sha256 of its bytes. Opens the file once, because it may be a pipe.
 
     Raises:
-        SourceError: it cannot be read, or is no text.
+        SourceError: the file cannot be read, or is not text.
     """
     try:
         content = Path(path).read_bytes()
@@ -78,10 +78,10 @@ def read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def read_windows(path: str | os.PathLike[str], tokenizer: Any, n_windows: int, length: int) -> TokenWindows:
-    """At most `n_windows` windows of `length` tokens; of a text shorter than one window, all of it.
+    """Return at most `n_windows` windows of `length` tokens. A text shorter than one window becomes one shorter window.
 
-    Windows do not overlap and hold no special tokens, but where the tokenizer puts one before each text it is the first
-    of each window, too.
+    Windows do not overlap. They hold no special tokens, except the one that the tokenizer puts before each text, which
+    then begins each window.
 
     Raises:
         SourceError: see `read_text`; or the text has fewer than two tokens.
@@ -102,10 +102,10 @@ def read_windows(path: str | os.PathLike[str], tokenizer: Any, n_windows: int, l
 def read_windows_by(
     convention: Convention | str, path: str | os.PathLike[str], tokenizer: Any, n_windows: int, length: int
 ) -> TokenWindows:
-    """At most `n_windows` windows of `length` tokens by a convention; the last, shorter one is left out.
+    """Return at most `n_windows` windows of `length` tokens by a convention, without a shorter last one.
 
     Raises:
-        SourceError: see `read_text`; or the text has not one window.
+        SourceError: see `read_text`; or the text is shorter than one window.
     """
     cut = Convention(convention)
     if cut is Convention.SPREAD:
