@@ -223,7 +223,7 @@ def _check_shapes(shown: str, a: StoredTensor, b: StoredTensor, magnitude: Store
     for tensor in (a, b, magnitude):
         if tensor is not None and tensor.span_bytes > tensor.n_bytes:
             raise AdapterError(
-                f"the adapter's tensor {quoted(tensor.name)} lies scattered among others",
+                f"the adapter's tensor {quoted(tensor.name)} is not contiguous in its file",
                 "save the adapter in safetensors",
             )
 

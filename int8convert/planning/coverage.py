@@ -1,7 +1,7 @@
 """Decides whether enough of a model becomes int8 for the output to be worth writing.
 
-Two shares are used. The share of all parameters is what the user sees; in a small model with a large vocabulary most
-parameters are embeddings, so it is low for a good reason (37 % of Gemma 3 270M). The share of Linear weights leaves out
+Two shares are used. The user sees the share of all parameters. It is low for a good reason in a small model with a
+large vocabulary, whose parameters are mostly embeddings (37 % of Gemma 3 270M). The share of Linear weights leaves out
 what no LLM.int8() model has as int8. Without --min-coverage, only this share can refuse a plan.
 """
 
@@ -45,7 +45,7 @@ def check_coverage(plan: ConversionPlan, min_coverage: float | None) -> None:
             nearly all Linear weights 16-bit, and one of name rules with low coverage.
 
     Raises:
-        CoverageError: too little becomes int8; the message says what stays and why.
+        CoverageError: too little becomes int8; the message names what stays and why.
     """
     if not plan.n_int8_parameters:
         raise CoverageError(_with_reasons("none of the parameters would become int8", plan), _hint(plan, None))
@@ -82,7 +82,7 @@ def check_coverage(plan: ConversionPlan, min_coverage: float | None) -> None:
 
 
 def _reasons(plan: ConversionPlan) -> str:
-    """The reasons that keep the most parameters, but for those that keep next to none."""
+    """Return the reasons that keep the most parameters, without those that keep less than half a percent."""
     shares = ((reason, round(100 * n / max(1, plan.n_parameters))) for reason, (_, n) in plan.kept_by_reason().items())
     return ", ".join([f"{reason} {share} %" for reason, share in shares if share][:3])
 
@@ -93,7 +93,7 @@ def _with_reasons(message: str, plan: ConversionPlan) -> str:
 
 
 def _hint(plan: ConversionPlan, passing: float | None) -> str:
-    """What lets more become int8, or lets the plan pass."""
+    """Return the hint: what makes more become int8, or lets the plan pass."""
     ways = []
     own = plan.model_map.output_format
     wider = [format for format in QUANTIZE_FORMATS if module_of(format).HOLDS_EXPERTS]

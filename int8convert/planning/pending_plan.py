@@ -1,4 +1,4 @@
-"""The plan of a conversion: what transformers says of the model, in a child process, and what is noted of it."""
+"""Plans a conversion: maps the model in a child process, lays out the shards, and adds notes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from int8convert.planning.plan import ConversionPlan, make_plan
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What is to be planned.
+    """The input of a plan.
 
     Attributes:
         source: the checkpoint.
@@ -37,7 +37,7 @@ class PlanRequest:
 
 
 def plan_conversion(request: PlanRequest) -> ConversionPlan:
-    """Have a child process map the model, which takes transformers seconds, and plan by its map.
+    """Map the model in a child process, which takes seconds, and plan by the map.
 
     Raises:
         Int8ConvertError: transformers cannot map the model, or the checkpoint contradicts the map.
@@ -79,7 +79,7 @@ def _with_reason(model_map: ModelMap, kept_modules: tuple[str, ...]) -> ModelMap
 
 @dataclass(frozen=True, slots=True)
 class PlanRequirements:
-    """What a plan must satisfy before the first byte is written.
+    """The conditions that a plan must satisfy before the first byte is written.
 
     Attributes:
         min_coverage: share of the parameters, 0 to 1, that must become int8; None: see `check_coverage`.

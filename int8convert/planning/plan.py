@@ -1,6 +1,7 @@
-"""What will happen to each tensor and how large everything gets: pure, from headers, the model map and the options.
+"""The plan of a conversion: the treatment of each tensor and the size of each shard.
 
-`--dry-run` prints a plan; the pipeline obeys one. Nothing here reads weights or writes.
+Computed from headers, the model map and the options. Reads no weights, and writes nothing. `--dry-run` prints a plan;
+the pipeline follows one.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ class PlannedTensor:
     """One source tensor on its way into an output shard.
 
     Attributes:
-        source: as it will be read; a Conv1D weight as the [out, in] view of its [in, out] bytes.
-        shard: the file it is in.
+        source: the tensor as it is read; a Conv1D weight is the [out, in] view of its [in, out] bytes.
+        shard: its file.
         output_name: its key in the output.
-        output_dtype: I8 if it becomes int8 with a scale, else what it is copied as.
+        output_dtype: I8 if it becomes int8 with a scale, else the dtype of the copy.
         reason: why it is copied; "" if quantized.
         format: where its scale will stand.
         scale: the scale of its FP8 or int8 codes, by which they are decoded; None if it has none.
@@ -117,10 +118,10 @@ class PlannedShard:
     """One output file.
 
     Attributes:
-        file_name: under OUT.
-        tensors: in the order they are read.
-        outputs: what the file holds, in the order of its bytes.
-        n_bytes: of the file, header included.
+        file_name: its name in OUT.
+        tensors: in the order in which they are read.
+        outputs: the file's tensors, in the order of its bytes.
+        n_bytes: size of the file, header included.
     """
 
     file_name: str
@@ -133,9 +134,9 @@ class PlannedShard:
         return sum(tensor.source.n_bytes for tensor in self.tensors)
 
     def digest(self) -> str:
-        """A sha256 of all that decides the file's bytes: equal for two plans that write the same, for whatever reasons.
+        """Return a sha256 of all that decides the file's bytes. Equal for two plans that write the same bytes.
 
-        Does not know the source's bytes, only where they are.
+        Covers the place of the source's bytes, not their values.
         """
         tensors = [
             [
@@ -209,13 +210,13 @@ class ShardedPlan(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """The whole conversion.
+    """The plan of a conversion.
 
     Attributes:
-        source: what is read.
-        model_map: what decided.
-        shards: what is written.
-        dropped: source names not written, because the same bytes are written under another name.
+        source: the checkpoint.
+        model_map: the decisions on its tensors.
+        shards: the output files.
+        dropped: source name -> why it is not written: the same bytes are written under another name.
     """
 
     source: CheckpointSource
@@ -237,7 +238,7 @@ class ConversionPlan:
 
     @property
     def n_parameters(self) -> int:
-        """Of the model; where its class is not known, of the tensors that are written."""
+        """Parameters of the model; where its class is unknown, of the written tensors."""
         needs = self.model_map.needs
         return needs.n_parameters if needs else sum(tensor.source.n_elements for tensor in self.tensors)
 
@@ -265,7 +266,7 @@ class ConversionPlan:
         return sum(shard.n_bytes for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object: totals, shards, what happens to each tensor, and what the checkpoint lacks of the model."""
+        """Return a JSON object: totals, shards, the treatment of each tensor, and what the checkpoint lacks."""
         needs = self.model_map.needs
         return {
             "source": self.source.label,
@@ -293,7 +294,7 @@ class ConversionPlan:
         }
 
     def kept_by_reason(self) -> dict[str, tuple[int, int]]:
-        """Reason -> (tensors, parameters) that stay as they are, the most parameters first."""
+        """Return reason -> numbers of tensors and parameters that are copied, the most parameters first."""
         kept: dict[str, tuple[int, int]] = {}
         for tensor in self.tensors:
             if not tensor.is_quantized:
@@ -351,10 +352,10 @@ def make_plan(
 
 
 def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
-    """Refuse a name that is written twice, or that the loader would read as part of an int8 weight of another name.
+    """Refuse a name that is written twice, or that the loader would read as part of another tensor's int8 weight.
 
     Args:
-        seen: the names of the tensors before, and those beside their int8 weights; this tensor's are added.
+        seen: names of the earlier tensors, and those beside their int8 weights; this tensor's are added.
     """
     written = set(tensor.output_specs())
     beside = set(module_of(tensor.format).names_beside(tensor.output_name)) if tensor.is_quantized else set()
@@ -369,7 +370,7 @@ def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
 
 
 def _pieces(stored: StoredTensor, mapped: MappedTensor) -> Iterator[tuple[StoredTensor, MappedTensor]]:
-    """The tensor itself, or the matrices or biases of the experts in it."""
+    """Yield the tensor itself, or the matrices or biases of the experts in it."""
     if mapped.experts is None:
         yield stored, mapped
         return

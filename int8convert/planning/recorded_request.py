@@ -1,10 +1,8 @@
-"""Reads from a finished manifest what its checkpoint was made from and with, and checks each value's type and size.
+"""Reads a finished manifest's source and options, and checks each value's type and size.
 
-A manifest may be a stranger's. It is read here once, as a whole; other modules take entries from `RecordedRequest`,
-never from the JSON. An entry that is missing, of another type, out of range or unknown makes the manifest one that
-is not understood, which is an error and not the same as no manifest.
-
-Not here: the records of the shards, which `manifest.parse_record` reads by the same rule.
+A manifest is untrusted. It is read here once, as a whole; other modules use `RecordedRequest`, never the JSON. An entry
+that is missing, unknown, out of range or of another type is an error, and not the same as no manifest.
+`manifest.parse_record` reads the records of the shards by the same rule.
 """
 
 from __future__ import annotations
@@ -29,14 +27,14 @@ _PLAIN_DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class RecordedRequest:
-    """What was asked of the conversion or of the export that wrote a checkpoint.
+    """The request of the conversion or the export that wrote a checkpoint.
 
     Attributes:
         is_export: made from another int8 checkpoint and not from a 16-bit one.
         format: a `Format`; of an export also the dtype it was dequantized to.
         source: see `manifest.describe_source`.
         skip, only, threshold, on_nonfinite, max_shard_bytes, allow_missing: the options of `quantize`.
-        lora: what identifies the adapter that was merged; None if none was.
+        lora: the identity of the adapter that was merged; None if none was.
     """
 
     is_export: bool
@@ -57,7 +55,7 @@ class RecordedRequest:
 
 
 def read_recorded_request(out: Path) -> RecordedRequest | None:
-    """Read what a finished manifest says was asked for; None if there is no manifest.
+    """Read the request in a finished manifest; None if there is no manifest.
 
     Raises:
         CorruptFileError: the manifest is there and is not understood.

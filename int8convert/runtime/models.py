@@ -17,7 +17,7 @@ from int8convert.runtime.text.tokenizer_process import TokenizerProcess
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.sources import open_source
 
-_MEND = "mend that, or give the int8 checkpoint made of it"
+_CORRECT = "correct that, or give the int8 checkpoint made from it"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -62,7 +62,7 @@ def read_config(path: str | os.PathLike[str], trust_remote_code: bool = False) -
         RemoteCodeError: its classes are code in the checkpoint, which may not run.
     """
     open_source(path)  # transformers would look for a path that is not there on the hub
-    return pretrained.read_config(os.fspath(path), _MEND, TRUST_CODE, trust_remote_code)
+    return pretrained.read_config(os.fspath(path), _CORRECT, TRUST_CODE, trust_remote_code)
 
 
 def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: bool = False) -> Any:
@@ -83,7 +83,7 @@ def load_model(path: str | os.PathLike[str], device: str, *, trust_remote_code: 
     model, info = pretrained.load_model(
         name,
         config,
-        hint=_MEND,
+        hint=_CORRECT,
         code_hint=TRUST_CODE,
         trust_remote_code=trust_remote_code,
         dtype=torch.float32 if device == "cpu" else "auto",

@@ -51,7 +51,7 @@ def read_outliers(path: str | os.PathLike[str]) -> dict[str, StoredOutliers]:
     Raises:
         CorruptFileError: the file is damaged, or holds something else.
     """
-    read_safetensors_header(Path(path))  # says what is wrong with a file that is none
+    read_safetensors_header(Path(path))  # describes what is wrong with a file in another format
     tensors = load_file(utf8_path(path))
     modules = {name.rpartition(".")[0] for name in tensors}
     found = {}

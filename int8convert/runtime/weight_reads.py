@@ -4,7 +4,7 @@ Two forms, and what int8 codes make of them:
 
 - `self.dt_proj.weight @ time_step` multiplies codes where it expects the weight (Mamba).
 - `self.weights_proj(x.to(self.weights_proj.weight.dtype))` turns the input itself into int8 (HY-V4's indexer). That
-  ends in an error, or truncates the input to integers without a word.
+  ends in an error, or silently truncates the input to integers.
 
 The table is by names of classes. `scripts/find_weight_reads --write` derives it from the source of every class of
 transformers and torch.nn; a test compares the two, so a new transformers shows what it adds.

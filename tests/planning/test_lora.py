@@ -482,7 +482,7 @@ def test_matrix_scattered_over_a_large_storage(tmp_path: Path) -> None:
     write_adapter(tmp_path, {}, r=4)
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save(tensors, tmp_path / "adapter_model.bin")
-    refused(tmp_path, "lora_B.weight' lies scattered")
+    refused(tmp_path, "lora_B.weight' is not contiguous")
 
 
 def test_disk_that_fails(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

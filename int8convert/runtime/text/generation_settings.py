@@ -49,7 +49,7 @@ def read_ending(path: str, config: Any) -> Ending:
         config: the transformers config.
 
     Raises:
-        CorruptFileError: an entry is of another type than it has to be.
+        CorruptFileError: an entry has the wrong type.
         SourceError: the file cannot be read.
     """
     file = locate_file(path, GENERATION_CONFIG_NAME)

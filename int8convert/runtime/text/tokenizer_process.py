@@ -203,7 +203,7 @@ def _confine(kept: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nowhere, fd)
-    # A pipe of the parent's that stayed open here would never come to its end for whoever reads it.
+    # The reader of a pipe that stays open here would never see its end.
     os.closerange(3, kept)
     os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the parent's are not here
