@@ -1,4 +1,4 @@
-"""config.json of a conversion: written by `quantize`, and compared by `verify` with what is there."""
+"""The config.json of a conversion, which `quantize` writes and `verify` compares."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ DEFAULT_THRESHOLD = 6.0
 
 
 def converted_config(plan: ConversionPlan, threshold: float) -> dict[str, Any]:
-    """Return what `quantize` writes into config.json for a plan."""
+    """Return the config.json of a plan's output."""
     found = plan.model_map
     return int8_config(plan.source.config, found.output_format, found.dtype, found.skip_modules, threshold)

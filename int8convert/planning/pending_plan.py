@@ -14,7 +14,8 @@ from int8convert.planning.coverage import check_coverage, coverage_note
 from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
 from int8convert.planning.model_map.process import ModelMapProcess
 from int8convert.planning.needs import check_needs, needs_notes
-from int8convert.planning.plan import ConversionPlan, make_plan
+from int8convert.planning.plan import ConversionPlan
+from int8convert.planning.shard_layout import make_plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
-"""Int8 layers for transformers' own loader: `from_pretrained(..., quantization_config=Int8ConvertConfig())`.
+"""Int8 layers for transformers' loader: `from_pretrained(..., quantization_config=Int8ConvertConfig())`.
 
-1. The modules that the checkpoint holds as int8 are replaced by `Int8Linear` before any weight is read: those the
-   checkpoint's own loader would replace, by the list in its config.json.
-2. transformers reads every tensor straight to its device. Parameters bear the names of the tensors, so nothing is
-   converted, and what is offloaded to disk is read out of the checkpoint's own files.
+1. `Int8Linear` replaces the modules that the checkpoint holds as int8, before any weight is read. These are the modules
+   that the layout's own loader replaces, by the list in config.json.
+2. transformers reads every tensor straight to its device. Parameters have the names of the tensors, so nothing is
+   converted, and offloaded modules are read from the checkpoint's files.
 3. A checkpoint that is not quantized is quantized tensor by tensor while it loads.
 
-config.json never names a method that only we know: loaders that do not know it would take the codes for weights. So
-what a model says of itself when it is saved is the block of the layout it is in.
+A saved config.json has the block of the model's layout, never the method `int8convert`: loaders that do not know it
+would take the codes for weights.
 
 Importing this module registers the loader with transformers.
 """
@@ -49,14 +49,14 @@ METHOD = "int8convert"
 
 @register_quantization_config(METHOD)
 class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How an int8 model is to run; what its checkpoint says of itself is kept beside.
+    """The options of an int8 model's layers, and the block of its checkpoint.
 
     Args:
-        outliers: which columns stay 16-bit, see `OutlierMode`; None is static+guard where the checkpoint has stored
+        outliers: the choice of 16-bit columns, see `OutlierMode`; None is static+guard where the checkpoint has stored
             outlier columns, else dynamic.
         threshold: magnitude from which a column is an outlier; None takes the checkpoint's, or 6.
-        skip_modules: modules that stay 16-bit, where a checkpoint is quantized while it loads; None leaves the choice
-            to transformers. Of no effect on a checkpoint that is int8 already.
+        skip_modules: modules that stay 16-bit where a checkpoint is quantized while it loads; None leaves the choice to
+            transformers. Ignored for an int8 checkpoint.
 
     Attributes:
         block: `quantization_config` of the checkpoint's config.json; None if it has none.
@@ -77,10 +77,10 @@ class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.layout = Format.BITSANDBYTES
 
     def for_checkpoint(self, block: Mapping[str, Any] | Any) -> Int8ConvertConfig:
-        """The same, for a checkpoint whose config.json has this block.
+        """Return a copy for a checkpoint whose config.json has this block.
 
         Raises:
-            SourceError: it is quantized in a way that this runtime does not read.
+            SourceError: the checkpoint is quantized in a way that this runtime does not read.
             FormatError: it is int8 in a layout that this runtime does not read.
         """
         if isinstance(block, QuantizationConfigMixin):
@@ -107,7 +107,7 @@ class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return read_threshold({"quantization_config": self.block or {}}, OUTLIER_THRESHOLD)
 
     def to_dict(self) -> dict[str, Any]:
-        """The block for config.json: the layout's own."""
+        """Return the layout's block for config.json."""
         module = module_of(self.layout)
         if self.block is None:
             return module.block(self.skip_modules or (), self.outlier_threshold)
@@ -116,7 +116,7 @@ class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
-    """What transformers calls while it loads a model with an `Int8ConvertConfig`."""
+    """transformers' hooks for loading a model with an `Int8ConvertConfig`."""
 
     quantization_config: Int8ConvertConfig
 
@@ -157,7 +157,7 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         return lambda name, _: name in chosen
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Without the conversions that put experts together where they now stay apart."""
+        """Return the conversions without those that merge experts which are separate layers here."""
         names = "\n".join(name for name, _ in model.named_parameters())
         return [
             transform
@@ -203,7 +203,7 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _QuantizeWeight(ConversionOps):  # type: ignore[misc]
-    """A float weight of a module that has become an `Int8Linear` -> the tensors of that.
+    """Turns the float weight of a replaced module into the tensors of its `Int8Linear`.
 
     Args:
         conv1d: the modules whose weights are stored [in, out].
@@ -236,7 +236,7 @@ def _tensor_names(files: Iterable[str]) -> set[str]:
 
 
 def _replace_experts(model: Any, config: Int8ConvertConfig, tensor_names: set[str]) -> None:
-    """Replace the experts that the checkpoint holds as int8, which its config.json does not tell."""
+    """Replace the experts that the checkpoint holds as int8. config.json does not name them."""
     for name, names in experts_in(model, tensor_names).items():
         module = model.get_submodule(name)
         form = experts_form(module)
@@ -245,7 +245,7 @@ def _replace_experts(model: Any, config: Int8ConvertConfig, tensor_names: set[st
 
 
 def _empty_layer(module: Any, config: Int8ConvertConfig) -> Int8Linear:
-    """An `Int8Linear` on the meta device in place of a Linear or a Conv1D."""
+    """Return an `Int8Linear` on the meta device for a Linear or a Conv1D."""
     n_in, n_out = module.weight.shape if is_conv1d_layer(module) else module.weight.shape[::-1]
     has_bias = module.bias is not None
     return Int8Linear(

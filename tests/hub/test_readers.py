@@ -20,8 +20,8 @@ from int8convert.formats.format import Format
 from int8convert.hub.stream import ShardStream
 from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.planning.name_rules import map_by_name
-from int8convert.planning.plan import make_plan
 from int8convert.planning.reading_order import ReadingOrder
+from int8convert.planning.shard_layout import make_plan
 from int8convert.sources import open_source
 from tests.tools.hub_repositories import NAME, add, convert, fetched_bytes, opt_pickles, payload
 from tests.tools.hub_server.fixtures import Connect

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import int8convert
-from int8convert.planning.model_map import worker
+from int8convert.planning.model_map import int8_choice
 from int8convert.sources import open_source
 from int8convert.verification.exact.level import verify_exact
 from int8convert.verification.exact.trial_run import TrialRun
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.usefixtures("map_in_process"), pytest.mark.filterwarni
 @pytest.fixture
 def without_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions that do not look at what the model's code reads, as those of other tools."""
-    monkeypatch.setattr(worker, "modules_with_read_weights", lambda model: {})
+    monkeypatch.setattr(int8_choice, "modules_with_read_weights", lambda model: {})
 
 
 def save_family(name: str, directory: Path) -> Path:

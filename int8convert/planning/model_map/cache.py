@@ -27,7 +27,10 @@ MAX_MAPS = 100
 _PACKAGE = Path(__file__).parents[2]
 _FORMATS = ("format", "modules", "layers", "skip_list", "bitsandbytes", "compressed_tensors", "torchao")
 SHAPING_MODULES = (
-    *(f"planning/model_map/{name}" for name in ("build", "experts", "keys", "model_map", "needs", "worker")),
+    *(
+        f"planning/model_map/{name}"
+        for name in ("build", "experts", "int8_choice", "keys", "model_map", "needs", "worker")
+    ),
     *("planning/expert_layouts", "planning/name_rules"),
     *("runtime/build_bounds", "runtime/linear_subclasses", "runtime/weight_reads"),
     *(f"formats/{name}" for name in _FORMATS),

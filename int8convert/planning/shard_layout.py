@@ -1,0 +1,142 @@
+"""Lays the tensors of a checkpoint out into output shards, by its model map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from int8convert.checkpoint.names import shard_name
+from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
+from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.checkpoint.stored_tensor import StoredTensor, contiguous_strides
+from int8convert.decoding.fp8 import Fp8Scale
+from int8convert.decoding.fp8_scales import find_scales
+from int8convert.errors import AdapterError, CorruptFileError
+from int8convert.formats.format import Format, TensorSpecs
+from int8convert.formats.modules import module_of
+from int8convert.planning.adapter import Adapter
+from int8convert.planning.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
+from int8convert.planning.expert_layouts import split
+from int8convert.planning.lora import LoraDelta
+from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap
+from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
+from int8convert.text import quoted
+
+
+def make_plan(
+    source: CheckpointSource,
+    model_map: ModelMap,
+    max_shard_bytes: int | None = None,
+    adapter: Adapter | None = None,
+) -> ConversionPlan:
+    """Lay the checkpoint's tensors out into output shards.
+
+    One output shard for each input shard; with `max_shard_bytes`, tensors in the source's order, a new shard where the
+    next would not fit. A single tensor larger than that gets a shard to itself.
+
+    Raises:
+        CorruptFileError: two tensors would be written under one name, or FP8 codes have no fitting scale.
+        AdapterError: the adapter is for another model.
+    """
+    groups: list[list[PlannedTensor]] = []
+    dropped: dict[str, str] = {}
+    scales = find_scales(source)
+    placement = _place(adapter, source, model_map) if adapter is not None else None
+    seen: set[str] = set()
+    group_bytes = 0
+    for shard in source.shards:
+        if max_shard_bytes is None or not groups:
+            groups.append([])
+        for stored in shard.tensors:
+            mapped = model_map.tensors.get(stored.name)
+            if mapped is None or mapped.action is Action.DROP:
+                dropped[stored.name] = mapped.reason if mapped else "decoded with the FP8 weight it belongs to"
+                continue
+            fp8 = scales.get(stored.name)
+            lora = placement.deltas.get(stored.name) if placement else None
+            place = shard
+            if placement and stored.name in placement.replacements:
+                stored, place, fp8 = placement.replacements[stored.name], placement.adapter.shard, None
+            for view, piece in _pieces(stored, mapped):
+                tensor = _plan_tensor(view, place, piece, model_map.output_format, fp8, lora)
+                _check_unique(tensor, seen)
+                if max_shard_bytes is not None and groups[-1] and group_bytes + tensor.output_bytes > max_shard_bytes:
+                    groups.append([])
+                    group_bytes = 0
+                groups[-1].append(tensor)
+                group_bytes += tensor.output_bytes
+    groups = [group for group in groups if group]
+    names = (shard_name(i, len(groups)) for i in range(len(groups)))
+    shards = tuple(_plan_shard(name, group) for name, group in zip(names, groups, strict=True))
+    return ConversionPlan(source, model_map, shards, dropped)
+
+
+def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
+    """Refuse a name that is written twice, or that the loader would read as part of another tensor's int8 weight.
+
+    Args:
+        seen: names of the earlier tensors, and those beside their int8 weights; this tensor's are added.
+    """
+    written = set(tensor.output_specs())
+    beside = set(module_of(tensor.format).names_beside(tensor.output_name)) if tensor.is_quantized else set()
+    for name in sorted(written | beside):
+        if name in seen:
+            raise CorruptFileError(
+                f"two tensors of the source would both be written as {quoted(name)}, or read as part of one int8 "
+                f"weight; one of them is {quoted(tensor.source.name)}",
+                "the checkpoint holds the same weights twice, or quantized ones",
+            )
+    seen |= written | beside
+
+
+def _pieces(stored: StoredTensor, mapped: MappedTensor) -> Iterator[tuple[StoredTensor, MappedTensor]]:
+    """Yield the tensor itself, or the matrices or biases of the experts in it."""
+    if mapped.experts is None:
+        yield stored, mapped
+        return
+    is_weight = mapped.experts.leaf == "weight"
+    action, reason = (Action.QUANTIZE, "") if is_weight else (Action.KEEP, "not a matrix product")
+    for name, view in split(mapped.experts, stored):
+        yield view, MappedTensor(action, reason, name, mapped.output_dtype)
+
+
+def _plan_tensor(
+    stored: StoredTensor,
+    shard: SourceShard,
+    mapped: MappedTensor,
+    output_format: Format,
+    fp8: Fp8Scale | None,
+    lora: LoraDelta | None,
+) -> PlannedTensor:
+    if mapped.action is Action.QUANTIZE_TRANSPOSED:
+        rows, columns = stored.shape
+        row_stride, column_stride = stored.strides or contiguous_strides(stored.shape)
+        stored = replace(stored, shape=(columns, rows), strides=(column_stride, row_stride))
+    return PlannedTensor(
+        stored, shard, mapped.output_name, mapped.output_dtype, mapped.reason, output_format, fp8, lora
+    )
+
+
+def _place(adapter: Adapter, source: CheckpointSource, model_map: ModelMap) -> AdapterPlacement:
+    shapes = {tensor.name: tensor.shape for shard in source.shards for tensor in shard.tensors}
+    if not model_map.parameters:
+        raise AdapterError(
+            "the model's class is unknown, so which tensors the adapter changes is unknown too",
+            "merge it with PEFT, and convert the merged checkpoint",
+        )
+    bases = {
+        name: BaseTensor(key, shapes[key], is_transposed) for name, (key, is_transposed) in model_map.parameters.items()
+    }
+    mapped = {base.name for base in bases.values()}
+    # What is merged on loading has no parameter of its own; adapters from before that name it as the checkpoint does.
+    bases |= {key: BaseTensor(key, shape) for key, shape in shapes.items() if key not in mapped}
+    return place_adapter(adapter, bases)
+
+
+def _plan_shard(file_name: str, tensors: Iterable[PlannedTensor]) -> PlannedShard:
+    group = tuple(tensors)
+    specs: TensorSpecs = {}
+    for tensor in group:
+        specs.update(tensor.output_specs())
+    outputs = order_for_alignment(specs)
+    return PlannedShard(file_name, group, outputs, planned_shard_bytes(outputs))
