@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
-from int8convert.checkpoint.manifest import describe_source
+from int8convert.checkpoint.request_difference import describe_source
 from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import CPU
 from int8convert.conversion.job import Conversion

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, describe_source
+from int8convert.checkpoint.manifest import ARITHMETIC_VERSION
+from int8convert.checkpoint.request_difference import describe_source
 from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import choose_device
 from int8convert.conversion.job import Conversion

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from int8convert.checkpoint.json_file import read_own_json
-from int8convert.checkpoint.manifest import Manifest, ShardRecord, first_difference, parse_record
+from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.names import (
     CARD_NAME,
     CONFIG_NAME,
@@ -26,6 +26,8 @@ from int8convert.checkpoint.names import (
     VERIFY_FILE,
     is_loaded_as_weights,
 )
+from int8convert.checkpoint.request_difference import first_difference
+from int8convert.checkpoint.shard_record import ShardRecord, parse_record
 from int8convert.errors import HubError, OutputError
 from int8convert.events import EventSink, FileSent, ignore
 from int8convert.hub.branch import Branch

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
-from int8convert.checkpoint.manifest import first_difference
+from int8convert.checkpoint.request_difference import first_difference
 from int8convert.events import Event, ShardFinished, ShardSkipped, ShardStarted
 from tests.tools.options import quantize
 from tests.tools.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 
 from int8convert.checkpoint.hashing import CHUNK_BYTES, file_sha256
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
-from int8convert.checkpoint.manifest import Manifest, ShardRecord
+from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.names import INDEX_NAME, MANIFEST_NAME
+from int8convert.checkpoint.shard_record import ShardRecord
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError
 from int8convert.text import quoted

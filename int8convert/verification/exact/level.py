@@ -26,7 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from int8convert.checkpoint.manifest import describe_source
+from int8convert.checkpoint.request_difference import describe_source
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.events import EventSink, TensorsCompared, ignore

@@ -59,7 +59,7 @@ class Provenance:
         threshold: the outlier threshold of the conversion; None if unknown.
         lora: the adapter that was merged, as the user names it now.
         kept_for_values: modules that were kept because their values have no int8 form.
-        source_files: the manifest's description of the source, see `manifest.describe_source`; {} if it has none.
+        source_files: the manifest's description of the source, by `describe_source`; {} if it has none.
         is_known: whether a manifest says all this. If not, another tool may have computed the codes.
         exports: exports between the conversion and the checkpoint, in order.
         revision: the commit of a source on the Hub, if the manifest names it.
