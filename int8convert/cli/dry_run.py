@@ -64,7 +64,7 @@ def print_plan(src: str, options: PlanOptions, run: DryRun, as_json: bool) -> No
     from int8convert.planning.plan_checkpoint import plan_unchecked
     from int8convert.text import parse_size
 
-    chosen, destination = choose_device(run.device), run.destination
+    chosen = choose_device(run.device)
     requirements = PlanRequirements(options.min_coverage, tuple(options.allow_missing))
     conversion_plan = plan_unchecked(src, options)
     costs = estimate(conversion_plan, run.workers, chosen)
@@ -89,12 +89,22 @@ def print_plan(src: str, options: PlanOptions, run: DryRun, as_json: bool) -> No
                 "fetch": fetch.to_json() if fetch else None,
                 "reader": fetch and fetch.reader,
                 "reader_reason": fetch and (fetch.reason or None),
-                "upload": destination.url and {"url": destination.url, "commit": None},
+                "upload": run.destination.url and {"url": run.destination.url, "commit": None},
             }
         )
         if refusal is not None:
             raise failure(refusal)
         return
+    _print_shards(src, conversion_plan)
+    print_kept([(r, *n) for r, n in conversion_plan.kept_by_reason().items()], conversion_plan.n_parameters)
+    _print_sizes(conversion_plan)
+    _print_costs(costs, disk, fetch)
+    _print_upload(run.destination, disk.n_bytes)
+    requirements.check(conversion_plan)
+
+
+def _print_shards(src: str, conversion_plan: ConversionPlan) -> None:
+    """Print the notes of a plan, and a table of its output shards."""
     for text in conversion_plan.model_map.notes:
         note(text)
     commit = conversion_plan.source.commit
@@ -113,16 +123,17 @@ def print_plan(src: str, options: PlanOptions, run: DryRun, as_json: bool) -> No
             for shard in conversion_plan.shards
         ],
     )
-    print_kept([(r, *n) for r, n in conversion_plan.kept_by_reason().items()], conversion_plan.n_parameters)
-    _print_sizes(conversion_plan)
-    _print_costs(costs, disk, fetch)
-    if destination.url is not None:
-        there = f"whether {destination.url} takes it was not asked"
-        if destination.keeps:
-            print_line(f"--upload: {format_bytes(disk.n_bytes)} stay here, too; {there}")
-        else:
-            print_line(f"--upload: at most {format_bytes(disk.n_bytes)} of the output lie here at a time; {there}")
-    requirements.check(conversion_plan)
+
+
+def _print_upload(destination: Destination, n_bytes: int) -> None:
+    """Print how much of an output that is sent elsewhere is on the local disk."""
+    if destination.url is None:
+        return
+    there = f"whether {destination.url} takes it was not asked"
+    if destination.keeps:
+        print_line(f"--upload: {format_bytes(n_bytes)} stay here, too; {there}")
+    else:
+        print_line(f"--upload: at most {format_bytes(n_bytes)} of the output lie here at a time; {there}")
 
 
 def _refusal(requirements: PlanRequirements, conversion_plan: ConversionPlan) -> Int8ConvertError | None:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 HELP = f"""Rewrite an int8 checkpoint for another loader, dequantize it, or cut it into other shards.
 
 OUT is an int8 checkpoint of int8convert, bitsandbytes, compressed-tensors or torchao. It is only read. NEW gets the
-same int8 codes, with their scales as the format has them. Nothing is quantized.
+same int8 codes, and their scales in its own format. Nothing is quantized again.
 
 After an interruption, a kill or a full disk, run the same command again: it resumes after the finished shards.
 
@@ -68,7 +68,7 @@ def export(
     out: Int8Checkpoint,
     new: Annotated[
         str | None,
-        typer.Argument(metavar="NEW", callback=check_named, help="The directory to write; not needed with --upload."),
+        typer.Argument(metavar="NEW", callback=check_named, help="The directory to write. Optional with --upload."),
     ] = None,
     format: Annotated[
         str | None,
@@ -76,11 +76,15 @@ def export(
     ] = None,
     dequantize: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="No int8: weights as float16, bfloat16 or float32."),
+        typer.Option(metavar="DTYPE", help="Write weights as float16, bfloat16 or float32 in place of int8."),
     ] = None,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", callback=check_size, help="Such as 5GB; default: one shard for each of OUT's."),
+        typer.Option(
+            metavar="SIZE",
+            callback=check_size,
+            help="Largest output shard, e.g. 5GB.  [default: one shard for each shard of OUT]",
+        ),
     ] = None,
     workers: Workers = None,
     revision: Revision = None,
@@ -91,7 +95,7 @@ def export(
     max_disk: MaxDisk = None,
     private: Private = None,
     no_xet: NoXet = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in NEW, or REPO.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in NEW or REPO.")] = False,
     check: Check = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -163,6 +167,6 @@ def _print_report(report: ExportReport, place: str) -> None:
     )
     if report.n_changed_scales:
         note(
-            f"{report.n_changed_scales:,} scales are no absmax divided by 127, because another tool made them: each "
-            "moved by one unit in its last place"
+            f"{counted(report.n_changed_scales, 'scale')} of another tool cannot be stored as absmax / 127: each moved "
+            "by one unit in its last place"
         )

@@ -165,9 +165,6 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code", help="Run the checkpoint's own code if transformers has no class for the model."
     ),
 ]
-MergedLora = Annotated[
-    str | None, typer.Option("--lora", metavar="ADAPTER", help="The adapter that was merged when OUT was made.")
-]
 Sequences = Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text to run.")]
 Workers = Annotated[
     int | None,

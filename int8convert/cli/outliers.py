@@ -21,7 +21,6 @@ from int8convert.cli.options import (
     EXIT_CODES,
     AsJson,
     Device,
-    MergedLora,
     Sequences,
     TrustRemoteCode,
     check_named,
@@ -67,7 +66,10 @@ def outliers(
             help="With --write: the source of OUT.  [default: CHECKPOINT, or what OUT's manifest names]",
         ),
     ] = None,
-    lora: MergedLora = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(metavar="ADAPTER", help="With --write: the adapter that was merged when OUT was made."),
+    ] = None,
     threshold: Annotated[
         float,
         typer.Option(

@@ -16,7 +16,6 @@ from int8convert.cli.options import (
     AsJson,
     Device,
     Int8Checkpoint,
-    MergedLora,
     Revision,
     Sequences,
     TrustRemoteCode,
@@ -145,7 +144,10 @@ def verify(
         ),
     ] = 0.001,
     device: Device = "auto",
-    lora: MergedLora = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(metavar="ADAPTER", help="The adapter that was merged when OUT was made. Needs --level exact."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     report_file: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Also write an HTML page with figures.")
