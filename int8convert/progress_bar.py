@@ -30,7 +30,7 @@ def sink_or_bar(on_event: EventSink | None, command: str) -> Iterator[EventSink]
 
     with tqdm(unit="B", unit_scale=True, desc=command) as bar:
 
-        def move(done: int, total: int | None) -> None:
+        def move_to(done: int, total: int | None) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
@@ -43,11 +43,11 @@ def sink_or_bar(on_event: EventSink | None, command: str) -> Iterator[EventSink]
                     seen.add(event.name)
                     bar.update(event.n_read_bytes)
                 case TensorsCompared(done, total) | FileSent(n_done_bytes=done, n_total_bytes=total):
-                    move(done, total)
+                    move_to(done, total)
                 case FidelityStarted(n_steps=n_steps):
                     bar.unit, bar.unit_scale = " steps", False
                     bar.reset(total=n_steps)
                 case FidelityStep(_, done, total):
-                    move(done, total)
+                    move_to(done, total)
 
         yield show
