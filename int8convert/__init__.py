@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from int8convert.conversion.export import ExportReport, export
     from int8convert.conversion.quantize import quantize
+    from int8convert.conversion.readers import Reading
     from int8convert.conversion.report import ConversionReport
     from int8convert.errors import Int8ConvertError
     from int8convert.outliers.calibration import calibrate
@@ -48,6 +49,7 @@ __all__ = [
     "Int8Linear",
     "OutlierReport",
     "PlanOptions",
+    "Reading",
     "Tasks",
     "Text",
     "UploadReport",
@@ -78,6 +80,7 @@ _HOMES = {
     "Int8Linear": "int8convert.runtime.linear",
     "OutlierReport": "int8convert.outliers.find",
     "PlanOptions": "int8convert.planning.plan_checkpoint",
+    "Reading": "int8convert.conversion.readers",
     "Tasks": "int8convert.verification.options",
     "Text": "int8convert.runtime.text.texts",
     "UploadReport": "int8convert.publish.upload",

@@ -95,12 +95,9 @@ class OutputDirectory:
     def _is_leftover(self, entry: Path) -> bool:
         """Return whether a run that was killed before its first shard left an entry."""
         if entry.name == OWN_FOLDER and entry.is_dir():
-            return {path.name.removesuffix(INCOMPLETE_SUFFIX) for path in entry.iterdir()} <= {
-                _LOCK_NAME,
-                _INCOMING_NAME,
-                "shards",
-                "conversion.json",
-            } and not self.manifest.read_request()
+            names = {path.name.removesuffix(INCOMPLETE_SUFFIX) for path in entry.iterdir()}
+            expected = {_LOCK_NAME, _INCOMING_NAME, "shards", "conversion.json"}
+            return names <= expected and not self.manifest.read_request()
         return entry.name.endswith(INCOMPLETE_SUFFIX)
 
     @property
@@ -227,8 +224,8 @@ class OutputDirectory:
 
     def remove_empty(self) -> None:
         """Remove the empty folders of an output that was published. OUT must not be in use."""
-        for folder in (self.manifest.folder, self.path):
-            _remove_if_empty(folder)
+        _remove_if_empty(self.manifest.folder)
+        _remove_if_empty(self.path)
 
     def discard(self) -> None:
         """Remove all that was written since `begin`: the output was published."""

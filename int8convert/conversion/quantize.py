@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,24 +41,24 @@ def quantize(
     destination: Destination | None = None,
     on_event: EventSink | None = None,
 ) -> ConversionReport:
-    """Turn a checkpoint directory into an LLM.int8() checkpoint that others load with nothing of ours installed.
+    """Turn a checkpoint into an LLM.int8() checkpoint that other tools load without int8convert.
 
-    Streams: memory does not grow with the model. All arguments, headers and the disk's room are checked first. After
-    an error or a kill at any moment nothing looks like a checkpoint that is none, finished shards stay, and the same
-    call resumes behind them; the bytes are the same as if nothing had happened.
+    Weights are streamed, so memory does not grow with the model. Arguments, headers and free disk space are checked
+    first. An error or a kill never leaves what looks like a complete checkpoint. Finished shards stay, and the same
+    call resumes after them; the bytes are those of an undisturbed run.
 
     Args:
-        src: a directory with config.json and safetensors or `.bin` weights; or, if there is none of that name, the name
-            of a repository on the Hub, ORGANIZATION/NAME.
+        src: a directory with config.json and safetensors or `.bin` weights; if no directory has that name, a repository
+            on the Hub, ORGANIZATION/NAME.
         out: the directory to write; must not exist, be empty, or hold an unfinished conversion of the same source with
             the same options, unless `overwrite`.
         options: what becomes int8, in which format and files; None takes the defaults.
-        threshold: magnitude from which a feature dimension counts as outlier; written for the loader, it does not
-            change the weights.
+        threshold: magnitude from which a feature dimension counts as outlier. It is written for the loader and does
+            not change the weights.
         on_nonfinite: "error", or "keep" to leave modules 16-bit whose weights hold NaN, infinity or what fp16 cannot.
         workers: threads; None takes the cores this process may use.
-        device: where rows are quantized: "cpu", "cuda[:n]", which needs the extra cuda12 or cuda13, or "auto", which
-            is the CPU. The output does not depend on it.
+        device: where rows are quantized: "cpu", "cuda[:n]" (needs the extra cuda12 or cuda13), or "auto", which is the
+            CPU. The output does not depend on it.
         reader: how to read Hub weights: "stream" (no extra disk), "download" (up to two of the source's shards on
             disk), or "auto" (the latter where it fits). The output does not depend on it.
         overwrite: replace a checkpoint in `out`.
@@ -75,27 +74,14 @@ def quantize(
     began = time.perf_counter()
     options = options or PlanOptions()
     n_workers = workers if workers is not None else len(os.sched_getaffinity(0))
-    is_share = options.min_coverage is None or 0 <= options.min_coverage <= 1
-    if n_workers < 1 or not threshold >= 0 or not is_share or on_nonfinite not in ("error", "keep"):
-        raise ValueError(
-            "workers must be at least 1, threshold at least 0, min_coverage between 0 and 1, on_nonfinite error or keep"
-        )
+    _check_ranges(options, n_workers, threshold, on_nonfinite)
     device_used = choose_device(device)
     cache = Path(options.cache_dir) if options.cache_dir is not None else None
     reading = Reading(Reader(reader), cache)
     request = open_request(src, options)
-    recorded: dict[str, Any] = {
-        "skip": list(options.skip),
-        "only": list(options.only),
-        "threshold": float(threshold),
-        "max_shard_bytes": request.max_shard_bytes,
-        "on_nonfinite": on_nonfinite,
-    }
-    if request.adapter is not None:
-        recorded["lora"] = request.adapter.identity()
-    if options.allow_missing:
-        recorded["allow_missing"] = list(options.allow_missing)
-    output = OutputDirectory(out, request.source, _recorded(request, recorded), overwrite)
+    output = OutputDirectory(
+        out, request.source, _recorded_request(request, options, threshold, on_nonfinite), overwrite
+    )
     destination = destination or LocalDestination()
     job = Conversion(output, destination, reading, check)
     requirements = PlanRequirements(options.min_coverage, tuple(options.allow_missing))
@@ -123,11 +109,32 @@ def quantize(
     return report.build(plan, kept, device_used.name, time.perf_counter() - began)
 
 
-def _recorded(request: PlanRequest, options: Mapping[str, Any]) -> dict[str, Any]:
+def _check_ranges(options: PlanOptions, n_workers: int, threshold: float, on_nonfinite: str) -> None:
+    is_share = options.min_coverage is None or 0 <= options.min_coverage <= 1
+    if n_workers < 1 or not threshold >= 0 or not is_share or on_nonfinite not in ("error", "keep"):
+        raise ValueError(
+            "workers must be at least 1, threshold at least 0, min_coverage between 0 and 1, on_nonfinite error or keep"
+        )
+
+
+def _recorded_request(
+    request: PlanRequest, options: PlanOptions, threshold: float, on_nonfinite: str
+) -> dict[str, Any]:
     """Return what two runs must have in common to be parts of one conversion."""
+    recorded: dict[str, Any] = {
+        "skip": list(options.skip),
+        "only": list(options.only),
+        "threshold": float(threshold),
+        "max_shard_bytes": request.max_shard_bytes,
+        "on_nonfinite": on_nonfinite,
+    }
+    if request.adapter is not None:
+        recorded["lora"] = request.adapter.identity()
+    if options.allow_missing:
+        recorded["allow_missing"] = list(options.allow_missing)
     return {
         "arithmetic": ARITHMETIC_VERSION,
         "format": request.modules.output_format,
         "source": describe_source(request.source),
-        "options": dict(options),
+        "options": recorded,
     }

@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from int8convert.checkpoint.floats import widen_bfloat16
-from int8convert.checkpoint.rows import Scratch, as_array, read_rows
 from int8convert.checkpoint.safetensors_file import (
     METADATA_NAME,
     parse_safetensors_header,
@@ -302,16 +301,6 @@ class SourceReaders:
         """
         with self.reading(tensor.shard) as reader:
             reader.read_into(buffer, tensor.stored.offset + at)
-
-    def read_strided(self, tensor: PlacedTensor, begin: int, end: int, scratch: Scratch) -> npt.NDArray[np.uint8]:
-        """The bytes of some rows of a tensor that lies with gaps, now without.
-
-        Raises:
-            SourceError: the file cannot be read.
-        """
-        with self.reading(tensor.shard) as reader:
-            block = read_rows(tensor.stored, reader, begin, end, scratch)
-        return as_array(tensor.stored, block, begin, end).reshape(-1).view(np.uint8)
 
     @contextmanager
     def reading(self, shard: SourceShard) -> Iterator[ShardReader]:

@@ -29,7 +29,7 @@ from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import ShardWriter, order_for_alignment
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.conversion.output_place import as_output_error
-from int8convert.conversion.tensors import SourceRows, values_dtype
+from int8convert.conversion.source_rows import SourceRows, values_dtype
 from int8convert.errors import SourceError, stating
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import Int8Checkpoint, Int8Weight, SourceReaders, open_int8_checkpoint

@@ -81,11 +81,8 @@ class ExportPlan:
     n_changed_scales: int
     notes: tuple[str, ...]
 
-    model_class = None
-    """No model class takes part in an export."""
-
-    coverage = None
-    """No tensor becomes int8 that was not."""
+    model_class = None  # none takes part in an export
+    coverage = None  # nothing becomes int8 that was not
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:

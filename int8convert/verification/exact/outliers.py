@@ -10,7 +10,7 @@ import numpy as np
 from int8convert.checkpoint.directory import read_shard
 from int8convert.checkpoint.names import OUTLIERS_FILE, find_file
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.tensors import values_dtype
+from int8convert.conversion.source_rows import values_dtype
 from int8convert.errors import CorruptFileError
 from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.verification.checks import Finding

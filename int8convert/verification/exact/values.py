@@ -17,7 +17,7 @@ import numpy.typing as npt
 from int8convert.checkpoint.rows import Scratch, as_array, read_rows, row_ranges
 from int8convert.checkpoint.source import SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
-from int8convert.conversion.tensors import SourceRows
+from int8convert.conversion.source_rows import SourceRows
 from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.planning.plan import PlannedTensor
 
