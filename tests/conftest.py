@@ -87,7 +87,7 @@ NOT_FAST = (
     *("hub/test_reader", "hub/test_proxy", "hub/test_forward"),
     *("kernels/test_cuda_", "kernels/test_intrinsics", "kernels/test_row_quantize_cuda", "kernels/test_stub_driver"),
     *("planning/test_loading_parity", "planning/test_model_map", "planning/test_old_names"),
-    *("planning/test_remote_code", "runtime/test_weight_readers", "checkpoint/test_loader_parity"),
+    *("planning/test_remote_code", "runtime/test_weight_reads", "checkpoint/test_loader_parity"),
 )
 """Starts of the paths that --fast leaves out: commands in processes, kills, fuzzing, sweeps over PTX and families."""
 
