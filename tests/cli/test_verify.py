@@ -168,7 +168,7 @@ def test_json_is_one_object_and_what_was_written(run: Run, out: Path) -> None:
 def test_what_cannot_be_measured_is_exit_code_1_and_writes_nothing(run: Run, out: Path, source: Path) -> None:
     source.rename(source.with_name("moved"))
     code, printed, err = run("verify", out, *EXACT)
-    assert (code, printed) == (1, "") and err.startswith("error: what ") and "--reference SRC" in err
+    assert (code, printed) == (1, "") and err.startswith("error: the source of ") and "--reference SRC" in err
     assert not (out / VERIFY_FILE).exists()
     code, _, _ = run("verify", out, *EXACT, "--reference", source.with_name("moved"))
     assert code == 0
