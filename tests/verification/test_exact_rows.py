@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cuda_kernels import reference
 from int8convert.formats.format import Format
 from int8convert.verification.exact import rows
-from int8convert.verification.exact.level import rules_for
+from int8convert.verification.exact.comparison import rules_for
 from int8convert.verification.exact.provenance import Provenance
 from int8convert.verification.exact.rows import Judgement, RowRules, judge_rows
 
