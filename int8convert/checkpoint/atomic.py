@@ -38,7 +38,7 @@ MAX_PATH_BYTES = 4095
 
 
 def temporary_path(path: Path) -> Path:
-    """The path of a file while it is written: never longer than the final name, and in the same folder."""
+    """Return the path of a file while it is written: never longer than the final name, and in the same folder."""
     name = os.fsencode(path.name)
     stem = path.name if len(name) <= _LONGEST_KEPT_NAME else hashlib.sha256(name).hexdigest()
     return path.with_name(stem + INCOMPLETE_SUFFIX)

@@ -1,4 +1,4 @@
-"""A new file of known size, written by several threads in nearly any order: past the page cache, hashed on the way.
+"""A new file of known size, written by several threads in nearly any order, around the page cache, and hashed.
 
 What is written is gathered in aligned chunks; a full chunk goes to the disk in one direct write and then to the hash.
 Through the page cache, each GB costs a second of CPU time and more on a virtual machine, where a fresh page is dear;
@@ -25,11 +25,11 @@ from int8convert.checkpoint.hashing import OrderedSha256
 CHUNK_BYTES = 2 << 20
 MAX_WAITING = 8
 _ALIGNMENT = 4096
-"""Of direct writes: a multiple of every disk's block size."""
+"""Alignment of direct writes in bytes: a multiple of every disk's block size."""
 
 
 class _Chunk:
-    """Part of the file in memory; aligned, as a memory map is."""
+    """Part of the file in memory, aligned by a memory map."""
 
     def __init__(self, n_left: int) -> None:
         self.buffer = mmap.mmap(-1, CHUNK_BYTES)
@@ -38,7 +38,7 @@ class _Chunk:
 
 
 class DirectFile:
-    """Written once at every byte, then `finish`ed; or `discard`ed.
+    """A file of which every byte is written once. Ends by `finish` or `discard`.
 
     Args:
         path: the file, made new. Its room is reserved at once, so that a full disk shows before the work is done.
@@ -67,7 +67,7 @@ class DirectFile:
             raise
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write bytes at a place where none are yet. Threads may write at the same time."""
+        """Write bytes where none have been written. Thread-safe."""
         while len(data):
             index, begin = divmod(offset, CHUNK_BYTES)
             n = min(len(data), CHUNK_BYTES - begin)
@@ -107,7 +107,7 @@ class DirectFile:
                 _turn_off_direct(self._fd)  # opening was allowed, writing is not
 
     def _hash_in_order(self, index: int, chunk: _Chunk) -> None:
-        """Add a written chunk to the hash when all before it are; whoever is at it takes the others' along."""
+        """Hash a written chunk once all chunks before it are hashed. One thread hashes the waiting chunks of all."""
         with self._lock:
             if len(self._waiting) >= MAX_WAITING and index != self._n_hashed:
                 self._free.append(chunk)  # `finish` will read it back
@@ -128,7 +128,7 @@ class DirectFile:
                 self._free.append(following)
 
     def finish(self) -> str:
-        """Put everything on the disk; the sha256 of the file, in hex. No thread may be writing any more.
+        """Put everything on the disk; return the file's sha256 in hex. Call it after all writes.
 
         Raises:
             ValueError: bytes are missing.

@@ -38,7 +38,7 @@ def open_directory(directory: Path, label: str, ignores_adapter: bool = False) -
 
     Args:
         label: the directory as the user named it.
-        ignores_adapter: read the weights alone, also where an adapter lies beside them.
+        ignores_adapter: read the weights alone, also if an adapter is beside them.
 
     Raises:
         SourceError: there is no such directory, no weights are in it, files are none or lie elsewhere, or loaders would
@@ -83,7 +83,7 @@ def _open_directory(directory: Path, label: str, ignores_adapter: bool) -> Check
 
 
 def unfinished(label: str) -> SourceError:
-    """The error for a conversion of ours that did not come to its end: config.json is written last."""
+    """Return the error for an unfinished conversion of ours, which lacks config.json."""
     return SourceError(
         f"{quoted(label, 300)} is an unfinished conversion",
         "the quantize command that began it finishes it",
@@ -111,10 +111,10 @@ def found_file(directory: Path, name: str) -> Path:
 
 
 def read_shard(path: Path) -> SourceShard:
-    """One weight file, from its header.
+    """Return one weight file, from its header.
 
     Raises:
-        CorruptFileError: it is none, or contradicts itself.
+        CorruptFileError: the file is no weight file, or contradicts itself.
     """
     with open(open_regular(path), "rb") as file:
         identity = FileIdentity.of(file.fileno())
@@ -124,7 +124,7 @@ def read_shard(path: Path) -> SourceShard:
 
 
 def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
-    """Tensor name -> file name of an index: plain names of files in `suffix`, which lie beside it.
+    """Return the index's map of tensor names to plain file names that end in `suffix`.
 
     Raises:
         CorruptFileError: it has none, or it points elsewhere.
@@ -149,7 +149,7 @@ def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
 
 
 def read_index_dtype(index: Path) -> str | None:
-    """The dtype in an index's metadata, which transformers loads in where config.json states none; None without."""
+    """Return the dtype in an index's metadata, or None. transformers loads in it where config.json states none."""
     metadata = read_json_object(index, MAX_INDEX_BYTES, allow_nan=False).get("metadata")
     dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
     return dtype if isinstance(dtype, str) else None

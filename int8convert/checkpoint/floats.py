@@ -1,4 +1,4 @@
-"""Float values by their bits: widened, narrowed, counted. bf16 has no NumPy dtype, so its bits travel as int16."""
+"""Conversions of float values by their bits. NumPy has no bf16, so its bits are held as int16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(np.int16),
 }
-"""How the values of a float dtype are held in an array."""
+"""NumPy dtype that holds the values of a float dtype."""
 
 _EXPONENT_BITS: dict[str, np.unsignedinteger[Any]] = {
     "F64": np.uint64(0x7FF0_0000_0000_0000),
@@ -26,14 +26,14 @@ _EXPONENT_BITS: dict[str, np.unsignedinteger[Any]] = {
 
 
 def kernel_bits(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """The values as `cpu.row_quantize` takes them; F64 is rounded to float32 first, as torch does."""
+    """Return values as `cpu.row_quantize` takes them; F64 is rounded to float32 first, as torch does."""
     if dtype == "F64":
         values, dtype = values.astype(np.float32), "F32"
     return values.view(cpu.BITS_DTYPE[dtype])
 
 
 def widen(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    """float32 values; exact for all dtypes but F64, which is rounded."""
+    """Return float32 values; exact for all dtypes but F64, which is rounded."""
     if dtype == "BF16":
         return widen_bfloat16(values)
     with np.errstate(over="ignore"):
@@ -41,12 +41,12 @@ def widen(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
 
 
 def widen_bfloat16(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
-    """bf16 values from their bits, exactly."""
+    """Return bf16 values from their bits, exactly, in float32."""
     return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def narrow_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """The bits of the nearest bf16 values, ties to even, as torch rounds; NaN stays NaN."""
+    """Return the bits of the nearest bf16 values, ties to even, as torch rounds; NaN stays NaN."""
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     quiet_nan = (bits >> 16) | 0x40
@@ -54,7 +54,7 @@ def narrow_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]
 
 
 def convert_floats(data: npt.NDArray[np.uint8], dtype: str, output_dtype: str) -> npt.NDArray[np.uint8]:
-    """The bytes of float values in another float dtype, rounded to nearest even as torch rounds.
+    """Return the bytes of float values in another float dtype, rounded to nearest even as torch rounds.
 
     By way of float32; what is too large for the new dtype becomes infinite, as it does when a loader casts.
     """
@@ -67,7 +67,7 @@ def convert_floats(data: npt.NDArray[np.uint8], dtype: str, output_dtype: str) -
 
 
 def count_non_finite(data: npt.NDArray[np.uint8], dtype: str) -> int:
-    """How many of the values in these bytes are NaN or infinite: all exponent bits set. 0 for other dtypes."""
+    """Count the values that are NaN or infinite: all exponent bits are set. 0 for other dtypes."""
     exponent = _EXPONENT_BITS.get(dtype)
     if exponent is None:
         return 0

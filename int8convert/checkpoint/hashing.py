@@ -1,4 +1,4 @@
-"""sha256 of a file that is being read in blocks anyway: one read, nearly in order, by several threads."""
+"""sha256 of files that are read in blocks anyway, by one read."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class OrderedSha256:
     """The sha256 of a whole file, from blocks fed in the order of their offsets.
 
-    What lies between the blocks, such as headers and padding, is read here; what was fed before is not hashed again.
-    Not for several threads at once.
+    The class reads bytes between the blocks itself, and ignores bytes that were fed before. Not thread-safe.
 
     Args:
         identity: what the file must be, from here to `finish`; None takes any.
@@ -43,7 +42,7 @@ class OrderedSha256:
         self._at += len(fresh)
 
     def finish(self) -> str:
-        """Read what is left of the file and give the digest in hex; raises as the class does."""
+        """Read the rest of the file and return the digest in hex; raises as the class does."""
         self._catch_up(self._n_bytes)
         if self._identity is not None:
             self._identity.check(self._fd, self._path.name)
@@ -51,7 +50,7 @@ class OrderedSha256:
         return self._hash.hexdigest()
 
     def close(self) -> None:
-        """Harmless if done before."""
+        """Close the file. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -71,7 +70,7 @@ def file_sha256(path: Path, identity: FileIdentity | None = None) -> str:
 
 
 def expected_sha256(path: Path) -> str | None:
-    """What the Hugging Face client wrote down about a file it downloaded; None where it did not, or not as a sha256.
+    """Return the sha256 that the Hugging Face client recorded for a downloaded file; None if it recorded none.
 
     In the cache a file is a link to a blob named by its hash; in a local directory the hash stands in a metadata file.
     """

@@ -1,4 +1,4 @@
-"""JSON of strangers: read within bounds, with no key twice, and such that it can be written back."""
+"""JSON of strangers, read within bounds of size and depth, without duplicate keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from int8convert.errors import CorruptFileError
 from int8convert.text import quoted
 
 MAX_JSON_BYTES = 200_000_000
-"""For files of our own."""
+"""Largest size of a file of our own."""
 
 MAX_INDEX_BYTES = 32_000_000
 """An index of 200,000 tensors takes about 20 MB. Parsed, JSON can take thirty times its size, so this bounds memory."""
@@ -32,10 +32,10 @@ MAX_JSON_CONTAINERS = 1_000_000
 def read_json_object(
     path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = True, allow_lone_surrogates: bool = False
 ) -> dict[str, Any]:
-    """A JSON file that must hold an object.
+    """Return the object in a JSON file.
 
     Args:
-        max_bytes: what is larger is not even read.
+        max_bytes: a larger file is not read.
         allow_nan: accept the numbers NaN and Infinity, as Python writes them and JSON has not; some configs hold them.
         allow_lone_surrogates: see `parse_json_object`.
 
@@ -93,7 +93,7 @@ def parse_json_object(
     allow_lone_surrogates: bool = False,
     parse_int: Callable[[str], Any] = int,
 ) -> dict[str, Any]:
-    """JSON text that must be an object, in UTF-8, with no key twice: two readers of it could otherwise disagree.
+    """Return the object in JSON text, in UTF-8. Duplicate keys are refused: readers disagree about them.
 
     Args:
         what: the subject of the error, such as "'config.json'".
@@ -102,7 +102,7 @@ def parse_json_object(
         parse_int: makes a value of an integer's digits and sign.
 
     Raises:
-        CorruptFileError: it is none.
+        CorruptFileError: the text is not such an object.
     """
     value = _parse(encoded, what, hint, allow_nan, allow_lone_surrogates, parse_int)
     if not isinstance(value, dict):
@@ -154,7 +154,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A source's config.json, checked to be one that can be written back.
+    """Return a source's config.json, if it can be written back.
 
     Raises:
         CorruptFileError: it is no JSON object, or nested absurdly deep.

@@ -95,7 +95,7 @@ class DirectoryLock:
             return None
 
     def _take_by_name(self) -> None:
-        """Without flock: ours if nobody is named in it, or somebody of this host who is gone."""
+        """Take the lock without flock: it is free if it names no owner, or a process of this host that has ended."""
         owner = self._owner()
         if owner is None:
             return

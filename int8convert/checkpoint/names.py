@@ -1,8 +1,8 @@
-"""The files of a checkpoint directory: what they are called, which are its own, which go along.
+"""Names of the files of a checkpoint directory: weights, config, auxiliary files, and our own.
 
 The directory looks as transformers writes it: `model.safetensors`, or `model-00001-of-0000N.safetensors` with
-`model.safetensors.index.json`; `config.json` beside them. What is ours alone goes into the folder `int8convert/`, which
-no loader looks into.
+`model.safetensors.index.json`; `config.json` beside them. Our own files are in the folder `int8convert/`, which no
+loader reads.
 
 A checkpoint is a stranger's: its files are found by `find_file`, which follows no link out of it, and its names are
 printed by `quoted`, which lets no control character through.
@@ -27,11 +27,11 @@ INDEX_NAME = "model.safetensors.index.json"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 OWN_FOLDER = "int8convert"
 OUTLIERS_FILE = f"{OWN_FOLDER}/outliers.safetensors"
-"""What `int8convert.runtime.stored_columns` reads."""
+"""File of the stored outlier columns, which `int8convert.runtime.stored_columns` reads."""
 
 MANIFEST_NAME = f"{OWN_FOLDER}/manifest.json"
 VERIFY_FILE = f"{OWN_FOLDER}/verify.json"
-"""What `int8convert verify` found out."""
+"""File of the results of `int8convert verify`."""
 
 REQUEST_FILE = f"{OWN_FOLDER}/conversion.json"
 LOCAL_FILE = f"{OWN_FOLDER}/local.json"
@@ -49,7 +49,7 @@ _WEIGHT_SUFFIXES = (
 )
 
 MAX_AUXILIARY_BYTES = 200_000_000
-"""Of a file that goes along. Tokenizers take up to 35 MB; what is larger is weights in some form."""
+"""Largest size of an auxiliary file. Tokenizers take up to 35 MB; larger files are weights in some form."""
 MAX_POINTER_BYTES = 1024
 """Size of the largest Git LFS pointer, by its specification."""
 
@@ -59,12 +59,12 @@ _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 def shard_name(i: int, n: int) -> str:
-    """The file name of output shard i of n, counted from 0."""
+    """Return the file name of output shard i of n, counted from 0."""
     return "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
 
 
 def find_file(directory: Path, name: str) -> Path | None:
-    """The path of a checkpoint's file; None if it has none of that name.
+    """Return the path of a checkpoint's file; None if there is no such file.
 
     A link must stay inside the directory, or lead to a blob of the Hugging Face cache the directory is a snapshot of:
     of its repository, or of those that all repositories share. Anywhere else it could point to a private file of this
@@ -169,7 +169,7 @@ def check_inside(path: Path, directory: Path, name: str) -> None:
 
 
 def _is_shared_blob(target: Path, snapshot: Path) -> bool:
-    """Whether a file is a blob that the cache keeps once for all its repositories, as the client does with xet."""
+    """Return whether a file is a blob that the cache shares between its repositories, as with xet."""
     repository = snapshot.parent.parent
     if snapshot.parent.name != "snapshots" or not repository.name.startswith("models--"):
         return False
@@ -179,7 +179,7 @@ def _is_shared_blob(target: Path, snapshot: Path) -> bool:
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file holds weights in some framework's format, or belongs to such files."""
+    """Return whether a file holds weights in some framework's format, or belongs to such files."""
     return name.lower().endswith(_WEIGHT_SUFFIXES)
 
 
@@ -199,7 +199,7 @@ def _is_pickle(name: str) -> bool:
 
 
 def auxiliary_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    """Return the paths of files to be carried over, sorted.
+    """Return the paths of auxiliary files, sorted.
 
     What is no file of the checkpoint - a link out of it, a pipe - is refused and not passed over in silence: an output
     without its tokenizer is broken, and one with a copy of this machine's `/etc/passwd` under that name is worse.

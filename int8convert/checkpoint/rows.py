@@ -1,4 +1,4 @@
-"""A stored tensor in blocks of rows: which, how they are read, and how they become an ordinary array.
+"""Blocks of rows of a stored tensor: their ranges, how they are read, and how they become a contiguous array.
 
 A row is everything at one index of the first dimension. Rows of a contiguous tensor are one read. A matrix that is
 stored otherwise - transposed, or one of several interleaved - is read run by run, so that its memory is a block's and
@@ -31,7 +31,7 @@ _SKIPPED_BYTES = 4096
 
 
 class Scratch:
-    """One thread's two buffers, reused for every block and grown for a row that needs more; and its quantizer."""
+    """Buffers and quantizer of one thread. The buffers are reused for every block, and grow for a longer row."""
 
     def __init__(self) -> None:
         self._source = self._empty(BLOCK_BYTES)
@@ -78,7 +78,7 @@ class Block:
 
 
 def row_ranges(stored: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Which rows make a block, in order; one range, if an empty one, for a tensor without elements."""
+    """Yield the row range of each block, in order; one empty range for a tensor without elements."""
     n_rows = stored.shape[0]
     step = max(1, _rows_in_a_block(stored))
     return ((begin, min(begin + step, n_rows)) for begin in range(0, max(1, n_rows), step))
@@ -97,14 +97,14 @@ def _rows_in_a_block(stored: StoredTensor) -> int:
 
 
 def largest_block_bytes(stored: StoredTensor) -> int:
-    """Memory the largest block takes while it is made an array, what lies among its elements included."""
+    """Return the bytes that the largest block takes while it becomes an array, gaps among its elements included."""
     if stored.strides is None:
         return max(BLOCK_BYTES, stored.n_bytes // max(1, stored.shape[0]) if stored.shape else 0)
     return 3 * GATHERED_BYTES if len(stored.shape) == 2 else stored.span_bytes + 2 * stored.n_bytes
 
 
 def read_rows(stored: StoredTensor, reader: ShardReader, begin: int, end: int, scratch: Scratch) -> Block:
-    """The bytes of the rows from `begin` to before `end`."""
+    """Read the rows from `begin` up to `end`, without `end`."""
     item_bytes = DTYPE_BYTES[stored.dtype]
     if stored.strides is None:
         row_bytes = item_bytes * prod(stored.shape[1:])
@@ -139,7 +139,7 @@ def _runs(stored: StoredTensor, begin: int, end: int) -> tuple[int, int, int]:
 
 
 def as_array(stored: StoredTensor, block: Block, begin: int, end: int) -> npt.NDArray[Any]:
-    """The rows as a C-contiguous array [end - begin, ...]: a view of the block where they lie so, else a copy.
+    """Return the rows as a C-contiguous array [end - begin, ...]: a view of the block where possible, else a copy.
 
     Float values as `NUMPY_DTYPE` holds them, all others as unsigned integers of their width.
     """
@@ -158,7 +158,7 @@ def as_array(stored: StoredTensor, block: Block, begin: int, end: int) -> npt.ND
 
 
 def read_whole(stored: StoredTensor, reader: ShardReader) -> npt.NDArray[Any]:
-    """A small tensor, as `as_array` gives rows."""
+    """Return all rows of a small tensor, as `as_array` does."""
     flat = replace(stored, shape=(stored.n_elements,)) if stored.strides is None else stored
     block = read_rows(flat, reader, 0, flat.shape[0], Scratch())
     return as_array(flat, block, 0, flat.shape[0]).reshape(stored.shape)

@@ -1,4 +1,4 @@
-"""A safetensors header, read and checked without touching the data behind it.
+"""Safetensors headers: read, checked and written without touching the data after them.
 
 Layout: 8 bytes little-endian header length N, N bytes of JSON, the tensors' bytes without holes or overlap.
 Source: https://huggingface.co/docs/safetensors (format).
@@ -24,7 +24,7 @@ from int8convert.errors import CorruptFileError
 from int8convert.text import quoted
 
 METADATA_NAME = "__metadata__"
-"""The header's one key that is no tensor."""
+"""Key of the header's one entry that is not a tensor."""
 
 MAX_HEADER_BYTES = 32_000_000
 """A header of 100,000 tensors takes 12 MB. The safetensors library stops at 100 MB, but parsed into Python objects that
@@ -34,13 +34,13 @@ _REFETCH = "fetch this file again and rerun the same command"
 
 
 def read_safetensors_header(path: Path) -> tuple[StoredTensor, ...]:
-    """As `find_safetensors_tensors`, of a local file."""
+    """Return the tensors of a local file; see `find_safetensors_tensors`."""
     with open(open_regular(path), "rb") as file:
         return find_safetensors_tensors(file, os.fstat(file.fileno()).st_size, path.name)
 
 
 def find_safetensors_tensors(file: BinaryIO, file_bytes: int, file_name: str) -> tuple[StoredTensor, ...]:
-    """The tensors of a file, in the order of their bytes.
+    """Return the tensors of a file, in the order of their bytes.
 
     Reads the header alone. Does not know whether the data is what somebody meant to store.
 
@@ -56,7 +56,7 @@ def find_safetensors_tensors(file: BinaryIO, file_bytes: int, file_name: str) ->
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, str]:
-    """What a file's header says of the file as a whole; of a file whose header has been read and found good.
+    """Return the metadata of a file whose header has been checked before.
 
     Raises:
         CorruptFileError: the header is good no longer.
@@ -88,7 +88,7 @@ def _read_header_json(file: BinaryIO, file_bytes: int, file_name: str) -> bytes:
 
 
 def parse_safetensors_header(header_json: bytes, file_bytes: int, file_name: str) -> tuple[StoredTensor, ...]:
-    """The tensors of a file, from the JSON of its header.
+    """Return the tensors of a file, from the JSON of its header.
 
     Args:
         header_json: what stands between the 8 bytes of length and the data.
@@ -160,13 +160,13 @@ def _stored_tensor(name: str, entry: Any, data_start: int, file_name: str) -> St
 
 
 def _shown(sizes: Sequence[Any]) -> str:
-    """Numbers for an error, few and short; of what is no number only the kind."""
+    """Return a few short numbers for an error; of other values, their type."""
     shown = [f"{n}"[:20] if isinstance(n, int | float) else f"a {type(n).__name__}" for n in sizes[:6]]
     return ", ".join(shown) + (f", ... {len(sizes):,} in all" if len(sizes) > 6 else "")
 
 
 def _check_tiling(tensors: list[StoredTensor], data_start: int, file_bytes: int, file_name: str) -> None:
-    """Every byte behind the header belongs to exactly one tensor."""
+    """Check that every byte after the header belongs to exactly one tensor."""
     at = data_start
     for tensor in tensors:
         if tensor.offset != at:
@@ -199,7 +199,7 @@ class FileMetadata(tuple[str, tuple[int, ...]]):
 
 
 def encode_safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """The bytes in front of the data, for tensors laid one behind the other in the order given.
+    """Return the bytes before the data, for tensors stored one after the other in the given order.
 
     Args:
         tensors: name -> (dtype, shape), or `FileMetadata`.
@@ -220,7 +220,7 @@ def encode_safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -
 
 
 def read_exactly(fd: int, buffer: memoryview, offset: int, file_name: str) -> None:
-    """Fill the buffer from the file, or say that the file has shrunk since its header was read."""
+    """Fill the buffer from the file; raise a CorruptFileError if the file has shrunk."""
     done = 0
     while done < len(buffer):
         n = os.preadv(fd, [buffer[done:]], offset + done)

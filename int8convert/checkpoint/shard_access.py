@@ -1,4 +1,4 @@
-"""How a conversion gets at whole source shards: one after the other, each hashed on the way, each let go of at its end.
+"""Access to whole source shards: one after the other, each hashed while it is read, each released at its end.
 
 Whoever converts opens a shard, reads its blocks in the order of its bytes, says which it is through with, and finishes
 it: then its sha256 is known, and compared with the one expected. `LocalShards` is that for files that are there;
@@ -33,10 +33,10 @@ class OrderedReader(ShardReader, Protocol):
     """A `ShardReader` of a shard that is read from its beginning to its end."""
 
     def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
-        """Told once a block, in the order of the blocks, after it was read.
+        """Record a block that was read; called once a block, in order.
 
         Args:
-            data: the block, if it lies in the file in one piece; else None.
+            data: the block, if it is one piece of the file; else None.
             offset: where it begins in the file.
             needed_from: no byte before this one will be read again.
         """
@@ -46,7 +46,7 @@ class ShardAccess(Protocol):
     """Access to the shards of one source."""
 
     def open(self, shard: SourceShard) -> OrderedReader:
-        """Begin to read a shard, or go on with one whose reader was closed and which is not finished.
+        """Open a shard, or reopen one whose reader was closed before it was finished.
 
         Raises:
             OSError: a local file cannot be read.
@@ -54,10 +54,10 @@ class ShardAccess(Protocol):
         """
 
     def is_checked(self, shard: SourceShard) -> bool:
-        """Whether nothing made of the shard may count before `finish` has told its bytes to be right."""
+        """Return whether results of the shard must wait until `finish` has confirmed its bytes."""
 
     def finish(self, shard: SourceShard) -> str:
-        """The sha256 of a shard that is not needed any longer, in hex. Reads what was not read.
+        """Return the sha256 of a shard, in hex, and release it. Reads the rest of it first.
 
         Raises:
             CorruptFileError: it is not the one expected.
@@ -66,11 +66,11 @@ class ShardAccess(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
 
 
 class LocalShards:
-    """`ShardAccess` to files."""
+    """`ShardAccess` to local files."""
 
     def __init__(self) -> None:
         self._hashes: dict[Path, OrderedSha256] = {}
@@ -80,7 +80,7 @@ class LocalShards:
         return HashingReader(FileReader(shard.path, shard.identity), self.hash_of(shard))
 
     def hash_of(self, shard: SourceShard) -> OrderedSha256:
-        """The hash of a shard, as far as it has got."""
+        """Return the unfinished hash of a shard."""
         if shard.path not in self._hashes:
             self._hashes[shard.path] = OrderedSha256(shard.path, shard.identity)
         return self._hashes[shard.path]
@@ -111,7 +111,7 @@ class LocalShards:
 
 
 class HashingReader:
-    """An `OrderedReader` of a local file; what is read is hashed, too."""
+    """An `OrderedReader` of a local file that also hashes what is read."""
 
     def __init__(self, reader: FileReader, hashing: OrderedSha256) -> None:
         self._reader = reader

@@ -1,4 +1,4 @@
-"""One output shard: header first, tensors in any order, from any thread; there whole under its name, or not at all."""
+"""Writes one output shard: tensors in any order, from any thread. The file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WIDEST = max(DTYPE_BYTES.values())
 
 
 def order_for_alignment(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The order in which every tensor starts at a multiple of its element's size, as other loaders expect.
+    """Return tensors in an order in which each starts at a multiple of its element's size, as loaders expect.
 
     As given, but tensors whose size is no multiple of 8 bytes come last, then those of no multiple of 4, and so on. So
     nearly all stay where they are, and writing them goes through the file from beginning to end.
@@ -34,12 +34,12 @@ def _n_bytes(spec: tuple[str, tuple[int, ...]]) -> int:
 
 
 def planned_shard_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes of the file `ShardWriter` makes for these tensors, header included."""
+    """Return the bytes of the file that `ShardWriter` makes for these tensors, header included."""
     return len(encode_safetensors_header(dict(tensors))) + sum(map(_n_bytes, tensors.values()))
 
 
 class ShardWriter:
-    """Writes `path` under a temporary name; only `commit` gives it its own.
+    """Writes a shard under a temporary name. `commit` renames it.
 
     Args:
         path: the shard to write.
@@ -72,12 +72,12 @@ class ShardWriter:
         self._file.write(self._begin[name] + at, data)
 
     def finish(self) -> None:
-        """Put the data on the disk, under the temporary name as yet; no thread may be writing any more."""
+        """Put the data on the disk under the temporary name. Call it after all writes."""
         if not self._sha256:
             self._sha256 = self._file.finish()
 
     def commit(self) -> str:
-        """Put the data on the disk, then give the file its name; the file's sha256 in hex."""
+        """Put the data on the disk, rename the file, and return its sha256 in hex."""
         self.finish()
         self._temporary.replace(self._path)
         fsync_directory(self._path.parent)

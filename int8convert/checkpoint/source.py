@@ -1,4 +1,4 @@
-"""The types of a checkpoint that is read: its config, its shards and the files that go along.
+"""The types of a checkpoint that is read: its config, its shards and its auxiliary files.
 
 A source lists its shards with the tensors in them, from headers alone, and opens one shard at a time for reading. It is
 a directory (`checkpoint.directory`) or a repository (`hub.open_repository`): a repository's small files are in the
@@ -45,13 +45,13 @@ class RemoteFile(Protocol):
     def open(self) -> ShardReader: ...
 
     def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Get parts of it, first byte and one behind the last, for whoever will open it and read just these.
+        """Fetch byte ranges, each a first byte and the one after the last, for later reads of just these.
 
         They are compared when the whole file comes, see `int8convert.checkpoint.shard_access`.
         """
 
     def refetch_matches(self, ranges: Iterable[tuple[int, int]]) -> bool:
-        """Whether such parts are the same when they are fetched once more; if not, all of them are forgotten."""
+        """Fetch ranges again; return whether their bytes are the same. If not, forget them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class CheckpointSource:
         auxiliary_files: small files that are copied unchanged, such as the tokenizer.
         commit: of the repository on the Hub that `label` names; None of a directory.
         notes: messages on files that are not converted.
-        has_adapter: an adapter lies beside the weights, which is not part of them here.
+        has_adapter: whether an adapter is beside the weights. It is not merged into them.
         index: where the index and the weight files differ; the shards hold what loaders take.
         config_name: the file `config` was read from.
         index_dtype: what the index says of the weights' dtype, as a stranger wrote it.

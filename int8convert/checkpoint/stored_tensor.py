@@ -1,4 +1,4 @@
-"""One tensor as it lies in a file, whatever the file's format: the form in which the rest of int8convert sees it.
+"""One tensor in a file of any format, as the rest of int8convert sees it.
 
 Names and shapes come from strangers. `check_tensor_name` and `is_shape` find what no model has and what would do harm
 further on: in a terminal, in a file name made of a tensor's name, in arithmetic on sizes.
@@ -37,17 +37,17 @@ DTYPE_BYTES: dict[str, int] = {
 """Bytes of one element, by the safetensors name of the dtype. The formats narrower than a byte are not read."""
 
 MAX_DIMENSIONS = 64
-"""What NumPy can hold. Checked before the dimensions are multiplied: the product of a million takes hours."""
+"""Most dimensions that NumPy can hold. Checked before they are multiplied: the product of a million takes hours."""
 
 MAX_NAME_LENGTH = 500
-"""Real names have under 200 characters."""
+"""Characters of a tensor's name. Real ones have under 200."""
 
 _MAX_SIZE = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor's elements are.
+    """The place of a tensor's elements in a file.
 
     Attributes:
         name: the full key.
@@ -73,12 +73,12 @@ class StoredTensor:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the contiguous tensor, which is what is written; what is read of a strided one may differ."""
+        """Bytes of the contiguous tensor, as it is written. Reading a strided one may take more."""
         return self.n_elements * DTYPE_BYTES[self.dtype]
 
     @property
     def span_bytes(self) -> int:
-        """Bytes from the first to behind the last element in the file."""
+        """Bytes in the file from the first element to the end of the last."""
         if self.strides is None or self.n_elements == 0:
             return self.n_bytes
         last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
@@ -86,17 +86,17 @@ class StoredTensor:
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides of a shape, in elements."""
+    """Return the row-major strides of a shape, in elements."""
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value is an integer that can count bytes or elements; True and 3.0 are none."""
+    """Return whether a value is an integer that can count bytes or elements; True and 3.0 are not."""
     return type(value) is int and 0 <= value <= _MAX_SIZE
 
 
 def is_shape(shape: Sequence[Any], dtype: str) -> bool:
-    """Whether these are the dimensions of a tensor whose bytes 63 bits can count, empty dimensions left aside."""
+    """Return whether 63 bits can count the bytes of a tensor of this shape, empty dimensions ignored."""
     return (
         len(shape) <= MAX_DIMENSIONS
         and all(map(is_size, shape))

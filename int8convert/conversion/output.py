@@ -49,7 +49,7 @@ class OutputDirectory:
     Args:
         out: need not exist.
         source: what is read. OUT must be another directory, and able to hold its file names.
-        request: identifies the conversion, see `manifest.describe_source`.
+        request: identifies the conversion, see `describe_source`.
         overwrite: replace a checkpoint in OUT. Files that belong to none stay.
 
     Raises:

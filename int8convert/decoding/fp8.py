@@ -1,4 +1,4 @@
-"""FP8 weights and their scales: a matrix of F8_E4M3 or F8_E5M2 codes, and beside it one float for every block of it.
+"""FP8 weights: a matrix of F8_E4M3 or F8_E5M2 codes, and one float for each of its blocks.
 
 Whatever the scale is called - `weight_scale_inv` where DeepSeek wrote it, `weight_scale` elsewhere - a weight is code
 times scale. The blocks are 128 x 128, single rows, or the whole matrix, which the scale's shape tells. `fp8_scales`
@@ -23,7 +23,7 @@ from int8convert.checkpoint.stored_tensor import StoredTensor
 
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
-"""What config.json calls quantizations whose weights may be plain FP8 codes."""
+"""Values of `quant_method` in config.json whose weights may be plain FP8 codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Fp8Scale:
     block: tuple[int, int]
 
     def read(self) -> npt.NDArray[np.float32]:
-        """float32 [block rows, block columns]; small: one value for each block."""
+        """Return the scale of each block, float32 [block rows, block columns]."""
         reader = self.shard.open()
         try:
             values = read_whole(self.stored, reader)
@@ -53,12 +53,12 @@ class Fp8Scale:
 
 
 def _e8m0_values(exponents: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Powers of two by their biased exponents."""
+    """Return powers of two from their biased exponents."""
     return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127).astype(np.float32)
 
 
 def fp8_values(dtype: str) -> npt.NDArray[np.float32]:
-    """The 256 values of an FP8 dtype, by code."""
+    """Return the 256 values of an FP8 dtype, by code."""
     n_mantissa, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
     codes = np.arange(256)
     exponent, mantissa = (codes & 0x7F) >> n_mantissa, codes & ((1 << n_mantissa) - 1)
@@ -74,7 +74,7 @@ def fp8_values(dtype: str) -> npt.NDArray[np.float32]:
 
 
 class Fp8Decoder:
-    """Turns codes of one tensor into float32 weights. Its scale, if it has one, is in memory. For several threads."""
+    """Turns codes of one tensor into float32 weights. Holds the scale in memory. Thread-safe."""
 
     def __init__(self, dtype: str, scale: Fp8Scale | None) -> None:
         self._values = fp8_values(dtype)
@@ -95,7 +95,7 @@ class Fp8Decoder:
 
 
 def is_fp8(source: CheckpointSource) -> bool:
-    """Whether the weights of a quantized source are FP8 codes, which can be decoded here."""
+    """Return whether the weights of a quantized source are FP8 codes, which are decoded here."""
     block = source.config.get("quantization_config")
     method = block.get("quant_method") if isinstance(block, dict) else None
     if not isinstance(method, str) or method not in METHODS:

@@ -25,10 +25,10 @@ from int8convert.text import quoted
 _UNUSED_SUFFIXES = (
     *(".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale", ".qscale_act"),
 )
-"""Scales of activations and caches, which nothing of the int8 form needs."""
+"""Ends of the names of scales of activations and caches, which the int8 form does not need."""
 
 _SCALE_WORDS = ("scale", "amax")
-"""What the names of scales hold; an amax is a scale times the largest code."""
+"""Words in the names of scales; an amax is a scale times the largest code."""
 
 _DEFAULT_BLOCK = (128, 128)
 _NO_BLOCK: Mapping[str, Any] = {}
@@ -37,7 +37,7 @@ Places = dict[str, tuple[StoredTensor, SourceShard]]
 
 
 def find_scales(source: CheckpointSource) -> dict[str, Fp8Scale]:
-    """Weight name -> scale, of the FP8 matrices that have one.
+    """Return weight name -> scale of the FP8 matrices that have one.
 
     Raises:
         CorruptFileError: a scale does not fit its weight, or its weight holds no FP8 codes.
@@ -100,7 +100,7 @@ def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _scale_names(name: str, block: Mapping[str, Any]) -> Iterator[str]:
-    """Names a weight's scale may have. The last two are DeepSeek V4's and Mistral's, which transformers renames."""
+    """Yield the names of a weight's scale. The last two are DeepSeek V4's and Mistral's, which transformers renames."""
     yield f"{name}_scale_inv"
     yield f"{name}_scale"
     if block.get("quant_method") == "fp8" and name.endswith(".weight"):

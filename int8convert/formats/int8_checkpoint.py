@@ -1,14 +1,14 @@
-"""An int8 checkpoint, seen alike in whichever of three formats it is: codes, scales, and what stayed 16-bit.
+"""An int8 checkpoint of any format: codes, scales, and the tensors that are not int8.
 
-| | codes, I8 [out, in] | scale | zeros, if there |
+| | codes, I8 [out, in] | scale | zeros, optional |
 |---|---|---|---|
 | bitsandbytes | `P.weight` | `P.SCB` [out], the absmax | `P.weight_format` |
 | compressed-tensors | `P.weight` | `P.weight_scale` [out, 1] | `P.weight_zero_point` |
 | torchao | `P._weight_qdata` | `P._weight_scale` [out, 1] | `P._weight_zero_point` |
 
-The codes mean the same in all three, so one can be made of another without quantizing anew. That holds for one scale a
-row and no zero point; whatever else these tools can do is refused, and all scales are looked at first, so that nothing
-is written of a checkpoint that is not whole.
+The codes mean the same in all three, so one format converts to another without quantizing again. That holds for one
+scale a row and no zero point; other variants are refused. Opening a checkpoint reads all its scales, so that a damaged
+one is refused before anything is written.
 
 Source: bitsandbytes 0.50, compressed-tensors 0.20, torchao 0.18, as they write.
 """
@@ -41,19 +41,19 @@ from int8convert.formats.modules import module_of
 from int8convert.text import quoted
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""What a model computes in: config.json's name -> safetensors' name."""
+"""Dtypes a model computes in: name in config.json -> name in safetensors."""
 
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _FOREIGN = re.compile(
     r"\.(SCB|weight_format|(weight|input|output|q|k|v)_(scale|scale_inv|global_scale|zero_point|packed|shape|g_idx))$"
     r"|\._weight_"
 )
-"""What belongs to quantized weights; left over, it belongs to none that we know."""
+"""Names of tensors of quantized weights. One that belongs to no int8 weight is of a form that is not read."""
 
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 _FUSED_EXPERTS = re.compile(r"(.*\.experts)\.[^.]+")
 _EMBEDDING_NAMES = frozenset({"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings", "embed_in", "shared"})
-"""Names under which no model has a Linear layer. The others of a checkpoint's matrices may all be some."""
+"""Names under which no model has a Linear layer. Every other matrix may belong to one."""
 
 _REFETCH = "fetch the checkpoint again, or convert its 16-bit original"
 
@@ -89,12 +89,12 @@ class Int8Weight:
 
     @property
     def parts(self) -> tuple[PlacedTensor, ...]:
-        """All its tensors as they lie there."""
+        """Its tensors as stored."""
         return (self.codes, self.scale) if self.zeros is None else (self.codes, self.scale, self.zeros)
 
     @property
     def is_expert(self) -> bool:
-        """Whether it is one of the numbered experts of a mixture."""
+        """Whether the module is a numbered expert of a mixture."""
         return _EXPERT.match(self.module_name) is not None
 
 
@@ -121,7 +121,7 @@ class Int8Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """What the model computes in, as config.json spells it."""
+        """The dtype the model computes in, as config.json spells it."""
         named = self.source.config.get("dtype") or self.source.config.get("torch_dtype")
         if named in tuple(DTYPES):
             return str(named)
@@ -129,7 +129,7 @@ class Int8Checkpoint:
         return next((spelled[t.stored.dtype] for t in self.kept if t.stored.dtype in spelled), "float16")
 
     def skip_modules(self) -> list[str]:
-        """Full names of all modules a loader might take for Linear layers of int8 weights, and must not.
+        """Return the full names of all modules that a loader might take for int8 Linear layers, and must not.
 
         Those of matrices that are no int8; a few of them may be embeddings, which do no harm in such a list. Beside
         them the names config.json has and no tensor bears, such as an output head tied to the embedding.
@@ -147,7 +147,7 @@ class Int8Checkpoint:
 
 
 def _names_for(module_name: str) -> Iterator[str]:
-    """By which names a list of modules to skip may mean this one: itself, what it is in, its last parts."""
+    """Yield the names by which a list may mean a module: its own, its parents', its last parts."""
     parts = module_name.split(".")
     for i in range(len(parts)):
         yield ".".join(parts[: i + 1])
@@ -155,7 +155,7 @@ def _names_for(module_name: str) -> Iterator[str]:
 
 
 def open_int8_checkpoint(source: CheckpointSource) -> Int8Checkpoint:
-    """Sort a checkpoint's tensors into weights and others, and look at all scales.
+    """Sort a checkpoint's tensors into int8 weights and others, and check all scales.
 
     Raises:
         SourceError: it is no int8 checkpoint, or of a kind that cannot be read.
@@ -212,7 +212,7 @@ def _find_weight(
 
 
 def _check_part(part: PlacedTensor, n_rows: int, dtypes: frozenset[str]) -> None:
-    """One value for each row."""
+    """Refuse a part of a weight that is not one value for each row."""
     stored = part.stored
     if stored.shape not in ((n_rows,), (n_rows, 1)) or stored.dtype not in dtypes:
         raise CorruptFileError(
@@ -223,7 +223,7 @@ def _check_part(part: PlacedTensor, n_rows: int, dtypes: frozenset[str]) -> None
 
 
 def _check_values(found: Format, weights: Sequence[Int8Weight]) -> None:
-    """Look at all that is not codes."""
+    """Check the values of scales and zeros."""
     parts = [part for weight in weights for part in weight.parts[1:]]
     fetch_tensors((part.shard, part.stored) for part in parts)
     with SourceReaders() as readers:
@@ -281,7 +281,7 @@ def _file_metadata(shard: SourceShard) -> dict[str, str]:
 
 
 class SourceReaders:
-    """Reads tensors, with each shard opened when it is first needed. A context manager."""
+    """Reads tensors; opens each shard on its first use. A context manager."""
 
     def __init__(self) -> None:
         self._opened: dict[Path, ShardReader] = {}
@@ -304,7 +304,7 @@ class SourceReaders:
 
     @contextmanager
     def reading(self, shard: SourceShard) -> Iterator[ShardReader]:
-        """A file to read from as long as this lasts.
+        """Context with a reader of a shard.
 
         Raises:
             SourceError: it cannot be read.
@@ -320,13 +320,13 @@ class SourceReaders:
             ) from error
 
     def read_all(self, tensor: PlacedTensor) -> npt.NDArray[np.uint8]:
-        """The bytes of a tensor at once."""
+        """Return all bytes of a tensor."""
         data = np.empty(tensor.stored.n_bytes, np.uint8)
         self.read(tensor, data.data)
         return data
 
     def read_scale(self, tensor: PlacedTensor) -> npt.NDArray[np.float32]:
-        """A scale or absmax as float32 [rows]; 16-bit ones are widened, which is exact."""
+        """Return a scale or absmax as float32 [rows]. 16-bit ones are widened, which is exact."""
         data = self.read_all(tensor)
         if tensor.stored.dtype == "BF16":
             return widen_bfloat16(data.view(np.int16))

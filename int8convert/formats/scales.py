@@ -1,14 +1,13 @@
-"""From a row's absmax to its scale and back, and from codes to weights.
+"""The conversion of a row's absmax to its scale and back, and of codes to weights.
 
-bitsandbytes stores absmax, compressed-tensors and torchao the scale, absmax / 127. The way there is one division; the
-way back has to find the number that was divided, so that a checkpoint that went through all formats has its first
-bytes again.
+bitsandbytes stores absmax; compressed-tensors and torchao store the scale, absmax / 127. The way back finds the number
+that was divided, so that a checkpoint that went through all formats has its first bytes again.
 
-What cannot be had: division by 127 in float32 sends two neighbouring numbers to one quotient where the mantissa begins
-with seven ones, which is 1.6 % of all float32 numbers, and leaves some quotients out. Of two neighbours the one with
-more trailing zero bits is taken: the right one for every fp16 and bf16 number, while 0.8 % of float32 numbers come back
-one unit in the last place away. A float32 scale that some other tool computed may be no quotient at all: it becomes the
-absmax nearest to it. A 16-bit scale always is one, since 127 times it is exact.
+The way back is not always exact. Division by 127 in float32 sends two neighbouring numbers to one quotient where the
+mantissa begins with seven ones, which is 1.6 % of all float32 numbers, and leaves some quotients out. Of two,
+the one with more trailing zero bits is taken: the right one for every fp16 and bf16 number, while 0.8 % of float32
+numbers come back one unit in the last place away. A float32 scale of another tool may be no quotient: it becomes the
+nearest absmax. A 16-bit scale always is one, since 127 times it is exact.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ _MANTISSA_BITS = 23
 
 
 def absmax_to_scale(absmax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """What a code is multiplied by: fl32(absmax / 127)."""
+    """Return what a code is multiplied by: fl32(absmax / 127)."""
     return absmax / np.float32(N_STEPS)
 
 
 def scale_to_absmax(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The absmax that `absmax_to_scale` makes this scale of; of several the one with most trailing zero bits.
+    """Return the absmax of a scale; of several, the one with the most trailing zero bits.
 
-    Where there is none, fl32(scale * 127), which is nearest.
+    A scale that is no quotient becomes fl32(scale * 127), the nearest absmax.
 
     Args:
         scale: float32 [rows], finite and not negative.
@@ -52,7 +51,7 @@ def scale_to_absmax(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def dequantize_by_absmax(codes: npt.NDArray[np.int8], absmax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """fl32(fl32(codes * absmax) * fl32(1 / 127)), the order and the constant of bitsandbytes.
+    """Return fl32(fl32(codes * absmax) * fl32(1 / 127)), the order and the constant of bitsandbytes.
 
     Args:
         codes: int8 [rows, cols].
@@ -67,7 +66,7 @@ def dequantize_by_absmax(codes: npt.NDArray[np.int8], absmax: npt.NDArray[np.flo
 
 
 def dequantize_by_scale(codes: npt.NDArray[np.int8], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """fl32(codes * scale), as compressed-tensors and torchao compute it.
+    """Return fl32(codes * scale), as compressed-tensors and torchao compute it.
 
     Args:
         codes: int8 [rows, cols].

@@ -2,7 +2,7 @@
 
 A manifest is untrusted. It is read here once, as a whole; other modules use `RecordedRequest`, never the JSON. An entry
 that is missing, unknown, out of range or of another type is an error, and not the same as no manifest.
-`manifest.parse_record` reads the records of the shards by the same rule.
+`shard_record.parse_record` reads the records of the shards by the same rule.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RecordedRequest:
     Attributes:
         is_export: made from another int8 checkpoint and not from a 16-bit one.
         format: a `Format`; of an export also the dtype it was dequantized to.
-        source: see `manifest.describe_source`.
+        source: see `describe_source`.
         skip, only, threshold, on_nonfinite, max_shard_bytes, allow_missing: the options of `quantize`.
         lora: the identity of the adapter that was merged; None if none was.
     """

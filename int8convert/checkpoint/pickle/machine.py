@@ -1,4 +1,4 @@
-"""The operations of a pickle, carried out on descriptions: a pickle is a program, and this one calls nothing.
+"""Runs the operations of a pickle on descriptions of values. It calls and imports nothing.
 
 torch's weights-only loader runs it with few functions to call; that keeps the program from doing what it likes, but not
 from taking memory and time: it may ask for a bytearray of a terabyte, or for the hash of a tuple that holds itself
@@ -35,7 +35,7 @@ as one of the file."""
 
 
 class Unpickler:
-    """Reads pickles, one behind the other, and makes of them what they describe; calls and imports nothing.
+    """Reads consecutive pickles and returns what they describe; calls and imports nothing.
 
     Knows the operations that `torch.save` writes in its own protocol, 2. Source: the pickletools module of Python.
 
@@ -51,7 +51,7 @@ class Unpickler:
         self.storages: dict[str, Storage] = {}
 
     def load(self) -> Any:
-        """The value of the next pickle."""
+        """Return the value of the next pickle."""
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
         self._memo: dict[int, Any] = {}

@@ -40,11 +40,11 @@ _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """A pickle of torch's magic number."""
 
 Places = Callable[[Storage], tuple[int, int]]
-"""Where a storage's bytes begin in the file, and how many there are."""
+"""Offset of a storage's bytes in the file, and their number."""
 
 
 def read_pickle_header(path: Path) -> tuple[StoredTensor, ...]:
-    """As `find_pickle_tensors`, of a local file."""
+    """Return the tensors of a local file; see `find_pickle_tensors`."""
     with open(open_regular(path), "rb") as file:
         return find_pickle_tensors(file, os.fstat(file.fileno()).st_size, path.name)
 
@@ -52,13 +52,13 @@ def read_pickle_header(path: Path) -> tuple[StoredTensor, ...]:
 def find_pickle_tensors(
     file: BinaryIO, file_bytes: int, file_name: str, is_remote: bool = False
 ) -> tuple[StoredTensor, ...]:
-    """The tensors of a `.bin` shard, in the order of their bytes, from its directory and pickle alone.
+    """Return the tensors of a `.bin` shard, in the order of their bytes, from its directory and pickle alone.
 
     Args:
         file: the file, to be read here and there.
         file_bytes: its size.
         file_name: for errors.
-        is_remote: each place read costs a request, so what can be told without is.
+        is_remote: whether each read costs a request; the fewest places are then read.
 
     Raises:
         CorruptFileError: not a pickle of plain tensors, or one that asks to run code.
@@ -83,7 +83,7 @@ def find_pickle_tensors(
 
 
 def _state_dict(value: Any) -> dict[str, Tensor]:
-    """The tensors by name, if that is what a pickle holds."""
+    """Return the tensors by name, if a pickle holds such a dictionary."""
     if not isinstance(value, Dictionary):
         raise RefusedError(f"it holds {kind_of(value)}, not a dictionary of tensors")
     tensors: dict[str, Tensor] = {}

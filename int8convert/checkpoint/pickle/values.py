@@ -63,12 +63,12 @@ CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
 
 
 class RefusedError(Exception):
-    """Why a file is refused; becomes a CorruptFileError with the file's name."""
+    """The reason why a file is refused; becomes a CorruptFileError with the file's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """Something the pickle names: module and attribute. Never looked up."""
+    """A module and attribute that the pickle names. It is never looked up."""
 
     name: str
 
@@ -108,7 +108,7 @@ def kind_of(value: Any) -> str:
 
 
 def call(function: Any, arguments: Any) -> Any:
-    """What a function of torch would make, described."""
+    """Return a description of what a function of torch would return."""
     if not isinstance(function, Global) or function.name not in FUNCTIONS or type(arguments) is not tuple:
         raise RefusedError(f"its pickle calls {kind_of(function)} that is no function")
     if len(arguments) > _MAX_ARGUMENTS:

@@ -9,10 +9,10 @@ from int8convert.checkpoint.pickle.values import MAX_PICKLE_BYTES, RefusedError
 from int8convert.text import quoted
 
 _ALIGNMENT = 64
-"""Of a record's data, as torch has written it since 1.6."""
+"""Alignment of a record's data in bytes, as torch has written it since 1.6."""
 
 _DESCRIPTOR_BYTES = (0, 16, 24)
-"""What may stand behind a record's data: nothing, or its checksum and sizes once more, in 32 or 64 bits."""
+"""Bytes that may follow a record's data: none, or its checksum and sizes again, in 32 or 64 bits."""
 
 
 class ZipArchive:
@@ -49,7 +49,7 @@ class ZipArchive:
         return data
 
     def _find_directory(self, file_bytes: int) -> tuple[int, int, int]:
-        """Offset and size of the list of records, and their number."""
+        """Return offset and size of the list of records, and their number."""
         end = file_bytes - 22
         signature, *_, n_records, n_bytes, begin, comment = struct.unpack("<4s4H2LH", self._read_at(max(0, end), 22))
         if signature != b"PK\5\6" or comment:
@@ -66,7 +66,7 @@ class ZipArchive:
         return begin, n_bytes, n_records
 
     def _add_record(self, directory: bytes, at: int) -> int:
-        """Take down the record whose entry begins at `at`; where the next begins."""
+        """Add the record whose entry begins at `at`; return where the next begins."""
         fixed = directory[at : at + 46]
         if len(fixed) < 46 or fixed[:4] != b"PK\1\2":
             raise RefusedError("its zip directory is damaged")
@@ -89,7 +89,7 @@ class ZipArchive:
         return self._folder + name.encode(errors="replace") in self._records
 
     def find(self, name: str) -> tuple[int, int]:
-        """Offset and size of a record's bytes."""
+        """Return offset and size of a record's bytes."""
         full_name = self._folder + name.encode(errors="replace")
         if full_name not in self._records:
             raise RefusedError(f"the record {quoted(name)} is not there")
@@ -121,7 +121,7 @@ class ZipArchive:
         return (begin, n_bytes) if self._behind[header_at] - begin - n_bytes in _DESCRIPTOR_BYTES else self.find(name)
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """The bytes of a small record."""
+        """Return the bytes of a small record."""
         begin, n_bytes = self.find(name)
         if n_bytes > max_bytes:
             raise RefusedError(f"the record {quoted(name)} takes {n_bytes:,} bytes, expected at most {max_bytes:,}")
