@@ -113,6 +113,8 @@ def export(
     if n_workers < 1:
         raise ValueError("workers must be at least 1")
     reading, destination = reading or Reading(), destination or LocalDestination()
+    if dequantize and destination.url is not None:
+        raise ValueError("only int8 checkpoints are published: dequantize into a directory")
     max_shard_bytes = parse_size(max_shard_size)
     source = open_source(src, reading.revision, reading.cache_dir)
     if source.commit is None:

@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.shard_writer import ShardWriter
+from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import Event, PlanMade, ShardFinished, ShardStarted
+from int8convert.publish.shard_publisher import HubPublisher
 from tests.conversion.test_export import make_experts, make_int8, read_config
 from tests.tools.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
 
@@ -334,6 +336,13 @@ def test_source_that_shrinks_while_it_is_read(int8: Path, tmp_path: Path) -> Non
 def test_wrong_arguments(options: Any, match: str, int8: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=match):
         int8convert.export(int8, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dequantized_export_is_not_published(int8: Path, tmp_path: Path) -> None:
+    destination = PublishedDestination(HubPublisher("me/plain"))
+    with pytest.raises(ValueError, match="only int8 checkpoints are published"):
+        int8convert.export(int8, tmp_path / "out", dequantize="float16", destination=destination)
     assert not (tmp_path / "out").exists()
 
 
