@@ -129,11 +129,11 @@ def _print_upload(destination: Destination, n_bytes: int) -> None:
     """Print how much of an output that is sent elsewhere is on the local disk."""
     if destination.url is None:
         return
-    there = f"whether {destination.url} takes it was not asked"
+    there = f"whether {destination.url} accepts it was not checked"
     if destination.keeps:
-        print_line(f"--upload: {format_bytes(n_bytes)} stay here, too; {there}")
+        print_line(f"--upload: {format_bytes(n_bytes)} stay here; {there}")
     else:
-        print_line(f"--upload: at most {format_bytes(n_bytes)} of the output lie here at a time; {there}")
+        print_line(f"--upload: at most {format_bytes(n_bytes)} of the output on this disk at a time; {there}")
 
 
 def _refusal(requirements: PlanRequirements, conversion_plan: ConversionPlan) -> Int8ConvertError | None:
@@ -163,20 +163,20 @@ def _print_costs(costs: ConversionCosts, disk: DiskBudget, fetch: FetchCosts | N
     print_line(
         f"time: {seconds} of arithmetic on {costs.n_workers} threads"
         f"{'' if costs.device == 'cpu' else f' and {costs.device}, copies included'}, "
-        f"measured now on this machine; {'downloading and writing' if fetch else 'reading and writing'} come on top"
+        f"measured now; {'downloading and writing' if fetch else 'reading and writing'} come on top"
     )
     if fetch is None:
         return
     for reader, its in (("stream", fetch.stream), ("download", fetch.download)):
-        chosen = f"; this one is taken{f': {fetch.reason}' if fetch.reason else ''}" if reader == fetch.reader else ""
+        chosen = f"; chosen{f': {fetch.reason}' if fetch.reason else ''}" if reader == fetch.reader else ""
         print_line(
             f"--reader {reader}: {format_bytes(disk.n_bytes + its.disk_bytes)} of disk, "
-            f"{format_bytes(its.memory_bytes)} of memory more{chosen}"
+            f"{format_bytes(its.memory_bytes)} more memory{chosen}"
         )
     if not fetch.n_bytes:
-        print_line("network: nothing is to be fetched, all of it is in the cache")
+        print_line("network: nothing to fetch, everything is in the cache")
         return
-    time = "; pass --bandwidth to see how long that takes"
+    time = "; pass --bandwidth for the time"
     if fetch.bytes_per_s and fetch.seconds is not None:
         time = f": {format_seconds(fetch.seconds)} at {format_bytes(fetch.bytes_per_s)}/s"
     print_line(f"network: {format_bytes(fetch.n_bytes)}{time}")

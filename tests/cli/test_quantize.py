@@ -112,13 +112,13 @@ def test_dry_run_tells_what_the_reader_would_be_and_what_is_to_be_fetched(
     run: Run, commit: str, tmp_path: Path
 ) -> None:
     _, out, _ = run("quantize", NAME, "--dry-run")
-    assert re.search(r"--reader download: .* more; this one is taken: the disk has room for two of its shards", out)
+    assert re.search(r"--reader download: .* more memory; chosen: the disk has room for two of its shards", out)
     _, out, _ = run("quantize", NAME, "--dry-run", "--reader", "stream")
-    assert re.search(r"--reader stream: .* more; this one is taken\n", out)
+    assert re.search(r"--reader stream: .* more memory; chosen\n", out)
 
     run("quantize", NAME, tmp_path / "out", "--cache-dir", tmp_path / "cache")
     _, out, _ = run("quantize", NAME, "--dry-run", "--cache-dir", tmp_path / "cache")
-    assert "network: nothing is to be fetched, all of it is in the cache\n" in out and "0 B; " not in out
+    assert "network: nothing to fetch, everything is in the cache\n" in out and "0 B; " not in out
 
 
 def test_dry_run_of_an_upload_tells_its_disk_and_asks_nothing_of_the_repository(
@@ -129,14 +129,16 @@ def test_dry_run_of_an_upload_tells_its_disk_and_asks_nothing_of_the_repository(
     plan = json.loads(run("quantize", NAME, "--upload", "me/x", "--dry-run", "--json", "--reader", "stream")[1])
     disk = format_bytes(plan["disk_bytes"])
     assert plan["disk_bytes"] > 20_000_000 and f"--reader stream: {disk} of disk" in out
-    assert f"--upload: at most {disk} of the output lie here at a time; whether {hub.endpoint}/me/x takes it" in out
+    assert (
+        f"--upload: at most {disk} of the output on this disk at a time; whether {hub.endpoint}/me/x accepts it" in out
+    )
     assert plan["upload"] == {"url": f"{hub.endpoint}/me/x", "commit": None}
     assert not [request for request in hub.log.requests() if "me/x" in request.path]
 
     code, _, err = run("quantize", NAME, "--upload", "me/x", "--dry-run", "--max-disk", "1MB")
     assert code == 1 and "--max-disk allows" in err
     _, out, _ = run("quantize", NAME, "out", "--upload", "me/x", "--keep", "--dry-run")
-    assert re.search("--upload: .* stay here, too; whether", out)
+    assert re.search("--upload: .* stay here; whether", out)
 
 
 def test_dry_run_of_a_tiny_model_has_no_noise(run: Run, source: Path) -> None:
