@@ -14,7 +14,7 @@ from int8convert.conversion.readers import Reader, Reading
 from int8convert.events import Event, PlanMade, ShardFinished, ShardRepeated, ignore
 from int8convert.publish.shard_publisher import HubPublisher
 from int8convert.verification.exact.level import verify_exact
-from tests.hub.conversions import READERS
+from tests.tools.hub_conversions import READERS
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
