@@ -51,7 +51,7 @@ def out(hub: Hub, connect: Connect, tmp_path: Path, map_in_process: None) -> Pat
 
 def publish(hub: Hub, out: Path) -> None:
     """As `upload` does, without having been verified."""
-    int8convert.upload(out, REPO, allow_unverified=True)
+    int8convert.upload(out, REPO, allow_unverified=True, on_event=lambda event: None)
 
 
 def cached(tmp_path: Path, repository: str) -> dict[str, bytes]:
