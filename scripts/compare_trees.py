@@ -103,8 +103,8 @@ def convert_all(root: Path) -> dict[str, Answer]:
     def note(key: str, function: Any, source: Path, out: Path, **options: Any) -> bool:
         try:
             function(source, out, **options)
-        except int8convert.Int8ConvertError as error:
-            found[key] = {"error": type(error).__name__, "exit code": str(error.exit_code)}
+        except Exception as error:  # what is no error of ours is a fault, and has to be the same fault or none
+            found[key] = {"error": type(error).__name__, "exit code": str(getattr(error, "exit_code", "traceback"))}
             return False
         found[key] = digests(out)
         return True

@@ -22,7 +22,7 @@ NAMES = (
 )
 FORMAT_NAME = re.compile(
     r"""(==|!=|\bis\b|\bin\b|\bcase\b|\bif\b|\belse\b|startswith)"""
-    rf""".*(OutputFormat\.[A-Z]|BITSANDBYTES|COMPRESSED|TORCHAO|["']({"|".join(NAMES)})["'])"""
+    rf""".*(Format\.[A-Z]|BITSANDBYTES|COMPRESSED|TORCHAO|["']({"|".join(NAMES)})["'])"""
 )
 """Lines that compare the name of a format, or branch on it."""
 
