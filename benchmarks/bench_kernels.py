@@ -1,7 +1,7 @@
 """Time the CPU kernels on this machine, beside other libraries and beside the floor that the machine sets.
 
 How it goes:
-1. `bench_limits` measures what memory and the multipliers give at most, in every round anew.
+1. `bench_limits` measures what memory and the multipliers give at most, again in every round.
 2. Rows: `row_quantize` on one and on two threads, of a matrix in memory and of blocks in the cache, beside copying the
    same bytes.
 3. Layers: one Linear of 4,096 x 4,096 with 6 outlier columns, by torch in float32 and bfloat16, by bitsandbytes and by

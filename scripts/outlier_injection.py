@@ -1,7 +1,7 @@
 """Give a small OPT the outlier features that only large models have, without changing what it computes.
 
 Why the function is preserved: what a LayerNorm in a layer of OPT returns, x[j] = g[j] n[j] + b[j] for the normalized
-input n, is read by the Linears right behind it and by nothing else, as the residual goes past. Such a Linear computes
+input n, is read by the Linears right after it and by nothing else, as the residual goes past. Such a Linear computes
 y = W x + c, hence:
 1. scale: x[j] becomes m x[j] and W[:, j] becomes W[:, j] / m; the product of the two, and so y, is what it was.
 2. shift: x[j] becomes x[j] + s, which adds s W[:, j] to y; c is lowered by just that.

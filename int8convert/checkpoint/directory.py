@@ -143,7 +143,7 @@ def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
         if Path(file_name).name != file_name or not file_name.endswith(suffix) or not file_name.isprintable():
             raise CorruptFileError(
                 f"'{index.name}' points to {quoted(file_name)}, which is not a plain file name ending in {suffix}",
-                "shards lie beside their index; nothing outside the checkpoint was read",
+                "fetch the index again; nothing outside the checkpoint was read",
             )
     return weight_map
 

@@ -78,7 +78,7 @@ def open_unchanged(path: Path, identity: FileIdentity | None) -> int:
 class FileReader:
     """A `ShardReader` of a file.
 
-    By `pread`, not by a memory map: a file that shrinks under a map kills the process with SIGBUS, and copying from
+    Uses `pread`, not a memory map: a file that shrinks under a map kills the process with SIGBUS, and copying from
     the page cache into a buffer that stays in the core's cache costs less than the page faults do.
 
     Args:

@@ -1,7 +1,7 @@
 """One process at a time in one output directory.
 
-By `flock`, which ends with its owner however that ends. On a file system without it, the lock is a file that names its
-owner; such a lock outlives a killed owner on another host, and then has to be removed by hand.
+Uses `flock`, which ends with its owner however that ends. On a file system without it, the lock is a file that names
+its owner; such a lock outlives a killed owner on another host, and then has to be removed by hand.
 """
 
 from __future__ import annotations

@@ -38,9 +38,8 @@ LOCAL_FILE = f"{OWN_FOLDER}/local.json"
 LOCK_FILE = f"{OWN_FOLDER}/lock"
 
 MAX_STEPS_AWAY = 0.6
-"""By which a stored outlier column may differ from what its codes stand for, in steps of its row. A code is the nearest
-to its weight, so half a step; bitsandbytes rounds float32 weights to float16 first, which can move them by another
-sixteenth."""
+"""Steps of a row by which a stored outlier column may differ from its codes. Half a step is rounding; bitsandbytes'
+rounding of float32 weights to float16 adds up to a sixteenth."""
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 _WEIGHT_SUFFIXES = (

@@ -129,7 +129,7 @@ def _read_run(reader: ShardReader, offset: int, n_bytes: int, scratch: Scratch) 
 
 
 def _runs(stored: StoredTensor, begin: int, end: int) -> tuple[int, int, int]:
-    """Of a block of a strided matrix: how many runs, elements from one to the next, elements of each."""
+    """Return the number of runs in a block of a strided matrix, their distance and their length, in elements."""
     assert stored.strides is not None
     row_stride, column_stride = stored.strides
     n_rows, n_columns = end - begin, stored.shape[1]

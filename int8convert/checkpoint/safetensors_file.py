@@ -82,7 +82,7 @@ def _read_header_json(file: BinaryIO, file_bytes: int, file_name: str) -> bytes:
     if n_header > MAX_HEADER_BYTES:
         raise CorruptFileError(
             f"the header of {quoted(file_name)} takes {n_header:,} bytes, expected at most {MAX_HEADER_BYTES:,}",
-            "no model has that many tensors in one file",
+            "fetch the file again; no model has that many tensors in one file",
         )
     return file.read(n_header)
 
@@ -137,7 +137,7 @@ def _stored_tensor(name: str, entry: Any, data_start: int, file_name: str) -> St
         extra = next(key for key in entry if key not in ("dtype", "shape", "data_offsets"))
         raise CorruptFileError(
             f"the header of {quoted(file_name)} gives {quoted(name)} a field {quoted(extra, 40)}, "
-            "which the format has not",
+            "which the format does not have",
             _REFETCH,
         )
     if dtype not in DTYPE_BYTES:
@@ -186,8 +186,8 @@ def _check_tiling(tensors: list[StoredTensor], data_start: int, file_bytes: int,
 class FileMetadata(tuple[str, tuple[int, ...]]):
     """What a header says of the file as a whole, as the entry `METADATA_NAME` among its tensors.
 
-    It stands where (dtype, shape) of a tensor would, and counts as one of no bytes, so that whoever plans or writes a
-    file need not know of it. No tensor can have that name.
+    It stands where (dtype, shape) of a tensor would, and counts as one of no bytes, so code that plans or writes a
+    file needs no special case. No tensor can have that name.
     """
 
     entries: Mapping[str, str]

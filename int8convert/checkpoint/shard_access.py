@@ -1,8 +1,8 @@
 """Access to whole source shards: one after the other, each hashed while it is read, each released at its end.
 
-Whoever converts opens a shard, reads its blocks in the order of its bytes, says which it is through with, and finishes
-it: then its sha256 is known, and compared with the one expected. `LocalShards` is that for files that are there;
-`int8convert.hub` has it for files that are not: `shard_stream`, `shard_download`.
+A conversion opens a shard, reads its blocks in the order of its bytes, releases them, and finishes the shard. Finishing
+computes its sha256 and compares it with the expected one. `LocalShards` reads local files; `hub.stream` and
+`hub.download` read the Hub.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ShardAccess(Protocol):
 
         Raises:
             OSError: a local file cannot be read.
-            HubError: the shard cannot be had.
+            HubError: the shard cannot be fetched.
         """
 
     def is_checked(self, shard: SourceShard) -> bool:

@@ -17,8 +17,8 @@ _WIDEST = max(DTYPE_BYTES.values())
 def order_for_alignment(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return tensors in an order in which each starts at a multiple of its element's size, as loaders expect.
 
-    As given, but tensors whose size is no multiple of 8 bytes come last, then those of no multiple of 4, and so on. So
-    nearly all stay where they are, and writing them goes through the file from beginning to end.
+    Keeps the given order, but moves tensors whose size is no multiple of 8 bytes to the end, then those of no multiple
+    of 4, and so on. Nearly all stay where they are, and writing them goes through the file from beginning to end.
     """
 
     def granularity(spec: tuple[str, tuple[int, ...]]) -> int:

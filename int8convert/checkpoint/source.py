@@ -101,7 +101,7 @@ class CheckpointSource:
     Attributes:
         label: the source as the user named it.
         directory: where its small files are.
-        config: the config that transformers reads, see `loader_files`; {} where there is none.
+        config: the config that transformers reads, see `loaders.config`; {} where there is none.
         shards: its weight files.
         auxiliary_files: small files that are copied unchanged, such as the tokenizer.
         commit: of the repository on the Hub that `label` names; None of a directory.

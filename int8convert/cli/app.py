@@ -29,7 +29,7 @@ for name, command, help_text, line in (
     ("verify", verify.verify, verify.HELP, "Compare an int8 checkpoint with its source."),
     ("outliers", outliers.outliers, outliers.HELP, "Find outlier features, and store their columns."),
     ("upload", upload.upload, upload.HELP, "Publish an int8 checkpoint on the Hub."),
-    ("generate", generate.generate, generate.HELP, "Let an int8 checkpoint continue a prompt."),
+    ("generate", generate.generate, generate.HELP, "Continue a prompt with an int8 checkpoint."),
 ):
     app.command(name, help=help_text, short_help=line)(command)
 

@@ -81,8 +81,8 @@ def generate(
         typer.Option(
             callback=_check_outliers,
             metavar="MODE",
-            help="How outliers are found: static, static+guard, dynamic or none.  [default: static+guard if OUT stores "
-            "outlier columns]",
+            help="Which input features stay 16-bit: static, static+guard, dynamic or none.  [default: static+guard if "
+            "OUT stores columns, else dynamic]",
         ),
     ] = None,
     device: Device = "auto",

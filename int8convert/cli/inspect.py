@@ -7,19 +7,19 @@ from typing import Annotated
 import typer
 
 from int8convert.cli.console import print_json, print_line, print_table, quieting_hub, reporting_errors
-from int8convert.cli.options import AsJson, Revision, check_named, check_remote
+from int8convert.cli.options import Revision, check_named, check_remote
 from int8convert.text import counted, format_bytes, format_count, format_percent
 
 HELP = """Show the tensors of a checkpoint, their dtypes, and how much of it is int8.
 
-Only headers and config are read, also of a repository on the Hub, so it takes a moment for any size.
+inspect reads only headers and config, also on the Hub. It takes a moment for a checkpoint of any size.
 
 \b
 Examples:
   int8convert inspect ./opt-66b
   int8convert inspect facebook/opt-66b --json
 
-Exit codes: 0 done; 1 no checkpoint, or a broken one; 2 wrong usage.
+Exit codes: 0 done; 1 failed; 2 wrong usage; 130 interrupted, 143 terminated.
 """
 
 
@@ -31,7 +31,7 @@ def inspect(
         ),
     ],
     revision: Revision = None,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors included.")] = False,
 ) -> None:
     if revision is not None:
         check_remote("--revision", path, "checkpoints")

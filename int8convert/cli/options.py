@@ -104,7 +104,7 @@ def check_bandwidth(rate: str | None) -> str | None:
     except ValueError:
         size = ""
     if not re.search(r"[Bb]$", size):
-        raise UsageError(f"--bandwidth is bytes a second, such as 50MB; 100 Mbit/s are 12.5MB; not {rate!r}")
+        raise UsageError(f"--bandwidth must be bytes a second, such as 50MB, not {rate!r}; 100 Mbit/s are 12.5MB")
     return size
 
 
@@ -168,7 +168,9 @@ TrustRemoteCode = Annotated[
 Sequences = Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text to run.")]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", envvar="INT8CONVERT_WORKERS", help="Threads.  [default: one for each core]"),
+    typer.Option(
+        min=1, metavar="N", envvar="INT8CONVERT_WORKERS", help="Number of threads.  [default: one for each core]"
+    ),
 ]
 ReaderName = Annotated[
     str,
@@ -177,7 +179,7 @@ ReaderName = Annotated[
         callback=_check_reader,
         envvar="INT8CONVERT_READER",
         help="How to read Hub weights: stream (no extra disk), download (up to two shards on disk), or auto "
-        "(whichever fits).",
+        "(download if the disk has room, else stream).",
     ),
 ]
 CacheDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep downloads from the Hub in this cache.")]

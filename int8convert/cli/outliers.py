@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 HELP = f"""Find a model's outlier feature dimensions on a text, and store their columns in 16 bits.
 
-CHECKPOINT is a directory, converted or not. It must fit into memory. With --write OUT, the most important columns are
-copied from the source and stored beside the int8 weights of OUT. `int8convert.load` uses them.
+CHECKPOINT is a directory or a repository on the Hub, converted or not. Its model must fit into memory. With --write
+OUT, the most important columns are copied from the source and stored beside the int8 weights of OUT.
+`int8convert.load` uses them.
 
 \b
 Examples:
@@ -86,17 +87,19 @@ def outliers(
         typer.Option(
             min=0.0,
             metavar="PERCENT",
-            help="Room for columns beside the frequent outliers, as a share of the int8 bytes.",
+            help="Bytes for further columns, in percent of the int8 bytes. Frequent outliers do not count.",
         ),
     ] = 1.0,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Measure the model with the features set to zero.")] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also run the model with its outlier features set to zero.")
+    ] = False,
     figures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write figures as PNG and SVG. Needs int8convert[report].")
     ] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no notes.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no notes and no progress.")] = False,
 ) -> None:
     if threshold == 0:
         raise typer.BadParameter("it must be above 0", param_hint="--threshold")

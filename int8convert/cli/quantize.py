@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 HELP = f"""Convert a checkpoint to LLM.int8(), for transformers with bitsandbytes or for vLLM.
 
 SRC is a directory with config.json and weights in safetensors or pytorch_model*.bin files. It is only read. SRC can
-also be a repository on the Hub. Its weights are then read shard by shard and not stored.
+also be a repository on the Hub. Its weights are then read shard by shard, and none is kept without --cache-dir.
 
 OUT gets int8 weights with their scales, all other tensors unchanged, and the checkpoint's small files. After an
 interruption, a kill or a full disk, run the same command again: it resumes after the finished shards.
@@ -156,7 +156,7 @@ def quantize(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Afterwards run this text through OUT and store outlier columns in 16 bits."),
+        typer.Option(metavar="FILE", help="Then run this text through OUT, and store outlier columns in 16 bits."),
     ] = None,
     allow_missing: Annotated[
         list[str] | None,

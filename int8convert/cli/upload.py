@@ -45,7 +45,8 @@ def upload(
     private: Annotated[
         bool | None,
         typer.Option(
-            "--private/--public", help="Make a new REPO so; fail if REPO exists and differs.  [default: the account's]"
+            "--private/--public",
+            help="Visibility of a new REPO; fail if an existing REPO differs.  [default: the account's setting]",
         ),
     ] = None,
     revision: Annotated[str, typer.Option(metavar="BRANCH", help="Branch to write to. Created if missing.")] = "main",

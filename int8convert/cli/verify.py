@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 HELP = """Check an int8 checkpoint against its source.
 
-The level exact compares every tensor and runs no model. The level fidelity also runs both models on the same tokens. It
-measures the difference in log-likelihood, the KL divergence and the agreement. The level tasks adds zero-shot tasks.
+The level exact compares every tensor, and runs a few tokens through the model without its weights. The level fidelity
+also runs both models on the same tokens. It measures the difference in log-likelihood, the KL divergence and the
+agreement. The level tasks adds zero-shot tasks.
 
 The outcome is written into OUT as int8convert/verify.json, unless OUT is on the Hub.
 
@@ -91,7 +92,7 @@ def verify(
         Path | None, typer.Option(metavar="FILE", help="Text in UTF-8 for both models.  [default: a small one]")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Run wikitext2 or c4, from the Hub or its cache.")
+        str | None, typer.Option(metavar="NAME", help="Measure on wikitext2 or c4, from the Hub or its cache.")
     ] = None,
     max_dnll: Annotated[
         float,
@@ -123,7 +124,8 @@ def verify(
     stream: Annotated[
         bool,
         typer.Option(
-            "--stream", help="Hold one layer of each model in memory at a time.  [default: if both do not fit]"
+            "--stream",
+            help="Hold one layer of each model in memory at a time.  [default: on if both models do not fit in memory]",
         ),
     ] = False,
     tasks: Annotated[
@@ -155,7 +157,7 @@ def verify(
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the figures as PNG and SVG.")] = None,
     as_json: AsJson = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print no progress, and only the notes on the verdict.")
+        bool, typer.Option("--quiet", "-q", help="Print no progress, and no notes except those on the verdict.")
     ] = False,
 ) -> None:
     swept = _check_options(context, out, level)

@@ -148,7 +148,7 @@ class Committer:
             if tensor.output_name == output_name and is_open:
                 self._finish(tensor.shard)
             if tensor.output_name == output_name and tensor.scale is not None and not is_as_fetched(tensor.scale):
-                raise DamagedShardError(tensor.scale.shard, "its scales were others when they were read again")
+                raise DamagedShardError(tensor.scale.shard, "its scales differed when they were read again")
 
     def _work(self, i: int, one: ConvertedShard) -> None:
         self._waiting.append((i, one))

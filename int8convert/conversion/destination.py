@@ -237,4 +237,4 @@ def _finished(n: int) -> str:
 
 
 def _resuming(n: int) -> str:
-    return f": the same command resumes behind {'it' if n == 1 else 'them'}"
+    return f": the same command resumes after {'it' if n == 1 else 'them'}"

@@ -62,8 +62,8 @@ def shards_on_their_way(
     is_asked = max_disk_bytes is not None and limit == max_disk_bytes
     raise DiskFullError(
         f"shards of {quoted(plan.source.label)} take {needed:,} bytes of disk at a time, "
-        f"{'--max-disk allows' if is_asked else 'free are'} {limit:,}",
-        "pass a smaller --max-shard-size; it helps as far as the source's shards are small",
+        f"{'--max-disk allows' if is_asked else 'its free bytes are'} {limit:,}",
+        "pass a smaller --max-shard-size, or free disk space",
     )
 
 

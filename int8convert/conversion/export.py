@@ -151,16 +151,16 @@ def check_choice(format: str | None, dequantize: str | None, max_shard_size: int
     if dequantize is not None and dequantize not in DTYPES:
         raise ValueError(f"dequantize must be one of {', '.join(DTYPES)}, not {dequantize!r}")
     if format and dequantize:
-        raise ValueError("format and dequantize exclude each other: one is of int8 weights, the other has none")
+        raise ValueError("give format or dequantize, not both: a dequantized checkpoint has no int8 format")
     if format is None and dequantize is None and max_shard_size is None:
         raise ValueError("nothing to change: give a format, dequantize or max_shard_size")
 
 
 def _check_outside(new: Path, out: Path) -> None:
-    """Refuse to write into the checkpoint that is read: `verify` would find files there that are none of its own."""
+    """Refuse to write into the checkpoint that is read: `verify` would find files there that do not belong to it."""
     if any(folder.exists() and folder.samefile(out) for folder in new.resolve().parents):
         raise OutputError(
-            f"NEW {quoted(str(new), 200)} lies inside OUT {quoted(str(out), 200)}",
+            f"NEW {quoted(str(new), 200)} is inside OUT {quoted(str(out), 200)}",
             "name a directory outside OUT",
         )
 

@@ -113,7 +113,7 @@ class Conversion:
         choice = choose_reader(asked, ReadingOrder(plan, done), n_workers, cache_dir, n_spare_bytes)
         if cache_dir is None and choice.costs.disk_bytes > n_spare_bytes:
             raise DiskFullError(
-                f"a download needs {choice.costs.disk_bytes:,} bytes beside the output, free are {n_spare_bytes:,}",
+                f"a download needs {choice.costs.disk_bytes:,} bytes beside the output, but {n_spare_bytes:,} are free",
                 "pass --reader stream, which needs none",
             )
         return choice

@@ -15,7 +15,7 @@ def check_place(out: Path, source: Path) -> None:
     """Check that a directory can be written that is not part of the source.
 
     Raises:
-        OutputError: it is the source, holds it, lies among its files, is a file, or may not be written to.
+        OutputError: it is the source, holds it, is among its files, is a file, or may not be written to.
     """
     resolved, source = out.resolve(), source.resolve()
     # Compared by inode too: one directory may be mounted in two places.
@@ -24,7 +24,7 @@ def check_place(out: Path, source: Path) -> None:
     inner = next((folder for folder in (resolved, *resolved.parents) if _is_same(folder.parent, source)), None)
     if inner is not None and (inner.name == OWN_FOLDER or is_auxiliary_folder(inner.name)):
         raise OutputError(
-            f"OUT '{out}' lies in '{inner.name}', a folder of the source's own files",
+            f"OUT '{out}' is in '{inner.name}', a folder of the source's own files",
             "name a directory outside of the source",
         )
     if out.exists() and not out.is_dir():

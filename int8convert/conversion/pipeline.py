@@ -37,7 +37,7 @@ from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 from int8convert.text import quoted
 
 _TRIES = 3
-"""Times that a source shard may arrive with wrong bytes."""
+"""Number of arrivals of a source shard with wrong bytes at which the conversion fails."""
 
 
 class Pipeline:

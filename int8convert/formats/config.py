@@ -69,8 +69,8 @@ def read_format(config: Mapping[str, Any], label: str = "the source") -> Format:
     problem = module_of(found).block_problem(block)
     if problem:
         raise SourceError(
-            f"the source is of a kind of {found} that is not LLM.int8()'s: {problem}",
-            "export reads int8 weights with one scale a row and no zero point",
+            f"the {found} weights of the source are not those of LLM.int8(): {problem}",
+            "give a checkpoint with one scale for each row and no zero point",
         )
     return found
 

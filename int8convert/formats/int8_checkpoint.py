@@ -131,8 +131,8 @@ class Int8Checkpoint:
     def skip_modules(self) -> list[str]:
         """Return the full names of all modules that a loader might take for int8 Linear layers, and must not.
 
-        Those of matrices that are no int8; a few of them may be embeddings, which do no harm in such a list. Beside
-        them the names config.json has and no tensor bears, such as an output head tied to the embedding.
+        Includes all matrices that are not int8; embeddings among them do no harm. Also includes names in config.json
+        without a tensor, such as an output head that is tied to the embedding.
         """
         matrices = {
             t.name.removesuffix(".weight")
@@ -175,7 +175,8 @@ def open_int8_checkpoint(source: CheckpointSource) -> Int8Checkpoint:
     for name, tensor in others.items():
         if tensor.stored.dtype == "I8" or _FOREIGN.search(name):
             raise CorruptFileError(
-                f"{quoted(name)} belongs to no int8 weight that a {found} checkpoint with one scale a row has", _REFETCH
+                f"{quoted(name)} belongs to no int8 weight of a {found} checkpoint with one scale for each row",
+                _REFETCH,
             )
     if not weights:
         raise SourceError(
@@ -205,7 +206,7 @@ def _find_weight(
     for part in (codes, scale, zeros):
         if part is not None and part.stored.strides is not None:
             raise SourceError(
-                f"{quoted(part.name)} lies in its file with gaps or transposed, which export does not read",
+                f"{quoted(part.name)} is stored transposed or with gaps, which export does not read",
                 "load the checkpoint and save it as safetensors",
             )
     return Int8Weight(module_name, codes, scale, zeros, is_conv1d(module_name, source.config))

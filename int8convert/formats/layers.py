@@ -8,7 +8,7 @@ from typing import Any
 CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_fc", "c_proj"})
 
 _CONV1D_MODEL_TYPES = frozenset({"clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
-"""Those of transformers 5.23; a test reads its source for others."""
+"""Model types with Conv1D layers in transformers 5.23; a test reads its source for others."""
 
 _CONV1D_CLASS = ("transformers.pytorch_utils", "Conv1D")
 

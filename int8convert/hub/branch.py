@@ -55,7 +55,7 @@ class Branch:
     ) -> None:
         if not looks_like_repository(repository):
             raise HubError(
-                f"no repository to write to can be named {quoted(repository)}",
+                f"{quoted(repository)} is not a valid name of a repository",
                 "give it as ORGANIZATION/NAME, such as me/opt-66b-int8",
             )
         self.repository = repository

@@ -121,13 +121,13 @@ def _check_kind(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         shown = quoted(kind) if isinstance(kind, str) else "none"
-        raise AdapterError(f"adapter_config.json gives as peft_type {shown}, expected 'LORA'", MERGE_WITH_PEFT)
+        raise AdapterError(f"peft_type in adapter_config.json is {shown}, expected 'LORA'", MERGE_WITH_PEFT)
     init = config.get("init_lora_weights")
     if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS_THAT_KEEP_THE_BASE):
         shown = quoted(init) if isinstance(init, str) else f"a {type(init).__name__}"
         raise AdapterError(
-            f"adapter_config.json gives as init_lora_weights {shown}: the adapter was trained on a changed base, "
-            "expected one of the checkpoint's own",
+            f"init_lora_weights in adapter_config.json is {shown}: the adapter was trained on a changed base, "
+            "not on the checkpoint's own",
             "save it from PEFT with path_initial_model_for_weight_conversion, which makes it a plain one",
         )
 

@@ -83,7 +83,7 @@ def _missing(model_map: ModelMap, needs: ModelNeeds, source: CheckpointSource, l
     absent = next(iter(source.index.absent), None)
     named = f"; the index names {quoted(absent)}, which no file holds" if absent else ""
     if unnamed := _unnamed_shard(source):
-        named += f"; {quoted(unnamed)} lies beside the other files, and the index does not name it"
+        named += f"; {quoted(unnamed)} is beside the other files, and the index does not name it"
     return (
         f"{what} in no weight file, and {model_map.model_class} needs {'it' if len(lost) == 1 else 'them'}: "
         f"loaders would make up the values{named}",

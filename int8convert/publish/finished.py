@@ -107,7 +107,7 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
         is_begun = manifest.read_request() is not None
         raise OutputError(
             f"{shown} is {'an unfinished conversion' if is_begun else 'no output of int8convert quantize'}",
-            f"{_RERUN} to finish it" if is_begun else "name one",
+            f"{_RERUN} to finish it" if is_begun else "give a finished output of int8convert quantize",
         )
     present = find_present(path)
     for name, why in present.refused.items():

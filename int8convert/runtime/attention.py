@@ -142,5 +142,5 @@ def _to_add(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if mask.is_floating_point():
         return mask.to(dtype)
     if mask.dtype != torch.bool:
-        raise TypeError(f"a mask of {mask.dtype}, expected torch.bool, True where nothing is to be seen, or a float")
+        raise TypeError(f"the mask has dtype {mask.dtype}, expected a float or torch.bool, where True hides a position")
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))

@@ -137,7 +137,7 @@ def generate(
         ValueError: there are no prompts, or several and `on_text`; or the device is of another kind.
     """
     if isinstance(prompts, str) or not prompts or (on_text is not None and len(prompts) > 1):
-        raise ValueError("a list of prompts, one at least, and only one where its text is to be passed on as it comes")
+        raise ValueError("prompts must be a list with at least one prompt, and exactly one if on_text is given")
     began = time.perf_counter()
     used = choose_device(device)
     path = os.fspath(path_or_repo)
@@ -209,7 +209,7 @@ def _room(model: Any, n_prompt_tokens: int, max_new_tokens: int, path: str) -> i
     if not model.can_generate():
         raise SourceError(
             f"'{path}' is a {type(model).__name__}, which writes no text",
-            "int8convert.load gives the model itself",
+            "use int8convert.load to run the model itself",
         )
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(n_positions, int) or n_positions <= 0:

@@ -91,15 +91,15 @@ def modules_to_replace(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
     """Return the names of the modules that `quantize_` replaces. Arguments and errors are those of `quantize_`."""
     if _is_replaceable(model):
         raise ValueError(
-            f"the model is a {type(model).__name__} itself, which nothing holds that could hold its int8 form: "
-            "Int8Linear.from_float(layer.weight, layer.bias) makes one"
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use "
+            "Int8Linear.from_float(layer.weight, layer.bias)"
         )
     of_attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     modules = {n: m for n, m in model.named_modules() if _is_replaceable(m) and id(m) not in of_attention}
     if not modules and not any(isinstance(module, Int8Linear) for module in model.modules()):
         raise CoverageError(
             f"{type(model).__name__} has no layer that could become int8",
-            "Linear layers in float16, bfloat16 or float32 can, GPT-2's Conv1D and nn.MultiheadAttention",
+            "give a model with Linear, Conv1D or nn.MultiheadAttention layers in float16, bfloat16 or float32",
         )
     for pattern in skip:
         if not any(matches(name, pattern) for name in modules):

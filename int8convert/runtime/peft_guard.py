@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from int8convert.errors import AdapterError
 
 READ_THE_WEIGHT = frozenset({"hira", "hra", "peanut", "unilora"})
-"""Of PEFT's packages in `peft.tuners`: those whose adapters computed something else on int8 layers. DoRA's do, too,
+"""Packages in `peft.tuners` whose adapters computed something else on int8 layers. DoRA's do, too,
 and ask for the dequantized weight of a layer that has what `Int8Linear.W_q` is."""
 
 KASA_CHILD = "lora_diag"

@@ -40,5 +40,5 @@ def describe_for_saving(
 def _refuse_to_save(model: Any, *_: Any, **__: Any) -> None:
     raise FormatError(
         f"no loader would look for '{model._int8convert_unloadable}' as int8, so this model cannot be saved",
-        "save it before quantize_, and let int8convert quantize convert it; or quantize_ with skip",
+        "leave that module out with quantize_(skip=...)",
     )

@@ -59,7 +59,7 @@ def read_outliers(path: str | os.PathLike[str]) -> dict[str, StoredOutliers]:
         columns, weight = (tensors.pop(f"{module_name}.{leaf}", None) for leaf in ("outlier_columns", "outlier_weight"))
         if columns is None or weight is None or not _is_set(columns, weight):
             raise CorruptFileError(
-                f"'{os.fspath(path)}' holds for {quoted(module_name)} no ascending columns with a weight for each",
+                f"{quoted(module_name)} in '{os.fspath(path)}' lacks ascending columns with one weight each",
                 _WRITE_AGAIN,
             )
         found[module_name] = StoredOutliers(columns.to(torch.int32), weight)

@@ -89,7 +89,7 @@ class Int8ConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if not module_of(found).RUNTIME_LOADS:
             raise FormatError(
                 f"the runtime reads the formats {' and '.join(QUANTIZE_FORMATS)}, and this checkpoint is {found}",
-                "int8convert export OUT NEW --format bitsandbytes rewrites the same codes",
+                "run `int8convert export OUT NEW --format bitsandbytes`; the codes stay the same",
             )
         chosen = Int8ConvertConfig(self.outliers, self.threshold)
         chosen.block = dict(block)

@@ -106,7 +106,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
-            raise WorkerError("", f"it was not through after {limit_s:.0f} s", "", None) from None
+            raise WorkerError("", f"it did not finish within {limit_s:.0f} s", "", None) from None
         status = self._process.returncode
         try:
             reply = json.loads(output)

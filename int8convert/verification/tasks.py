@@ -114,7 +114,7 @@ def load_harness() -> Any:
     except ImportError as error:
         raise SourceError(
             f"zero-shot tasks need the lm-evaluation-harness, and {error.name or 'a part of it'} is not installed",
-            "pip install 'int8convert[eval]'; the levels below need nothing",
+            "pip install 'int8convert[eval]', or use --level fidelity",
         ) from error
     return lm_eval
 

@@ -101,7 +101,7 @@ def verify(
     if lora is not None and level is not Level.EXACT:
         raise AdapterError(
             "the source without the adapter is another model, so there is nothing to compare predictions with",
-            "--level exact compares the tensors, adapter included",
+            "use --level exact, which compares the tensors with the adapter merged",
         )
     if level is Level.TASKS:
         from int8convert.verification.tasks import load_harness

@@ -85,7 +85,7 @@ def test_wrong_usage_is_named_in_text_and_in_json(arguments: list[str], message:
 def test_bandwidth_without_bytes_as_its_unit_is_refused(rate: str, run: Run) -> None:
     code, _, err = run("quantize", "a/b", "--dry-run", "--bandwidth", rate)
     assert code == 2
-    assert said(err) == f"--bandwidth is bytes a second, such as 50MB; 100 Mbit/s are 12.5MB; not {rate!r}"
+    assert said(err) == f"--bandwidth must be bytes a second, such as 50MB, not {rate!r}; 100 Mbit/s are 12.5MB"
 
 
 def test_reader_of_the_environment_does_not_concern_a_local_source(

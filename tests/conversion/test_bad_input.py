@@ -146,7 +146,7 @@ def test_shard_that_shrinks_while_it_is_read(source: Path, tmp_path: Path) -> No
 
     with pytest.raises(errors.CorruptFileError, match="was changed since its header was read") as caught:
         int8convert.quantize(source, tmp_path / "out", on_event=shrink)
-    assert caught.value.state == "2 finished shards are kept: the same command resumes behind them"
+    assert caught.value.state == "2 finished shards are kept: the same command resumes after them"
     assert not (tmp_path / "out" / "config.json").exists()
 
 

@@ -47,7 +47,9 @@ def test_one_shard_is_converted_while_another_is_sent_if_there_is_room_for_both(
     assert budget(plan, both) == (both, False)
     assert budget(plan, both - 1) == budget(plan, one) == (one, True)
     assert budget(plan, both + 999, most=one) == budget(plan, one, most=both) == (one, True)
-    with pytest.raises(DiskFullError, match=f"'org/name' take {one:,} bytes of disk at a time, free are {one - 1:,}"):
+    with pytest.raises(
+        DiskFullError, match=f"'org/name' take {one:,} bytes of disk at a time, its free bytes are {one - 1:,}"
+    ):
         budget(plan, one - 1, most=both)
     with pytest.raises(DiskFullError, match=f"at a time, --max-disk allows {one - 1:,}"):
         budget(plan, both, most=one - 1)

@@ -154,7 +154,7 @@ def test_codes_that_lie_transposed_in_a_pickle(int8: Path, tmp_path: Path) -> No
     for path in int8.glob("model*"):
         path.unlink()
     torch.save({**tensors, f"{FC1}.weight": tensors[f"{FC1}.weight"].T.contiguous().T}, int8 / "pytorch_model.bin")
-    fail(int8, tmp_path / "out", errors.SourceError, f"'{FC1}.weight' lies in its file with gaps or transposed")
+    fail(int8, tmp_path / "out", errors.SourceError, f"'{FC1}.weight' is stored transposed or with gaps")
 
 
 def test_zero_point_that_is_not_zero(int8: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_failure_at_a_small_file_keeps_all_shards(
         patch.setattr(Path, "replace", replace_unless)
         with pytest.raises(errors.OutputError, match=f"{name}' cannot be written") as caught:
             int8convert.export(int8, tmp_path / "out", format="torchao")
-    assert caught.value.state == "3 finished shards are kept: the same command resumes behind them"
+    assert caught.value.state == "3 finished shards are kept: the same command resumes after them"
     assert not (tmp_path / "out" / "config.json").exists()
     assert int8convert.export(int8, tmp_path / "out", format="torchao").n_done_shards == N_SHARDS
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "expected")
@@ -318,7 +318,7 @@ def test_source_that_shrinks_while_it_is_read(int8: Path, tmp_path: Path) -> Non
 
     with pytest.raises(errors.CorruptFileError, match="was changed since its header was read") as caught:
         int8convert.export(int8, tmp_path / "out", format="torchao", on_event=shrink)
-    assert caught.value.state == "2 finished shards are kept: the same command resumes behind them"
+    assert caught.value.state == "2 finished shards are kept: the same command resumes after them"
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -328,7 +328,7 @@ def test_source_that_shrinks_while_it_is_read(int8: Path, tmp_path: Path) -> Non
         ({}, "nothing to change"),
         ({"format": "gguf"}, "format must be one of"),
         ({"dequantize": "int8"}, "dequantize must be one of"),
-        ({"format": "torchao", "dequantize": "float16"}, "exclude each other"),
+        ({"format": "torchao", "dequantize": "float16"}, "give format or dequantize, not both"),
         ({"max_shard_size": "5 apples"}, "a size must look like"),
         ({"format": "torchao", "workers": 0}, "workers must be at least 1"),
     ],
@@ -349,7 +349,7 @@ def test_dequantized_export_is_not_published(int8: Path, tmp_path: Path) -> None
 def test_new_inside_the_checkpoint_that_is_read_is_refused(int8: Path) -> None:
     before = file_bytes(int8).keys()
     for new in (int8 / "new", int8 / "deeper" / "new"):
-        with pytest.raises(errors.OutputError, match=r"^NEW '.*new' lies inside OUT '") as caught:
+        with pytest.raises(errors.OutputError, match=r"^NEW '.*new' is inside OUT '") as caught:
             int8convert.export(int8, new, dequantize="float16")
         assert caught.value.hint == "name a directory outside OUT"
     assert file_bytes(int8).keys() == before

@@ -62,7 +62,7 @@ def test_store_that_never_gives_a_shard(model: Hub, tmp_path: Path, kind: FaultK
     what = r"reading 'pytorch_model-00002-of-00003\.bin' of 'facebook/opt-66b' made no progress for \d+ s: "
     assert re.fullmatch(what + REASONS[kind], caught.value.message), caught.value.message
     assert caught.value.hint == AGAIN
-    assert caught.value.state == "1 finished shard is kept: the same command resumes behind it"
+    assert caught.value.state == "1 finished shard is kept: the same command resumes after it"
     assert not looks_complete(out)
     assert not list(out.rglob("*.bin")) and not list(out.rglob("*.incomplete"))
 

@@ -82,7 +82,7 @@ def test_shard_that_always_comes_wrong_is_refused_after_three_times(
     )
     assert caught.value.message.endswith(f", expected {second}")
     assert caught.value.hint == "check the proxy, the network and the disk on the way: one of them alters it"
-    assert caught.value.state == "1 finished shard is kept: the same command resumes behind it"
+    assert caught.value.state == "1 finished shard is kept: the same command resumes after it"
     assert not looks_complete(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model-00001-of-00003.safetensors"]
     hub.faults.clear()

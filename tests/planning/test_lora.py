@@ -372,7 +372,7 @@ def test_adapters_of_a_changed_base(init: object, adapter: Path) -> None:
 )
 def test_options_of_the_wrong_kind(option: str, value: object, adapter: Path) -> None:
     edit_config(adapter, **{option: value})
-    refused(adapter, f"gives as {option} ")
+    refused(adapter, f"{option} in adapter_config.json is ")
 
 
 @pytest.mark.parametrize("pattern", ["(?!0).*", "(" * 50, "a" * 1000])

@@ -262,7 +262,7 @@ def test_hub_that_takes_no_more_is_told_and_what_it_has_counts(
     assert here == 2
     assert caught.value.state == (
         f"2 finished shards are on the Hub and 2 finished shards are in {tmp_path / 'work'}: the same command "
-        "resumes behind them"
+        "resumes after them"
     )
     hub.faults.clear()
     through(tmp_path / "work")

@@ -201,7 +201,7 @@ def test_without_a_token_nothing_is_tried(verified: Path, hub: Hub, connect: Con
 @pytest.mark.parametrize("name", ["model-int8", "https://huggingface.co/me/model", "me/a/b", ""])
 def test_what_is_no_name_of_a_repository_is_refused(name: str, verified: Path, hub: Hub, connect: Connect) -> None:
     connect(hub, hub.token)
-    with pytest.raises(errors.HubError, match="no repository to write to can be named"):
+    with pytest.raises(errors.HubError, match="is not a valid name of a repository"):
         int8convert.upload(verified, name)
     assert not hub.log.requests()
 

@@ -304,7 +304,7 @@ def test_prompts_that_are_no_list_of_prompts(llama: Path) -> None:
         [{"prompts": []}, {"prompts": "The cat"}, {"prompts": PROMPTS, "on_text": print}]
     )
     for arguments in wrong:
-        with pytest.raises(ValueError, match="a list of prompts"):
+        with pytest.raises(ValueError, match="prompts must be a list"):
             int8convert.generate(llama, **arguments)
 
 

@@ -247,7 +247,10 @@ def test_c4_is_its_first_documents_joined_by_spaces_and_cut_without_gaps(out: Pa
 
 
 def test_dataset_that_is_not_there_is_an_error_with_a_way_out(hub_cache: Path) -> None:
-    with pytest.raises(SourceError, match="dataset allenai/c4 cannot be had") as raised, open_text(Text(dataset="c4")):
+    with (
+        pytest.raises(SourceError, match="dataset allenai/c4 cannot be fetched") as raised,
+        open_text(Text(dataset="c4")),
+    ):
         pass
     assert "--text FILE" in raised.value.hint
 

@@ -14,7 +14,7 @@ transformers' `from_pretrained`, given a checkpoint and no further argument, tak
    every safetensors file in it.
 
 It never takes variants (`model.fp16.safetensors`), GGUF files, other formats, or weights in folders.
-sentence-transformers takes the folders that modules.json names. vLLM differs, see `loader_notes.vllm_weights`.
+sentence-transformers takes the folders that modules.json names. vLLM differs, see `loaders.notes`.
 
 Source: transformers 5.24, `_get_resolved_checkpoint_files`, `PreTrainedConfig.get_config_dict`, `maybe_load_adapters`,
 `is_sharded_checkpoint`. A test asks transformers itself about generated directories.
@@ -134,12 +134,12 @@ def _weights(listing: Listing, config: Mapping[str, Any]) -> str:
     if not isinstance(explicit, str) or not explicit.endswith((".safetensors", ".safetensors.index.json")):
         shown = quoted(explicit) if isinstance(explicit, str) else f"a {type(explicit).__name__}"
         raise CorruptFileError(
-            f"'{CONFIG_NAME}' gives as transformers_weights {shown}, expected a safetensors file or an index of such",
+            f"transformers_weights in '{CONFIG_NAME}' is {shown}, expected a safetensors file or its index",
             f"fetch {CONFIG_NAME} again, or remove that entry",
         )
     if "/" in explicit or not explicit.isprintable():
         raise SourceError(
-            f"'{CONFIG_NAME}' has transformers load the weights {quoted(explicit)}, which do not lie beside it",
+            f"'{CONFIG_NAME}' has transformers load the weights {quoted(explicit)}, which are not beside it",
             f"move them beside {CONFIG_NAME}, and name them there without a folder",
         )
     if explicit not in listing.root:
@@ -222,7 +222,7 @@ def _auxiliary_files(listing: Listing, modules: Iterable[str]) -> set[str]:
 def is_auxiliary(name: str) -> bool:
     """Return whether a file of the root belongs beside the converted weights, too.
 
-    Not what sends a loader to other files or weights, and nothing hidden, which may be private.
+    Excludes files that send a loader to other files, weights, and hidden files, which may be private.
     """
     return not (name in _NOT_CARRIED or name.startswith(".") or is_versioned_config(name) or is_weight_file(name))
 

@@ -67,7 +67,7 @@ class Unpickler:
                     raise RefusedError(f"it uses the pickle operation {bytes([code])!r}, which torch does not write")
                 operation(self)
         except (IndexError, KeyError):  # of the stack and of the memo
-            raise RefusedError("its pickle takes what it has not put there") from None
+            raise RefusedError("its pickle uses a value that it has not stored before") from None
         except UnicodeDecodeError:
             raise RefusedError("its pickle holds text that is not UTF-8") from None
 
@@ -138,7 +138,7 @@ class Unpickler:
         if name in UNSTORABLE:
             raise RefusedError(f"it holds a tensor of dtype {UNSTORABLE[name]}, which a safetensors file cannot hold")
         if name in NOT_DENSE:
-            raise RefusedError(f"it calls {name}, so what it holds is no dense tensor")
+            raise RefusedError(f"it calls {name}, so it does not hold a dense tensor")
         if name not in FUNCTIONS and name not in STORAGES and name not in DTYPES and name not in CLASSES:
             raise RefusedError(f"it asks for {quoted(name)}, which is no part of a plain tensor")
         self._stack.append(Global(name))

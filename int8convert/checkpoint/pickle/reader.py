@@ -33,7 +33,7 @@ from int8convert.errors import CorruptFileError
 from int8convert.text import quoted
 
 MAX_STRIDED_BYTES = 16_000_000_000
-"""Of a tensor that is no plain run of bytes, and of the bytes it lies among: making it one takes both in memory.
+"""Bytes of the largest strided tensor, including the bytes between its elements. Making it contiguous takes both.
 Twice the largest head there is. A sparse file, which takes no room on the disk, could ask for a terabyte."""
 
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."

@@ -41,7 +41,7 @@ DTYPES = {
     "torch.uint32": "U32",
     "torch.uint64": "U64",
 }
-"""Those that `torch.save` names beside an untyped storage."""
+"""Dtypes that `torch.save` names beside an untyped storage."""
 
 UNSTORABLE = {
     "torch.ComplexDoubleStorage": "complex128",
@@ -137,7 +137,7 @@ def _make_size(name: str, arguments: tuple[Any, ...]) -> Any:
 
 
 def _make_tensor(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Of `_rebuild_tensor(storage, offset, size, stride, ...)` in its three versions, as torch/_utils.py has them."""
+    """Return the tensor of `_rebuild_tensor(storage, offset, size, stride, ...)`, in any version of torch/_utils.py."""
     match arguments:
         case [Storage() as storage, offset, tuple(shape), tuple(strides), *rest]:
             dtype = storage.dtype
@@ -163,7 +163,7 @@ def _make_tensor(name: str, arguments: tuple[Any, ...]) -> Any:
 
 
 def _take_tensor(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Of `_rebuild_parameter(tensor, requires_grad, hooks[, state])`: the tensor."""
+    """Return the tensor of `_rebuild_parameter(tensor, requires_grad, hooks[, state])`."""
     match arguments:
         case [Tensor() as tensor, _, _, *_]:
             return tensor
@@ -171,7 +171,7 @@ def _take_tensor(name: str, arguments: tuple[Any, ...]) -> Any:
 
 
 def _make_with_attributes(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Of `_rebuild_from_type_v2(function, class, arguments, state)`: what the function makes."""
+    """Return what the function of `_rebuild_from_type_v2(function, class, arguments, state)` makes."""
     match arguments:
         case (Global(function), Global(cls), tuple(inner), _) if function != name and cls in CLASSES:
             return call(Global(function), inner)

@@ -143,7 +143,7 @@ def _load_dtype(config: Any, weights_dtype: str) -> torch.dtype:
     dtype: Any = getattr(torch, stated, None) if isinstance(stated, str) else stated
     if config.dtype is None and dtype not in TORCH_DTYPE.values():
         raise ModelMapError(
-            f"the index of the weights gives as dtype {quoted(weights_dtype)}, expected one such as 'float16'",
+            f"the dtype in the index of the weights is {quoted(weights_dtype)}, expected one such as 'float16'",
             "fetch the index again, or state the dtype in config.json",
         )
     found: torch.dtype = dtype

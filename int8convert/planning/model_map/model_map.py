@@ -184,6 +184,6 @@ def check_config(config: dict[str, Any], is_decodable: bool = False) -> None:
         if name is not None and not (isinstance(name, str) and name.isprintable() and len(name) <= 200):
             shown = quoted(name) if isinstance(name, str) else f"a {type(name).__name__}"
             raise ModelMapError(
-                f"config.json gives as {key} {shown}, expected a name",
+                f"{key} in config.json is {shown}, expected a name",
                 "fetch config.json again, from a source you trust",
             )

@@ -181,6 +181,6 @@ def _fetch(dataset: str) -> str:
         return hf_hub_download(repository, file_name, repo_type="dataset")
     except (OSError, ValueError) as error:
         raise SourceError(
-            f"{file_name} of the dataset {repository} cannot be had: {str(error).splitlines()[0][:160]}",
+            f"{file_name} of the dataset {repository} cannot be fetched: {str(error).splitlines()[0][:160]}",
             "fetch it once where there is a network, or give a text of your own with --text FILE",
         ) from error

@@ -58,6 +58,6 @@ def allowed_note(model_map: ModelMap, provenance: Provenance) -> str | None:
         return None
     more = f" and {len(allowed) - 1:,} more" if len(allowed) > 1 else ""
     return (
-        f"{allowed[0]}{more}, which {model_map.model_class} needs, is in no file: the conversion was told "
+        f"{allowed[0]}{more}, which {model_map.model_class} needs, is in no file: the conversion was allowed this by "
         f"--allow-missing {' '.join(provenance.allow_missing)}"
     )

@@ -46,7 +46,7 @@ _MAY_LACK = "weight_format"
 """Suffix of tensors that checkpoints of early bitsandbytes lack, see `int8convert.runtime.load`."""
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
-"""Of transformers, which looks at it whenever it loads."""
+"""Environment variable by which transformers loads without threads."""
 
 
 class LayeredModel:

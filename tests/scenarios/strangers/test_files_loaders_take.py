@@ -147,8 +147,8 @@ def test_weights_that_the_config_names_are_converted(n_shards: int, source: Path
     ("named", "match"),
     [
         ("gone.safetensors", "which are not there"),
-        ("sub/own.safetensors", "which do not lie beside it"),
-        ("../own.safetensors", "which do not lie beside it"),
+        ("sub/own.safetensors", "which are not beside it"),
+        ("../own.safetensors", "which are not beside it"),
         ("pytorch_model.bin", "expected a safetensors file"),
         (7, "expected a safetensors file"),
     ],

@@ -99,7 +99,7 @@ def test_a_shard_that_the_index_does_not_name_is_pointed_out(tmp_path: Path) -> 
     with pytest.raises(MissingWeightsError) as caught:
         convert(source, tmp_path / "out")
     assert caught.value.message.endswith(
-        "'model-00003-of-00003.safetensors' lies beside the other files, and the index does not name it"
+        "'model-00003-of-00003.safetensors' is beside the other files, and the index does not name it"
     )
 
 

@@ -93,7 +93,7 @@ def test_conversion_ends_where_a_shard_was_replaced_after_the_plan(tmp_path: Pat
 
     with pytest.raises(CorruptFileError, match=r"'model-00002-of-00002\.safetensors' was replaced") as caught:
         int8convert.quantize(source, tmp_path / "out", on_event=replace, workers=1)
-    assert "the same command resumes behind it" in caught.value.state
+    assert "the same command resumes after it" in caught.value.state
     assert not (tmp_path / "out" / "config.json").exists()
     # The file that took its place has the same size and times, so the same conversion goes on, and is whole.
     int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)

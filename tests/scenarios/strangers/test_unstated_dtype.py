@@ -77,7 +77,7 @@ def test_the_dtype_of_an_index_counts(stated: str | None, tmp_path: Path) -> Non
 def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
     source = without_dtype(make_model(tmp_path / "source", n_shards=2))
     change(source / INDEX_NAME, metadata={"dtype": "torch.float16"})
-    with pytest.raises(ModelMapError, match=r"gives as dtype 'torch\.float16', expected"):
+    with pytest.raises(ModelMapError, match=r"the dtype in the index of the weights is 'torch\.float16', expected"):
         int8convert.plan(source)
     change(source / "config.json", dtype="float16")
     assert int8convert.plan(source).model_map.dtype == "float16"

@@ -178,9 +178,9 @@ define_pickle(
 )
 define_pickle("corner_global_without_an_end", b"\x80\x02ctorch", "truncated, or names something absurdly long")
 define_pickle("corner_global_not_in_utf8", b"\x80\x02c\xff\n\xff\n.", "not UTF-8")
-define_pickle("corner_memo_that_is_empty", b"\x80\x02h\x05.", "takes what it has not put there")
-define_pickle("corner_empty_stack", b"\x80\x02\x86.", "takes what it has not put there")
-define_pickle("corner_mark_that_is_not_there", b"\x80\x02t.", "takes what it has not put there")
+define_pickle("corner_memo_that_is_empty", b"\x80\x02h\x05.", "uses a value that it has not stored before")
+define_pickle("corner_empty_stack", b"\x80\x02\x86.", "uses a value that it has not stored before")
+define_pickle("corner_mark_that_is_not_there", b"\x80\x02t.", "uses a value that it has not stored before")
 
 # The functions that make tensors.
 HOOKS = call("collections", "OrderedDict")

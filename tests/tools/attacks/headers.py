@@ -224,7 +224,7 @@ def header_entry_that_is_a_list(folder: Path) -> None:
     write_header(folder, {"a": ["U8", [1], [0, 1]]}, b"x")
 
 
-@attack(CorruptFileError, r"gives 'a' a field 'str\\nides', which the format has not")
+@attack(CorruptFileError, r"gives 'a' a field 'str\\nides', which the format does not have")
 def header_field_the_format_has_not(folder: Path) -> None:
     write_header(folder, {"a": {**entry([2, 2], 0, 4), "str\nides": [1, 2]}}, bytes(4))
 
