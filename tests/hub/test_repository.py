@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import int8convert
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.events import PlanMade
 from int8convert.hub import repository
@@ -77,17 +76,6 @@ def test_index_that_names_a_shard_that_is_not_there(hub: Hub, connect: Connect, 
     assert caught.value.message == (
         f"'{INDEX}' of '{NAME}' names shard 'pytorch_model-00002-of-00003.bin', which is not there"
     )
-
-
-def test_repository_is_no_source_of_an_export(hub: Hub, connect: Connect, tmp_path: Path) -> None:
-    """Its shards would be read by range, and the Hub knows no hash of a range."""
-    source = opt_pickles(tmp_path)
-    int8convert.quantize(source, tmp_path / "int8", on_event=lambda event: None)
-    add(hub, tmp_path / "int8", "me/int8")
-    connect(hub)
-    with pytest.raises(SourceError, match="no directory 'me/int8' is here, and export takes directories"):
-        int8convert.export("me/int8", tmp_path / "new", format="compressed-tensors")
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("reader", ["stream", "download"])

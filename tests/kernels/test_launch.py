@@ -143,6 +143,7 @@ def test_refusal_of_the_driver_is_an_error_with_its_name(monkeypatch: pytest.Mon
         Function(recording, PTX, 32, Arguments("")).launch((1, 1, 1), 0, (), 0)
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_kernel_is_loaded_once_on_each_device_and_compiled_once_for_each_capability() -> None:
     one, recording = kernel(), RecordingDriver()
     compiled: list[tuple[int, int]] = []

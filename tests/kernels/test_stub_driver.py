@@ -40,7 +40,7 @@ def test_what_reaches_the_driver(tmp_path: Path) -> None:
         pytest.skip("no C compiler")
     stub = Path(__file__).with_name("stub_driver.c")
     subprocess.run([compiler, "-shared", "-fPIC", str(stub), "-o", str(tmp_path / "libcuda.so.1"), "-ldl"], check=True)
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -25,18 +25,19 @@ from int8convert.errors import Int8ConvertError
 from int8convert.verification.fidelity import memory
 from int8convert.verification.fidelity.level import measure_fidelity
 from int8convert.runtime.text.windows import TokenWindows
+from int8convert.verification.options import Execution
 
 transformers.logging.disable_progress_bar()
 small, large, small_int8, large_int8, allowed = sys.argv[1:]
 windows = TokenWindows(torch.arange(3, 51).view(2, 24), "numbers", "", 48)
-measure_fidelity(small, small_int8, windows, stream=True)  # compiles what is compiled when it is first used
+measure_fidelity(small, small_int8, windows, Execution(stream=True))  # compiles what is compiled when it is first used
 status = Path("/proc/self/status")
 before = memory._read_kilobytes(status)
 resource.setrlimit(resource.RLIMIT_DATA, (before["VmData"] + int(allowed),) * 2)
 steps = []
 (report,) = measure_fidelity(large, large_int8, windows, on_event=steps.append)
 try:
-    measure_fidelity(large, large_int8, windows, stream=False)
+    measure_fidelity(large, large_int8, windows, Execution(stream=False))
     fits = True
 except (MemoryError, Int8ConvertError):
     fits = False

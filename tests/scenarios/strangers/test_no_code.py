@@ -86,9 +86,10 @@ def test_tokenizer_code_runs_where_it_is_trusted_and_in_its_own_process(out: Pat
     with pytest.raises(RemoteCodeError) as caught:
         TokenizerProcess(str(out), "read that code, then pass --trust-remote-code to have it run")
     assert "--trust-remote-code" in caught.value.hint and not canary.exists()
+    before = set(sys.modules)
     with TokenizerProcess(str(out), trust_remote_code=True) as tokenizer:
         assert tokenizer("w5 w6")["input_ids"] == [5, 6]
-    assert canary.read_text() == "ran" and not any("own" in name.split(".") for name in sys.modules)
+    assert canary.read_text() == "ran" and not any("own" in name.split(".") for name in {*sys.modules} - before)
 
 
 @pytest.mark.usefixtures("yes")
