@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
-from int8convert.checkpoint.request_difference import describe_source
 from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import CPU
 from int8convert.conversion.job import Conversion
@@ -23,6 +22,7 @@ from int8convert.events import Event, EventSink, PlanMade, ShardSkipped
 from int8convert.formats.format import Format
 from int8convert.formats.int8_checkpoint import DTYPES, open_int8_checkpoint
 from int8convert.planning.export_plan import ExportPlan, Target, make_export_plan
+from int8convert.planning.request_difference import describe_source
 from int8convert.progress_bar import sink_or_bar
 from int8convert.sources import open_source
 from int8convert.text import parse_size, quoted

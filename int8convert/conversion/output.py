@@ -33,11 +33,11 @@ from int8convert.checkpoint.names import (
     is_weight_file,
     shard_name,
 )
-from int8convert.checkpoint.request_difference import first_difference
 from int8convert.checkpoint.shard_record import ShardRecord
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.output_place import as_output_error, check_place
 from int8convert.errors import OutputError
+from int8convert.planning.request_difference import first_difference
 
 _LOCK_NAME = "lock"
 _INCOMING_NAME = "incoming"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION
-from int8convert.checkpoint.request_difference import describe_source
 from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import choose_device
 from int8convert.conversion.job import Conversion
@@ -22,6 +21,7 @@ from int8convert.events import Event, EventSink
 from int8convert.planning.output_config import DEFAULT_THRESHOLD, converted_config
 from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
+from int8convert.planning.request_difference import describe_source
 from int8convert.progress_bar import sink_or_bar
 
 

@@ -26,7 +26,6 @@ from int8convert.checkpoint.names import (
     VERIFY_FILE,
     is_loaded_as_weights,
 )
-from int8convert.checkpoint.request_difference import first_difference
 from int8convert.checkpoint.shard_record import ShardRecord, parse_record
 from int8convert.errors import HubError, OutputError
 from int8convert.events import EventSink, FileSent, ignore
@@ -35,6 +34,7 @@ from int8convert.hub.open_repository import open_repository
 from int8convert.hub.repository import MAIN, Repository, RepositoryFile, find_repository
 from int8convert.hub.small_files import fetch_small_files
 from int8convert.inspection import inspect_source
+from int8convert.planning.request_difference import first_difference
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_published
 from int8convert.text import quoted

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert import errors
 from int8convert.checkpoint.lock import DirectoryLock
-from int8convert.checkpoint.request_difference import first_difference
 from int8convert.events import Event, ShardFinished, ShardSkipped, ShardStarted
+from int8convert.planning.request_difference import first_difference
 from tests.tools.options import quantize
 from tests.tools.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
 

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from int8convert.checkpoint.request_difference import describe_source
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.events import EventSink, ignore
@@ -33,6 +32,7 @@ from int8convert.formats.config import read_format
 from int8convert.formats.format import Format
 from int8convert.planning.plan import ConversionPlan
 from int8convert.planning.plan_checkpoint import PlanOptions, plan_unchecked
+from int8convert.planning.request_difference import describe_source
 from int8convert.text import counted, quoted
 from int8convert.verification.checks import Check, Finding, make_check
 from int8convert.verification.exact.comparison import Comparison
