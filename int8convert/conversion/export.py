@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
+from int8convert.checkpoint.model_card import read_source_card
 from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import CPU
 from int8convert.conversion.job import Conversion
@@ -169,6 +170,7 @@ def _summary(plan: ExportPlan) -> dict[str, Any]:
     """Return the entries of the manifest that are about the whole checkpoint."""
     return {
         "tool": f"int8convert {__version__}",
+        "source_card": read_source_card(plan.source.directory),
         "source_format": str(plan.target.source_format),
         "n_changed_scales": plan.n_changed_scales,
     }

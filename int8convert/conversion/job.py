@@ -38,6 +38,7 @@ class Conversion:
         self._destination = destination
         self._reading = reading
         self._check = check
+        self._has_begun = False
 
     def run(
         self,
@@ -64,6 +65,7 @@ class Conversion:
         done = self._find_finished(plan)
         budget = self._check_disk(plan, done)
         choice = self._choose_reader(plan, done, budget, n_workers)
+        self._has_begun = True  # from here on, files may be removed, and a repository may be made
         self._destination.begin(self._output, done, len(plan.shards))
         with Pipeline(self._output.manifest, self._output.path, n_workers, emit, device) as pipeline:
             is_read = choice is not None and len(done) < len(plan.shards)
@@ -129,7 +131,7 @@ class Conversion:
             raise self._with_state(error) from error.__cause__
 
     def _with_state(self, error: Int8ConvertError) -> Int8ConvertError:
-        if self._output.has_begun:
+        if self._has_begun:
             kept = [name for name in self._output.manifest.read_records() if (self._output.path / name).is_file()]
             state = self._destination.progress(kept, self._output.path)
             error.state = state or "what this run had written was removed"

@@ -38,6 +38,9 @@ GAINS_MEMORY_ONLY = False
 _LEAVES_BESIDE = (
     *("weight_scale", "weight_zero_point", "weight_g_idx", "weight_packed", "weight_shape", "weight_global_scale"),
 )
+_MAX_PATTERNS = 200
+"""Regular expressions in one list. All modules are matched against all of them."""
+
 _EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
 
 dequantize = scales.dequantize_by_scale
@@ -153,7 +156,13 @@ def is_ignored(module_name: str, module_class: type, block: Mapping[str, Any]) -
         names = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
         if module_name in names or not classes.isdisjoint(names):
             return True
-        return any(_matches(name.removeprefix("re:"), module_name) for name in names if name.startswith("re:"))
+        patterns = [name.removeprefix("re:") for name in names if name.startswith("re:")]
+        if len(patterns) > _MAX_PATTERNS:
+            raise SourceError(
+                f"quantization_config names modules by {len(patterns):,} patterns, expected at most {_MAX_PATTERNS}",
+                "name the modules in full",
+            )
+        return any(_matches(pattern, module_name) for pattern in patterns)
 
     targets = _targets(block)
     return is_named(block.get("ignore")) or (bool(targets) and not any(map(is_named, targets)))

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 import re2
 
 MAX_PATTERN_LENGTH = 500
 """Characters of a pattern."""
+
+MAX_PATTERNS = 4000
+"""Patterns in one list, and compiled ones that are remembered. Adapters may name each module by one."""
 
 MAX_MEMORY = 1 << 20
 """Bytes that RE2 may use for one pattern."""
@@ -39,6 +42,9 @@ class TailPatterns:
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
+        patterns = list(patterns)
+        if len(patterns) > MAX_PATTERNS:
+            raise PatternRefusedError(f"there are {len(patterns):,} patterns, expected at most {MAX_PATTERNS:,}")
         self._compiled = [(pattern, _compile(pattern, rf"(?:.*\.)?(?:{pattern})$")) for pattern in patterns]
 
     def first_match(self, name: str) -> str | None:
@@ -65,6 +71,7 @@ def _options() -> re2.Options:
     return options
 
 
+@lru_cache(maxsize=MAX_PATTERNS)
 def _compile(pattern: str, expression: str) -> re2._Regexp:
     """Compile an expression made of a stranger's pattern."""
     if len(pattern) > MAX_PATTERN_LENGTH:
@@ -74,7 +81,7 @@ def _compile(pattern: str, expression: str) -> re2._Regexp:
     try:
         re.compile(expression)
         return re2.compile(expression, options=_options())
-    except (re.error, RecursionError) as error:
+    except (re.error, RecursionError, OverflowError, UnicodeEncodeError) as error:
         raise PatternRefusedError(f"it is no regular expression: {error}") from None
     except re2.error as error:
         reason = error.args[0]

@@ -33,15 +33,15 @@ def convert_command(output: FinishedOutput) -> str:
     source = source_repository(output) or "SOURCE"
     format_name = output.request.get("format")
     if "arithmetic" not in output.request:
-        words = ["int8convert", "export", "SOURCE", "OUT"]
+        words = ["int8convert", "export", source, "OUT"]
         words += ["--format" if format_name in tuple(Format) else "--dequantize", str(format_name)]
     else:
         words = ["int8convert", "quantize", source, "OUT"]
-        commit = output.manifest.get("source_revision")
-        if isinstance(commit, str) and source != "SOURCE":
-            words += ["--revision", commit]
         if format_name not in (None, DEFAULT_FORMAT):
             words += ["--format", str(format_name)]
+    commit = output.manifest.get("source_revision")
+    if isinstance(commit, str) and source != "SOURCE":
+        words += ["--revision", commit]
     for key in ("skip", "only"):
         words += [word for pattern in options.get(key) or [] for word in (f"--{key}", str(pattern))]
     for key, default, flag in (("threshold", 6.0, "--threshold"), ("on_nonfinite", "error", "--on-nonfinite")):

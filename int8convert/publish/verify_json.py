@@ -233,7 +233,7 @@ def _failures_of_last_run(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]
     """Yield the gates that the last run broke, in the form of an entry of `earlier_failures`."""
     lines = _texts(report.get("failures"))
     runs = {
-        run.get("mode"): run.get("n_tokens")
+        str(run.get("mode")): run.get("n_tokens")
         for run in _list(report.get("fidelity"))
         if any(line.startswith(fidelity_line(run.get("mode"))) for line in lines)
     }

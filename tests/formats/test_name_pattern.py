@@ -101,10 +101,31 @@ def test_answers_are_those_of_compressed_tensors(pattern: str) -> None:
     assert [matches_start(pattern, name) for name in NAMES] == [re.match(pattern, name) is not None for name in NAMES]
 
 
-NOT_READ = ["(?!vision).*", "(?i)Q", r"(a)\1", "(", "a)", "[", "*", "a**", "a++", "a{,3}", r"\Z", "\\", "[z-a]"]
+NOT_READ = [
+    "(?!vision).*",
+    "(?i)Q",
+    r"(a)\1",
+    "(",
+    "a)",
+    "[",
+    "*",
+    "a**",
+    "a++",
+    "a{,3}",
+    r"\Z",
+    "\\",
+    "[z-a]",
+    "a{99999999999}",
+    "\ud800",
+]
 
 
 @pytest.mark.parametrize("pattern", [*NOT_READ, "[a--b]", "[[:alpha:]]", "a" * 501])
 def test_what_is_left_out_is_refused(pattern: str) -> None:
     with pytest.raises(PatternRefusedError):
         TailPatterns([pattern])
+
+
+def test_patterns_without_end_are_refused() -> None:
+    with pytest.raises(PatternRefusedError, match="4,001 patterns, expected at most 4,000"):
+        TailPatterns(["a"] * 4001)

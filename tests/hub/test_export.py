@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import int8convert
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.conversion.readers import Reader, Reading
+from int8convert.errors import HubConnectionError, SourceError
 from int8convert.events import Event, PlanMade, ShardFinished, ShardRepeated, ignore
 from int8convert.publish.shard_publisher import HubPublisher
 from int8convert.verification.exact.level import verify_exact
@@ -18,7 +20,7 @@ from tests.tools.hub_conversions import READERS
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
-from tests.tools.tiny_models import file_bytes, save_checkpoint
+from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process", "impatient")
 
@@ -148,3 +150,52 @@ def test_export_goes_to_the_hub_while_it_is_written_and_resumes_there(
     assert {name: content for name, content in there.items() if name != MANIFEST} == payload(tmp_path / "expected")
     assert json.loads(there[MANIFEST])["conversion"]["format"] == "compressed-tensors"
     assert b"compressed-tensors" in hub.repo(NEW).files["README.md"]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_scales_in_another_shard_than_their_codes(
+    reader: str, int8: Path, tmp_path: Path, hub: Hub, connect: Connect
+) -> None:
+    """Reading them in order would wait for ever: shards that are needed again fill the memory, or the disk."""
+    tensors = read_tensors(int8)
+    shards = {"model-00001-of-00002.safetensors": False, "model-00002-of-00002.safetensors": True}
+    for path in int8.glob("model*"):
+        path.unlink()
+    for file_name, has_scales in shards.items():
+        chosen = {name: tensor for name, tensor in tensors.items() if name.endswith(".SCB") == has_scales}
+        save_file(chosen, int8 / file_name, {"format": "pt"})
+    names = list(shards)
+    weight_map = {name: names[name.endswith(".SCB")] for name in tensors}
+    (int8 / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    add(hub, int8)
+    connect(hub)
+    with pytest.raises(SourceError, match=r"\.SCB' of 'me/opt-int8' is in another shard than its codes"):
+        export(NAME, tmp_path / "out", reader, format="compressed-tensors")
+    export(int8, tmp_path / "here", dequantize="float16")
+    export(NAME, tmp_path / "there", reader, dequantize="float16")
+    assert payload(tmp_path / "there") == payload(tmp_path / "here")
+
+
+def test_state_of_an_error_counts_the_shards_that_were_sent(
+    int8: Path, tmp_path: Path, hub: Hub, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OUT is complete here, so nothing is written into it; two of its shards are on the Hub all the same."""
+    connect(hub, hub.token)
+    export(int8, tmp_path / "out", format="compressed-tensors")
+    sent: list[str] = []
+
+    class Breaking(HubPublisher):
+        def publish(self, record: Any, path: Path) -> None:
+            if len(sent) == 2:
+                raise HubConnectionError("the network is down", "run the same command again")
+            super().publish(record, path)
+            sent.append(path.name)
+
+    with pytest.raises(HubConnectionError) as caught:
+        export(
+            int8,
+            tmp_path / "out",
+            format="compressed-tensors",
+            destination=PublishedDestination(Breaking(NEW), keeps=True),
+        )
+    assert caught.value.state.startswith("2 finished shards are on the Hub and 1 finished shard is in ")

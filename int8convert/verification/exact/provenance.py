@@ -164,7 +164,7 @@ def _follow(directory: Path) -> _Followed:
         try:
             directory = _with_manifest(step)
             manifest, request = Manifest(directory), read_recorded_request(directory)
-        except (CorruptFileError, HubError):  # another checkpoint's manifest, which is not judged here
+        except (SourceError, HubError):  # another checkpoint's manifest, which is not judged here
             request = None
     if request is None or request.is_export:
         return _Followed(manifest)
