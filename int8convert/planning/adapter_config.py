@@ -179,7 +179,7 @@ def _wrong_value(option: str, value: Any, expected: str) -> AdapterError:
     is_short = isinstance(value, str | float | bool) or (isinstance(value, int) and abs(value) < 1 << 63)
     shown = quoted(str(value), 40) if is_short else f"a {type(value).__name__}"
     return AdapterError(
-        f"adapter_config.json gives as {option} {shown}, expected {expected}",
+        f"{option} in adapter_config.json is {shown}, expected {expected}",
         "fetch the adapter again, from a source you trust",
     )
 

@@ -315,7 +315,7 @@ def adapter(saved: Path, tmp_path: Path) -> Path:
 )
 def test_other_methods(config: Any, tmp_path: Path) -> None:
     get_peft_model(build_model("llama", torch.float32), config).save_pretrained(tmp_path)
-    refused(tmp_path, f"peft_type '{config.peft_type.value}'")
+    refused(tmp_path, f"peft_type in adapter_config.json is '{config.peft_type.value}'")
 
 
 @pytest.mark.parametrize(

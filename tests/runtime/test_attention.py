@@ -329,7 +329,7 @@ def test_mask_of_integers_is_an_error(name: str) -> None:
     """It would be added to the scores."""
     model = int8convert.quantize_(attention(batch_first=True))
     mask = WINDOW if name == "attn_mask" else PADDING
-    with pytest.raises(TypeError, match=r"torch\.uint8, expected torch\.bool"):
+    with pytest.raises(TypeError, match=r"torch\.uint8, expected a float or torch\.bool"):
         model["attention"](tokens(), tokens(), tokens(), **{name: mask.to(torch.uint8)})
 
 

@@ -76,6 +76,6 @@ def test_worker_that_cannot_be_imported_says_so() -> None:
 
 
 def test_worker_that_takes_too_long_is_stopped(worker: Worker) -> None:
-    with pytest.raises(WorkerError, match="not through after 1 s") as caught:
+    with pytest.raises(WorkerError, match="did not finish within 1 s") as caught:
         worker.result("hang", limit_s=1)
     assert caught.value.status is None and worker._process.poll() == -9

@@ -150,28 +150,28 @@ def config_quantized_by_text(folder: Path) -> None:
     write_config(folder, quantized("bitsandbytes"))
 
 
-@attack(ModelMapError, r"as model_type '\\x1b\[2J', expected a name")
+@attack(ModelMapError, r"model_type in config\.json is '\\x1b\[2J', expected a name")
 def config_with_a_model_type_that_drives_the_terminal(folder: Path) -> None:
     """transformers repeats it in the complaint that it knows no such type."""
     write_config(folder, {**CONFIG, "model_type": "\x1b[2J"})
 
 
-@attack(ModelMapError, "as model_type a list, expected a name")
+@attack(ModelMapError, r"model_type in config\.json is a list, expected a name")
 def config_with_a_model_type_that_is_a_list(folder: Path) -> None:
     write_config(folder, {**CONFIG, "model_type": ["llama"]})
 
 
-@attack(ModelMapError, r"as torch_dtype 'float3\\x1b\[2J', expected a name")
+@attack(ModelMapError, r"torch_dtype in config\.json is 'float3\\x1b\[2J', expected a name")
 def config_with_a_dtype_that_drives_the_terminal(folder: Path) -> None:
     write_config(folder, {**CONFIG, "torch_dtype": "float3\x1b[2J"})
 
 
-@attack(ModelMapError, "as dtype a dict, expected a name")
+@attack(ModelMapError, r"dtype in config\.json is a dict, expected a name")
 def config_with_a_dtype_that_is_a_map(folder: Path) -> None:
     write_config(folder, {**CONFIG, "dtype": {"": "float16"}})
 
 
-@attack(ModelMapError, "as dtype 'xxxx.*', expected a name")
+@attack(ModelMapError, r"dtype in config\.json is 'xxxx.*', expected a name")
 def config_with_an_endless_dtype(folder: Path) -> None:
     write_config(folder, {**CONFIG, "dtype": "x" * 1_000_000})
 
