@@ -140,8 +140,7 @@ class PlannedShard:
                 t.source.strides,
                 t.output_name,
                 t.output_dtype,
-                (isinstance(t.scale, Fp8Scale) and [t.scale.shard.path.name, t.scale.stored.name, t.scale.block])
-                or None,
+                _scale_digest(t.scale),
                 t.lora and [t.lora.update.module_name, t.lora.update.scaling],
                 *([t.action, t.source_format, t.format] if t.source_format else []),
             ]
