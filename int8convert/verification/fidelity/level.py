@@ -32,13 +32,13 @@ from int8convert.verification.fidelity.comparison import Comparison, FidelityTas
 from int8convert.verification.fidelity.in_memory import compare_in_memory
 from int8convert.verification.fidelity.lockstep import compare_in_lockstep
 from int8convert.verification.fidelity.memory import available_bytes, peak_bytes, start_peak
-from int8convert.verification.fidelity.paired_statistics import Interval
+from int8convert.verification.fidelity.paired_statistics import PairedSummary
 from int8convert.verification.fidelity.stream_plan import USABLE, bytes_in_memory
 from int8convert.verification.options import Execution
 
 
 @dataclass(frozen=True, slots=True)
-class FidelityReport:
+class FidelityReport(PairedSummary):
     """Effect of one arithmetic of the int8 model on the predictions.
 
     Attributes:
@@ -58,19 +58,6 @@ class FidelityReport:
 
     mode: str
     threshold: float | None
-    n_sequences: int
-    n_tokens: int
-    reference_perplexity: float
-    perplexity: float
-    delta_nll: float
-    delta_nll_interval: Interval
-    mean_kl: float
-    mean_kl_interval: Interval
-    median_kl: float
-    p99_kl: float
-    p999_kl: float
-    same_top1: float
-    delta_p: float
     layer_errors: tuple[tuple[str, float], ...]
     outlier_share: float
     dtype: str
