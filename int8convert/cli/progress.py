@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,16 +71,18 @@ class _Renderer:
         self._bar = bar
         self._counter = _Counter()
         self._tenths = 0
+        self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
-        self._counter.add(event)
-        for text in (*notes_of(event), *_start_notes(event)):
-            note(text)
-        line = self._line(event)
-        if line:
-            stderr.print(line)
-        if self._bar is not None:
-            self._bar.show(event, self._counter)
+        with self._lock:  # a publisher sends its events from a thread of its own
+            self._counter.add(event)
+            for text in (*notes_of(event), *_start_notes(event)):
+                note(text)
+            line = self._line(event)
+            if line:
+                stderr.print(line)
+            if self._bar is not None:
+                self._bar.show(event, self._counter)
 
     def _line(self, event: Event) -> str:
         """Return the line that reports an event; "" if it has none."""
