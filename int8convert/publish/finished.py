@@ -97,7 +97,7 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
     """Read an output, and check that it is finished and its shards have their sizes.
 
     Raises:
-        OutputError: it is no finished conversion of ours, or holds a link out of it, or a pipe.
+        OutputError: it is no finished conversion of ours to int8, or holds a link out of it, or a pipe.
         CorruptFileError: a shard is missing or has another size; or the manifest is not understood.
     """
     path = Path(out)
@@ -114,7 +114,11 @@ def read_finished(out: str | os.PathLike[str]) -> FinishedOutput:
         is_needed = why.startswith("a link") and "folder" not in why and not is_inert(name) and "/" not in name
         hint = "replace the link with a copy of the file" if is_needed else "remove it"
         raise OutputError(f"{quoted(name)} in {shown} is {why}", hint)
-    read_recorded_request(path)
+    recorded = read_recorded_request(path)
+    if recorded is not None and recorded.format not in tuple(Format):
+        raise OutputError(
+            f"{shown} is no int8 checkpoint, and the model card of an upload is about int8", "send it by `hf upload`"
+        )
     output = _read(path, present, is_here=True)
     for record in output.records:
         shard = present.files.get(record.file_name)

@@ -168,11 +168,6 @@ class _Upload:
 
     def run(self) -> UploadReport:
         output = read_finished(self.out)
-        if output.format is None:
-            raise OutputError(
-                f"{quoted(str(self.out), 200)} is no int8 checkpoint, and the model card of an upload is about int8",
-                "send it by `hf upload`",
-            )
         if not self.allow_unverified:
             check_verified(output)
         check_shards(output)

@@ -519,6 +519,20 @@ def test_interrupted_upload_goes_on_behind_what_was_sent(verified: Path, hub: Hu
     assert hub.repo(REPO).files == published(verified)
 
 
+@pytest.mark.parametrize("allow_unverified", [False, True])
+def test_dequantized_export_is_not_uploaded(
+    allow_unverified: bool, out: Path, hub: Hub, connect: Connect, tmp_path: Path
+) -> None:
+    connect(hub, hub.token)
+    int8convert.export(out, tmp_path / "plain", dequantize="float16", on_event=lambda event: None)
+
+    with pytest.raises(errors.OutputError, match="plain' is no int8 checkpoint") as caught:
+        int8convert.upload(tmp_path / "plain", REPO, allow_unverified=allow_unverified)
+
+    assert caught.value.hint == "send it by `hf upload`" and caught.value.state == "nothing was sent"
+    assert hub.state.repository(REPO) is None
+
+
 def test_conversion_in_progress_is_not_uploaded(verified: Path, hub: Hub, connect: Connect) -> None:
     connect(hub, hub.token)
     with DirectoryLock(verified / "int8convert" / "lock"), pytest.raises(errors.OutputError, match="is being written"):
