@@ -6,40 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8convert.cli.console import (
-    RESUMABLE,
-    RESUMABLE_THERE,
-    note,
-    print_json,
-    print_line,
-    quieting_hub,
-    reporting_errors,
-)
-from int8convert.cli.options import (
-    EXIT_CODES,
-    AsJson,
-    CacheDir,
-    Check,
-    Int8Checkpoint,
-    Keep,
-    MaxDisk,
-    NoXet,
-    Private,
-    Quiet,
-    ReaderName,
-    Revision,
-    Upload,
-    UsageError,
-    Workers,
-    check_choice,
-    check_named,
-    check_remote,
-    check_size,
-    check_upload_options,
-    given_options,
-    option_name,
-    turn_off_xet,
-)
+from int8convert.cli import console, options
 from int8convert.cli.publishing import make_destination, print_published
 from int8convert.text import counted, format_bytes, format_seconds
 
@@ -59,16 +26,18 @@ Examples:
   int8convert export me/opt-66b-int8 --format compressed-tensors --upload me/opt-66b-vllm
   int8convert export ./opt-66b-int8 ./opt-66b-fp16 --dequantize float16 --max-shard-size 5GB
 
-{EXIT_CODES}
+{options.EXIT_CODES}
 """
 
 
 def export(
     context: typer.Context,
-    out: Int8Checkpoint,
+    out: options.Int8Checkpoint,
     new: Annotated[
         str | None,
-        typer.Argument(metavar="NEW", callback=check_named, help="The directory to write. Optional with --upload."),
+        typer.Argument(
+            metavar="NEW", callback=options.check_named, help="The directory to write. Optional with --upload."
+        ),
     ] = None,
     format: Annotated[
         str | None,
@@ -82,38 +51,38 @@ def export(
         str | None,
         typer.Option(
             metavar="SIZE",
-            callback=check_size,
+            callback=options.check_size,
             help="Largest output shard, e.g. 5GB.  [default: one shard for each shard of OUT]",
         ),
     ] = None,
-    workers: Workers = None,
-    revision: Revision = None,
-    reader: ReaderName = "auto",
-    cache_dir: CacheDir = None,
-    upload: Upload = None,
-    keep: Keep = False,
-    max_disk: MaxDisk = None,
-    private: Private = None,
-    no_xet: NoXet = False,
+    workers: options.Workers = None,
+    revision: options.Revision = None,
+    reader: options.ReaderName = "auto",
+    cache_dir: options.CacheDir = None,
+    upload: options.Upload = None,
+    keep: options.Keep = False,
+    max_disk: options.MaxDisk = None,
+    private: options.Private = None,
+    no_xet: options.NoXet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in NEW or REPO.")] = False,
-    check: Check = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    check: options.Check = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    turn_off_xet(no_xet)
+    options.turn_off_xet(no_xet)
     _check_combination(context, out)
     if new is None and upload is not None:
         new = f"int8convert-{upload.rpartition('/')[2]}"
-    resumable = RESUMABLE if upload is None else RESUMABLE_THERE
-    with reporting_errors(as_json, resumable), quieting_hub():
+    resumable = console.RESUMABLE if upload is None else console.RESUMABLE_THERE
+    with console.reporting_errors(as_json, resumable), console.quieting_hub():
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion import export as conversion
         from int8convert.conversion.readers import Reader, Reading
         from int8convert.formats.format import Format
         from int8convert.formats.int8_checkpoint import DTYPES
 
-        check_choice(format, Format, "--format")
-        check_choice(dequantize, DTYPES, "--dequantize")
+        options.check_choice(format, Format, "--format")
+        options.check_choice(dequantize, DTYPES, "--dequantize")
         skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
         with showing_progress(quiet, as_json, "reading the scales", skipped) as on_event:
             destination = make_destination(upload, private, keep, max_disk, on_event)
@@ -132,7 +101,7 @@ def export(
             )
         there = destination.outcome()
         if as_json:
-            print_json({**report.to_json(), "upload": there})
+            console.print_json({**report.to_json(), "upload": there})
             return
         _print_report(report, there["url"] if there else report.out or "")
         if upload is not None and there is not None:
@@ -141,32 +110,32 @@ def export(
 
 def _check_combination(context: typer.Context, out: str) -> None:
     """Refuse options that contradict each other or have no effect."""
-    given = set(given_options(context))
+    given = set(options.given_options(context))
     if {"format", "dequantize"} <= given:
-        raise UsageError("give --format or --dequantize, not both")
+        raise options.UsageError("give --format or --dequantize, not both")
     if not given & {"format", "dequantize", "max_shard_size"}:
-        raise UsageError("give --format, --dequantize or --max-shard-size")
+        raise options.UsageError("give --format, --dequantize or --max-shard-size")
     if {"dequantize", "upload"} <= given:
-        raise UsageError("--upload sends int8 checkpoints; send a dequantized one by `hf upload`")
+        raise options.UsageError("--upload sends int8 checkpoints; send a dequantized one by `hf upload`")
     if not given & {"new", "upload"}:
-        raise UsageError("NEW is missing: name the directory to write, or pass --upload REPO")
-    check_upload_options(context)
+        raise options.UsageError("NEW is missing: name the directory to write, or pass --upload REPO")
+    options.check_upload_options(context)
     for name in ("revision", "reader", "cache_dir", *(() if "upload" in given else ("no_xet",))):
         if name in given:
-            check_remote(option_name(name), out, "checkpoints")
+            options.check_remote(options.option_name(name), out, "checkpoints")
 
 
 def _print_report(report: ExportReport, place: str) -> None:
-    print_line(
+    console.print_line(
         f": {report.n_int8_weights} int8 weights of {report.source_format} as {report.format or report.dtype}",
         head=place,
     )
-    print_line(
+    console.print_line(
         f"{format_bytes(report.n_read_bytes)} -> {format_bytes(report.n_written_bytes)} "
         f"in {counted(report.n_shards, 'shard')}, {format_seconds(report.elapsed_s)}"
     )
     if report.n_changed_scales:
-        note(
+        console.note(
             f"{counted(report.n_changed_scales, 'scale')} of another tool cannot be stored as absmax / 127: each moved "
             "by one unit in its last place"
         )

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8convert.cli.console import (
-    note,
-    print_json,
-    quieting_libraries,
-    reporting_errors,
-    wants_live_display,
-    writing_result,
-)
-from int8convert.cli.options import EXIT_CODES, AsJson, Device, Int8Checkpoint, check_choice
+from int8convert.cli import console, options
 from int8convert.cli.terminal import plain
 from int8convert.errors import SourceError
 from int8convert.text import format_bytes, format_seconds
@@ -36,19 +28,19 @@ Examples:
   int8convert generate ./opt-66b-int8 "The capital of France is"
   int8convert generate ./qwen3-int8 --file prompts.txt --temperature 0.7 --seed 1
 
-{EXIT_CODES}
+{options.EXIT_CODES}
 """
 
 _INTERRUPTED = "nothing was written"
 
 
 def _check_outliers(mode: str | None) -> str | None:
-    check_choice(mode, ("static", "static+guard", "dynamic", "none"))
+    options.check_choice(mode, ("static", "static+guard", "dynamic", "none"))
     return mode
 
 
 def generate(
-    out: Int8Checkpoint,
+    out: options.Int8Checkpoint,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
     file: Annotated[
         Path | None,
@@ -85,8 +77,8 @@ def generate(
             "OUT stores columns, else dynamic]",
         ),
     ] = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the text.")] = False,
 ) -> None:
     if (prompt is None) == (file is None):
@@ -95,9 +87,9 @@ def generate(
         raise typer.BadParameter("a system message needs a chat, and --no-chat is given", param_hint="--system")
     streams = prompt is not None and not as_json
     output = _Output()
-    with reporting_errors(as_json, _INTERRUPTED), output.ending_its_line():
+    with console.reporting_errors(as_json, _INTERRUPTED), output.ending_its_line():
         prompts = [prompt] if prompt is not None else _read_prompts(file or Path())
-        with quieting_libraries(wants_live_display(quiet, as_json)):
+        with console.quieting_libraries(console.wants_live_display(quiet, as_json)):
             from int8convert.runtime.generate import generate as run
 
             report = run(
@@ -115,13 +107,13 @@ def generate(
                 on_text=output.write if streams else None,
             )
         if as_json:
-            print_json(report.to_json())
+            console.print_json(report.to_json())
         elif not streams:
             for text in report.texts:
                 output.write(f"{text}\n")
     if not quiet and not as_json:
         if temperature == 0 and (seed is not None or top_p < 1 or top_k > 0):
-            note("--seed, --top-p and --top-k have no effect at --temperature 0")
+            console.note("--seed, --top-p and --top-k have no effect at --temperature 0")
         _print_notes(report, max_new_tokens)
 
 
@@ -131,8 +123,8 @@ def _print_notes(report: GenerationReport, max_new_tokens: int) -> None:
         which = "the text was" if len(report.texts) == 1 else f"{n_cut:,} of {len(report.texts):,} texts were"
         is_full = report.max_new_tokens < max_new_tokens
         why = "the model has no more positions" if is_full else "--max-new-tokens asks for no more"
-        note(f"{which} cut off after {report.max_new_tokens:,} tokens: {why}")
-    note(
+        console.note(f"{which} cut off after {report.max_new_tokens:,} tokens: {why}")
+    console.note(
         f"{report.n_new_tokens:,} tokens, the first after {format_seconds(report.first_token_s)}, then "
         f"{report.decode_tokens_per_s:.1f} tokens/s on the {report.device}; loaded in "
         f"{format_seconds(report.load_s)}, at most {format_bytes(report.peak_memory_bytes)} of memory"
@@ -150,7 +142,7 @@ class _Output:
 
     def write(self, text: str) -> None:
         self._last = text[-1:] or self._last  # first: a signal may come as soon as the text is out
-        with writing_result():
+        with console.writing_result():
             sys.stdout.write(plain(text) if sys.stdout.isatty() else text)
 
     @contextmanager

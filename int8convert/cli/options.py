@@ -73,11 +73,7 @@ def check_upload_options(context: typer.Context) -> None:
 
 
 def check_remote(option: str, path: str, what: str) -> None:
-    """Refuse an option of a repository on the Hub where a directory is named.
-
-    Args:
-        what: what the command takes, in the plural.
-    """
+    """Refuse an option of a repository on the Hub where a directory is named; `what` is what the command takes."""
     if Path(path).exists():
         raise UsageError(f"{option} applies to Hub {what} only; {path!r} is a local path")
 

@@ -8,24 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from int8convert.cli.console import (
-    note,
-    print_json,
-    print_line,
-    print_table,
-    quieting_libraries,
-    reporting_errors,
-    wants_live_display,
-)
-from int8convert.cli.options import (
-    EXIT_CODES,
-    AsJson,
-    Device,
-    Sequences,
-    TrustRemoteCode,
-    check_named,
-    check_needs,
-)
+from int8convert.cli import console, options
 from int8convert.cli.static_set import print_stored, store
 from int8convert.errors import SourceError
 from int8convert.text import format_bytes, format_percent, format_seconds
@@ -45,7 +28,7 @@ Examples:
   int8convert outliers opt-6.7b-int8 --text sample.txt --write opt-6.7b-int8
   int8convert outliers opt-6.7b-int8 --text sample.txt --json > outliers.json
 
-{EXIT_CODES}
+{options.EXIT_CODES}
 """
 
 _INTERRUPTED = "nothing was written; earlier stored columns are still there"
@@ -54,7 +37,7 @@ _INTERRUPTED = "nothing was written; earlier stored columns are still there"
 def outliers(
     context: typer.Context,
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", callback=check_named, help="The checkpoint to run.")
+        str, typer.Argument(metavar="CHECKPOINT", callback=options.check_named, help="The checkpoint to run.")
     ],
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text in UTF-8 to run through the model.")],
     write: Annotated[
@@ -77,7 +60,7 @@ def outliers(
             min=0.0, metavar="X", envvar="INT8CONVERT_THRESHOLD", help="Magnitude from which a value is an outlier."
         ),
     ] = 6.0,
-    sequences: Sequences = 16,
+    sequences: options.Sequences = 16,
     length: Annotated[
         int | None,
         typer.Option(min=2, metavar="N", help="Tokens of each window.  [default: 256, or what the model takes]"),
@@ -96,16 +79,16 @@ def outliers(
     figures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write figures as PNG and SVG. Needs int8convert[report].")
     ] = None,
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no notes and no progress.")] = False,
 ) -> None:
     if threshold == 0:
         raise typer.BadParameter("it must be above 0", param_hint="--threshold")
-    check_needs(context, {"source": "--write OUT", "lora": "--write OUT"})
-    is_live = wants_live_display(quiet, as_json)
-    with reporting_errors(as_json, _INTERRUPTED), quieting_libraries(is_live):
+    options.check_needs(context, {"source": "--write OUT", "lora": "--write OUT"})
+    is_live = console.wants_live_display(quiet, as_json)
+    with console.reporting_errors(as_json, _INTERRUPTED), console.quieting_libraries(is_live):
         taken_from = _find_source(checkpoint, write, source) if write is not None else ""
         if figures is not None:
             from int8convert.outliers.figures import prepare_folder
@@ -130,14 +113,16 @@ def outliers(
             stored = store(report, taken_from, write, lora, trust_remote_code)
         drawn = _draw(report, figures) if figures is not None else []
         if as_json:
-            print_json({**report.to_json(), "written": stored and asdict(stored), "figures": drawn})
+            console.print_json({**report.to_json(), "written": stored and asdict(stored), "figures": drawn})
             return
         _print_report(report)
         if stored is not None:
             print_stored(stored)
         elif not quiet:
             n = sum(map(len, report.static_set.values()))
-            note(f"--write OUT would store {n:,} columns: {format_bytes(report.static_set_bytes)}, {_share(report)}")
+            console.note(
+                f"--write OUT would store {n:,} columns: {format_bytes(report.static_set_bytes)}, {_share(report)}"
+            )
 
 
 def _find_source(checkpoint: str, out: str, source: str | None) -> str:
@@ -174,7 +159,7 @@ def _share(report: OutlierReport) -> str:
 
 
 def _print_report(report: OutlierReport) -> None:
-    print_line(
+    console.print_line(
         f": {len(report.inputs)} inputs, {report.n_sequences} x {report.length} tokens "
         f"of {report.text}, {format_seconds(report.elapsed_s)} on {report.device}",
         head=report.path,
@@ -182,7 +167,7 @@ def _print_report(report: OutlierReport) -> None:
     _print_features(report)
     _print_projections(report)
     if report.ablation:
-        print_table(
+        console.print_table(
             "Ablation: features of the hidden state set to zero",
             ("set to zero", "features", "top-1 probability", "perplexity"),
             [
@@ -194,12 +179,12 @@ def _print_report(report: OutlierReport) -> None:
 
 def _print_features(report: OutlierReport) -> None:
     if not report.features:
-        print_line(
+        console.print_line(
             f"no outlier features: no dimension reaches {report.threshold:g} in 25 % of the {report.n_layers} layers "
             "and at 6 % of the positions"
         )
         return
-    print_table(
+    console.print_table(
         f"Outlier features: |x| >= {report.threshold:g} in 25 % of {report.n_layers} layers, at 6 % of the positions",
         ("dimension", "layers", "positions", "extreme", "quartiles", "sides"),
         [
@@ -217,7 +202,7 @@ def _print_projections(report: OutlierReport) -> None:
     kinds: dict[str, list[Any]] = {}
     for entry in report.inputs:
         kinds.setdefault(entry.projection, []).append(entry)
-    print_table(
+    console.print_table(
         f"Columns of the inputs that reach {report.threshold:g} at any token, and those worth storing",
         ("projection", "layers", "width", "mean", "most", "largest |x|", "stored"),
         [

@@ -8,46 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from int8convert.cli.console import (
-    RESUMABLE,
-    RESUMABLE_THERE,
-    note,
-    print_json,
-    quieting_hub,
-    quieting_libraries,
-    reporting_errors,
-    wants_live_display,
-)
+from int8convert.cli import console, options
 from int8convert.cli.conversion_report import print_report
 from int8convert.cli.dry_run import DryRun, print_plan
-from int8convert.cli.options import (
-    EXIT_CODES,
-    AsJson,
-    CacheDir,
-    Check,
-    Keep,
-    MaxDisk,
-    NoXet,
-    Private,
-    Quiet,
-    ReaderName,
-    Source,
-    TrustRemoteCode,
-    Upload,
-    UsageError,
-    Workers,
-    check_bandwidth,
-    check_choice,
-    check_device,
-    check_named,
-    check_needs,
-    check_remote,
-    check_size,
-    check_upload_options,
-    given_options,
-    option_name,
-    turn_off_xet,
-)
 from int8convert.cli.publishing import make_destination, print_published
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
 from int8convert.events import ignore
@@ -72,7 +35,7 @@ Examples:
   int8convert quantize facebook/opt-66b --dry-run --bandwidth 50MB
   int8convert quantize facebook/opt-66b --upload me/opt-66b-int8
 
-{EXIT_CODES}
+{options.EXIT_CODES}
 """
 
 _OF_THE_RUN = ("threshold", "on_nonfinite", "calibrate", "overwrite", "check")
@@ -82,22 +45,24 @@ _OF_THE_RUN = ("threshold", "on_nonfinite", "calibrate", "overwrite", "check")
 def _check_format(name: str) -> str:
     from int8convert.formats.format import QUANTIZE_FORMATS
 
-    check_choice(name, QUANTIZE_FORMATS)
+    options.check_choice(name, QUANTIZE_FORMATS)
     return name
 
 
 def _check_policy(policy: str) -> str:
-    check_choice(policy, ("error", "keep"))
+    options.check_choice(policy, ("error", "keep"))
     return policy
 
 
 def quantize(
     context: typer.Context,
-    src: Source,
+    src: options.Source,
     out: Annotated[
         str | None,
         typer.Argument(
-            metavar="OUT", callback=check_named, help="The directory to write. Optional with --dry-run or --upload."
+            metavar="OUT",
+            callback=options.check_named,
+            help="The directory to write. Optional with --dry-run or --upload.",
         ),
     ] = None,
     skip: Annotated[
@@ -139,7 +104,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="SIZE",
-            callback=check_size,
+            callback=options.check_size,
             help="Largest output shard, e.g. 5GB.  [default: one shard for each shard of SRC]",
         ),
     ] = None,
@@ -167,13 +132,13 @@ def quantize(
             "Repeatable.",
         ),
     ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    workers: Workers = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    workers: options.Workers = None,
     device: Annotated[
         str,
         typer.Option(
             metavar="DEVICE",
-            callback=check_device,
+            callback=options.check_device,
             envvar="INT8CONVERT_DEVICE",
             help="Where rows are quantized: cpu, cuda[:n], or auto (the CPU).",
         ),
@@ -181,42 +146,42 @@ def quantize(
     revision: Annotated[
         str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of SRC on the Hub.  [default: main]")
     ] = None,
-    reader: ReaderName = "auto",
-    cache_dir: CacheDir = None,
+    reader: options.ReaderName = "auto",
+    cache_dir: options.CacheDir = None,
     bandwidth: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            callback=check_bandwidth,
+            callback=options.check_bandwidth,
             help="With --dry-run: estimate the download time at so many bytes a second, e.g. 50MB.",
         ),
     ] = None,
-    upload: Upload = None,
-    keep: Keep = False,
-    max_disk: MaxDisk = None,
-    private: Private = None,
-    no_xet: NoXet = False,
+    upload: options.Upload = None,
+    keep: options.Keep = False,
+    max_disk: options.MaxDisk = None,
+    private: options.Private = None,
+    no_xet: options.NoXet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT or REPO.")] = False,
-    check: Check = False,
+    check: options.Check = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its costs, from headers alone.")
     ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
     _check_combination(context, src)
-    turn_off_xet(no_xet)
+    options.turn_off_xet(no_xet)
     if out is None and upload is not None:
         out = f"int8convert-{upload.rpartition('/')[2]}"
-    resumable = RESUMABLE if upload is None else RESUMABLE_THERE
+    resumable = console.RESUMABLE if upload is None else console.RESUMABLE_THERE
     with (
-        reporting_errors(as_json, "nothing was written" if dry_run else resumable),
-        quieting_hub(),
+        console.reporting_errors(as_json, "nothing was written" if dry_run else resumable),
+        console.quieting_hub(),
         reusable_file(calibrate) as text,
     ):
         from int8convert.planning.plan_checkpoint import PlanOptions
 
-        options = PlanOptions(
+        plan_options = PlanOptions(
             skip=skip or (),
             only=only or (),
             format=format,
@@ -232,13 +197,13 @@ def quantize(
             _note_unused(context)
         if dry_run:
             destination = make_destination(upload, private, keep, max_disk, ignore)
-            print_plan(src, options, DryRun(out, destination, workers, device, reader, bandwidth), as_json)
+            print_plan(src, plan_options, DryRun(out, destination, workers, device, reader, bandwidth), as_json)
             return
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion.quantize import quantize as run
 
         if text is not None:
-            with quieting_libraries(False):
+            with console.quieting_libraries(False):
                 check_calibration(src, text, revision, cache_dir)
         skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
         with showing_progress(quiet, as_json, "reading the model class", skipped) as on_event:
@@ -246,7 +211,7 @@ def quantize(
             report = run(
                 src,
                 out or "",
-                options,
+                plan_options,
                 threshold=threshold,
                 on_nonfinite=on_nonfinite,
                 workers=workers,
@@ -259,7 +224,7 @@ def quantize(
             )
         stored = None
         if text is not None:
-            with quieting_libraries(wants_live_display(quiet, as_json)):
+            with console.quieting_libraries(console.wants_live_display(quiet, as_json)):
                 stored = calibrate_output(src, out or "", text, lora, trust_remote_code, device)
         _print_outcome(report, stored, upload, destination.outcome(), as_json)
 
@@ -268,7 +233,7 @@ def _print_outcome(
     report: ConversionReport, stored: StaticSet | None, upload: str | None, there: dict[str, Any] | None, as_json: bool
 ) -> None:
     if as_json:
-        print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": there})
+        console.print_json({**report.to_json(), "outliers": stored and asdict(stored), "upload": there})
         return
     print_report(report, there["url"] if there else report.out)
     if upload is not None and there is not None:
@@ -279,12 +244,12 @@ def _print_outcome(
 
 def _note_unused(context: typer.Context) -> None:
     """Say which of the given options have no effect. --dry-run may be added to any command."""
-    given = given_options(context)
-    unused = [option_name(name) for name in _OF_THE_RUN if name in given] if "dry_run" in given else []
+    given = options.given_options(context)
+    unused = [options.option_name(name) for name in _OF_THE_RUN if name in given] if "dry_run" in given else []
     if unused:
-        note(f"no effect in a dry run: {', '.join(unused)}")
+        console.note(f"no effect in a dry run: {', '.join(unused)}")
     elif "threshold" in given and not _holds_threshold(context.params["format"]):
-        note(f"--threshold has no effect: a checkpoint in {context.params['format']} holds none")
+        console.note(f"--threshold has no effect: a checkpoint in {context.params['format']} holds none")
 
 
 def _holds_threshold(name: str) -> bool:
@@ -298,13 +263,15 @@ def _holds_threshold(name: str) -> bool:
 
 def _check_combination(context: typer.Context, src: str) -> None:
     """Refuse options that contradict each other or have no effect."""
-    given = set(given_options(context))
+    given = set(options.given_options(context))
     if not given & {"out", "upload", "dry_run"}:
-        raise UsageError("OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO")
-    check_needs(context, {"bandwidth": "--dry-run"})
-    check_upload_options(context)
+        raise options.UsageError("OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO")
+    options.check_needs(context, {"bandwidth": "--dry-run"})
+    options.check_upload_options(context)
     if {"upload", "calibrate"} <= given:
-        raise UsageError("--calibrate stores columns after the last shard: convert with it, then int8convert upload")
+        raise options.UsageError(
+            "--calibrate stores columns after the last shard: convert with it, then int8convert upload"
+        )
     for name in ("revision", "reader", "cache_dir", "bandwidth", *(() if "upload" in given else ("no_xet",))):
         if name in given:
-            check_remote(option_name(name), src, "sources")
+            options.check_remote(options.option_name(name), src, "sources")

@@ -11,20 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8convert.cli.console import note, print_json, quieting_hub, quieting_libraries, reporting_errors
-from int8convert.cli.options import (
-    AsJson,
-    Device,
-    Int8Checkpoint,
-    Revision,
-    Sequences,
-    TrustRemoteCode,
-    UsageError,
-    check_choice,
-    check_remote,
-    given_options,
-    option_name,
-)
+from int8convert.cli import console, options
 from int8convert.runtime.text.texts import DATASETS, Convention, Text, reusable_file
 from int8convert.verification.options import Level
 
@@ -75,8 +62,8 @@ def _numbers(value: str | None) -> tuple[float, ...]:
 
 def verify(
     context: typer.Context,
-    out: Int8Checkpoint,
-    revision: Revision = None,
+    out: options.Int8Checkpoint,
+    revision: options.Revision = None,
     reference: Annotated[
         str | None, typer.Option(metavar="SRC", help="The source of OUT.  [default: what OUT's manifest names]")
     ] = None,
@@ -105,7 +92,7 @@ def verify(
     max_kl: Annotated[
         float, typer.Option(min=0.0, metavar="X", help="Gate: mean KL divergence, in nats per token.")
     ] = 0.01,
-    sequences: Sequences = 16,
+    sequences: options.Sequences = 16,
     length: Annotated[
         int | None,
         typer.Option(min=2, metavar="N", help="Tokens of each window.  [default: 2048, or what the model takes]"),
@@ -145,25 +132,25 @@ def verify(
             min=0.0, max=1.0, metavar="P", help="Gate: a worse task score fails if McNemar's p is below this."
         ),
     ] = 0.001,
-    device: Device = "auto",
+    device: options.Device = "auto",
     lora: Annotated[
         str | None,
         typer.Option(metavar="ADAPTER", help="The adapter that was merged when OUT was made. Needs --level exact."),
     ] = None,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     report_file: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Also write an HTML page with figures.")
     ] = None,
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the figures as PNG and SVG.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print no progress, and no notes except those on the verdict.")
     ] = False,
 ) -> None:
     swept = _check_options(context, out, level)
     with (
-        reporting_errors(as_json, _INTERRUPTED),
-        quieting_hub(),
+        console.reporting_errors(as_json, _INTERRUPTED),
+        console.quieting_hub(),
         reusable_file(None if level == "exact" else text) as reusable,
     ):
         from int8convert.cli.progress import showing_progress
@@ -193,7 +180,7 @@ def verify(
         written = _write(report, is_silent)
         pages.write(report)
         if as_json:
-            print_json({**report.to_json(), "written": written})
+            console.print_json({**report.to_json(), "written": written})
         else:
             _print_outcome(report, kept if written else (), (written, report_file, figures), quiet)
         if not report.is_passed:
@@ -202,20 +189,22 @@ def verify(
 
 def _check_options(context: typer.Context, out: str, level: str) -> tuple[float, ...]:
     """Refuse options that are wrong, or that have no effect at this level; return the thresholds to measure."""
-    options = context.params
-    check_choice(level, tuple(Level), "--level")
-    for name in given_options(context):
+    given = context.params
+    options.check_choice(level, tuple(Level), "--level")
+    for name in options.given_options(context):
         if name in _OF_TASKS and level != "tasks":
-            raise UsageError(f"{option_name(name)} has no effect at --level {level}: it needs --level tasks")
+            raise options.UsageError(
+                f"{options.option_name(name)} has no effect at --level {level}: it needs --level tasks"
+            )
         if name in _OF_MODELS and level == "exact":
-            raise UsageError(f"{option_name(name)} has no effect at --level exact, which runs no model")
-    if options["revision"] is not None:
-        check_remote("--revision", out, "checkpoints")
-    check_choice(options["dataset"], DATASETS, "--dataset")
-    check_choice(options["convention"], tuple(Convention), "--convention")
-    if options["text"] is not None and options["dataset"] is not None:
+            raise options.UsageError(f"{options.option_name(name)} has no effect at --level exact, which runs no model")
+    if given["revision"] is not None:
+        options.check_remote("--revision", out, "checkpoints")
+    options.check_choice(given["dataset"], DATASETS, "--dataset")
+    options.check_choice(given["convention"], tuple(Convention), "--convention")
+    if given["text"] is not None and given["dataset"] is not None:
         raise typer.BadParameter("give one of --text and --dataset", param_hint="--dataset")
-    return _numbers(options["thresholds"])
+    return _numbers(given["thresholds"])
 
 
 @contextmanager
@@ -223,7 +212,7 @@ def _running_models(level: str, is_silent: bool, is_drawn: bool) -> Iterator[Non
     """Silence the libraries that a level loads."""
     # The harness of the tasks has bars that nothing else turns off; errors are printed further out.
     bars = redirect_stderr(io.StringIO()) if level == "tasks" and is_silent else nullcontext()
-    with quieting_libraries(False) if is_drawn or level != "exact" else nullcontext(), bars:
+    with console.quieting_libraries(False) if is_drawn or level != "exact" else nullcontext(), bars:
         yield
 
 
@@ -234,10 +223,10 @@ def _write(report: VerifyReport, is_silent: bool) -> str | None:
     try:
         there = write_report(report)
     except OSError as error:
-        note(f"the report could not be written into '{report.out}': {error.strerror}")
+        console.note(f"the report could not be written into '{report.out}': {error.strerror}")
         return None
     if there is None and not is_silent:
-        note(f"no verify.json was written: {report.out} is on the Hub, and stays as it is")
+        console.note(f"no verify.json was written: {report.out} is on the Hub, and stays as it is")
     return str(there) if there is not None else None
 
 
@@ -251,9 +240,9 @@ def _print_outcome(
     if quiet:
         return
     if kept:
-        note(f"kept in verify.json of an earlier run on the same files: {', '.join(kept)}")
+        console.note(f"kept in verify.json of an earlier run on the same files: {', '.join(kept)}")
     for path in filter(None, written):
-        note(f"written: {path}")
+        console.note(f"written: {path}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +271,7 @@ class _Pages:
             return
         from int8convert.verification.page import draw_pictures, write_page, write_pictures
 
-        with quieting_libraries(False):
+        with console.quieting_libraries(False):
             pictures = draw_pictures(report, self._outliers(report))
             if self.page is not None:
                 write_page(report, pictures, self.page)
