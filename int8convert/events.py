@@ -20,10 +20,7 @@ class PlanMade:
     Attributes:
         source, commit: the source's path or repository, and the commit of the latter.
         model_class: the transformers class that decided; None where name rules did.
-        n_source_shards, n_read_bytes: shards of the source, and bytes of their tensors.
-        n_shards, n_written_bytes: shards of the output, and bytes of these files.
         coverage: share of the parameters that become int8, 0 to 1; None for an export.
-        notes: what the user should know about the plan.
         device, device_reason: where rows are quantized; the reason is "" if the user chose the device.
         reader, reader_reason: how shards are read from the Hub; the reason is "" if the user chose the reader. None for
             a local source, and where no shard is left to read.
@@ -66,13 +63,10 @@ class TensorQuantized:
     """A tensor is in its output shard as int8.
 
     Attributes:
-        name, source_name: its name in the output and in the source.
-        n_rows: rows of the matrix.
         n_read_bytes, n_written_bytes: its bytes in the source, and with its scales in the output.
         sqnr_db: signal to quantization noise of the whole tensor, in decibels; infinite where nothing was lost.
         absmax_min, absmax_max: the range of its rows' absmax.
         n_zero_rows: rows that hold only zeros.
-        is_replayed: an earlier run wrote it.
     """
 
     name: str
@@ -97,14 +91,11 @@ class TensorKept:
     """A tensor is in its output shard, not as int8.
 
     Attributes:
-        name, source_name: its name in the output and in the source.
         n_rows: length of its first dimension; 0 for a scalar.
         n_read_bytes, n_written_bytes: its bytes in the source and in the output.
-        dtype: its dtype in the output, as safetensors names it.
         reason: why it is not int8.
         n_non_finite: number of its values, as written, that are NaN or infinite.
         n_zero_rows: rows of a matrix in stretches of a megabyte or more that hold only zeros.
-        is_replayed: an earlier run wrote it.
     """
 
     name: str
@@ -141,11 +132,7 @@ class ShardSkipped:
 
 @dataclass(frozen=True, slots=True)
 class ShardRepeated:
-    """Output shard i of n, and later ones that are begun, are converted again; their tensors' events are repeated.
-
-    Attributes:
-        reason: why, as a phrase.
-    """
+    """Output shard i of n, and later ones that are begun, are converted again; their tensors' events are repeated."""
 
     i: int
     n: int
@@ -158,7 +145,6 @@ class FileSent:
     """A file is on the Hub.
 
     Attributes:
-        n_bytes: its size.
         is_sent: it was sent now; False if it was there already.
         n_done_bytes, n_total_bytes: bytes of all files so far, and of all files; the latter is None while unknown.
     """

@@ -55,7 +55,6 @@ class Inspection:
     """A summary of a checkpoint.
 
     Attributes:
-        path: the checkpoint as the user named it.
         architectures: the model classes that config.json names.
         quant_method: the layout that config.json names; None if it names none.
         threshold: magnitude from which input features are multiplied in 16 bits; None if config.json has none.
@@ -92,7 +91,6 @@ def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest:
     """Inspect a source or an output, in a directory or on the Hub.
 
     Args:
-        path: a directory, or ORGANIZATION/NAME.
         revision: the repository's branch, tag or commit.
         manifest: the record of why tensors stayed 16-bit; None takes the one beside the checkpoint, if any.
 

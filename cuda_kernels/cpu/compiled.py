@@ -36,11 +36,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Return the decorator of every kernel, which releases the GIL, raises nothing and caches its code on disk.
-
-    Args:
-        options: further options for Numba.
-    """
+    """Return the decorator of every kernel, which releases the GIL, raises nothing and caches its code on disk."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = njit(nogil=True, error_model="numpy", **options)(function)

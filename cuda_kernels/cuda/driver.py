@@ -35,11 +35,7 @@ class Arguments(threading.local):
         self._address = ctypes.addressof(self._pointers)
 
     def pack(self, args: tuple[int | float, ...]) -> int:
-        """Write the values; return the address of the array of their addresses.
-
-        Raises:
-            struct.error: the values are too many, too few, or out of a parameter's range.
-        """
+        """Write the values; return the address of the array of their addresses."""
         self._format.pack_into(self._values, 0, *args)
         return self._address
 
@@ -94,11 +90,7 @@ class Function:
         self._most_shared = 0
 
     def launch(self, grid: tuple[int, int, int], shared_bytes: int, args: tuple[int | float, ...], stream: int) -> None:
-        """Queue one launch on a stream of the current context.
-
-        Raises:
-            CudaError: the driver refuses the launch.
-        """
+        """Queue one launch on a stream of the current context."""
         if shared_bytes > self._most_shared:
             attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(self._driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
@@ -112,11 +104,7 @@ class Function:
 
 
 def check(answer: tuple[Any, ...]) -> Any:
-    """Return the value in a driver call's answer, which starts with an error code; a tuple if there are several values.
-
-    Raises:
-        CudaError: the error is not success.
-    """
+    """Return the value in a driver call's answer, which starts with an error code; a tuple of several values."""
     error, *values = answer
     if error:
         from cuda.bindings import driver

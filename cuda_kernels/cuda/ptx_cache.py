@@ -27,9 +27,7 @@ def remembered(function: Callable[..., None], settings: object, compile_ptx: Cal
     """Return the PTX of a kernel, from the cache or compiled. A folder that cannot be used is an empty cache.
 
     Args:
-        function: the kernel.
         settings: everything else that decides its PTX: numbers, strings, numba types, tuples of them.
-        compile_ptx: compiles it.
     """
     try:
         key = repr((_package_digest(), _described(function), _described(settings)))

@@ -45,14 +45,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def create_file(path: Path, flags: int = 0) -> int:
-    """Open a new file for reading and writing; what has the name is removed first, a link as a link.
-
-    Args:
-        flags: further flags of `os.open`.
-
-    Raises:
-        OSError: the file cannot be made.
-    """
+    """Open a new file for reading and writing; what has the name is removed first, a link as a link."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o644)
@@ -99,18 +92,13 @@ def make_folder(folder: Path) -> None:
 
     Raises:
         OutputError: the name belongs to a link, or to anything else but a folder.
-        OSError: the folder cannot be made.
     """
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a link, a file or a device in place of a folder that int8convert writes to; a missing one is accepted.
-
-    Raises:
-        OutputError: the name belongs to something else.
-    """
+    """Refuse a link, a file or a device in place of a folder that int8convert writes to; a missing one is accepted."""
     try:
         mode = folder.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -128,9 +116,6 @@ def check_lengths(directory: Path, names: Iterable[str]) -> None:
 
     Args:
         names: paths relative to `directory`, with `/`.
-
-    Raises:
-        OutputError: a name or a path is longer than the file system takes.
     """
     there = next(folder for folder in (directory, *directory.absolute().parents) if os.path.isdir(folder))
     max_name_bytes = min(MAX_NAME_BYTES, os.pathconf(there, "PC_NAME_MAX"))

@@ -43,9 +43,6 @@ class DirectFile:
     Args:
         path: the file, made new. Its room is reserved at once, so that a full disk shows before the work is done.
         n_bytes: of the whole file.
-
-    Raises:
-        OSError: it cannot be made, or there is no room for it.
     """
 
     def __init__(self, path: Path, n_bytes: int) -> None:
@@ -128,11 +125,7 @@ class DirectFile:
                 self._free.append(following)
 
     def finish(self) -> str:
-        """Put everything on the disk; return the file's sha256 in hex. Call it after all writes.
-
-        Raises:
-            ValueError: bytes are missing.
-        """
+        """Put everything on the disk; return the file's sha256 in hex. Call it after all writes."""
         if self._n_left:
             raise ValueError(f"not every byte of '{self._path.name}' was written")
         os.ftruncate(self._fd, self._n_bytes)

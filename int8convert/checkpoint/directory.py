@@ -37,7 +37,6 @@ def open_directory(directory: Path, label: str, ignores_adapter: bool = False) -
     """Read a directory's config, index and shard headers; no weights. `loaders.files` says which files these are.
 
     Args:
-        label: the directory as the user named it.
         ignores_adapter: read the weights alone, also if an adapter is beside them.
 
     Raises:
@@ -111,11 +110,7 @@ def found_file(directory: Path, name: str) -> Path:
 
 
 def read_shard(path: Path) -> SourceShard:
-    """Return one weight file, from its header.
-
-    Raises:
-        CorruptFileError: the file is no weight file, or contradicts itself.
-    """
+    """Return one weight file, from its header."""
     with open(open_regular(path), "rb") as file:
         identity = FileIdentity.of(file.fileno())
         find_tensors = find_safetensors_tensors if path.suffix == ".safetensors" else find_pickle_tensors
@@ -124,11 +119,7 @@ def read_shard(path: Path) -> SourceShard:
 
 
 def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
-    """Return the index's map of tensor names to plain file names that end in `suffix`.
-
-    Raises:
-        CorruptFileError: it has none, or it points elsewhere.
-    """
+    """Return the index's map of tensor names to plain file names that end in `suffix`."""
     weight_map = read_json_object(index, MAX_INDEX_BYTES, allow_nan=False).get("weight_map")
     if (
         not isinstance(weight_map, dict)

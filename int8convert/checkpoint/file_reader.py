@@ -18,8 +18,6 @@ class FileIdentity:
 
     Attributes:
         device, inode: the file's place on its disk; another file of the same name has another.
-        n_bytes: its size.
-        mtime_ns: the time of its last change, in nanoseconds.
     """
 
     device: int
@@ -35,9 +33,6 @@ class FileIdentity:
 
     def check(self, file: int | Path, name: str) -> None:
         """Compare a file with the one that this identity was taken of.
-
-        Args:
-            name: the file's name, for the error.
 
         Raises:
             CorruptFileError: it is another file, or was changed.
@@ -80,9 +75,6 @@ class FileReader:
 
     Uses `pread`, not a memory map: a file that shrinks under a map kills the process with SIGBUS, and copying from
     the page cache into a buffer that stays in the core's cache costs less than the page faults do.
-
-    Args:
-        identity: what the file must be; None takes any.
 
     Raises:
         CorruptFileError: it is another file, or was changed.

@@ -21,9 +21,6 @@ class OrderedSha256:
 
     Args:
         identity: what the file must be, from here to `finish`; None takes any.
-
-    Raises:
-        CorruptFileError: it is another file, or was changed.
     """
 
     def __init__(self, path: Path, identity: FileIdentity | None = None) -> None:

@@ -154,11 +154,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a source's config.json, if it can be written back.
-
-    Raises:
-        CorruptFileError: it is no JSON object, or nested absurdly deep.
-    """
+    """Return a source's config.json, if it can be written back."""
     value = read_config_value(path)
     if not isinstance(value, dict):
         raise CorruptFileError(

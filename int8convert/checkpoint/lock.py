@@ -13,7 +13,6 @@ import os
 import socket
 import stat
 from pathlib import Path
-from types import TracebackType
 
 from int8convert.checkpoint.atomic import check_folder
 from int8convert.errors import OutputError
@@ -56,9 +55,7 @@ class DirectoryLock:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._path.unlink(missing_ok=True)
         os.close(self._fd)
 

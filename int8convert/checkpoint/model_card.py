@@ -25,7 +25,6 @@ def read_card(path: Path) -> bytes:
 
     Raises:
         CorruptFileError: it is no file, or larger than any card.
-        OSError: it cannot be read.
     """
     with open(open_regular(path), "rb") as file:
         content = file.read(MAX_CARD_BYTES + 1)

@@ -101,11 +101,7 @@ def find_file(directory: Path, name: str) -> Path | None:
 
 
 def check_files(directory: Path) -> None:
-    """Check the files of a checkpoint's root before a library opens them: it would follow any link and wait for a pipe.
-
-    Raises:
-        SourceError, CorruptFileError: as `find_file`, of the first file that is not as it should be.
-    """
+    """Check the files of a checkpoint before a library opens them: it would follow any link and wait for a pipe."""
     for entry in sorted(directory.iterdir()):
         if entry.name.startswith(".") or entry.is_dir() or (entry.name == CARD_NAME and not entry.is_symlink()):
             continue  # no library opens the card
@@ -152,11 +148,7 @@ def refuse_pointer(content: bytes, name: str) -> None:
 
 
 def check_inside(path: Path, directory: Path, name: str) -> None:
-    """Refuse a link that leads out of a checkpoint's directory; see `find_file`.
-
-    Raises:
-        SourceError: it does.
-    """
+    """Refuse a link that leads out of a checkpoint's directory; see `find_file`."""
     target = Path(os.path.realpath(path))
     root = Path(os.path.realpath(directory))
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -183,11 +175,7 @@ def is_weight_file(name: str) -> bool:
 
 
 def is_loaded_as_weights(name: str) -> bool:
-    """Return whether a loader, given a checkpoint with such a file, might load weights from it, or because of it.
-
-    Args:
-        name: the file's path, with `/`.
-    """
+    """Return whether a loader, given a checkpoint with such a file, might load weights from it, or because of it."""
     if "/" in name:
         return False
     return name == ADAPTER_CONFIG or name.endswith((".safetensors", ".safetensors.index.json")) or _is_pickle(name)

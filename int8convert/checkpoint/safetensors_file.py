@@ -44,11 +44,6 @@ def find_safetensors_tensors(file: BinaryIO, file_bytes: int, file_name: str) ->
 
     Reads the header alone. Does not know whether the data is what somebody meant to store.
 
-    Args:
-        file: the file, to be read from its beginning.
-        file_bytes: its size.
-        file_name: for errors.
-
     Raises:
         CorruptFileError: the header contradicts itself or the file's size.
     """
@@ -56,11 +51,7 @@ def find_safetensors_tensors(file: BinaryIO, file_bytes: int, file_name: str) ->
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a file whose header has been checked before.
-
-    Raises:
-        CorruptFileError: the header is good no longer.
-    """
+    """Return the metadata of a file whose header has been checked before."""
     with open(open_regular(path), "rb") as file:
         file_bytes = os.fstat(file.fileno()).st_size
         header_json = _read_header_json(file, file_bytes, path.name)
@@ -92,8 +83,6 @@ def parse_safetensors_header(header_json: bytes, file_bytes: int, file_name: str
 
     Args:
         header_json: what stands between the 8 bytes of length and the data.
-        file_bytes: size of the whole file.
-        file_name: for errors.
 
     Raises:
         CorruptFileError: the header contradicts itself or the file's size.

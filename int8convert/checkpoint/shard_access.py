@@ -18,11 +18,7 @@ from int8convert.text import quoted
 
 
 class DamagedShardError(Exception):
-    """A shard came with other bytes than its source lists; fetched again, it may be right. Reaches no user.
-
-    Attributes:
-        shard: which.
-    """
+    """A shard came with other bytes than its source lists; fetched again, it may be right. Reaches no user."""
 
     def __init__(self, shard: SourceShard, message: str) -> None:
         super().__init__(message)

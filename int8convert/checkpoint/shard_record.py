@@ -13,8 +13,6 @@ class TensorRecord:
     """The outcome for one tensor.
 
     Attributes:
-        source: its name in the source.
-        dtype: as written.
         reason: why it did not become int8; None if it did.
         sqnr_db: signal to quantization noise; None if kept, or if nothing was lost.
         absmax_min, absmax_max: range of the rows' absmax; None if kept.
@@ -37,7 +35,6 @@ class ShardRecord:
     """A finished shard.
 
     Attributes:
-        n_bytes, sha256: of the file.
         plan_sha256: digest of the plan it was written by.
         sources: source file -> sha256, of those whose last tensor is in this shard.
         tensors: output name -> its record.

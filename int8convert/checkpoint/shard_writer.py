@@ -42,11 +42,7 @@ class ShardWriter:
     """Writes a shard under a temporary name. `commit` renames it.
 
     Args:
-        path: the shard to write.
         tensors: name -> (dtype, shape), in the order of their bytes.
-
-    Raises:
-        OSError: the file cannot be made, or there is no room for it.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:

@@ -80,11 +80,7 @@ class SourceShard:
 
 
 def fetch_tensors(tensors: Iterable[tuple[SourceShard, StoredTensor]]) -> None:
-    """Fetch small tensors that are on the Hub, those of a shard by few requests. Readers of the shard then have them.
-
-    Raises:
-        HubError: they cannot be fetched.
-    """
+    """Fetch small tensors that are on the Hub, by few requests for each shard. Readers of the shard then have them."""
     ranges: dict[str, tuple[RemoteFile, list[tuple[int, int]]]] = {}
     for shard, stored in tensors:
         if shard.remote is not None:
@@ -102,7 +98,6 @@ class CheckpointSource:
         label: the source as the user named it.
         directory: where its small files are.
         config: the config that transformers reads, see `loaders.config`; {} where there is none.
-        shards: its weight files.
         auxiliary_files: small files that are copied unchanged, such as the tokenizer.
         commit: of the repository on the Hub that `label` names; None of a directory.
         notes: messages on files that are not converted.

@@ -50,7 +50,6 @@ class StoredTensor:
     """The place of a tensor's elements in a file.
 
     Attributes:
-        name: the full key.
         dtype: its safetensors name, a key of `DTYPE_BYTES`.
         shape: as the model sees it.
         offset: bytes from the start of the file to the element at index 0, 0, ...

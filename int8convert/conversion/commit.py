@@ -65,13 +65,8 @@ class Committer:
     """Names, records and delivers converted shards. A context manager, for its thread.
 
     Args:
-        manifest: records the finished shards.
-        out: the directory of the shards.
-        plan: what is converted.
         done: file name -> record of the shards that are finished already.
         access: gives the checksums of the source's shards.
-        emit: receives `ShardFinished`.
-        deliver: see `Deliver`.
 
     Attributes:
         records: file name -> record of all finished shards.

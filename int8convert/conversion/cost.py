@@ -77,7 +77,6 @@ def estimate_disk(plan: ConversionPlan, out: Path, destination: Destination) -> 
     """Estimate the disk for a conversion from its beginning.
 
     Args:
-        out: where it is written; need not exist.
         destination: nothing is asked of its publisher.
 
     Raises:
@@ -92,11 +91,9 @@ class FetchCosts:
     """The costs of reading the weights from the Hub.
 
     Attributes:
-        n_bytes: bytes to fetch.
         stream, download: costs of the two readers.
         bytes_per_s: rate of the network, as the user says; None if it is unknown.
         reader, reason: the reader that would be used, and why; the reason is "" if the user asked for it.
-        seconds: time to fetch `n_bytes` at that rate.
     """
 
     n_bytes: int

@@ -53,18 +53,10 @@ class ShardPublisher(Protocol):
         """
 
     def make(self) -> None:
-        """Make the first change there, once all is checked.
-
-        Raises:
-            HubError: it cannot be written to.
-        """
+        """Make the first change there, once all is checked."""
 
     def publish(self, record: ShardRecord, path: Path) -> None:
-        """Send a finished shard and its record. The file is not needed afterwards.
-
-        Raises:
-            HubError: it does not arrive.
-        """
+        """Send a finished shard and its record. The file is not needed afterwards."""
 
     def complete(self, out: Path) -> None:
         """Send the small files that make it a checkpoint, and check that every shard arrived.
@@ -112,7 +104,6 @@ class PublishedDestination:
     """Finished shards go to a publisher.
 
     Args:
-        publisher: where they go.
         keeps: they stay in OUT, too. Otherwise OUT is removed at the end.
         max_disk_bytes: bytes of the disk that may be used; None takes what is free.
     """
@@ -166,11 +157,7 @@ class PublishedDestination:
         return shards_on_their_way(plan, done, n_free_bytes, self.max_disk_bytes)
 
     def begin(self, output: OutputDirectory, done: Mapping[str, ShardRecord], n_shards: int) -> None:
-        """Make the first change there and in OUT, and send what an earlier run finished and did not send.
-
-        Raises:
-            HubError: the publisher cannot be written to.
-        """
+        """Make the first change there and in OUT, and send what an earlier run finished and did not send."""
         self.publisher.make()
         output.begin(done, n_shards)
         for name, record in done.items():
@@ -212,11 +199,7 @@ class PublishedDestination:
             path.unlink()
 
     def complete(self, output: OutputDirectory) -> None:
-        """Send the small files, and remove OUT unless it stays.
-
-        Raises:
-            HubError: not all of it arrived.
-        """
+        """Send the small files, and remove OUT unless it stays."""
         self.publisher.complete(output.path)
         if not self.keeps:
             output.discard()

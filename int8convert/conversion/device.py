@@ -35,11 +35,7 @@ _NVIDIA = Path("/dev/nvidiactl")
 
 
 def check_device_name(device: str) -> None:
-    """Check the form of a device's name.
-
-    Raises:
-        ValueError: it is not auto, cpu or cuda[:n].
-    """
+    """Check the form of a device's name."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", device):
         raise ValueError(f"device must be auto, cpu or cuda[:n], not {device!r}")
 
@@ -48,7 +44,6 @@ def choose_device(device: str) -> Device:
     """Return the device that converts.
 
     Raises:
-        ValueError: it is not auto, cpu or cuda[:n].
         DeviceError: it cannot be used.
     """
     check_device_name(device)

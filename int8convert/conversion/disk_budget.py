@@ -45,7 +45,6 @@ def shards_on_their_way(
     """Return the budget of an output whose shards are removed once they are sent: the fastest that fits.
 
     Args:
-        done: names of the output shards that are finished.
         n_free_bytes: on the disk of OUT, without the weight files that are in OUT.
         max_disk_bytes: of these, bytes that may be used; None allows all.
 

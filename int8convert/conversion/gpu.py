@@ -87,12 +87,7 @@ class CudaStream:
 
 
 class CudaScratch(Scratch):
-    """A worker's buffers in pinned memory, and their counterparts on the device.
-
-    Args:
-        name: name of the device, for messages.
-        stream: the worker's stream.
-    """
+    """A worker's buffers in pinned memory, and their counterparts on the device."""
 
     def __init__(self, name: str, stream: CudaStream) -> None:
         self._name = name
@@ -114,11 +109,7 @@ class CudaScratch(Scratch):
         signal: npt.NDArray[np.float64],
         noise: npt.NDArray[np.float64],
     ) -> None:
-        """Quantize like `cpu.row_quantize`, on the device. Returns after the results arrived.
-
-        Raises:
-            DeviceError: the device ran out of memory, or failed.
-        """
+        """Quantize like `cpu.row_quantize`, on the device. Returns after the results arrived."""
         if not bits.size:
             return super().row_quantize(bits, codes, absmax, signal, noise)
         with telling_of(self._name), self._stream as stream:

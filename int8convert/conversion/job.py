@@ -27,9 +27,6 @@ class Conversion:
     """Writes a plan's shards and the small files into OUT, and resumes what an earlier run began.
 
     Args:
-        output: the directory, in use.
-        destination: where finished shards go.
-        reading: how shards are read from the Hub.
         check: trust shards of an earlier run only by their sha256, not by their size alone.
     """
 
@@ -51,16 +48,8 @@ class Conversion:
     ) -> None:
         """Convert the shards that are not finished, and complete the checkpoint.
 
-        Args:
-            config: what is written as config.json.
-            summary: entries of the manifest that are about the whole checkpoint.
-            n_workers: threads.
-            device: where rows are quantized.
-            emit: receives one event at a time.
-
         Raises:
             DiskFullError: it does not fit; nothing is written then.
-            Int8ConvertError: what else went wrong.
         """
         done = self._find_finished(plan)
         budget = self._check_disk(plan, done)

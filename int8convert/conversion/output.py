@@ -200,11 +200,8 @@ class OutputDirectory:
         """Write the small files: first those that are copied, last what makes the checkpoint look complete.
 
         Args:
-            source: has the auxiliary files.
-            config: the content of config.json.
             index: the content of the index of the shards; None for a single shard.
             summary: entries of the manifest that are about the whole checkpoint.
-            records: of all shards, in order.
         """
         carried: dict[str, str] = {}
         for file in source.auxiliary_files:

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
@@ -41,15 +40,7 @@ _TRIES = 3
 
 
 class Pipeline:
-    """Converts planned shards into a directory. A context manager, for its threads.
-
-    Args:
-        manifest: records the finished shards.
-        out: the directory, which exists.
-        n_workers: threads, at least 1.
-        emit: receives one event at a time.
-        device: where rows are quantized.
-    """
+    """Converts planned shards into a directory. A context manager, for its threads."""
 
     def __init__(self, manifest: Manifest, out: Path, n_workers: int, emit: EventSink, device: Device = CPU) -> None:
         self.device = device
@@ -64,9 +55,7 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._workers.shutdown()
 
     def emit(self, event: Event) -> None:
@@ -82,17 +71,13 @@ class Pipeline:
         deliver: Deliver,
         one_at_a_time: bool = False,
     ) -> list[ShardRecord]:
-        """Bring all shards to the disk and to their destination. On any error the unfinished ones are removed.
+        """Bring all shards to the disk and to their destination; return all records, in order.
+
+        On any error the unfinished shards are removed.
 
         Args:
-            plan: what to do.
             done: file name -> record of the shards that are finished already.
-            make_access: gives access to the shards of the source.
-            deliver: called for each finished shard.
             one_at_a_time: begin a shard only after the one before it is delivered.
-
-        Returns:
-            The records of all shards, in order.
         """
         for i, shard in enumerate(plan.shards):
             if shard.file_name in done:
@@ -116,11 +101,7 @@ class Pipeline:
     def _announce_repeat(
         self, plan: ShardedPlan, records: Mapping[str, ShardRecord], damage: DamagedShardError, n_times: int
     ) -> None:
-        """Announce that all unfinished shards are converted again, unless the source came too often with wrong bytes.
-
-        Raises:
-            CorruptFileError: it did.
-        """
+        """Announce that unfinished shards are converted again, unless the source came too often with wrong bytes."""
         name = quoted(damage.shard.path.name)
         if n_times == _TRIES:
             raise CorruptFileError(

@@ -39,7 +39,6 @@ class Reading:
     """How a repository on the Hub is read. Ignored for local sources.
 
     Attributes:
-        reader: how its shards are read.
         cache_dir: a Hub cache that keeps downloads; None removes them after use.
         revision: a branch, a tag or a commit; None is the main branch.
     """
@@ -90,13 +89,7 @@ def download_costs(order: ReadingOrder, cache_dir: Path | None) -> ReaderCosts:
 def choose_reader(
     asked: Reader, order: ReadingOrder, n_workers: int, cache_dir: Path | None, free_bytes: int
 ) -> ReaderChoice:
-    """Return the reader asked for, or the one that fits.
-
-    Args:
-        order: what is left to read.
-        cache_dir: keeps downloads; None removes them after use.
-        free_bytes: bytes of disk that the output leaves free.
-    """
+    """Return the reader asked for, or the one that fits."""
     stream, download = stream_costs(order, n_workers), download_costs(order, cache_dir)
     if asked is Reader.STREAM:
         return ReaderChoice(asked, stream)
@@ -121,7 +114,6 @@ def access_maker(
     Args:
         choice: None for shards that are local files.
         folder: for downloads that do not stay.
-        emit: receives `SourceFetched`.
     """
 
     def make(order: ReadingOrder, distrusted: Collection[str]) -> ShardAccess:

@@ -51,9 +51,7 @@ class ConversionReport:
         non_finite: name of a kept tensor that holds NaN or infinity -> number of such values.
         zero_rows: name of a matrix of which an eighth or more of the rows are zeros -> number of such rows. Its file
             may be half written.
-        errors: weight error by kind of layer.
         elapsed_s: seconds of wall time, start to end, without the interpreter's start.
-        notes: what else a user should know.
         commit: commit of the source on the Hub; None for a directory.
         reader, reader_reason: how shards were read from the Hub; the reason is None if the user chose. None if none
             were.

@@ -10,12 +10,7 @@ from int8convert.checkpoint.stored_tensor import StoredTensor
 
 
 class Scale(Protocol):
-    """The scale of one matrix of codes.
-
-    Attributes:
-        stored: the tensor that holds it.
-        shard: the file that holds the tensor.
-    """
+    """The scale of one matrix of codes."""
 
     @property
     def stored(self) -> StoredTensor: ...

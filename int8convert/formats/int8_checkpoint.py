@@ -295,21 +295,13 @@ class SourceReaders:
             reader.close()
 
     def read(self, tensor: PlacedTensor, buffer: memoryview, at: int = 0) -> None:
-        """Fill the buffer with the bytes of a contiguous tensor from byte `at` of it on.
-
-        Raises:
-            SourceError: the file cannot be read.
-        """
+        """Fill the buffer with the bytes of a contiguous tensor from byte `at` of it on."""
         with self.reading(tensor.shard) as reader:
             reader.read_into(buffer, tensor.stored.offset + at)
 
     @contextmanager
     def reading(self, shard: SourceShard) -> Iterator[ShardReader]:
-        """Context with a reader of a shard.
-
-        Raises:
-            SourceError: it cannot be read.
-        """
+        """Context with a reader of a shard."""
         try:
             if shard.path not in self._opened:
                 self._opened[shard.path] = shard.open()

@@ -47,7 +47,6 @@ def loader_rule(model: Any, block: Mapping[str, Any], key: str) -> Callable[[str
 
     Args:
         model: of transformers; its class decides where the block has no list.
-        key: the list's key in the block.
 
     Raises:
         SourceError: the list is not one of at most MAX_LISTED plain names.

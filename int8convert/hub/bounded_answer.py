@@ -24,9 +24,6 @@ def get_json(url: str, subject: str) -> tuple[Any, str | None]:
     Only the query of the next page's address is used: a mirror may pass on the Hub's own address, and the token must
     not be sent there.
 
-    Args:
-        subject: the operation, for the error: "listing 'a/b'".
-
     Raises:
         HubError: the answer is larger than any of the Hub's.
         ValueError: the answer is not JSON.
@@ -53,11 +50,7 @@ def answer_s() -> float:
 
 
 def raise_for_status(response: httpx2.Response) -> None:
-    """Raise for an HTTP error, like `hf_raise_for_status`, but read only the start of the body.
-
-    Args:
-        response: not read yet.
-    """
+    """Raise for an HTTP error, like `hf_raise_for_status`, but read only the start of an unread body."""
     import httpx2
     from huggingface_hub.utils import hf_raise_for_status
 

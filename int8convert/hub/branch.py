@@ -41,8 +41,6 @@ class Branch:
     """A branch to write to.
 
     Args:
-        repository: ORGANIZATION/NAME.
-        name: the branch.
         is_private: whether a new repository is private, and an existing one must be; None accepts either.
         as_pull_request: propose the change instead of making it.
 
@@ -70,9 +68,6 @@ class Branch:
 
     def find(self, revision: str | None = None) -> Repository | None:
         """Look the repository up at the branch; None if either does not exist.
-
-        Args:
-            revision: another revision than the branch.
 
         Raises:
             HubAccessError: the repository's visibility is not the one asked for.
@@ -110,9 +105,6 @@ class Branch:
     def check_online(self, why: str) -> None:
         """Check that HF_HUB_OFFLINE allows the network.
 
-        Args:
-            why: what needs it, as a clause.
-
         Raises:
             HubConnectionError: HF_HUB_OFFLINE is set.
         """
@@ -122,11 +114,7 @@ class Branch:
             raise HubConnectionError(f"HF_HUB_OFFLINE is set; {why}", "unset HF_HUB_OFFLINE")
 
     def check_access(self) -> None:
-        """Check, without a request, that the network is allowed and a token is set.
-
-        Raises:
-            HubError: one of them is missing.
-        """
+        """Check, without a request, that the network is allowed and a token is set."""
         self.check_online("files are sent over the network")
         if not self.has_token:
             owner = self.repository.partition("/")[0]
@@ -136,11 +124,7 @@ class Branch:
             )
 
     def create(self) -> None:
-        """Create the repository and the branch, if they do not exist.
-
-        Raises:
-            HubError: the token has no right to.
-        """
+        """Create the repository and the branch, if they do not exist."""
         from huggingface_hub import HfApi
 
         _limit_waits()

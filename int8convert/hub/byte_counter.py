@@ -21,8 +21,7 @@ def is_too_long(n_bytes: int, n_listed: int) -> bool:
 def byte_counter(on_bytes: Callable[[int], None]) -> Any:
     """Return a progress bar class for the client that shows nothing and reports the bytes received.
 
-    Args:
-        on_bytes: called with the number of bytes; what it raises ends the download, though not at once.
+    What `on_bytes` raises ends the download, though not at once.
     """
     from tqdm.auto import tqdm
 

@@ -29,9 +29,6 @@ def fetch_beside(source: CheckpointSource, names: Iterable[str]) -> frozenset[st
 
     Returns:
         the names of all files of the repository; without the network, of those in the cache.
-
-    Raises:
-        HubError, CorruptFileError: as `fetch_checkpoint`.
     """
     from huggingface_hub import constants
 
@@ -61,10 +58,6 @@ def _reading_cached(shard: SourceShard) -> SourceShard:
 
 def fetch_checkpoint(source: CheckpointSource, on_event: EventSink = ignore) -> Path:
     """Fetch a repository's weights; return the directory of the Hub's cache with its config, weights and small files.
-
-    Args:
-        source: the repository, at the commit at which it was opened.
-        on_event: receives `DownloadStarted`.
 
     Raises:
         HubError: a file cannot be fetched.

@@ -49,7 +49,6 @@ class ShardDownload:
     """`ShardAccess` to shards on the Hub.
 
     Args:
-        shards: the shards in the order in which they will be opened.
         folder: the directory for shards while they are read; created, emptied and removed.
         cache_dir: a cache to keep the shards in instead.
         distrusted: names of files that arrived with wrong bytes; copies in a cache are not used for them.

@@ -94,11 +94,7 @@ def _united(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 class DigestCheck:
-    """Compares a file's bytes, fed in order and without gaps, with digests.
-
-    Attributes:
-        matches: no digest differed so far.
-    """
+    """Compares a file's bytes, fed in order and without gaps, with digests."""
 
     def __init__(self, digests: Iterable[RangeDigest]) -> None:
         self._pending = list(digests)[::-1]

@@ -48,7 +48,6 @@ def download_file(
     Args:
         cache_dir: the cache to fetch into; None is the client's own.
         local_dir: a directory to fetch into instead.
-        is_forced: whether to replace a file that is there.
         on_bytes: called with the number of bytes received; what it raises ends the download, though not at once.
     """
     from huggingface_hub import hf_hub_download

@@ -49,13 +49,7 @@ _MAX_HEADER_READS = 2
 
 @dataclass(frozen=True, slots=True)
 class RemoteShard:
-    """A shard on the Hub. A `RemoteFile` of `int8convert.checkpoint.source`.
-
-    Attributes:
-        file: the file on the Hub.
-        header_digests: digests of the ranges from which the header was read.
-        prefetched: ranges that were fetched beforehand.
-    """
+    """A shard on the Hub. A `RemoteFile` of `int8convert.checkpoint.source`."""
 
     file: HubFile
     header_digests: tuple[RangeDigest, ...]
@@ -98,10 +92,8 @@ def open_repository(
     """Read a repository's config, index and shard headers, but no weights.
 
     Args:
-        name: ORGANIZATION/NAME.
         revision: a branch, a tag or a commit; None is the main branch.
         cache_dir: the cache for the small files; None is the Hub's cache.
-        ignores_adapter: as in `open_source`.
 
     Raises:
         HubError: the repository cannot be read.
@@ -148,11 +140,7 @@ def open_repository(
 
 
 class RepositoryListing:
-    """A `Listing` of a repository on the Hub. `read` fetches a file into the Hub's cache.
-
-    Args:
-        label: the user's name for the repository.
-    """
+    """A `Listing` of a repository on the Hub. `read` fetches a file into the Hub's cache."""
 
     is_remote = True
 

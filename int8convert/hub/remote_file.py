@@ -50,11 +50,7 @@ class HubFile:
         return RangeReader(self)
 
     def read_range(self, begin: int, n_bytes: int) -> bytes:
-        """Read `n_bytes` bytes from `begin` on, with retries.
-
-        Raises:
-            HubError: an error is permanent, or the retries are spent.
-        """
+        """Read `n_bytes` bytes from `begin` on, with retries."""
 
         def attempt() -> bytes:
             with self._answer(begin, begin + n_bytes, _MAX_READ_AHEAD) as pieces:

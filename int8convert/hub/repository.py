@@ -39,7 +39,6 @@ class RepositoryFile:
     """A file as the Hub lists it.
 
     Attributes:
-        name: the path in the repository.
         sha256: of the content, in hex; None for files outside of LFS.
         blob_id: git's id; for LFS files, that of the pointer.
     """
@@ -90,9 +89,6 @@ class Repository:
     Attributes:
         name: the Hub's name for it, which differs from the given name after a renaming.
         commit: 40 hex digits.
-        revision: the branch, tag or commit that was asked for.
-        is_private: only its owners see it.
-        files: name -> file, without folders.
     """
 
     name: str
@@ -104,9 +100,6 @@ class Repository:
 
 def find_repository(name: str, revision: str | None = None) -> Repository:
     """Look a repository up.
-
-    Args:
-        revision: a branch, a tag or a commit; None is the main branch.
 
     Raises:
         HubError: the repository does not exist, is not visible to this token, or the Hub cannot be reached.
@@ -160,11 +153,7 @@ def _list_page(url: str, subject: str) -> tuple[list[RepositoryFile], str | None
 
 
 def _parse_entry(entry: Any) -> RepositoryFile | None:
-    """Return a file of the list; None for a folder.
-
-    Raises:
-        ValueError: the entry is neither.
-    """
+    """Return a file of the list; None for a folder. Raises ValueError for anything else."""
     match entry:
         case {"type": "file", "path": str(path), "size": int(size), "oid": str(blob_id), **others}:
             lfs = others.get("lfs")

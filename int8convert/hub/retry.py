@@ -116,7 +116,6 @@ def retrying(attempt: Callable[[], T], budget: RetryBudget, sleep: Callable[[flo
 
     Args:
         attempt: must bear repetition.
-        sleep: waits so many seconds; may raise to end the retries.
 
     Raises:
         HubError: the budget is spent.

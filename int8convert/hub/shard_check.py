@@ -16,7 +16,6 @@ class ShardCheck:
     """The comparison of a shard's bytes with what was expected.
 
     Attributes:
-        sha256: of the bytes, in hex.
         content_matches: they have the hash that the Hub lists.
         header_matches: they hold the header from which the conversion was planned.
         prefetched_matches: they hold the ranges that were fetched beforehand.

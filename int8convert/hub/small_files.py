@@ -27,9 +27,6 @@ _MAX_DOWNLOADS = 3
 def fetch_small_files(repository: Repository, names: Iterable[str], cache_dir: Path | None = None) -> Path:
     """Fetch small files, check each against its hash, and return their folder in the Hub's cache.
 
-    Args:
-        cache_dir: the cache to use; None is the client's own.
-
     Raises:
         HubError: a file cannot be fetched.
         CorruptFileError: a file is too large to be a small one, or arrives with wrong bytes three times.

@@ -69,7 +69,6 @@ class ShardStream:
     """`ShardAccess` to shards on the Hub.
 
     Args:
-        shards: the shards in the order in which they will be opened.
         first_needed: the first byte of each that will be read.
         window_bytes: the most memory for received bytes that are still needed. It must hold the blocks that are read at
             the same time, and tensors that are not one run of bytes.

@@ -48,7 +48,6 @@ def ablate(
     """Run the model as it is, without `columns`, and without as many random others.
 
     Args:
-        model: predicts the next token.
         layers: the layers whose inputs are the hidden state; all of one width.
         ids: int64 [n, length], length at least 2.
         columns: dimensions of the hidden state, fewer than half of them.

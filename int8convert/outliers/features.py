@@ -52,11 +52,8 @@ class LayerInput:
     """The input of one Linear layer.
 
     Attributes:
-        module_name: name of the layer.
         layer: the part of that name that says which block of the model it is in; "" if none.
         projection: the last part of the name: q_proj, fc1.
-        n_features: width of the input.
-        n_tokens: number of tokens that passed.
         extreme: the largest magnitude of all columns.
         is_hidden_state: whether the input counts for the paper's statistics.
         columns: the columns with outliers, ascending.
@@ -97,12 +94,7 @@ def layer_of(module_name: str) -> str:
 
 
 def describe_inputs(statistics: Mapping[str, InputStatistics], hidden_size: int) -> tuple[LayerInput, ...]:
-    """Describe the input of each layer that was run, in the order given.
-
-    Args:
-        statistics: gathered with one threshold.
-        hidden_size: width of the hidden state.
-    """
+    """Describe the input of each layer that was run, in the order given."""
     return tuple(
         LayerInput(
             module_name=name,
@@ -122,11 +114,7 @@ def describe_inputs(statistics: Mapping[str, InputStatistics], hidden_size: int)
 def find_features(
     inputs: Sequence[LayerInput], statistics: Mapping[str, InputStatistics]
 ) -> tuple[OutlierFeature, ...]:
-    """Return the dimensions that meet the paper's criteria, ascending.
-
-    Args:
-        inputs: what `describe_inputs` made of the statistics.
-    """
+    """Return the dimensions that meet the paper's criteria, ascending."""
     states = _hidden_states(inputs, statistics)
     if not states:
         return ()

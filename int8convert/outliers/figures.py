@@ -54,20 +54,12 @@ def prepare_folder(folder: Path) -> None:
 
 
 def draw_figures(report: OutlierReport, folder: Path) -> list[Path]:
-    """Write each picture of a report as PNG and SVG; return the paths.
-
-    Raises:
-        OutputError: the folder cannot be written to.
-    """
+    """Write each picture of a report as PNG and SVG; return the paths."""
     return write_figures(outlier_figures(report), folder)
 
 
 def write_figures(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
-    """Write pictures as PNG and SVG into a folder that `prepare_folder` made; return the paths.
-
-    Raises:
-        OutputError: the folder cannot be written to.
-    """
+    """Write pictures as PNG and SVG into a folder that `prepare_folder` made; return the paths."""
     paths = []
     try:
         for name, figure in figures:
@@ -123,12 +115,7 @@ def _new_figure(title: str, height: float, width: float = _WIDTH) -> tuple[Figur
 
 
 def draw_map(report: OutlierReport, states: dict[str, torch.Tensor], inches: float = _WIDTH) -> Figure:
-    """Layers x dimensions: the largest magnitude, on a logarithmic scale, features labelled on top.
-
-    Args:
-        states: of `largest_by_layer`.
-        inches: how wide the picture is to be.
-    """
+    """Layers x dimensions: the largest magnitude, on a logarithmic scale, features labelled on top."""
     from matplotlib.colors import LogNorm
 
     values = torch.stack(list(states.values())).nan_to_num(posinf=3e38)

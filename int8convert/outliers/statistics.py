@@ -168,8 +168,6 @@ def watching(
 
     Args:
         layers: modules that are no Linear layer are left out.
-        threshold: see `InputStatistics`.
-        with_values: also gather histograms of the outlier values.
     """
     found: dict[str, InputStatistics] = {}
     with ExitStack() as hooks:

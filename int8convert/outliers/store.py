@@ -42,13 +42,7 @@ from int8convert.text import quoted
 
 @dataclass(frozen=True, slots=True)
 class StaticSet:
-    """A static set that was written.
-
-    Attributes:
-        path: the file.
-        n_modules, n_columns: number of modules with stored columns, and of these columns.
-        n_bytes: size of the file.
-    """
+    """A static set that was written."""
 
     path: str
     n_modules: int
@@ -86,11 +80,7 @@ class _ChosenColumns:
 
 
 def int8_modules(out: str | os.PathLike[str]) -> list[str]:
-    """Return the int8 modules of an int8 checkpoint, as its tensors name them.
-
-    Raises:
-        SourceError: `out` is no int8 checkpoint.
-    """
+    """Return the int8 modules of an int8 checkpoint, as its tensors name them."""
     return [weight.module_name for weight in open_int8_checkpoint(open_source(out)).weights]
 
 

@@ -44,7 +44,6 @@ class LowRankUpdate:
     """An adapter's addition to one module's weight: scaling * B @ A.
 
     Attributes:
-        module_name: the module's name in the model.
         a: [rank, in]; for an embedding [rank, tokens].
         b: [out, rank]; for an embedding [features, rank].
         magnitude: [out], the length to which DoRA scales each row; None without DoRA.
@@ -74,9 +73,6 @@ class Adapter:
     """An adapter to merge.
 
     Attributes:
-        label: the directory as the user named it.
-        shard: the weight file, which is read like one of the checkpoint's.
-        updates: by module name.
         replacements: parameter name -> the tensor that replaces it, before any update is added.
     """
 

@@ -30,8 +30,6 @@ class BaseTensor:
     """A tensor of the checkpoint that an adapter may change.
 
     Attributes:
-        name: its key.
-        shape: as stored.
         is_transposed: stored [in, out], as by Conv1D. The module's class decides: of a square weight, neither the shape
             nor the adapter's `fan_in_fan_out` is reliable.
     """

@@ -22,7 +22,6 @@ class ExpertLayout:
         module: the experts' module in the output: model.layers.0.mlp.experts.
         projections: the projections of each expert: ("gate_proj", "up_proj").
         leaf: "weight": [experts, rows, columns], or [experts * rows, columns]; or "bias": [experts, rows].
-        n_experts: the number of experts.
         is_transposed: matrices are stored as [in, out].
         is_interleaved: output i belongs to projection i modulo their number; else the projections are contiguous.
     """

@@ -87,26 +87,22 @@ class LoadedDelta:
     magnitude: Matrix | None = field(repr=False)
 
     def rows(self, begin: int, end: int) -> Matrix:
-        """Return scaling * B[begin:end] @ A, rounded to float32 before scaling, and without DoRA's part.
+        """Return scaling * B[begin:end] @ A, without DoRA's part, as a new array, float32 [end - begin, columns].
 
-        Returns:
-            a new array, float32 [end - begin, columns].
+        B @ A is rounded to float32 before scaling.
         """
         delta = self.left[begin:end] @ self.right
         delta *= np.float32(self.scaling)
         return delta
 
     def merge(self, weight: Matrix, begin: int) -> Matrix:
-        """Return the merged rows of a base weight: W + scaling * B @ A.
+        """Return the merged rows of a base weight, in a new array: W + scaling * B @ A.
 
         With DoRA: m * (W + D) / |W + D|, with each row's length over all its columns, in PEFT's order: m / |W + D|
         first. A row of length zero becomes NaN, as in PEFT.
 
         Args:
             weight: float32 [n, columns], the rows from `begin` on; not changed.
-
-        Returns:
-            a new array, float32 [n, columns].
 
         Source: peft/tuners/lora/layer.py, Linear.merge; variants.py, DoraLinearVariant.merge_unsafe.
         """

@@ -35,8 +35,6 @@ def map_by_name(tensors: Sequence[StoredTensor], modules: ModuleFilter, dtype: s
     """Decide by name and shape.
 
     Args:
-        tensors: all of the checkpoint.
-        modules: the user's choice.
         dtype: the model's dtype by config.json; None takes the first tensor's.
         why: why the model's class is unknown, for the note.
     """

@@ -23,8 +23,6 @@ class PlanRequest:
     """The input of a plan.
 
     Attributes:
-        source: the checkpoint.
-        modules: the user's choice of modules.
         max_shard_bytes: largest output shard; None makes one for each source shard.
         adapter: merged into the weights.
         kept_modules: modules whose weights turned out to have no int8 form.
@@ -91,11 +89,6 @@ class PlanRequirements:
     allow_missing: tuple[str, ...] = ()
 
     def check(self, plan: ConversionPlan) -> None:
-        """Refuse a plan.
-
-        Raises:
-            MissingWeightsError, CorruptFileError: see `needs.check_needs`.
-            CoverageError: see `coverage.check_coverage`.
-        """
+        """Refuse a plan that does not satisfy them, see `check_needs` and `check_coverage`."""
         check_needs(plan.model_map, plan.source, self.allow_missing)
         check_coverage(plan, self.min_coverage)

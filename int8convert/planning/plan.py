@@ -46,8 +46,6 @@ class PlannedTensor:
 
     Attributes:
         source: the tensor as it is read; a Conv1D weight is the [out, in] view of its [in, out] bytes.
-        shard: its file.
-        output_name: its key in the output.
         output_dtype: I8 if it becomes int8 with a scale, else the dtype of the copy.
         reason: why it is copied; "" if quantized.
         format: where its scale will stand.
@@ -110,7 +108,6 @@ class PlannedShard:
     """One output file.
 
     Attributes:
-        file_name: its name in OUT.
         tensors: in the order in which they are read.
         outputs: the file's tensors, in the order of its bytes.
         n_bytes: size of the file, header included.
@@ -161,12 +158,9 @@ class ShardedPlan(Protocol):
     """What the conversion obeys: the shards of an output, made of the tensors of a source.
 
     Attributes:
-        source: what is read.
-        shards: what is written.
         n_parameters: of the model.
         model_class: the transformers class that decided; None if none did.
         coverage: share of the parameters that become int8, 0 to 1; None for an export.
-        notes: what the user should know.
         tensors: of all shards.
         n_read_bytes, n_written_bytes: of the tensors that are read, and of the shards, headers included.
     """
@@ -204,9 +198,6 @@ class ConversionPlan:
     """The plan of a conversion.
 
     Attributes:
-        source: the checkpoint.
-        model_map: the decisions on its tensors.
-        shards: the output files.
         dropped: source name -> why it is not written: the same bytes are written under another name.
     """
 

@@ -25,7 +25,6 @@ class ReadingOrder:
     """The order in which the pending shards of a plan are read.
 
     Args:
-        plan: the plan.
         done: names of finished output shards.
 
     Attributes:

@@ -110,12 +110,7 @@ def _escaped(value: Any) -> Any:
 
 
 def make_card(output: FinishedOutput, repository: str, found: Inspection) -> str:
-    """Return the text of README.md.
-
-    Args:
-        repository: the repository that the card is for.
-        found: what `inspect` finds in the checkpoint.
-    """
+    """Return the text of README.md; `repository` is the one that the card is for."""
     import jinja2
 
     environment = jinja2.Environment(

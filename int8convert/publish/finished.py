@@ -37,11 +37,6 @@ class FinishedOutput:
     """A finished conversion.
 
     Attributes:
-        path: the directory.
-        config: config.json, parsed.
-        manifest: the manifest, parsed.
-        records: the records of its shards.
-        present: the files in the directory.
         hashes: name in the repository -> sha256 to publish, without the model card.
         verify: verify.json, parsed; None unless it is about these bytes and passed.
         unverified: why `verify` is None, as a phrase; "" otherwise.
@@ -183,11 +178,7 @@ def check_verified(output: FinishedOutput) -> None:
 
 
 def check_shards(output: FinishedOutput) -> None:
-    """Compare the sha256 of all shards with the manifest.
-
-    Raises:
-        CorruptFileError: one differs.
-    """
+    """Compare the sha256 of all shards with the manifest."""
     for record in output.records:
         found = file_sha256(output.path / record.file_name)
         if found != record.sha256:

@@ -51,9 +51,7 @@ class HubPublisher:
     """A `ShardPublisher`.
 
     Args:
-        repository: ORGANIZATION/NAME; created if missing.
         private: whether a new repository is private, and an existing one must be; None accepts either.
-        revision: the branch; created if missing.
         on_event: receives `FileSent`.
 
     Attributes:

@@ -39,14 +39,9 @@ class UploadReport:
     """The outcome of `upload`.
 
     Attributes:
-        out: the output.
-        repository: ORGANIZATION/NAME.
-        branch: the branch written to.
         url: the page of the branch, or of the pull request.
         commit: the new commit; None if nothing differed, and for dry runs.
         is_verified: `verify` passed the output, and the model card says so.
-        n_files: number of published files.
-        n_bytes: their bytes.
         n_sent_bytes: bytes of the files that the branch did not have.
         sent: names of these files.
         deleted: names of the files that were removed from the branch.

@@ -82,7 +82,6 @@ class EarlierFailure:
         level: "fidelity" or "tasks".
         tool: the version that measured.
         failures: one line for each broken gate.
-        gates: the gates of that run.
         text: the text that the models read; the entries of `TextUsed` that tell texts apart.
         measured: size of each measurement that broke a gate: mode -> tokens, or task and metric -> questions.
         files: sha256 of each file that decides what the model computes.
@@ -115,11 +114,7 @@ class EarlierFailure:
 
 
 def write_verify_json(out: Path, report: Mapping[str, Any]) -> Path:
-    """Write the file, whole or not at all; return its path.
-
-    Raises:
-        OSError: the directory cannot be written to.
-    """
+    """Write the file, whole or not at all; return its path."""
     path = out / VERIFY_FILE
     make_folder(path.parent)
     write_json(path, report)

@@ -40,9 +40,6 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "enco
 def check_layer_counts(stated: Mapping[str, Any]) -> None:
     """Refuse an absurd number of layers before a config class makes a list of so many entries.
 
-    Args:
-        stated: config.json.
-
     Raises:
         CorruptFileError: it names more than MAX_LAYERS layers.
     """

@@ -39,7 +39,6 @@ class ExpertsForm:
     """The form of the experts in a module of transformers.
 
     Attributes:
-        n_experts: number of experts.
         projections: name -> (in_features, out_features), in the order of the data; two if there is no gate.
         has_bias: each projection has a bias.
         is_interleaved: the model's activation takes outputs of gate and up in turns.
@@ -113,7 +112,6 @@ class Int8Experts(nn.Module):
 
     Args:
         experts: that module, on the meta device; kept for its activation, without its parameters.
-        form: the form of its experts.
         names: the checkpoint's names of their projections.
         mode, threshold: for each layer, see `int8convert.runtime.linear`.
     """

@@ -45,11 +45,7 @@ def open_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False
 
 
 def is_int8(path: str | os.PathLike[str]) -> bool:
-    """Return whether a directory holds a quantized checkpoint, other than FP8, which transformers loads by itself.
-
-    Raises:
-        SourceError: it holds no checkpoint.
-    """
+    """Return whether a directory holds a quantized checkpoint, other than FP8, which transformers loads by itself."""
     block = open_source(path).config.get("quantization_config")
     return isinstance(block, dict) and "fp8" not in str(block.get("quant_method"))
 
@@ -141,11 +137,7 @@ def _foreign_fp8(path: str | os.PathLike[str]) -> SourceError:
 
 
 def check_length(model: Any, windows: TokenWindows) -> None:
-    """Check that the model takes windows of this length.
-
-    Raises:
-        SourceError: it does not.
-    """
+    """Check that the model takes windows of this length."""
     n_positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(n_positions, int) and windows.ids.shape[1] > n_positions:
         raise SourceError(

@@ -66,7 +66,6 @@ def read_config(
     """Return the transformers config of a checkpoint.
 
     Args:
-        path: a directory, or the id of a repository.
         hint: hint where it cannot be read. code_hint: hint where it needs code that may not run.
         trust_remote_code: the checkpoint's own code may run.
         hub: see `hub_options`.
@@ -96,11 +95,7 @@ def read_config(
 
 
 def refuse_code(stated: Any) -> None:
-    """Refuse entries of config.json that make transformers fetch kernels or change its own classes.
-
-    Raises:
-        SourceError: it holds such an entry, at any depth.
-    """
+    """Refuse entries of config.json that make transformers fetch kernels or change its own classes."""
     if isinstance(stated, list):
         for each in stated:
             refuse_code(each)
@@ -144,11 +139,6 @@ def load_model(
     **options: Any,
 ) -> Any:
     """Return a checkpoint's model, and its missing and unexpected weights, by `from_pretrained`.
-
-    Args:
-        config: the result of `read_config`.
-        hint, code_hint: see `read_config`.
-        options: for `from_pretrained`.
 
     Raises:
         SourceError: transformers cannot load it, or would load an adapter with it.

@@ -59,11 +59,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A child process of one worker. Uses no network, sees no GPU, and imports nothing from the current directory.
-
-    Args:
-        module: full name of the worker's module.
-    """
+    """A child process of one worker. Uses no network, sees no GPU, and imports nothing from the current directory."""
 
     def __init__(self, module: str) -> None:
         package_root = str(Path(__file__).parents[2])
@@ -141,12 +137,7 @@ def encode_failure(error: BaseException) -> dict[str, str]:
 
 
 def decode_failure(failure: Mapping[str, str], status: int | None = None, hint: str = "") -> Exception:
-    """Return the exception of a JSON form.
-
-    Args:
-        status: exit status of the child.
-        hint: hint for an error of ours that has none.
-    """
+    """Return the exception of a JSON form; `hint` is for an error of ours that has none."""
     if failure["kind"] == "refused":
         return _ERRORS.get(failure["class"], SourceError)(failure["message"], failure["hint"] or hint)
     return WorkerError(failure["class"], failure["message"], failure["module"], status)

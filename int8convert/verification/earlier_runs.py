@@ -53,9 +53,6 @@ def write_report(report: VerifyReport) -> Path | None:
 
     Returns:
         the path; None for a checkpoint on the Hub, which stays as it is.
-
-    Raises:
-        OSError: the directory cannot be written to.
     """
     if report.exact.commit is not None:
         return None

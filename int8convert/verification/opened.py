@@ -51,9 +51,6 @@ class ExaminedCheckpoint:
 def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> ExaminedCheckpoint:
     """Read config, index, headers and manifest; no weights.
 
-    Args:
-        revision: branch, tag or commit of a repository on the Hub.
-
     Raises:
         Int8ConvertError: see `open_source`.
     """

@@ -74,21 +74,13 @@ def draw_pictures(report: VerifyReport, outliers: OutlierReport | None = None) -
 
 
 def write_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """Write each picture as PNG and SVG; return the paths.
-
-    Raises:
-        OutputError: the folder cannot be made or written to.
-    """
+    """Write each picture as PNG and SVG; return the paths."""
     prepare_folder(folder)
     return write_figures(((picture.name, picture.figure) for picture in pictures), folder)
 
 
 def write_page(report: VerifyReport, pictures: Sequence[Picture], path: Path) -> None:
-    """Write the page, whole or not at all.
-
-    Raises:
-        OutputError: the page cannot be written.
-    """
+    """Write the page, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, render(report, pictures))

@@ -75,10 +75,7 @@ def measure_tasks(
     """Let an int8 checkpoint and its source answer the same questions.
 
     Args:
-        reference, out: the directories of the source and of the int8 checkpoint.
         tasks: which tasks, and how many questions of each.
-        device: "auto", "cpu" or "cuda[:n]".
-        trust_remote_code: run code in the checkpoints.
 
     Raises:
         SourceError: the harness is not installed, a task cannot be fetched, or a checkpoint cannot be loaded.
@@ -133,9 +130,8 @@ def _answer(
     from int8convert.runtime.pretrained import asking_nobody, read_tokenizer
 
     model = load_model(path, choose_device(device), trust_remote_code=trusts_code)
-    tokenizer = read_tokenizer(
-        os.fspath(path), TRUST_CODE, trusts_code
-    )  # in this process: the harness wants the object itself
+    # In this process: the harness wants the object itself.
+    tokenizer = read_tokenizer(os.fspath(path), TRUST_CODE, trusts_code)
     runner = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     what = f"the tasks cannot be run on '{os.fspath(path)}'"
     hint = "fetch their data once where there is a network, or name tasks of your own with --tasks-path DIR"

@@ -55,9 +55,6 @@ def find_pickle_tensors(
     """Return the tensors of a `.bin` shard, in the order of their bytes, from its directory and pickle alone.
 
     Args:
-        file: the file, to be read here and there.
-        file_bytes: its size.
-        file_name: for errors.
         is_remote: whether each read costs a request; the fewest places are then read.
 
     Raises:

@@ -41,7 +41,6 @@ def build_model(
     """Build the model of the config in a directory.
 
     Args:
-        trusts_code: the checkpoint's own code may run where transformers has no class of the architecture's name.
         weights_dtype: the dtype where the config has none, see `weights_dtype`.
 
     Returns:

@@ -32,7 +32,6 @@ class Int8Choice:
 
     Attributes:
         loaded: checkpoint key -> the parameter it is loaded into.
-        module_by_name: all modules of the model.
         tied: tied parameter -> the parameter whose tensor it shares.
         keep_in_fp32: patterns of modules that stay float32.
     """

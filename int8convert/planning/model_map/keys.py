@@ -47,8 +47,6 @@ class ModelKeys:
     """The renaming of one model's keys.
 
     Args:
-        model: built, on the meta device.
-        names: all keys of the checkpoint.
         moved_together: see `FormatModule.MOVED_TOGETHER`.
 
     Attributes:

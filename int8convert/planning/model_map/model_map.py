@@ -36,7 +36,6 @@ class MappedTensor:
     """The decision on one tensor.
 
     Attributes:
-        action: its treatment.
         reason: why it is kept or dropped; "" where it becomes int8.
         output_name: its key in the output: the source's, with the base model's prefix where the loader expects it.
         output_dtype: I8 where it becomes int8; else the dtype that a plain load of the source gives it.
@@ -90,7 +89,6 @@ class ModelMap:
         output_format: the format whose loader the map is for.
         parameters: the model's parameter -> the source name it is loaded from, and whether it is stored [in, out].
             Without those made of several tensors; empty where name rules decided.
-        notes: notes for the user.
         needs: what the checkpoint lacks; None where name rules decided.
     """
 
@@ -120,7 +118,6 @@ class ModuleFilter:
     A pattern matches a module's full name or a dotted tail of it, with shell wildcards: `fc2`, `layers.0.*`, `*_proj`.
 
     Attributes:
-        skip: modules that stay 16-bit.
         only: if not empty, no other module becomes int8.
         output_format: modules that its loader does not replace stay 16-bit.
         trusts_code: the checkpoint's own code may run.

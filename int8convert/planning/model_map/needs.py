@@ -53,7 +53,6 @@ def find_needs(model: Any, keys: ModelKeys, tensors: list[CheckpointTensor]) -> 
 
     Args:
         model: on the meta device; its weights are tied afterwards.
-        keys: the keys of that model and these tensors.
     """
     needed = model.state_dict()
     parameters = dict(model.named_parameters())

@@ -44,10 +44,6 @@ class Ending:
 def read_ending(path: str, config: Any) -> Ending:
     """Return where a checkpoint's texts end, from generation_config.json or else its model config.
 
-    Args:
-        path: a directory, or the id of a repository.
-        config: the transformers config.
-
     Raises:
         CorruptFileError: an entry has the wrong type.
         SourceError: the file cannot be read.
@@ -118,9 +114,7 @@ class StopAtStrings(StoppingCriteria):  # type: ignore[misc]
     """Ends each text of a batch as soon as it holds a stop string.
 
     Attributes:
-        decode: token ids to text.
         n_before: tokens of each row before the new ones.
-        stop_strings: see `Ending`.
         n_kept: row -> its new tokens up to the stop string, for rows that reached one.
     """
 

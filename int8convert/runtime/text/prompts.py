@@ -17,7 +17,6 @@ def encode(
 
     Args:
         chat: use the chat template; None uses it where there is one.
-        system: the system message of the chat.
 
     Raises:
         PromptError: there is no chat template, it refuses the messages, or a prompt has no tokens.

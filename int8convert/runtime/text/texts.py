@@ -129,14 +129,7 @@ def open_text(text: Text) -> Iterator[TextFile]:
 
 @contextmanager
 def reusable_file(path: Path | None) -> Iterator[Path | None]:
-    """Provide a file that can be opened repeatedly: the file itself, or a copy of a pipe's content.
-
-    Args:
-        path: the file; None yields None.
-
-    Raises:
-        SourceError: the pipe cannot be read.
-    """
+    """Provide a file that can be opened repeatedly: the file itself, or a copy of a pipe's content; None for None."""
     content = _read_pipe(path) if path is not None else None
     if path is None or content is None:
         yield path

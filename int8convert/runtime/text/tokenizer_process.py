@@ -25,7 +25,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from int8convert.checkpoint.library_errors import RUNS_NO_CODE, library_errors
@@ -62,7 +61,6 @@ class TokenizerProcess:
         special_tokens, special_ids: by what they are, such as "eos_token"; ids of those that the vocabulary has.
 
     Args:
-        path: a directory, or the id of a repository.
         code_hint: what to do where it needs code that may not run.
         label: what the user calls it; empty for the path.
         trust_remote_code: its code may run, in that process.
@@ -108,15 +106,11 @@ class TokenizerProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __call__(self, text: str | Sequence[str], **options: Any) -> dict[str, Any]:
         """Return `input_ids` and `attention_mask`, as lists.
-
-        Args:
-            text: one, or a batch.
-            options: for transformers' tokenizer.
 
         Raises:
             SourceError: the tokenizer raises, or exceeds its bounds.

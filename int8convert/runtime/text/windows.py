@@ -27,9 +27,7 @@ class TokenWindows:
     Attributes:
         ids: int64 [n, length].
         text: file name, without its folder.
-        text_sha256: sha256 of the file.
         n_text_tokens: tokens of the whole text.
-        cut: the way the text was cut.
         first_scored: index of the first scored token of each window; empty for 1 in all.
     """
 

@@ -11,10 +11,7 @@ from typing import Any
 
 
 def read_as_loaded(config: dict[str, Any]) -> dict[str, Any]:
-    """Return all entries a config has once transformers has read it.
-
-    Raises: whatever the model's config class raises; KeyError if transformers knows none.
-    """
+    """Return all entries of a config as transformers reads it; raises what its class of the model raises."""
     import transformers
 
     found = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict()

@@ -38,17 +38,11 @@ def rules_for(provenance: Provenance, found: Format) -> RowRules:
     if provenance.lora is not None:
         return RowRules(stores_absmax, 0.01, False, 1e-5)
     # From scale to absmax and back, some move by one unit in the last place, see `formats.scales`.
-    return RowRules(stores_absmax, 1e-4, True, 2.0**-22) if provenance.is_exported else RowRules(stores_absmax)
+    return RowRules(stores_absmax, 1e-4, True, 2.0**-22) if provenance.exports else RowRules(stores_absmax)
 
 
 class Comparison:
-    """The comparison of two checkpoints.
-
-    Attributes:
-        totals: sums over all tensors.
-        n_bytes: bytes to read.
-        hashes: see `ExactReport.files`.
-    """
+    """The comparison of two checkpoints. `hashes` is `ExactReport.files`; `n_bytes` are the bytes to read."""
 
     def __init__(self, examined: ExaminedCheckpoint, planned: ConversionPlan, provenance: Provenance) -> None:
         out = self._out = examined.source

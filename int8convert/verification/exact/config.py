@@ -35,12 +35,7 @@ _PLAIN_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
 def check_config(out: CheckpointSource, plan: ConversionPlan, provenance: Provenance, int8_modules: set[str]) -> Check:
-    """Compare config.json with what the conversion writes.
-
-    Args:
-        plan: the conversion's plan, rebuilt.
-        int8_modules: names of the modules the checkpoint holds as int8.
-    """
+    """Compare config.json with what the conversion writes, by its rebuilt plan and the names of the int8 modules."""
     expected = _expected_config(plan, provenance)
     findings = [*_threshold(out, expected), *_lists(out, expected, int8_modules)]
     if expected is None:

@@ -55,11 +55,7 @@ _TOKENIZER_FILES = tuple(sorted(_SAVED - {_GENERATION, _TEMPLATE}))
 
 
 def is_saved_by_others(name: str, originals: Collection[str]) -> bool:
-    """Return whether a file that the source lacks is allowed. Its content is then compared.
-
-    Args:
-        originals: names of the source's auxiliary files.
-    """
+    """Return whether a file that the source lacks is allowed beside its `originals`. Its content is then compared."""
     return name in _SAVED or (name == _PROCESSOR and _PREPROCESSOR in originals)
 
 

@@ -75,9 +75,7 @@ class Layout:
     """The tensors of a checkpoint, paired with the plan.
 
     Attributes:
-        pairs: in the order of the checkpoint's files and their bytes.
         findings: tensors that are missing, unexpected, or not as planned.
-        n_expected: number of planned tensors.
         planned_modules: modules that should be int8, paired or not.
     """
 

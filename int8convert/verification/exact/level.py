@@ -50,7 +50,6 @@ class ExactReport:
         out, reference: the two checkpoints; the reference is None if `out` cannot be opened.
         format: the format of `out`.
         checks: all checks; docs/verify-json.md describes each.
-        n_int8_weights: number of int8 weights.
         n_different_codes, n_different_scales: number of codes and scales that differ from the reference rounding. They
             are no defect if another tool computed the checkpoint.
         n_read_bytes: bytes of both checkpoints.
@@ -97,8 +96,6 @@ def verify_exact(
         revision: branch, tag or commit of that repository.
         reference: the source; None for the one that the manifest names.
         lora: the adapter that was merged in the conversion.
-        trust_remote_code: run code in the source, as `quantize` does.
-        workers: number of threads; None for the cores that this process may use.
         on_event: receives `HubReadStarted` and `TensorsCompared`.
 
     Raises:

@@ -40,7 +40,6 @@ class ExportStep:
     Attributes:
         source: the int8 checkpoint that was exported: a directory, or a repository on the Hub.
         revision: the commit of the repository; None for a directory.
-        format: the `Format` it was exported to.
     """
 
     source: str
@@ -79,10 +78,6 @@ class Provenance:
     revision: str | None = None
     allow_missing: tuple[str, ...] = ()
     problem: str = ""
-
-    @property
-    def is_exported(self) -> bool:
-        return bool(self.exports)
 
 
 def find_provenance(
@@ -135,13 +130,7 @@ def find_provenance(
 
 @dataclass(frozen=True, slots=True)
 class _Followed:
-    """The end of a chain of manifests.
-
-    Attributes:
-        manifest: the manifest of the conversion.
-        request: its content; None if there is none that can be read.
-        source: the directory or repository that it names; None if `request` is None.
-    """
+    """The end of a chain of manifests; `request` is None if the conversion's cannot be read."""
 
     manifest: Manifest
     request: RecordedRequest | None = None
@@ -172,11 +161,7 @@ def _follow(directory: Path) -> _Followed:
 
 
 def _with_manifest(step: ExportStep) -> Path:
-    """Return the directory in which the source of an export has its manifest; of a repository, that in the cache.
-
-    Raises:
-        HubError: the manifest cannot be fetched.
-    """
+    """Return the directory in which the source of an export has its manifest; of a repository, that in the cache."""
     if step.revision is None:
         return Path(step.source)
     source = open_source(step.source, step.revision)

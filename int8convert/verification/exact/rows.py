@@ -75,7 +75,6 @@ def judge_rows(
     """Compare some rows.
 
     Args:
-        name: name of the weight, for findings.
         weight: float32 [rows, cols], the source's.
         codes: int8 [rows, cols].
         stored: float32 [rows], absmax or scale.

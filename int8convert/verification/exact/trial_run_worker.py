@@ -194,10 +194,7 @@ def _following(model: Any, record: Record) -> Iterator[None]:
 
 
 def run_tokens(model: Any, record: Record) -> None:
-    """Run a few tokens, and one more with the cache of the first if there is one.
-
-    Raises: whatever the model's code raises.
-    """
+    """Run a few tokens, and one more with the cache of the first if there is one. Raises what model code raises."""
     inputs = _tokens(model)
     with torch.no_grad(), _following(model, record), Watch(record):
         output = model(**inputs)

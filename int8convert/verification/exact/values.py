@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -37,9 +36,7 @@ class TensorRows:
     def __enter__(self) -> TensorRows:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._reader.close()
 
     def read(self, begin: int, end: int) -> npt.NDArray[Any]:
@@ -64,9 +61,7 @@ class PlannedRows:
     def __enter__(self) -> PlannedRows:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._reader.close()
 
     def read(self, begin: int, end: int) -> npt.NDArray[Any]:

@@ -96,11 +96,7 @@ class Measured:
 
 
 def check_vocabulary(logits: torch.Tensor, reference: torch.Tensor) -> None:
-    """Check that both models choose from the same number of tokens.
-
-    Raises:
-        SourceError: they do not.
-    """
+    """Check that both models choose from the same number of tokens."""
     if logits.shape[-1] != reference.shape[-1]:
         raise SourceError(
             f"the int8 model predicts one of {logits.shape[-1]:,} tokens, the reference one of {reference.shape[-1]:,}",

@@ -27,11 +27,7 @@ class HiddenStates:
         return self._states[i]
 
     def __setitem__(self, i: int, state: torch.Tensor) -> None:
-        """Store a copy.
-
-        Raises:
-            DiskFullError: there is no room for the file.
-        """
+        """Store a copy."""
         kept = self._states.get(i)
         if kept is None or kept.shape != state.shape or kept.dtype != state.dtype:
             kept = self._states[i] = self._allocate(state)

@@ -68,7 +68,6 @@ class LayeredModel:
         """Load a checkpoint's model without its parts.
 
         Args:
-            path: the checkpoint's directory.
             load: loads the whole model by `from_pretrained`; its errors are passed on.
             settle: does to a part what `load` does to a whole model after loading.
         """

@@ -82,11 +82,7 @@ def measure_fidelity(
     """Compare an int8 checkpoint with its source on a text.
 
     Args:
-        reference: the source's directory.
-        out: the int8 checkpoint's directory.
         windows: the tokens, by the reference's tokenizer.
-        execution: how the models run.
-        trust_remote_code: run code in the checkpoints.
         on_event: receives `FidelityStarted` and `FidelityStep`.
 
     Returns:

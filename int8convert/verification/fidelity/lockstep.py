@@ -51,11 +51,7 @@ class _LayerDone(BaseException):
 
 
 class LayerRunner:
-    """Runs one decoder layer at a time, or the output head, inside the model's own forward.
-
-    Attributes:
-        n_forwards: how many times a decoder layer ran.
-    """
+    """Runs one decoder layer at a time, or the output head, inside the model's own forward."""
 
     def __init__(self, layered: LayeredModel) -> None:
         self._model = layered.model
