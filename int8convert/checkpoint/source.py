@@ -7,7 +7,8 @@ Hub's cache, and its shards stay on the Hub until they are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from int8convert.checkpoint.file_reader import FileIdentity, FileReader
 from int8convert.checkpoint.loaders.shard_index import AS_INDEXED, IndexDifferences
 from int8convert.checkpoint.names import CONFIG_NAME
 from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.errors import SourceError
+from int8convert.text import quoted
 
 
 class ShardReader(Protocol):
@@ -31,6 +34,18 @@ class ShardReader(Protocol):
 
     def close(self) -> None:
         """Harmless if done before."""
+
+
+@contextmanager
+def reading(file_name: str) -> Iterator[None]:
+    """Raise a SourceError for an OSError in the body, which reads a file of the source."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            f"{quoted(file_name)} of the source cannot be read: {error.strerror}",
+            "check that you may read the source and that its disk works, then rerun the same command",
+        ) from error
 
 
 class RemoteFile(Protocol):

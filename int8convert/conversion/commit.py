@@ -8,19 +8,17 @@ known. If one is wrong, the shard is discarded and converted again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
 from int8convert.checkpoint.shard_record import ShardRecord, TensorRecord
 from int8convert.checkpoint.shard_writer import ShardWriter
-from int8convert.checkpoint.source import SourceShard
+from int8convert.checkpoint.source import SourceShard, reading
 from int8convert.conversion.records import tensor_record
 from int8convert.decoding.scale import is_as_fetched
-from int8convert.errors import SourceError
 from int8convert.events import EventSink, ShardFinished, TensorKept, TensorQuantized
 from int8convert.planning.plan import ShardedPlan
 
@@ -47,18 +45,6 @@ class ConvertedShard:
     def discard(self) -> None:
         """Remove the file. Harmless after it got its name."""
         self.writer.discard()
-
-
-@contextmanager
-def reading(file_name: str) -> Iterator[None]:
-    """Raise a SourceError for an OSError in the body, which reads a file of the source."""
-    try:
-        yield
-    except OSError as error:
-        raise SourceError(
-            f"'{file_name}' of the source cannot be read: {error.strerror}",
-            "check that you may read the source and that its disk works, then rerun the same command",
-        ) from error
 
 
 class Committer:

@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 
 from int8convert.checkpoint.rows import Scratch
 from int8convert.checkpoint.shard_access import OrderedReader, ShardAccess
-from int8convert.conversion.commit import ConvertedShard, reading
+from int8convert.checkpoint.source import reading
+from int8convert.conversion.commit import ConvertedShard
 from int8convert.conversion.tensors import BlockCounter, tensor_task
 from int8convert.events import EventSink
 from int8convert.planning.plan import PlannedShard, PlannedTensor

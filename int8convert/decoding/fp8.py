@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from cuda_kernels import cpu
 from int8convert.checkpoint.floats import NUMPY_DTYPE, widen
-from int8convert.checkpoint.rows import read_whole
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.decoding.scale import read_scale
 
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
@@ -42,12 +42,8 @@ class Fp8Scale:
 
     def read(self) -> npt.NDArray[np.float32]:
         """Return the scale of each block, float32 [block rows, block columns]."""
-        reader = self.shard.open()
-        try:
-            values = read_whole(self.stored, reader)
-            wide = _e8m0_values(values) if self.stored.dtype == "F8_E8M0" else widen(values, self.stored.dtype)
-        finally:
-            reader.close()
+        values = read_scale(self)
+        wide = _e8m0_values(values) if self.stored.dtype == "F8_E8M0" else widen(values, self.stored.dtype)
         n_columns = self.stored.shape[1] if len(self.stored.shape) == 2 else 1
         return np.ascontiguousarray(wide).reshape(-1, n_columns)
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from int8convert.checkpoint.floats import widen
-from int8convert.checkpoint.rows import read_whole
 from int8convert.checkpoint.source import SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.decoding.scale import read_scale
 from int8convert.formats.format import Format
 from int8convert.formats.modules import module_of
 
@@ -32,11 +32,7 @@ class Int8Scale:
 
     def read(self) -> npt.NDArray[np.float32]:
         """Return the floats as stored, float32 [rows]. 16-bit ones are widened, which is exact."""
-        reader = self.shard.open()
-        try:
-            return widen(read_whole(self.stored, reader), self.stored.dtype).reshape(-1)
-        finally:
-            reader.close()
+        return widen(read_scale(self), self.stored.dtype).reshape(-1)
 
 
 class Int8Decoder:

@@ -31,7 +31,7 @@ from int8convert.checkpoint.safetensors_file import (
     parse_safetensors_header,
     read_safetensors_metadata,
 )
-from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard, fetch_tensors
+from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard, fetch_tensors, reading
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.config import BLOCK, read_format
@@ -302,15 +302,10 @@ class SourceReaders:
     @contextmanager
     def reading(self, shard: SourceShard) -> Iterator[ShardReader]:
         """Context with a reader of a shard."""
-        try:
+        with reading(shard.path.name):
             if shard.path not in self._opened:
                 self._opened[shard.path] = shard.open()
             yield self._opened[shard.path]
-        except OSError as error:
-            raise SourceError(
-                f"{quoted(shard.path.name)} of the source cannot be read: {error.strerror}",
-                "check that you may read the source and that its disk works, then rerun the same command",
-            ) from error
 
     def read_all(self, tensor: PlacedTensor) -> npt.NDArray[np.uint8]:
         """Return all bytes of a tensor."""

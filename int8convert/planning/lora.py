@@ -7,6 +7,7 @@ On one machine, the same blocks give the same bits.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from int8convert.checkpoint.floats import widen
 from int8convert.checkpoint.rows import read_whole
-from int8convert.checkpoint.source import ShardReader, SourceShard
+from int8convert.checkpoint.source import ShardReader, SourceShard, reading
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AdapterError
 from int8convert.planning.adapter import LowRankUpdate
@@ -52,15 +53,13 @@ class LoraDelta:
         Raises:
             AdapterError: they hold NaN or infinity.
             CorruptFileError: the file is not the one whose header was read.
+            SourceError: the file cannot be read.
         """
         update = self.update
-        reader = self.shard.open()
-        try:
+        with reading(self.shard.path.name), closing(self.shard.open()) as reader:
             a = read_float32(update.a, reader)
             b = read_float32(update.b, reader)
             magnitude = None if update.magnitude is None else read_float32(update.magnitude, reader)
-        finally:
-            reader.close()
         for what, values in (("A", a), ("B", b), ("magnitudes", magnitude)):
             if values is not None and not np.isfinite(values).all():
                 raise AdapterError(

@@ -20,6 +20,7 @@ from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import Event, PlanMade, ShardFinished, ShardStarted
 from int8convert.publish.shard_publisher import HubPublisher
+from int8convert.sources import open_source
 from tests.conversion.test_export import make_experts, make_int8, read_config
 from tests.tools.tiny_models import edit_config, file_bytes, read_tensors, save_checkpoint
 
@@ -353,3 +354,39 @@ def test_new_inside_the_checkpoint_that_is_read_is_refused(int8: Path) -> None:
             int8convert.export(int8, new, dequantize="float16")
         assert caught.value.hint == "name a directory outside OUT"
     assert file_bytes(int8).keys() == before
+
+
+READS = [
+    ("checked", 1, {"format": "compressed-tensors"}),
+    ("counted", 2, {"format": "compressed-tensors"}),
+    ("recoded", 3, {"format": "compressed-tensors"}),
+    ("copied", 2, {"max_shard_size": "1GB"}),
+    ("dequantized", 2, {"dequantize": "float16"}),
+]
+
+
+@pytest.mark.parametrize(("n_reads", "options"), [case[1:] for case in READS], ids=[case[0] for case in READS])
+def test_disk_that_fails_where_scales_are_read(
+    n_reads: int, options: dict[str, Any], int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged(int8, lambda tensors: None)
+    (shard,) = open_source(int8).shards
+    scale = next(tensor for tensor in shard.tensors if tensor.name == f"{FC1}.SCB")
+    read, seen = os.preadv, []
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if offset == scale.offset and len(buffers[0]) == scale.n_bytes:
+            seen.append(offset)
+            if len(seen) == n_reads:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    fail(
+        int8,
+        tmp_path / "out",
+        errors.SourceError,
+        "^'model.safetensors' of the source cannot be read: Input",
+        **options,
+    )
+    assert len(seen) == n_reads
