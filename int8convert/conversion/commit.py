@@ -97,7 +97,8 @@ class Committer:
     def _wait_for_scales(self) -> None:
         """Finish shards on the Hub that are needed only for scales after all others."""
         todo = [i for i, shard in enumerate(self._plan.shards) if shard.file_name not in self.records]
-        converted = {tensor.shard.path.name for i in todo for tensor in self._plan.shards[i].tensors}
+        pending = (tensor for i in todo for tensor in self._plan.shards[i].tensors)
+        converted = {tensor.shard.path.name for tensor in pending if not tensor.is_beside_codes}
         for name in self._last_need.keys() - converted:
             if self._access.is_checked(self._source_of[name]):
                 self._last_need[name] = todo[-1]

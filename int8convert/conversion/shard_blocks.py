@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 from int8convert.checkpoint.rows import Scratch
 from int8convert.checkpoint.shard_access import OrderedReader, ShardAccess
-from int8convert.checkpoint.source import reading
+from int8convert.checkpoint.source import ShardReader, reading
 from int8convert.conversion.commit import ConvertedShard
 from int8convert.conversion.tensors import BlockCounter, tensor_task
 from int8convert.events import EventSink
@@ -64,20 +64,23 @@ class ShardBlocks:
 
     def _cut(
         self, open_readers: ExitStack
-    ) -> Iterator[tuple[PlannedTensor, BlockCounter, OrderedReader, int, int, bool]]:
-        """Yield blocks, and open source shards when they are reached."""
-        opened: dict[str, OrderedReader] = {}
+    ) -> Iterator[tuple[PlannedTensor, BlockCounter, OrderedReader | None, int, int, bool]]:
+        """Yield blocks, and open source shards when they are reached. Parts beside codes have no ordered reader."""
+        ordered: dict[str, OrderedReader] = {}
+        unordered: dict[str, ShardReader] = {}
         for tensor in self._shard.tensors:
             name = tensor.shard.path.name
-            if name not in opened:
-                with reading(name):
-                    opened[name] = self._access.open(tensor.shard)
-                    open_readers.callback(opened[name].close)
-            task = tensor_task(tensor, opened[name], self._one.writer)
+            is_beside = tensor.is_beside_codes
+            with reading(name):
+                if is_beside and name not in unordered:
+                    unordered[name] = open_readers.enter_context(closing(tensor.shard.open()))
+                elif not is_beside and name not in ordered:
+                    ordered[name] = open_readers.enter_context(closing(self._access.open(tensor.shard)))
+            task = tensor_task(tensor, unordered[name] if is_beside else ordered[name], self._one.writer)
             ranges = list(task.blocks())
             counter = BlockCounter(task, len(ranges))
             for i, (begin, end) in enumerate(ranges):
-                yield tensor, counter, opened[name], begin, end, i == len(ranges) - 1
+                yield tensor, counter, None if is_beside else ordered[name], begin, end, i == len(ranges) - 1
 
     def work(self, scratch: Scratch) -> None:
         """Take and finish blocks until none is left. One call for each thread."""
@@ -98,7 +101,7 @@ class ShardBlocks:
         with reading(counter.task.file_name):
             raw = counter.task.read(begin, end, scratch)
         with self.turns.turn(number), reading(counter.task.file_name):
-            if not self.turns.is_closed:
+            if reader is not None and not self.turns.is_closed:
                 data = raw.data.data if raw.offset is not None else None
                 reader.read_on(data, raw.offset or 0, self._order.needed_from(tensor, raw, is_last))
         counter.task.convert(raw, begin, end, scratch)  # last: nobody has to wait for it

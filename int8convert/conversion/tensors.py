@@ -47,8 +47,9 @@ class TensorCopy:
         self._n_zeros: list[int] = []
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Return row ranges, in order."""
-        return row_ranges(self._rows.stored)
+        """Return row ranges, in order. What was prefetched is one range, as it was fetched."""
+        stored = self._rows.stored
+        return iter([(0, stored.shape[0])]) if self._tensor.is_beside_codes else row_ranges(stored)
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
         """Read the rows from `begin` to before `end`."""

@@ -17,7 +17,7 @@ from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.int8 import Int8Scale
-from int8convert.errors import CorruptFileError, FormatError, SourceError
+from int8convert.errors import CorruptFileError, FormatError
 from int8convert.formats.config import int8_config, plain_config, read_threshold
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import DTYPES, Int8Checkpoint, Int8Weight, PlacedTensor, header_entries
@@ -107,10 +107,9 @@ def make_export_plan(checkpoint: Int8Checkpoint, target: Target, max_shard_bytes
     Raises:
         FormatError: no loader of the target's format could read this model.
         CorruptFileError: two tensors would get one name.
-        SourceError: a repository has codes and their scale in different shards.
+        SourceError: a file with scales cannot be read.
     """
     _check_target(checkpoint, target)
-    _check_places(checkpoint, target)
     entries = header_entries(checkpoint, target.format) if target.format else {}
     metadata: TensorSpecs = {METADATA_NAME: FileMetadata(entries)} if entries else {}
     groups = _group(checkpoint, target, max_shard_bytes)
@@ -157,13 +156,23 @@ def _group(checkpoint: Int8Checkpoint, target: Target, max_shard_bytes: int | No
 
 def _weight_unit(weight: Int8Weight, target: Target) -> Unit:
     if target.is_copy:
-        return [_copy(weight.codes, target, _CODES)] + [_copy(part, target, _SCALE) for part in weight.parts[1:]]
+        beside = (replace(_copy(part, target, _SCALE), is_beside_codes=True) for part in weight.parts[1:])
+        return [_copy(weight.codes, target, _CODES), *beside]
     if target.format is None:
         return [_dequantized(weight, target)]
     names = module_of(target.format).NAMES.under(weight.module_name)
     codes = replace(_copy(weight.codes, target, _CODES), output_name=names.codes)
     stored, shard = weight.scale.stored, weight.scale.shard
-    scale = PlannedTensor(stored, shard, names.scale, "F32", _SCALE, target.format, source_format=target.source_format)
+    scale = PlannedTensor(
+        stored,
+        shard,
+        names.scale,
+        "F32",
+        _SCALE,
+        target.format,
+        source_format=target.source_format,
+        is_beside_codes=True,
+    )
     return [codes, scale]
 
 
@@ -225,24 +234,6 @@ def _check_target(checkpoint: Int8Checkpoint, target: Target) -> None:
             "transformers fuses experts into one parameter, for which it has no int8 form",
             "keep compressed-tensors, which vLLM serves, or pass --dequantize",
         )
-
-
-def _check_places(checkpoint: Int8Checkpoint, target: Target) -> None:
-    """Refuse a repository whose scales are in other shards than their codes: its shards are read once, in order.
-
-    Scales that only decode their codes are fetched before them, so `target` may then be anything.
-    """
-    if checkpoint.source.commit is None or target.format is None:
-        return
-    for weight in checkpoint.weights:
-        away = next((part for part in weight.parts[1:] if part.shard.path != weight.codes.shard.path), None)
-        if away is not None:
-            name = checkpoint.source.label
-            raise SourceError(
-                f"{quoted(away.name)} of {quoted(name, 200)} is in another shard than its codes, and export reads the "
-                "shards of a repository once, in order",
-                f"fetch the repository by `hf download {name} --local-dir DIR`, and export DIR",
-            )
 
 
 def exported_config(checkpoint: Int8Checkpoint, target: Target) -> dict[str, Any]:

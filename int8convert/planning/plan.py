@@ -19,7 +19,9 @@ from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.decoding.fp8 import Fp8Scale
 from int8convert.decoding.int8 import Int8Scale
+from int8convert.decoding.scale import Scale
 from int8convert.formats.format import Format, TensorSpecs
+from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.formats.modules import module_of
 from int8convert.planning.lora import LoraDelta
 from int8convert.planning.model_map.model_map import ModelMap
@@ -52,6 +54,7 @@ class PlannedTensor:
         scale: the scale of its FP8 or int8 codes, by which they are decoded; None if it has none.
         lora: what an adapter adds to it.
         source_format: the format of an int8 weight that it belongs to, if it is recoded or dequantized.
+        is_beside_codes: it is the scale or zero point of int8 codes that are written as they are.
     """
 
     source: StoredTensor
@@ -63,6 +66,12 @@ class PlannedTensor:
     scale: Fp8Scale | Int8Scale | None = field(default=None, repr=False)
     lora: LoraDelta | None = field(default=None, repr=False)
     source_format: Format | None = None
+    is_beside_codes: bool = False
+
+    @property
+    def read_ahead(self) -> Scale | None:
+        """What is read before the shards: its scale, or itself if it is beside codes. None if there is neither."""
+        return PlacedTensor(self.source, self.shard) if self.is_beside_codes else self.scale
 
     @property
     def shards(self) -> tuple[SourceShard, ...]:

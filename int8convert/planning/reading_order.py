@@ -29,15 +29,16 @@ class ReadingOrder:
 
     Attributes:
         shards: source shards in the order of their first tensor; then those that only scales are read from.
-        scales: scales of FP8 and int8 codes, which are read first.
+        scales: scales and zero points of FP8 and int8 codes, which are read first, by `SourceShard.open`.
     """
 
     def __init__(self, plan: ShardedPlan, done: Container[str] = ()) -> None:
-        tensors = [tensor for shard in plan.shards if shard.file_name not in done for tensor in shard.tensors]
+        pending = [tensor for shard in plan.shards if shard.file_name not in done for tensor in shard.tensors]
+        tensors = [tensor for tensor in pending if not tensor.is_beside_codes]
         shards: dict[str, SourceShard] = {}
         for tensor in tensors:
             shards.setdefault(tensor.shard.path.name, tensor.shard)
-        self.scales = [tensor.scale for tensor in tensors if tensor.scale is not None]
+        self.scales = [scale for tensor in pending if (scale := tensor.read_ahead) is not None]
         for scale in sorted(self.scales, key=lambda scale: scale.shard.path.name):
             shards.setdefault(scale.shard.path.name, scale.shard)
         self.shards = tuple(shards.values())

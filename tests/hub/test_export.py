@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.conversion.readers import Reader, Reading
-from int8convert.errors import HubConnectionError, SourceError
+from int8convert.errors import HubConnectionError
 from int8convert.events import Event, PlanMade, ShardFinished, ShardRepeated, ignore
 from int8convert.publish.shard_publisher import HubPublisher
 from int8convert.verification.exact.level import verify_exact
@@ -20,7 +20,7 @@ from tests.tools.hub_conversions import READERS
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
-from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
+from tests.tools.tiny_models import file_bytes, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process", "impatient")
 
@@ -152,28 +152,57 @@ def test_export_goes_to_the_hub_while_it_is_written_and_resumes_there(
     assert b"compressed-tensors" in hub.repo(NEW).files["README.md"]
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_scales_in_another_shard_than_their_codes(
-    reader: str, int8: Path, tmp_path: Path, hub: Hub, connect: Connect
-) -> None:
-    """Reading them in order would wait for ever: shards that are needed again fill the memory, or the disk."""
-    tensors = read_tensors(int8)
-    shards = {"model-00001-of-00002.safetensors": False, "model-00002-of-00002.safetensors": True}
-    for path in int8.glob("model*"):
-        path.unlink()
-    for file_name, has_scales in shards.items():
-        chosen = {name: tensor for name, tensor in tensors.items() if name.endswith(".SCB") == has_scales}
-        save_file(chosen, int8 / file_name, {"format": "pt"})
-    names = list(shards)
-    weight_map = {name: names[name.endswith(".SCB")] for name in tensors}
+@pytest.fixture
+def scattered(int8: Path) -> Path:
+    """The checkpoint with the scales of each shard's codes in the shard before, those of the first in the last."""
+    paths = sorted(int8.glob("model-*.safetensors"))
+    shards = [load_file(path) for path in paths]
+    scales = [{name: shard.pop(name) for name in list(shard) if name.endswith(".SCB")} for shard in shards]
+    assert all(scales)
+    weight_map = {}
+    for path, codes, others in zip(paths, shards, scales[1:] + scales[:1], strict=True):
+        save_file(codes | others, path, {"format": "pt"})
+        weight_map |= dict.fromkeys(codes | others, path.name)
     (int8 / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    add(hub, int8)
+    return int8
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options.values())))
+def test_scales_in_other_shards_than_their_codes(
+    options: dict[str, Any], reader: str, scattered: Path, tmp_path: Path, hub: Hub, connect: Connect
+) -> None:
+    """Shards are read once, in order; a shard that was read again for its scales would block the reader for ever."""
+    add(hub, scattered)
     connect(hub)
-    with pytest.raises(SourceError, match=r"\.SCB' of 'me/opt-int8' is in another shard than its codes"):
-        export(NAME, tmp_path / "out", reader, format="compressed-tensors")
-    export(int8, tmp_path / "here", dequantize="float16")
-    export(NAME, tmp_path / "there", reader, dequantize="float16")
-    assert payload(tmp_path / "there") == payload(tmp_path / "here")
+    export(scattered, tmp_path / "expected", **options)
+    export(NAME, tmp_path / "out", reader, **options)
+    assert payload(tmp_path / "out") == payload(tmp_path / "expected")
+    hub.faults.add(FaultKind.WRONG_BYTES, path=_sha256(scattered / "model-00001-of-00003.safetensors"), nth=3, times=1)
+    events = export(NAME, tmp_path / "again", reader, **options)
+    assert any(isinstance(event, ShardRepeated) for event in events) and hub.faults.fired
+    assert payload(tmp_path / "again") == payload(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["recoded", "copied"])
+def test_export_resumes_where_finished_shards_held_scales_of_the_others(
+    options: dict[str, Any], reader: str, scattered: Path, tmp_path: Path, hub: Hub, connect: Connect
+) -> None:
+    add(hub, scattered)
+    connect(hub)
+    export(scattered, tmp_path / "expected", **options)
+    last = len(list((tmp_path / "expected").glob("model-*.safetensors"))) - 1
+
+    def stop(event: Event) -> None:
+        if isinstance(event, ShardFinished) and event.i == last - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(NAME, tmp_path / "out", reader, **options, on_event=stop)
+    events = export(NAME, tmp_path / "out", reader, **options)
+    assert [event.i for event in events if isinstance(event, ShardFinished)] == [last]
+    assert payload(tmp_path / "out") == payload(tmp_path / "expected")
 
 
 def test_state_of_an_error_counts_the_shards_that_were_sent(
