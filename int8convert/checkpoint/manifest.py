@@ -27,6 +27,9 @@ from int8convert.errors import CorruptFileError, SourceError
 ARITHMETIC_VERSION = 1
 """Version of the arithmetic, raised when the same source and options give other bytes. Versions are never mixed."""
 
+EXPORT_ARITHMETIC_VERSION = 1
+"""Version of the arithmetic of exports: how scales are recoded and codes dequantized."""
+
 _REQUEST_NAME = "conversion.json"
 _MANIFEST_NAME = "manifest.json"
 _RECORDS_FOLDER = "shards"

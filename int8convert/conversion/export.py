@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert import __version__
+from int8convert.checkpoint.manifest import EXPORT_ARITHMETIC_VERSION
 from int8convert.checkpoint.model_card import read_source_card
 from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import CPU
@@ -125,6 +126,7 @@ def export(
     target = Target(checkpoint.format, wanted, DTYPES.get(dequantize or "", ""))
     plan = make_export_plan(checkpoint, target, max_shard_bytes)
     request = {
+        "export_arithmetic": EXPORT_ARITHMETIC_VERSION,
         "format": target.name,
         "source": describe_source(source),
         "options": {"max_shard_bytes": max_shard_bytes},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.json_file import read_own_json
-from int8convert.checkpoint.manifest import ARITHMETIC_VERSION
+from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, EXPORT_ARITHMETIC_VERSION
 from int8convert.checkpoint.names import MANIFEST_NAME, find_file
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError
@@ -67,19 +67,18 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
     if path is None:
         return None
     whole = read_own_json(path)
-    if type(whole.get("schema")) is not int or whole["schema"] != _SCHEMA:
-        raise _not_understood("schema", f"{_SCHEMA}", whole.get("schema"))
-    carried = _Entries(whole).object("carried") if "carried" in whole else {}
-    for name in carried:
-        _Entries(carried, "carried.").text(name)
+    _check_version("schema", whole.get("schema"), _SCHEMA)
+    auxiliary = _Entries(whole).object("carried") if "carried" in whole else {}
+    for name in auxiliary:
+        _Entries(auxiliary, "carried.").text(name)
     request = _Entries(whole).object("conversion")
     source = _Entries(request).object("source")
     _check_source(source)
-    if "arithmetic" not in request:
+    if "arithmetic" not in request:  # exports have a version of their own; the first ones did not record it
+        _check_version("export_arithmetic", request.get("export_arithmetic", 1), EXPORT_ARITHMETIC_VERSION)
         allowed = (*Format, *_PLAIN_DTYPES)
         return RecordedRequest(True, _Entries(request).one_of("format", allowed), source)
-    if type(request["arithmetic"]) is not int or request["arithmetic"] != ARITHMETIC_VERSION:
-        raise _not_understood("arithmetic", f"{ARITHMETIC_VERSION}", request["arithmetic"])
+    _check_version("arithmetic", request["arithmetic"], ARITHMETIC_VERSION)
     options = _Entries(request).object("options")
     entries = _Entries(options, "options.")
     entries.check_known({"skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"})
@@ -95,6 +94,11 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
         lora=entries.object("lora") if options.get("lora") is not None else None,
         allow_missing=entries.texts("allow_missing") if "allow_missing" in options else (),
     )
+
+
+def _check_version(name: str, found: Any, expected: int) -> None:
+    if type(found) is not int or found != expected:
+        raise _not_understood(name, f"{expected}", found)
 
 
 def _check_source(source: Mapping[str, Any]) -> None:

@@ -298,6 +298,20 @@ def test_interrupted_export_resumes(int8: Path, tmp_path: Path) -> None:
     assert file_bytes(out) == file_bytes(tmp_path / "expected")
 
 
+def test_export_of_another_arithmetic_is_not_continued(
+    int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, ShardFinished):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        int8convert.export(int8, tmp_path / "out", format="torchao", on_event=interrupt)
+    monkeypatch.setattr("int8convert.conversion.export.EXPORT_ARITHMETIC_VERSION", 2)
+    differs = "an unfinished conversion that differs: export_arithmetic was 1, is now 2"
+    fail(int8, tmp_path / "out", errors.OutputError, differs, format="torchao")
+
+
 @pytest.mark.parametrize("options", [{"format": "torchao"}, {"dequantize": "bfloat16"}, {"max_shard_size": "50KB"}])
 def test_damaged_shard_of_an_earlier_run_is_made_again(options: Any, int8: Path, tmp_path: Path) -> None:
     int8convert.export(int8, tmp_path / "expected", **options)

@@ -234,6 +234,17 @@ def test_export_is_compared_by_the_same_rule(how: str, out: Path, tmp_path: Path
     assert "plain names of the modules to leave alone, found 're:.*q_proj'" in found_in(new)["config"]
 
 
+def test_version_of_the_arithmetic_of_an_export(out: Path, source: Path, tmp_path: Path) -> None:
+    new = Path(int8convert.export(out, tmp_path / "new", format="torchao").out)
+    manifest = json.loads((new / MANIFEST_NAME).read_text())
+    assert manifest["conversion"].pop("export_arithmetic") == 1
+    write(new / MANIFEST_NAME, manifest)
+    assert found_in(new, source) == {}  # as the first exports recorded it
+    in_conversion(export_arithmetic=2)(manifest)
+    write(new / MANIFEST_NAME, manifest)
+    assert "export_arithmetic: expected 1, found '2'" in found_in(new, source)["files"]
+
+
 def test_export_of_a_spoiled_checkpoint_does_not_vouch_for_what_it_took_over(out: Path, tmp_path: Path) -> None:
     """The chain begins at the source: what somebody changed in the middle is no part of it."""
     change(out / "config.json", rms_norm_eps=1e-3)
