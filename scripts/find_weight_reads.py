@@ -7,7 +7,7 @@
    those it names. Conv and embedding weights never become int8. A read of an unknown type is kept.
 4. Leave out what a condition rules out for every int8 model, as T5 does: `if self.wo.weight.dtype != torch.int8`.
 
-Costs some ten seconds. Not known: conditions on entries of a config. So a row may be of a branch that no checkpoint
+Costs some five seconds. Not known: conditions on entries of a config. So a row may be of a branch that no checkpoint
 takes; CONDITIONS in that module has those that matter.
 """
 
@@ -28,7 +28,7 @@ from typing import Any
 from torch import nn
 
 from int8convert.runtime.weight_reads import ANY, ReadKind
-from scripts.reads_in_source import Read, is_reached, reads_in_source
+from scripts.reads_in_source import Read, is_reached, reads_in_source, split_statements
 
 MODULE = Path(__file__).resolve().parents[1] / "int8convert/runtime/weight_reads.py"
 TORCH = "torch"
@@ -56,12 +56,25 @@ class Classes:
                 self._folders.setdefault(name, folder)
 
     @cache  # noqa: B019, there is one
-    def _nodes(self, folder: str) -> dict[str, ast.ClassDef]:
-        return {node.name: node for node in ast.parse(self._sources[folder]).body if isinstance(node, ast.ClassDef)}
+    def _classes(self, folder: str) -> dict[str, str]:
+        """Name -> text, of the classes of a folder."""
+        return {
+            match[1]: text
+            for text in split_statements(self._sources[folder])
+            if (match := re.match(r"class (\w+)", text))
+        }
+
+    @cache  # noqa: B019
+    def _node(self, folder: str, class_name: str) -> ast.ClassDef:
+        try:
+            nodes = ast.parse(self._classes(folder)[class_name]).body
+        except SyntaxError:
+            nodes = ast.parse(self._sources[folder]).body
+        return next(node for node in reversed(nodes) if isinstance(node, ast.ClassDef) and node.name == class_name)
 
     @cache  # noqa: B019
     def _made(self, folder: str, class_name: str) -> dict[str, set[str]]:
-        return _made_attributes(self._nodes(folder)[class_name])
+        return _made_attributes(self._node(folder, class_name))
 
     def types(self, folder: str, class_name: str, path: tuple[str, ...]) -> set[str]:
         """Names of the classes that `self.<path>` may be of; empty if that is not known."""
@@ -76,21 +89,21 @@ class Classes:
         """Whether a class is a Linear, or one derived from it."""
         if class_name in LINEAR:
             return True
-        if class_name not in self._nodes(folder):
-            folder = self._folders.get(class_name, "")
-        node = self._nodes(folder).get(class_name) if folder in self._sources else None
-        return node is not None and any(
-            self.is_linear(folder, name) for base in node.bases if (name := _last_name(base)) != class_name
-        )
+        if class_name not in self._classes(folder):
+            if class_name not in self._folders:
+                return False
+            folder = self._folders[class_name]
+        bases = self._node(folder, class_name).bases
+        return any(self.is_linear(folder, name) for base in bases if (name := _last_name(base)) != class_name)
 
     def _attribute(self, folder: str, class_name: str, attribute: str) -> set[str]:
-        if class_name not in self._nodes(folder):
+        if class_name not in self._classes(folder):
             folder = self._folders.get(class_name, "")
             if not folder:
                 return set()
         if own := self._made(folder, class_name).get(attribute):
             return own
-        bases = {_last_name(base) for base in self._nodes(folder)[class_name].bases} - {class_name}
+        bases = {_last_name(base) for base in self._node(folder, class_name).bases} - {class_name}
         return {made for base in bases for made in self._attribute(folder, base, attribute)}
 
 

@@ -52,7 +52,10 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 
 _READ = re.compile(r"\bself(\.\w+|\[[^\]\n]*\])+\.weight\b|\.parameters\(\)\)\.dtype\b")
-"""Cheap to look for. Parsing takes a second for the largest file, and most have nothing to find."""
+"""Cheap to look for. Parsing takes a second for the largest file, and most statements have nothing to find."""
+
+_STATEMENT = re.compile(r"^(?![\s#)\]}]|(?:elif|else|except|finally)\b)", re.MULTILINE)
+"""Where a statement of a module begins: in the first column."""
 
 Guard = tuple[ast.expr, bool]
 """A condition, and the value it must have for the code below it to be reached."""
@@ -79,17 +82,32 @@ def is_reached(read: Read, module: Any) -> bool:
 
 def reads_in_source(source: str) -> dict[str, list[Read]]:
     """Class -> reads in its methods, without those of its base classes, for all classes of a Python source."""
-    if not _READ.search(source):
-        return {}
-    lines = source.splitlines(keepends=True)
     called = frozenset(re.findall(r"\.(\w+)", source))
     found = {}
-    for node in _classes_in(ast.parse(source).body):
-        if _READ.search("".join(lines[node.lineno - 1 : node.end_lineno])):
-            reader = _Reader(called)
-            reader.visit(node)
-            found[node.name] = reader.reads
+    for node in _classes_in(_statements_that_read(source)):
+        reader = _Reader(called)
+        reader.visit(node)
+        found[node.name] = reader.reads
     return found
+
+
+def split_statements(source: str) -> list[str]:
+    """The statements of a Python module, as text.
+
+    A line of a string that begins in the first column splits the statement, too. Neither part is valid Python then.
+    """
+    begins = [match.start() for match in _STATEMENT.finditer(source)]
+    return [source[begin:end] for begin, end in zip(begins, [*begins[1:], len(source)], strict=True)]
+
+
+def _statements_that_read(source: str) -> list[ast.stmt]:
+    """The statements of a module that may look at a weight."""
+    if not _READ.search(source):
+        return []
+    try:
+        return [node for text in split_statements(source) if _READ.search(text) for node in ast.parse(text).body]
+    except SyntaxError:
+        return ast.parse(source).body
 
 
 def _classes_in(statements: Sequence[ast.stmt]) -> Iterator[ast.ClassDef]:

@@ -1,7 +1,9 @@
 """Open a checkpoint as a conversion does, watch what that touches, and say how it ended.
 
-As a program, `python -m tests.tools.attacks.open_measured CHECKPOINT` prints the outcome as JSON, with the memory and
-the time it took: in a process of its own, since a peak of memory cannot be reset.
+As a program, `python -m tests.tools.attacks.open_measured` measures the memory and the time it takes. It opens each
+checkpoint whose path comes in a line of stdin, in a process of its own, since a peak of memory cannot be reset. That
+process is forked from one that has imported all. The answer is the outcome as JSON, or "" where the process died, and
+the process's exit code.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
@@ -23,9 +28,14 @@ from int8convert.decoding.fp8 import is_fp8
 from int8convert.errors import Int8ConvertError
 from int8convert.planning.model_map.model_map import check_config
 from int8convert.sources import open_source
+from tests.tools.attacks.registry import prepare
 
 RUNS_CODE = frozenset({"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect"})
 MAX_LINE = 600
+MAX_OPENING_S = 60
+"""What takes longer in a process of its own is ended by a signal, which no code can catch."""
+
+ROOT = Path(__file__).parents[3]
 
 _watched: list[tuple[str, str]] | None = None
 
@@ -126,16 +136,68 @@ def _peak_bytes() -> int:
     raise RuntimeError("/proc/self/status has no VmHWM")
 
 
-def main(checkpoint: Path) -> None:
+def _measure(checkpoint: Path) -> Outcome:
     error = message = hint = ""
     before_bytes, before_s = _peak_bytes(), time.perf_counter()
     try:
         open_checkpoint(checkpoint)
     except Int8ConvertError as caught:
         error, message, hint = type(caught).__name__, caught.message, caught.hint
-    outcome = Outcome(error, message, hint, _peak_bytes() - before_bytes, time.perf_counter() - before_s)
-    print(json.dumps(asdict(outcome)))
+    return Outcome(error, message, hint, _peak_bytes() - before_bytes, time.perf_counter() - before_s)
+
+
+class MeasuringProcesses:
+    """Processes that open checkpoints and measure it. A context manager."""
+
+    def __init__(self) -> None:
+        self._parent = subprocess.Popen(
+            [sys.executable, "-m", "tests.tools.attacks.open_measured"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+
+    def __enter__(self) -> MeasuringProcesses:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._parent.communicate()
+
+    def open(self, checkpoint: Path, folder: Path) -> Outcome:
+        """Open a checkpoint in a process of its own, whose current folder is `folder`."""
+        assert self._parent.stdin is not None and self._parent.stdout is not None
+        print(json.dumps([str(checkpoint), str(folder)]), file=self._parent.stdin, flush=True)
+        outcome, status = json.loads(self._parent.stdout.readline())
+        assert status == 0, f"the process ended with {status}: its traceback is on stderr"
+        return Outcome(**json.loads(outcome))
+
+
+def _serve() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check_source(open_checkpoint(prepare(Path(folder))))  # imports what is imported late
+    for line in sys.stdin:
+        checkpoint, folder = json.loads(line)
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(MAX_OPENING_S)
+            os.chdir(folder)
+            status = 1
+            try:
+                os.write(write_end, json.dumps(asdict(_measure(Path(checkpoint)))).encode())
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        os.close(write_end)
+        with open(read_end) as pipe:
+            outcome = pipe.read()
+        print(json.dumps([outcome, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    _serve()
