@@ -63,6 +63,9 @@ class Int8ConvertError(Exception):
         return "".join("_" + c.lower() if c.isupper() else c for c in words).lstrip("_")
 
 
+NOTHING_WRITTEN = "nothing was written"
+
+
 @contextmanager
 def stating(state: str) -> Iterator[None]:
     """Set the state of errors that pass, unless they have one."""

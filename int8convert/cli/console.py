@@ -106,8 +106,7 @@ def reporting_errors(as_json: bool, interrupted_hint: str = RESUMABLE) -> Iterat
             _check_current_directory()
             yield
     except Int8ConvertError as error:
-        hint = "; ".join(filter(None, (error.hint, error.state)))
-        _print_error(error.code, error.message, hint, as_json)
+        _print_error(**describe_error(error), as_json=as_json)
         if os.environ.get("INT8CONVERT_DEBUG"):
             raise
         raise typer.Exit(error.exit_code) from None
@@ -142,13 +141,14 @@ def _print_error(code: str, message: str, hint: str, as_json: bool) -> None:
 
 def failure(error: Int8ConvertError) -> typer.Exit:
     """Print on stderr an error that the result on stdout also holds; return the exit to raise."""
-    _print_error(error.code, error.message, error.hint, as_json=False)
+    _print_error(**describe_error(error), as_json=False)
     return typer.Exit(error.exit_code)
 
 
 def describe_error(error: Int8ConvertError) -> dict[str, str]:
-    """Return an error as the entry `error` of a JSON object."""
-    return {"code": error.code, "message": error.message, "hint": error.hint}
+    """Return an error as the entry `error` of a JSON object. Its hint ends with what is on the disk."""
+    hint = "; ".join(filter(None, (error.hint, error.state)))
+    return {"code": error.code, "message": error.message, "hint": hint}
 
 
 def print_json_error(code: str, message: str, hint: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from int8convert.cli.console import describe_error, failure, note, print_json, print_line, print_table
-from int8convert.errors import Int8ConvertError
+from int8convert.errors import NOTHING_WRITTEN, Int8ConvertError, stating
 from int8convert.text import format_bytes, format_count, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ def _print_upload(destination: Destination, n_bytes: int) -> None:
 
 def _refusal(requirements: PlanRequirements, conversion_plan: ConversionPlan) -> Int8ConvertError | None:
     try:
-        requirements.check(conversion_plan)
+        with stating(NOTHING_WRITTEN):
+            requirements.check(conversion_plan)
     except Int8ConvertError as error:
         return error
     return None

@@ -13,6 +13,7 @@ from int8convert.cli.conversion_report import print_report
 from int8convert.cli.dry_run import DryRun, print_plan
 from int8convert.cli.publishing import make_destination, print_published
 from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
+from int8convert.errors import NOTHING_WRITTEN, stating
 from int8convert.events import ignore
 from int8convert.runtime.text.texts import reusable_file
 
@@ -175,7 +176,7 @@ def quantize(
         out = f"int8convert-{upload.rpartition('/')[2]}"
     resumable = console.RESUMABLE if upload is None else console.RESUMABLE_THERE
     with (
-        console.reporting_errors(as_json, "nothing was written" if dry_run else resumable),
+        console.reporting_errors(as_json, NOTHING_WRITTEN if dry_run else resumable),
         console.quieting_hub(),
         reusable_file(calibrate) as text,
     ):
@@ -196,8 +197,9 @@ def quantize(
         if not as_json:
             _note_unused(context)
         if dry_run:
-            destination = make_destination(upload, private, keep, max_disk, ignore)
-            print_plan(src, plan_options, DryRun(out, destination, workers, device, reader, bandwidth), as_json)
+            with stating(NOTHING_WRITTEN):
+                destination = make_destination(upload, private, keep, max_disk, ignore)
+                print_plan(src, plan_options, DryRun(out, destination, workers, device, reader, bandwidth), as_json)
             return
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion.quantize import quantize as run

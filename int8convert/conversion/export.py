@@ -19,7 +19,7 @@ from int8convert.conversion.device import CPU
 from int8convert.conversion.job import Conversion
 from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.readers import Reading
-from int8convert.errors import OutputError, stating
+from int8convert.errors import NOTHING_WRITTEN, OutputError, stating
 from int8convert.events import Event, EventSink, PlanMade, ShardSkipped
 from int8convert.formats.format import Format
 from int8convert.formats.int8_checkpoint import DTYPES, open_int8_checkpoint
@@ -68,7 +68,7 @@ class ExportReport:
         return {"schema": 1, **asdict(self)}
 
 
-@stating("nothing was written")
+@stating(NOTHING_WRITTEN)
 def export(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],

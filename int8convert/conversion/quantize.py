@@ -16,7 +16,7 @@ from int8convert.conversion.output import OutputDirectory
 from int8convert.conversion.readers import Reader, Reading
 from int8convert.conversion.records import plan_summary
 from int8convert.conversion.report import ConversionReport, ReportBuilder
-from int8convert.errors import NonFiniteWeightError, stating
+from int8convert.errors import NOTHING_WRITTEN, NonFiniteWeightError, stating
 from int8convert.events import Event, EventSink
 from int8convert.planning.output_config import DEFAULT_THRESHOLD, converted_config
 from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
@@ -25,7 +25,7 @@ from int8convert.planning.request_difference import describe_source
 from int8convert.progress_bar import sink_or_bar
 
 
-@stating("nothing was written")
+@stating(NOTHING_WRITTEN)
 def quantize(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],

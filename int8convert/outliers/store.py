@@ -30,7 +30,7 @@ from int8convert.checkpoint.shard_writer import ShardWriter, order_for_alignment
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.conversion.output_place import as_output_error
 from int8convert.conversion.source_rows import SourceRows, values_dtype
-from int8convert.errors import SourceError, stating
+from int8convert.errors import NOTHING_WRITTEN, SourceError, stating
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import Int8Checkpoint, Int8Weight, SourceReaders, open_int8_checkpoint
 from int8convert.formats.modules import module_of
@@ -84,7 +84,7 @@ def int8_modules(out: str | os.PathLike[str]) -> list[str]:
     return [weight.module_name for weight in open_int8_checkpoint(open_source(out)).weights]
 
 
-@stating("nothing was written")
+@stating(NOTHING_WRITTEN)
 def store_outliers(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -105,6 +105,12 @@ def test_dry_run_writes_nothing_and_needs_no_out(run: Run, source: Path, tmp_pat
     assert file_bytes(tmp_path) == before
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_refused_dry_run_says_that_nothing_was_written(options: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    code, _, err = run("quantize", tmp_path / "nowhere", "--dry-run", *options)
+    assert code == 1 and err.endswith("; nothing was written\n")
+
+
 def test_dry_run_as_json_equals_the_run(run: Run, source: Path, tmp_path: Path) -> None:
     _, out, _ = run("quantize", source, "--dry-run", "--json")
     plan = json.loads(out)

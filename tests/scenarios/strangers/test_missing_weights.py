@@ -77,9 +77,10 @@ def test_dry_run_ends_in_the_same_two_lines_after_the_plan(source: Path, run: Ru
     edit_weights(source, lambda tensors: tensors.pop(NORM))
     code, out, err = run("quantize", source, "--dry-run")
     assert code == 1 and "nothing was written" in out
-    assert "error: 'model.norm.weight' [64] is in no weight file" in err
-    code, out, _ = run("quantize", source, "--dry-run", "--json")
+    assert "error: 'model.norm.weight' [64] is in no weight file" in err and err.endswith("; nothing was written\n")
+    code, out, err = run("quantize", source, "--dry-run", "--json")
     plan = json.loads(out)
+    assert plan["error"]["hint"].endswith("; nothing was written") and err.endswith("; nothing was written\n")
     assert (code, plan["error"]["code"], plan["missing"]) == (1, "missing_weights", [NORM])
 
 
