@@ -77,7 +77,6 @@ def check_product(
 def check_layer(
     x: Tensor, weight: QuantizedWeight[Tensor], outlier_columns: Tensor, threshold: float, capacity: int
 ) -> None:
-    """Check the operands of `int8_linear`."""
     check_floats("x", x)
     check_outliers(x, outlier_columns, threshold, capacity)
     _check_weight(weight, x.dtype, x.device, x.shape[-1], outlier_columns.shape[0])

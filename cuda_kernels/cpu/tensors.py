@@ -39,7 +39,6 @@ def _array(tensor: Tensor) -> _Array:
 
 
 def row_quantize(weight: Tensor) -> QuantizedRows[Tensor]:
-    """Run `ops.row_quantize`."""
     n_rows = weight.shape[0]
     codes, absmax = torch.empty(weight.shape, dtype=torch.int8), torch.empty(n_rows)
     signal, noise = torch.empty(n_rows, dtype=torch.float64), torch.empty(n_rows, dtype=torch.float64)
@@ -56,7 +55,6 @@ def row_quantize(weight: Tensor) -> QuantizedRows[Tensor]:
 def activation_quantize(
     x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int
 ) -> QuantizedActivations[Tensor]:
-    """Run `ops.activation_quantize`."""
     n_tokens = x.shape[0]
     result = QuantizedActivations(
         torch.empty(x.shape, dtype=torch.int8),
@@ -72,7 +70,6 @@ def activation_quantize(
 
 
 def int8_matmul(x: QuantizedActivations[Tensor], weight: QuantizedWeight[Tensor]) -> Tensor:
-    """Run `ops.int8_matmul`."""
     y = x.outlier_x.new_empty((x.codes.shape[0], weight.codes.shape[0]))
     arrays = _checked(_activation_arrays(x), weight.codes.shape[1])
     cpu.int8_matmul(arrays, _weight_arrays(weight), _bits(y), torch.get_num_threads())
@@ -80,7 +77,6 @@ def int8_matmul(x: QuantizedActivations[Tensor], weight: QuantizedWeight[Tensor]
 
 
 def dequantize_epilogue(products: Tensor, x: QuantizedActivations[Tensor], weight: QuantizedWeight[Tensor]) -> Tensor:
-    """Run `ops.dequantize_epilogue`."""
     y = x.outlier_x.new_empty(products.shape)
     arrays, n_threads = _checked(_activation_arrays(x), weight.codes.shape[1]), torch.get_num_threads()
     cpu.dequantize_epilogue(_array(products.contiguous()), arrays, _weight_arrays(weight), _bits(y), n_threads)

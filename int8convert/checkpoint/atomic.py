@@ -131,7 +131,6 @@ def check_lengths(directory: Path, names: Iterable[str]) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Put a file's content on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -86,11 +86,9 @@ class FileReader:
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """See `ShardReader`."""
         read_exactly(self._fd, buffer, offset, self._name)
 
     def close(self) -> None:
-        """See `ShardReader`."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -47,7 +47,6 @@ class OrderedSha256:
         return self._hash.hexdigest()
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -159,7 +159,6 @@ class Manifest:
         shutil.rmtree(self.records_folder, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove all records."""
         for name in (_MANIFEST_NAME, _LOCAL_NAME):
             (self.folder / name).unlink(missing_ok=True)
         for leftover in self.folder.glob(f"*{INCOMPLETE_SUFFIX}"):

@@ -55,7 +55,6 @@ class Scratch:
         signal: npt.NDArray[np.float64],
         noise: npt.NDArray[np.float64],
     ) -> None:
-        """See `cpu.row_quantize`."""
         cpu.row_quantize(bits, codes, absmax, signal, noise)
 
     def _empty(self, n_bytes: int) -> npt.NDArray[np.uint8]:

@@ -72,7 +72,6 @@ class LocalShards:
         self._hashes: dict[Path, OrderedSha256] = {}
 
     def open(self, shard: SourceShard) -> OrderedReader:
-        """See `ShardAccess`."""
         return HashingReader(FileReader(shard.path, shard.identity), self.hash_of(shard))
 
     def hash_of(self, shard: SourceShard) -> OrderedSha256:
@@ -101,7 +100,6 @@ class LocalShards:
         return found
 
     def close(self) -> None:
-        """See `ShardAccess`."""
         for hashing in self._hashes.values():
             hashing.close()
 
@@ -114,7 +112,6 @@ class HashingReader:
         self._hashing = hashing
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """See `ShardReader`."""
         self._reader.read_into(buffer, offset)
 
     def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
@@ -123,5 +120,4 @@ class HashingReader:
             self._hashing.feed(data, offset)
 
     def close(self) -> None:
-        """See `ShardReader`."""
         self._reader.close()

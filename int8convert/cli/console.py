@@ -162,20 +162,16 @@ class TerminatedError(KeyboardInterrupt):
 
 
 def terminate(_signal_number: int, _frame: object) -> None:
-    """Handle SIGTERM."""
     retry.interrupted.set()
     raise TerminatedError
 
 
 def interrupt(_signal_number: int, _frame: object) -> None:
-    """Handle SIGINT."""
     retry.interrupted.set()
     raise KeyboardInterrupt
 
 
 class _Notes(logging.Handler):
-    """Prints log records as notes."""
-
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
 

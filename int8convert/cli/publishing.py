@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 def make_destination(
     repository: str | None, private: bool | None, keep: bool, max_disk: str | None, on_event: EventSink
 ) -> Destination:
-    """Return where finished shards go, by the options."""
     from int8convert.conversion.destination import LocalDestination, PublishedDestination
     from int8convert.publish.shard_publisher import HubPublisher
     from int8convert.text import parse_size

@@ -62,7 +62,6 @@ def store(report: OutlierReport, src: str, out: str, lora: str | None, trust_rem
 
 
 def print_stored(stored: StaticSet) -> None:
-    """Print what was stored."""
     print_line(
         f": {stored.n_columns:,} outlier columns of {stored.n_modules:,} layers in 16 bits, "
         f"{format_bytes(stored.n_bytes)}",

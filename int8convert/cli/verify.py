@@ -266,7 +266,6 @@ class _Pages:
             prepare(self.page, self.folder)
 
     def write(self, report: VerifyReport) -> None:
-        """Draw and write what is wanted."""
         if not self.is_wanted:
             return
         from int8convert.verification.page import draw_pictures, write_page, write_pictures

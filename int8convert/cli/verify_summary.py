@@ -88,7 +88,6 @@ def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:
 
 
 def _print_sweep(reports: tuple[FidelityReport, ...]) -> None:
-    """Print one line for each threshold."""
     if not reports:
         return
     print_table(
@@ -105,7 +104,6 @@ def _print_sweep(reports: tuple[FidelityReport, ...]) -> None:
 
 
 def _print_tasks(reports: tuple[TaskReport, ...]) -> None:
-    """Print one line for each metric."""
     if not reports:
         return
     print_table(

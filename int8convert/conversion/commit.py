@@ -38,7 +38,6 @@ class ConvertedShard:
         self.tensors: dict[str, TensorRecord] = {}
 
     def record(self, event: TensorQuantized | TensorKept) -> None:
-        """Add a tensor to the shard's record."""
         name, record = tensor_record(event)
         self.tensors[name] = record
 

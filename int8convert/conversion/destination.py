@@ -82,7 +82,6 @@ class LocalDestination:
         return done
 
     def budget(self, plan: ShardedPlan, done: Collection[str], n_free_bytes: int) -> DiskBudget:
-        """Return what the output needs; see `disk_budget.whole_output`."""
         return whole_output(plan, n_free_bytes)
 
     def begin(self, output: OutputDirectory, done: Mapping[str, ShardRecord], n_shards: int) -> None:
@@ -116,7 +115,6 @@ class PublishedDestination:
 
     @property
     def url(self) -> str:
-        """The address of the place in a browser."""
         return self.publisher.url
 
     def outcome(self) -> dict[str, Any]:

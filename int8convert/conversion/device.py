@@ -35,7 +35,6 @@ _NVIDIA = Path("/dev/nvidiactl")
 
 
 def check_device_name(device: str) -> None:
-    """Check the form of a device's name."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", device):
         raise ValueError(f"device must be auto, cpu or cuda[:n], not {device!r}")
 

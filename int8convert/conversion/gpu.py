@@ -55,11 +55,9 @@ class CudaStream:
         return self._torch.empty(n_bytes, dtype=self._torch.uint8, pin_memory=True)
 
     def empty(self, n_bytes: int) -> torch.Tensor:
-        """Return memory on the device."""
         return self._torch.empty(n_bytes, dtype=self._torch.uint8, device=self._device)
 
     def address(self, tensor: torch.Tensor) -> int:
-        """Return the address of memory on the device."""
         return tensor.data_ptr()
 
     def copy_in(self, target: torch.Tensor, source: npt.NDArray[Any]) -> None:
@@ -81,7 +79,6 @@ class CudaStream:
         run(launches, self._device)
 
     def wait(self) -> None:
-        """Wait until all queued work is done."""
         self._done.record(self._stream)
         self._done.synchronize()
 

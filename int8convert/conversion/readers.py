@@ -76,12 +76,10 @@ class ReaderChoice:
 
 
 def stream_costs(order: ReadingOrder, n_workers: int) -> ReaderCosts:
-    """Return the costs of streaming the shards."""
     return ReaderCosts(0, order.window_bytes(n_workers))
 
 
 def download_costs(order: ReadingOrder, cache_dir: Path | None) -> ReaderCosts:
-    """Return the costs of downloading the shards."""
     sizes = sorted(shard.n_bytes for shard in order.shards if not is_cached(shard, cache_dir))
     return ReaderCosts(sum(sizes if cache_dir is not None else sizes[-MAX_ON_DISK:]), 0)
 
@@ -145,5 +143,4 @@ def _every_few_megabytes(order: ReadingOrder, emit: EventSink) -> EventSink:
 
 
 def is_remote(source: CheckpointSource) -> bool:
-    """Return whether a source's weights are on the Hub."""
     return any(shard.remote is not None for shard in source.shards)

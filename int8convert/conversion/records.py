@@ -60,7 +60,6 @@ def quantized_event(
     n_zero_rows: int,
     is_replayed: bool = False,
 ) -> TensorQuantized:
-    """Return the event of a tensor that is written as int8."""
     return TensorQuantized(
         tensor.output_name,
         tensor.source.name,
@@ -75,7 +74,6 @@ def quantized_event(
 
 
 def kept_event(tensor: PlannedTensor, n_non_finite: int, n_zero_rows: int, is_replayed: bool = False) -> TensorKept:
-    """Return the event of a tensor that is written in another dtype than int8."""
     return TensorKept(
         tensor.output_name,
         tensor.source.name,
@@ -91,7 +89,6 @@ def kept_event(tensor: PlannedTensor, n_non_finite: int, n_zero_rows: int, is_re
 
 
 def tensor_record(event: TensorQuantized | TensorKept) -> tuple[str, TensorRecord]:
-    """Return the output name of a tensor and its record."""
     zeros = event.n_zero_rows
     if isinstance(event, TensorKept):
         return event.name, TensorRecord(

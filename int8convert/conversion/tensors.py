@@ -52,7 +52,6 @@ class TensorCopy:
         return iter([(0, stored.shape[0])]) if self._tensor.is_beside_codes else row_ranges(stored)
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
-        """Read the rows from `begin` to before `end`."""
         return read_rows(self._rows.stored, self._reader, begin, end, scratch)
 
     def convert(self, block: Block, begin: int, end: int, scratch: Scratch) -> None:
@@ -99,11 +98,9 @@ class TensorQuantization:
         self._noise = np.empty(n_rows, np.float64)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Return row ranges, in order."""
         return row_ranges(self._tensor.source)
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
-        """Read the rows from `begin` to before `end`."""
         return read_rows(self._tensor.source, self._reader, begin, end, scratch)
 
     def convert(self, block: Block, begin: int, end: int, scratch: Scratch) -> None:
@@ -181,7 +178,6 @@ class ScaleRecoding:
         yield 0, self._stored.shape[0]
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
-        """Read the scales."""
         return read_rows(self._stored, self._reader, begin, end, scratch)
 
     def convert(self, block: Block, begin: int, end: int, scratch: Scratch) -> None:
@@ -224,7 +220,6 @@ class BlockCounter:
         self._lock = threading.Lock()
 
     def count_down(self) -> bool:
-        """Return whether this was the last block."""
         with self._lock:
             self._left -= 1
             return self._left == 0

@@ -94,7 +94,6 @@ def _places(source: CheckpointSource) -> Places:
 
 
 def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return config.json's quantization block, or {}."""
     block = config.get("quantization_config")
     return block if isinstance(block, dict) else _NO_BLOCK
 

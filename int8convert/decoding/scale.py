@@ -36,5 +36,4 @@ def is_as_fetched(scale: Scale) -> bool:
 
 
 def fetch_scales(scales: Iterable[Scale]) -> None:
-    """Fetch the scales that are on the Hub."""
     fetch_tensors((scale.shard, scale.stored) for scale in scales)

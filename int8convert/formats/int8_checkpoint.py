@@ -308,7 +308,6 @@ class SourceReaders:
             yield self._opened[shard.path]
 
     def read_all(self, tensor: PlacedTensor) -> npt.NDArray[np.uint8]:
-        """Return all bytes of a tensor."""
         data = np.empty(tensor.stored.n_bytes, np.uint8)
         self.read(tensor, data.data)
         return data

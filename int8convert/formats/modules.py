@@ -146,7 +146,6 @@ class FormatModule(Protocol):
 
 
 def module_of(format: Format) -> FormatModule:
-    """Return the module of a format."""
     match format:
         case Format.BITSANDBYTES:
             return bitsandbytes

@@ -71,7 +71,6 @@ def raise_for_status(response: httpx2.Response) -> None:
 
 
 def _read(response: httpx2.Response, most: int) -> bytes:
-    """Return the first bytes of a body."""
     content = bytearray()
     for piece in response.iter_bytes():
         content += piece[: most - len(content)]

@@ -63,7 +63,6 @@ class Branch:
 
     @property
     def url(self) -> str:
-        """The address of the branch's page."""
         return f"{endpoint()}/{self.repository}" + (f"/tree/{self.name}" if self.name != MAIN else "")
 
     def find(self, revision: str | None = None) -> Repository | None:
@@ -85,7 +84,6 @@ class Branch:
         return found
 
     def head(self) -> str:
-        """Return the branch's newest commit."""
         return find_repository(self.repository, self.name).commit
 
     def has_foreign_card(self, found: Repository | None) -> bool:

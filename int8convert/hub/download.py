@@ -81,7 +81,6 @@ class ShardDownload:
         self._thread.start()
 
     def open(self, shard: SourceShard) -> OrderedReader:
-        """See `ShardAccess`."""
         local = self._local_shard(shard)
         reader = HashingReader(FileReader(local.path, local.identity), self._local.hash_of(local))
         return reader if shard.remote is None else _DownloadReader(self, shard, reader)
@@ -91,11 +90,9 @@ class ShardDownload:
         return self._files[shard.path.name].result() if shard.remote is not None else shard
 
     def is_checked(self, shard: SourceShard) -> bool:
-        """See `ShardAccess`."""
         return shard.remote is not None
 
     def finish(self, shard: SourceShard) -> str:
-        """See `ShardAccess`."""
         if not isinstance(shard.remote, RemoteShard):
             return self._local.finish(shard)
         name = shard.path.name
@@ -245,18 +242,15 @@ class _DownloadReader:
         self._reader = reader
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """See `ShardReader`."""
         self._reader.read_into(buffer, offset)
 
     def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
-        """See `OrderedReader`."""
         self._reader.read_on(data, offset, needed_from)
         if needed_from >= self._shard.n_bytes:
             self._reader.close()  # an open file would keep its space on the disk
             self._download.check(self._shard)
 
     def close(self) -> None:
-        """See `ShardReader`."""
         self._reader.close()
 
 

@@ -103,7 +103,6 @@ class DigestCheck:
         self.matches = True
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Take the file's next bytes."""
         view = memoryview(data)
         end = self._at + len(view)
         while self._pending and self._pending[-1].begin < end:

@@ -77,12 +77,10 @@ class _PrefetchingReader:
         self._reader = reader
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """See `ShardReader`."""
         if not self._prefetched.read_into(buffer, offset):
             self._reader.read_into(buffer, offset)
 
     def close(self) -> None:
-        """See `ShardReader`."""
         self._reader.close()
 
 
@@ -159,12 +157,10 @@ class RepositoryListing:
         return found
 
     def files_under(self, folder: str) -> list[str]:
-        """See `Listing`."""
         files = self._by_folder.get(folder.partition("/")[0], [])
         return [name for name in files if name.startswith(f"{folder}/")]
 
     def read(self, name: str) -> dict[str, Any] | list[Any]:
-        """See `Listing`."""
         n_bytes = self._repository.files[name].n_bytes
         check_config_bytes(name, n_bytes)
         directory = fetch_small_files(self._repository, [name], self._cache_dir)

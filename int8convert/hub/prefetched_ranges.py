@@ -58,7 +58,6 @@ class PrefetchedRanges:
         return tuple(RangeDigest(begin, begin + len(data), hashlib.sha256(data).digest()) for begin, data in ranges)
 
     def forget(self) -> None:
-        """Drop all ranges."""
         with self._lock:
             self._content.clear()
 

@@ -42,11 +42,9 @@ class HubFile:
 
     @property
     def subject(self) -> str:
-        """The subject of errors."""
         return f"reading {quoted(self.name)} of {quoted(self.repository)}"
 
     def open(self) -> RangeReader:
-        """Open the file for random access."""
         return RangeReader(self)
 
     def read_range(self, begin: int, n_bytes: int) -> bytes:
@@ -140,7 +138,6 @@ class RangeReader:
         self._read_ahead = _MIN_READ_AHEAD
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """See `ShardReader`."""
         done = 0
         with self._lock:
             while done < len(buffer):
@@ -161,5 +158,4 @@ class RangeReader:
         self._begin = offset
 
     def close(self) -> None:
-        """See `ShardReader`."""
         self._data = b""

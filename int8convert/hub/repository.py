@@ -49,7 +49,6 @@ class RepositoryFile:
     blob_id: str
 
     def is_content(self, content: bytes) -> bool:
-        """Return whether these are the file's bytes."""
         check = ContentCheck(self.n_bytes, self.sha256, self.blob_id)
         check.feed(content)
         return check.matches
@@ -64,7 +63,6 @@ class ContentCheck:
         self._blob = None if sha256 else hashlib.sha1(b"blob %d\0" % n_bytes, usedforsecurity=False)
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Take the next bytes."""
         self._sha256.update(data)
         if self._blob is not None:
             self._blob.update(data)

@@ -56,12 +56,10 @@ class _ShardInFlight:
         self.is_complete = False
 
     def feed(self, data: memoryview) -> None:
-        """Check the next bytes."""
         for check in (self.content, self.header, self.prefetched):
             check.feed(data)
 
     def is_unneeded(self, i: int) -> bool:
-        """Return whether no reader needs chunk i."""
         return self.needed_from >= min((i + 1) * CHUNK_BYTES, self.shard.n_bytes)
 
 
@@ -97,17 +95,14 @@ class ShardStream:
         self._thread.start()
 
     def open(self, shard: SourceShard) -> OrderedReader:
-        """See `ShardAccess`."""
         if shard.remote is None:
             return self._local.open(shard)
         return _StreamReader(self, shard)
 
     def is_checked(self, shard: SourceShard) -> bool:
-        """See `ShardAccess`."""
         return shard.remote is not None
 
     def finish(self, shard: SourceShard) -> str:
-        """See `ShardAccess`."""
         if shard.remote is None:
             return self._local.finish(shard)
         name = shard.path.name
@@ -249,12 +244,10 @@ class _StreamReader:
         self._shard = shard
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """See `ShardReader`."""
         if len(buffer):
             self._stream.read_into(self._shard, buffer, offset)
 
     def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
-        """See `OrderedReader`."""
         self._stream.release(self._shard, needed_from)
 
     def close(self) -> None:

@@ -126,7 +126,6 @@ class InputStatistics:
         self.step_squares += (ordinary.amax(1) / N_STEPS).square().sum(dtype=torch.float64)
 
     def to_cpu(self) -> None:
-        """Move all sums to the CPU."""
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.cpu())

@@ -12,6 +12,5 @@ DEFAULT_THRESHOLD = 6.0
 
 
 def converted_config(plan: ConversionPlan, threshold: float) -> dict[str, Any]:
-    """Return the config.json of a plan's output."""
     found = plan.model_map
     return int8_config(plan.source.config, found.output_format, found.dtype, found.skip_modules, threshold)

@@ -80,7 +80,6 @@ class PlannedTensor:
 
     @property
     def action(self) -> TensorAction:
-        """What is done with it."""
         if self.source_format is not None:
             return TensorAction.DEQUANTIZE if self.source.dtype == "I8" else TensorAction.RECODE
         is_quantized = self.output_dtype == "I8" and self.source.dtype != "I8"
@@ -91,7 +90,6 @@ class PlannedTensor:
         return self.action is TensorAction.QUANTIZE
 
     def output_specs(self) -> TensorSpecs:
-        """The tensors it becomes."""
         module = module_of(self.format)
         match self.action:
             case TensorAction.QUANTIZE:

@@ -85,7 +85,6 @@ def verbatim(text: str) -> Markdown:
 
 
 def code(text: str) -> Markdown:
-    """Return text as inline code."""
     return Markdown(f"`{_on_one_line(text, _MAX_LENGTH).replace('`', chr(39)) or ' '}`")
 
 

@@ -61,7 +61,6 @@ class FinishedOutput:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the conversion."""
         found = self.request.get("options")
         return found if isinstance(found, dict) else {}
 

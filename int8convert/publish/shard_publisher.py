@@ -79,11 +79,9 @@ class HubPublisher:
 
     @property
     def url(self) -> str:
-        """The address of the branch's page."""
         return self._branch.url
 
     def begin(self, request: Mapping[str, Any], overwrite: bool) -> dict[str, ShardRecord]:
-        """See `ShardPublisher`."""
         self._branch.check_access()
         self._request, self._overwrite = request, overwrite
         self._has_begun, self._stale = False, []
@@ -108,7 +106,6 @@ class HubPublisher:
         return {}
 
     def make(self) -> None:
-        """See `ShardPublisher`."""
         self._branch.create()
         self._head = self._branch.head()
 
@@ -128,7 +125,6 @@ class HubPublisher:
         return request, {record.file_name: record for record in records}
 
     def publish(self, record: ShardRecord, path: Path) -> None:
-        """See `ShardPublisher`."""
         from huggingface_hub import CommitOperationAdd
 
         additions = [

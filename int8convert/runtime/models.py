@@ -137,7 +137,6 @@ def _foreign_fp8(path: str | os.PathLike[str]) -> SourceError:
 
 
 def check_length(model: Any, windows: TokenWindows) -> None:
-    """Check that the model takes windows of this length."""
     n_positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(n_positions, int) and windows.ids.shape[1] > n_positions:
         raise SourceError(

@@ -68,7 +68,6 @@ def prepare(page: Path | None, folder: Path | None) -> None:
 
 
 def draw_pictures(report: VerifyReport, outliers: OutlierReport | None = None) -> list[Picture]:
-    """Draw all pictures of a report."""
     inspection = inspect(report.out, report.exact.commit)
     return [Picture(*drawn) for drawn in report_figures(report, inspection, outliers)]
 

@@ -51,7 +51,6 @@ class Unpickler:
         self.storages: dict[str, Storage] = {}
 
     def load(self) -> Any:
-        """Return the value of the next pickle."""
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
         self._memo: dict[int, Any] = {}

@@ -19,8 +19,6 @@ from int8convert.text import quoted
 
 
 class Action(StrEnum):
-    """The treatment of a tensor."""
-
     QUANTIZE = "quantize"
     QUANTIZE_TRANSPOSED = "quantize transposed"
     """Stored [in, out], as Conv1D does; written as [out, in]."""

@@ -40,7 +40,6 @@ class TokenWindows:
 
     @property
     def n_scored(self) -> int:
-        """Number of scored tokens."""
         n, length = self.ids.shape
         return sum(length - self.scored_from(i) for i in range(n))
 

@@ -107,7 +107,6 @@ class Comparison:
         return compare_kept(pair)
 
     def _collect(self, tasks: Iterable[tuple[Future[Any], int]], on_event: EventSink) -> None:
-        """Collect results in the order of the files."""
         n_done = 0
         for task, n_bytes in tasks:
             result = task.result()

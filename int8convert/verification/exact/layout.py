@@ -96,8 +96,6 @@ def lay_out(out: CheckpointSource, plan: ConversionPlan, provenance: Provenance)
 
 
 class _Pairing:
-    """A pairing in progress."""
-
     def __init__(self, out: CheckpointSource, plan: ConversionPlan, provenance: Provenance) -> None:
         self._out = out
         self._plan = plan

@@ -70,7 +70,6 @@ def not_tried(reason: str) -> dict[str, Any]:
 
 
 def read_answer(answer: dict[str, Any]) -> tuple[Check, list[str]]:
-    """Return the check and notes in a child's answer."""
     findings = [Finding(module, "a module that runs as int8", found) for module, found in answer["found"]]
     check = make_check("runs", answer["n_called"], findings)
     if answer["not_run"]:

@@ -125,6 +125,5 @@ def same_bits(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.
 
 
 def shown(array: npt.NDArray[Any], dtype: str, index: int) -> str:
-    """Return one value as text."""
     value = array.reshape(-1)[index : index + 1]
     return f"{float(float_values(value, dtype)[0]):.7g}" if dtype in FLOATS else f"{value[0]}"

@@ -63,7 +63,6 @@ class FidelityTask:
         return max(1, len(self.execution.modes)) * max(1, len(self.execution.thresholds))
 
     def load_reference(self) -> Any:
-        """Load the whole reference."""
         return load_model(self.reference, self.device, trust_remote_code=self.trusts_code)
 
     def settle_reference(self, part: nn.Module) -> None:
@@ -71,7 +70,6 @@ class FidelityTask:
         settle_dtype(part, self.reference, self.device)
 
     def load_int8(self) -> Any:
-        """Load the whole int8 model."""
         return load(self.out, device_map={"": self.device}, trust_remote_code=self.trusts_code)
 
     def start_comparisons(self, int8: nn.Module) -> tuple[Comparison, ...]:
@@ -96,7 +94,6 @@ class Measured:
 
 
 def check_vocabulary(logits: torch.Tensor, reference: torch.Tensor) -> None:
-    """Check that both models choose from the same number of tokens."""
     if logits.shape[-1] != reference.shape[-1]:
         raise SourceError(
             f"the int8 model predicts one of {logits.shape[-1]:,} tokens, the reference one of {reference.shape[-1]:,}",

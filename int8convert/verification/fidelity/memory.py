@@ -25,7 +25,6 @@ def available_bytes(device: str) -> int:
 
 
 def resident_bytes() -> int:
-    """Return the memory of this process that is resident now."""
     return _read_kilobytes(Path("/proc/self/status")).get("VmRSS", 0)
 
 
