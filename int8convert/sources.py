@@ -8,7 +8,7 @@ from pathlib import Path
 from int8convert.checkpoint.directory import open_directory
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import HubMissingError, SourceError
-from int8convert.hub.repository_name import looks_like_repository, name_of_address
+from int8convert.hub.repository import looks_like_repository, name_of_address
 from int8convert.text import quoted
 
 

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
 from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
-from int8convert.checkpoint.shard_record import ShardRecord, TensorRecord
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.checkpoint.source import SourceShard, reading
 from int8convert.conversion.records import tensor_record

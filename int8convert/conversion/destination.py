@@ -16,7 +16,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from int8convert.checkpoint.shard_record import ShardRecord
+from int8convert.checkpoint.manifest import ShardRecord
 from int8convert.conversion.disk_budget import DiskBudget, shards_on_their_way, whole_output
 from int8convert.conversion.output import OutputDirectory
 from int8convert.errors import OutputError

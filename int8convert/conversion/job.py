@@ -8,7 +8,7 @@ from typing import Any
 
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.loaders.shard_index import build_index
-from int8convert.checkpoint.shard_record import ShardRecord
+from int8convert.checkpoint.manifest import ShardRecord
 from int8convert.conversion.destination import Destination
 from int8convert.conversion.device import Device
 from int8convert.conversion.disk_budget import DiskBudget

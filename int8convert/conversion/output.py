@@ -23,7 +23,7 @@ from int8convert.checkpoint.atomic import (
 )
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.lock import DirectoryLock
-from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.manifest import Manifest, ShardRecord
 from int8convert.checkpoint.names import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -33,7 +33,6 @@ from int8convert.checkpoint.names import (
     is_weight_file,
     shard_name,
 )
-from int8convert.checkpoint.shard_record import ShardRecord
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.conversion.output_place import as_output_error, check_place
 from int8convert.errors import OutputError

@@ -21,9 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.manifest import Manifest, ShardRecord
 from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
-from int8convert.checkpoint.shard_record import ShardRecord
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.commit import Committer, ConvertedShard, Deliver
 from int8convert.conversion.device import CPU, Device, make_scratch

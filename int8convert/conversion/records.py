@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from int8convert import __version__
+from int8convert.checkpoint.manifest import ShardRecord, TensorRecord
 from int8convert.checkpoint.model_card import read_source_card
-from int8convert.checkpoint.shard_record import ShardRecord, TensorRecord
 from int8convert.conversion.device import Device
 from int8convert.conversion.readers import ReaderChoice
 from int8convert.events import PlanMade, TensorKept, TensorQuantized

@@ -16,8 +16,8 @@ from int8convert.checkpoint.model_card import read_card
 from int8convert.checkpoint.names import CARD_NAME
 from int8convert.errors import CorruptFileError, HubAccessError, HubConnectionError, HubError, HubMissingError
 from int8convert.hub.errors import TransientError, endpoint, translating_client_errors, translating_errors
-from int8convert.hub.repository import MAIN, Repository, RepositoryFile, find_repository
-from int8convert.hub.repository_name import looks_like_repository
+from int8convert.hub.remote_file import HubFile
+from int8convert.hub.repository import MAIN, Repository, find_repository, looks_like_repository
 from int8convert.hub.retry import RetryBudget, call_hub, retrying, transfer_budget
 from int8convert.hub.small_files import fetch_small_files
 from int8convert.text import quoted
@@ -234,7 +234,7 @@ def _limit_waits() -> None:
         session.timeout = httpx2.Timeout(_ANSWER_S, connect=_CONNECT_S)
 
 
-def _holds(file: RepositoryFile, addition: CommitOperationAdd) -> bool:
+def _holds(file: HubFile, addition: CommitOperationAdd) -> bool:
     if file.sha256 is not None:
         return file.sha256 == addition.upload_info.sha256.hex()
     content = addition.path_or_fileobj

@@ -16,7 +16,7 @@ from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError, DiskFullError
 from int8convert.events import DownloadStarted, EventSink, ignore
 from int8convert.hub.local_copy import cached_path, has_content
-from int8convert.hub.open_repository import RemoteShard, hub_file
+from int8convert.hub.open_repository import RemoteShard
 from int8convert.hub.remote_file import HubFile
 from int8convert.hub.repository import find_repository
 from int8convert.hub.retry import call_hub, transfer_budget
@@ -38,7 +38,7 @@ def fetch_beside(source: CheckpointSource, names: Iterable[str]) -> frozenset[st
     repository = find_repository(source.label, source.commit)
     for name in names:
         if name in repository.files:
-            file = hub_file(repository, repository.files[name])
+            file = repository.files[name]
             if cached_path(file) is None:
                 _fetch(file)
     return frozenset(repository.files)

@@ -27,9 +27,15 @@ from int8convert.checkpoint.shard_access import DamagedShardError, HashingReader
 from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import DiskFullError, HubConnectionError, HubError, OutputError
 from int8convert.events import EventSink, SourceFetched, ignore
-from int8convert.hub.byte_counter import is_too_long
 from int8convert.hub.errors import TransientError, translating_client_errors
-from int8convert.hub.local_copy import cached_path, download_file, has_content, is_in_cache, matches_digests
+from int8convert.hub.local_copy import (
+    cached_path,
+    download_file,
+    has_content,
+    is_in_cache,
+    is_too_long,
+    matches_digests,
+)
 from int8convert.hub.open_repository import RemoteShard
 from int8convert.hub.remote_file import HubFile
 from int8convert.hub.retry import retrying, transfer_budget

@@ -10,7 +10,6 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from int8convert.hub.remote_file import HubFile
 
@@ -114,8 +113,3 @@ class DigestCheck:
             self._hash = hashlib.sha256()
             self._pending.pop()
         self._at = end
-
-
-def as_binary_file(file: HeaderFile) -> BinaryIO:
-    """Return a file whose `read` returns all bytes asked for."""
-    return io.BufferedReader(file, 4096)

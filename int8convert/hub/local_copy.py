@@ -8,11 +8,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from int8convert.hub.byte_counter import byte_counter
 from int8convert.hub.header_file import RangeDigest
-from int8convert.hub.remote_file import HubFile
-from int8convert.hub.repository import ContentCheck
+from int8convert.hub.remote_file import ContentCheck, HubFile
 
 _PIECE_BYTES = 1 << 20
 
@@ -67,7 +66,7 @@ def download_file(
 
 def has_content(path: Path, file: HubFile) -> bool:
     """Return whether a local file has the bytes that the Hub lists."""
-    check = ContentCheck(file.n_bytes, file.sha256, file.blob_id)
+    check = ContentCheck(file)
     with path.open("rb") as opened:
         while piece := opened.read(_PIECE_BYTES):
             check.feed(piece)
@@ -82,3 +81,35 @@ def matches_digests(path: Path, digests: Iterable[RangeDigest]) -> bool:
             if hashlib.sha256(file.read(digest.end - digest.begin)).digest() != digest.sha256:
                 return False
     return True
+
+
+_SLACK_BYTES = 1 << 20
+"""Bytes of slack for tiny files."""
+
+
+def is_too_long(n_bytes: int, n_listed: int) -> bool:
+    """Return whether a server has sent more of a file than it lists.
+
+    Some versions of the client count twice what they fetch again after a broken connection, so only more than twice
+    the size is too much.
+    """
+    return n_bytes > 2 * n_listed + _SLACK_BYTES
+
+
+def byte_counter(on_bytes: Callable[[int], None]) -> Any:
+    """Return a progress bar class for the client that shows nothing and reports the bytes received.
+
+    What `on_bytes` raises ends the download, though not at once.
+    """
+    from tqdm.auto import tqdm
+
+    class Counter(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+            self._n_received = options.get("initial", 0) or 0
+
+        def update(self, n: float | None = 1) -> None:
+            self._n_received += n or 0
+            on_bytes(int(self._n_received))
+
+    return Counter

@@ -8,6 +8,7 @@ Without the network (HF_HUB_OFFLINE) the Hub's cache is read like a directory.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,10 +35,10 @@ from int8convert.checkpoint.safetensors_file import find_safetensors_tensors
 from int8convert.checkpoint.source import CheckpointSource, ShardReader, SourceShard
 from int8convert.errors import CorruptFileError
 from int8convert.hub.errors import TransientError
-from int8convert.hub.header_file import HeaderFile, RangeDigest, as_binary_file
+from int8convert.hub.header_file import HeaderFile, RangeDigest
 from int8convert.hub.prefetched_ranges import PrefetchedRanges
 from int8convert.hub.remote_file import HubFile, RangeReader
-from int8convert.hub.repository import Repository, RepositoryFile, find_repository
+from int8convert.hub.repository import Repository, find_repository
 from int8convert.hub.retry import RetryBudget, retrying
 from int8convert.hub.small_files import fetch_small_files, find_cached
 from int8convert.text import quoted
@@ -101,7 +102,8 @@ def open_repository(
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return _open_cached(name, revision, cache_dir, ignores_adapter)
+        found = find_cached(name, revision, cache_dir)
+        return replace(open_directory(found, name, ignores_adapter), commit=found.name)
     repository = find_repository(name, revision)
     if REQUEST_FILE in repository.files and CONFIG_NAME not in repository.files:
         raise unfinished(name)
@@ -116,7 +118,7 @@ def open_repository(
     find_card(directory)  # refuses a bad card now, as for a directory, not after the conversion
     weight_map = read_weight_map(found_file(directory, taken.weights), taken.suffix) if taken.is_indexed else {}
     names = _listed(repository, weight_map, taken.weights) if weight_map else [taken.weights]
-    files = [hub_file(repository, repository.files[file_name]) for file_name in names]
+    files = [repository.files[file_name] for file_name in names]
     with ThreadPoolExecutor(_N_CONNECTIONS) as pool:
         shards, differences = compare_index(
             weight_map, tuple(pool.map(lambda file: _read_shard(file, directory), files))
@@ -167,11 +169,6 @@ class RepositoryListing:
         return read_config_value(found_file(directory, name))
 
 
-def _open_cached(name: str, revision: str | None, cache_dir: Path | None, ignores_adapter: bool) -> CheckpointSource:
-    found = find_cached(name, revision, cache_dir)
-    return replace(open_directory(found, name, ignores_adapter), commit=found.name)
-
-
 def _listed(repository: Repository, weight_map: dict[str, str], index_name: str) -> list[str]:
     names = sorted(set(weight_map.values()))
     for name in names:
@@ -181,11 +178,6 @@ def _listed(repository: Repository, weight_map: dict[str, str], index_name: str)
                 "name another --revision of the repository; this one is incomplete",
             )
     return names
-
-
-def hub_file(repository: Repository, file: RepositoryFile) -> HubFile:
-    """Return a listed file as one that can be read."""
-    return HubFile(repository.name, repository.commit, file.name, file.n_bytes, file.sha256, file.blob_id)
 
 
 def _read_shard(file: HubFile, directory: Path) -> SourceShard:
@@ -200,7 +192,7 @@ def _read_shard(file: HubFile, directory: Path) -> SourceShard:
 
 def _read_header(file: HubFile, directory: Path) -> SourceShard:
     header = HeaderFile(file)
-    opened = as_binary_file(header)
+    opened = io.BufferedReader(header, 4096)  # whose `read` returns all bytes asked for
     if file.name.endswith(".safetensors"):
         tensors = find_safetensors_tensors(opened, file.n_bytes, file.name)
     else:

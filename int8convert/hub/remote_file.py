@@ -7,6 +7,7 @@ Content-Range match the request: some proxies ignore Range and send the file fro
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections.abc import Iterator
@@ -31,7 +32,13 @@ _MAX_READ_AHEAD = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a repository at a commit. `n_bytes`, `sha256` and `blob_id` are those of `RepositoryFile`."""
+    """A file of a repository at a commit, as the Hub lists it.
+
+    Attributes:
+        name: the path in the repository.
+        sha256: of the content, in hex; None for files outside of LFS.
+        blob_id: git's id; for LFS files, that of the pointer.
+    """
 
     repository: str
     commit: str
@@ -46,6 +53,11 @@ class HubFile:
 
     def open(self) -> RangeReader:
         return RangeReader(self)
+
+    def is_content(self, content: bytes) -> bool:
+        check = ContentCheck(self)
+        check.feed(content)
+        return check.matches
 
     def read_range(self, begin: int, n_bytes: int) -> bytes:
         """Read `n_bytes` bytes from `begin` on, with retries."""
@@ -122,6 +134,32 @@ def _skipping(response: httpx2.Response, n_skipped: int) -> Iterator[bytes]:
         if n_skipped < len(piece):
             yield piece[n_skipped:]
         n_skipped = max(0, n_skipped - len(piece))
+
+
+class ContentCheck:
+    """Compares a file's bytes, fed in order, with what the Hub lists."""
+
+    def __init__(self, file: HubFile) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self._blob = None if file.sha256 else hashlib.sha1(b"blob %d\0" % file.n_bytes, usedforsecurity=False)
+
+    def feed(self, data: bytes | memoryview) -> None:
+        self._sha256.update(data)
+        if self._blob is not None:
+            self._blob.update(data)
+
+    @property
+    def sha256(self) -> str:
+        """The sha256 of all bytes so far, in hex."""
+        return self._sha256.hexdigest()
+
+    @property
+    def matches(self) -> bool:
+        """The bytes so far are the whole file."""
+        if self._blob is not None:
+            return self._blob.hexdigest() == self._file.blob_id
+        return self.sha256 == self._file.sha256
 
 
 class RangeReader:

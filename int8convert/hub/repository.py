@@ -6,18 +6,18 @@ from the Hub are compared with the size and the sha256 or git blob id that it li
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import HubError
 from int8convert.hub.bounded_answer import get_json
 from int8convert.hub.errors import endpoint
+from int8convert.hub.remote_file import HubFile
 from int8convert.hub.retry import RetryBudget, call_hub
 from int8convert.text import quoted
 
@@ -35,52 +35,6 @@ MAX_PAGES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class RepositoryFile:
-    """A file as the Hub lists it.
-
-    Attributes:
-        sha256: of the content, in hex; None for files outside of LFS.
-        blob_id: git's id; for LFS files, that of the pointer.
-    """
-
-    name: str
-    n_bytes: int
-    sha256: str | None
-    blob_id: str
-
-    def is_content(self, content: bytes) -> bool:
-        check = ContentCheck(self.n_bytes, self.sha256, self.blob_id)
-        check.feed(content)
-        return check.matches
-
-
-class ContentCheck:
-    """Compares a file's bytes, fed in order, with what the Hub lists. The arguments are those of `RepositoryFile`."""
-
-    def __init__(self, n_bytes: int, sha256: str | None, blob_id: str) -> None:
-        self._expected = sha256, blob_id
-        self._sha256 = hashlib.sha256()
-        self._blob = None if sha256 else hashlib.sha1(b"blob %d\0" % n_bytes, usedforsecurity=False)
-
-    def feed(self, data: bytes | memoryview) -> None:
-        self._sha256.update(data)
-        if self._blob is not None:
-            self._blob.update(data)
-
-    @property
-    def sha256(self) -> str:
-        """The sha256 of all bytes so far, in hex."""
-        return self._sha256.hexdigest()
-
-    @property
-    def matches(self) -> bool:
-        """The bytes so far are the whole file."""
-        if self._blob is not None:
-            return self._blob.hexdigest() == self._expected[1]
-        return self.sha256 == self._expected[0]
-
-
-@dataclass(frozen=True, slots=True)
 class Repository:
     """A repository at a commit.
 
@@ -93,7 +47,7 @@ class Repository:
     commit: str
     revision: str
     is_private: bool
-    files: Mapping[str, RepositoryFile] = field(repr=False)
+    files: Mapping[str, HubFile] = field(repr=False)
 
 
 def find_repository(name: str, revision: str | None = None) -> Repository:
@@ -125,32 +79,30 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
     return Repository(found_name, commit, revision or MAIN, is_private, _list_files(found_name, commit))
 
 
-def _list_files(name: str, commit: str) -> dict[str, RepositoryFile]:
+def _list_files(name: str, commit: str) -> dict[str, HubFile]:
     """List a commit's files. The client's `list_repo_tree` has no time limit, and retries for minutes by itself."""
-    route = f"{endpoint()}/api/models/{name}/tree/{commit}"
-    subject = f"listing {quoted(name)}"
     query: str | None = "recursive=true"
     asked: set[str] = set()
-    files: dict[str, RepositoryFile] = {}
+    files: dict[str, HubFile] = {}
     while query is not None:
         if query in asked or len(asked) == MAX_PAGES or len(files) > MAX_FILES:
             what = "repeats a page" if query in asked else f"has more than {MAX_FILES:,} files"
             raise HubError(f"the list of files of {quoted(name)} {what}", _OTHER_REPOSITORY)
         asked.add(query)
-        found, query = call_hub(partial(_list_page, f"{route}?{query}", subject), RetryBudget(subject), name)
+        found, query = call_hub(partial(_list_page, name, commit, query), RetryBudget(f"listing {quoted(name)}"), name)
         files |= {file.name: file for file in found}
     return files
 
 
-def _list_page(url: str, subject: str) -> tuple[list[RepositoryFile], str | None]:
+def _list_page(name: str, commit: str, query: str) -> tuple[list[HubFile], str | None]:
     """Return the files of a page, without folders, and the query of the next page."""
-    entries, query = get_json(url, subject)
+    entries, following = get_json(f"{endpoint()}/api/models/{name}/tree/{commit}?{query}", f"listing {quoted(name)}")
     if not isinstance(entries, list):
         raise ValueError("not a list of files")
-    return [file for entry in entries if (file := _parse_entry(entry)) is not None], query
+    return [file for entry in entries if (file := _parse_entry(name, commit, entry)) is not None], following
 
 
-def _parse_entry(entry: Any) -> RepositoryFile | None:
+def _parse_entry(repository: str, commit: str, entry: Any) -> HubFile | None:
     """Return a file of the list; None for a folder. Raises ValueError for anything else."""
     match entry:
         case {"type": "file", "path": str(path), "size": int(size), "oid": str(blob_id), **others}:
@@ -159,7 +111,33 @@ def _parse_entry(entry: Any) -> RepositoryFile | None:
             is_known = sha256 is None or (isinstance(sha256, str) and _SHA256.fullmatch(sha256))
             parts = path.split("/")
             if is_size(size) and is_known and path.isprintable() and not {"", ".", ".."} & {*parts}:
-                return RepositoryFile(path, size, sha256, blob_id)
+                return HubFile(repository, commit, path, size, sha256, blob_id)
         case {"type": str(kind)} if kind != "file":
             return None
     raise ValueError("not an entry of a list of files")
+
+
+_NAME_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_REPOSITORY_NAME = re.compile(f"{_NAME_PART}/{_NAME_PART}", re.ASCII)
+"""ORGANIZATION/NAME. The few names without an organization count as directories."""
+
+_REPOSITORY_ADDRESS = re.compile(
+    r"(?:https?://[^/]+/|(?:huggingface|hf)\.co/|hf://|(?=[^/]+/[^/]+@))(?!datasets/|spaces/)(?:models/)?"
+    rf"(?P<name>{_NAME_PART}/{_NAME_PART})(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[^/?#]+))?(?:[/?#].*)?",
+    re.ASCII,
+)
+"""Addresses of a repository's pages, and the notations of other tools."""
+
+
+def looks_like_repository(name: str) -> bool:
+    """Return whether a repository could have this name."""
+    return _REPOSITORY_NAME.fullmatch(name) is not None
+
+
+def name_of_address(address: str) -> str | None:
+    """Return the name in a repository's address, with the option for its revision; None if it is no such address."""
+    found = _REPOSITORY_ADDRESS.fullmatch(address)
+    if found is None:
+        return None
+    revision = found["revision"]
+    return f"{found['name']}, with --revision {unquote(revision)}" if revision else found["name"]

@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from int8convert.checkpoint.names import CONFIG_NAME, INDEX_NAME, MAX_AUXILIARY_BYTES
 from int8convert.errors import CorruptFileError, DiskFullError, HubConnectionError, HubError, OutputError
-from int8convert.hub.byte_counter import byte_counter, is_too_long
 from int8convert.hub.errors import TransientError
+from int8convert.hub.local_copy import byte_counter, is_too_long
 from int8convert.hub.repository import MAIN, Repository
 from int8convert.hub.retry import RetryBudget, call_hub
 from int8convert.text import quoted

@@ -24,7 +24,7 @@ from int8convert.events import EventSink, SourceFetched, ignore
 from int8convert.hub.errors import TransientError
 from int8convert.hub.header_file import DigestCheck
 from int8convert.hub.open_repository import RemoteShard
-from int8convert.hub.repository import ContentCheck
+from int8convert.hub.remote_file import ContentCheck
 from int8convert.hub.retry import retrying, transfer_budget
 from int8convert.hub.shard_check import ShardCheck
 
@@ -50,7 +50,7 @@ class _ShardInFlight:
         self.n_received = 0
         self.needed_from = needed_from
         self.chunks: dict[int, bytearray] = {}
-        self.content = ContentCheck(self.file.n_bytes, self.file.sha256, self.file.blob_id)
+        self.content = ContentCheck(self.file)
         self.header = DigestCheck(shard.remote.header_digests)
         self.prefetched = DigestCheck(shard.remote.prefetched.digests())
         self.is_complete = False

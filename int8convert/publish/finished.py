@@ -18,9 +18,8 @@ from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.json_file import read_config, read_own_json
 from int8convert.checkpoint.loaders.files import is_inert
 from int8convert.checkpoint.loaders.present_files import PresentFiles, find_present
-from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.manifest import Manifest, ShardRecord
 from int8convert.checkpoint.names import CARD_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE
-from int8convert.checkpoint.shard_record import ShardRecord
 from int8convert.errors import CorruptFileError, OutputError, UnverifiedError
 from int8convert.formats.format import Format
 from int8convert.planning.recorded_request import read_recorded_request

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from int8convert.checkpoint.json_file import read_own_json
-from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.manifest import Manifest, ShardRecord, parse_record
 from int8convert.checkpoint.names import (
     CARD_NAME,
     CONFIG_NAME,
@@ -26,12 +26,12 @@ from int8convert.checkpoint.names import (
     VERIFY_FILE,
     is_loaded_as_weights,
 )
-from int8convert.checkpoint.shard_record import ShardRecord, parse_record
 from int8convert.errors import HubError, OutputError
 from int8convert.events import EventSink, FileSent, ignore
 from int8convert.hub.branch import Branch
 from int8convert.hub.open_repository import open_repository
-from int8convert.hub.repository import MAIN, Repository, RepositoryFile, find_repository
+from int8convert.hub.remote_file import HubFile
+from int8convert.hub.repository import MAIN, Repository, find_repository
 from int8convert.hub.small_files import fetch_small_files
 from int8convert.inspection import inspect_source
 from int8convert.planning.request_difference import first_difference
@@ -177,7 +177,7 @@ class HubPublisher:
         self._n_sent_bytes += n_bytes
         self._on_event(FileSent(name, n_bytes, True, self._n_sent_bytes))
 
-    def _check_shards(self, shards: Mapping[str, ShardRecord], there: Mapping[str, RepositoryFile]) -> None:
+    def _check_shards(self, shards: Mapping[str, ShardRecord], there: Mapping[str, HubFile]) -> None:
         for name, record in shards.items():
             if not _is_whole(there.get(name), record):
                 raise HubError(
@@ -190,7 +190,7 @@ def _is_record(name: str) -> bool:
     return name.startswith(_RECORDS_FOLDER) and name.endswith(".json")
 
 
-def _is_whole(file: RepositoryFile | None, record: ShardRecord) -> bool:
+def _is_whole(file: HubFile | None, record: ShardRecord) -> bool:
     """Return whether the Hub has a shard as recorded. For a tiny one outside of LFS, it knows the size alone."""
     return file is not None and file.n_bytes == record.n_bytes and file.sha256 in (record.sha256, None)
 

@@ -26,7 +26,8 @@ from int8convert.checkpoint.names import CARD_NAME, MANIFEST_NAME, OWN_FOLDER, i
 from int8convert.errors import HubError, OutputError, stating
 from int8convert.events import EventSink, FileSent, ignore
 from int8convert.hub.branch import CARD_MARK, Branch
-from int8convert.hub.repository import MAIN, Repository, RepositoryFile
+from int8convert.hub.remote_file import HubFile
+from int8convert.hub.repository import MAIN, Repository
 from int8convert.inspection import inspect
 from int8convert.progress_bar import sink_or_bar
 from int8convert.publish.card import make_card
@@ -214,7 +215,7 @@ class _Upload:
             _check_arrived(self.branch, found, files)
         return commit, url, found
 
-    def _check_weights(self, stale: list[str], files: Mapping[str, _File], there: Mapping[str, RepositoryFile]) -> None:
+    def _check_weights(self, stale: list[str], files: Mapping[str, _File], there: Mapping[str, HubFile]) -> None:
         """Refuse to replace weights of a repository without our manifest, unless `overwrite` is given."""
         replaced = sorted(
             name for name, file in files.items() if is_loaded_as_weights(name) and name in there and not file.is_there
@@ -276,11 +277,11 @@ def _read_utf8_card(path: Path) -> bytes:
     return content
 
 
-def _compared(path: Path, sha256: str, there: RepositoryFile | None) -> _File:
+def _compared(path: Path, sha256: str, there: HubFile | None) -> _File:
     return _File(path, sha256, path.stat().st_size, is_there=_is_same(path, sha256, there))
 
 
-def _is_same(path: Path, sha256: str, file: RepositoryFile | None) -> bool:
+def _is_same(path: Path, sha256: str, file: HubFile | None) -> bool:
     """Return whether the Hub has a file with this content. For small files, which it knows by git's hash, read it."""
     if file is None or file.sha256 is not None:
         return file is not None and file.sha256 == sha256

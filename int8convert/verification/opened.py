@@ -54,7 +54,7 @@ def open_examined(out: str | os.PathLike[str], revision: str | None = None) -> E
     Raises:
         Int8ConvertError: see `open_source`.
     """
-    source = open_source(out, revision, ignores_adapter=True)  # `exact.beside` reports an adapter
+    source = open_source(out, revision, ignores_adapter=True)  # `exact.files` reports an adapter
     if source.commit is None:
         present = find_present(source.directory)
         return ExaminedCheckpoint(source, frozenset(present.files), present.refused)

@@ -12,8 +12,9 @@ import pytest
 
 from int8convert.errors import CorruptFileError, HubConnectionError, HubError
 from int8convert.hub import bounded_answer, repository, retry
-from int8convert.hub.byte_counter import is_too_long
-from int8convert.hub.repository import RepositoryFile, find_repository
+from int8convert.hub.local_copy import is_too_long
+from int8convert.hub.remote_file import HubFile
+from int8convert.hub.repository import find_repository
 from int8convert.hub.small_files import discard_cached, fetch_small_files
 
 COMMIT = "c" * 40
@@ -177,7 +178,7 @@ def test_small_file_without_end_is_not_fetched_without_end(
 
     serve(answer)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    file = RepositoryFile("config.json", 3, None, "0" * 40)
+    file = HubFile("org/name", "c" * 40, "config.json", 3, None, "0" * 40)
     found = repository.Repository("org/name", COMMIT, COMMIT, False, {"config.json": file})
     with pytest.raises(CorruptFileError, match="came 3 times with other bytes than the Hub lists"):
         fetch_small_files(found, ["config.json"], tmp_path)
@@ -186,7 +187,7 @@ def test_small_file_without_end_is_not_fetched_without_end(
 
 def test_small_file_that_is_large_is_not_fetched(serve: Serve, tmp_path: Path) -> None:
     asked = serve(lambda request: httpx2.Response(200))
-    files = {"config.json": RepositoryFile("config.json", 200_000_001, None, "0" * 40)}
+    files = {"config.json": HubFile("org/name", "c" * 40, "config.json", 200_000_001, None, "0" * 40)}
     with pytest.raises(CorruptFileError, match="has 200,000,001 bytes, expected at most 200,000,000"):
         fetch_small_files(repository.Repository("org/name", COMMIT, COMMIT, False, files), ["config.json"], tmp_path)
     assert not asked

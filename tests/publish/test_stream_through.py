@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import int8convert
 from int8convert import errors
-from int8convert.checkpoint.shard_record import ShardRecord
+from int8convert.checkpoint.manifest import ShardRecord
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import ShardSkipped
 from int8convert.publish.shard_publisher import HubPublisher

@@ -18,7 +18,7 @@ import int8convert
 from int8convert.errors import CorruptFileError, DiskFullError, SourceError
 from int8convert.events import Event, FidelityStarted, FidelityStep
 from int8convert.runtime.text.windows import Convention, TokenWindows
-from int8convert.verification.fidelity import hidden_states, lockstep, stream_plan
+from int8convert.verification.fidelity import hidden_states, lockstep
 from int8convert.verification.fidelity.layered_model import LayeredModel
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
 from int8convert.verification.options import Execution
@@ -237,7 +237,7 @@ def test_hidden_states_that_do_not_fit_lie_in_files(
     folder = tmp_path / "states"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    monkeypatch.setattr(stream_plan, "available_bytes", lambda device: 10_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
     n_files = []
     allocate = hidden_states.HiddenStates._allocate
 
@@ -260,7 +260,7 @@ def test_full_disk_of_hidden_states_is_said(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    monkeypatch.setattr(stream_plan, "available_bytes", lambda device: 10_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
     with pytest.raises(DiskFullError, match=r"has no room for hidden states of 6,144 bytes a window"):
         measure_fidelity(*llama, windows, Execution(stream=True))
 

@@ -15,11 +15,18 @@ from int8convert.formats.format import Format
 from int8convert.formats.modules import module_of
 from int8convert.planning.plan import ConversionPlan
 from int8convert.verification.checks import Check, Finding, make_check
-from int8convert.verification.exact.beside import check_beside, check_carried, hash_beside
 from int8convert.verification.exact.config import check_config
-from int8convert.verification.exact.files import check_files, compare_sha256, hash_shard, read_records
+from int8convert.verification.exact.files import (
+    check_beside,
+    check_carried,
+    check_files,
+    check_needs,
+    compare_sha256,
+    hash_beside,
+    hash_shard,
+    read_records,
+)
 from int8convert.verification.exact.layout import Int8Pair, Layout, Pair, lay_out
-from int8convert.verification.exact.needs import check_needs
 from int8convert.verification.exact.outliers import pair_outliers
 from int8convert.verification.exact.provenance import Provenance
 from int8convert.verification.exact.rows import RowRules

@@ -1,21 +1,46 @@
-"""Compares the weight files of an int8 checkpoint and their index with the manifest: names, sizes, sha256."""
+"""Compares the files of an int8 checkpoint with the manifest and the source's, and finds files that should not be there.
+
+Loaders take what is in a directory: a template, a token map, code, an adapter, a pickle. So a file that the source
+lacks and the conversion does not write is a finding, whatever its name. Files that no loader reads are exempt.
+The plan says what the source lacks (`model_map.ModelNeeds`), and the check of tensors (`layout`) that the checkpoint
+has all the rest. Together they cover every parameter of the model.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from int8convert.checkpoint.hashing import CHUNK_BYTES, file_sha256
 from int8convert.checkpoint.json_file import MAX_INDEX_BYTES, read_json_object
-from int8convert.checkpoint.manifest import Manifest
-from int8convert.checkpoint.names import INDEX_NAME, MANIFEST_NAME
-from int8convert.checkpoint.shard_record import ShardRecord
+from int8convert.checkpoint.loaders.files import is_inert
+from int8convert.checkpoint.loaders.shard_index import IndexDifferences
+from int8convert.checkpoint.manifest import Manifest, ShardRecord
+from int8convert.checkpoint.names import (
+    CARD_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    LOCAL_FILE,
+    LOCK_FILE,
+    MANIFEST_NAME,
+    OUTLIERS_FILE,
+    VERIFY_FILE,
+)
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.errors import CorruptFileError
+from int8convert.patterns import is_allowed
+from int8convert.planning.model_map.model_map import ModelMap
+from int8convert.planning.needs import made_up
 from int8convert.text import quoted
-from int8convert.verification.checks import Finding
+from int8convert.verification.checks import Check, Finding, make_check
+from int8convert.verification.exact.foreign_files import check_foreign_files, is_saved_by_others
 from int8convert.verification.exact.provenance import Provenance
 from int8convert.verification.opened import ExaminedCheckpoint
+
+_OWN = (MANIFEST_NAME, VERIFY_FILE, OUTLIERS_FILE, LOCAL_FILE, LOCK_FILE)
+_NOT_VOUCHED_FOR = frozenset({VERIFY_FILE, LOCAL_FILE, LOCK_FILE, CARD_NAME})
+"""Files that are written after the comparison, or are not published."""
 
 
 def read_records(out: CheckpointSource) -> dict[str, ShardRecord]:
@@ -94,3 +119,96 @@ def _remote_sha256(shard: SourceShard) -> str:
         digest.update(part)
     reader.close()
     return digest.hexdigest()
+
+
+def check_carried(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Check:
+    """Compare tokenizer, templates and other auxiliary files with the source's.
+
+    Byte by byte if a manifest says that they were copied; `foreign_files` compares files that other tools saved.
+    """
+    if not provenance.is_known:
+        return make_check("carried", *check_foreign_files(examined, source))
+    findings = []
+    for path in source.auxiliary_files:
+        name = path.relative_to(source.directory).as_posix()
+        copy = examined.path_of(name)
+        if copy is None:
+            findings.append(Finding(name, "a copy of the source's", "no such file"))
+        elif file_sha256(path) != file_sha256(copy):
+            findings.append(Finding(name, "the source's content", "another"))
+    return make_check("carried", len(source.auxiliary_files), findings)
+
+
+def check_beside(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Check:
+    """Find files that should not be in the checkpoint."""
+    findings = [Finding(name, "a file of this checkpoint", why) for name, why in examined.refused.items()]
+    findings += _strange(examined, source, provenance)
+    return make_check("beside", max(1, len(examined.names)), findings)
+
+
+def _strange(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Iterator[Finding]:
+    carried = {path.relative_to(source.directory).as_posix() for path in source.auxiliary_files}
+    expected = {CONFIG_NAME, *_OWN, *carried, *examined.weight_files}
+    expected |= {INDEX_NAME} if has_index(examined.source) else set()
+    for name in sorted(examined.names - expected):
+        if is_inert(name) or (not provenance.is_known and is_saved_by_others(name, carried)):
+            continue
+        yield Finding(name, "no such file: the source lacks it, and the conversion does not write it", "one")
+
+
+def hash_beside(examined: ExaminedCheckpoint, source: CheckpointSource) -> dict[str, str]:
+    """Return the sha256 of the auxiliary files that were compared.
+
+    Files that are written afterwards are left out, and files that no loader reads and the source lacks: notes,
+    pictures, pages of `verify --report`.
+    """
+    carried = {path.relative_to(source.directory).as_posix() for path in source.auxiliary_files}
+    names = {name for name in examined.names - examined.weight_files if name in carried or not is_inert(name)}
+    paths = {name: examined.path_of(name) for name in names - _NOT_VOUCHED_FOR}
+    return {name: file_sha256(path) for name, path in sorted(paths.items()) if isinstance(path, Path)}
+
+
+def check_needs(out: CheckpointSource, model_map: ModelMap, provenance: Provenance) -> Check:
+    """Find weights that loaders would initialize at random, or take from another file than the index says.
+
+    Args:
+        model_map: the source's. If name rules made it, the needs of the model are unknown.
+    """
+    n_tensors = sum(len(shard.tensors) for shard in out.shards)
+    return make_check("needs", n_tensors, [*_lacking(model_map, provenance), *_misplaced(out.index)])
+
+
+def _lacking(model_map: ModelMap, provenance: Provenance) -> Iterator[Finding]:
+    needs = model_map.needs
+    if needs is None:
+        return
+    for name in made_up(model_map):
+        if not is_allowed(name, provenance.allow_missing):
+            expected = f"{list(needs.missing[name])}, which {model_map.model_class} needs"
+            yield Finding(name, expected, "no such tensor: loaders initialize it at random")
+    for name, (found, has) in needs.mismatched.items():
+        given = "tensors that do not fit together" if found is None else str(list(found))
+        yield Finding(name, f"{list(has)}, which {model_map.model_class} has", given)
+    for name, dtype in needs.integers.items():
+        yield Finding(name, f"floats in the source, as {model_map.model_class} has them", dtype)
+
+
+def _misplaced(index: IndexDifferences) -> Iterator[Finding]:
+    for name, file_name in index.absent.items():
+        yield Finding(name, f"a tensor in {file_name}, as the index says", "no such tensor")
+    for name, (said, found) in index.moved.items():
+        yield Finding(name, f"a tensor in {said}, as the index says", f"it in {found}")
+    for repeated in index.repeated:
+        yield Finding(repeated.name, "a tensor in one file", f"it in {' and '.join(repeated.files)}")
+
+
+def allowed_note(model_map: ModelMap, provenance: Provenance) -> str | None:
+    """Return what the conversion was allowed to leave out, as a sentence; None if nothing."""
+    allowed = [name for name in made_up(model_map) if is_allowed(name, provenance.allow_missing)]
+    if not allowed:
+        return None
+    more = f" and {len(allowed) - 1:,} more" if len(allowed) > 1 else ""
+    return (
+        f"{allowed[0]}{more}, which {model_map.model_class} needs, is in no file: the conversion was allowed this by "
+        f"--allow-missing {' '.join(provenance.allow_missing)}"
+    )

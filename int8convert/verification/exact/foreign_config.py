@@ -11,8 +11,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from int8convert.errors import Int8ConvertError
 from int8convert.formats.format import Difference
-from int8convert.verification.exact.as_loaded import as_loaded
+from int8convert.runtime.worker_process import Worker, WorkerError
 
 WRITTEN_BY_OTHERS = frozenset(
     {"quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
@@ -66,3 +67,20 @@ def _without(value: Any) -> Any:
 
 def _shown(config: Mapping[str, Any], key: str) -> str:
     return json.dumps(config[key])[:80] if key in config else "no such entry"
+
+
+LIMIT_S = 120.0
+"""Seconds until the child is stopped."""
+
+
+def as_loaded(configs: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return configs as transformers reads them; unchanged if it knows no class of the model, or the class refuses."""
+    plain = [dict(config) for config in configs]
+    worker = Worker("int8convert.verification.exact.as_loaded_worker")
+    try:
+        found: list[dict[str, Any]] = worker.result(plain, LIMIT_S)
+    except (WorkerError, Int8ConvertError):
+        return plain
+    finally:
+        worker.stop()
+    return found

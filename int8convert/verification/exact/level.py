@@ -1,11 +1,11 @@
 """The exact level of `verify`: compares an int8 checkpoint with its source, tensor by tensor, without running a model.
 
 1. The manifest names the source and the options of the conversion. From them the plan is rebuilt, as `quantize` makes
-   it. It says what each tensor must have become (`layout`), and what the model lacks (`needs`).
+   it. It says what each tensor must have become (`layout`), and what the model lacks (`files`).
 2. Every weight file is hashed and compared with the manifest, while other threads compare its tensors: codes and scales
    with the rounding of the source, everything else byte by byte (`tensors`, `rows`).
 3. config.json is compared entry by entry with what the conversion writes (`config`), and auxiliary files with the
-   source's. Any other file is a finding, unless no loader reads it (`beside`).
+   source's. Any other file is a finding, unless no loader reads it (`files`).
 4. Meanwhile a child process runs a few tokens through the model, without its weights (`trial_run`).
 
 Either checkpoint may be on the Hub. Its tensors are then read by range, and its weights are not stored.
@@ -36,7 +36,7 @@ from int8convert.planning.request_difference import describe_source
 from int8convert.text import counted, quoted
 from int8convert.verification.checks import Check, Finding, make_check
 from int8convert.verification.exact.comparison import Comparison
-from int8convert.verification.exact.needs import allowed_note
+from int8convert.verification.exact.files import allowed_note
 from int8convert.verification.exact.provenance import Provenance, find_provenance
 from int8convert.verification.exact.trial_run import TrialRun
 from int8convert.verification.opened import ExaminedCheckpoint, hub_reading, open_examined

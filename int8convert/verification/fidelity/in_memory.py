@@ -22,8 +22,7 @@ from int8convert.verification.fidelity.comparison import (
     decoder_layers,
     hidden_state,
 )
-from int8convert.verification.fidelity.memory import resident_bytes
-from int8convert.verification.fidelity.stream_plan import bytes_in_memory
+from int8convert.verification.fidelity.memory import bytes_in_memory, resident_bytes
 
 
 def compare_in_memory(task: FidelityTask) -> Measured:

@@ -31,9 +31,8 @@ from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.comparison import Comparison, FidelityTask
 from int8convert.verification.fidelity.in_memory import compare_in_memory
 from int8convert.verification.fidelity.lockstep import compare_in_lockstep
-from int8convert.verification.fidelity.memory import available_bytes, peak_bytes, start_peak
+from int8convert.verification.fidelity.memory import USABLE, available_bytes, bytes_in_memory, peak_bytes, start_peak
 from int8convert.verification.fidelity.paired_statistics import PairedSummary
-from int8convert.verification.fidelity.stream_plan import USABLE, bytes_in_memory
 from int8convert.verification.options import Execution
 
 

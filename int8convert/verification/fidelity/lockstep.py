@@ -43,7 +43,7 @@ from int8convert.verification.fidelity.comparison import (
 )
 from int8convert.verification.fidelity.hidden_states import HiddenStates
 from int8convert.verification.fidelity.layered_model import LayeredModel
-from int8convert.verification.fidelity.stream_plan import LOGITS_AT_A_TIME, plan_stream
+from int8convert.verification.fidelity.memory import LOGITS_AT_A_TIME, plan_stream
 
 
 class _LayerDone(BaseException):
