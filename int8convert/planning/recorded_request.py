@@ -2,7 +2,7 @@
 
 A manifest is untrusted. It is read here once, as a whole; other modules use `RecordedRequest`, never the JSON. An entry
 that is missing, unknown, out of range or of another type is an error, and not the same as no manifest.
-`shard_record.parse_record` reads the records of the shards by the same rule.
+`manifest.parse_record` reads the records of the shards by the same rule.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import int8convert
 from int8convert.errors import CorruptFileError, DiskFullError, SourceError
 from int8convert.events import Event, FidelityStarted, FidelityStep
 from int8convert.runtime.text.windows import Convention, TokenWindows
-from int8convert.verification.fidelity import hidden_states, lockstep
+from int8convert.verification.fidelity import hidden_states, lockstep, memory
 from int8convert.verification.fidelity.layered_model import LayeredModel
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
 from int8convert.verification.options import Execution

@@ -1,4 +1,4 @@
-"""Compares the files of an int8 checkpoint with the manifest and the source's, and finds files that should not be there.
+"""Compares the files of an int8 checkpoint with the manifest and the source, and finds files that do not belong there.
 
 Loaders take what is in a directory: a template, a token map, code, an adapter, a pickle. So a file that the source
 lacks and the conversion does not write is a finding, whatever its name. Files that no loader reads are exempt.
