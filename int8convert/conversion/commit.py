@@ -19,7 +19,7 @@ from int8convert.checkpoint.source import SourceShard, reading
 from int8convert.conversion.records import tensor_record
 from int8convert.decoding.scale import is_as_fetched
 from int8convert.events import EventSink, ShardFinished, TensorKept, TensorQuantized
-from int8convert.planning.plan import ShardedPlan
+from int8convert.planning.export_plan import ShardedPlan
 
 Deliver = Callable[[ShardRecord, Path, Callable[[], None]], None]
 """Brings a shard that has its name and its record to its destination; see `destination`."""

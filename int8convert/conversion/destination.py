@@ -20,7 +20,7 @@ from int8convert.checkpoint.manifest import ShardRecord
 from int8convert.conversion.disk_budget import DiskBudget, shards_on_their_way, whole_output
 from int8convert.conversion.output import OutputDirectory
 from int8convert.errors import OutputError
-from int8convert.planning.plan import ShardedPlan
+from int8convert.planning.export_plan import ShardedPlan
 
 _POLL_S = 0.2
 """Seconds between two looks at whether the conversion was abandoned."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from int8convert.conversion.readers import is_remote
 from int8convert.errors import DiskFullError
-from int8convert.planning.plan import ShardedPlan
+from int8convert.planning.export_plan import ShardedPlan
 from int8convert.text import quoted
 
 _SMALL_BYTES = 20_000_000

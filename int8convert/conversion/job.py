@@ -9,6 +9,7 @@ from typing import Any
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.loaders.shard_index import build_index
 from int8convert.checkpoint.manifest import ShardRecord
+from int8convert.checkpoint.safetensors_file import METADATA_NAME
 from int8convert.conversion.destination import Destination
 from int8convert.conversion.device import Device
 from int8convert.conversion.disk_budget import DiskBudget
@@ -19,7 +20,8 @@ from int8convert.conversion.readers import ReaderChoice, Reading, access_maker, 
 from int8convert.conversion.records import plan_made
 from int8convert.errors import DiskFullError, Int8ConvertError
 from int8convert.events import EventSink
-from int8convert.planning.plan import PlannedShard, ShardedPlan, output_weight_map
+from int8convert.planning.export_plan import ShardedPlan
+from int8convert.planning.plan import PlannedShard
 from int8convert.planning.reading_order import ReadingOrder
 
 
@@ -65,7 +67,8 @@ class Conversion:
         index = None
         if len(plan.shards) > 1:
             n_bytes = sum(tensor.output_bytes for tensor in plan.tensors)
-            index = build_index(output_weight_map(plan), n_bytes, plan.n_parameters)
+            weight_map = {n: shard.file_name for shard in plan.shards for n in shard.outputs if n != METADATA_NAME}
+            index = build_index(weight_map, n_bytes, plan.n_parameters)
         self._output.complete(plan.source, config, index, summary, records)
         self._destination.complete(self._output)
 

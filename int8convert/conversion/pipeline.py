@@ -30,7 +30,8 @@ from int8convert.conversion.records import replay_events
 from int8convert.conversion.shard_blocks import ShardBlocks
 from int8convert.errors import CorruptFileError, NonFiniteWeightError
 from int8convert.events import Event, EventSink, ShardRepeated, ShardSkipped, ShardStarted
-from int8convert.planning.plan import PlannedShard, ShardedPlan
+from int8convert.planning.export_plan import ShardedPlan
+from int8convert.planning.plan import PlannedShard
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
 from int8convert.text import quoted
 

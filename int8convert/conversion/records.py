@@ -12,8 +12,9 @@ from int8convert.checkpoint.model_card import read_source_card
 from int8convert.conversion.device import Device
 from int8convert.conversion.readers import ReaderChoice
 from int8convert.events import PlanMade, TensorKept, TensorQuantized
+from int8convert.planning.export_plan import ShardedPlan
 from int8convert.planning.needs import made_up
-from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor, ShardedPlan
+from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
 
 _DECIMALS = 3
 """Decimals of decibels: the last digits of a float32 sum depend on the width of a processor's vectors."""

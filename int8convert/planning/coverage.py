@@ -47,49 +47,36 @@ def check_coverage(plan: ConversionPlan, min_coverage: float | None) -> None:
     Raises:
         CoverageError: too little becomes int8; the message names what stays and why.
     """
-    if not plan.n_int8_parameters:
-        raise CoverageError(_with_reasons("none of the parameters would become int8", plan), _hint(plan, None))
-    if min_coverage is not None:
-        if plan.coverage < min_coverage:
-            raise CoverageError(
-                _with_reasons(
-                    f"only {100 * plan.coverage:.1f} % of the parameters would become int8; --min-coverage asks for "
-                    f"{100 * min_coverage:g} %",
-                    plan,
-                ),
-                _hint(plan, plan.coverage),
-            )
-        return
     share = linear_share(plan)
-    if share < MIN_LINEAR_SHARE:
-        raise CoverageError(
-            _with_reasons(
-                f"only {100 * share:.1f} % of the Linear weights would become int8, expected at least "
-                f"{100 * MIN_LINEAR_SHARE:g} %",
-                plan,
-            ),
-            _hint(plan, plan.coverage),
+    problem = ""
+    passing: float | None = plan.coverage
+    if not plan.n_int8_parameters:
+        problem, passing = "none of the parameters would become int8", None
+    elif min_coverage is not None:
+        if plan.coverage < min_coverage:
+            problem = (
+                f"only {100 * plan.coverage:.1f} % of the parameters would become int8; --min-coverage asks for "
+                f"{100 * min_coverage:g} %"
+            )
+    elif share < MIN_LINEAR_SHARE:
+        problem = (
+            f"only {100 * share:.1f} % of the Linear weights would become int8, expected at least "
+            f"{100 * MIN_LINEAR_SHARE:g} %"
         )
-    if plan.model_map.model_class is None and plan.coverage < LOW_COVERAGE:
-        raise CoverageError(
-            _with_reasons(
-                f"the model's class is unknown, and by their names only {100 * plan.coverage:.1f} % of the parameters "
-                f"would become int8, expected at least {100 * LOW_COVERAGE:g} %",
-                plan,
-            ),
-            _hint(plan, plan.coverage),
+    elif plan.model_map.model_class is None and plan.coverage < LOW_COVERAGE:
+        problem = (
+            f"the model's class is unknown, and by their names only {100 * plan.coverage:.1f} % of the parameters "
+            f"would become int8, expected at least {100 * LOW_COVERAGE:g} %"
         )
+    if problem:
+        reasons = _reasons(plan)
+        raise CoverageError(f"{problem} (16-bit: {reasons})" if reasons else problem, _hint(plan, passing))
 
 
 def _reasons(plan: ConversionPlan) -> str:
     """Return the reasons that keep the most parameters, without those that keep less than half a percent."""
     shares = ((reason, round(100 * n / max(1, plan.n_parameters))) for reason, (_, n) in plan.kept_by_reason().items())
     return ", ".join([f"{reason} {share} %" for reason, share in shares if share][:3])
-
-
-def _with_reasons(message: str, plan: ConversionPlan) -> str:
-    reasons = _reasons(plan)
-    return f"{message} (16-bit: {reasons})" if reasons else message
 
 
 def _hint(plan: ConversionPlan, passing: float | None) -> str:

@@ -24,7 +24,7 @@ from int8convert.formats.int8_checkpoint import DTYPES, Int8Checkpoint, Int8Weig
 from int8convert.formats.layers import CONV1D_NAMES
 from int8convert.formats.modules import module_of
 from int8convert.planning.output_config import DEFAULT_THRESHOLD
-from int8convert.planning.plan import PlannedShard, PlannedTensor
+from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
 from int8convert.text import quoted
 
 _COPIED = "not int8 in the source"
@@ -97,6 +97,10 @@ class ExportPlan:
     def n_written_bytes(self) -> int:
         """Bytes of the shards, headers included."""
         return sum(shard.n_bytes for shard in self.shards)
+
+
+ShardedPlan = ConversionPlan | ExportPlan
+"""What the conversion obeys: the shards of an output, made of the tensors of a source."""
 
 
 def make_export_plan(checkpoint: Int8Checkpoint, target: Target, max_shard_bytes: int | None = None) -> ExportPlan:

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
-from int8convert.checkpoint.safetensors_file import METADATA_NAME
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.decoding.fp8 import Fp8Scale
@@ -161,45 +160,6 @@ def _scale_digest(scale: Fp8Scale | Int8Scale | None) -> list[Any] | None:
     return [scale.shard.path.name, scale.stored.name, block]
 
 
-class ShardedPlan(Protocol):
-    """What the conversion obeys: the shards of an output, made of the tensors of a source.
-
-    Attributes:
-        n_parameters: of the model.
-        model_class: the transformers class that decided; None if none did.
-        coverage: share of the parameters that become int8, 0 to 1; None for an export.
-        tensors: of all shards.
-        n_read_bytes, n_written_bytes: of the tensors that are read, and of the shards, headers included.
-    """
-
-    @property
-    def source(self) -> CheckpointSource: ...
-
-    @property
-    def shards(self) -> tuple[PlannedShard, ...]: ...
-
-    @property
-    def n_parameters(self) -> int: ...
-
-    @property
-    def model_class(self) -> str | None: ...
-
-    @property
-    def coverage(self) -> float | None: ...
-
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-    @property
-    def tensors(self) -> Iterator[PlannedTensor]: ...
-
-    @property
-    def n_read_bytes(self) -> int: ...
-
-    @property
-    def n_written_bytes(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
     """The plan of a conversion.
@@ -290,8 +250,3 @@ class ConversionPlan:
                 n_tensors, n_parameters = kept.get(tensor.reason, (0, 0))
                 kept[tensor.reason] = (n_tensors + 1, n_parameters + tensor.source.n_elements)
         return dict(sorted(kept.items(), key=lambda item: -item[1][1]))
-
-
-def output_weight_map(plan: ShardedPlan) -> dict[str, str]:
-    """Output tensor name -> file name."""
-    return {name: shard.file_name for shard in plan.shards for name in shard.outputs if name != METADATA_NAME}

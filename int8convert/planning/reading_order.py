@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Container
 from int8convert.checkpoint.rows import Block, largest_block_bytes
 from int8convert.checkpoint.shard_access import ShardAccess
 from int8convert.checkpoint.source import SourceShard
-from int8convert.planning.plan import PlannedTensor, ShardedPlan
+from int8convert.planning.export_plan import ShardedPlan
+from int8convert.planning.plan import PlannedTensor
 
 MakeAccess = Callable[["ReadingOrder", Collection[str]], ShardAccess]
 """Function of a reading order, and of the names of files whose bytes were wrong before, that opens the shards."""

@@ -109,27 +109,21 @@ def parse_worker_answer(answer: dict[str, Any], modules: ModuleFilter) -> ModelM
         output_format=modules.output_format,
         parameters={name: (key, is_transposed) for name, (key, is_transposed) in answer["parameters"].items()},
         notes=tuple(answer["notes"]),
-        needs=_needs(**answer["needs"]),
+        needs=_needs(answer["needs"]),
     )
 
 
-def _needs(
-    n_parameters: int,
-    missing: dict[str, Any],
-    counters: list[str],
-    unexpected: list[str],
-    mismatched: dict[str, Any],
-    integers: dict[str, str],
-    defaulted: list[str],
-) -> ModelNeeds:
+def _needs(answer: dict[str, Any]) -> ModelNeeds:
+    """Return the needs in a child's answer: JSON has lists for tuples."""
+    mismatched = answer["mismatched"].items()
     return ModelNeeds(
-        n_parameters=n_parameters,
-        missing={name: tuple(shape) for name, shape in missing.items()},
-        counters=tuple(counters),
-        unexpected=tuple(unexpected),
-        mismatched={name: (found and tuple(found), tuple(has)) for name, (found, has) in mismatched.items()},
-        integers=integers,
-        defaulted=tuple(defaulted),
+        n_parameters=answer["n_parameters"],
+        missing={name: tuple(shape) for name, shape in answer["missing"].items()},
+        defaulted=tuple(answer["defaulted"]),
+        counters=tuple(answer["counters"]),
+        unexpected=tuple(answer["unexpected"]),
+        mismatched={name: (found and tuple(found), tuple(has)) for name, (found, has) in mismatched},
+        integers=answer["integers"],
     )
 
 
