@@ -60,8 +60,8 @@ class OutputDirectory:
     ) -> None:
         self.path = Path(out)
         self.manifest = Manifest(self.path)
-        self._request = request
-        self._overwrite = overwrite
+        self.request = request
+        self.overwrites = overwrite
         self.has_begun = False
         self._carried: list[Path] = []
         _check_names(self, source)
@@ -74,10 +74,10 @@ class OutputDirectory:
         if not self.path.is_dir() or not any(not self._is_leftover(entry) for entry in self.path.iterdir()):
             return
         there = self.manifest.read_request()
-        same = there is not None and first_difference(there, self._request) is None
-        if same and not (self._overwrite and self.is_complete):
+        same = there is not None and first_difference(there, self.request) is None
+        if same and not (self.overwrites and self.is_complete):
             return
-        if self._overwrite:
+        if self.overwrites:
             self.replaces = True
             return
         if there is None:
@@ -87,7 +87,7 @@ class OutputDirectory:
             )
         kind = "a conversion" if self.is_complete else "an unfinished conversion"
         raise OutputError(
-            f"OUT '{self.path}' holds {kind} that differs: {first_difference(there, self._request)}",
+            f"OUT '{self.path}' holds {kind} that differs: {first_difference(there, self.request)}",
             "name another directory, or pass --overwrite to replace it",
         )
 
@@ -98,16 +98,6 @@ class OutputDirectory:
             expected = {_LOCK_NAME, _INCOMING_NAME, "shards", "conversion.json"}
             return names <= expected and not self.manifest.read_request()
         return entry.name.endswith(INCOMPLETE_SUFFIX)
-
-    @property
-    def request(self) -> Mapping[str, Any]:
-        """The JSON object that identifies the conversion."""
-        return self._request
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether the contents of OUT may be replaced."""
-        return self._overwrite
 
     @property
     def is_complete(self) -> bool:
@@ -183,9 +173,9 @@ class OutputDirectory:
             # Files of a finished conversion are missing or damaged: it is unfinished again.
             for name in (CONFIG_NAME, INDEX_NAME):
                 (self.path / name).unlink(missing_ok=True)
-            self.manifest.reopen(self._request, done.values())
+            self.manifest.reopen(self.request, done.values())
         elif not self.is_complete:
-            self.manifest.begin(self._request)
+            self.manifest.begin(self.request)
         self.has_begun = not self.is_complete
 
     def complete(
@@ -212,7 +202,7 @@ class OutputDirectory:
                 self._carried.append(target)
             copy_file(file, target)
             carried[name.as_posix()] = file_sha256(target)
-        self.manifest.complete(self._request, source, summary, records, carried)
+        self.manifest.complete(self.request, source, summary, records, carried)
         if index is not None:
             write_json(self.path / INDEX_NAME, index)
         write_json(self.path / CONFIG_NAME, config)

@@ -81,7 +81,9 @@ class Pipeline:
         """
         for i, shard in enumerate(plan.shards):
             if shard.file_name in done:
-                self._skip(i, len(plan.shards), shard, done[shard.file_name])
+                self.emit(ShardSkipped(i, len(plan.shards), shard.file_name, shard.n_bytes))
+                for event in replay_events(shard, done[shard.file_name]):
+                    self.emit(event)
         records = dict(done)
         damaged: Counter[str] = Counter()
         while len(records) < len(plan.shards):
@@ -141,11 +143,6 @@ class Pipeline:
             raise
         finally:
             wait(commits)  # until then the committer's thread owns the shards it was given
-
-    def _skip(self, i: int, n: int, shard: PlannedShard, record: ShardRecord) -> None:
-        self.emit(ShardSkipped(i, n, shard.file_name, shard.n_bytes))
-        for event in replay_events(shard, record):
-            self.emit(event)
 
     def _convert(self, shard: PlannedShard, order: ReadingOrder, access: ShardAccess) -> ConvertedShard:
         """Convert one shard, up to but not including its final name."""

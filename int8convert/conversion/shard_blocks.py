@@ -98,9 +98,9 @@ class ShardBlocks:
         if block is None:
             return False
         tensor, counter, reader, begin, end, is_last = block
-        with reading(counter.task.file_name):
+        with reading(tensor.shard.path.name):
             raw = counter.task.read(begin, end, scratch)
-        with self.turns.turn(number), reading(counter.task.file_name):
+        with self.turns.turn(number), reading(tensor.shard.path.name):
             if reader is not None and not self.turns.is_closed:
                 data = raw.data.data if raw.offset is not None else None
                 reader.read_on(data, raw.offset or 0, self._order.needed_from(tensor, raw, is_last))

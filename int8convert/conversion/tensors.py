@@ -66,10 +66,6 @@ class TensorCopy:
         row_bytes = math.prod(self._rows.stored.shape[1:]) * DTYPE_BYTES[output_dtype]
         self._writer.write(self._tensor.output_name, data.data, begin * row_bytes)
 
-    @property
-    def file_name(self) -> str:
-        return self._tensor.shard.path.name
-
     def finish(self) -> TensorKept:
         shape = self._tensor.source.shape
         n_zero_rows = sum(self._n_zeros) // math.prod(shape[1:]) if len(shape) == 2 and min(shape) else 0
@@ -122,8 +118,8 @@ class TensorQuantization:
         outside = ~(np.abs(values) <= FP16_MAX)
         module_name = self._tensor.output_name.removesuffix(".weight")
         raise NonFiniteWeightError(
-            f"{self._tensor.source.name!r} in '{self.file_name}' holds {_shown(values[outside][0])} at row "
-            f"{begin + row:,}, column {int(np.argmax(outside)):,}{self._count_outside()}; "
+            f"{self._tensor.source.name!r} in '{self._tensor.shard.path.name}' holds {_shown(values[outside][0])} "
+            f"at row {begin + row:,}, column {int(np.argmax(outside)):,}{self._count_outside()}; "
             f"int8 rows need finite values up to {FP16_MAX:,.0f}",
             "pass --on-nonfinite keep to leave such modules 16-bit, or fetch the checkpoint again",
             module_name,
@@ -139,10 +135,6 @@ class TensorQuantization:
             values = widen(self._rows.values(self.read(begin, end, scratch), begin, end), self._rows.dtype)
             count += int(np.count_nonzero(~(np.abs(values) <= FP16_MAX)))
         return f" ({count:,} such value{'s' if count != 1 else ''})"
-
-    @property
-    def file_name(self) -> str:
-        return self._tensor.shard.path.name
 
     def finish(self) -> TensorQuantized:
         """Write the scales and return the event. Called after the last block."""
@@ -188,10 +180,6 @@ class ScaleRecoding:
         stored = target.from_scale(source.to_scale(values))
         for name, data in target.tensors_beside(self._tensor.weight_name, stored).items():
             self._writer.write(name, data)
-
-    @property
-    def file_name(self) -> str:
-        return self._tensor.shard.path.name
 
     def finish(self) -> TensorKept:
         return kept_event(self._tensor, 0, 0)
