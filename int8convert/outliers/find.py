@@ -26,10 +26,9 @@ from int8convert.outliers.calibration import run_tokens
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
 from int8convert.outliers.features import LayerInput, OutlierFeature, describe_inputs, find_features
 from int8convert.outliers.statistics import InputStatistics, features_of, watching
-from int8convert.runtime.device import choose_device
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.linear import Int8Linear
-from int8convert.runtime.models import load_model, open_tokenizer
+from int8convert.runtime.models import choose_device, load_model, open_tokenizer
 from int8convert.runtime.pretrained import model_errors
 from int8convert.runtime.tensor_names import live_names
 from int8convert.runtime.text.texts import Text, open_text

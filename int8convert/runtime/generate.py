@@ -18,8 +18,8 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from int8convert.errors import PromptError, SourceError
-from int8convert.runtime.device import choose_device
 from int8convert.runtime.load import load, read_int8_config
+from int8convert.runtime.models import choose_device
 from int8convert.runtime.pretrained import model_errors
 from int8convert.runtime.text.generation_settings import StopAtStrings, generation_config, read_ending
 from int8convert.runtime.text.prompts import encode

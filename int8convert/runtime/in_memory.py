@@ -10,22 +10,28 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
-from int8convert.errors import CoverageError, NonFiniteWeightError, PatternError
+from int8convert.errors import CoverageError, FormatError, NonFiniteWeightError, PatternError
 from int8convert.formats.format import Format
 from int8convert.formats.layers import is_conv1d_layer
 from int8convert.formats.modules import module_of
 from int8convert.patterns import matches
 from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_path
 from int8convert.runtime.linear import Int8Linear, OutlierMode
-from int8convert.runtime.saving import describe_for_saving
-from int8convert.runtime.stored_columns import StoredOutliers
+from int8convert.runtime.stored_columns import StoredOutliers, save_with_outliers
 from int8convert.runtime.weight_reads import modules_with_read_weights
+from int8convert.transformers_internals import (
+    get_keys_to_not_convert,
+    kept_in_fp32,
+    mark_quantized,
+    should_convert_module,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -80,8 +86,6 @@ def quantize_(
             model.set_submodule(place, new)
     leave_fast_path(model)
     if hasattr(model, "_keep_in_fp32_modules"):
-        from int8convert.transformers_internals import mark_quantized
-
         mark_quantized(model)  # Jamba then calls a layer whose weight it would read
         describe_for_saving(model, lost, threshold, stored)
     return model
@@ -125,12 +129,6 @@ def _without_default_skips(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the names that transformers would quantize, if the model is its own; else all."""
     if not hasattr(model, "_keep_in_fp32_modules"):
         return list(names)
-    from int8convert.transformers_internals import (
-        get_keys_to_not_convert,
-        kept_in_fp32,
-        should_convert_module,
-    )
-
     skips = [*get_keys_to_not_convert(model), *kept_in_fp32(model)]
     return [name for name in names if should_convert_module(name, skips)]
 
@@ -176,3 +174,33 @@ def _int8_form(
     if name in stored:
         layer.set_outliers(stored[name].columns, stored[name].weight)
     return layer.train(module.training)
+
+
+def describe_for_saving(
+    model: Any, lost: Iterable[str], threshold: float, stored: Mapping[str, StoredOutliers]
+) -> None:
+    """Set the quantization block of a transformers model's config; refuse saving if no loader could read the model.
+
+    Args:
+        lost: int8 modules that the loader does not replace.
+        stored: module -> outlier columns.
+    """
+    layout = module_of(Format.BITSANDBYTES)
+    left = [name for name, module in model.named_modules() if layout.replaces(module)]
+    int8 = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+    covered = layout.covered(int8, [*left, *kept_in_fp32(model)])
+    lost = [*lost, *(name for name in int8 if name in covered)]
+    if lost:
+        model._int8convert_unloadable = lost[0]
+        model.save_pretrained = MethodType(_refuse_to_save, model)
+        return
+    model.config.quantization_config = layout.block(left, threshold)
+    if stored:
+        model.save_pretrained = MethodType(save_with_outliers, model)
+
+
+def _refuse_to_save(model: Any, *_: Any, **__: Any) -> None:
+    raise FormatError(
+        f"no loader would look for '{model._int8convert_unloadable}' as int8, so this model cannot be saved",
+        "leave that module out with quantize_(skip=...)",
+    )

@@ -1,15 +1,16 @@
-"""Opens a checkpoint, int8 or not, as a model to measure, and its tokenizer."""
+"""Opens a checkpoint, int8 or not, as a model to measure, and its tokenizer, on a device that torch has."""
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
 
 from int8convert.checkpoint.library_errors import TRUST_CODE
 from int8convert.decoding.fp8 import FP8_DTYPES
-from int8convert.errors import CorruptFileError, SourceError
+from int8convert.errors import CorruptFileError, DeviceError, SourceError
 from int8convert.formats.skip_list import checked_names
 from int8convert.runtime import pretrained
 from int8convert.runtime.load import load
@@ -143,3 +144,25 @@ def check_length(model: Any, windows: TokenWindows) -> None:
             f"the model takes {n_positions:,} tokens, and the windows have {windows.ids.shape[1]:,}",
             f"pass --length {n_positions} or less",
         )
+
+
+def choose_device(device: str) -> str:
+    """Return "cpu" or "cuda[:n]".
+
+    Args:
+        device: "auto", which is the GPU if there is one, "cpu" or "cuda[:n]".
+
+    Raises:
+        DeviceError: torch has no such device here.
+        ValueError: it is not the name of a device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(:(\d+))?", device)
+    if match is None:
+        raise ValueError(f"device must be auto, cpu or cuda[:n], not {device!r}")
+    n_gpus = torch.cuda.device_count()
+    if device != "cpu" and int(match[2] or 0) >= n_gpus:
+        found = f"torch finds {n_gpus} here" if n_gpus else "torch finds no usable GPU here"
+        raise DeviceError(f"--device {device}: {found}", "pass --device cpu, or leave it out")
+    return device

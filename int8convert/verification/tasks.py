@@ -125,8 +125,7 @@ def _answer(
     device: str,
     trusts_code: bool,
 ) -> dict[str, Any]:
-    from int8convert.runtime.device import choose_device
-    from int8convert.runtime.models import load_model
+    from int8convert.runtime.models import choose_device, load_model
     from int8convert.runtime.pretrained import asking_nobody, read_tokenizer
 
     model = load_model(path, choose_device(device), trust_remote_code=trusts_code)

@@ -26,7 +26,7 @@ import torch
 
 from int8convert.errors import SourceError
 from int8convert.events import EventSink, ignore
-from int8convert.runtime.device import choose_device
+from int8convert.runtime.models import choose_device
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.comparison import Comparison, FidelityTask
 from int8convert.verification.fidelity.in_memory import compare_in_memory
