@@ -16,6 +16,7 @@ from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.planning.model_map.process import ModelMapProcess, parse_worker_answer, worker_request
 from int8convert.planning.model_map.worker import answer
 from int8convert.sources import open_source
+from tests.tools.fp8_checkpoints import save_fp8
 from tests.tools.tiny_models import edit_config, save_checkpoint
 
 
@@ -30,12 +31,17 @@ def remember(directory: Path, modules: ModuleFilter = ModuleFilter()) -> dict[st
     before = torch.get_default_dtype()
     made = answer(worker_request(source, modules))
     torch.set_default_dtype(before)
-    cache.ModelMapCache(source, modules).write(made)
+    cache_of(directory, modules).write(made)
     return made
 
 
+def cache_of(directory: Path, modules: ModuleFilter = ModuleFilter()) -> cache.ModelMapCache:  # noqa: B008
+    source = open_source(directory)
+    return cache.ModelMapCache(source.config, worker_request(source, modules))
+
+
 def is_known(directory: Path, modules: ModuleFilter = ModuleFilter()) -> bool:  # noqa: B008
-    return cache.ModelMapCache(open_source(directory), modules).read() is not None
+    return cache_of(directory, modules).read() is not None
 
 
 def test_second_process_answers_without_starting_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +58,7 @@ def test_second_process_answers_without_starting_one(llama: Path, monkeypatch: p
 
 def test_map_survives_the_way_to_the_disk_and_back(llama: Path) -> None:
     made = remember(llama)
-    read = cache.ModelMapCache(open_source(llama), ModuleFilter()).read()
+    read = cache_of(llama).read()
     assert read is not None
     assert parse_worker_answer(read, ModuleFilter()) == parse_worker_answer(made, ModuleFilter())
 
@@ -88,6 +94,24 @@ def test_other_code_is_another_question(llama: Path, tmp_path: Path, monkeypatch
     assert is_known(llama)
 
 
+def test_everything_the_child_is_asked_is_in_the_key(tmp_path: Path) -> None:
+    """So code that shapes the request, as that of FP8 scales and of dtypes does, needs no place in the key."""
+    directory = save_checkpoint("opt", tmp_path / "plain", torch.bfloat16)
+    save_fp8(directory, tmp_path / "fp8", "block")
+    for source in map(open_source, (directory, tmp_path / "fp8")):
+        request = worker_request(source, ModuleFilter())
+        known = cache.ModelMapCache(source.config, request)
+        known.write({"tensors": {name: [] for name, *_ in request["tensors"]}})
+        assert known.read() is not None
+        for name in request.keys() - {"directory", "tensors"}:
+            assert cache.ModelMapCache(source.config, request | {name: "another"}).read() is None, name
+        (first, dtype, *rest), *others = request["tensors"]
+        assert dtype == "BF16"  # also where the file has FP8 codes
+        for other in ([first, "F8_E4M3", *rest], [first, dtype, [1], *rest[1:]], [first, dtype, rest[0], ["a"]]):
+            changed = request | {"tensors": [other, *others]}
+            assert cache.ModelMapCache(source.config, changed).read() is None, other
+
+
 def test_modules_in_the_key_are_those_the_child_imports() -> None:
     code = (
         "import sys, int8convert.planning.model_map.worker\n"
@@ -96,15 +120,10 @@ def test_modules_in_the_key_are_those_the_child_imports() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     names = {name.removeprefix("int8convert.").replace(".", "/") for name in found}
-    others = {
-        "errors",
-        "text",
-        "checkpoint/names",
-        "checkpoint/library_errors",
-        "formats/scales",
-        "formats/name_pattern",
-    }
-    assert names - {*others, "formats/foreign_compressed_tensors"} == {*cache.SHAPING_MODULES}
+    failures = {"errors", "text", "checkpoint/library_errors"}  # a map that cannot be made is not kept
+    outputs = {"checkpoint/names", "formats/scales"}  # names of files, and values of scales
+    foreign = {"formats/name_pattern", "formats/foreign_compressed_tensors"}  # blocks of other tools' int8 checkpoints
+    assert names - failures - outputs - foreign == {*cache.SHAPING_MODULES}
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"tensors": []}', b'{"tensors": {"a": 1}}', b"\xff"])
@@ -144,7 +163,7 @@ def test_user_without_a_home_has_no_cache_and_gets_no_folder(tmp_path: Path, mon
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
     monkeypatch.chdir(tmp_path)
     assert cache.cache_folder() is None
-    found = cache.ModelMapCache(open_source(save_checkpoint("opt", tmp_path / "source")), ModuleFilter())
+    found = cache_of(save_checkpoint("opt", tmp_path / "source"))
     found.write({"tensors": {}})
     assert found.read() is None
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,6 +1,6 @@
 """Keeps model maps in the user's cache folder, so that the second command on a model does not start transformers.
 
-A map is a function of config.json, the tensors' headers, the user's patterns, and the code that makes it. All of them
+A map is a function of config.json, of the request to the child process, and of the code that runs there. All of them
 are in the key. The newest maps are kept; removing the folder costs seconds.
 
 Does not know an edit in an installed transformers or torch that keeps its version.
@@ -12,15 +12,12 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.atomic import write_json
-from int8convert.checkpoint.source import CheckpointSource
-from int8convert.decoding.fp8_scales import as_loaded
-from int8convert.planning.model_map.model_map import ModuleFilter
-from int8convert.planning.weights_dtype import dtype_of_weights
 
 MAX_MAPS = 100
 
@@ -37,7 +34,8 @@ SHAPING_MODULES = (
     *("checkpoint/stored_tensor", "patterns", "transformers_internals"),
 )
 """The modules of int8convert that shape a map: those that the child process imports, without those that only name
-files, report errors, and read or write weights and config blocks."""
+files, report errors, and read or write weights and config blocks. Code that shapes the request is not among them: the
+request itself is in the key."""
 
 
 def cache_folder() -> Path | None:
@@ -47,26 +45,23 @@ def cache_folder() -> Path | None:
 
 
 class ModelMapCache:
-    """The cached map of one request. A folder that cannot be read or written counts as an empty cache."""
+    """The cached map of one request. A folder that cannot be read or written counts as an empty cache.
 
-    def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
-        self._names = {tensor.name for tensor in as_loaded(source)}
-        request = {
+    Args:
+        config: what the directory in the request holds as config.json.
+        request: see `process.worker_request`.
+    """
+
+    def __init__(self, config: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+        self._names = {name for name, *_ in request["tensors"]}
+        key = {
             "code": [_sha256((_PACKAGE / f"{name}.py").read_bytes()) for name in SHAPING_MODULES],
             "versions": [platform.python_version(), _version("torch"), _version("transformers")],
-            "config": source.config,
-            "dtype": dtype_of_weights(source),
-            "tensors": [
-                [s.path.name, t.name, t.dtype, t.shape, t.storage, t.offset, t.strides]
-                for s in source.shards
-                for t in s.tensors
-            ],
-            "skip": modules.skip,
-            "only": modules.only,
-            "output_format": modules.output_format,
+            "config": config,
+            **{name: value for name, value in request.items() if name != "directory"},
         }
         folder = cache_folder()
-        self._path = folder / f"{_sha256(json.dumps(request).encode())}.json" if folder is not None else None
+        self._path = folder / f"{_sha256(json.dumps(key).encode())}.json" if folder is not None else None
 
     def read(self) -> dict[str, Any] | None:
         """Return the cached answer of the child; None if there is none, or it is damaged."""

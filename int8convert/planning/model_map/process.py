@@ -30,7 +30,8 @@ class ModelMapProcess:
     def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
         self._source = source
         self._modules = modules
-        self._cache = ModelMapCache(source, modules)
+        self._request = worker_request(source, modules)
+        self._cache = ModelMapCache(source.config, self._request)
         self._known = None if modules.trusts_code else self._cache.read()  # the key does not cover that code
         self._worker = None if self._known else Worker("int8convert.planning.model_map.worker")
 
@@ -46,7 +47,7 @@ class ModelMapProcess:
             assert self._known is not None
             return parse_worker_answer(self._known, self._modules)
         try:
-            answer = self._worker.result(worker_request(self._source, self._modules))
+            answer = self._worker.result(self._request)
         except WorkerError as error:
             if error.exception in ("", "ImportError", "ModuleNotFoundError", "MemoryError"):
                 raise ModelMapError(
