@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 # Before anything imports transformers: tests use no network, whatever the machine allows.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,19 +44,37 @@ transformers.logging.set_verbosity_error()
 
 _NUMBERS = itertools.count()
 
+MAP_PROCESS = "int8convert.planning.pending_plan.ModelMapProcess"
+TRIAL_PROCESS = "int8convert.verification.exact.level.TrialRun"
+"""What runs in a process of its own, where it is named."""
+
 
 class InProcessMap:
-    """`ModelMapProcess` without the process: the same request, worker and answer, minus seconds of start-up."""
+    """`ModelMapProcess` without the process: the same request, worker and answer, minus seconds of start-up.
+
+    Answers are remembered, as the cache of maps does: most tests convert one of a few models.
+    """
+
+    _answers: ClassVar[dict[str, str]] = {}
 
     def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
         self._source, self._modules = source, modules
 
     def result(self) -> ModelMap:
+        request = worker_request(self._source, self._modules)
+        if self._modules.trusts_code:
+            return parse_worker_answer(self._ask(request), self._modules)
+        key = json.dumps([request | {"directory": ""}, self._source.config])
+        if key not in self._answers:
+            self._answers[key] = json.dumps(self._ask(request))
+        return parse_worker_answer(json.loads(self._answers[key]), self._modules)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         from int8convert.planning.model_map.worker import answer
 
         before = torch.get_default_dtype()
         try:
-            return parse_worker_answer(answer(worker_request(self._source, self._modules)), self._modules)
+            return answer(request)
         finally:
             torch.set_default_dtype(before)
 
@@ -117,17 +137,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"no CUDA kernels here: {reason}")
 
 
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """As the two fixtures below, for fixtures whose scope is wider than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MAP_PROCESS, InProcessMap)
+        patch.setattr(TRIAL_PROCESS, InProcessTrial)
+        yield
+
+
 @pytest.fixture
 def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Conversions in this test make their model map in this process."""
-    monkeypatch.setattr("int8convert.planning.pending_plan.ModelMapProcess", InProcessMap)
+    monkeypatch.setattr(MAP_PROCESS, InProcessMap)
     yield
 
 
 @pytest.fixture(autouse=True)
 def trial_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verifications run their tokens in this process; a child would take seconds to start, each time."""
-    monkeypatch.setattr("int8convert.verification.exact.level.TrialRun", InProcessTrial)
+    monkeypatch.setattr(TRIAL_PROCESS, InProcessTrial)
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import int8convert
+from int8convert.checkpoint.names import LOCAL_FILE, VERIFY_FILE
 from int8convert.hub import retry
 from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
+from tests.conftest import in_this_process
 from tests.tools.hub_repositories import NAME, add, convert, opt_pickles
 from tests.tools.hub_server.fixtures import Connect, connect, hub, xet_hub
 from tests.tools.hub_server.hub import Hub
@@ -41,33 +45,46 @@ def expected(hub: Hub, connect: Connect, tmp_path: Path) -> dict[str, bytes]:
     return file_bytes(tmp_path / "expected")
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A model with outlier features and a tokenizer, a card with a licence, and the licence."""
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `source` and `out`, converted and verified. Nobody writes to it."""
+    folder = tmp_path_factory.mktemp("published")
     tokenizer = build_tokenizer()
-    source = save(outlier_model(tokenizer), tmp_path / "source", tokenizer)
+    source = save(outlier_model(tokenizer), folder / "source", tokenizer)
     (source / "README.md").write_text(
         "---\nlicense: mit\nlanguage:\n- en\n- de\npipeline_tag: text-generation\n---\nHi"
     )
     (source / "LICENSE").write_text("MIT")
-    return source
-
-
-@pytest.fixture
-def out(source: Path, tmp_path: Path, map_in_process: None) -> Path:
-    """Converted, into several shards."""
-    int8convert.quantize(
-        source, tmp_path / "out", int8convert.PlanOptions(max_shard_size="100KB"), on_event=lambda event: None
-    )
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def verified(out: Path) -> Path:
-    """And verified."""
-    report = int8convert.verify(out, text=Text(n_sequences=4, length=16), execution=Execution("cpu"), gates=LOOSE)
+    with in_this_process():
+        int8convert.quantize(
+            source, folder / "out", int8convert.PlanOptions(max_shard_size="100KB"), on_event=lambda event: None
+        )
+        text = Text(n_sequences=4, length=16)
+        report = int8convert.verify(folder / "out", text=text, execution=Execution("cpu"), gates=LOOSE)
     assert report.is_passed
     write_report(report)
+    return folder
+
+
+@pytest.fixture
+def source(made: Path, tmp_path: Path) -> Path:
+    """A model with outlier features and a tokenizer, a card with a licence, and the licence."""
+    return Path(shutil.copytree(made / "source", tmp_path / "source"))
+
+
+@pytest.fixture
+def out(made: Path, source: Path, tmp_path: Path, map_in_process: None) -> Path:
+    """Converted from `source`, into several shards."""
+    out = tmp_path / "out"
+    shutil.copytree(made / "out", out, ignore=shutil.ignore_patterns("verify.json"))
+    (out / LOCAL_FILE).write_text(json.dumps({"source": str(source)}))
+    return out
+
+
+@pytest.fixture
+def verified(made: Path, out: Path) -> Path:
+    """And verified."""
+    shutil.copy(made / "out" / VERIFY_FILE, out / VERIFY_FILE)
     return out
 
 

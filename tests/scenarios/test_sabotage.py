@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import int8convert
 from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.verification.exact.level import ExactReport, verify_exact
-from tests.conftest import InProcessMap
+from tests.conftest import in_this_process
 from tests.tools.language_models import build_tokenizer
 from tests.tools.outlier_models import convert, outlier_model
 from tests.tools.tiny_models import edit_config
@@ -52,8 +52,7 @@ def save_source(directory: Path, dtype: torch.dtype, max_shard_size: str = "120K
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source in three shards and its int8 checkpoint, stored outlier columns included."""
     folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("int8convert.planning.pending_plan.ModelMapProcess", InProcessMap)
+    with in_this_process():
         source = save_source(folder / "source", torch.bfloat16)
         out = convert(source, folder / "out")
         int8convert.store_outliers(source, out, {FC1: [7, 21, 50], Q: [7]})

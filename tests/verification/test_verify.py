@@ -24,7 +24,7 @@ from int8convert.verification.fidelity.level import FidelityReport
 from int8convert.verification.gates import fidelity_failures
 from int8convert.verification.options import Execution
 from int8convert.verification.verify import verify
-from tests.conftest import InProcessMap
+from tests.conftest import in_this_process
 from tests.tools.language_models import build_tokenizer
 from tests.tools.outlier_models import convert, outlier_model, save
 from tests.tools.tiny_models import edit_config
@@ -61,8 +61,7 @@ def save_source(directory: Path) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("int8convert.planning.pending_plan.ModelMapProcess", InProcessMap)
+    with in_this_process():
         convert(save_source(folder / "source"), folder / "out")
     return folder
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import run  # noqa: F401, a fixture
-from tests.conftest import InProcessMap
+from tests.conftest import in_this_process
 from tests.scenarios.strangers.makers import convert, make_model
 from tests.verification.conftest import one_thread  # noqa: F401, a fixture
 
@@ -17,14 +17,12 @@ Copy = Callable[[Path], Path]
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A source and its conversion. Nobody writes to them; see `copy`."""
     folder = tmp_path_factory.mktemp("strangers")
     source = make_model(folder / "source")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("int8convert.planning.pending_plan.ModelMapProcess", InProcessMap)
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        yield source, convert(source, folder / "out")
+    with in_this_process():
+        return source, convert(source, folder / "out")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ import int8convert
 from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.cli.app import main
 from int8convert.runtime.text import tokenizer_process
-from tests.conftest import InProcessMap
+from tests.conftest import MAP_PROCESS, InProcessMap, in_this_process
 from tests.scenarios.strangers.makers import convert, make_model
 from tests.scenarios.strangers.mutations import mutate
 from tests.tools.attacks.open_measured import time_limit
@@ -39,8 +39,6 @@ MAX_CASE_S = 60
 
 MAX_ADDRESS_BYTES = 8_000_000_000
 """Beyond what the process has mapped when the cases begin: what asks for more fails."""
-
-MAP = "int8convert.planning.pending_plan.ModelMapProcess"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +71,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     source = make_model(folder / "source")
     (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MAP, InProcessMap)
+    with in_this_process():
         outs = convert(source, folder / "one"), convert(source, folder / "shards", max_shard_size="100KB")
         for each in outs:
             columns = {"model.layers.0.mlp.up_proj": [1, 5], "model.layers.1.self_attn.q_proj": [0]}
@@ -90,7 +87,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """Short limits for tokenizers and templates."""
     monkeypatch.setattr(tokenizer_process, "ANSWER_S", 5.0)
     monkeypatch.setattr(tokenizer_process, "TEMPLATE_S", 2.0)
-    monkeypatch.setattr(MAP, InProcessMap)
+    monkeypatch.setattr(MAP_PROCESS, InProcessMap)
 
 
 def run(words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from int8convert.runtime.text.texts import Text
 from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
 from int8convert.verification.verify import verify
+from tests.conftest import in_this_process
+from tests.scenarios.strangers.conftest import Copy
 from tests.scenarios.strangers.makers import change, passes_exact, write
 from tests.tools.hub_server.fixtures import Connect, connect, hub
 from tests.tools.hub_server.hub import Hub
@@ -44,12 +47,30 @@ FILES = {
 """What is published of the output of this folder's fixture."""
 
 
-@pytest.fixture
-def verified(out: Path, hub: Hub, connect: Connect) -> Path:
-    """An output that the exact level passed, and a Hub to send it to."""
-    assert passes_exact(out)
-    connect(hub, hub.token)
+@pytest.fixture(scope="module")
+def verified_once(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output, passed by the exact level. Nobody writes to it."""
+    out = Path(shutil.copytree(made[1], tmp_path_factory.mktemp("verified") / "out"))
+    with in_this_process():
+        assert passes_exact(out)
     return out
+
+
+@pytest.fixture(scope="module")
+def measured_once(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output, passed by the fidelity level. Nobody writes to it."""
+    out = Path(shutil.copytree(made[1], tmp_path_factory.mktemp("measured") / "out"))
+    with in_this_process():
+        report = verify(out, text=Text(n_sequences=2, length=16), execution=Execution("cpu"), gates=Gates(9.0, 9.0))
+    write_report(report)
+    return out
+
+
+@pytest.fixture
+def verified(verified_once: Path, copy: Copy, hub: Hub, connect: Connect) -> Path:
+    """A copy of an output that the exact level passed, and a Hub to send it to."""
+    connect(hub, hub.token)
+    return copy(verified_once)
 
 
 def dry_run(out: Path, **options: Any) -> UploadReport:
@@ -305,10 +326,11 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 @pytest.mark.parametrize("name", [VERIFY_FILE, MANIFEST_NAME, "config.json"])
 @pytest.mark.parametrize("nonsense", [10**400, "x", [1], {"a": None}], ids=["digits", "text", "list", "object"])
-def test_card_of_nonsense_says_what_is_known_or_ends_in_two_lines(name: str, nonsense: Any, out: Path) -> None:
+def test_card_of_nonsense_says_what_is_known_or_ends_in_two_lines(
+    name: str, nonsense: Any, measured_once: Path, copy: Copy
+) -> None:
     """Forty entries, one at a time; what is spoiled agrees with the sha256 that verify.json names."""
-    report = verify(out, text=Text(n_sequences=2, length=16), execution=Execution("cpu"), gates=Gates(9.0, 9.0))
-    write_report(report)
+    out = copy(measured_once)
     content = json.loads((out / name).read_text())
     recorded = json.loads((out / VERIFY_FILE).read_text())
     places = list(places_in(content))
