@@ -11,7 +11,7 @@ import typer
 from int8convert import __version__
 from int8convert.cli import export, generate, inspect, outliers, quantize, upload, verify
 from int8convert.cli.console import interrupt, print_json_error, tell_interruption, terminate
-from int8convert.cli.streams import open_missing_streams
+from int8convert.cli.terminal import open_missing_streams
 from int8convert.hub.retry import interrupted
 
 app = typer.Typer(

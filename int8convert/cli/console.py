@@ -20,8 +20,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from int8convert.cli.streams import is_terminal
-from int8convert.cli.terminal import PlainConsole, escaping_messages, plain
+from int8convert.cli.terminal import PlainConsole, escaping_messages, is_terminal, plain
 from int8convert.errors import Int8ConvertError, OutputError, SourceError
 from int8convert.hub import retry
 

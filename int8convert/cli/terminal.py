@@ -1,4 +1,7 @@
-"""Escapes control characters of untrusted text before they reach the terminal.
+"""What reaches the terminal: standard streams that are open, and text whose control characters are escaped.
+
+A daemon, cron or a container may start the command with some streams closed. The next file to be opened would then get
+the number 0, 1 or 2, and output printed to that number would be written into a checkpoint.
 
 A model type, a tensor's name or what a template raises can hold escape sequences, which clear the screen, rename the
 window or answer in the user's name. Our own errors escape them (`int8convert.errors`). Here is the last line of
@@ -8,13 +11,14 @@ defence, around all that a command prints: our consoles, log records and warning
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -67,3 +71,33 @@ def escaping_messages() -> Iterator[None]:
 
 def _print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     sys.stderr.write(plain("".join(traceback.format_exception(kind, error, where))))
+
+
+_MODES = {"stdin": "r", "stdout": "w", "stderr": "w"}
+
+
+def open_missing_streams() -> None:
+    """Point closed standard streams to /dev/null, and let stdout and stderr print every name.
+
+    A character that the terminal's encoding lacks, such as an accent in a C locale or a byte of a path that is not
+    UTF-8, is printed as its escape.
+    """
+    for fd in range(len(_MODES)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
+    for name, mode in _MODES.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, lives as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a test's or a notebook's own stream
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a standard stream is a terminal. A closed stream is None."""
+    return stream is not None and stream.isatty()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION
 from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import choose_device
@@ -18,7 +19,6 @@ from int8convert.conversion.records import plan_summary
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NOTHING_WRITTEN, NonFiniteWeightError, stating
 from int8convert.events import Event, EventSink
-from int8convert.planning.output_config import DEFAULT_THRESHOLD, converted_config
 from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
 from int8convert.planning.request_difference import describe_source
@@ -31,7 +31,7 @@ def quantize(
     out: str | os.PathLike[str],
     options: PlanOptions | None = None,
     *,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: float = OUTLIER_THRESHOLD,
     on_nonfinite: str = "error",
     workers: int | None = None,
     device: str = "auto",
@@ -96,7 +96,7 @@ def quantize(
             plan = plan_conversion(request)
             requirements.check(plan)
             try:
-                job.run(plan, converted_config(plan, threshold), plan_summary(plan), n_workers, device_used, emit)
+                job.run(plan, plan.config(threshold), plan_summary(plan), n_workers, device_used, emit)
                 break
             except NonFiniteWeightError as error:
                 if on_nonfinite == "error" or error.module_name in request.kept_modules:

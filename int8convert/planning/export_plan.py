@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.checkpoint.names import shard_name
 from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
@@ -23,7 +24,6 @@ from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import DTYPES, Int8Checkpoint, Int8Weight, PlacedTensor, header_entries
 from int8convert.formats.layers import CONV1D_NAMES
 from int8convert.formats.modules import module_of
-from int8convert.planning.output_config import DEFAULT_THRESHOLD
 from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
 from int8convert.text import quoted
 
@@ -247,7 +247,7 @@ def exported_config(checkpoint: Int8Checkpoint, target: Target) -> dict[str, Any
         return config
     if target.format is None:
         return plain_config(config, _dtype_name(target.dtype))
-    threshold = read_threshold(config, DEFAULT_THRESHOLD)
+    threshold = read_threshold(config, OUTLIER_THRESHOLD)
     return int8_config(config, target.format, checkpoint.dtype, checkpoint.skip_modules(), threshold)
 
 

@@ -19,6 +19,7 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.decoding.fp8 import Fp8Scale
 from int8convert.decoding.int8 import Int8Scale
 from int8convert.decoding.scale import Scale
+from int8convert.formats.config import int8_config
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.formats.modules import module_of
@@ -213,6 +214,11 @@ class ConversionPlan:
     def n_written_bytes(self) -> int:
         """Bytes of the output shards, headers included."""
         return sum(shard.n_bytes for shard in self.shards)
+
+    def config(self, threshold: float) -> dict[str, Any]:
+        """Return the output's config.json, which `quantize` writes and `verify` compares."""
+        found = self.model_map
+        return int8_config(self.source.config, found.output_format, found.dtype, found.skip_modules, threshold)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object: totals, shards, the treatment of each tensor, and what the checkpoint lacks."""

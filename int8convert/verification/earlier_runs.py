@@ -35,9 +35,8 @@ from int8convert.publish.verify_json import (
     read_verify_json,
     write_verify_json,
 )
-from int8convert.verification.gates import fidelity_failures, task_failures
 from int8convert.verification.options import Level
-from int8convert.verification.verify_report import VerifyReport
+from int8convert.verification.verify_report import VerifyReport, fidelity_failures, task_failures
 
 _MOST = 20
 """Failures of other files that a report keeps, the latest. Beyond as many failures of these files, those are dropped

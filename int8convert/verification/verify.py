@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert import __version__
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.events import EventSink
 from int8convert.formats.config import read_threshold
-from int8convert.planning.output_config import DEFAULT_THRESHOLD
 from int8convert.progress_bar import sink_or_bar
 from int8convert.publish.verify_json import Gates
 from int8convert.runtime.text.texts import Text, open_text
@@ -214,7 +214,7 @@ def _measure(
     from int8convert.verification.fidelity.level import measure_fidelity
 
     out = models.out.source
-    own = read_threshold(out.config, DEFAULT_THRESHOLD)
+    own = read_threshold(out.config, OUTLIER_THRESHOLD)
     swept = execution.thresholds
     measured = measure_fidelity(
         models.source.directory,

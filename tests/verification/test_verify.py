@@ -21,9 +21,9 @@ from int8convert.runtime.text.texts import DEFAULT_TEXT, Text, open_text
 from int8convert.verification import verify as module
 from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.fidelity.level import FidelityReport
-from int8convert.verification.gates import fidelity_failures
 from int8convert.verification.options import Execution
 from int8convert.verification.verify import verify
+from int8convert.verification.verify_report import fidelity_failures
 from tests.conftest import in_this_process
 from tests.tools.language_models import build_tokenizer
 from tests.tools.outlier_models import convert, outlier_model, save

@@ -21,7 +21,6 @@ from int8convert.formats.format import Format
 from int8convert.formats.int8_checkpoint import open_int8_checkpoint
 from int8convert.formats.modules import module_of
 from int8convert.planning.export_plan import Target, exported_config
-from int8convert.planning.output_config import converted_config
 from int8convert.planning.plan import ConversionPlan
 from int8convert.sources import open_source
 from int8convert.text import quoted
@@ -52,7 +51,7 @@ def _expected_config(plan: ConversionPlan, provenance: Provenance) -> dict[str, 
     """Return what quantize, and the exports after it, write; None without a manifest."""
     if not provenance.is_known or provenance.threshold is None:
         return None
-    config = converted_config(plan, provenance.threshold)
+    config = plan.config(provenance.threshold)
     for step in provenance.exports:
         checkpoint = open_int8_checkpoint(replace(open_source(step.source, step.revision), config=config))
         config = exported_config(checkpoint, Target(checkpoint.format, Format(step.format)))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 STREAMS_ALONE = """
 import os, sys
-from int8convert.cli.streams import open_missing_streams
+from int8convert.cli.terminal import open_missing_streams
 open_missing_streams()
 opened = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 print("out"); print("err \\udce9", file=sys.stderr); sys.stdout.flush()
