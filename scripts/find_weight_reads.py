@@ -20,6 +20,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,7 +216,10 @@ def _may_be_linear(classes: Classes, folder: str, class_name: str, read: Read) -
 
 def table(rows: list[Row]) -> str:
     """Return the rows as the part of the module that holds them."""
-    lines = []
+    lines = [
+        f'READS_VERSION = "{version("transformers")}"',
+        '"""Version of transformers whose classes were searched."""',
+    ]
     for name, in_torch in (("READS", False), ("TORCH_READS", True)):
         lines.append(f"{name}: Mapping[ReadKind, Mapping[str, tuple[str, ...]]] = {{")
         for kind in ReadKind:
@@ -240,7 +244,7 @@ def main() -> int:
     found = table(find_rows())
     if arguments.write:
         text = MODULE.read_text()
-        begin, end = text.index("READS: "), text.index("CONDITIONS: ")
+        begin, end = text.index("READS_VERSION = "), text.index("CONDITIONS: ")
         MODULE.write_text(f"{text[:begin]}{found}{text[end:]}")
     else:
         print(found, end="")

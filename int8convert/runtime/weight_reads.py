@@ -32,6 +32,8 @@ class ReadKind(StrEnum):
     FIRST_DTYPE = "the model's own code casts to the dtype of its first parameter"
 
 
+READS_VERSION = "5.24.0"
+"""Version of transformers whose classes were searched."""
 READS: Mapping[ReadKind, Mapping[str, tuple[str, ...]]] = {
     ReadKind.VALUES: {
         "BloomAttention": ("dense",),

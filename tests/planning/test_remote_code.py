@@ -16,6 +16,7 @@ import transformers
 
 import int8convert
 from int8convert.errors import ModelMapError, RemoteCodeError
+from int8convert.planning.model_map.build import build_model
 from int8convert.planning.plan_checkpoint import PlanOptions
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.level import measure_fidelity
@@ -103,6 +104,7 @@ def test_trusted_code_decides_as_it_does_for_the_loader(novel: Path, trace: Path
     report = int8convert.quantize(novel, tmp_path / "out", int8convert.PlanOptions(trust_remote_code=True))
     assert report.model_class == "NovelForCausalLM"
     assert trace.exists() and any("was run" in text for text in report.notes)
+    assert any("own code was not searched for weights that it reads itself" in text for text in report.notes)
     plain = {"device_map": "cpu", "trust_remote_code": True}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, **plain)
     assert not any(info.values()), info
@@ -113,6 +115,21 @@ def test_trusted_code_decides_as_it_does_for_the_loader(novel: Path, trace: Path
     tokens = torch.arange(3, 43).reshape(2, 20)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, theirs(tokens).logits)
+
+
+def test_transformers_that_is_newer_than_the_table_of_reads_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint("llama", tmp_path)
+    before = torch.get_default_dtype()
+    assert build_model(str(tmp_path), [], trusts_code=False)[2] == []
+    monkeypatch.setattr("int8convert.planning.model_map.build.READS_VERSION", "5.9")
+    _, _, (note,) = build_model(str(tmp_path), [], trusts_code=False)
+    torch.set_default_dtype(before)
+    assert note == (
+        f"transformers {transformers.__version__}, newer than 5.9, was not searched for weights that it reads itself: "
+        "run `int8convert verify`, which tries the output"
+    )
 
 
 def test_code_that_transformers_has_a_class_for_is_not_run_even_if_trusted(

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 
 from int8convert.checkpoint.library_errors import library_errors
 from int8convert.errors import CorruptFileError, ModelMapError, RemoteCodeError, SourceError
 from int8convert.planning.model_map.experts import CheckpointTensor
 from int8convert.runtime.build_bounds import bounded_build, check_layer_counts
+from int8convert.runtime.weight_reads import READS_VERSION
 from int8convert.text import quoted
 from int8convert.transformers_internals import get_class_from_dynamic_module, no_tie_weights
 
@@ -65,7 +68,8 @@ def _build(
 ) -> tuple[Any, torch.dtype, list[str]]:
     architecture = stated["architectures"][0]
     own_code = stated.get("auto_map")
-    if own_code and trusts_code and not hasattr(transformers, architecture):
+    runs_code = bool(own_code) and trusts_code and not hasattr(transformers, architecture)
+    if runs_code:
         config, model_class = _class_of_the_checkpoint(directory, architecture, own_code)
         notes = [f"{architecture} is code in the checkpoint, which was run: loading the output runs it, too"]
     else:
@@ -77,6 +81,7 @@ def _build(
             )
         config = _read_config(directory, stated)
         model_class, notes = _class_of_transformers(config, architecture, has_code=bool(own_code))
+    notes += _notes_on_reads(runs_code)
     dtype = _load_dtype(config, weights_dtype)
     if not dtype.is_floating_point:
         raise ModelMapError(f"'config.json' has the dtype {dtype}, expected a float such as float16", _FETCH_CONFIG)
@@ -89,6 +94,15 @@ def _build(
     # As loaders build it: tied weights still apart, so that the last parameter is the one they take for the last.
     with torch.device("meta"), no_tie_weights(), bounds:
         return model_class(config).eval(), dtype, notes
+
+
+def _notes_on_reads(runs_code: bool) -> Iterator[str]:
+    """Yield what nobody has searched for weights that code reads itself, see `weight_reads`."""
+    trial = "weights that it reads itself: run `int8convert verify`, which tries the output"
+    if runs_code:
+        yield f"the checkpoint's own code was not searched for {trial}"
+    if Version(transformers.__version__) > Version(READS_VERSION):
+        yield f"transformers {transformers.__version__}, newer than {READS_VERSION}, was not searched for {trial}"
 
 
 def _read_config(directory: str, stated: dict[str, Any]) -> Any:
