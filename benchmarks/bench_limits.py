@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from cuda_kernels.cpu.int8_products import N_TOKENS, multiply_block
+from cuda_kernels.cpu.int8_matmul import N_TOKENS, multiply_block
 from cuda_kernels.cpu.threads import run_split
 
 N_BYTES = 1 << 27

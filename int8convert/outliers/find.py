@@ -30,7 +30,7 @@ from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.models import choose_device, load_model, open_tokenizer
 from int8convert.runtime.pretrained import model_errors
-from int8convert.runtime.tensor_names import live_names
+from int8convert.runtime.stored_columns import live_names
 from int8convert.runtime.text.texts import Text, open_text
 from int8convert.runtime.text.windows import TokenWindows, read_windows_by
 

@@ -9,7 +9,7 @@ code's step.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -26,7 +26,6 @@ from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import CorruptFileError
 from int8convert.runtime.linear import Int8Linear, OutlierMode
-from int8convert.runtime.tensor_names import live_names
 from int8convert.text import quoted
 
 _WRITE_AGAIN = "write it again with int8convert outliers --write, or remove it"
@@ -145,3 +144,32 @@ def save_with_outliers(model: Any, save_directory: str | os.PathLike[str], **opt
     """Save a model, without its stored columns among the parameters, and the columns beside it."""
     type(model).save_pretrained(model, save_directory, **options)
     write_outliers(model, save_directory)
+
+
+def live_names(model: Any, module_names: Iterable[str]) -> dict[str, str]:
+    """Return module name in a checkpoint -> name in the model, without names that the model has no weight for.
+
+    transformers renames some on loading.
+
+    Args:
+        model: a model of transformers, int8 or not; or any module, whose names then are the checkpoint's.
+        module_names: tensor names without `.weight`.
+    """
+    names, modules = list(module_names), {name for name, _ in model.named_modules()}
+    found = {name: name for name in names if name in modules}
+    others = [name for name in names if name not in found]
+    if not others or not hasattr(model, "base_model_prefix"):
+        return found
+    from int8convert.transformers_internals import (
+        WeightRenaming,
+        get_model_conversion_mapping,
+        rename_source_key,
+    )
+
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    parameters = model.state_dict()
+    for name in others:
+        key, _ = rename_source_key(f"{name}.weight", renamings, [], model.base_model_prefix, parameters)
+        if key in parameters:
+            found[name] = key.removesuffix(".weight")
+    return found

@@ -28,8 +28,7 @@ from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.runtime.linear import Int8Linear
-from int8convert.runtime.stored_columns import StoredOutliers, attach_outliers
-from int8convert.runtime.tensor_names import live_names
+from int8convert.runtime.stored_columns import StoredOutliers, attach_outliers, live_names
 from int8convert.transformers_internals import (
     WeightConverter,
     WeightRenaming,
