@@ -102,7 +102,7 @@ def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest:
 
 def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -> Inspection:
     """Inspect a checkpoint that is open already. See `inspect`."""
-    tensors = [tensor for shard in source.shards for tensor in shard.tensors]
+    tensors = list(source.tensors)
     parameters = [tensor for tensor in tensors if not tensor.name.endswith(_SCALE_SUFFIXES)]
     block = source.config.get("quantization_config")
     block = block if isinstance(block, dict) else {}

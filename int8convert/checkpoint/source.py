@@ -135,6 +135,10 @@ class CheckpointSource:
     index_dtype: str | None = None
 
     @property
+    def tensors(self) -> Iterator[StoredTensor]:
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the weight files."""
         return sum(shard.n_bytes for shard in self.shards)

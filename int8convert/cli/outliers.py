@@ -120,9 +120,9 @@ def outliers(
             print_stored(stored)
         elif not quiet:
             n = sum(map(len, report.static_set.values()))
-            console.note(
-                f"--write OUT would store {n:,} columns: {format_bytes(report.static_set_bytes)}, {_share(report)}"
-            )
+            share = format_percent(report.static_set_bytes / max(1, report.int8_bytes))
+            size = f"{format_bytes(report.static_set_bytes)}, {share} of the int8 weights"
+            console.note(f"--write OUT would store {n:,} columns: {size}")
 
 
 def _find_source(checkpoint: str, out: str, source: str | None) -> str:
@@ -152,10 +152,6 @@ def _draw(report: OutlierReport, folder: Path) -> list[str]:
     from int8convert.outliers.figures import draw_figures
 
     return [str(path) for path in draw_figures(report, folder)]
-
-
-def _share(report: OutlierReport) -> str:
-    return f"{format_percent(report.static_set_bytes / max(1, report.int8_bytes))} of the int8 weights"
 
 
 def _print_report(report: OutlierReport) -> None:

@@ -96,13 +96,9 @@ def is_fp8(source: CheckpointSource) -> bool:
     method = block.get("quant_method") if isinstance(block, dict) else None
     if not isinstance(method, str) or method not in METHODS:
         return False
-    weights = [t for t in _tensors(source) if t.name.endswith((".weight", ".weight_packed", ".qweight", "_blocks"))]
+    weights = [t for t in source.tensors if t.name.endswith((".weight", ".weight_packed", ".qweight", "_blocks"))]
     return any(t.dtype in FP8_DTYPES for t in weights) and _none_is_packed(weights)
 
 
 def _none_is_packed(weights: Iterable[StoredTensor]) -> bool:
     return all(t.dtype in FP8_DTYPES or t.dtype in NUMPY_DTYPE for t in weights)
-
-
-def _tensors(source: CheckpointSource) -> list[StoredTensor]:
-    return [tensor for shard in source.shards for tensor in shard.tensors]

@@ -118,7 +118,7 @@ def _plan_tensor(
 
 
 def _place(adapter: Adapter, source: CheckpointSource, model_map: ModelMap) -> AdapterPlacement:
-    shapes = {tensor.name: tensor.shape for shard in source.shards for tensor in shard.tensors}
+    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
     if not model_map.parameters:
         raise AdapterError(
             "the model's class is unknown, so which tensors the adapter changes is unknown too",

@@ -22,5 +22,5 @@ def dtype_of_weights(source: CheckpointSource) -> str:
     first = sorted(source.shards[0].tensors, key=lambda tensor: (tensor.rank, tensor.name))
     found = next((CONFIG_DTYPE[tensor.dtype] for tensor in first if tensor.dtype in CONFIG_DTYPE), None)
     decoded = CONFIG_DTYPE | dict.fromkeys(FP8_DTYPES, "bfloat16")
-    others = (decoded[tensor.dtype] for shard in source.shards for tensor in shard.tensors if tensor.dtype in decoded)
+    others = (decoded[tensor.dtype] for tensor in source.tensors if tensor.dtype in decoded)
     return found or next(others, "float32")

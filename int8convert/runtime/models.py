@@ -124,9 +124,8 @@ def _check_fp8_form(path: str | os.PathLike[str]) -> None:
     checked_names(block, "modules_to_not_convert")
     if block.get("quant_method") != "fp8":
         return
-    tensors = [tensor for shard in source.shards for tensor in shard.tensors]
-    names = {tensor.name for tensor in tensors}
-    if any(tensor.dtype in FP8_DTYPES and f"{tensor.name}_scale_inv" not in names for tensor in tensors):
+    names = {tensor.name for tensor in source.tensors}
+    if any(tensor.dtype in FP8_DTYPES and f"{tensor.name}_scale_inv" not in names for tensor in source.tensors):
         raise _foreign_fp8(path)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from int8convert.checkpoint.loaders.present_files import find_present, is_listed
 from int8convert.checkpoint.names import MANIFEST_NAME, OUTLIERS_FILE
-from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.checkpoint.source import CheckpointSource
 from int8convert.events import HubReadStarted
 from int8convert.sources import open_source
 
@@ -68,8 +68,5 @@ def hub_reading(source: CheckpointSource, is_kept: bool = False) -> HubReadStart
     """Return the event for reading all of a checkpoint from the Hub; None for a directory."""
     if source.commit is None:
         return None
-    return HubReadStarted(source.label, source.commit, sum(map(_remote_bytes, source.shards)), is_kept)
-
-
-def _remote_bytes(shard: SourceShard) -> int:
-    return shard.n_bytes if shard.remote is not None else 0
+    n_bytes = sum(shard.n_bytes for shard in source.shards if shard.remote is not None)
+    return HubReadStarted(source.label, source.commit, n_bytes, is_kept)

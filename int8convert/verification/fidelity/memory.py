@@ -8,7 +8,6 @@ import resource
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -113,8 +112,8 @@ def bytes_in_memory(task: FidelityTask) -> int:
     """Return the memory for both models and one window."""
     text = read_config(task.reference, task.trusts_code).get_text_config()
     window = 4 * task.windows.ids.shape[1] * (text.num_hidden_layers * text.hidden_size + 2 * text.vocab_size)
-    models = sum(_reference_bytes(tensor, task.device) for tensor in _tensors(task.reference))
-    models += sum(tensor.n_bytes for tensor in _tensors(task.out))
+    models = sum(_reference_bytes(tensor, task.device) for tensor in open_source(task.reference).tensors)
+    models += sum(tensor.n_bytes for tensor in open_source(task.out).tensors)
     return models + int(window) + _working_bytes(task)
 
 
@@ -126,7 +125,7 @@ def plan_stream(task: FidelityTask) -> StreamPlan:
     rest, layers = 0, [0]
     for path, is_reference in ((task.reference, True), (task.out, False)):
         held: Counter[int] = Counter()
-        for tensor in _tensors(path):
+        for tensor in open_source(path).tensors:
             layer = _LAYER.match(tensor.name)
             n_bytes = _reference_bytes(tensor, task.device) if is_reference else tensor.n_bytes
             if layer is None:
@@ -137,10 +136,6 @@ def plan_stream(task: FidelityTask) -> StreamPlan:
         layers += held.values()
     peak = resident_bytes() + rest + max(layers) + _working_bytes(task) + (0 if in_files else states)
     return StreamPlan(peak, int(config.num_hidden_layers), in_files)
-
-
-def _tensors(path: Any) -> list[StoredTensor]:
-    return [tensor for shard in open_source(path).shards for tensor in shard.tensors]
 
 
 def _is_of_expert(name: str) -> bool:
