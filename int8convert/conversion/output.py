@@ -63,7 +63,7 @@ class OutputDirectory:
         self.request = request
         self.overwrites = overwrite
         self.has_begun = False
-        self._carried: list[Path] = []
+        self._auxiliary: list[Path] = []
         _check_names(self, source)
         check_place(self.path, source.directory)
         self._find_state()
@@ -192,17 +192,17 @@ class OutputDirectory:
             index: the content of the index of the shards; None for a single shard.
             summary: entries of the manifest that are about the whole checkpoint.
         """
-        carried: dict[str, str] = {}
+        auxiliary: dict[str, str] = {}
         for file in source.auxiliary_files:
             name = file.relative_to(source.directory)
             target = self.path / name
             if target.parent != self.path:
                 make_folder(target.parent)
             if not target.exists():
-                self._carried.append(target)
+                self._auxiliary.append(target)
             copy_file(file, target)
-            carried[name.as_posix()] = file_sha256(target)
-        self.manifest.complete(self.request, source, summary, records, carried)
+            auxiliary[name.as_posix()] = file_sha256(target)
+        self.manifest.complete(self.request, source, summary, records, auxiliary)
         if index is not None:
             write_json(self.path / INDEX_NAME, index)
         write_json(self.path / CONFIG_NAME, config)
@@ -218,7 +218,7 @@ class OutputDirectory:
         for name in (CONFIG_NAME, INDEX_NAME):
             (self.path / name).unlink(missing_ok=True)
         self.manifest.remove()
-        for file in (*self._weight_files(), *self._carried):
+        for file in (*self._weight_files(), *self._auxiliary):
             file.unlink(missing_ok=True)
             if file.parent != self.path:
                 _remove_if_empty(file.parent)

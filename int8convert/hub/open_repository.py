@@ -110,11 +110,11 @@ def open_repository(
     listing = RepositoryListing(repository, name, cache_dir)
     taken = find_loader_files(listing, ignores_adapter)
     sizes = {file_name: repository.files[file_name].n_bytes for file_name in taken.auxiliary_files}
-    carried = [file_name for file_name, n_bytes in sizes.items() if n_bytes <= MAX_AUXILIARY_BYTES]
-    # The card is read for its licence, and not carried over.
+    auxiliary = [file_name for file_name, n_bytes in sizes.items() if n_bytes <= MAX_AUXILIARY_BYTES]
+    # The card is read for its licence, and not copied.
     read = {CONFIG_NAME, CARD_NAME, taken.config_name or CONFIG_NAME, *([taken.weights] if taken.is_indexed else [])}
     small = sorted(file_name for file_name in read if file_name in repository.files)
-    directory = fetch_small_files(repository, [*small, *carried], cache_dir)
+    directory = fetch_small_files(repository, [*small, *auxiliary], cache_dir)
     find_card(directory)  # refuses a bad card now, as for a directory, not after the conversion
     weight_map = read_weight_map(found_file(directory, taken.weights), taken.suffix) if taken.is_indexed else {}
     names = _listed(repository, weight_map, taken.weights) if weight_map else [taken.weights]
@@ -129,9 +129,9 @@ def open_repository(
         directory=directory,
         config=taken.config,
         shards=shards,
-        auxiliary_files=auxiliary_paths(directory, carried),
+        auxiliary_files=auxiliary_paths(directory, auxiliary),
         commit=repository.commit,
-        notes=(*taken.notes, *aside, *note_large(file_name for file_name in sizes if file_name not in carried)),
+        notes=(*taken.notes, *aside, *note_large(file_name for file_name in sizes if file_name not in auxiliary)),
         has_adapter=ADAPTER_CONFIG in listing.root,
         index=differences,
         config_name=taken.config_name or CONFIG_NAME,

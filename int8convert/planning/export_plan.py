@@ -1,7 +1,7 @@
-"""What an export will write: shards, their tensors, config.json; and what is refused because no loader could read it.
+"""The plan of an export: shards, their tensors, and config.json. Refuses what no loader could read.
 
-Codes are copied whatever the format. A scale is recoded, or codes are dequantized by it. From headers, config and the
-scales, which `int8_checkpoint` has checked; weights are not read.
+Codes are copied in every format. Their scale is recoded, or they are dequantized by it. A plan is made from headers,
+config.json and the scales, which `int8_checkpoint` has checked. Codes are not read.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Unit = list[PlannedTensor]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What int8 weights become.
+    """The form that int8 weights get.
 
     Attributes:
-        source_format: what they are.
-        format: what they become; None if they are dequantized.
-        dtype: safetensors' name of what they are dequantized to; "" otherwise.
+        source_format: their format in the source.
+        format: their format in the output; None if they are dequantized.
+        dtype: the dtype they are dequantized to, as safetensors names it; "" otherwise.
     """
 
     source_format: Format
@@ -52,7 +52,7 @@ class Target:
 
     @property
     def is_copy(self) -> bool:
-        """Whether every tensor stays as it is."""
+        """Whether all tensors are copied unchanged."""
         return self.format is self.source_format
 
     @property
@@ -63,13 +63,13 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """The whole export.
+    """The plan of an export.
 
     Attributes:
         config: the output's config.json.
         n_parameters: elements of all tensors but scales.
         n_int8_weights: weights of modules that are int8 in the source.
-        n_changed_scales: rows whose scale the new format cannot hold exactly, see `formats.scales`.
+        n_changed_scales: rows whose scale the output's format cannot hold exactly, see `formats.scales`.
     """
 
     source: CheckpointSource = field(repr=False)
@@ -81,8 +81,8 @@ class ExportPlan:
     n_changed_scales: int
     notes: tuple[str, ...]
 
-    model_class = None  # none takes part in an export
-    coverage = None  # nothing becomes int8 that was not
+    model_class = None  # an export asks no class of transformers
+    coverage = None  # an export quantizes nothing
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
@@ -104,13 +104,13 @@ ShardedPlan = ConversionPlan | ExportPlan
 
 
 def make_export_plan(checkpoint: Int8Checkpoint, target: Target, max_shard_bytes: int | None = None) -> ExportPlan:
-    """Lay the output out: one shard for each of the source's, or as many as `max_shard_bytes` makes.
+    """Plan one output shard for each source shard, or shards of at most `max_shard_bytes`.
 
-    A single weight larger than `max_shard_bytes` gets a shard to itself.
+    A weight larger than `max_shard_bytes` gets a shard to itself.
 
     Raises:
         FormatError: no loader of the target's format could read this model.
-        CorruptFileError: two tensors would get one name.
+        CorruptFileError: two tensors would get the same name.
         SourceError: a file with scales cannot be read.
     """
     _check_target(checkpoint, target)
@@ -124,7 +124,7 @@ def make_export_plan(checkpoint: Int8Checkpoint, target: Target, max_shard_bytes
         tensors = [tensor for unit in group for tensor in unit]
         specs = {name: spec for tensor in tensors for name, spec in tensor.output_specs().items()}
         outputs = order_for_alignment({**metadata, **specs})
-        # In the order of the source's bytes, so that a stream passes once.
+        # In the order of the source's bytes, so that one stream of each shard suffices.
         tensors.sort(key=lambda tensor: (place[tensor.shard.path], tensor.source.offset))
         shards.append(PlannedShard(shard_name(i, len(groups)), tuple(tensors), outputs, planned_shard_bytes(outputs)))
     codes = [item.codes if isinstance(item, Int8Weight) else item for item in checkpoint.items]
@@ -256,7 +256,7 @@ def _dtype_name(dtype: str) -> str:
 
 
 def _notes(checkpoint: Int8Checkpoint, target: Target) -> tuple[str, ...]:
-    """Return what the user should know of what headers cannot tell."""
+    """Return notes on what headers cannot tell."""
     names = (weight.module_name for weight in checkpoint.weights if not weight.is_transposed)
     doubtful = next((name for name in names if name.rpartition(".")[2] in CONV1D_NAMES), None)
     if target.is_copy or doubtful is None or "auto_map" not in checkpoint.source.config:

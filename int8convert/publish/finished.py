@@ -1,7 +1,7 @@
 """Reads what may be published: a conversion of ours that is finished, whole on the disk, and verified.
 
 Published are the files that verify.json lists, with the bytes that it lists. An unverified output that is published
-all the same consists of the files that the manifest lists, carried files only with the bytes that it lists: the
+all the same consists of the files that the manifest lists, auxiliary files only with the bytes that it lists: the
 conversion wrote them, though nothing has compared them since. All other files stay here, or are an error if a loader
 might read them. Hashes are fixed before anything is sent; see `Branch.send`.
 """
@@ -154,8 +154,8 @@ def _as_converted(present: PresentFiles, manifest: Mapping[str, Any], shards: Ma
 
     The manifest has no hash of config.json and the other files of every output; they are taken as they are.
     """
-    carried = manifest.get("carried")
-    expected = carried if isinstance(carried, dict) else {}
+    copied = manifest.get("carried")
+    expected = copied if isinstance(copied, dict) else {}
     found = {name: file_sha256(present.files[name]) for name in {*expected, *_OF_EVERY_OUTPUT} & present.files.keys()}
     return {**{name: sha256 for name, sha256 in found.items() if expected.get(name, sha256) == sha256}, **shards}
 

@@ -1,20 +1,20 @@
-"""Which files of a checkpoint loaders read: one rule, for directories and repositories on the Hub alike.
+"""Finds the files of a checkpoint that loaders read, by one rule for directories and for repositories on the Hub.
 
-transformers' `from_pretrained`, given a checkpoint and no further argument, takes:
+transformers' `from_pretrained`, given a checkpoint and no further argument, reads:
 
-1. The config: config.json. If that has `configuration_files`, the one of those `config.VERSION.json` with the highest
-   version that is not above transformers' own takes its place.
-2. The weights: the file, or the index of shards, that the config names as `transformers_weights`; else the first there
-   is of `WEIGHTS`: safetensors before `.bin`, and a single file before an index. For the classes of `EXTRA_WEIGHTS`,
-   further files on top, which is refused here.
+1. The config: config.json, or a file that `configuration_files` in it lists. That is the `config.VERSION.json` with the
+   highest version that is not above transformers' own.
+2. The weights: the file, or the index of shards, that the config names as `transformers_weights`. Otherwise, the first
+   of `WEIGHTS` that exists: safetensors before `.bin`, and a single file before an index. The classes of
+   `EXTRA_WEIGHTS` read further files, which is refused here.
 3. An adapter: where peft is installed and adapter_config.json is beside the weights, it is added to them. From the
-   Hub, the adapter's base model is loaded in place of the weights. A conversion takes the weights alone and says so,
-   for the same files load in another way where peft is not installed. Commands that load a model refuse it.
-4. A local directory with `shard-00001-model-00001-of-00001.safetensors` is a distributed checkpoint: transformers takes
-   every safetensors file in it.
+   Hub, the adapter's base model is loaded in place of the weights. So the same files load differently without peft. A
+   conversion takes the weights alone and says so; commands that load a model refuse the checkpoint.
+4. Every safetensors file of a distributed checkpoint. That is a local directory with a name such as
+   `shard-00001-model-00001-of-00001.safetensors`.
 
-It never takes variants (`model.fp16.safetensors`), GGUF files, other formats, or weights in folders.
-sentence-transformers takes the folders that modules.json names. vLLM differs, see `loaders.notes`.
+It never reads variants (`model.fp16.safetensors`), GGUF files, other formats, or weights in folders.
+sentence-transformers reads the folders that modules.json names. vLLM differs, see `loaders.notes`.
 
 Source: transformers 5.24, `_get_resolved_checkpoint_files`, `PreTrainedConfig.get_config_dict`, `maybe_load_adapters`,
 `is_sharded_checkpoint`. A test asks transformers itself about generated directories.
@@ -57,9 +57,8 @@ CODE_FOLDER = "custom_generate"
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _VARIANT = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(?P<variant>[^.]+)\.(safetensors|bin)")
 
-_NOT_CARRIED = frozenset({CONFIG_NAME, ADAPTER_CONFIG, "README.md", OWN_FOLDER})
-"""The model card of the source describes the source; `upload` writes the converted checkpoint's own. A file named like
-our own folder would be in its way."""
+_NOT_AUXILIARY = frozenset({CONFIG_NAME, ADAPTER_CONFIG, "README.md", OWN_FOLDER})
+"""Names that are never copied. The source's model card describes the source. A file cannot have our folder's name."""
 
 _TEXT_SUFFIXES = (".md", ".rst", ".html", ".pdf")
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".bmp", ".ico", ".tif", ".tiff")
@@ -70,13 +69,13 @@ _LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".
 
 @dataclass(frozen=True, slots=True)
 class LoaderFiles:
-    """What transformers takes from a checkpoint.
+    """The files that transformers reads from a checkpoint.
 
     Attributes:
-        config_name: the config it reads; None if there is none.
-        config: that config's entries; {} if there is none.
+        config_name: the file of the config; None if there is none.
+        config: its entries; {} if there is none.
         weights: the weight file, or the index of shards.
-        auxiliary_files: small files that belong beside the converted weights, by their paths with `/`.
+        auxiliary_files: paths, with `/`, of small files that belong beside the converted weights.
         notes: messages on files that are not converted.
     """
 
@@ -98,13 +97,13 @@ class LoaderFiles:
 
 
 def find_loader_files(listing: Listing, ignores_adapter: bool = False) -> LoaderFiles:
-    """Find what transformers takes from a checkpoint.
+    """Find the files that transformers reads from a checkpoint.
 
     Args:
-        ignores_adapter: the weights alone are meant, even if an adapter is beside them.
+        ignores_adapter: do not refuse an adapter beside the weights.
 
     Raises:
-        SourceError: there are no weights, or loaders take something that cannot be converted.
+        SourceError: there are no weights, or loaders read something that cannot be converted.
         CorruptFileError: config.json cannot be read, or names files that are not there.
     """
     config_name, config = find_config(listing)
@@ -165,7 +164,7 @@ def _no_weights(listing: Listing) -> SourceError:
     if inner is not None:
         return SourceError(
             f"{label} holds no weights: those of this sentence encoder are in its folder {quoted(inner)}",
-            "give that folder; what lies beside it is then not carried over",
+            "give that folder; files beside it are then not copied",
         )
     names = sorted(listing.root)
     variant = next((found for found in map(_VARIANT.fullmatch, names) if found), None)
@@ -178,7 +177,7 @@ def _no_weights(listing: Listing) -> SourceError:
         f"{label} holds no weights: expected model.safetensors, pytorch_model.bin or an index of "
         f"shards, found {', '.join(quoted(name, 40) for name in names[:5]) or 'nothing'}"
         f"{', ...' if len(names) > 5 else ''}",
-        f"{hint}",
+        hint,
     )
 
 
@@ -212,7 +211,7 @@ def _adapter_beside(listing: Listing) -> SourceError:
 
 
 def _auxiliary_files(listing: Listing, modules: Iterable[str]) -> set[str]:
-    """Tokenizer, templates, licence, code, and the modules of a sentence encoder, their small weights included."""
+    """Return tokenizer, templates, licence, code, and modules of a sentence encoder with their small weights."""
     found = {name for name in listing.root if is_auxiliary(name)}
     for folder in (TEMPLATES_FOLDER, CODE_FOLDER, *modules):
         found.update(name for name in listing.files_under(folder) if not name.rpartition("/")[2].startswith("."))
@@ -224,11 +223,11 @@ def is_auxiliary(name: str) -> bool:
 
     Excludes files that send a loader to other files, weights, and hidden files, which may be private.
     """
-    return not (name in _NOT_CARRIED or name.startswith(".") or is_versioned_config(name) or is_weight_file(name))
+    return not (name in _NOT_AUXILIARY or name.startswith(".") or is_versioned_config(name) or is_weight_file(name))
 
 
 def is_auxiliary_folder(name: str) -> bool:
-    """Return whether a folder of the root is one whose files may be carried over, by its usual names."""
+    """Return whether the files of a folder of the root may be auxiliary files, by the folder's name."""
     return name in (TEMPLATES_FOLDER, CODE_FOLDER) or fnmatchcase(name, "[0-9]_*")
 
 

@@ -1,4 +1,4 @@
-"""The names of a checkpoint's files and its small JSON files: of a directory here, of a repository in `hub.source`."""
+"""The names of a checkpoint's files, and its small JSON files. `hub.open_repository` has the same for a repository."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Listing(Protocol):
     def is_remote(self) -> bool: ...
 
     def files_under(self, folder: str) -> Iterable[str]:
-        """Return the paths of all files in a folder and its folders, with `/`; none if there is no such folder."""
+        """Return the paths, with `/`, of all files below a folder; none if there is no such folder."""
 
     def read(self, name: str) -> dict[str, Any] | list[Any]:
         """Return the content of a JSON file that is there.
 
         Raises:
-            SourceError: it is no file of the checkpoint, or not JSON.
+            SourceError: it is outside the checkpoint, or not JSON.
         """
 
 
@@ -57,7 +57,7 @@ class DirectoryListing:
 
     @cached_property
     def root(self) -> frozenset[str]:
-        """See `Listing`. A link that leads nowhere counts, and a folder named like weights: reading it is an error."""
+        """See `Listing`. Includes links that lead nowhere, and folders named like weights: reading them is an error."""
         with os.scandir(self.directory) as entries:
             return frozenset(entry.name for entry in entries if _is_needed(entry.name) or not _is_folder(entry))
 

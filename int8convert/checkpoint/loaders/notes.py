@@ -1,4 +1,4 @@
-"""Notes on a source's files that other loaders take, or that are not converted."""
+"""Notes on a source's files that other loaders read, or that are not converted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from int8convert.text import quoted
 
 
 def vllm_weights(root: Collection[str]) -> tuple[str, ...]:
-    """Return the weight files, or the index, that vLLM takes from a root. () where names do not decide.
+    """Return the weight files, or the index, that vLLM reads from a root; () where names do not decide.
 
-    Files of Mistral's own format come first, if params.json is there. Else it is every `*.safetensors`, or those that
-    the index names, even beside a model.safetensors. vLLM ignores `transformers_weights`, and adapters beside the
-    weights.
+    With params.json, these are the files of Mistral's own format. Otherwise, they are those that the index names, even
+    beside a model.safetensors; without an index, all `*.safetensors`. vLLM ignores `transformers_weights` and adapters.
 
     Source: vLLM 0.32, `DefaultModelLoader._prepare_weights`, `filter_duplicate_safetensors_files`, `get_config`.
     """
@@ -31,7 +30,7 @@ def vllm_weights(root: Collection[str]) -> tuple[str, ...]:
 
 
 def find_notes(listing: Listing, config_name: str | None, config: Mapping[str, Any], weights: str) -> Iterator[str]:
-    """Say what is left out of the output, and what vLLM would load of the source.
+    """Yield notes on what is left out of the output, and on what vLLM would load from the source.
 
     Args:
         config_name, config: the config that transformers reads; None and {} if there is none.
@@ -55,7 +54,7 @@ def find_notes(listing: Listing, config_name: str | None, config: Mapping[str, A
 
 
 def note_aside(root: Iterable[str], taken: Collection[str]) -> Iterator[str]:
-    """Say which weights of a root are not converted, because transformers loads others.
+    """Yield a note on weights that are not converted, because transformers loads others.
 
     Args:
         taken: the files that are converted; first the weight file or the index.
@@ -66,7 +65,7 @@ def note_aside(root: Iterable[str], taken: Collection[str]) -> Iterator[str]:
 
 
 def note_adapter(is_remote: bool, is_merged: bool) -> str:
-    """Say whether an adapter beside the weights is merged or left out.
+    """Return a note on an adapter beside the weights.
 
     Args:
         is_remote: the checkpoint is a repository on the Hub.
@@ -86,7 +85,7 @@ def note_adapter(is_remote: bool, is_merged: bool) -> str:
 
 
 def note_large(names: Iterable[str]) -> Iterator[str]:
-    """Say which small files are too large to be copied."""
+    """Yield a note on each auxiliary file that is too large to be copied."""
     return (f"{quoted(name)} is not copied: it is too large to belong to a checkpoint" for name in names)
 
 

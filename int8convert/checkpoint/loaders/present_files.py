@@ -1,7 +1,4 @@
-"""Lists the files in a checkpoint's directory, without following a link out of it and without opening a pipe.
-
-Hidden files that no loader reads, and unfinished files, are left out.
-"""
+"""Lists the files in a checkpoint's directory. Follows no link out of it, and opens no pipe."""
 
 from __future__ import annotations
 
@@ -21,9 +18,8 @@ class PresentFiles:
     """The files of a directory and of its folders.
 
     Attributes:
-        files: a file's path in the directory, with `/` -> where it is; each is a regular file of the checkpoint.
-        refused: every other entry -> why it is no file of the checkpoint: a link that leads elsewhere or to a folder, a
-            pipe, a device.
+        files: path in the directory, with `/` -> location of a regular file of the checkpoint.
+        refused: path of any other entry -> reason: a link to a folder or out of the checkpoint, a pipe, a device.
     """
 
     files: Mapping[str, Path] = field(repr=False)
@@ -70,6 +66,6 @@ def _sort_in(directory: Path, name: str, files: dict[str, Path], refused: dict[s
 
 
 def is_listed(name: str) -> bool:
-    """Return whether a file counts. Unfinished files, and hidden files that no loader reads, do not."""
+    """Return whether a file is listed. Unfinished files, and hidden files that no loader reads, are not."""
     is_hidden = any(part.startswith(".") for part in name.split("/"))
     return not name.endswith(INCOMPLETE_SUFFIX) and not (is_hidden and is_inert(name))

@@ -1,4 +1,4 @@
-"""The folders of a sentence encoder: what sentence-transformers loads beside, or in place of, the model in the root."""
+"""The folders of a sentence encoder, which sentence-transformers loads beside the model in the root or in its place."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _plain(path: str) -> str:
 
 
 def _routed(listing: Listing, folder: str) -> Iterator[str]:
-    """Yield the folders that a router in a folder, or in the root, sends its texts to."""
+    """Yield the folders that a router in a folder or in the root names."""
     within = f"{folder}/" if folder not in ("", ".") else ""
     if _is_outside(folder) or f"{within}{ROUTER}" not in (listing.files_under(folder) if within else listing.root):
         return

@@ -1,13 +1,12 @@
 """Compares an index of shards with what the shards hold.
 
-Loaders take the file names from the index and every tensor from those files; where the index puts a tensor does not
-matter to them. So a difference alone does not stop a conversion:
+Loaders take file names from the index, and all tensors from those files. They ignore where the index puts a tensor. So
+a difference alone does not stop a conversion:
 
-- *absent*: no file holds the tensor. `conversion.needs` decides whether the model needs it.
-- *moved*: the tensor is in another file that the index names. It is read from there.
-- *repeated*: several files hold it. transformers reads the files in the order of their names, and each tensor replaces
-  the one before it: the last file counts, whatever the index says. vLLM does the same, with the numbers in the names
-  sorted as numbers.
+- *absent*: no file holds the tensor. `planning.needs` decides whether the model needs it.
+- *moved*: another file that the index names holds the tensor. It is read from there.
+- *repeated*: several files hold the tensor. transformers takes it from the last file in the order of the names,
+  whatever the index says. vLLM does the same, but sorts numbers in the names as numbers.
 
 Source: transformers 5.24, `get_checkpoint_shard_files` and `_load_pretrained_model`; vLLM, `_natural_sort_key`.
 """
@@ -65,7 +64,7 @@ class RepeatedTensor:
 
     @property
     def taken_by_vllm(self) -> str:
-        """File vLLM takes the tensor from."""
+        """The file from which vLLM takes the tensor."""
         return max(self.files, key=_natural_order)
 
     @property
@@ -84,7 +83,7 @@ class RepeatedTensor:
 
 @dataclass(frozen=True, slots=True)
 class IndexDifferences:
-    """Where index and shards differ.
+    """The differences between an index and its shards.
 
     Attributes:
         absent: tensor name -> file the index names, of tensors that no shard holds.
@@ -146,8 +145,8 @@ def compare_index(
         shards: every file the index names, in the order of the names.
 
     Returns:
-        the shards, each tensor in the last one that holds it; and what differs. A tensor that the index does not name
-        is kept: loaders read whole shards.
+        the shards, each tensor in the last one that holds it, and the differences. Tensors that the index does not
+        name are kept, because loaders read whole shards.
     """
     places: dict[str, list[tuple[SourceShard, StoredTensor]]] = {}
     for shard in shards:

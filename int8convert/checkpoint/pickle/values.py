@@ -1,6 +1,6 @@
-"""What a pickle of `torch.save` describes: tensors, storages, dictionaries, and what its calls would make of them.
+"""Descriptions of the values in a pickle of `torch.save`: tensors, storages, dictionaries, and results of calls.
 
-Nothing is called, looked up or imported here: a function of torch is a name, and its arguments are its description.
+Nothing is called, looked up or imported here. A function of torch is a name, and its arguments describe its result.
 
 Source: torch/_utils.py and torch/serialization.py for names and arguments.
 """
@@ -14,10 +14,10 @@ from typing import Any
 from int8convert.checkpoint.stored_tensor import is_shape, is_size
 
 MAX_PICKLE_BYTES = 32_000_000
-"""A tensor takes about 130 bytes of pickle, so this is room for 200,000."""
+"""Most bytes of a pickle. A tensor takes about 130, so there is room for 200,000."""
 
 _MAX_ARGUMENTS = 16
-"""torch's functions take up to 8. A tuple of millions, called with again and again, would be copied each time."""
+"""Most arguments of a call. torch's functions take up to 8. Repeated calls with millions would copy them each time."""
 
 STORAGES = {
     "torch.BoolStorage": "BOOL",
@@ -63,7 +63,7 @@ CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
 
 
 class RefusedError(Exception):
-    """The reason why a file is refused; becomes a CorruptFileError with the file's name."""
+    """The reason for which a file is refused. Callers add the file's name, in a CorruptFileError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of bytes, by the key under which the file holds it."""
+    """A run of bytes in the file, found by its key."""
 
     key: str
     dtype: str
@@ -94,7 +94,7 @@ class Tensor:
 
 
 class Dictionary:
-    """A dictionary as the list of its entries: a stranger's keys are not hashed, which could take for ever."""
+    """A dictionary as the list of its entries. A stranger's keys are not hashed, because that could take for ever."""
 
     __slots__ = ("entries",)
 
@@ -108,7 +108,7 @@ def kind_of(value: Any) -> str:
 
 
 def call(function: Any, arguments: Any) -> Any:
-    """Return a description of what a function of torch would return."""
+    """Return a description of the result of a function of torch."""
     if not isinstance(function, Global) or function.name not in FUNCTIONS or type(arguments) is not tuple:
         raise RefusedError(f"its pickle calls {kind_of(function)} that is no function")
     if len(arguments) > _MAX_ARGUMENTS:
@@ -171,7 +171,7 @@ def _take_tensor(name: str, arguments: tuple[Any, ...]) -> Any:
 
 
 def _make_with_attributes(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Return what the function of `_rebuild_from_type_v2(function, class, arguments, state)` makes."""
+    """Return the result of `_rebuild_from_type_v2(function, class, arguments, state)`."""
     match arguments:
         case (Global(function), Global(cls), tuple(inner), _) if function != name and cls in CLASSES:
             return call(Global(function), inner)

@@ -17,8 +17,8 @@ from int8convert.planning.plan import ConversionPlan
 from int8convert.verification.checks import Check, Finding, make_check
 from int8convert.verification.exact.config import check_config
 from int8convert.verification.exact.files import (
+    check_auxiliary,
     check_beside,
-    check_carried,
     check_files,
     check_needs,
     compare_sha256,
@@ -84,7 +84,7 @@ class Comparison:
             check_needs(self._out, self._plan.model_map, self._provenance),
             *(self._check(name, self.totals.n_checked.get(name, 0)) for name in _VALUE_CHECKS),
             check_config(self._out, self._plan, self._provenance, self.layout.int8_modules),
-            check_carried(self._examined, source, self._provenance),
+            check_auxiliary(self._examined, source, self._provenance),
             check_beside(self._examined, source, self._provenance),
         )
 

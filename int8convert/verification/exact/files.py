@@ -121,7 +121,7 @@ def _remote_sha256(shard: SourceShard) -> str:
     return digest.hexdigest()
 
 
-def check_carried(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Check:
+def check_auxiliary(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Check:
     """Compare tokenizer, templates and other auxiliary files with the source's.
 
     Byte by byte if a manifest says that they were copied; `foreign_files` compares files that other tools saved.
@@ -147,11 +147,11 @@ def check_beside(examined: ExaminedCheckpoint, source: CheckpointSource, provena
 
 
 def _strange(examined: ExaminedCheckpoint, source: CheckpointSource, provenance: Provenance) -> Iterator[Finding]:
-    carried = {path.relative_to(source.directory).as_posix() for path in source.auxiliary_files}
-    expected = {CONFIG_NAME, *_OWN, *carried, *examined.weight_files}
+    auxiliary = {path.relative_to(source.directory).as_posix() for path in source.auxiliary_files}
+    expected = {CONFIG_NAME, *_OWN, *auxiliary, *examined.weight_files}
     expected |= {INDEX_NAME} if has_index(examined.source) else set()
     for name in sorted(examined.names - expected):
-        if is_inert(name) or (not provenance.is_known and is_saved_by_others(name, carried)):
+        if is_inert(name) or (not provenance.is_known and is_saved_by_others(name, auxiliary)):
             continue
         yield Finding(name, "no such file: the source lacks it, and the conversion does not write it", "one")
 
@@ -162,8 +162,8 @@ def hash_beside(examined: ExaminedCheckpoint, source: CheckpointSource) -> dict[
     Files that are written afterwards are left out, and files that no loader reads and the source lacks: notes,
     pictures, pages of `verify --report`.
     """
-    carried = {path.relative_to(source.directory).as_posix() for path in source.auxiliary_files}
-    names = {name for name in examined.names - examined.weight_files if name in carried or not is_inert(name)}
+    auxiliary = {path.relative_to(source.directory).as_posix() for path in source.auxiliary_files}
+    names = {name for name in examined.names - examined.weight_files if name in auxiliary or not is_inert(name)}
     paths = {name: examined.path_of(name) for name in names - _NOT_VOUCHED_FOR}
     return {name: file_sha256(path) for name, path in sorted(paths.items()) if isinstance(path, Path)}
 

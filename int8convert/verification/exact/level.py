@@ -152,11 +152,11 @@ def verify_exact(
 def _compared(source: CheckpointSource, provenance: Provenance) -> str:
     """Return what the checkpoint was compared with: how much of the source, and by which rule."""
     files = f"{counted(len(source.shards), 'weight file')}, config.json"
-    carried = f" and {counted(len(source.auxiliary_files), 'other file')}" if source.auxiliary_files else ""
+    others = f" and {counted(len(source.auxiliary_files), 'other file')}" if source.auxiliary_files else ""
     if not provenance.is_known:
-        return f"{files}{carried}; no manifest tells what the conversion wrote"
+        return f"{files}{others}; no manifest tells what the conversion wrote"
     exports = f", through {counted(len(provenance.exports), 'export')}" if provenance.exports else ""
-    return f"{files}{carried}, as its manifest says they were converted{exports}"
+    return f"{files}{others}, as its manifest says they were converted{exports}"
 
 
 def _format(out: CheckpointSource) -> Format:
