@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_kernels import reference
 from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD, QuantizedActivations
 from tests.kernels.backends import DTYPES, Backend, Bits, Reference, backends, narrow, widen
+from tests.kernels.cuda_backends import Interpreted
 from tests.kernels.layers import make_tokens
 
 SIZES = [1, 31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1025]
@@ -52,11 +53,13 @@ def test_codes_and_columns_equal_the_reference_at_every_size(backend: Backend, d
 @every_backend
 @pytest.mark.parametrize("n_tokens", [1, 2, 31, 32, 33, 129])
 def test_a_column_is_found_whichever_token_it_stands_out_in(backend: Backend, n_tokens: int) -> None:
-    for t in range(n_tokens):
-        x = make_tokens(n_tokens, 70, "F16", [], seed=t)
-        x[t, t % 70] = narrow(-6.5, "F16")
-        found = assert_same(backend, x, "F16", NONE, capacity=1)
-        np.testing.assert_array_equal(found.found_columns, [t % 70])
+    """Every eighth token at once, each in a column of its own: none is found by way of another."""
+    for first in range(min(n_tokens, 8)):
+        tokens = np.arange(first, n_tokens, 8)
+        x = make_tokens(n_tokens, 70, "F16", [], seed=first)
+        x[tokens, tokens % 70] = narrow(-6.5, "F16")
+        found = assert_same(backend, x, "F16", NONE, capacity=tokens.size)
+        np.testing.assert_array_equal(found.found_columns, np.sort(tokens % 70))
 
 
 @every_backend
@@ -176,13 +179,19 @@ def test_two_runs_agree_in_every_bit(backend: Backend) -> None:
 
 
 @every_backend
-@given(order=st.permutations(range(9)))
-def test_permuting_tokens_permutes_results(backend: Backend, order: list[int]) -> None:
+def test_permuting_tokens_permutes_results(backend: Backend) -> None:
     x = make_tokens(9, 65, "F16", [8])
-    straight, permuted = (backend.activation_quantize(tokens, "F16", columns(2), 6.0, 2) for tokens in (x, x[order]))
-    for name in ("codes", "absmax", "outlier_x", "found_x"):
-        np.testing.assert_array_equal(getattr(straight, name)[order], getattr(permuted, name))
-    np.testing.assert_array_equal(straight.found_columns, permuted.found_columns)
+    straight = backend.activation_quantize(x, "F16", columns(2), 6.0, 2)
+
+    @settings(max_examples=20 if isinstance(backend, Interpreted) else 100)  # one takes 50 ms to interpret
+    @given(order=st.permutations(range(9)))
+    def check(order: list[int]) -> None:
+        permuted = backend.activation_quantize(x[order], "F16", columns(2), 6.0, 2)
+        for name in ("codes", "absmax", "outlier_x", "found_x"):
+            np.testing.assert_array_equal(getattr(straight, name)[order], getattr(permuted, name))
+        np.testing.assert_array_equal(straight.found_columns, permuted.found_columns)
+
+    check()
 
 
 @every_backend
