@@ -7,7 +7,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,14 +179,24 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     return folder
 
 
-@pytest.fixture
-def shared_maps(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Model maps that commands in processes of their own remember from test to test, and from worker to worker."""
+@pytest.fixture(scope="session")
+def link_maps(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Puts the model maps of all tests and workers into a cache folder, for commands in processes of their own."""
     base = tmp_path_factory.getbasetemp()
     maps = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model_maps"
     maps.mkdir(exist_ok=True)
-    (own_cache / "int8convert").mkdir()
-    (own_cache / "int8convert" / "model_maps").symlink_to(maps)
+
+    def link(cache: Path) -> None:
+        (cache / "int8convert").mkdir(parents=True)
+        (cache / "int8convert" / "model_maps").symlink_to(maps)
+
+    return link
+
+
+@pytest.fixture
+def shared_maps(own_cache: Path, link_maps: Callable[[Path], None]) -> None:
+    """Commands remember the maps that other tests made."""
+    link_maps(own_cache)
 
 
 @pytest.fixture

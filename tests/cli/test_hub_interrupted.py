@@ -30,11 +30,6 @@ LONG_S = 90
 SOON_S = 30
 
 
-@pytest.fixture(scope="module")
-def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("maps")
-
-
 @pytest.fixture
 def model(hub: Hub, tmp_path: Path) -> Iterator[Hub]:
     """On the Hub, in five shards; the stalls of the test end with it."""
@@ -43,9 +38,9 @@ def model(hub: Hub, tmp_path: Path) -> Iterator[Hub]:
     hub.stop()
 
 
-def start(hub: Hub, folder: Path, maps: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(hub: Hub, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | hub.client_environment(hub.token)
-    environment |= {"INT8CONVERT_HUB_RETRY_SECONDS": f"{LONG_S}", "XDG_CACHE_HOME": str(maps), "PYTHONPATH": str(ROOT)}
+    environment |= {"INT8CONVERT_HUB_RETRY_SECONDS": f"{LONG_S}", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "int8convert", "quantize", NAME, "out", *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
@@ -65,11 +60,9 @@ def interrupt(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "term")]
 )
-def test_upload_in_flight_is_not_waited_for(
-    number: int, code: int, word: str, model: Hub, tmp_path: Path, maps: Path
-) -> None:
+def test_upload_in_flight_is_not_waited_for(number: int, code: int, word: str, model: Hub, tmp_path: Path) -> None:
     model.faults.add(FaultKind.STALL, method="PUT", nth=2, times=math.inf, seconds=LONG_S, after_bytes=0)
-    process = start(model, tmp_path, maps, "--reader", "stream", "--upload", REPO)
+    process = start(model, tmp_path, "--reader", "stream", "--upload", REPO)
     while len(model.faults.fired) == 0:
         assert process.poll() is None
         time.sleep(0.05)
@@ -78,15 +71,15 @@ def test_upload_in_flight_is_not_waited_for(
 
     assert not list((tmp_path / "out").rglob("*.incomplete"))
     model.faults.clear()
-    process = start(model, tmp_path, maps, "--reader", "stream", "--upload", REPO)
+    process = start(model, tmp_path, "--reader", "stream", "--upload", REPO)
     assert process.communicate() and process.returncode == 0
     assert "config.json" in model.repo(REPO).files and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("reader", ["stream", "download"])
-def test_store_that_is_down_is_not_waited_for(reader: str, model: Hub, tmp_path: Path, maps: Path) -> None:
+def test_store_that_is_down_is_not_waited_for(reader: str, model: Hub, tmp_path: Path) -> None:
     model.faults.add(FaultKind.UNAVAILABLE, origin=Origin.STORAGE, nth=7, times=math.inf)
-    process = start(model, tmp_path, maps, "--reader", reader)
+    process = start(model, tmp_path, "--reader", reader)
     while len(model.faults.fired) < 3:
         assert process.poll() is None
         time.sleep(0.05)
@@ -97,9 +90,9 @@ def test_store_that_is_down_is_not_waited_for(reader: str, model: Hub, tmp_path:
     assert not list((tmp_path / "out").rglob("*.incomplete"))
 
 
-def test_header_that_does_not_come_is_not_waited_for(model: Hub, tmp_path: Path, maps: Path) -> None:
+def test_header_that_does_not_come_is_not_waited_for(model: Hub, tmp_path: Path) -> None:
     model.faults.add(FaultKind.UNAVAILABLE, origin=Origin.STORAGE, times=math.inf)
-    process = start(model, tmp_path, maps)
+    process = start(model, tmp_path)
     assert process.stderr is not None
     said = process.stderr.readline()
     assert said.startswith("note: reading 'model-0000") and "status 503 of localhost; retrying in" in said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,12 @@ SEEDS = [pytest.param(range(10), id="few"), pytest.param(range(10, 40), id="many
 
 
 @pytest.fixture(scope="module")
-def killed_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Path, ClientProcesses]]:
+def killed_hub(
+    tmp_path_factory: pytest.TempPathFactory, link_maps: Callable[[Path], None]
+) -> Iterator[tuple[Hub, Path, ClientProcesses]]:
     """A Hub with a repository, its folder, and processes that convert it."""
     folder = tmp_path_factory.mktemp("killed")
+    link_maps(folder / "cache")
     with Hub(folder / "hub") as hub:
         files = opt_66b(folder / "model", N_SHARDS)
         hub.add_repo(NAME, files)

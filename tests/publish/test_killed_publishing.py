@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,10 @@ SEEDS = [pytest.param(range(6), id="few"), pytest.param(range(6, 36), id="many",
 
 
 @pytest.fixture
-def killed_hub(tmp_path: Path) -> Iterator[tuple[Hub, Path, ClientProcesses]]:
+def killed_hub(tmp_path: Path, link_maps: Callable[[Path], None]) -> Iterator[tuple[Hub, Path, ClientProcesses]]:
     """A Hub with a repository, its folder, and processes that convert it."""
     folder = tmp_path / "killed"
-    folder.mkdir()
+    link_maps(folder / "cache")
     with Hub(folder / "hub") as hub:
         hub.add_repo(NAME, opt_66b(folder / "model", N_SHARDS))
         environment = hub.client_environment(hub.token) | {"XDG_CACHE_HOME": str(folder / "cache")}
