@@ -24,6 +24,8 @@ from int8convert.verification.tasks import TaskReport
 from int8convert.verification.verify import verify
 from int8convert.verification.verify_report import VerifyReport
 from tests.cli.conftest import Run, run
+from tests.conftest import in_this_process
+from tests.tools.language_models import SENTENCES
 from tests.verification.conftest import text
 from tests.verification.test_verify import made, own_out
 
@@ -40,12 +42,23 @@ STRICT, LOOSE = Gates(0.5, 1e-9), Gates(0.5, 1e-3)
 """What the model fails, and what it passes."""
 
 
-@pytest.fixture
-def measured(own_out: Path, text: Path) -> VerifyReport:
+@pytest.fixture(scope="module")
+def measured_once(made: Path, tmp_path_factory: pytest.TempPathFactory) -> VerifyReport:
     """Both levels, on 4 windows of 32 tokens, passed."""
-    report = verify(own_out, text=Text(text, n_sequences=4, length=32), execution=Execution("cpu"), gates=LOOSE)
+    text = tmp_path_factory.mktemp("measured") / "text.txt"
+    text.write_text(" ".join(SENTENCES * 8), encoding="utf-8")
+    with in_this_process():
+        report = verify(
+            made / "out", text=Text(text, n_sequences=4, length=32), execution=Execution("cpu"), gates=LOOSE
+        )
     assert report.is_passed and report.fidelity[0].n_tokens == 124
     return report
+
+
+@pytest.fixture
+def measured(measured_once: VerifyReport, own_out: Path) -> VerifyReport:
+    """The same of an output that a test may change."""
+    return replace(measured_once, out=str(own_out))
 
 
 def record(report: VerifyReport) -> VerifyReport:
