@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 import transformers
+import typer.main
 from hypothesis import settings
 
 from cuda_kernels.cuda.launch import unavailable
@@ -41,6 +43,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
 
+
+# A command line is built from its functions' signatures by every call, which takes longer than most commands here.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 _NUMBERS = itertools.count()
 
