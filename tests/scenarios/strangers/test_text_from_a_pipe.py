@@ -55,6 +55,7 @@ def pipe(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakePipe]:
         os.close(end)
 
 
+@pytest.mark.usefixtures("map_in_process")
 def test_library_reads_once(source: Path, out: Path, pipe: MakePipe) -> None:
     report = verify(out, text=Text(pipe(), n_sequences=2, length=32), reference=source)
     assert report.text is not None and report.text.sha256 == SHA256
