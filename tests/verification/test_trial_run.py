@@ -17,6 +17,7 @@ from int8convert.sources import open_source
 from int8convert.verification.exact.level import verify_exact
 from int8convert.verification.exact.trial_run import TrialRun
 from int8convert.verification.exact.trial_run_worker import answer
+from tests.conftest import InProcessMap
 from tests.scenarios.strangers.makers import change
 from tests.tools.family_check import check_close, flattened_inputs, run_model, with_finite_weights
 from tests.tools.family_models import build_family, families
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.usefixtures("map_in_process"), pytest.mark.filterwarni
 def without_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions that do not look at what the model's code reads, as those of other tools."""
     monkeypatch.setattr(int8_choice, "modules_with_read_weights", lambda model: {})
+    monkeypatch.setattr(InProcessMap, "answers", {})
 
 
 def save_family(name: str, directory: Path) -> Path:
