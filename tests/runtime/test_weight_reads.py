@@ -137,6 +137,14 @@ def test_a_read_within_an_expression_of_which_only_a_fact_is_asked_is_found() ->
     assert [read.path for read in reads_in_source(source)["A"]] == [("a",)]
 
 
+def test_a_string_with_a_line_in_the_first_column_hides_no_read() -> None:
+    source = (
+        'class A(Module):\n    """\nclass B: of the text\n    """\n'
+        "    def forward(self, x):\n        return x @ self.a.weight\n"
+    )
+    assert [read.path for read in reads_in_source(source)["A"]] == [("a",)]
+
+
 def test_table_is_what_the_classes_of_the_installed_transformers_read() -> None:
     # A new transformers: ./scripts/find_weight_reads --write, and look at what is new in it.
     assert table(find_rows()) in MODULE.read_text()
