@@ -5,10 +5,12 @@ They look at no values, so they hold for traced tensors and never wait for a dev
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight
+from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight, n_blocks
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -31,8 +33,18 @@ def check_floats(name: str, tensor: Tensor, n_dimensions: int | None = None) -> 
         raise ValueError(f"expected {name} to have {wanted}, found {list(tensor.shape)}")
 
 
-def check_outliers(x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int) -> None:
-    """Check stored outlier columns, and the rule by which further ones are found in x."""
+BLOCK_SIZES = (64, 128, 256)
+"""The sizes of blocks of columns: whole steps of every product, and whole parts of a warp that quantizes them."""
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size and block_size not in BLOCK_SIZES:
+        raise ValueError(f"expected a block size of 0, {', '.join(map(str, BLOCK_SIZES))}, found {block_size}")
+
+
+def check_rule(x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int, block_size: int) -> None:
+    """Check stored outlier columns, the rule by which further ones are found in x, and the size of blocks."""
+    _check_block_size(block_size)
     _check("outlier_columns", outlier_columns, torch.int32, outlier_columns.shape[:1], x.device)
     if capacity < 0:
         raise ValueError(f"expected a capacity of at least 0, found {capacity}")
@@ -67,16 +79,16 @@ def check_product(
     if products is not None:
         _check("products", products, torch.int32, (n_tokens, n_rows), device)
     capacity = x.found_columns.shape[0] if x.found_columns.dim() else 0
-    _check("x_absmax", x.absmax, torch.float32, (n_tokens,), device)
+    _check_block_size(x.block_size)
+    _check("x_absmax", x.absmax, torch.float32, (n_tokens, n_blocks(n_columns, x.block_size)), device)
     _check("outlier_x", x.outlier_x, dtype, (n_tokens, n_outliers), device)
     _check("found_columns", x.found_columns, torch.int32, (capacity,), device)
     _check("n_found", x.n_found, torch.int32, (1,), device)
     _check("found_x", x.found_x, dtype, (n_tokens, capacity), device)
 
 
-def check_layer(
-    x: Tensor, weight: QuantizedWeight[Tensor], outlier_columns: Tensor, threshold: float, capacity: int
-) -> None:
+def check_layer(x: Tensor, weight: QuantizedWeight[Tensor], outlier_columns: Tensor, *rule: Any) -> None:
+    """Check the operands of `int8_linear`; `rule` is the threshold, the capacity and the block size."""
     check_floats("x", x)
-    check_outliers(x, outlier_columns, threshold, capacity)
+    check_rule(x, outlier_columns, *rule)
     _check_weight(weight, x.dtype, x.device, x.shape[-1], outlier_columns.shape[0])

@@ -27,17 +27,20 @@ def row_quantize(weight: Tensor) -> QuantizedRows[Tensor]:
 
 
 def activation_quantize(
-    x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int
+    x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int, block_size: int = 0
 ) -> QuantizedActivations[Tensor]:
-    """Quantize tokens, their outlier columns set aside; see `reference.activation_quantize`.
+    """Quantize the blocks of tokens, their outlier columns set aside; see `reference.activation_quantize`.
 
     Args:
         x: float16, bfloat16 or float32 [M, K]; rows may lie apart; copied first if its last stride is not 1.
         outlier_columns: int32 [n], ascending, each once; checked on the CPU, not on CUDA.
         threshold: positive; rounded to float32, and compared with x widened to it.
         capacity: how many further columns may be found.
+        block_size: 64, 128 or 256 columns that share a scale, or 0 for one scale a token.
     """
-    return QuantizedActivations(*torch.ops.cuda_kernels.activation_quantize(x, outlier_columns, threshold, capacity))
+    rule = (outlier_columns, threshold, capacity, block_size)
+    found = QuantizedActivations[Tensor](*torch.ops.cuda_kernels.activation_quantize(x, *rule))
+    return found._replace(block_size=block_size)
 
 
 def int8_matmul(x: QuantizedActivations[Tensor], weight: QuantizedWeight[Tensor]) -> Tensor:
@@ -49,7 +52,7 @@ def int8_matmul(x: QuantizedActivations[Tensor], weight: QuantizedWeight[Tensor]
     Returns:
         [M, N] in the dtype of `x.outlier_x`, summed in float32 and rounded once.
     """
-    return torch.ops.cuda_kernels.int8_matmul(*x, *weight)  # type: ignore[no-any-return]
+    return torch.ops.cuda_kernels.int8_matmul(*x[:-1], *weight, x.block_size)  # type: ignore[no-any-return]
 
 
 def dequantize_epilogue(products: Tensor, x: QuantizedActivations[Tensor], weight: QuantizedWeight[Tensor]) -> Tensor:
@@ -57,13 +60,20 @@ def dequantize_epilogue(products: Tensor, x: QuantizedActivations[Tensor], weigh
 
     Args:
         products: int32 [M, N], x.codes @ weight.codes.T.
-        x, weight: as for `int8_matmul`. The values of `x.codes` are not read.
+        x, weight: as for `int8_matmul`, x with one scale a token. The values of `x.codes` are not read.
     """
-    return torch.ops.cuda_kernels.dequantize_epilogue(products, *x, *weight)  # type: ignore[no-any-return]
+    if x.block_size:
+        raise ValueError(f"expected x with one scale a token, found a block size of {x.block_size}")
+    return torch.ops.cuda_kernels.dequantize_epilogue(products, *x[:-1], *weight)  # type: ignore[no-any-return]
 
 
 def int8_linear(
-    x: Tensor, weight: QuantizedWeight[Tensor], outlier_columns: Tensor, threshold: float, capacity: int
+    x: Tensor,
+    weight: QuantizedWeight[Tensor],
+    outlier_columns: Tensor,
+    threshold: float,
+    capacity: int,
+    block_size: int = 0,
 ) -> Tensor:
     """Apply a Linear layer in LLM.int8(): `activation_quantize`, then `int8_matmul`.
 
@@ -79,9 +89,10 @@ def int8_linear(
         x: float16, bfloat16 or float32 [..., K]; copied first if its last stride is not 1, or if its tokens are not
             all one stride apart.
         weight: as for `int8_matmul`.
-        outlier_columns, threshold, capacity: as for `activation_quantize`.
+        outlier_columns, threshold, capacity, block_size: as for `activation_quantize`.
 
     Returns:
         [..., N] in the dtype of x.
     """
-    return torch.ops.cuda_kernels.int8_linear(x, *weight, outlier_columns, threshold, capacity)  # type: ignore[no-any-return]
+    rule = (outlier_columns, threshold, capacity, block_size)
+    return torch.ops.cuda_kernels.int8_linear(x, *weight, *rule)  # type: ignore[no-any-return]

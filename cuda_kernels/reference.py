@@ -87,11 +87,14 @@ class QuantizedActivations(NamedTuple, Generic[T]):
     """Tokens as codes, and the columns that stay as they are; K input features, M tokens.
 
     codes: int8 [M, K]; 0 in every outlier column, stored or found.
-    absmax: float32 [M], over the columns that are neither; infinite or NaN if such a value remains in them.
+    absmax: float32 [M, blocks], of each block of columns over those that are neither; infinite or NaN if such a value
+        remains in them.
     outlier_x: [M, n], in the dtype of x: its stored outlier columns.
     found_columns: int32 [capacity], ascending: outlier columns found in x itself; -1 after the last.
     n_found: int32 [1], the number found. If above capacity, columns past the list were quantized like any other.
     found_x: [M, capacity], in the dtype of x: its found columns; 0 after the last.
+    block_size: adjacent columns that share a scale, the last block may have fewer; 0 for all columns, which are then
+        one block.
     """
 
     codes: T
@@ -100,6 +103,7 @@ class QuantizedActivations(NamedTuple, Generic[T]):
     found_columns: T
     n_found: T
     found_x: T
+    block_size: int = 0
 
 
 class QuantizedWeight(NamedTuple, Generic[T]):
@@ -117,23 +121,31 @@ class QuantizedWeight(NamedTuple, Generic[T]):
     bias: T | None
 
 
+def n_blocks(n_columns: int, block_size: int) -> int:
+    """Return into how many blocks a token's columns fall; see `QuantizedActivations.block_size`."""
+    return max(1, -(-n_columns // block_size)) if block_size else 1
+
+
 def activation_quantize(
-    x: npt.NDArray[Any], outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
+    x: npt.NDArray[Any], outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int, block_size: int = 0
 ) -> QuantizedActivations[npt.NDArray[Any]]:
-    """Quantize each token symmetrically to 127 steps, its outlier columns set aside.
+    """Quantize each block of each token symmetrically to 127 steps, outlier columns set aside.
 
         found    = { k not in outlier_columns : some token has not (|x[t, k]| < threshold) }     NaN is found, too
-        absmax   = over the columns in neither set, per token; codes as in `row_quantize`
+        absmax   = over a block's columns in neither set, per token; codes as in `row_quantize`
 
     An empty `outlier_columns` is the paper's rule (dynamic). `capacity` 0 is a stored set alone (static). Both together
     guard a stored set against inputs that its calibration did not see. absmax is the paper's row maximum, over the
     columns left in int8; bitsandbytes takes it over all elements below the threshold, outlier columns included.
+
+    With blocks, a large activation widens the steps of its own block alone. The paper has one block, the whole token.
 
     Args:
         x: float16 or float32 [M, K]; bf16 values are widened to float32 first, which is exact.
         outlier_columns: int32 [n], ascending, each once.
         threshold: in the units of x, positive. Ignored if `capacity` is 0.
         capacity: how many columns may be found; the first ones are listed.
+        block_size: see `QuantizedActivations`.
     """
     n_tokens, n_columns = x.shape
     is_stored = np.zeros(n_columns, bool)
@@ -143,13 +155,20 @@ def activation_quantize(
     rest = x.astype(np.float32)
     rest[:, is_stored] = 0
     rest[:, taken] = 0
-    rows = row_quantize(rest)
+    step = block_size or max(1, n_columns)
+    blocks = [row_quantize(rest[:, k : k + step]) for k in range(0, max(1, n_columns), step)]
     found_columns = np.full(capacity, -1, np.int32)
     found_columns[: taken.size] = taken
     found_x = np.zeros((n_tokens, capacity), x.dtype)
     found_x[:, : taken.size] = x[:, taken]
     return QuantizedActivations(
-        rows.codes, rows.absmax, x[:, outlier_columns], found_columns, np.array([n_found], np.int32), found_x
+        np.concatenate([block.codes for block in blocks], axis=1),
+        np.stack([block.absmax for block in blocks], axis=1),
+        x[:, outlier_columns],
+        found_columns,
+        np.array([n_found], np.int32),
+        found_x,
+        block_size,
     )
 
 
@@ -160,24 +179,37 @@ def dequantize_epilogue(
 ) -> npt.NDArray[np.float64]:
     """Convert integer products to outputs: scales, outlier terms, bias.
 
-        y[t, n] = products[t, n] * x.absmax[t] / 127 * weight.absmax[n] / 127
+        y[t, n] = sum_b products[b, t, n] * x.absmax[t, b] / 127 * weight.absmax[n] / 127
                 + sum_j x.outlier_x[t, j] * weight.outlier_weight[n, j]
                 + sum_j x.found_x[t, j] * weight.codes[n, x.found_columns[j]] * weight.absmax[n] / 127
                 + weight.bias[n]
 
-    In float64 here; the backends sum in float32 and round once, to the dtype of x.
+    In float64 here; the backends sum in float32, blocks in ascending order, and round once, to the dtype of x.
 
     Args:
-        products: int64 [M, N], `x.codes @ weight.codes.T`.
+        products: int64 [blocks, M, N], see `block_products`.
     """
     n_taken = min(int(x.n_found[0]), x.found_columns.size)
     weight_scale = weight.absmax.astype(np.float64) / N_STEPS
     found_weight = weight.codes[:, x.found_columns[:n_taken]] * weight_scale[:, None]
     with np.errstate(invalid="ignore", over="ignore"):
-        y = products * (x.absmax.astype(np.float64) / N_STEPS)[:, None] * weight_scale
+        y: npt.NDArray[np.float64] = np.sum(products * (x.absmax.T.astype(np.float64) / N_STEPS)[:, :, None], axis=0)
+        y *= weight_scale
         y += x.outlier_x.astype(np.float64) @ weight.outlier_weight.astype(np.float64).T
         y += x.found_x[:, :n_taken].astype(np.float64) @ found_weight.T
         return y if weight.bias is None else y + weight.bias.astype(np.float64)
+
+
+def block_products(
+    x: QuantizedActivations[npt.NDArray[Any]], weight: QuantizedWeight[npt.NDArray[Any]]
+) -> npt.NDArray[np.int64]:
+    """Return the integer products of each block of columns, int64 [blocks, M, N]."""
+    n_columns = x.codes.shape[1]
+    step = x.block_size or max(1, n_columns)
+    blocks = [slice(k, k + step) for k in range(0, max(1, n_columns), step)]
+    # By way of float64, which is exact below 2^53, and has a fast product.
+    products = [x.codes[:, b].astype(np.float64) @ weight.codes[:, b].astype(np.float64).T for b in blocks]
+    return np.stack(products).astype(np.int64)
 
 
 def int8_matmul(
@@ -187,5 +219,4 @@ def int8_matmul(
 
     The sum of int8 products fits int32 up to 133,144 input features, and float32 exactly only up to 1,040.
     """
-    products = x.codes.astype(np.int64) @ weight.codes.astype(np.int64).T
-    return dequantize_epilogue(products, x, weight)
+    return dequantize_epilogue(block_products(x, weight), x, weight)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_kernels.operands import check_floats, check_layer, check_outliers, check_product
-from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight
+from cuda_kernels.operands import check_floats, check_layer, check_product, check_rule
+from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight, n_blocks
 
 # The fields of `QuantizedActivations` and `QuantizedWeight`: a schema knows no tuples of tensors with names.
 _X = "Tensor codes, Tensor absmax, Tensor outlier_x, Tensor found_columns, Tensor n_found, Tensor found_x"
 _WEIGHT = "Tensor weight_codes, Tensor weight_absmax, Tensor outlier_weight, Tensor? bias"
-_RULE = "Tensor outlier_columns, float threshold, int capacity"
+_RULE = "Tensor outlier_columns, float threshold, int capacity, int block_size=0"
 
 
 @cache
@@ -47,23 +47,26 @@ def _trace_row_quantize(weight: Tensor) -> Any:
     return weight.new_empty(weight.shape, dtype=torch.int8), *(weight.new_empty(n_rows, dtype=d) for d in dtypes)
 
 
-def _run_activation_quantize(x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int) -> Any:
+def _run_activation_quantize(x: Tensor, outlier_columns: Tensor, *rule: Any) -> Any:
     check_floats("x", x, 2)
-    check_outliers(x, outlier_columns, threshold, capacity)
-    return _kernel("activation_quantize", x.device.type)(_side_by_side(x), outlier_columns, threshold, capacity)
+    check_rule(x, outlier_columns, *rule)
+    return _kernel("activation_quantize", x.device.type)(_side_by_side(x), outlier_columns, *rule)[:-1]
 
 
-def _trace_activation_quantize(x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int) -> Any:
+def _trace_activation_quantize(
+    x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int, block_size: int = 0
+) -> Any:
     check_floats("x", x, 2)
-    check_outliers(x, outlier_columns, threshold, capacity)
-    n_tokens = x.shape[0]
-    codes, absmax = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(n_tokens, dtype=torch.float32)
+    check_rule(x, outlier_columns, threshold, capacity, block_size)
+    n_tokens, n_columns = x.shape
+    absmax = x.new_empty(n_tokens, n_blocks(n_columns, block_size), dtype=torch.float32)
     outlier_x, found_x = x.new_empty(n_tokens, outlier_columns.shape[0]), x.new_empty(n_tokens, capacity)
-    return codes, absmax, outlier_x, outlier_columns.new_empty(capacity), outlier_columns.new_empty(1), found_x
+    found_columns, n_found = outlier_columns.new_empty(capacity), outlier_columns.new_empty(1)
+    return x.new_empty(x.shape, dtype=torch.int8), absmax, outlier_x, found_columns, n_found, found_x
 
 
 def _parts(operands: tuple[Any, ...]) -> tuple[QuantizedActivations[Tensor], QuantizedWeight[Tensor]]:
-    return QuantizedActivations(*operands[:6]), QuantizedWeight(*operands[6:])
+    return QuantizedActivations(*operands[:6], *operands[10:]), QuantizedWeight(*operands[6:10])
 
 
 def _run_int8_matmul(*operands: Any) -> Any:
@@ -121,7 +124,7 @@ def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_y @ weight.index_copy(1, outlier_columns.long(), outlier_weight)
     if needs_bias:
         grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
 def _register(name: str, schema: str, run: Callable[..., Any], trace: Callable[..., Any]) -> None:
@@ -144,7 +147,12 @@ _register(
     _run_activation_quantize,
     _trace_activation_quantize,
 )
-_register("int8_matmul", f"({_X}, {_WEIGHT}) -> Tensor", _run_int8_matmul, _trace_int8_matmul)
+_register(
+    "int8_matmul",
+    f"({_X}, {_WEIGHT}, int block_size=0) -> Tensor",
+    _run_int8_matmul,
+    _trace_int8_matmul,
+)
 _register(
     "dequantize_epilogue",
     f"(Tensor products, {_X}, {_WEIGHT}) -> Tensor",

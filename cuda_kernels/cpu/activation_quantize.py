@@ -1,8 +1,8 @@
 """Tokens to int8 codes, and the columns that stay as they are; see `reference.activation_quantize`.
 
 1. Outlier columns are found by the maximum of their bit patterns over all tokens, unless `capacity` is 0.
-2. Each token is read twice, the second time from the core's own cache: first for its largest pattern, then for its
-   codes. A mask of one pattern per column excludes the outlier columns from both.
+2. Each block of a token is read twice, the second time from the core's own cache: first for its largest pattern, then
+   for its codes. A mask of one pattern per column excludes the outlier columns from both.
 
 Cost: x is read from memory at most twice, 2 bytes an element for 16 bits, and 1 byte is written. Rows that lie apart
 are read in place. Threads share the tokens; maxima do not depend on how.
@@ -69,7 +69,7 @@ def _take_found(largest, threshold, keep, found_columns):  # type: ignore[no-unt
 
 
 @compiled()
-def _quantize_one_token(row, keep, codes):  # type: ignore[no-untyped-def]
+def _quantize_block(row, keep, codes):  # type: ignore[no-untyped-def]
     largest = magnitude(row.dtype.type(0))
     for k in range(row.size):
         largest = max(largest, magnitude(row.dtype.type(row[k] & keep[k])))
@@ -93,13 +93,15 @@ def _gather(row, columns, out):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _quantize_tokens(x, row_stride, keep, columns, codes, absmax, side_x, part, n_parts):  # type: ignore[no-untyped-def]
+def _quantize_tokens(x, row_stride, keep, columns, codes, absmax, block_size, side_x, part, n_parts):  # type: ignore[no-untyped-def]
     outlier_columns, found_columns = columns
     outlier_x, found_x = side_x
     begin, end = part_of(codes.shape[0], 1, part, n_parts)
     for t in range(begin, end):
         row = x[t * row_stride : t * row_stride + keep.size]
-        absmax[t] = _quantize_one_token(row, keep, codes[t])
+        for b in range(absmax.shape[1]):
+            first, stop = b * block_size, min((b + 1) * block_size, keep.size)
+            absmax[t, b] = _quantize_block(row[first:stop], keep[first:stop], codes[t, first:stop])
         _gather(row, outlier_columns, outlier_x[t])
         _gather(row, found_columns, found_x[t])
 
@@ -119,7 +121,7 @@ def activation_quantize(
     """Quantize tokens into arrays the caller allocated; see `reference.activation_quantize`.
 
     Bit-equal to the reference on x widened to float32: `threshold` is rounded to float32, not to the dtype of x. The
-    codes of a token whose absmax is not finite are 0.
+    codes of a block whose absmax is not finite are 0.
 
     Args:
         x: bits [M, K], rows any distance apart, last stride 1.
@@ -143,7 +145,8 @@ def activation_quantize(
         run_parts(_column_maxima, _column_maxima_on_team, args, n_worth, n_threads)
         result.n_found[0] = _take_found(maxima.max(0), np.float32(threshold), keep, result.found_columns)
     columns, side_x = (outlier_columns, result.found_columns), (result.outlier_x, result.found_x)
-    rest = (flat, row_stride, keep, columns, result.codes, result.absmax, side_x)
+    block_size = result.block_size or n_columns
+    rest = (flat, row_stride, keep, columns, result.codes, result.absmax, block_size, side_x)
     run_parts(_quantize_tokens, _quantize_tokens_on_team, rest, n_worth, n_threads)
 
 

@@ -72,6 +72,17 @@ def add(_context: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def store_floats(_context: Any, values: Any, address: Any) -> Any:
+    """Store 32 float32 at `address`."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        builder.store(args[0], builder.inttoptr(args[1], _floats.llvm.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(_floats, types.intp), codegen
+
+
+@intrinsic
 def store_narrow(_context: Any, values: Any, address: Any, bits: Any) -> Any:
     """Store 32 values at `address`, each the nearest in the format that the integer type of `bits` names.
 

@@ -1,13 +1,14 @@
 """The int8 product with its epilogue fused, so that sums never leave the cache; see `reference.int8_matmul`.
 
-For each block of 32 weight rows, the kernel widens the side weights once. Then, for every four tokens, it computes the
-block's products, exact in int32, and their epilogue. Weights are read from memory once for every 128 tokens, whose
-codes stay in the core's cache from block to block. The products of a block:
+For each 32 weight rows, the kernel widens the side weights once. Then, for every four tokens, it computes the rows'
+products, exact in int32, block by block of columns, adds them up in float32, and finishes the outputs. Weights are read
+from memory once for every 128 tokens, whose codes stay in the core's cache. The products:
 
 1. One token: row after row, so that memory is read in one stream.
 2. Four tokens by four rows: 16 sums in registers, so that 8 loads serve 16 vector products.
 
-Cost: N * K bytes of weight codes read, the floor for few tokens; for many, M * N * K / 64 vector products.
+Cost: N * K bytes of weight codes read, the floor for few tokens; for many, M * N * K / 64 vector products, and for
+each block of columns one more multiply-add an output, and the sum of a register's lanes.
 Threads share the weight rows.
 """
 
@@ -19,7 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cuda_kernels.cpu.compiled import compiled
-from cuda_kernels.cpu.dequantize_epilogue import N_ROWS, bias_or_empty, finish_token, load_rows, widened_side_x
+from cuda_kernels.cpu.dequantize_epilogue import (
+    N_ROWS,
+    add_scaled,
+    bias_or_empty,
+    finish_token,
+    load_rows,
+    widened_side_x,
+)
 from cuda_kernels.cpu.int8_vectors import (
     N_LANES,
     OFFSET,
@@ -44,21 +52,28 @@ _MIN_WORK = 1 << 23
 
 
 @compiled()
-def _multiply(codes, offsets, x_absmax, side_x, found_columns, weight, bias, y, part, n_parts):  # type: ignore[no-untyped-def]
+def _multiply(x, side_x, found_columns, weight, bias, y, part, n_parts):  # type: ignore[no-untyped-def]
+    codes, x_absmax, block_size, offsets = x
     weight_codes, weight_absmax, outlier_weight = weight
     begin, end = part_of(weight_absmax.size, N_ROWS, part, n_parts)
-    block = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
+    rows = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
     products, spare = np.zeros((N_TOKENS, N_ROWS), np.int32), np.empty(N_ROWS, y.dtype)
+    sums = np.zeros((N_TOKENS, N_ROWS), np.float32)
     for first in range(0, codes.shape[0], _N_ROUND):
         last = min(first + _N_ROUND, codes.shape[0])
         for n in range(begin, end, N_ROWS):
             stop = min(n + N_ROWS, end)
-            load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, block)
+            load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, rows)
             for t in range(first, last, N_TOKENS):
-                n_tokens = min(N_TOKENS, last - t)
-                multiply_block(codes, offsets, t, n_tokens, weight_codes, n, stop - n, products)
-                for i in range(n_tokens):
-                    finish_token(products[i], x_absmax[t + i], side_x[t + i], block, spare, y[t + i, n:stop])
+                tokens = (t, min(N_TOKENS, last - t))
+                sums[:] = 0
+                for b in range(x_absmax.shape[1]):
+                    columns = (b * block_size, min((b + 1) * block_size, codes.shape[1]))
+                    multiply_block(codes, columns, offsets[:, b], tokens, weight_codes, n, stop - n, products)
+                    for i in range(tokens[1]):
+                        add_scaled(products[i], x_absmax[t + i, b], sums[i])
+                for i in range(tokens[1]):
+                    finish_token(sums[i], side_x[t + i], rows, spare, y[t + i, n:stop])
 
 
 @compiled()
@@ -80,11 +95,12 @@ def int8_matmul(
         x, weight: C-contiguous; floats of the dtype of x as their bits.
         y: bits [M, N] of the dtype of x, C-contiguous.
     """
-    n_tokens = x.codes.shape[0]
-    offsets = np.empty(n_tokens, np.int32)
-    sum_codes(x.codes, offsets)
+    n_tokens, n_columns = x.codes.shape
+    block_size = x.block_size or n_columns
+    offsets = np.empty(x.absmax.shape, np.int32)
+    sum_codes(x.codes, block_size, offsets)
     side_x, bias = widened_side_x(x), bias_or_empty(weight)
-    args = (x.codes, offsets, x.absmax, side_x, x.found_columns, weight[:3], bias, y)
+    args = ((x.codes, x.absmax, block_size, offsets), side_x, x.found_columns, weight[:3], bias, y)
     n_worth = weight.codes.size * (8 + n_tokens) // _MIN_WORK + 1
     run_parts(_multiply, _multiply_on_team, args, n_worth, n_threads)
 
@@ -126,26 +142,34 @@ def _four_rows(s0, s1, s2, s3, row0, row1, row2, row3, x):  # type: ignore[no-un
 
 
 @compiled()
-def sum_codes(codes, sums):  # type: ignore[no-untyped-def]
-    """Write what the offset of the weight codes adds to each token's products: 128 times its sum over whole vectors."""
-    n_bytes = codes.shape[1] // N_LANES * N_LANES
+def sum_codes(codes, block_size, sums):  # type: ignore[no-untyped-def]
+    """Write what the offset of the weight codes adds to each block's products: 128 times its sum over whole vectors."""
     for t in range(codes.shape[0]):
-        token_sum = np.int32(0)
-        for k in range(n_bytes):
-            token_sum += np.int32(codes[t, k])
-        sums[t] = OFFSET * token_sum
+        for b in range(sums.shape[1]):
+            first, stop = b * block_size, min((b + 1) * block_size, codes.shape[1])
+            block_sum = np.int32(0)
+            for k in range(first, first + (stop - first) // N_LANES * N_LANES):
+                block_sum += np.int32(codes[t, k])
+            sums[t, b] = OFFSET * block_sum
 
 
 @compiled()
-def multiply_block(codes, offsets, t, n_tokens, weight_codes, n, n_rows, products):  # type: ignore[no-untyped-def]
-    """Write products[:n_tokens, :n_rows], int32, from token `t` and weight row `n` on; the rest is scratch."""
-    n_columns = codes.shape[1]
-    n_bytes = n_columns // N_LANES * N_LANES
+def multiply_block(codes, columns, offsets, tokens, weight_codes, n, n_rows, products):  # type: ignore[no-untyped-def]
+    """Write products[:n_tokens, :n_rows] over a range of columns; the rest is scratch.
+
+    Args:
+        columns: the range, (first, stop).
+        offsets: what `sum_codes` wrote for it, int32 [M].
+        tokens: the first one, and how many.
+        n, n_rows: the first weight row, and how many.
+    """
+    (first, stop), (t, n_tokens) = columns, tokens
+    n_bytes = (stop - first) // N_LANES * N_LANES
     last, token_stride = n_tokens - 1, codes.strides[0]
-    x0 = codes.ctypes.data + t * token_stride
+    x0 = codes.ctypes.data + t * token_stride + first
     x1, x2, x3 = x0 + min(1, last) * token_stride, x0 + min(2, last) * token_stride, x0 + last * token_stride
     row_stride = weight_codes.strides[0]
-    w = weight_codes.ctypes.data + n * row_stride
+    w = weight_codes.ctypes.data + n * row_stride + first
     end = w + (n_rows - 1) * row_stride
     if n_tokens == 1:
         for r in range(n_rows):
@@ -159,6 +183,6 @@ def multiply_block(codes, offsets, t, n_tokens, weight_codes, n, n_rows, product
         for r in range(n_rows):
             products[i, r] -= offsets[t + i]
     for i in range(n_tokens):
-        for r in range(n_rows if n_bytes < n_columns else 0):
-            for k in range(n_bytes, n_columns):
+        for r in range(n_rows if first + n_bytes < stop else 0):
+            for k in range(first + n_bytes, stop):
                 products[i, r] += np.int32(codes[t + i, k]) * np.int32(weight_codes[n + r, k])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cuda_kernels import cpu
 from cuda_kernels.cpu.threads import run_split
-from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight
+from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight, n_blocks
 
 _Array = npt.NDArray[Any]
 
@@ -53,16 +53,17 @@ def row_quantize(weight: Tensor) -> QuantizedRows[Tensor]:
 
 
 def activation_quantize(
-    x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int
+    x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int, block_size: int = 0
 ) -> QuantizedActivations[Tensor]:
-    n_tokens = x.shape[0]
+    n_tokens, n_columns = x.shape
     result = QuantizedActivations(
         torch.empty(x.shape, dtype=torch.int8),
-        torch.empty(n_tokens),
+        torch.empty(n_tokens, n_blocks(n_columns, block_size)),
         x.new_empty((n_tokens, outlier_columns.shape[0])),
         torch.empty(capacity, dtype=torch.int32),
         torch.empty(1, dtype=torch.int32),
         x.new_empty((n_tokens, capacity)),
+        block_size,
     )
     columns, n_threads = _array(outlier_columns.contiguous()), torch.get_num_threads()
     cpu.activation_quantize(_bits(x), columns, threshold, _activation_arrays(result), n_threads)
@@ -84,7 +85,12 @@ def dequantize_epilogue(products: Tensor, x: QuantizedActivations[Tensor], weigh
 
 
 def int8_linear(
-    x: Tensor, weight: QuantizedWeight[Tensor], outlier_columns: Tensor, threshold: float, capacity: int
+    x: Tensor,
+    weight: QuantizedWeight[Tensor],
+    outlier_columns: Tensor,
+    threshold: float,
+    capacity: int,
+    block_size: int = 0,
 ) -> Tensor:
     """Run `ops.int8_linear` on x [M, K]. The quantized activations never become tensors."""
     (n_tokens, n_columns), n_threads = x.shape, torch.get_num_threads()
@@ -92,11 +98,12 @@ def int8_linear(
     columns = _array(outlier_columns.contiguous())
     quantized = QuantizedActivations[_Array](
         np.empty((n_tokens, n_columns), np.int8),
-        np.empty(n_tokens, np.float32),
+        np.empty((n_tokens, n_blocks(n_columns, block_size)), np.float32),
         np.empty((n_tokens, columns.size), bits.dtype),
         np.empty(capacity, np.int32),
         np.empty(1, np.int32),
         np.empty((n_tokens, capacity), bits.dtype),
+        block_size,
     )
     cpu.activation_quantize(bits, columns, threshold, quantized, n_threads)
     y = x.new_empty((n_tokens, weight.codes.shape[0]))
@@ -112,6 +119,7 @@ def _activation_arrays(x: QuantizedActivations[Tensor]) -> QuantizedActivations[
         _array(x.found_columns.contiguous()),
         _array(x.n_found),
         _bits(x.found_x.contiguous()),
+        x.block_size,
     )
 
 

@@ -1,13 +1,14 @@
 """Tokens to int8 codes on the GPU, their outlier columns set aside; see `reference.activation_quantize`.
 
-    absmax[t]   = max_k |x[t, k]|                  over all columns except outlier columns
-    inv_scale   = fl32(fl32(1 / absmax[t]) * 127)  0 if that is not finite
-    codes[t, k] = rint(fl32(x[t, k] * inv_scale))  ties to even; 0 in outlier columns
+    absmax[t, b] = max_k |x[t, k]|                     over the columns of block b except outlier columns
+    inv_scale    = fl32(fl32(1 / absmax[t, b]) * 127)  0 if that is not finite
+    codes[t, k]  = rint(fl32(x[t, k] * inv_scale))     ties to even; 0 in outlier columns
 
 1. A block takes a token, or several in turn if there are more than the device holds.
 2. It keeps one bit for each column, in K / 8 bytes of shared memory: whether it is an outlier column; see
    `outlier_columns`.
-3. A thread takes 8 adjacent columns at a time. The token is read twice, the second time from the L1 cache.
+3. A thread takes 8 adjacent columns at a time. If the whole token is one block of columns, it is read twice, the second
+   time from the L1 cache. Smaller blocks are parts of a warp: their maxima stay in registers, and x is read once.
 
 There is one launch, or two if outlier columns of more than `own_tokens` tokens must be found. Nothing waits for the
 device, and no state remains between calls: a graph can capture the launches, and they give the same bits each time.
@@ -17,7 +18,7 @@ Bytes moved: M K of x (2 bytes, or 4) and M K codes, and x once more to find col
 measured on a GPU.
 
 Each value is loaded alone if columns are not a multiple of 8, or addresses and row strides not of 16 bytes: correct,
-and slow. Non-finite values in int8 columns show in `absmax`, and the token's codes are then 0.
+and slow. Non-finite values in int8 columns show in `absmax`, and the block's codes are then 0.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from cuda_kernels.cuda.launch import Kernel, Launch, run
 from cuda_kernels.cuda.outlier_columns import MARK_THREADS, make_take_found, make_take_stored, mark_kernel
 from cuda_kernels.cuda.ptx import groups as group
 from cuda_kernels.cuda.ptx.groups import GROUP
-from cuda_kernels.cuda.ptx.scalars import bits_as_float, multiply_rn, reciprocal_rn, store_8_bytes
+from cuda_kernels.cuda.ptx.scalars import bits_as_float, multiply_rn, reciprocal_rn, shuffle_xor, store_8_bytes
 from cuda_kernels.cuda.reductions import block_max
-from cuda_kernels.reference import N_STEPS, QuantizedActivations
+from cuda_kernels.reference import N_STEPS, QuantizedActivations, n_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,10 @@ class Operands(NamedTuple):
     n_outliers: int
     capacity: int
 
+    @property
+    def block_size(self) -> int:
+        return self.result.block_size
+
 
 class Plan(NamedTuple):
     """The sizes that cut the work into blocks.
@@ -90,8 +95,29 @@ def plan(n_tokens: int, n_columns: int) -> Plan:
     return Plan(threads, tokens, own_tokens=8, mark_tokens=max(16, -(-n_tokens // 64)))
 
 
+@_device
+def _inverse_scale(largest):  # type: ignore[no-untyped-def]
+    inv_scale = multiply_rn(reciprocal_rn(largest), float32(N_STEPS))
+    return inv_scale if inv_scale < _INFINITY else float32(0)
+
+
+def _make_store_codes(is_aligned: bool) -> Any:
+    @_device
+    def store_codes(codes, token, g, K, values, inv_scale):  # type: ignore[no-untyped-def]
+        if inv_scale == float32(0):  # Infinity times 0 would give codes other than 0.
+            values = group.clear(values, uint32(0xFF))
+        words, at = group.quantize(values, inv_scale), token * K + g * GROUP
+        if is_aligned:
+            store_8_bytes(codes, at, words[0], words[1])
+        else:
+            group.store_codes_before(codes, at, (token + 1) * K, words)
+
+    return store_codes
+
+
 def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
-    load = group.load(is_aligned)
+    """Make the function that quantizes a token by one scale."""
+    load, store_codes = group.load(is_aligned), _make_store_codes(is_aligned)
 
     @_device
     def largest_magnitude(bits, x, start, K, n_groups):  # type: ignore[no-untyped-def]
@@ -111,28 +137,54 @@ def _make_quantize_token(is_aligned: bool, threads: int) -> Any:
         _, K, row_stride, n_groups = shape
         start = token * row_stride
         largest = bits_as_float(uint32(block_max(largest_magnitude(bits, x, start, K, n_groups), scratch)))
-        inv_scale = multiply_rn(reciprocal_rn(largest), float32(N_STEPS))
-        if not inv_scale < _INFINITY:
-            inv_scale = float32(0)
+        inv_scale = _inverse_scale(largest)
         if cuda.threadIdx.x == 0:
             absmax[token] = largest
         for g in range(cuda.threadIdx.x, n_groups, threads):
             values = group.clear(load(x, start, g, K), group.byte_of(bits, g))
-            if inv_scale == float32(0):  # Infinity times 0 would give codes other than 0.
-                values = group.clear(values, uint32(0xFF))
-            words, at = group.quantize(values, inv_scale), token * K + g * GROUP
-            if is_aligned:
-                store_8_bytes(codes, at, words[0], words[1])
-            else:
-                group.store_codes_before(codes, at, (token + 1) * K, words)
+            store_codes(codes, token, g, K, values, inv_scale)
         cuda.syncthreads()  # `scratch` is the next token's.
 
     return quantize_token
 
 
+def _make_quantize_blocks(is_aligned: bool, threads: int, block_size: int) -> Any:
+    """Make the function that quantizes a token by a scale for each block of columns: 8, 16 or 32 lanes of a warp."""
+    load, store_codes, lanes = group.load(is_aligned), _make_store_codes(is_aligned), block_size // GROUP
+
+    @_device
+    def quantize_token(bits, _scratch, x, codes, absmax, token, shape):  # type: ignore[no-untyped-def]
+        _, K, row_stride, n_groups = shape
+        start, n_blocks = token * row_stride, (K + block_size - 1) // block_size
+        # Whole warps take part in every turn, for they exchange their maxima.
+        for g in range(cuda.threadIdx.x, (n_groups + 31) // 32 * 32, threads):
+            taken = min(g, n_groups - 1)
+            byte = group.byte_of(bits, taken) if g < n_groups else uint32(0xFF)
+            values = group.clear(load(x, start, taken, K), byte)
+            largest = group.largest_magnitude(values, uint32(0))
+            distance = lanes // 2
+            while distance > 0:
+                largest = max(largest, shuffle_xor(largest, distance))
+                distance //= 2
+            scale = bits_as_float(uint32(largest))
+            if g < n_groups:
+                if g % lanes == 0:
+                    absmax[token * n_blocks + g // lanes] = scale
+                store_codes(codes, token, g, K, values, _inverse_scale(scale))
+
+    return quantize_token
+
+
 @cache
-def _kernel(dtype: str, is_finding: bool, is_marked_before: bool, is_aligned: bool, threads: int) -> Kernel:
-    take_stored, quantize_token = make_take_stored(threads), _make_quantize_token(is_aligned, threads)
+def _kernel(
+    dtype: str, is_finding: bool, is_marked_before: bool, is_aligned: bool, threads: int, block_size: int
+) -> Kernel:
+    take_stored = make_take_stored(threads)
+    quantize_token = (
+        _make_quantize_blocks(is_aligned, threads, block_size)
+        if block_size
+        else _make_quantize_token(is_aligned, threads)
+    )
     take_found, warps = make_take_found(is_marked_before, is_aligned, threads), threads // 32
 
     def activation_quantize(  # type: ignore[no-untyped-def]
@@ -181,20 +233,20 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
         shape = (o.n_tokens, o.n_columns, o.row_stride, n_groups, cut.mark_tokens)
         grid = (-(-n_groups // MARK_THREADS), pieces, 1)
         planned.append(Launch(mark_kernel(o.dtype, is_aligned), grid, 0, (o.x, o.marks, threshold, *shape)))
-    pointers = (o.x, o.outlier_columns, o.marks, *o.result)
+    pointers = (o.x, o.outlier_columns, o.marks, *o.result[:6])
     sizes = (o.n_tokens, o.n_columns, o.row_stride, o.n_outliers, o.capacity, pieces, cut.tokens)
     # Loads of single values need more registers than 1024 threads have.
     threads = cut.threads if is_aligned else min(cut.threads, 256)
-    kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, threads)
+    kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, threads, o.block_size)
     grid = (max(1, -(-o.n_tokens // cut.tokens)), 1, 1)  # no tokens: one block writes the empty list
     planned.append(Launch(kernel, grid, -(-n_groups // 4) * 4, (*pointers, threshold, *sizes)))
     return planned
 
 
 def activation_quantize(
-    x: torch.Tensor, outlier_columns: torch.Tensor, threshold: float, capacity: int
+    x: torch.Tensor, outlier_columns: torch.Tensor, threshold: float, capacity: int, block_size: int = 0
 ) -> QuantizedActivations[torch.Tensor]:
-    """Quantize tokens, their outlier columns set aside; `ops` describes and checks the tensors.
+    """Quantize the blocks of tokens, outlier columns set aside; `ops` describes and checks the tensors.
 
     Queued on torch's current stream without waiting. A CUDA graph can capture it once a first call has loaded its
     kernels. The last stride of x is 1.
@@ -206,14 +258,15 @@ def activation_quantize(
     cut = plan(M, K)
     result = QuantizedActivations(
         torch.empty((M, K), dtype=torch.int8, device=device),
-        torch.empty(M, dtype=torch.float32, device=device),
+        torch.empty((M, n_blocks(K, block_size)), dtype=torch.float32, device=device),
         torch.empty((M, n), dtype=x.dtype, device=device),
         torch.empty(capacity, dtype=torch.int32, device=device),
         torch.empty(1, dtype=torch.int32, device=device),
         torch.empty((M, capacity), dtype=x.dtype, device=device),
+        block_size,
     )
     marks = torch.empty(mark_bytes(M, K, capacity, cut), dtype=torch.uint8, device=device)
-    written = QuantizedActivations(*(tensor.data_ptr() for tensor in result))
+    written = QuantizedActivations(*(tensor.data_ptr() for tensor in result[:6]))._replace(block_size=block_size)
     read = (format_of(x), x.data_ptr(), outlier_columns.data_ptr(), marks.data_ptr())
     run(launches(Operands(*read, written, threshold, M, K, x.stride(0), n, capacity), cut), device)
     return result

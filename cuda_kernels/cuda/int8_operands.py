@@ -55,7 +55,7 @@ def epilogue_arguments(o: Operands) -> tuple[int, ...]:
     """A kernel's last arguments, in the order of `epilogue_types`; before the sizes, whether there is a bias."""
     sizes = (o.n_tokens, o.n_features, o.n_columns, o.n_outliers, o.capacity)
     bias = o.weight.bias or 0
-    return (*o.x[1:], *o.weight[:3], bias, o.y, int(bias != 0), *sizes)
+    return (*o.x[1:6], *o.weight[:3], bias, o.y, int(bias != 0), *sizes)
 
 
 def contiguous(
@@ -65,7 +65,7 @@ def contiguous(
     codes, absmax, outlier_weight = (tensor.contiguous() for tensor in weight[:3])
     bias = weight.bias if weight.bias is None else weight.bias.contiguous()
     return (
-        QuantizedActivations(*(tensor.contiguous() for tensor in x)),
+        QuantizedActivations._make((*(tensor.contiguous() for tensor in x[:6]), x.block_size)),
         QuantizedWeight(codes, absmax, outlier_weight, bias),
     )
 
@@ -75,7 +75,9 @@ def of_tensors(
 ) -> Operands:
     """The operands of these tensors, which are contiguous, on one device, and of fitting shapes."""
     sizes = (*y.shape, weight.codes.shape[1], weight.outlier_weight.shape[1], x.found_columns.shape[0])
-    placed_x = QuantizedActivations(*(tensor.data_ptr() for tensor in x))
+    placed_x: QuantizedActivations[int] = QuantizedActivations._make(
+        (*(tensor.data_ptr() for tensor in x[:6]), x.block_size)
+    )
     placed_weight = QuantizedWeight(*(0 if tensor is None else tensor.data_ptr() for tensor in weight))
     return Operands(format_of(y), placed_x, placed_weight, y.data_ptr(), *sizes)
 

@@ -54,7 +54,13 @@ class Backend(Protocol):
     def row_quantize(self, weight: Bits, dtype: str) -> Rows: ...
 
     def activation_quantize(
-        self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
+        self,
+        x: Bits,
+        dtype: str,
+        outlier_columns: npt.NDArray[np.int32],
+        threshold: float,
+        capacity: int,
+        block_size: int = 0,
     ) -> Activations:
         """`outlier_x` and `found_x` as bits."""
         ...
@@ -72,9 +78,15 @@ class Reference:
     """The reference through the adapters' door: on x widened, but what it copies from x are the bits of x."""
 
     def activation_quantize(
-        self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
+        self,
+        x: Bits,
+        dtype: str,
+        outlier_columns: npt.NDArray[np.int32],
+        threshold: float,
+        capacity: int,
+        block_size: int = 0,
     ) -> Activations:
-        found = reference.activation_quantize(widen(x, dtype), outlier_columns, threshold, capacity)
+        found = reference.activation_quantize(widen(x, dtype), outlier_columns, threshold, capacity, block_size)
         found_x = np.zeros(found.found_x.shape, x.dtype)
         taken = found.found_columns[: int(found.n_found[0])]
         found_x[:, : taken.size] = x[:, taken]
@@ -100,17 +112,24 @@ class Cpu:
         return result
 
     def activation_quantize(
-        self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
+        self,
+        x: Bits,
+        dtype: str,
+        outlier_columns: npt.NDArray[np.int32],
+        threshold: float,
+        capacity: int,
+        block_size: int = 0,
     ) -> Activations:
-        outputs, n_tokens = Outputs(), x.shape[0]
+        outputs, (n_tokens, n_columns) = Outputs(), x.shape
         bits = cpu.BITS_DTYPE[dtype]
         result = QuantizedActivations(
             outputs.empty(x.shape, np.int8),
-            outputs.empty((n_tokens,), np.float32),
+            outputs.empty((n_tokens, reference.n_blocks(n_columns, block_size)), np.float32),
             outputs.empty((n_tokens, outlier_columns.size), bits),
             outputs.empty((capacity,), np.int32),
             outputs.empty((1,), np.int32),
             outputs.empty((n_tokens, capacity), bits),
+            block_size,
         )
         cpu.activation_quantize(x.view(bits), outlier_columns, threshold, result, n_threads=self._n_threads)
         outputs.check()

@@ -21,7 +21,7 @@ from cuda_kernels.cuda import (
 from cuda_kernels.cuda.int8_matmul import Engine
 from cuda_kernels.cuda.int8_operands import Operands
 from cuda_kernels.cuda.launch import Launch
-from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight
+from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight, n_blocks
 from tests.kernels.outputs import Activations, Bits, Outputs, Rows, Weight
 from tests.tools.ptx import Memory, execute
 
@@ -64,7 +64,10 @@ def place_product(
     shift: int = 0,
 ) -> Operands:
     """A product's operands, the two of codes `shift` bytes after an aligned address."""
-    placed_x = QuantizedActivations(place(memory, x.codes, shift), *(place(memory, each) for each in x[1:]))
+    floats_of_x = (place(memory, each) for each in x[1:6])
+    placed_x: QuantizedActivations[int] = QuantizedActivations._make(
+        (place(memory, x.codes, shift), *floats_of_x, x.block_size)
+    )
     floats = [place(memory, each) for each in (weight.absmax, weight.outlier_weight)]
     bias = 0 if weight.bias is None else place(memory, weight.bias)
     placed_weight = QuantizedWeight(place(memory, weight.codes, shift), *floats, bias)
@@ -108,16 +111,18 @@ class Interpreted:
         outlier_columns: npt.NDArray[np.int32],
         threshold: float,
         capacity: int,
+        block_size: int = 0,
         cut: activation_quantize.Plan = QUANTIZE,
     ) -> Activations:
         (n_tokens, n_columns), n, memory, outputs = x.shape, outlier_columns.size, Memory(), Outputs()
         result = QuantizedActivations(
             outputs.empty(x.shape, np.int8),
-            outputs.empty((n_tokens,), np.float32),
+            outputs.empty((n_tokens, n_blocks(n_columns, block_size)), np.float32),
             outputs.empty((n_tokens, n), x.dtype),
             outputs.empty((capacity,), np.int32),
             outputs.empty((1,), np.int32),
             outputs.empty((n_tokens, capacity), x.dtype),
+            block_size,
         )
         marks = outputs.empty((activation_quantize.mark_bytes(n_tokens, n_columns, capacity, cut),), np.uint8)
         row_stride = x.strides[0] // x.itemsize
@@ -126,7 +131,8 @@ class Interpreted:
             apart[self._shift + t * row_stride :][:n_columns] = x[t]
         inputs = (place(memory, apart) + self._shift * x.itemsize, place(memory, outlier_columns), memory.place(marks))
         sizes = (threshold, n_tokens, n_columns, row_stride, n, capacity)
-        written = QuantizedActivations(*(memory.place(each) for each in result))
+        placed = (memory.place(each) for each in result[:6])
+        written: QuantizedActivations[int] = QuantizedActivations._make((*placed, block_size))
         operands = activation_quantize.Operands(dtype, *inputs, written, *sizes)
         interpret(activation_quantize.launches(operands, cut), memory, self._cc)
         outputs.check()
@@ -176,14 +182,23 @@ class Gpu:
         return QuantizedRows(codes, absmax, signal.astype(np.float64), noise.astype(np.float64))
 
     def activation_quantize(
-        self, x: Bits, dtype: str, outlier_columns: npt.NDArray[np.int32], threshold: float, capacity: int
+        self,
+        x: Bits,
+        dtype: str,
+        outlier_columns: npt.NDArray[np.int32],
+        threshold: float,
+        capacity: int,
+        block_size: int = 0,
     ) -> Activations:
         bits = torch.from_numpy(x.view(np.int16 if x.itemsize == 2 else np.int32))
         strided = torch.empty_strided(bits.shape, bits.stride(), dtype=bits.dtype, device="cuda").copy_(bits)
         columns = torch.from_numpy(outlier_columns).cuda()
-        found = activation_quantize.activation_quantize(strided.view(TORCH_DTYPE[dtype]), columns, threshold, capacity)
-        floats = {"outlier_x": from_device(found.outlier_x), "found_x": from_device(found.found_x)}
-        return QuantizedActivations(**{n: each.cpu().numpy() for n, each in found._asdict().items()} | floats)
+        rule = (columns, threshold, capacity, block_size)
+        found = activation_quantize.activation_quantize(strided.view(TORCH_DTYPE[dtype]), *rule)
+        plain = (each.cpu().numpy() for each in found[:6])
+        return QuantizedActivations(*plain)._replace(
+            outlier_x=from_device(found.outlier_x), found_x=from_device(found.found_x), block_size=block_size
+        )
 
     def int8_matmul(self, x: Activations, weight: Weight, dtype: str) -> Bits:
         return from_device(int8_matmul.int8_matmul(*product_on_device(x, weight, dtype)))
@@ -223,6 +238,7 @@ def product_on_device(
             plain(x.found_columns),
             plain(x.n_found),
             on_device(x.found_x, dtype),
+            x.block_size,
         ),
         QuantizedWeight(plain(weight.codes), plain(weight.absmax), side_weight, bias),
     )

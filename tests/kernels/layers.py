@@ -38,8 +38,8 @@ class Product:
 
     @cached_property
     def products(self) -> npt.NDArray[np.int64]:
-        """By way of float64, which is exact below 2^53 and quick."""
-        return (self.x.codes.astype(np.float64) @ self.weight.codes.T.astype(np.float64)).astype(np.int64)
+        """int64 [blocks, M, N]."""
+        return reference.block_products(self.x, self.weight)
 
     def widened(self) -> tuple[Activations, Weight]:
         """As the reference takes them: floats as float32."""
@@ -53,7 +53,7 @@ class Product:
     def error(self) -> Floats:
         """How far a sum of these terms in float32, in any order, may be from the exact one.
 
-        Every term takes at most 5 roundings: the product two scales, itself and two multiplications, a found column
+        Every term takes at most 5 roundings: a product two scales, itself and two multiplications, a found column
         one scale and two multiplications. Adding up T terms rounds at most T - 1 times, each by a unit of a partial
         sum that is at most the sum of all magnitudes, and two units more cover the products of these errors. Results
         below the normal range may be taken for zero.
@@ -63,18 +63,25 @@ class Product:
         positive_weight = weight._replace(codes=np.abs(weight.codes), outlier_weight=np.abs(weight.outlier_weight))
         magnitudes = reference.dequantize_epilogue(np.abs(self.products), positive, positive_weight)
         magnitudes += 0 if weight.bias is None else 2 * np.abs(weight.bias.astype(np.float64))
-        n_terms = 2 + x.outlier_x.shape[1] + x.found_x.shape[1]
+        n_terms = 1 + x.absmax.shape[1] + x.outlier_x.shape[1] + x.found_x.shape[1]
         return (5 + n_terms - 1 + 2) * UNIT * magnitudes + (n_terms + 3) * 2.0**-126
 
     def multiply(self, backend: Backend) -> Bits:
         return backend.int8_matmul(self.x, self.weight, self.dtype)
 
     def finish(self, backend: Backend) -> Bits:
-        return backend.dequantize_epilogue(self.products.astype(np.int32), self.x, self.weight, self.dtype)
+        return backend.dequantize_epilogue(self.products[0].astype(np.int32), self.x, self.weight, self.dtype)
 
 
 def make_product(
-    n_tokens: int, n_rows: int, n_columns: int, dtype: str, n_outliers: int = 0, n_found: int = 0, capacity: int = 0
+    n_tokens: int,
+    n_rows: int,
+    n_columns: int,
+    dtype: str,
+    n_outliers: int = 0,
+    n_found: int = 0,
+    capacity: int = 0,
+    block_size: int = 0,
 ) -> Product:
     """Random operands, all different; the stored outlier columns in the weight's codes are wrong on purpose.
 
@@ -84,7 +91,8 @@ def make_product(
     columns = np.sort(rng.permutation(n_columns)[: n_outliers + n_found]).astype(np.int32)
     stored = np.sort(rng.permutation(columns)[:n_outliers])
     x = make_tokens(n_tokens, n_columns, dtype, list(columns), seed=n_columns)
-    quantized = Reference().activation_quantize(x, dtype, stored, reference.OUTLIER_THRESHOLD, capacity)
+    rule = (stored, reference.OUTLIER_THRESHOLD, capacity, block_size)
+    quantized = Reference().activation_quantize(x, dtype, *rule)
     weight = QuantizedWeight(
         rng.integers(-127, 128, (n_rows, n_columns), dtype=np.int8),
         rng.uniform(0.01, 0.5, n_rows).astype(np.float32),

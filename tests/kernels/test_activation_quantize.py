@@ -25,12 +25,18 @@ def columns(*indices: int) -> np.ndarray:
 
 
 def assert_same(
-    backend: Backend, x: Bits, dtype: str, stored: np.ndarray, capacity: int, threshold: float = OUTLIER_THRESHOLD
+    backend: Backend,
+    x: Bits,
+    dtype: str,
+    stored: np.ndarray,
+    capacity: int,
+    threshold: float = OUTLIER_THRESHOLD,
+    block_size: int = 0,
 ) -> QuantizedActivations:
-    """Equal in every bit; the codes of a token whose absmax is not finite mean nothing."""
-    found = backend.activation_quantize(x, dtype, stored, threshold, capacity)
-    expected = Reference().activation_quantize(x, dtype, stored, threshold, capacity)
-    finite = np.isfinite(expected.absmax)
+    """Equal in every bit; the codes of a block whose absmax is not finite mean nothing."""
+    found = backend.activation_quantize(x, dtype, stored, threshold, capacity, block_size)
+    expected = Reference().activation_quantize(x, dtype, stored, threshold, capacity, block_size)
+    finite = np.isfinite(expected.absmax).repeat(block_size or x.shape[1] or 1, 1)[:, : x.shape[1]]
     for name in ("absmax", "outlier_x", "found_columns", "n_found", "found_x"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     np.testing.assert_array_equal(found.codes[finite], expected.codes[finite])
@@ -48,6 +54,38 @@ def test_codes_and_columns_equal_the_reference_at_every_size(backend: Backend, d
         assert_same(backend, x, dtype, stored, capacity=4)
         assert_same(backend, x, dtype, stored, capacity=0)
         assert_same(backend, x, dtype, NONE, capacity=5)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("block_size", [64, 128, 256])
+def test_blocks_have_scales_of_their_own_at_every_size(backend: Backend, dtype: str, block_size: int) -> None:
+    """Against the reference, which quantizes each block as a row; the last block may be smaller."""
+    for n_columns in (1, 63, 64, 65, 127, 128, 129, 256, 300, 1025):
+        order = np.random.default_rng(n_columns).permutation(n_columns)
+        outliers, stored = order[:5], np.sort(order[3:8]).astype(np.int32)
+        x = make_tokens(5, n_columns, dtype, list(outliers), seed=n_columns)
+        assert_same(backend, x, dtype, stored, capacity=4, block_size=block_size)
+        assert_same(backend, x, dtype, NONE, capacity=0, block_size=block_size)
+
+
+@every_backend
+@every_dtype
+def test_what_is_not_finite_spoils_its_block_alone(backend: Backend, dtype: str) -> None:
+    x = make_tokens(3, 300, dtype, [])
+    x[1, 130] = narrow(float("nan"), dtype)
+    found = assert_same(backend, x, dtype, NONE, capacity=0, block_size=128)
+    np.testing.assert_array_equal(np.isfinite(found.absmax), [[True] * 3, [True, False, True], [True] * 3])
+    assert not found.codes[1, 128:256].any()
+
+
+@every_backend
+def test_large_value_widens_the_steps_of_its_block_alone(backend: Backend) -> None:
+    x = make_tokens(1, 256, "F32", [70])
+    plain, blocks = (backend.activation_quantize(x, "F32", NONE, 6.0, 0, size) for size in (0, 64))
+    inside = np.arange(256) // 64 == 1
+    assert np.abs(plain.codes[0, ~inside]).max() < 127
+    assert [np.abs(blocks.codes[0, k : k + 64]).max() for k in range(0, 256, 64)] == [127] * 4
 
 
 @every_backend
@@ -129,7 +167,7 @@ def test_non_finite_values_are_found_or_show_in_absmax(backend: Backend, dtype: 
     np.testing.assert_array_equal(found.found_columns, [69])
     assert np.isfinite(found.absmax).all()
     left = assert_same(backend, x, dtype, NONE, capacity=0)
-    np.testing.assert_array_equal(np.isfinite(left.absmax), [True, False, True])
+    np.testing.assert_array_equal(np.isfinite(left.absmax[:, 0]), [True, False, True])
     stored = assert_same(backend, x, dtype, columns(69), capacity=0)
     assert np.isfinite(stored.absmax).all()
 
@@ -200,7 +238,7 @@ def test_round_trip_error_is_at_most_half_a_step(backend: Backend) -> None:
     found = backend.activation_quantize(x, "F32", columns(17), 6.0, 0)
     rest = widen(x, "F32").astype(np.float64)
     rest[:, 17] = 0
-    scale = found.absmax[:, None].astype(np.float64) / N_STEPS
+    scale = found.absmax.astype(np.float64) / N_STEPS
     # Half a step, and the three float32 roundings on the way to the code, each 2^-24 of at most 127 steps.
     assert (np.abs(rest - found.codes * scale) <= scale * (0.5 + 3 * 127 * 2.0**-24)).all()
 
@@ -209,6 +247,6 @@ def test_reference_leaves_whole_columns_out_of_the_maximum() -> None:
     """The paper's rule, spelled out: 5 stands in an outlier column, so the step is 4 / 127 and not 5 / 127."""
     x = np.array([[5.0, 4.0, 1.0], [7.0, -2.0, 0.5]], np.float32)
     found = reference.activation_quantize(x, NONE, 6.0, 1)
-    np.testing.assert_array_equal(found.absmax, [4, 2])
+    np.testing.assert_array_equal(found.absmax, [[4], [2]])
     np.testing.assert_array_equal(found.codes, [[0, 127, 32], [0, -127, 32]])
     np.testing.assert_array_equal(found.found_x, [[5], [7]])

@@ -25,7 +25,7 @@ def count_in_steps(codes: np.ndarray, weight_codes: np.ndarray, dtype: str = "F3
     """A product of these codes whose scales are all 1: y is the integer sum itself, rounded to the dtype."""
     (n_tokens, _), n_rows = codes.shape, weight_codes.shape[0]
     none, n_found = narrow(np.empty((n_tokens, 0)), dtype), np.zeros(1, np.int32)
-    absmax = np.full(n_tokens, N_STEPS, np.float32)
+    absmax = np.full((n_tokens, 1), N_STEPS, np.float32)
     x = QuantizedActivations(codes, absmax, none, np.empty(0, np.int32), n_found, none)
     weight_absmax = np.full(n_rows, N_STEPS, np.float32)
     return Product(dtype, x, QuantizedWeight(weight_codes, weight_absmax, narrow(np.empty((n_rows, 0)), dtype), None))
@@ -63,6 +63,38 @@ def test_product_is_within_its_bound_at_every_size(backend: Backend, dtype: str,
     for n_tokens, n_rows in ((1, 33), (5, 31)):
         product = make_product(n_tokens, n_rows, n_columns, dtype, n_outliers, n_found, capacity=4)
         assert_close(product.multiply(backend), product)
+
+
+@every_product
+@every_dtype
+@pytest.mark.parametrize("block_size", [64, 128, 256])
+@pytest.mark.parametrize("n_columns", [1, 64, 65, 127, 128, 129, 257, 1025])
+def test_product_of_blocks_is_within_its_bound(backend: Backend, dtype: str, block_size: int, n_columns: int) -> None:
+    n_outliers, n_found = min(3, n_columns // 2), min(2, n_columns // 3)
+    for n_tokens, n_rows in ((1, 33), (7, 31)):
+        product = make_product(n_tokens, n_rows, n_columns, dtype, n_outliers, n_found, 4, block_size)
+        assert_close(product.multiply(backend), product)
+
+
+@every_product
+@every_dtype
+def test_block_that_is_not_finite_spoils_its_token_alone(backend: Backend, dtype: str) -> None:
+    product = make_product(5, 37, 300, dtype, block_size=128)
+    product.x.codes[3, 128:256], product.x.absmax[3, 1] = 0, np.inf
+    y = widen(product.multiply(backend), dtype)
+    assert not np.isfinite(y[3]).any()
+    assert_close(product.multiply(backend), product)
+
+
+@every_product
+def test_token_s_output_does_not_depend_on_its_batch(backend: Backend) -> None:
+    product = make_product(33, 70, 300, "F32", block_size=64)
+    y = product.multiply(backend)
+    for t in (0, 7, 32):
+        x = product.x._replace(
+            **{name: getattr(product.x, name)[t : t + 1] for name in ("codes", "absmax", "outlier_x", "found_x")}
+        )
+        np.testing.assert_array_equal(replace(product, x=x).multiply(backend)[0], y[t])
 
 
 @every_product
@@ -267,7 +299,7 @@ def test_reference_is_the_linear_layer_it_stands_for() -> None:
     rows, quantized = reference.row_quantize(weight), reference.activation_quantize(x, stored, 6.0, 0)
     y = reference.int8_matmul(quantized, QuantizedWeight(rows.codes, rows.absmax, weight[:, stored], None))
     rest, rest_weight = (np.delete(a, stored, axis=1).astype(np.float64) for a in (x, weight))
-    steps = quantized.absmax[:, None] / N_STEPS, rows.absmax[None] / N_STEPS
+    steps = quantized.absmax / N_STEPS, rows.absmax[None] / N_STEPS
     bound = np.abs(rest).sum(1)[:, None] * steps[1] / 2 + np.abs(rest_weight).sum(1) * steps[0] / 2
     bound += rest.shape[1] * steps[0] * steps[1] / 4
     error = np.abs(y - x.astype(np.float64) @ weight.T.astype(np.float64))
