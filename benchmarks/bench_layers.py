@@ -55,7 +55,8 @@ def layer_forms(
     n_in: int, n_out: int, columns: torch.Tensor, device: str
 ) -> Iterator[tuple[str, torch.dtype, nn.Module]]:
     """Name, dtype of the input, and the layer; forms that are not installed or do not run here are left out."""
-    from int8convert.runtime.linear import Int8Linear, OutlierMode
+    from int8convert.runtime.linear import Int8Linear
+    from int8convert.runtime.modes import OutlierMode
 
     weight = torch.randn(n_out, n_in, device=device) * 0.02
     for dtype in (torch.float16,) if device == "cuda" else (torch.float32, torch.bfloat16):

@@ -26,17 +26,15 @@ from numpy import float32, uint32
 
 from cuda_kernels.cuda.ptx import tiles as tile
 from cuda_kernels.cuda.ptx.scalars import load_float, multiply_rn
-from cuda_kernels.reference import N_STEPS
+from cuda_kernels.cuda.ptx.tiles import STEP_OF_ABSMAX
 
 CHUNK = 8
 """Outlier columns in shared memory at a time. With rows of a tile's width plus 4 floats, the 32 values
 that a warp writes there (8 columns of 4 features) fall into 32 different banks."""
 
-STEP_OF_ABSMAX = np.float32(1) / np.float32(N_STEPS)
-"""fl(1 / 127), a factor in place of a division: within two roundings of it, and without its slow path."""
-
 _SIXTEEN_ZEROS = (np.float32(0),) * 16
 _FOUR_ZEROS = (np.float32(0),) * 4
+_FOUR_ONES = (np.float32(1),) * 4
 _device = cuda.jit(device=True, inline="always")
 
 
@@ -96,7 +94,9 @@ def _make_extra(tile_tokens: int, tile_features: int, threads: int) -> Any:
     return extra_of
 
 
-def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_products: Any) -> Any:
+def make_epilogue(
+    tile_tokens: int, tile_features: int, threads: int, read_products: Any, is_scaled: bool = False
+) -> Any:
     """Make (products, first_token, first_feature, x_absmax, terms, bias, has_bias, y, sizes), which writes a tile of y.
 
     All threads of a block must call it. `terms` are outlier_x, found_columns, n_found, found_x, weight_codes,
@@ -106,6 +106,7 @@ def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_produ
         tile_tokens, tile_features: multiples of 4, their product at most 16 `threads`.
         read_products: (products, t, f, first_token, first_feature, M, N) -> the products of four tokens by four
             features, of which the first token and the first feature are within the matrix.
+        is_scaled: the products are float32 and hold the scales of x; `x_absmax` is not read.
     """
     assert tile_tokens % 4 == 0 and tile_features % 4 == 0 and tile_tokens * tile_features <= 16 * threads
     extra_of = _make_extra(tile_tokens, tile_features, threads)
@@ -122,7 +123,9 @@ def make_epilogue(tile_tokens: int, tile_features: int, threads: int, read_produ
         token, feature = first_token + t, first_feature + f
         if is_idle or token >= M or feature >= N:
             return
-        x_scales = tile.multiply_tile(tile.load4_clamped(x_absmax, token, M - 1), STEP_OF_ABSMAX)
+        x_scales = _FOUR_ONES
+        if not is_scaled:
+            x_scales = tile.multiply_tile(tile.load4_clamped(x_absmax, token, M - 1), STEP_OF_ABSMAX)
         weight_scales = tile.multiply_tile(tile.load4_clamped(terms[5], feature, N - 1), STEP_OF_ABSMAX)
         biases = _FOUR_ZEROS
         if has_bias != uint32(0):

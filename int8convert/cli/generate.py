@@ -35,7 +35,9 @@ _INTERRUPTED = "nothing was written"
 
 
 def _check_outliers(mode: str | None) -> str | None:
-    options.check_choice(mode, ("static", "static+guard", "dynamic", "none"))
+    from int8convert.runtime.modes import OutlierMode
+
+    options.check_choice(mode, tuple(OutlierMode))
     return mode
 
 
@@ -73,8 +75,8 @@ def generate(
         typer.Option(
             callback=_check_outliers,
             metavar="MODE",
-            help="Which input features stay 16-bit: static, static+guard, dynamic or none.  [default: static+guard if "
-            "OUT stores columns, else dynamic]",
+            help="How inputs are quantized: static, static+guard, dynamic or none; with a scale for each 128 features: "
+            "static+blocks, dynamic+blocks or blocks.  [default: static+guard if OUT stores columns, else dynamic]",
         ),
     ] = None,
     device: options.Device = "auto",

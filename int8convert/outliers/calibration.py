@@ -14,7 +14,8 @@ from int8convert.formats.layers import is_conv1d_layer
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
 from int8convert.outliers.statistics import features_of, watching
 from int8convert.runtime.in_memory import modules_to_replace
-from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.stored_columns import StoredOutliers
 
 MAX_TOKENS = 512

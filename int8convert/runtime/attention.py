@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.modes import OutlierMode
 
 
 class Int8MultiheadAttention(nn.Module):

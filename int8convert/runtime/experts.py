@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from int8convert.formats.format import Format
-from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.modes import OutlierMode
 from int8convert.transformers_internals import (
     WeightConverter,
     WeightRenaming,
@@ -113,7 +114,7 @@ class Int8Experts(nn.Module):
     Args:
         experts: that module, on the meta device; kept for its activation, without its parameters.
         names: the checkpoint's names of their projections.
-        mode, threshold: for each layer, see `int8convert.runtime.linear`.
+        mode, threshold: for each layer, see `int8convert.runtime.modes`.
     """
 
     def __init__(

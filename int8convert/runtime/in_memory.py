@@ -23,7 +23,8 @@ from int8convert.formats.layers import is_conv1d_layer
 from int8convert.formats.modules import module_of
 from int8convert.patterns import matches
 from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_path
-from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.stored_columns import StoredOutliers, save_with_outliers
 from int8convert.runtime.weight_reads import modules_with_read_weights
 from int8convert.transformers_internals import (
@@ -54,7 +55,7 @@ def quantize_(
             float32 stay.
         skip: modules that stay as they are, by full name or dotted tail, with shell wildcards; besides those that
             transformers leaves out of its models, such as the output head.
-        outliers: a mode, see `int8convert.runtime.linear`; or the columns that `calibrate` found in this model, which
+        outliers: a mode, see `int8convert.runtime.modes`; or the columns that `calibrate` found in this model, which
             layers then store, with a guard for others.
         threshold: magnitude from which a column is an outlier.
 

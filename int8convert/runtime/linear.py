@@ -2,14 +2,7 @@
 
     y = x8 @ weight8^T * x_absmax / 127 * weight_absmax / 127  +  x[:, O] @ weight[:, O]^T  +  bias
 
-O are the outlier columns. The layer's mode selects them:
-
-- static: a set stored with the layer, found once by calibration, with its 16-bit weights. A token's output depends on
-  that token alone.
-- static+guard: the stored set, and other columns that reach the threshold in this batch.
-- dynamic: the columns that reach the threshold in this batch, by the paper's rule. Their weights are taken from the
-  codes, as in bitsandbytes, and a token's output depends on the other tokens of its batch.
-- none: every column is int8.
+O are the outlier columns. The layer's mode selects them; see `modes`.
 
 The parameters have the names of the checkpoint's tensors, so loading and saving convert nothing.
 Source: LLM.int8(), arXiv:2208.07339, Sec. 2 and 3.
@@ -18,7 +11,6 @@ Source: LLM.int8(), arXiv:2208.07339, Sec. 2 and 3.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 
 import torch
 from torch import nn
@@ -27,28 +19,12 @@ from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD, QuantizedWeight
 from int8convert.errors import FormatError
 from int8convert.formats.format import Format
 from int8convert.formats.modules import module_of
+from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.peft_guard import guard_adapters
 
 MAX_FOUND_COLUMNS = 256
 """Most outlier columns that a batch adds to the stored ones; further ones are rounded like the rest. The largest model
 of the paper has seven (Sec. 4.1)."""
-
-
-class OutlierMode(StrEnum):
-    """The choice of the columns of an activation that stay 16-bit; see the module."""
-
-    STATIC = "static"
-    STATIC_GUARD = "static+guard"
-    DYNAMIC = "dynamic"
-    NONE = "none"
-
-    @property
-    def uses_stored(self) -> bool:
-        return self in (OutlierMode.STATIC, OutlierMode.STATIC_GUARD)
-
-    @property
-    def finds(self) -> bool:
-        return self in (OutlierMode.STATIC_GUARD, OutlierMode.DYNAMIC)
 
 
 class Int8Linear(nn.Linear):
@@ -179,7 +155,7 @@ class Int8Linear(nn.Linear):
         if stored_weight.dtype != x.dtype:
             stored_weight = stored_weight.to(x.dtype)
         weight = QuantizedWeight(self.weight, self.weight_absmax, stored_weight, bias)
-        return ops.int8_linear(x, weight, stored, self.threshold, capacity)
+        return ops.int8_linear(x, weight, stored, self.threshold, capacity, self.mode.block_size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight of the codes, [out_features, in_features], with the stored outlier columns unchanged."""

@@ -11,7 +11,7 @@ from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.format import QUANTIZE_FORMATS
 from int8convert.formats.modules import endings_beside
 from int8convert.patterns import is_allowed
-from int8convert.runtime.linear import OutlierMode
+from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.pretrained import hub_options, load_model, locate_file, read_config
 from int8convert.runtime.stored_columns import attach_outliers, read_outliers
 from int8convert.runtime.transformers_plugin import Int8ConvertConfig
@@ -44,7 +44,7 @@ def load(
     Args:
         path_or_repo: a directory, or the id of a repository.
         device_map: see `from_pretrained`; None is the CPU.
-        outliers: "static", "static+guard", "dynamic" or "none", see `int8convert.runtime.linear`; None is static+guard
+        outliers: "static", "static+guard", "dynamic" or "none", see `int8convert.runtime.modes`; None is static+guard
             where the checkpoint has stored outlier columns, else dynamic.
         threshold: magnitude from which a column is an outlier; None takes the checkpoint's, or 6.
         dtype: dtype of the rest of the model; None or "auto" takes config.json's.

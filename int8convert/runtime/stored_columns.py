@@ -25,7 +25,8 @@ from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.utf8_path import utf8_path
 from int8convert.errors import CorruptFileError
-from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.modes import OutlierMode
 from int8convert.text import quoted
 
 _WRITE_AGAIN = "write it again with int8convert outliers --write, or remove it"

@@ -31,7 +31,8 @@ from int8convert.formats.format import QUANTIZE_FORMATS, Format
 from int8convert.formats.layers import is_conv1d_layer
 from int8convert.formats.modules import module_of
 from int8convert.runtime.experts import Int8Experts, experts_form, experts_in
-from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.weight_reads import modules_with_read_weights
 from int8convert.transformers_internals import (
     ConversionOps,

@@ -13,6 +13,7 @@ import torch
 from cuda_kernels.cuda import (
     activation_quantize,
     dequantize_epilogue,
+    int8_blocks,
     int8_gemv,
     int8_matmul,
     int8_skinny,
@@ -29,6 +30,7 @@ from tests.tools.ptx import Memory, execute
 QUANTIZE = activation_quantize.Plan(threads=64, tokens=2, own_tokens=8, mark_tokens=16)
 GEMV = int8_gemv.plan(4, 2304, 9216)
 SKINNY = int8_skinny.plan(16, 2304, 9216)
+BLOCKS = int8_blocks.Plan(token_tiles=2, row_tiles=1, split=2)
 
 TORCH_DTYPE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -154,7 +156,9 @@ class Interpreted:
         if engine is Engine.LIBRARY:
             products = x.codes.astype(np.float64) @ weight.codes.T.astype(np.float64)
             return self.dequantize_epilogue(products.astype(np.int32), x, weight, dtype)
-        if y.size and engine is Engine.GEMV:
+        if y.size and engine is Engine.BLOCKS:
+            interpret(int8_blocks.launches(placed, self._cc, cut or BLOCKS), memory, self._cc)
+        elif y.size and engine is Engine.GEMV:
             interpret(int8_gemv.launches(placed, cut or GEMV), memory, self._cc)
         elif y.size:
             interpret(int8_skinny.launches(placed, cut or SKINNY), memory, self._cc)

@@ -110,3 +110,11 @@ def test_other_skinny_plan_gives_the_same_bits() -> None:
     p = problem((70, 67, 1552))
     cut = int8_skinny.plan(64, 9216, 9216)
     np.testing.assert_array_equal(multiply(Engine.SKINNY, p, cut=cut), multiply(Engine.SKINNY, p))
+
+
+def test_blocks_on_turing_have_the_bits_of_later_devices() -> None:
+    """Four smaller mma in place of one; integers come out the same."""
+    p = make_product(9, 40, 300, "F16", 3, 1, 2, block_size=64)
+    y = Interpreted(cc=(7, 5)).int8_matmul(p.x, p.weight, "F16")
+    assert_close(y, p)
+    np.testing.assert_array_equal(y, Interpreted().int8_matmul(p.x, p.weight, "F16"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
+from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_blocks, int8_gemv, int8_skinny
 from cuda_kernels.cuda.int8_operands import Operands
 from cuda_kernels.cuda.launch import Kernel
 from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
@@ -29,6 +29,12 @@ def quantizer(n_tokens: int, capacity: int, dtype: str = "F16", n_columns: int =
     return activation_quantize.launches(placed, activation_quantize.plan(n_tokens, n_columns))[-1].kernel
 
 
+def blocks(n_tokens: int, capability: tuple[int, int] = (9, 0)) -> Kernel:
+    x, weight = QuantizedActivations(*[ADDRESS] * 6, 128), QuantizedWeight(*[ADDRESS] * 4)
+    placed = Operands("BF16", x, weight, ADDRESS, n_tokens, 9216, 9216, 6, 0)
+    return int8_blocks.launches(placed, capability)[0].kernel
+
+
 # Kernels that other tests run, so they are compiled anyway.
 KERNELS = {
     "gemv, 1 token": (lambda: product("gemv", 1), "IDP.4A"),
@@ -36,6 +42,8 @@ KERNELS = {
     "gemv, 8 tokens": (lambda: product("gemv", 8), "IDP.4A"),
     "skinny, 16 tokens": (lambda: product("skinny", 16, n_features=2304), "IMMA.16832.S8.S8"),
     "skinny, 64 tokens": (lambda: product("skinny", 64), "IMMA.16832.S8.S8"),
+    "blocks, 1 token": (lambda: blocks(1), "IMMA.16832.S8.S8"),
+    "blocks, 64 tokens": (lambda: blocks(64), "IMMA.16832.S8.S8"),
     "epilogue": (lambda: product("epilogue", 512), "FFMA"),
     "quantizer, 1 token": (lambda: quantizer(1, 0, n_columns=512), "FMUL"),
     "quantizer, 512 tokens, finding": (lambda: quantizer(512, 16, n_columns=2048), "FMUL"),
@@ -58,12 +66,16 @@ def check(cubin: Cubin, instruction: str) -> None:
         (name, cc)
         for name in KERNELS
         for cc in CAPABILITIES
-        if "skinny" not in name or cc >= int8_skinny.LEAST_CAPABILITY
+        if not name.startswith(("skinny", "blocks")) or cc >= int8_skinny.LEAST_CAPABILITY
     ],
 )
 def test_kernel_has_its_instructions_and_no_spills(name: str, cc: tuple[int, int]) -> None:
     make, instruction = KERNELS[name]
     check(assemble(make().ptx(cc), cc), instruction)
+
+
+def test_blocks_take_the_smaller_products_of_turing() -> None:
+    check(assemble(blocks(1, (7, 5)).ptx((7, 5)), (7, 5)), "IMMA.8816.S8.S8")
 
 
 @pytest.mark.slow

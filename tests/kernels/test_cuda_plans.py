@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_gemv, int8_skinny
+from cuda_kernels.cuda import activation_quantize, dequantize_epilogue, int8_blocks, int8_gemv, int8_skinny
 from cuda_kernels.cuda.int8_matmul import Engine, choose
 from cuda_kernels.cuda.int8_operands import Operands
 from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
@@ -17,8 +17,8 @@ WIDTHS = [1, 33, 768, 1024, 2048, 5120, 9216, 12288, 36864]
 ADDRESS = 1 << 20
 
 
-def operands(n_tokens: int, n_features: int, n_columns: int, codes: int = ADDRESS) -> Operands:
-    x, weight = QuantizedActivations(codes, *[ADDRESS] * 5), QuantizedWeight(*[ADDRESS] * 4)
+def operands(n_tokens: int, n_features: int, n_columns: int, codes: int = ADDRESS, block_size: int = 0) -> Operands:
+    x, weight = QuantizedActivations(codes, *[ADDRESS] * 5, block_size), QuantizedWeight(*[ADDRESS] * 4)
     return Operands("F16", x, weight, ADDRESS, n_tokens, n_features, n_columns, 6, 0)
 
 
@@ -40,6 +40,24 @@ def test_skinny_grid_covers_each_output_once(n_tokens: int) -> None:
         features, tokens = int8_skinny.WARPS // cut.split * 16 * cut.row_tiles, 8 * cut.token_tiles
         assert features * tokens <= 16 * int8_skinny.THREADS
         assert launch.grid == (math.ceil(n_features / features), math.ceil(n_tokens / tokens), 1)
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 256])
+def test_blocks_grid_covers_each_output_once_and_parts_do_not_depend_on_tokens(block_size: int) -> None:
+    for n_features, n_columns in itertools.product(WIDTHS, WIDTHS):
+        cuts = {t: int8_blocks.plan(t, n_features, n_columns, block_size) for t in TOKENS}
+        assert len({cut.split for cut in cuts.values()}) == 1
+        for n_tokens, cut in cuts.items():
+            placed = operands(n_tokens, n_features, n_columns, block_size=block_size)
+            (launch,) = int8_blocks.launches(placed, (9, 0))
+            features, tokens = int8_skinny.WARPS // cut.split * 16 * cut.row_tiles, 8 * cut.token_tiles
+            assert features * tokens <= 16 * int8_skinny.THREADS
+            assert launch.grid == (math.ceil(n_features / features), math.ceil(n_tokens / tokens), 1)
+
+
+def test_blocks_have_an_engine_of_their_own() -> None:
+    for n_tokens, capability in itertools.product((1, 64, 512), ((7, 5), (9, 0))):
+        assert choose(operands(n_tokens, 1024, 1024, block_size=128), capability) is Engine.BLOCKS
 
 
 def test_large_weights_fill_an_h200() -> None:

@@ -65,36 +65,38 @@ def test_product_is_within_its_bound_at_every_size(backend: Backend, dtype: str,
         assert_close(product.multiply(backend), product)
 
 
+BLOCKS = [("F16", 64), ("BF16", 128), ("F32", 256)]
+every_block_size = pytest.mark.parametrize(("dtype", "block_size"), BLOCKS)
+
+
 @every_product
-@every_dtype
-@pytest.mark.parametrize("block_size", [64, 128, 256])
-@pytest.mark.parametrize("n_columns", [1, 64, 65, 127, 128, 129, 257, 1025])
+@every_block_size
+@pytest.mark.parametrize("n_columns", [1, 64, 130, 257, 1024])
 def test_product_of_blocks_is_within_its_bound(backend: Backend, dtype: str, block_size: int, n_columns: int) -> None:
     n_outliers, n_found = min(3, n_columns // 2), min(2, n_columns // 3)
-    for n_tokens, n_rows in ((1, 33), (7, 31)):
+    for n_tokens, n_rows in ((1, 33), (17, 31)):
         product = make_product(n_tokens, n_rows, n_columns, dtype, n_outliers, n_found, 4, block_size)
         assert_close(product.multiply(backend), product)
 
 
 @every_product
-@every_dtype
-def test_block_that_is_not_finite_spoils_its_token_alone(backend: Backend, dtype: str) -> None:
-    product = make_product(5, 37, 300, dtype, block_size=128)
-    product.x.codes[3, 128:256], product.x.absmax[3, 1] = 0, np.inf
-    y = widen(product.multiply(backend), dtype)
-    assert not np.isfinite(y[3]).any()
+@every_block_size
+def test_block_that_is_not_finite_spoils_its_token_alone(backend: Backend, dtype: str, block_size: int) -> None:
+    product = make_product(5, 37, 300, dtype, block_size=block_size)
+    product.x.codes[3, block_size : 2 * block_size], product.x.absmax[3, 1] = 0, np.inf
+    assert not np.isfinite(widen(product.multiply(backend), dtype)[3]).any()
     assert_close(product.multiply(backend), product)
 
 
 @every_product
-def test_token_s_output_does_not_depend_on_its_batch(backend: Backend) -> None:
-    product = make_product(33, 70, 300, "F32", block_size=64)
+@every_block_size
+def test_bits_of_a_token_do_not_depend_on_its_batch(backend: Backend, dtype: str, block_size: int) -> None:
+    product = make_product(33, 70, 1024, dtype, block_size=block_size)
     y = product.multiply(backend)
-    for t in (0, 7, 32):
-        x = product.x._replace(
-            **{name: getattr(product.x, name)[t : t + 1] for name in ("codes", "absmax", "outlier_x", "found_x")}
-        )
-        np.testing.assert_array_equal(replace(product, x=x).multiply(backend)[0], y[t])
+    for tokens in (slice(0, 1), slice(7, 8), slice(20, 33)):
+        names = ("codes", "absmax", "outlier_x", "found_x")
+        x = product.x._replace(**{name: getattr(product.x, name)[tokens] for name in names})
+        np.testing.assert_array_equal(replace(product, x=x).multiply(backend), y[tokens])
 
 
 @every_product

@@ -10,7 +10,8 @@ import torch
 import int8convert
 from int8convert.errors import FormatError
 from int8convert.formats.format import Format
-from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.modes import OutlierMode
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 STORED = [3, 40, 41]
@@ -45,6 +46,9 @@ def outlier_columns(mode: OutlierMode) -> tuple[list[int], list[int]]:
         OutlierMode.STATIC_GUARD: (STORED, [70]),
         OutlierMode.DYNAMIC: ([], [*STORED, 70]),
         OutlierMode.NONE: ([], []),
+        OutlierMode.STATIC_BLOCKS: (STORED, []),
+        OutlierMode.DYNAMIC_BLOCKS: ([], [*STORED, 70]),
+        OutlierMode.BLOCKS: ([], []),
     }[mode]
 
 
@@ -99,9 +103,38 @@ def test_outlier_columns_are_neither_dropped_nor_counted_twice(mode: OutlierMode
     torch.testing.assert_close(layer(only), only @ kept.t() + layer.bias, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("mode", "without"),
+    [
+        (OutlierMode.STATIC_BLOCKS, OutlierMode.STATIC),
+        (OutlierMode.DYNAMIC_BLOCKS, OutlierMode.DYNAMIC),
+        (OutlierMode.BLOCKS, OutlierMode.NONE),
+    ],
+)
+def test_blocks_confine_a_large_input_to_its_own_columns(mode: OutlierMode, without: OutlierMode) -> None:
+    """A value below the threshold, but far above the rest: with one scale, the whole token is rounded by its step."""
+    weight, bias, x = weight_and_input(torch.float32, n_in=300)
+    x = x.clamp(-1, 1) / 16
+    x[:, 290] = 5.0
+    columns = STORED if mode.uses_stored else []
+    exact = x.double() @ weight.double().t() + bias.double()
+    errors = []
+    for each in (mode, without):
+        layer = Int8Linear.from_float(torch.eye(300), mode=each)
+        layer.set_outliers(torch.tensor(columns, dtype=torch.int32), torch.eye(300)[:, columns])
+        errors.append((layer(x) - x)[:, :256].double().norm())
+    assert errors[0] < errors[1] / 20
+    layer = Int8Linear.from_float(weight, bias, mode=mode)
+    layer.set_outliers(torch.tensor(columns, dtype=torch.int32), weight[:, columns])
+    plain = Int8Linear.from_float(weight, bias, mode=without)
+    plain.set_outliers(layer.outlier_columns, layer.outlier_weight)
+    assert (layer(x).double() - exact).norm() < (plain(x).double() - exact).norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_token_of_a_static_layer_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    layer = layer_for(OutlierMode.STATIC, dtype)
+@pytest.mark.parametrize("mode", [OutlierMode.STATIC, OutlierMode.STATIC_BLOCKS, OutlierMode.BLOCKS])
+def test_a_token_of_a_static_layer_does_not_depend_on_its_neighbours(mode: OutlierMode, dtype: torch.dtype) -> None:
+    layer = layer_for(mode, dtype)
     _, _, x = weight_and_input(dtype)
     alone = torch.cat([layer(token[None]) for token in x])
     assert torch.equal(alone, layer(x))
@@ -127,7 +160,8 @@ def test_no_finite_result_comes_of_an_input_that_is_not_finite() -> None:
             x[2, 11] = bad
             y = layer_for(mode, torch.float32)(x)
             assert not bool(y[2].isfinite().any()), (mode, bad)
-            assert mode is not OutlierMode.STATIC or bool(y[3].isfinite().all())
+            is_alone = mode in (OutlierMode.STATIC, OutlierMode.STATIC_BLOCKS, OutlierMode.BLOCKS)
+            assert not is_alone or bool(y[3].isfinite().all())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import int8convert
 from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.errors import CorruptFileError, FormatError, SourceError
-from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.modes import OutlierMode
 from tests.tools.options import quantize
 from tests.tools.tiny_models import build_model, edit_config, read_tensors, save_checkpoint
 

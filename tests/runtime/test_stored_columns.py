@@ -10,7 +10,8 @@ import torch
 import transformers
 
 import int8convert
-from int8convert.runtime.linear import Int8Linear, OutlierMode
+from int8convert.runtime.linear import Int8Linear
+from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.stored_columns import attach_outliers, write_outliers
 
 pytestmark = [

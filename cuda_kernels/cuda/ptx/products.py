@@ -9,8 +9,8 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from cuda_kernels.cuda.ptx.code_generation import I32, I64, call_ptx
-from cuda_kernels.cuda.ptx.tiles import make_tile, values_of
+from cuda_kernels.cuda.ptx.code_generation import F32, I32, I64, call_ptx
+from cuda_kernels.cuda.ptx.tiles import STEP_OF_ABSMAX, fma, make_tile, multiply, values_of
 
 VECTOR = 16
 """Codes that a lane reads at a time."""
@@ -140,10 +140,10 @@ def warp_sums(_context: Any, values: Any) -> Any:
     return types.int32(values), codegen
 
 
-# Tensor cores, sm_80 and newer.
+# Tensor cores.
 
 
-def mma_tile(n_steps: int) -> Any:
+def mma_tile(n_steps: int, is_turing: bool = False) -> Any:
     """Make (products, rows, tokens) -> products + those of 16 R rows with 8 T tokens over 64 columns a step, by a warp.
 
     Lane 4 g + q holds 16 codes from column 16 q on: of rows 16 r + g and 16 r + 8 + g (8 words for each r), and of
@@ -151,8 +151,10 @@ def mma_tile(n_steps: int) -> Any:
     of its terms if both operands have the same one: one mma takes each lane's words 0 and 1, the next 2 and 3.
 
     products[r, t, c] is row 16 r + g + 8 (c // 2), token 8 t + 2 q + c % 2.
+
+    Needs sm_80, or, if `is_turing`, sm_75, whose mma is a fourth as large: 8 rows by one word of each lane.
     """
-    ptx = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    multiply_words = _mma_of_turing if is_turing else _mma
 
     @intrinsic
     def multiply(_context: Any, products: Any, rows: Any, tokens: Any) -> Any:
@@ -160,16 +162,61 @@ def mma_tile(n_steps: int) -> Any:
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             sums, a, b = (values_of(builder, arg) for arg in args)
-            four = ir.LiteralStructType([I32] * 4)
             for s, r, t, word in itertools.product(range(n_steps), range(n_rows), range(n_tokens), (0, 2)):
                 upper, x, i = 8 * (s * n_rows + r) + word, 4 * (s * n_tokens + t) + word, 4 * (r * n_tokens + t)
-                operands = [a[upper], a[upper + 4], a[upper + 1], a[upper + 5], b[x], b[x + 1], *sums[i : i + 4]]
-                sums[i : i + 4] = values_of(builder, call_ptx(builder, ptx, "rrrr", four, "r" * 10, operands))
+                row_words = [a[upper], a[upper + 4], a[upper + 1], a[upper + 5]]
+                sums[i : i + 4] = multiply_words(builder, row_words, [b[x], b[x + 1]], sums[i : i + 4])
             return make_tile(context, builder, signature, sums)
 
         return products(products, rows, tokens), codegen
 
     return multiply
+
+
+def _mma(builder: Any, rows: list[Any], tokens: list[Any], sums: list[Any]) -> list[Any]:
+    """IR for four sums of a lane: its rows g and g + 8 in their words 0, then in their words 1."""
+    ptx = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    four = ir.LiteralStructType([I32] * 4)
+    return values_of(builder, call_ptx(builder, ptx, "rrrr", four, "r" * 10, [*rows, *tokens, *sums]))
+
+
+def _mma_of_turing(builder: Any, rows: list[Any], tokens: list[Any], sums: list[Any]) -> list[Any]:
+    ptx = "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {$0,$1}, {$2}, {$3}, {$4,$5};"
+    two, halves = ir.LiteralStructType([I32] * 2), [sums[:2], sums[2:]]
+    for word, half in itertools.product((0, 1), (0, 1)):
+        operands = [rows[2 * word + half], tokens[word], *halves[half]]
+        halves[half] = values_of(builder, call_ptx(builder, ptx, "rr", two, "r" * 4, operands))
+    return [*halves[0], *halves[1]]
+
+
+def scale_mma_tile(n_token_tiles: int) -> Any:
+    """Make (sums, products, x_absmax, token, n_tokens, n_blocks, b) -> sums + the products of `mma_tile`, scaled.
+
+    Sums are float32. The scale of block b of a token is fl(x_absmax[token, b] * fl(1 / 127)). `token` is the lane's
+    token 2 q; past the last token, its scale is repeated.
+    """
+
+    @intrinsic
+    def scale(
+        _context: Any, sums: Any, products: Any, absmax: Any, token: Any, n_tokens: Any, n_blocks: Any, b: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            sums, products = values_of(builder, args[0]), values_of(builder, args[1])
+            absmax, first, n_tokens, n_blocks, b = args[2:]
+            last, scales = builder.sub(n_tokens, I64(1)), {}
+            for t, c in itertools.product(range(n_token_tiles), (0, 1)):
+                at = builder.add(first, I64(8 * t + c))
+                at = builder.select(builder.icmp_unsigned("<", at, last), at, last)
+                place = builder.gep(absmax, [builder.add(builder.mul(at, n_blocks), b)])
+                scales[t, c] = multiply(builder, builder.load(place), ir.Constant(F32, STEP_OF_ABSMAX))
+            for i, product in enumerate(products):
+                x_scale = scales[i // 4 % n_token_tiles, i % 2]
+                sums[i] = fma(builder, builder.sitofp(product, F32), x_scale, sums[i])
+            return make_tile(context, builder, signature, sums)
+
+        return sums(sums, products, absmax, *[types.int64] * 4), codegen
+
+    return scale
 
 
 def add_mma_tile(n_token_tiles: int, stride: int) -> Any:
@@ -182,11 +229,38 @@ def add_mma_tile(n_token_tiles: int, stride: int) -> Any:
             data = context.make_array(signature.args[0])(context, builder, args[0]).data
             base = builder.gep(data, [args[1]])
             for i, value in enumerate(values_of(builder, args[2])):
-                (r, t), c = divmod(i // 4, n_token_tiles), i % 4
-                at = builder.gep(base, [I64((8 * t + c % 2) * stride + 16 * r + 8 * (c // 2))])
+                at = builder.gep(base, [I64(_place(i, n_token_tiles, stride))])
                 builder.atomic_rmw("add", at, value, "monotonic")
             return context.get_dummy_value()
 
         return types.void(array, types.int64, products), codegen
 
     return add
+
+
+def add_mma_floats(n_token_tiles: int, stride: int) -> Any:
+    """Adds what `scale_mma_tile` returns to a shared float32 [tokens, stride], each place by one lane at a time.
+
+    `first` as for `add_mma_tile`.
+    """
+
+    @intrinsic
+    def add(_context: Any, array: Any, first: Any, sums: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            base = builder.gep(data, [args[1]])
+            for i, value in enumerate(values_of(builder, args[2])):
+                at = builder.gep(base, [I64(_place(i, n_token_tiles, stride))])
+                total = call_ptx(builder, "add.rn.f32 $0, $1, $2;", "f", F32, "ff", [builder.load(at), value])
+                builder.store(total, at)
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64, sums), codegen
+
+    return add
+
+
+def _place(i: int, n_token_tiles: int, stride: int) -> int:
+    """The place of a lane's product number i in a shared [tokens, stride], relative to its first."""
+    (r, t), c = divmod(i // 4, n_token_tiles), i % 4
+    return (8 * t + c % 2) * stride + 16 * r + 8 * (c // 2)

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from cuda_kernels.cuda.ptx.code_generation import F32, I32, I64, call_ptx, narrow, widen
+from cuda_kernels.reference import N_STEPS
+
+STEP_OF_ABSMAX = np.float32(1) / np.float32(N_STEPS)
+"""fl(1 / 127), a factor in place of a division: within two roundings of it, and without its slow path."""
 
 
 def values_of(builder: Any, tile: Any) -> list[Any]:
@@ -137,7 +142,7 @@ def narrow_tile(_context: Any, pointer: Any, values: Any) -> Any:
 # Arithmetic. Products and sums are separate instructions, so that no compiler fuses them.
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return call_ptx(builder, "fma.rn.f32 $0, $1, $2, $3;", "f", F32, "fff", [a, b, c])
 
 
@@ -151,7 +156,7 @@ def fma_tile(_context: Any, sums: Any, tokens: Any, features: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         sums, x, w = (values_of(builder, arg) for arg in args)
-        sums = [_fma(builder, x[i // len(w)], w[i % len(w)], value) for i, value in enumerate(sums)]
+        sums = [fma(builder, x[i // len(w)], w[i % len(w)], value) for i, value in enumerate(sums)]
         return make_tile(context, builder, signature, sums)
 
     return sums(sums, tokens, features), codegen
@@ -159,15 +164,19 @@ def fma_tile(_context: Any, sums: Any, tokens: Any, features: Any) -> Any:
 
 @intrinsic
 def scale_tile(_context: Any, products: Any, x_scales: Any, weight_scales: Any, extra: Any, bias: Any) -> Any:
-    """add(fma(multiply(products[t, f], x_scales[t]), weight_scales[f], extra[t, f]), bias[f]), each rounded."""
+    """add(fma(multiply(products[t, f], x_scales[t]), weight_scales[f], extra[t, f]), bias[f]), each rounded.
+
+    The products are int32, or float32.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         products, x_scales, weight_scales, extra, bias = (values_of(builder, arg) for arg in args)
         values = []
         for i, product in enumerate(products):
             t, f = divmod(i, len(bias))
-            scaled = multiply(builder, builder.sitofp(product, F32), x_scales[t])
-            scaled = _fma(builder, scaled, weight_scales[f], extra[i])
+            product = product if product.type == F32 else builder.sitofp(product, F32)
+            scaled = multiply(builder, product, x_scales[t])
+            scaled = fma(builder, scaled, weight_scales[f], extra[i])
             values.append(call_ptx(builder, "add.rn.f32 $0, $1, $2;", "f", F32, "ff", [scaled, bias[f]]))
         return make_tile(context, builder, signature, values)
 

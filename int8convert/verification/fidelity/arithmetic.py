@@ -6,7 +6,7 @@
     static+guard    both
     weight-only     weights are dequantized, inputs are not quantized at all
 
-The first four are the modes of `int8convert.runtime.linear`.
+The first four are the modes of `int8convert.runtime.modes`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from int8convert.errors import CoverageError, SourceError
-from int8convert.runtime.linear import MAX_FOUND_COLUMNS, Int8Linear, OutlierMode
+from int8convert.runtime.linear import MAX_FOUND_COLUMNS, Int8Linear
+from int8convert.runtime.modes import OutlierMode
 
 WEIGHT_ONLY = "weight-only"
 MODES = (*OutlierMode, WEIGHT_ONLY)
