@@ -42,7 +42,7 @@ def _check_block_size(block_size: int) -> None:
         raise ValueError(f"expected a block size of 0, {', '.join(map(str, BLOCK_SIZES))}, found {block_size}")
 
 
-def check_rule(x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int, block_size: int) -> None:
+def check_rule(x: Tensor, outlier_columns: Tensor, threshold: float, capacity: int, block_size: int = 0) -> None:
     """Check stored outlier columns, the rule by which further ones are found in x, and the size of blocks."""
     _check_block_size(block_size)
     _check("outlier_columns", outlier_columns, torch.int32, outlier_columns.shape[:1], x.device)

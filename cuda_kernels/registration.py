@@ -16,7 +16,8 @@ from torch import Tensor
 from cuda_kernels.operands import check_floats, check_layer, check_product, check_rule
 from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight, n_blocks
 
-# The fields of `QuantizedActivations` and `QuantizedWeight`: a schema knows no tuples of tensors with names.
+# The fields of `QuantizedActivations` and `QuantizedWeight`: a schema knows no tuples of tensors with names. torch does
+# not pass on an argument that equals its default, so the functions below may get no block size.
 _X = "Tensor codes, Tensor absmax, Tensor outlier_x, Tensor found_columns, Tensor n_found, Tensor found_x"
 _WEIGHT = "Tensor weight_codes, Tensor weight_absmax, Tensor outlier_weight, Tensor? bias"
 _RULE = "Tensor outlier_columns, float threshold, int capacity, int block_size=0"

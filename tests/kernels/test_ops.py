@@ -103,6 +103,22 @@ def test_layer_is_activation_quantize_then_int8_matmul(dtype: torch.dtype, shape
 
 
 @every_dtype
+def test_layer_of_blocks_is_activation_quantize_then_int8_matmul(dtype: torch.dtype) -> None:
+    layer, x = random_layer(dtype), random_x(dtype, 2, 3, 130)
+    quantized = ops.activation_quantize(x.reshape(-1, 130), layer["outlier_columns"], 6.0, 4, 64)
+    assert quantized.absmax.shape == (6, 3) and quantized.block_size == 64
+    y = ops.int8_linear(x, **layer, block_size=64)
+    assert torch.equal(y.reshape(6, 37), ops.int8_matmul(quantized, layer["weight"]))
+    assert not torch.equal(y, ops.int8_linear(x, **layer))
+    products = torch.zeros(6, 37, dtype=torch.int32)
+    with pytest.raises(ValueError, match="one scale a token, found a block size of 64"):
+        ops.dequantize_epilogue(products, quantized, layer["weight"])
+    for size in (32, 100, -64, 512):
+        with pytest.raises(ValueError, match=f"expected a block size of 0, 64, 128, 256, found {size}"):
+            ops.int8_linear(x, **layer, block_size=size)
+
+
+@every_dtype
 def test_epilogue_of_torchs_products_is_the_product(dtype: torch.dtype) -> None:
     x, weight = operands(dtype)
     products = (x.codes.int() @ weight.codes.int().T).int()
@@ -152,9 +168,22 @@ def test_operators_pass_torchs_own_checks(dtype: torch.dtype) -> None:
     calls = {
         "row_quantize": (x[0],),
         "activation_quantize": (x[0], layer["outlier_columns"], 6.0, 4),
-        "int8_matmul": (*quantized, *weight),
-        "dequantize_epilogue": (products, *quantized, *weight),
+        "int8_matmul": (*quantized[:6], *weight),
+        "dequantize_epilogue": (products, *quantized[:6], *weight),
         "int8_linear": flat_arguments(x, layer),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.cuda_kernels, name).default, arguments)
+
+
+@every_dtype
+def test_operators_of_blocks_pass_torchs_own_checks(dtype: torch.dtype) -> None:
+    layer, x = random_layer(dtype), random_x(dtype, 5, 130)
+    quantized = ops.activation_quantize(x, layer["outlier_columns"], 6.0, 4, 64)
+    calls = {
+        "activation_quantize": (x, layer["outlier_columns"], 6.0, 4, 64),
+        "int8_matmul": (*quantized[:6], *layer["weight"], 64),
+        "int8_linear": (*flat_arguments(x, layer), 64),
     }
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.cuda_kernels, name).default, arguments)
