@@ -44,8 +44,8 @@ def load(
     Args:
         path_or_repo: a directory, or the id of a repository.
         device_map: see `from_pretrained`; None is the CPU.
-        outliers: "static", "static+guard", "dynamic" or "none", see `int8convert.runtime.modes`; None is static+guard
-            where the checkpoint has stored outlier columns, else dynamic.
+        outliers: a mode, such as "dynamic+blocks", see `int8convert.runtime.modes`; None is static+guard where the
+            checkpoint has stored outlier columns, else dynamic.
         threshold: magnitude from which a column is an outlier; None takes the checkpoint's, or 6.
         dtype: dtype of the rest of the model; None or "auto" takes config.json's.
         torch_dtype: the name of `dtype` before transformers 5.

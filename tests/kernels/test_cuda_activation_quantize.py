@@ -40,7 +40,7 @@ def assert_same(
     shift: int = 0,
 ) -> QuantizedActivations:
     expected = Reference().activation_quantize(x, dtype, outlier_columns, threshold, capacity)
-    found = Interpreted(shift=shift).activation_quantize(x, dtype, outlier_columns, threshold, capacity, cut)
+    found = Interpreted(shift=shift).activation_quantize(x, dtype, outlier_columns, threshold, capacity, cut=cut)
     for name, a, b in zip(found._fields, found, expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
     return found

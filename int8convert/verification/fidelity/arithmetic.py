@@ -1,12 +1,8 @@
 """Arithmetics of an int8 model: under each of them the same weights are a different model.
 
-    none            every column int8: vector-wise
-    dynamic         LLM.int8(): columns that reach the threshold in this batch stay 16-bit, with dequantized weights
-    static          stored columns stay 16-bit, with the source's weights
-    static+guard    both
     weight-only     weights are dequantized, inputs are not quantized at all
 
-The first four are the modes of `int8convert.runtime.modes`.
+and the modes of `int8convert.runtime.modes`.
 """
 
 from __future__ import annotations
