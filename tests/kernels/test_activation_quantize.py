@@ -58,7 +58,7 @@ def test_codes_and_columns_equal_the_reference_at_every_size(backend: Backend, d
 
 @every_backend
 @pytest.mark.parametrize(("dtype", "block_size"), [("F16", 64), ("BF16", 128), ("F32", 256)])
-@pytest.mark.parametrize("n_columns", [1, 63, 64, 129, 256, 300, 1025])
+@pytest.mark.parametrize("n_columns", [1, 64, 129, 300])
 def test_blocks_have_scales_of_their_own_at_every_size(
     backend: Backend, dtype: str, block_size: int, n_columns: int
 ) -> None:

@@ -71,7 +71,7 @@ every_block_size = pytest.mark.parametrize(("dtype", "block_size"), BLOCKS)
 
 @every_product
 @every_block_size
-@pytest.mark.parametrize("n_columns", [1, 64, 130, 257, 1024])
+@pytest.mark.parametrize("n_columns", [1, 257, 1024])
 def test_product_of_blocks_is_within_its_bound(backend: Backend, dtype: str, block_size: int, n_columns: int) -> None:
     n_outliers, n_found = min(3, n_columns // 2), min(2, n_columns // 3)
     for n_tokens, n_rows in ((1, 33), (17, 31)):
