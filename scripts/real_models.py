@@ -43,6 +43,8 @@ def make_qwen(parts: Path, out: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(parts, gguf_file="model.gguf", dtype=torch.float32)
     config = loaded.config
     config.tie_word_embeddings = loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the GGUF: what is written holds plain weights
     # A model that was loaded from a GGUF cannot be saved; one that was not, with the same weights, can.
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
