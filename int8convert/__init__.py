@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from int8convert.planning.plan import ConversionPlan
     from int8convert.planning.plan_checkpoint import PlanOptions, plan
     from int8convert.publish.upload import UploadReport, upload
-    from int8convert.publish.verify_json import Gates
+    from int8convert.publish.verify_command import Gates
     from int8convert.runtime.generate import GenerationReport, generate
     from int8convert.runtime.in_memory import quantize_
     from int8convert.runtime.linear import Int8Linear

@@ -33,10 +33,11 @@ Examples:
   int8convert verify ./opt-6.7b-int8 --text sample.txt --max-kl 0.005 --json
   int8convert verify me/opt-6.7b-int8 --level exact
 
-Exit codes: 0 passed; 1 could not be measured; 2 wrong usage; 3 measured, and failed; 130 interrupted, 143 terminated.
+Exit codes: 0 passed; 1 could not be measured; 2 wrong usage; 3 measured, and failed; 4 measured on too few tokens to
+say; 130 interrupted, 143 terminated.
 """
 
-FAILED = 3
+FAILED, UNDECIDED = 3, 4
 
 _INTERRUPTED = "nothing was written; an earlier verify.json is still there"
 _OF_TASKS = ("tasks", "tasks_path", "task_limit", "min_task_p")
@@ -86,11 +87,14 @@ def verify(
         typer.Option(
             min=0.0,
             metavar="X",
-            help="Gate: upper 95 % bound of the difference in log-likelihood, in nats per token.",
+            help="Gate for the 95 % interval of the difference in log-likelihood, in nats per token.",
         ),
     ] = 0.01,
     max_kl: Annotated[
-        float, typer.Option(min=0.0, metavar="X", help="Gate: mean KL divergence, in nats per token.")
+        float,
+        typer.Option(
+            min=0.0, metavar="X", help="Gate for the 95 % interval of the mean KL divergence, in nats per token."
+        ),
     ] = 0.01,
     sequences: options.Sequences = 16,
     length: Annotated[
@@ -154,7 +158,7 @@ def verify(
         reusable_file(None if level == "exact" else text) as reusable,
     ):
         from int8convert.cli.progress import showing_progress
-        from int8convert.publish.verify_json import Gates
+        from int8convert.publish.verify_command import Gates
         from int8convert.verification.earlier_runs import kept_parts
         from int8convert.verification.options import Execution, Tasks
         from int8convert.verification.verify import verify as run
@@ -183,8 +187,10 @@ def verify(
             console.print_json({**report.to_json(), "written": written})
         else:
             _print_outcome(report, kept if written else (), (written, report_file, figures), quiet)
-        if not report.is_passed:
+        if report.failures:
             raise typer.Exit(FAILED)
+        if report.undecided:
+            raise typer.Exit(UNDECIDED)
 
 
 def _check_options(context: typer.Context, out: str, level: str) -> tuple[float, ...]:

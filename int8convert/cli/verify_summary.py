@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from int8convert.cli.console import note, print_line, print_table
-from int8convert.publish.verify_json import Status
+from int8convert.publish.verify_command import deciding_run
+from int8convert.publish.verify_json import Status, Verdict
 from int8convert.text import counted, format_bytes, format_percent, format_seconds
 from int8convert.verification.verify_report import fidelity_rows
 
@@ -16,12 +19,22 @@ if TYPE_CHECKING:
     from int8convert.verification.verify_report import TextUsed, VerifyReport
 
 
+_VERDICTS = {
+    Verdict.PASSED: ("passed", "bold green"),
+    Verdict.FAILED: ("failed", "bold red"),
+    Verdict.UNDECIDED: ("too few tokens to say", "bold yellow"),
+}
+"""Verdict -> its words and style."""
+
+
 def print_report(report: VerifyReport) -> None:
     """Print the report, failures first."""
-    verdict, style = ("passed", "bold green") if report.is_passed else ("failed", "bold red")
+    verdict, style = _VERDICTS[report.verdict]
     print_line(f": {verdict}", head=f"{report.out}{_at(report.exact.commit)}", style=style)
-    for failure in report.failures:
-        print_line(f"  {failure}")
+    for line in (*report.failures, *(each.line for each in report.undecided)):
+        print_line(f"  {line}")
+    if report.verdict is Verdict.UNDECIDED and report.text is not None:
+        _print_deciding_run(report, report.text)
     for earlier in report.earlier_failures:
         if earlier.status is Status.STANDS:
             note(f"this run does not clear that failure; passing this command does: {earlier.command(report.out)}")
@@ -38,7 +51,14 @@ def print_report(report: VerifyReport) -> None:
     elif report.level != "exact":
         note("the models were not run: the exact level failed")
     if report.level == "tasks" and report.fidelity and not report.tasks:
-        note("the tasks were not run: the fidelity level failed")
+        note("the tasks were not run: the fidelity level did not pass")
+
+
+def _print_deciding_run(report: VerifyReport, text: TextUsed) -> None:
+    run = deciding_run(report.undecided, asdict(text))
+    note(f"to decide, run the same command with {shlex.join(run.options())}")
+    if run.needs_longer_text:
+        note(f"this text has {counted(text.n_text_tokens, 'token')}, too few for these windows")
 
 
 def _at(commit: str | None) -> str:

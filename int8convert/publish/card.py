@@ -266,9 +266,11 @@ def _verification(output: FinishedOutput) -> dict[str, Any]:
 def _gates(verify: Mapping[str, Any]) -> list[str]:
     """Return the gates that were passed, as phrases."""
     gates = verify.get("gates") or {}
+    # Versions without three verdicts compared the mean itself with its gate.
+    of_kl = "upper end of the interval of the mean" if "verdict" in verify else "mean"
     limits = [
         ("fidelity", "upper end of the interval of the change of NLL at most", gates.get("max_dnll")),
-        ("fidelity", "mean KL divergence at most", gates.get("max_kl")),
+        ("fidelity", f"{of_kl} KL divergence at most", gates.get("max_kl")),
         ("tasks", "no task done worse with p below", gates.get("min_task_p")),
     ]
     return [f"{what} {limit:g}" for part, what, limit in limits if verify.get(part) and isinstance(limit, int | float)]

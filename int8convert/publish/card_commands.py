@@ -7,7 +7,7 @@ from shlex import join
 
 from int8convert.formats.format import DEFAULT_FORMAT, Format
 from int8convert.publish.finished import FinishedOutput
-from int8convert.publish.verify_json import gate_options, task_options, text_options
+from int8convert.publish.verify_command import gate_options, task_options, text_options
 
 _REPOSITORY_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FILE_NAME = re.compile(r"\w[\w. -]{0,99}", re.ASCII)

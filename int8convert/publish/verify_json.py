@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,14 @@ from int8convert.checkpoint.json_file import read_own_json
 from int8convert.checkpoint.names import CONFIG_NAME, MANIFEST_NAME, VERIFY_FILE, find_file
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.publish.verify_command import (
+    Gates,
+    Undecided,
+    deciding_run,
+    gate_options,
+    task_options,
+    text_options,
+)
 from int8convert.text import quoted
 
 _MAX_LINES = 10
@@ -39,31 +47,12 @@ _NOT_FINITE = ("inf", "-inf", "nan")
 """Spellings of the numbers that JSON cannot hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """Limits that the levels above the exact one must keep.
+class Verdict(StrEnum):
+    """What `verify` says of a checkpoint: too few tokens were measured if it is undecided."""
 
-    Attributes:
-        max_dnll: upper bound of the 95 % interval of the mean difference in negative log-likelihood, nats a token.
-        max_kl: mean Kullback-Leibler divergence from the source's predictions, nats a token.
-        min_task_p: p-value below which a worse task score fails, 0 to 1.
-
-    Raises:
-        ValueError: a gate is NaN.
-    """
-
-    max_dnll: float = 0.01
-    max_kl: float = 0.01
-    min_task_p: float = 0.001
-
-    def __post_init__(self) -> None:
-        if any(map(math.isnan, astuple(self))):
-            raise ValueError(f"gates must be numbers, found {self}")
-
-    def is_as_strict_as(self, other: Gates) -> bool:
-        """Return whether everything that keeps these gates keeps the others."""
-        is_near = self.max_dnll <= other.max_dnll and self.max_kl <= other.max_kl
-        return is_near and self.min_task_p >= other.min_task_p
+    PASSED = "passed"
+    FAILED = "failed"
+    UNDECIDED = "undecided"
 
 
 class Status(StrEnum):
@@ -154,59 +143,33 @@ def failures_on_record(report: Mapping[str, Any]) -> list[EarlierFailure]:
     return [failure for failure in map(_parse_failure, told) if failure is not None]
 
 
+def undecided_on_record(report: Mapping[str, Any]) -> list[Undecided]:
+    """Return what a parsed verify.json says was too small to decide; [] unless that is its verdict."""
+    if report.get("verdict") != Verdict.UNDECIDED:
+        return []
+    found = [_parse_undecided(entry) for entry in _list(report.get("undecided"))[:_MAX_LINES]]
+    return [each for each in found if each is not None]
+
+
 def clearing_command(out: Path) -> str:
     """Return the `int8convert verify` that lets a checkpoint pass once it passes itself.
 
-    For a gate that was broken, the command measures on the same text with the same gates; else it is the plain one.
+    For a gate that was broken, the command measures on the same text with the same gates. For too few tokens it
+    measures more of them. Otherwise it is the plain one.
     """
     try:
-        failures = failures_on_record(read_verify_json(out))
+        report = read_verify_json(out)
     except (CorruptFileError, SourceError):
-        failures = []
-    commands = (failure.command(str(out)) for failure in failures if failure.status is Status.STANDS)
-    return next(commands, shlex.join(["int8convert", "verify", str(out)]))
-
-
-def text_options(text: Mapping[str, Any], file_name: str) -> list[str]:
-    """Return the options by which models read the same windows of the same text.
-
-    Args:
-        text: the entry `text` of a verify.json.
-        file_name: what the command calls a text of the user's own.
-    """
-    words = []
-    if text.get("dataset"):
-        words = ["--dataset", str(text["dataset"])]
-    elif not text.get("is_default"):
-        words = ["--text", file_name]
-    for option, name in (("--sequences", "n_sequences"), ("--length", "length")):
-        words += [option, str(text[name])] if is_size(text.get(name)) else []
-    convention = name_of_convention(text)
-    is_usual = convention == ("contiguous" if text.get("dataset") else "spread")
-    return words if is_usual or not convention.isalpha() else [*words, "--convention", convention]
-
-
-def name_of_convention(text: Mapping[str, Any]) -> str:
-    """Return how a text was cut, without the numbers that `verify` adds."""
-    return str(text.get("convention", "spread")).partition(":")[0]
-
-
-def task_options(names: Iterable[str]) -> list[str]:
-    """Return the options by which models answer these zero-shot tasks."""
-    return ["--level", "tasks", "--tasks", ",".join(dict.fromkeys(names))]
-
-
-def gate_options(gates: Mapping[str, Any], has_tasks: bool) -> list[str]:
-    """Return the options for gates that differ from the defaults.
-
-    Args:
-        gates: the entry `gates` of a verify.json; infinite numbers may be strings.
-        has_tasks: whether tasks are measured, and their gate matters.
-    """
-    known = [gate for gate in fields(Gates) if has_tasks or gate.name != "min_task_p"]
-    limits = [(gate, float(gates.get(gate.name, gate.default))) for gate in known]
-    given = [(f"--{gate.name.replace('_', '-')}", f"{limit:g}") for gate, limit in limits if limit != gate.default]
-    return [word for option in given for word in option]
+        report = {}
+    commands = [failure.command(str(out)) for failure in failures_on_record(report) if failure.status is Status.STANDS]
+    if commands:
+        return commands[0]
+    words: list[str] = []
+    if undecided := undecided_on_record(report):
+        text, gates = _object(report.get("text")), _object(report.get("gates"))
+        limits = {name: limit for name, limit in gates.items() if _is_number(limit)}
+        words = deciding_run(undecided, text).all_options(text, limits)
+    return shlex.join(["int8convert", "verify", str(out), *words])
 
 
 def deciding_files(files: Iterable[str]) -> set[str]:
@@ -272,6 +235,15 @@ def _parse_failure(told: Mapping[str, Any]) -> EarlierFailure | None:
         files={name: files[name] for name in files if name in {*deciding_files(files), MANIFEST_NAME}},
         status=Status(status) if status in tuple(Status) else Status.STANDS,
     )
+
+
+def _parse_undecided(told: Mapping[str, Any]) -> Undecided | None:
+    """Return an undecided measurement from its JSON; None if malformed."""
+    line, gate, n_sequences, n_tokens = (told.get(name) for name in ("line", "gate", "n_sequences", "n_tokens"))
+    are_sizes = all(n is None or is_size(n) for n in (n_sequences, n_tokens))
+    if not isinstance(line, str) or gate not in [gate.name for gate in fields(Gates)] or not are_sizes:
+        return None
+    return Undecided(line, str(gate), n_sequences, n_tokens)
 
 
 def _has_counts(entries: Mapping[str, Any]) -> bool:

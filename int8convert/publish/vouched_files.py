@@ -13,10 +13,11 @@ from int8convert.checkpoint.loaders.present_files import PresentFiles
 from int8convert.checkpoint.manifest import NOT_PUBLISHED
 from int8convert.checkpoint.names import CARD_NAME, CONFIG_NAME, MANIFEST_NAME, OWN_FOLDER, VERIFY_FILE
 from int8convert.errors import CorruptFileError, SourceError
-from int8convert.publish.verify_json import read_recorded_report
+from int8convert.publish.verify_json import read_recorded_report, undecided_on_record
 from int8convert.text import quoted
 
 NEVER_VERIFIED = "not verified yet"
+_FAILED = "it did not pass when it was verified"
 _MAX_FAILURES = 3
 _NOT_PUBLISHED = (*NOT_PUBLISHED, "incoming", "lock")
 """Files of our own folder that only this machine, or a running conversion, needs."""
@@ -66,8 +67,11 @@ def read_vouching(present: PresentFiles, shards: Mapping[str, str]) -> Vouching:
     if report.get("is_passed") is not True:
         failures = report.get("failures")
         lines = [line for line in failures if isinstance(line, str)] if isinstance(failures, list) else []
+        undecided = [each.line for each in undecided_on_record(report)]
+        why = "too few tokens were measured to say whether it passes" if undecided else _FAILED
+        lines += undecided
         shown = "; ".join(quoted(line, 300)[1:-1] for line in lines[:_MAX_FAILURES])
-        unverified = f"it did not pass when it was verified{f': {shown}' if lines else ''}"
+        unverified = f"{why}{f': {shown}' if lines else ''}"
         is_damaged = any(line.startswith("files: ") for line in lines)
         return Vouching(None, unverified, is_damaged, own if lines else {})
     checked = read_recorded_report(report)

@@ -7,8 +7,11 @@ what an earlier one measured, so a failure is copied into each later report:
   tasks: questions) that keeps the broken gates;
 - it is overruled by such a run that keeps gates of its own, if those are looser; then the checkpoint passes, and
   verify.json and the model card name both;
+- it is replaced by the failure of such a run whose gates are as strict;
 - it does not apply while weights, config.json or stored columns are not those that were measured;
 - else it stands, and the checkpoint does not pass, whatever the later run found.
+
+A run on too few tokens to say clears no failure, and adds none.
 
 Results that passed at a higher level are kept if the same version measured them on the same files and this run passes.
 
@@ -25,18 +28,19 @@ from typing import Any
 from int8convert.checkpoint.names import CONFIG_NAME, MANIFEST_NAME
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError
+from int8convert.publish.verify_command import Gates, name_of_convention
 from int8convert.publish.verify_json import (
     EarlierFailure,
-    Gates,
     Status,
+    Verdict,
     deciding_files,
     failures_on_record,
-    name_of_convention,
     read_verify_json,
     write_verify_json,
 )
 from int8convert.verification.options import Level
-from int8convert.verification.verify_report import VerifyReport, fidelity_failures, task_failures
+from int8convert.verification.verdict import fidelity_verdict, task_failures
+from int8convert.verification.verify_report import VerifyReport
 
 _MOST = 20
 """Failures of other files that a report keeps, the latest. Beyond as many failures of these files, those are dropped
@@ -102,35 +106,40 @@ def _judge(failure: EarlierFailure, report: VerifyReport, kept: Sequence[str]) -
         return failure
     if not _is_same_model(failure.files, report.files):
         return replace(failure, status=Status.OTHER_FILES)
-    check = _tasks_checker(failure, report) if failure.level == "tasks" else _fidelity_checker(failure, report)
-    if check is None:  # the run did not measure it again, or on less
+    judge = _tasks_judge(failure, report) if failure.level == "tasks" else _fidelity_judge(failure, report)
+    if judge is None:  # the run did not measure it again, or on less
         is_overruled = failure.status is Status.OVERRULED and failure.level in kept
         return failure if is_overruled else replace(failure, status=Status.STANDS)
-    if check(failure.gates):
+    if judge(failure.gates) == {Verdict.PASSED}:
         return None
-    if check(report.gates):
+    found = judge(report.gates)
+    if found == {Verdict.PASSED}:
         return replace(failure, status=Status.OVERRULED)
-    return None if report.gates.is_as_strict_as(failure.gates) else replace(failure, status=Status.STANDS)
+    # What fails again is on record as a failure of this run. What is undecided is not.
+    is_replaced = Verdict.UNDECIDED not in found and report.gates.is_as_strict_as(failure.gates)
+    return None if is_replaced else replace(failure, status=Status.STANDS)
 
 
-_Checker = Callable[[Gates], bool]
-"""Function that says whether a run kept the given gates."""
+_Judge = Callable[[Gates], set[Verdict]]
+"""Function that returns the verdicts, under the given gates, on what a failure measured."""
 
 
-def _fidelity_checker(failure: EarlierFailure, report: VerifyReport) -> _Checker | None:
+def _fidelity_judge(failure: EarlierFailure, report: VerifyReport) -> _Judge | None:
     runs = {run.mode: run for run in report.fidelity}
     if report.text is None or not _is_as_hard(asdict(report.text), failure.text):
         return None
     if not all(mode in runs and runs[mode].n_tokens >= n for mode, n in failure.measured.items()):
         return None
-    return lambda gates: not any(list(fidelity_failures(gates, runs[mode])) for mode in failure.measured)
+    return lambda gates: {fidelity_verdict(gates, runs[mode]) for mode in failure.measured}
 
 
-def _tasks_checker(failure: EarlierFailure, report: VerifyReport) -> _Checker | None:
+def _tasks_judge(failure: EarlierFailure, report: VerifyReport) -> _Judge | None:
     tasks = {f"{task.task} {task.metric}": task for task in report.tasks}
     if not all(name in tasks and tasks[name].n_samples >= n for name, n in failure.measured.items()):
         return None
-    return lambda gates: not any(list(task_failures(gates, tasks[name])) for name in failure.measured)
+    return lambda gates: {
+        Verdict.FAILED if list(task_failures(gates, tasks[name])) else Verdict.PASSED for name in failure.measured
+    }
 
 
 def _without_weaker(failures: Sequence[EarlierFailure]) -> list[EarlierFailure]:

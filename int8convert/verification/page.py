@@ -113,8 +113,10 @@ def render(report: VerifyReport, pictures: Sequence[Picture]) -> str:
 
 def say_verdict(report: VerifyReport) -> str:
     """Return the outcome in one or two sentences."""
-    if not report.is_passed:
+    if report.failures:
         return f"Failed. {report.failures[0]}."
+    if report.undecided:
+        return f"Too few tokens to say. {report.undecided[0].line}."
     weights = f"Passed. {report.exact.n_int8_weights:,} int8 weights are what rounding those of the source gives"
     if not report.fidelity:
         return f"{weights}; the models were not run."

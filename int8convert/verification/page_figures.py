@@ -74,7 +74,7 @@ def draw_fidelity(report: VerifyReport) -> Figure:
     bottom.axvline(report.gates.max_kl, color="black", linestyle="--", linewidth=1.2)
     bottom.set_xscale("log")
     top.set_title("Difference of log-likelihood, 95 %", loc="left")
-    bottom.set_title("KL divergence; the gate is for the mean", loc="left")
+    bottom.set_title("KL divergence; the gate is for the interval of the mean", loc="left")
     for axes, gate in ((top, report.gates.max_dnll), (bottom, report.gates.max_kl)):
         _finish(axes, names)
         axes.text(gate, -0.6, f" gate {gate:g}", va="top", fontsize=10)

@@ -1,11 +1,11 @@
 """`verify`: is an int8 checkpoint what it should be, and does it do what its source does? Levels, cheap to dear.
 
     exact       files, tensors, codes and scales against the source's; no model runs (`exact`)
-    fidelity    both models on the same tokens, statistics of the paired differences, two gates (`fidelity`)
+    fidelity    both models on the same tokens, statistics of the paired differences, two gates (`fidelity`, `verdict`)
     tasks       both models on the same questions of zero-shot tasks, McNemar's test (`tasks`)
 
-A level that fails is the last one: what a broken checkpoint computes is of no interest. `write_report` writes the
-outcome into the checkpoint, as `int8convert/verify.json`. A checkpoint on the Hub stays as it is.
+A level that does not pass is the last one: what a broken checkpoint computes is of no interest. `write_report` writes
+the outcome into the checkpoint, as `int8convert/verify.json`. A checkpoint on the Hub stays as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.events import EventSink
 from int8convert.formats.config import read_threshold
 from int8convert.progress_bar import sink_or_bar
-from int8convert.publish.verify_json import Gates
+from int8convert.publish.verify_command import Gates
 from int8convert.runtime.text.texts import Text, open_text
 from int8convert.sources import open_source
 from int8convert.verification.earlier_runs import with_earlier_failures

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from int8convert.publish.verify_json import EarlierFailure, Gates, Status, fidelity_line, task_line
+from int8convert.publish.verify_command import Gates, Undecided
+from int8convert.publish.verify_json import EarlierFailure, Status, Verdict
 from int8convert.sources import is_repository_name
 from int8convert.verification.checks import Check
 from int8convert.verification.exact.level import ExactReport
+from int8convert.verification.verdict import fidelity_failures, task_failures, undecided_measurements
 
 if TYPE_CHECKING:
     from int8convert.verification.fidelity.level import FidelityReport
@@ -48,7 +50,7 @@ class VerifyReport:
 
     Attributes:
         out: the int8 checkpoint, as the caller named it.
-        level: the requested level; the levels before it come first, and one that fails is the last.
+        level: the requested level; the levels before it come first, and one that does not pass is the last.
         files: sha256 of each file of the checkpoint that was examined. If one changes, the report no longer applies.
         text: what the models read; None if they did not run.
         fidelity: a report for each arithmetic that ran; empty if that level was not reached.
@@ -57,6 +59,7 @@ class VerifyReport:
         reference: the source: a repository on the Hub, or a directory; None if `out` cannot be opened.
         earlier_failures: failures of earlier runs that this one does not clear.
         failures: one line for each defect, earlier failures that stand included.
+        undecided: each measurement that is too small to say whether it keeps its gate.
     """
 
     tool: str
@@ -73,13 +76,16 @@ class VerifyReport:
     elapsed_s: float = 0.0
     earlier_failures: tuple[EarlierFailure, ...] = ()
     failures: tuple[str, ...] = field(init=False)
+    undecided: tuple[Undecided, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         found = [line for check in self.exact.checks if not check.is_passed for line in _describe(check)]
         found += [line for report in self.fidelity for line in fidelity_failures(self.gates, report)]
         found += [line for task in self.tasks for line in task_failures(self.gates, task)]
         found += [line for earlier in self.standing for line in earlier.lines()]
+        undecided = [each for report in self.fidelity for each in undecided_measurements(self.gates, report)]
         object.__setattr__(self, "failures", tuple(found))
+        object.__setattr__(self, "undecided", tuple(undecided))
 
     @property
     def standing(self) -> tuple[EarlierFailure, ...]:
@@ -87,14 +93,21 @@ class VerifyReport:
         return tuple(earlier for earlier in self.earlier_failures if earlier.status is Status.STANDS)
 
     @property
+    def verdict(self) -> Verdict:
+        if self.failures:
+            return Verdict.FAILED
+        return Verdict.UNDECIDED if self.undecided else Verdict.PASSED
+
+    @property
     def is_passed(self) -> bool:
-        return not self.failures
+        return self.verdict is Verdict.PASSED
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object; numbers that JSON cannot hold are strings: "inf", "nan"."""
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        first = {"schema": 1, "is_passed": self.is_passed, "failures": values.pop("failures")}
-        result: dict[str, Any] = _plain({**first, **values})
+        first = {"schema": 1, "is_passed": self.is_passed, "verdict": str(self.verdict)}
+        found = {name: values.pop(name) for name in ("failures", "undecided")}
+        result: dict[str, Any] = _plain({**first, **found, **values})
         result["exact"]["is_passed"] = self.exact.is_passed
         del result["exact"]["files"]  # the same as those of the whole report
         return result
@@ -150,25 +163,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def fidelity_failures(gates: Gates, report: FidelityReport) -> Iterator[str]:
-    """Yield a line for each gate that is exceeded. NaN exceeds a gate."""
-    upper = report.delta_nll_interval[1]
-    if not upper <= gates.max_dnll:
-        yield (
-            f"{fidelity_line(report.mode)}delta-NLL is {report.delta_nll:.4g}, at 95 % confidence up to {upper:.4g}, "
-            f"expected at most {gates.max_dnll:g}"
-        )
-    if not report.mean_kl <= gates.max_kl:
-        yield f"{fidelity_line(report.mode)}mean KL is {report.mean_kl:.4g}, expected at most {gates.max_kl:g}"
-
-
-def task_failures(gates: Gates, report: TaskReport) -> Iterator[str]:
-    """Yield a line if a task's score is worse, and not by chance."""
-    if report.is_worse and report.p_value is not None and report.p_value < gates.min_task_p:
-        yield (
-            f"{task_line(report.task, report.metric)}is {report.int8:.4f}, expected {report.reference:.4f} as of the "
-            f"source; of {report.n_samples:,} questions {report.n_only_reference:,} are lost and "
-            f"{report.n_only_int8:,} won, by chance with p = {report.p_value:.2g}"
-        )

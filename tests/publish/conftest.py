@@ -11,7 +11,7 @@ import pytest
 import int8convert
 from int8convert.checkpoint.names import LOCAL_FILE, VERIFY_FILE
 from int8convert.hub import retry
-from int8convert.publish.verify_json import Gates
+from int8convert.publish.verify_command import Gates
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution

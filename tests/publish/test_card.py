@@ -226,13 +226,31 @@ def test_text_of_one_s_own_is_no_dataset(verified: Path, tmp_path: Path) -> None
 
 
 def test_verdict_names_the_gates_that_were_passed(verified: Path) -> None:
-    run = "upper end of the interval of the change of NLL at most 9, mean KL divergence at most 9"
+    dnll, kl = "upper end of the interval of the change of NLL at most 9", "mean KL divergence at most 9"
+    run = f"{dnll}, upper end of the interval of the {kl}"
     assert f"**Passed**: {run}. By int8convert 0.1.0." in card_of(verified)
     edit_verify(verified, tasks=[{"task": "piqa", "metric": "acc", "int8": 0.7}])
     assert f"**Passed**: {run}, no task done worse with p below 0.001." in card_of(verified)
     edit_verify(verified, fidelity=[], text=None, tasks=[])
     assert "**Passed.** By int8convert 0.1.0." in card_of(verified)
     assert card_of(verified).endswith("int8convert verify OUT --level exact\n```\n")
+
+
+def test_older_report_without_a_verdict_names_the_gate_that_its_version_had(verified: Path) -> None:
+    path = verified / "int8convert" / "verify.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps({name: report[name] for name in report.keys() - {"verdict", "undecided"}}))
+    dnll, kl = "upper end of the interval of the change of NLL at most 9", "mean KL divergence at most 9"
+    assert f"**Passed**: {dnll}, {kl}. By int8convert 0.1.0." in card_of(verified)
+
+
+def test_too_few_tokens_are_not_verified_and_the_card_says_how_many_would_do(verified: Path) -> None:
+    line = "fidelity (dynamic): mean KL is 0.0098; about 6,400 tokens in 100 windows would do"
+    undecided = [{"line": line, "gate": "max_kl", "n_sequences": 100, "n_tokens": 6400}]
+    edit_verify(verified, is_passed=False, verdict="undecided", undecided=undecided)
+
+    expected = f"**Not verified**: too few tokens were measured to say whether it passes: {line}. "
+    assert expected in card_of(verified)
 
 
 def test_what_failed_is_no_lack_of_measuring(verified: Path) -> None:

@@ -15,7 +15,8 @@ from int8convert.errors import UnverifiedError
 from int8convert.inspection import inspect
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import check_verified, read_finished
-from int8convert.publish.verify_json import Gates, Status
+from int8convert.publish.verify_command import Gates
+from int8convert.publish.verify_json import Status, Verdict
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.checks import Check, Finding
 from int8convert.verification.earlier_runs import with_earlier_failures, write_report
@@ -108,7 +109,14 @@ def other_mode(report: VerifyReport) -> VerifyReport:
 
 def better(report: VerifyReport) -> VerifyReport:
     """As if the model had been nearer to its source than the strict gates ask."""
-    return replace(report, gates=STRICT, fidelity=tuple(replace(run, mean_kl=0.0) for run in report.fidelity))
+    runs = tuple(replace(run, mean_kl=0.0, mean_kl_interval=(0.0, 0.0)) for run in report.fidelity)
+    return replace(report, gates=STRICT, fidelity=runs)
+
+
+def undecided(report: VerifyReport) -> VerifyReport:
+    """As if the strict gate had been inside the interval."""
+    runs = tuple(replace(run, mean_kl=2e-9, mean_kl_interval=(0.0, 4e-9)) for run in report.fidelity)
+    return replace(report, gates=STRICT, fidelity=runs)
 
 
 def more_tokens(report: VerifyReport) -> VerifyReport:
@@ -129,6 +137,13 @@ def unchanged(report: VerifyReport) -> VerifyReport:
 
 Run_ = Callable[[VerifyReport], VerifyReport]
 
+
+def looser_and_undecided(report: VerifyReport) -> VerifyReport:
+    """With looser gates, too, inside the interval."""
+    runs = tuple(replace(run, mean_kl=5e-4, mean_kl_interval=(1e-4, 2e-3)) for run in report.fidelity)
+    return replace(report, gates=LOOSE, fidelity=runs)
+
+
 LATER: dict[str, tuple[list[Run_], bool, list[Status]]] = {
     "a lower level": ([exact_only], False, [Status.STANDS]),
     "a lower level, twice": ([exact_only, exact_only], False, [Status.STANDS]),
@@ -143,7 +158,12 @@ LATER: dict[str, tuple[list[Run_], bool, list[Status]]] = {
     "looser gates, then a lower level": ([unchanged, exact_only, exact_only], True, [Status.OVERRULED]),
     "looser gates, then fewer tokens": ([unchanged, fewer_tokens], False, [Status.STANDS]),
     "looser gates, then another text": ([unchanged, other_text, exact_only], False, [Status.STANDS]),
+    "too few tokens to say": ([undecided], False, [Status.STANDS]),
+    "too few tokens to say, then a lower level": ([undecided, exact_only], False, [Status.STANDS]),
+    "too few tokens to say with looser gates": ([looser_and_undecided], False, [Status.STANDS]),
+    "too few tokens to say, then the same gates": ([undecided, better], True, []),
     "the same gates": ([better], True, []),
+    "the same gates, then too few tokens to say and a lower level": ([better, undecided, exact_only], True, []),
     "the same gates on more windows": ([more_windows, exact_only], True, []),
     "the same gates on more tokens": ([more_tokens, exact_only], True, []),
 }
@@ -170,6 +190,27 @@ def test_failure_stands_until_the_same_is_measured_again(how: str, measured: Ver
         assert line.startswith("an earlier run, on 124 tokens of text.txt: fidelity (dynamic): mean KL is ")
         with pytest.raises(UnverifiedError, match="did not pass when it was verified"):
             check_verified(output)
+
+
+def test_undecided_run_alone_is_no_failure_and_no_pass(measured: VerifyReport) -> None:
+    for report in (record(undecided(measured)), record(undecided(measured))):
+        assert (report.verdict, report.is_passed) == (Verdict.UNDECIDED, False)
+        assert report.failures == () and report.earlier_failures == ()
+    written = json.loads((Path(measured.out) / VERIFY_FILE).read_text())
+    assert (written["is_passed"], written["verdict"], written["failures"]) == (False, "undecided", [])
+    assert record(exact_only(measured)).is_passed, "an undecided run leaves nothing on record"
+
+
+def test_arithmetic_that_is_undecided_keeps_its_failure_beside_one_that_fails_again(measured: VerifyReport) -> None:
+    """Else the failure of the first arithmetic would go unseen with a failure of the second one alone."""
+    one, other = measured.fidelity[0], replace(measured.fidelity[0], mode="weight-only")
+    record(replace(measured, gates=STRICT, fidelity=(one, other)))
+    (undecided_one,) = undecided(measured).fidelity
+    report = record(replace(measured, gates=STRICT, fidelity=(undecided_one, other)))
+    assert [failure.measured for failure in report.standing] == [{"dynamic": 124, "weight-only": 124}]
+    (better_one,) = better(measured).fidelity
+    report = record(replace(measured, gates=STRICT, fidelity=(better_one, other)))
+    assert report.standing == () and [line[:23] for line in report.failures] == ["fidelity (weight-only):"]
 
 
 def test_failures_on_two_texts_are_cleared_one_by_one(measured: VerifyReport) -> None:
@@ -216,7 +257,8 @@ def test_failure_of_stricter_gates_outlives_a_failure_of_looser_ones(measured: V
     middle = Gates(0.5, 1e-7)
     record(replace(measured, gates=STRICT))
     assert not record(replace(measured, gates=middle)).is_passed
-    nearer = replace(measured, gates=middle, fidelity=tuple(replace(run, mean_kl=1e-8) for run in measured.fidelity))
+    runs = tuple(replace(run, mean_kl=1e-8, mean_kl_interval=(5e-9, 2e-8)) for run in measured.fidelity)
+    nearer = replace(measured, gates=middle, fidelity=runs)
     report = record(nearer)
     assert report.is_passed
     assert [(f.gates, f.status) for f in report.earlier_failures] == [(STRICT, Status.OVERRULED)]

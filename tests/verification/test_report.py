@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from int8convert.errors import OutputError, SourceError
-from int8convert.publish.verify_json import Gates
+from int8convert.publish.verify_command import Gates
 from int8convert.verification.checks import Finding, make_check
 from int8convert.verification.exact.level import ExactReport
 from int8convert.verification.fidelity.level import FidelityReport

@@ -17,14 +17,14 @@ import torch
 import int8convert
 from int8convert.checkpoint.names import VERIFY_FILE
 from int8convert.errors import AdapterError, SourceError
-from int8convert.publish.verify_json import Gates
+from int8convert.publish.verify_command import Gates
 from int8convert.runtime.text.texts import DEFAULT_TEXT, Text, open_text
 from int8convert.verification import verify as module
 from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.fidelity.level import FidelityReport
 from int8convert.verification.options import Execution
+from int8convert.verification.verdict import fidelity_failures, undecided_measurements
 from int8convert.verification.verify import verify
-from int8convert.verification.verify_report import fidelity_failures
 from tests.conftest import in_this_process
 from tests.tools.language_models import build_tokenizer
 from tests.tools.outlier_models import convert, outlier_model, save
@@ -88,17 +88,24 @@ def test_both_levels_pass_and_say_on_what(out: Path, text: Path) -> None:
     assert report.text.convention.startswith("spread: 4 windows of 32 tokens") and report.sweep == ()
 
 
-def test_gate_looks_at_the_mean_kl_and_at_the_upper_end_of_the_interval(out: Path, text: Path) -> None:
+def test_gates_look_at_whole_intervals(out: Path, text: Path) -> None:
     (found,) = verify(out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE).fidelity
-    upper = found.delta_nll_interval[1]
-    assert found.delta_nll < upper
-    between = (found.delta_nll + upper) / 2
-    assert list(fidelity_failures(Gates(max_dnll=upper, max_kl=found.mean_kl), found)) == []
-    (line,) = fidelity_failures(Gates(max_dnll=between, max_kl=found.mean_kl), found)
-    assert line.startswith("fidelity (dynamic): delta-NLL is ") and f"up to {upper:.4g}" in line
-    (line,) = fidelity_failures(Gates(max_dnll=upper, max_kl=found.mean_kl * 0.99), found)
-    assert line.startswith("fidelity (dynamic): mean KL is ")
-    report = verify(out, text=Text(text, **WINDOWS), execution=CPU, gates=Gates(0.5, found.mean_kl * 0.99))
+    (dnll_low, dnll_high), (kl_low, kl_high) = found.delta_nll_interval, found.mean_kl_interval
+    assert dnll_low < found.delta_nll < dnll_high and kl_low < found.mean_kl < kl_high
+    below = [math.nextafter(low, -math.inf) for low in (dnll_low, kl_low)]
+    for gates, failed, undecided in (
+        ((dnll_high, kl_high), [], []),
+        ((found.delta_nll, kl_high), [], ["max_dnll"]),
+        ((dnll_high, math.nextafter(kl_high, 0)), [], ["max_kl"]),
+        ((dnll_low, kl_low), [], ["max_dnll", "max_kl"]),
+        ((below[0], kl_high), ["delta-NLL"], []),
+        ((below[0], kl_low), ["delta-NLL"], ["max_kl"]),
+        ((dnll_high, below[1]), ["mean KL"], []),
+    ):
+        lines = list(fidelity_failures(Gates(*gates), found))
+        assert [line.partition(" is ")[0] for line in lines] == [f"fidelity (dynamic): {name}" for name in failed]
+        assert [each.gate for each in undecided_measurements(Gates(*gates), found)] == undecided
+    report = verify(out, text=Text(text, **WINDOWS), execution=CPU, gates=Gates(0.5, below[1]))
     assert not report.is_passed and report.exact.is_passed and len(report.failures) == 1
 
 
@@ -106,6 +113,7 @@ def test_number_that_is_none_fails_the_gate(out: Path, text: Path) -> None:
     (found,) = verify(out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE).fidelity
     nothing = replace(found, mean_kl=math.nan, delta_nll_interval=(math.nan, math.nan))
     assert len(list(fidelity_failures(Gates(1e9, 1e9), nothing))) == 2
+    assert list(undecided_measurements(Gates(1e9, 1e9), nothing)) == []
 
 
 def test_threshold_that_misses_the_outliers_passes_the_exact_level_and_fails_fidelity(
@@ -120,7 +128,7 @@ def test_threshold_that_misses_the_outliers_passes_the_exact_level_and_fails_fid
     manifest.write_text(json.dumps(content))
     good = verify(own_out, text=Text(text), level="exact")
     assert good.is_passed
-    report = verify(own_out, text=Text(text, **WINDOWS), execution=CPU, **LOOSE)
+    report = verify(own_out, text=Text(text, n_sequences=8, length=32), execution=CPU, **LOOSE)
     assert report.exact.is_passed and not report.is_passed
     assert report.failures[-1].startswith("fidelity (dynamic): mean KL is ") and report.fidelity[0].threshold == 1000
 
@@ -157,7 +165,7 @@ def test_what_is_written_is_the_report_and_of_the_files_that_are_there(own_out: 
         == [
             "schema",
             "is_passed",
-            "failures",
+            "verdict",
         ]
     )
     there = {path.relative_to(own_out).as_posix() for path in own_out.rglob("*") if path.is_file()}
@@ -274,8 +282,9 @@ def test_reports_of_the_fidelity_level_are_those_of_measure_fidelity(out: Path, 
     from int8convert.runtime.text.windows import read_windows
     from int8convert.verification.fidelity.level import measure_fidelity
 
-    report = verify(out, text=Text(text, **WINDOWS), execution=Execution("cpu", modes=("weight-only", "none")), **LOOSE)
-    windows = read_windows(text, open_tokenizer(out), 4, 32)
+    execution = Execution("cpu", modes=("weight-only", "none"))
+    report = verify(out, text=Text(text, n_sequences=8, length=32), execution=execution, **LOOSE)
+    windows = read_windows(text, open_tokenizer(out), 8, 32)
     expected = measure_fidelity(
         out.parent / "source", out, windows, Execution(modes=("weight-only", "none"), device="cpu")
     )

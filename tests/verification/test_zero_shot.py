@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from int8convert.errors import SourceError
-from int8convert.publish.verify_json import Gates
+from int8convert.publish.verify_command import Gates
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.options import Execution, Tasks
 from int8convert.verification.tasks import TaskReport, _pair, mcnemar, measure_tasks

@@ -23,7 +23,7 @@ from int8convert.inspection import inspect
 from int8convert.publish.card import make_card
 from int8convert.publish.finished import read_finished
 from int8convert.publish.upload import UploadReport
-from int8convert.publish.verify_json import Gates
+from int8convert.publish.verify_command import Gates
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.earlier_runs import write_report
 from int8convert.verification.options import Execution
