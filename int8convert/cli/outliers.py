@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,7 @@ OUT, the most important columns are copied from the source and stored beside the
 Examples:
   int8convert outliers opt-6.7b --text sample.txt --ablate --figures figures
   int8convert outliers opt-6.7b-int8 --text sample.txt --write opt-6.7b-int8
+  int8convert outliers qwen3-8b --text sample.txt --damage --keep-budget 2
   int8convert outliers opt-6.7b-int8 --text sample.txt --json > outliers.json
 
 {options.EXIT_CODES}
@@ -76,6 +78,21 @@ def outliers(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also run the model with its outlier features set to zero.")
     ] = False,
+    damage: Annotated[
+        bool,
+        typer.Option(
+            "--damage", help="Also estimate what rounding each layer costs, and which layers to keep in 16 bits."
+        ),
+    ] = False,
+    keep_budget: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=100.0,
+            metavar="PERCENT",
+            help="With --damage: the most weights to keep in 16 bits, in percent.",
+        ),
+    ] = 5.0,
     figures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write figures as PNG and SVG. Needs int8convert[report].")
     ] = None,
@@ -86,7 +103,7 @@ def outliers(
 ) -> None:
     if threshold == 0:
         raise typer.BadParameter("it must be above 0", param_hint="--threshold")
-    options.check_needs(context, {"source": "--write OUT", "lora": "--write OUT"})
+    options.check_needs(context, {"source": "--write OUT", "lora": "--write OUT", "keep_budget": "--damage"})
     is_live = console.wants_live_display(quiet, as_json)
     with console.reporting_errors(as_json, _INTERRUPTED), console.quieting_libraries(is_live):
         taken_from = _find_source(checkpoint, write, source) if write is not None else ""
@@ -103,6 +120,7 @@ def outliers(
             Text(text, n_sequences=sequences, length=length),
             threshold=threshold,
             with_ablation=ablate,
+            with_damage=damage,
             budget=budget / 100,
             module_names=int8_modules(write) if write is not None else None,
             device=device,
@@ -116,6 +134,8 @@ def outliers(
             console.print_json({**report.to_json(), "written": stored and asdict(stored), "figures": drawn})
             return
         _print_report(report)
+        if damage:
+            _print_damage(report, keep_budget / 100)
         if stored is not None:
             print_stored(stored)
         elif not quiet:
@@ -211,4 +231,36 @@ def _print_projections(report: OutlierReport) -> None:
             )
             for kind, entries in kinds.items()
         ],
+    )
+
+
+def _print_damage(report: OutlierReport, budget: float) -> None:
+    """Print what rounding costs by projection, and the layers to keep in 16 bits with the options that keep them."""
+    from int8convert.outliers.damage import INPUTS, choose_kept
+
+    kinds: dict[str, list[Any]] = {}
+    for layer in report.damage:
+        kinds.setdefault(layer.module_name.rpartition(".")[2], []).append(layer)
+    columns = ("weights", *INPUTS)
+
+    def costs(layers: Iterable[Any]) -> list[float]:
+        return [sum(getattr(layer, column) for layer in layers) for column in columns]
+
+    console.print_table(
+        "What rounding costs the predictions, estimated: KL divergence in nats a token",
+        ("projection", "layers", "of weights", "of inputs: one scale a token", "LLM.int8()", "blocks of 128"),
+        [
+            (name, f"{len(layers)}", *(f"{cost:.2g}" for cost in costs(layers)))
+            for name, layers in [*kinds.items(), ("all", list(report.damage))]
+        ],
+    )
+    kept = choose_kept(report.damage, budget, "inputs_by_rule")
+    share = sum(layer.n_weights for layer in kept) / sum(layer.n_weights for layer in report.damage)
+    before, taken = (sum(e.weights + e.inputs_by_rule for e in layers) for layers in (report.damage, kept))
+    skips = " ".join(f"--skip {layer.module_name}" for layer in kept)
+    console.print_line(
+        f"{len(kept)} layers in 16 bits, {format_percent(share)} of the weights, would leave a KL divergence of about "
+        f"{before - taken:.2g} of {before:.2g} by LLM.int8(): convert with {skips}"
+        if kept
+        else f"no layer fits into {format_percent(budget)} of the weights"
     )

@@ -24,6 +24,7 @@ from int8convert.errors import SourceError
 from int8convert.outliers.ablation import AblationRun, ablate
 from int8convert.outliers.calibration import run_tokens
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
+from int8convert.outliers.damage import LayerDamage, estimate_damage
 from int8convert.outliers.features import LayerInput, OutlierFeature, describe_inputs, find_features
 from int8convert.outliers.statistics import InputStatistics, features_of, watching
 from int8convert.runtime.in_memory import modules_to_replace
@@ -33,6 +34,7 @@ from int8convert.runtime.pretrained import model_errors
 from int8convert.runtime.stored_columns import live_names
 from int8convert.runtime.text.texts import Text, open_text
 from int8convert.runtime.text.windows import TokenWindows, read_windows_by
+from int8convert.text import quoted
 
 DEFAULT_LENGTH = 256
 _TOKENS_AT_A_TIME = 2048
@@ -51,6 +53,7 @@ class OutlierReport:
         inputs: the inputs of the layers that are int8, or would be.
         features: the dimensions that meet the paper's criteria.
         ablation: effect of taking them away; empty if not asked for, or if there are none.
+        damage: what rounding each layer costs the predictions; empty if not asked for.
         min_share, budget: the rule for columns worth storing, see `int8convert.outliers.choice`.
         static_set: layer -> columns worth storing, ascending; layers without any are left out.
         static_set_bytes: bytes of these columns in 16 bits.
@@ -68,6 +71,7 @@ class OutlierReport:
     inputs: tuple[LayerInput, ...]
     features: tuple[OutlierFeature, ...]
     ablation: tuple[AblationRun, ...]
+    damage: tuple[LayerDamage, ...]
     min_share: float
     budget: float
     static_set: dict[str, tuple[int, ...]]
@@ -80,7 +84,8 @@ class OutlierReport:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object; infinity, which JSON cannot hold, becomes null."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "largest"}
-        lists = {name: [asdict(entry) for entry in fields[name]] for name in ("inputs", "features", "ablation")}
+        names = ("inputs", "features", "ablation", "damage")
+        lists = {name: [asdict(entry) for entry in fields[name]] for name in names}
         result: dict[str, Any] = _finite({"schema": 1, **fields, **lists})
         return result
 
@@ -104,6 +109,7 @@ def find_outliers(
     *,
     threshold: float = OUTLIER_THRESHOLD,
     with_ablation: bool = False,
+    with_damage: bool = False,
     min_share: float = MIN_SHARE,
     budget: float = BUDGET,
     module_names: Iterable[str] | None = None,
@@ -120,6 +126,7 @@ def find_outliers(
         text: what the model reads; windows have 256 tokens by default, or what the model takes if that is less.
         threshold: magnitude from which a value is an outlier.
         with_ablation: also measure the effect of taking the features away.
+        with_damage: also estimate what rounding each layer costs; the checkpoint is not int8 then.
         min_share, budget: the rule for columns worth storing, see `int8convert.outliers.choice`.
         module_names: the modules to examine, as an int8 checkpoint's tensors name them; None for those that are int8 or
             would be.
@@ -138,7 +145,10 @@ def find_outliers(
         windows = read_windows_by(text.cut, file.path, tokenizer, text.n_sequences, text.length or DEFAULT_LENGTH)
     model = load_model(path, used, trust_remote_code=trust_remote_code)
     if with_ablation:
-        _check_predicts(model)
+        _check_predicts(model, "ablation needs", "leave out --ablate")
+    if with_damage:
+        _check_predicts(model, "the damage of rounding needs", "leave out --damage")
+        _check_float(path, model)
     layers = _layers(model, module_names)
     windows = _fit(model, windows, may_cut=text.length is None)
     statistics, inputs, features = _observe(model, layers, windows, threshold)
@@ -156,6 +166,7 @@ def find_outliers(
         n_layers=len({entry.layer for entry in inputs if entry.is_hidden_state}),
         inputs=inputs,
         features=features,
+        damage=estimate_damage(model, layers, windows.ids) if with_damage else (),
         ablation=ablate(model, states, windows.ids, [f.column for f in features]) if with_ablation and features else (),
         min_share=min_share,
         budget=budget,
@@ -204,11 +215,16 @@ def _fit(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
     )
 
 
-def _check_predicts(model: Any) -> None:
+def _check_predicts(model: Any, what: str, hint: str) -> None:
     if not model.can_generate() or model.config.is_encoder_decoder:
+        raise SourceError(f"{what} a model that predicts the next token, and {type(model).__name__} does not", hint)
+
+
+def _check_float(path: str | os.PathLike[str], model: nn.Module) -> None:
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise SourceError(
-            f"ablation needs a model that predicts the next token, and {type(model).__name__} does not",
-            "leave out --ablate",
+            f"the damage of rounding is that of the weights before it, and {quoted(os.fspath(path), 200)} is int8",
+            "give the source",
         )
 
 

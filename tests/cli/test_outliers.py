@@ -251,3 +251,25 @@ def test_text_or_tokenizer_that_is_missing_stops_the_conversion_before_it_begins
     bare = save_checkpoint("opt", tmp_path / "bare")
     code, _, err = run("quantize", bare, tmp_path / "new", "--calibrate", text)
     assert code == 1 and "has no tokenizer" in err and not (tmp_path / "new").exists()
+
+
+def test_damage_is_printed_with_the_layers_to_keep(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
+    code, out, _ = run("outliers", source, "--text", text, *WINDOWS, "--damage", "--keep-budget", "30")
+    assert code == 0 and "What rounding costs the predictions" in out
+    _, _, kept = out.rpartition("convert with ")
+    skips = kept.split()[1::2]
+    assert skips and all(name.startswith("model.decoder.layers.") for name in skips)
+    code, out, _ = run("outliers", source, "--text", text, *WINDOWS, "--damage", "--json")
+    damage = {layer["module_name"]: layer for layer in json.loads(out)["damage"]}
+    assert code == 0 and len(damage) == 12 and all(layer["weights"] > 0 for layer in damage.values())
+    best = max(damage.values(), key=lambda e: (e["weights"] + e["inputs_by_rule"]) / e["n_weights"])
+    assert best["module_name"] in skips
+    code, _, err = run("quantize", source, tmp_path / "kept", *(f"--skip={name}" for name in skips))
+    assert code == 0, err
+
+
+def test_keep_budget_alone_and_damage_of_int8_are_refused(run: Run, out: Path, text: Path) -> None:
+    code, _, err = run("outliers", out, "--text", text, *WINDOWS, "--keep-budget", "3")
+    assert code == 2 and "--keep-budget needs --damage" in err
+    code, _, err = run("outliers", out, "--text", text, *WINDOWS, "--damage")
+    assert code == 1 and "is int8" in err and "hint: give the source" in err

@@ -44,6 +44,7 @@ def report(width: int = 32, features: tuple[int, ...] = (4, 20)) -> OutlierRepor
             tuple(inputs),
             found,
             (),
+            (),
             0.06,
             0.01,
             {},

@@ -1,0 +1,185 @@
+"""The estimated damage of rounding against the divergence that the same rounding causes when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+import int8convert
+from int8convert.errors import SourceError
+from int8convert.formats.layers import is_conv1d_layer
+from int8convert.outliers.damage import LayerDamage, choose_kept, estimate_damage
+from int8convert.runtime.in_memory import modules_to_replace
+from int8convert.runtime.text.texts import Text
+from tests.tools.language_models import build_tokenizer, language_model
+from tests.tools.outlier_models import outlier_model, save
+
+
+def tokens(n: int = 6, length: int = 48) -> torch.Tensor:
+    return torch.randint(5, 200, (n, length), generator=torch.Generator().manual_seed(3))
+
+
+def model_of(family: str) -> Any:
+    """A model whose predictions are sharp enough to be spoilt."""
+    tokenizer = build_tokenizer()
+    if family == "opt":
+        return outlier_model(tokenizer, shifted={}, scaled={})
+    model = language_model(family, tokenizer).eval()
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter.data, std=0.2)
+    return model
+
+
+def layers_of(model: Any) -> dict[str, nn.Module]:
+    return {name: model.get_submodule(name) for name in modules_to_replace(model)}
+
+
+def rounded(values: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    step = absmax / 127
+    return torch.where(step > 0, (values / step).round() * step, values)
+
+
+def by_token(x: torch.Tensor) -> torch.Tensor:
+    return rounded(x, x.abs().amax(-1, keepdim=True))
+
+
+def by_rule(x: torch.Tensor) -> torch.Tensor:
+    found = x.abs().flatten(0, -2).amax(0) >= 6
+    return torch.where(found, x, by_token(x.masked_fill(found, 0)))
+
+
+def by_blocks(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([by_token(block) for block in x.split(128, dim=-1)], dim=-1)
+
+
+@contextmanager
+def rounding(
+    layers: dict[str, Any], weights: bool, inputs: Callable[[torch.Tensor], torch.Tensor] | None
+) -> Iterator[None]:
+    kept = {name: layer.weight.data for name, layer in layers.items()}
+    hooks = []
+    for layer in layers.values():
+        if weights:
+            rows = layer.weight.data.t() if is_conv1d_layer(layer) else layer.weight.data
+            by_row = rounded(rows, rows.abs().amax(1, keepdim=True))
+            layer.weight.data = by_row.t() if is_conv1d_layer(layer) else by_row
+        if inputs is not None:
+            hooks.append(layer.register_forward_pre_hook(lambda _, x: (inputs(x[0]),)))
+    yield
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers.items():
+        layer.weight.data = kept[name]
+
+
+@torch.no_grad()
+def divergence(model: Any, layers: dict[str, Any], ids: torch.Tensor, **what: Any) -> float:
+    exact = torch.cat([model(row[None]).logits[0].double().log_softmax(-1) for row in ids])
+    with rounding(layers, **what):
+        found = torch.cat([model(row[None]).logits[0].double().log_softmax(-1) for row in ids])
+    return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+def test_estimate_is_what_rounding_causes(family: str) -> None:
+    model, ids = model_of(family), tokens()
+    layers = layers_of(model)
+    damage = estimate_damage(model, layers, ids)
+
+    for part, what in {
+        "weights": {"weights": True, "inputs": None},
+        "inputs_by_token": {"weights": False, "inputs": by_token},
+        "inputs_by_rule": {"weights": False, "inputs": by_rule},
+        "inputs_by_blocks": {"weights": False, "inputs": by_blocks},
+    }.items():
+        measured = divergence(model, layers, ids, **what)
+        assert measured / 1.6 < sum(getattr(layer, part) for layer in damage) < 1.6 * measured, part
+
+
+def test_layer_that_matters_more_is_ranked_higher_than_by_its_own_error() -> None:
+    """The layers are alike, but what the second one adds to the hidden state is scaled down to nothing."""
+    model, ids = model_of("opt"), tokens()
+    for layer in model.model.decoder.layers:
+        layer.fc2.bias.data.zero_()
+    model.model.decoder.layers[1].fc2.weight.data *= 1e-3
+    layers = {name: layer for name, layer in layers_of(model).items() if name.endswith("fc1")}
+    first, second = estimate_damage(model, layers, ids)
+    measured = [divergence(model, {name: layer}, ids, weights=True, inputs=None) for name, layer in layers.items()]
+    assert second.weights < first.weights / 1e4 and measured[1] < measured[0] / 1e4
+
+
+def test_blocks_cost_less_than_one_scale_a_token_where_a_row_has_several() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=300, hidden_size=96, ffn_dim=384, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=96
+    )
+    model = OPTForCausalLM(config).eval()
+    damage = {
+        layer.module_name.rpartition(".")[2]: layer for layer in estimate_damage(model, layers_of(model), tokens())
+    }
+    assert damage["fc1"].inputs_by_blocks == pytest.approx(damage["fc1"].inputs_by_token, rel=1e-5)
+    assert 0 < damage["fc2"].inputs_by_blocks < 0.8 * damage["fc2"].inputs_by_token
+
+
+def test_model_is_left_as_it_was() -> None:
+    model, ids = model_of("llama"), tokens(2)
+    parameters = dict(model.named_parameters())
+    parameters["lm_head.weight"].requires_grad_(False)
+    before = {name: (p.requires_grad, p.clone()) for name, p in parameters.items()}
+    first = estimate_damage(model, layers_of(model), ids)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and parameter.requires_grad == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert not any(module._forward_hooks for module in model.modules())
+    assert first == estimate_damage(model, layers_of(model), ids), "the same tokens and seed give the same"
+
+
+def test_layers_that_read_the_same_tensor_are_a_group() -> None:
+    model = model_of("llama")
+    damage = {layer.module_name: layer.group for layer in estimate_damage(model, layers_of(model), tokens(2))}
+    for i in range(model.config.num_hidden_layers):
+        attention, mlp = (f"model.layers.{i}.{part}" for part in ("self_attn", "mlp"))
+        q, k, v, o = (damage[f"{attention}.{name}_proj"] for name in "qkvo")
+        gate, up, down = (damage[f"{mlp}.{name}_proj"] for name in ("gate", "up", "down"))
+        assert q == k == v and gate == up and len({q, o, gate, down}) == 4
+
+
+def entry(name: str, n_weights: int, group: int, cost: float) -> LayerDamage:
+    return LayerDamage(name, n_weights, group, cost / 2, 0.0, cost / 2, 0.0)
+
+
+def test_kept_are_the_groups_of_most_damage_for_their_weights() -> None:
+    damage = [
+        entry("q", 100, 0, 9.0),
+        entry("k", 100, 0, 0.0),
+        entry("o", 100, 1, 4.0),
+        entry("down", 600, 2, 30.0),
+        entry("up", 100, 3, 1.0),
+    ]
+    kept = {
+        budget: {e.module_name for e in choose_kept(damage, budget, "inputs_by_rule")} for budget in (0, 0.1, 0.3, 1)
+    }
+    assert kept[0] == set() and kept[0.1] == {"o"} and kept[0.3] == {"q", "k", "o"} and len(kept[1]) == 5
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    tokenizer = build_tokenizer()
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog and then some " * 200)
+    return save(outlier_model(tokenizer), tmp_path / "source", tokenizer)
+
+
+def test_int8_checkpoint_has_no_weights_from_before(source: Path, tmp_path: Path, map_in_process: None) -> None:
+    int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)
+    with pytest.raises(SourceError, match="out' is int8") as caught:
+        int8convert.find_outliers(tmp_path / "out", Text(tmp_path / "text.txt", length=32), with_damage=True)
+    assert caught.value.hint == "give the source"
