@@ -204,11 +204,17 @@ class FidelityStarted:
 
 @dataclass(frozen=True, slots=True)
 class FidelityStep:
-    """Step n_done of n_steps is done: "window", or the name of the layer that was streamed."""
+    """Step n_done of n_steps is done.
+
+    Attributes:
+        step: "window", or the name of the layer that was streamed.
+        remaining_s: estimated seconds for the other steps, from the time of those that are done.
+    """
 
     step: str
     n_done: int
     n_steps: int
+    remaining_s: float
 
 
 Event = (

@@ -47,7 +47,7 @@ def sink_or_bar(on_event: EventSink | None, command: str) -> Iterator[EventSink]
                 case FidelityStarted(n_steps=n_steps):
                     bar.unit, bar.unit_scale = " steps", False
                     bar.reset(total=n_steps)
-                case FidelityStep(_, done, total):
+                case FidelityStep(n_done=done, n_steps=total):
                     move_to(done, total)
 
         yield show

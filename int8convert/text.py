@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 
+_UNITS_OF_TIME = ((3600, "hour"), (60, "minute"), (1, "second"))
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
@@ -64,6 +65,14 @@ def format_count(n: float) -> str:
 def format_percent(share: float) -> str:
     """Return a share, 0 to 1, as 12.3 %."""
     return f"{100 * share:.1f} %"
+
+
+def format_rest(seconds: float) -> str:
+    """Return an estimated time in one unit: about 40 seconds left, about 3 minutes left, about 2 hours left."""
+    if seconds < 1:
+        return "less than a second left"
+    unit, noun = next(((unit, noun) for unit, noun in _UNITS_OF_TIME if seconds >= 1.5 * unit), (1, "second"))
+    return f"about {counted(round(seconds / unit), noun)} left"
 
 
 def format_seconds(seconds: float) -> str:

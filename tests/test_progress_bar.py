@@ -68,7 +68,7 @@ def test_bar_follows_the_events_of_other_commands(bars: list[Any]) -> None:
             (TensorsCompared(30, 100), 30, 100),
             (TensorsCompared(100, 100), 100, 100),
             (FidelityStarted(True, 5000, 3), 0, 3),
-            (FidelityStep("model.layers.0", 1, 3), 1, 3),
+            (FidelityStep("model.layers.0", 1, 3, 60.0), 1, 3),
             (FileSent("config.json", 5, True, 5, 20), 5, 20),
             (FileSent("shard", 15, False, 20, 20), 20, 20),
         ):

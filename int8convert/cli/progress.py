@@ -30,7 +30,7 @@ from int8convert.events import (
     TensorsCompared,
     ignore,
 )
-from int8convert.text import counted, format_bytes, format_percent
+from int8convert.text import counted, format_bytes, format_percent, format_rest
 
 SKIPPED = "is done from an earlier run"
 _WIDE, _MEDIUM = 100, 80
@@ -104,9 +104,12 @@ class _Renderer:
             case FileSent(is_sent=True, n_total_bytes=total):
                 so_far = f"; {format_bytes(event.n_done_bytes)} of {format_bytes(total)} are there" if total else ""
                 return f"{event.name}: {format_bytes(event.n_bytes)} sent{so_far}"
-            case FidelityStep(_, n_done, n_steps) if self._bar is None and 10 * n_done // n_steps > self._tenths:
+            case FidelityStep(_, n_done, n_steps) if self._bar is None and (
+                n_done == 1 or 10 * n_done // n_steps > self._tenths
+            ):
                 self._tenths = 10 * n_done // n_steps
-                return f"fidelity: {n_done:,} of {n_steps:,} steps"
+                rest = f", {format_rest(event.remaining_s)}" if n_done < n_steps else ""
+                return f"fidelity: {n_done:,} of {n_steps:,} steps{rest}"
             case _:
                 return ""
 
@@ -221,4 +224,6 @@ class _LiveBar:
             case FidelityStarted(n_steps=n_steps):
                 self._begin(n_steps, "running both models")
             case FidelityStep(step, done, total):
-                self._update(completed=done, total=total, detail=step)
+                # The bar's own estimate needs two steps.
+                rest = f", {format_rest(event.remaining_s)}" if done == 1 < total else ""
+                self._update(completed=done, total=total, detail=f"{step}{rest}")

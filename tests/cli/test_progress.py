@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from int8convert.cli.progress import showing_progress
+from int8convert.cli.progress import _Counter, _LiveBar, showing_progress
 from int8convert.events import (
     DownloadStarted,
     Event,
@@ -50,8 +50,10 @@ CASES: list[tuple[Event, str]] = [
     (DownloadStarted("model.safetensors", 5), "note: fetching model.safetensors, 5 B\n"),
     (TensorsCompared(1, 2), ""),
     (FidelityStarted(False, 5_000_000, 20), "note: running both models in memory, at most 5 MB\n"),
-    (FidelityStep("window", 1, 20), ""),
-    (FidelityStep("window", 2, 20), "fidelity: 2 of 20 steps\n"),
+    (FidelityStep("window", 1, 20, 190.0), "fidelity: 1 of 20 steps, about 3 minutes left\n"),
+    (FidelityStep("window", 2, 20, 0.4), "fidelity: 2 of 20 steps, less than a second left\n"),
+    (FidelityStep("window", 20, 20, 0.0), "fidelity: 20 of 20 steps\n"),
+    (FidelityStep("window", 1, 1, 0.0), "fidelity: 1 of 1 steps\n"),
 ]
 
 
@@ -84,3 +86,29 @@ def test_rate_counts_what_this_run_read_and_no_tensor_twice(capsys: pytest.Captu
         for event in (PLAN, done, new, new, done):
             sink(event)
         assert (sink._counter.read_bytes, sink._counter.passed_bytes) == (1000, 10**9 + 1000)  # type: ignore[attr-defined]
+
+
+def test_estimate_comes_after_the_first_step_and_with_each_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    with showing_progress(quiet=False, as_json=False) as sink:
+        for n in range(1, 41):
+            sink(FidelityStep("window", n, 40, 30.0 * (40 - n)))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [
+        "fidelity: 1 of 40 steps, about 20 minutes left",
+        "fidelity: 4 of 40 steps, about 18 minutes left",
+        "fidelity: 8 of 40 steps, about 16 minutes left",
+    ]
+    assert lines[-2:] == ["fidelity: 36 of 40 steps, about 2 minutes left", "fidelity: 40 of 40 steps"]
+    assert len(lines) == 11
+
+
+def test_bar_says_the_estimate_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = _LiveBar("")
+    monkeypatch.setattr(bar._progress, "start", lambda: None)  # nothing is drawn
+    for event, detail in (
+        (FidelityStarted(True, 5, 3), ""),
+        (FidelityStep("layers.0", 1, 3, 7300.0), "layers.0, about 2 hours left"),
+        (FidelityStep("layers.1", 2, 3, 3600.0), "layers.1"),
+    ):
+        bar.show(event, _Counter())
+        assert bar._progress.tasks[0].fields["detail"] == detail

@@ -137,7 +137,10 @@ def test_all_arithmetics_go_through_each_layer_together(
     seen = watch(monkeypatch)
     streamed = measure_fidelity(*llama, windows, execution)
     assert [model.n_loads for model in seen.models] == [3, 3]  # two layers and the head, of each model
-    assert [runner.n_forwards for runner in seen.runners] == [2 * 3, 2 * 3 * 6]
+    assert [runner.n_forwards for runner in seen.runners] == [
+        2 * 3 + 1,
+        2 * 3 * 6 + 6,
+    ]  # and a warm-up of each arithmetic
     for found, expected in zip(
         streamed, measure_fidelity(*llama, windows, replace(execution, stream=False)), strict=True
     ):
@@ -182,12 +185,14 @@ def test_work_grows_with_windows_times_layers_and_reading_with_layers(
     seen = watch(monkeypatch)
     events: list[Event] = []
     measure_fidelity(source, out, TokenWindows(ids, "random", "", 100), Execution(stream=True), on_event=events.append)
-    assert [runner.n_forwards for runner in seen.runners] == [n_layers * n_windows] * 2
+    assert [runner.n_forwards for runner in seen.runners] == [n_layers * n_windows + 1] * 2  # and a warm-up
     assert [model.n_loads for model in seen.models] == [n_layers + 1] * 2
     started, *steps = events
     assert isinstance(started, FidelityStarted) and started.streamed and started.n_steps == n_layers + 1
     names = [*(f"model.layers.{i}" for i in range(n_layers)), "head"]
-    assert steps == [FidelityStep(name, i + 1, n_layers + 1) for i, name in enumerate(names)]
+    assert [replace(step, remaining_s=0.0) for step in steps if isinstance(step, FidelityStep)] == [
+        FidelityStep(name, i + 1, n_layers + 1, 0.0) for i, name in enumerate(names)
+    ]
 
 
 def test_one_layer_is_in_memory_at_a_time(

@@ -16,8 +16,8 @@ from int8convert.publish.verify_command import Gates
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.options import Execution, Tasks
 from int8convert.verification.tasks import TaskReport, _pair, mcnemar, measure_tasks
+from int8convert.verification.verdict import task_failures
 from int8convert.verification.verify import verify
-from int8convert.verification.verify_report import task_failures
 from tests.tools.outlier_models import convert, outlier_model, save
 
 pytestmark = [

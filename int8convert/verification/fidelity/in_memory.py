@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from int8convert.events import FidelityStarted, FidelityStep
+from int8convert.events import FidelityStarted
 from int8convert.runtime.models import check_length
 from int8convert.runtime.pretrained import model_errors
 from int8convert.verification.fidelity.arithmetic import running
@@ -23,6 +23,7 @@ from int8convert.verification.fidelity.comparison import (
     hidden_state,
 )
 from int8convert.verification.fidelity.memory import bytes_in_memory, resident_bytes
+from int8convert.verification.fidelity.steps import N_WARM_UP, Steps
 
 
 def compare_in_memory(task: FidelityTask) -> Measured:
@@ -35,11 +36,11 @@ def compare_in_memory(task: FidelityTask) -> Measured:
     int8 = task.load_int8()
     int8_layers = decoder_layers(int8)
     comparisons = task.start_comparisons(int8)
-    for i, ids in enumerate(windows.ids):
+
+    def run(ids: torch.Tensor, scored: slice, comparisons: Sequence[Comparison]) -> None:
         states: dict[str, torch.Tensor] = {}
         with _passing_states(layers, states.__setitem__):
             exact_logits = _logits(exact, ids)
-        scored = slice(windows.scored_from(i) - 1, -1)
         for comparison in comparisons:
             with (
                 running(int8, comparison.arithmetic, comparison.columns),
@@ -48,7 +49,13 @@ def compare_in_memory(task: FidelityTask) -> Measured:
                 logits = _logits(int8, ids)
             check_vocabulary(logits, exact_logits)
             comparison.statistics.add(logits[scored], exact_logits[scored], ids[scored.start + 1 :])
-        task.on_event(FidelityStep("window", i + 1, len(windows.ids)))
+
+    steps = Steps([1] * len(windows.ids), task.on_event)
+    with steps.warming_up():
+        run(windows.ids[0, :N_WARM_UP], slice(0, -1), [Comparison(each.arithmetic) for each in comparisons])
+    for i, ids in enumerate(windows.ids):
+        run(ids, slice(windows.scored_from(i) - 1, -1), comparisons)
+        steps.done("window")
     return Measured(comparisons, int8.dtype, exact.dtype)
 
 

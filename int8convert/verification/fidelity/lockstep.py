@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from int8convert.errors import SourceError
-from int8convert.events import FidelityStarted, FidelityStep
+from int8convert.events import FidelityStarted
 from int8convert.runtime.models import check_length
 from int8convert.runtime.pretrained import model_errors
 from int8convert.runtime.text.windows import TokenWindows
-from int8convert.verification.fidelity.arithmetic import running
+from int8convert.verification.fidelity.arithmetic import ColumnCount, running
 from int8convert.verification.fidelity.comparison import (
     Comparison,
     FidelityTask,
@@ -44,6 +45,7 @@ from int8convert.verification.fidelity.comparison import (
 from int8convert.verification.fidelity.hidden_states import HiddenStates
 from int8convert.verification.fidelity.layered_model import LayeredModel
 from int8convert.verification.fidelity.memory import LOGITS_AT_A_TIME, plan_stream
+from int8convert.verification.fidelity.steps import N_WARM_UP, Steps
 
 
 class _LayerDone(BaseException):
@@ -131,16 +133,22 @@ def compare_in_lockstep(task: FidelityTask) -> Measured:
     check_length(exact.model, task.windows)
     int8 = LayeredModel(task.out, task.load_int8)
     comparisons = task.start_comparisons(int8.model)
-    n_steps = len(exact.layers) + 1
+    # A head of a large vocabulary takes as long as many layers.
+    heads = [head] if (head := exact.model.get_output_embeddings()) is not None else list(exact.layers.values())[:1]
+    steps = Steps([_n_parameters(part) for part in (*exact.layers.values(), *heads)], task.on_event)
     folder = tempfile.TemporaryDirectory(prefix="int8convert-") if plan.states_in_files else nullcontext()
     with folder as path:
         lockstep = _Lockstep(exact, int8, task.windows, comparisons, Path(path) if path else None)
         for i, name in enumerate(exact.layers):
-            lockstep.run_layer(i, name)
-            task.on_event(FidelityStep(name, i + 1, n_steps))
+            lockstep.run_layer(i, name, steps)
+            steps.done(name)
         lockstep.run_heads()
-        task.on_event(FidelityStep("head", n_steps, n_steps))
+        steps.done("head")
     return Measured(comparisons, int8.model.dtype, exact.model.dtype)
+
+
+def _n_parameters(part: nn.Module) -> int:
+    return max(1, sum(parameter.numel() for parameter in part.parameters()))
 
 
 class _Lockstep:
@@ -160,13 +168,20 @@ class _Lockstep:
         self._exact_states = HiddenStates(folder)
         self._int8_states = [(comparison, HiddenStates(folder)) for comparison in comparisons]
 
-    def run_layer(self, i: int, name: str) -> None:
-        """Run all windows through one layer of both models."""
+    def run_layer(self, i: int, name: str, steps: Steps) -> None:
+        """Run all windows through one layer of both models; warm up before the first one."""
+        first = self._windows.ids[0, :N_WARM_UP]
         with self._exact.holding(name):
+            if i == 0:
+                with steps.warming_up():
+                    self._exact_runner.run(i, first, None)
             for w, ids in enumerate(self._windows.ids):
                 self._exact_states[w] = self._exact_runner.run(i, ids, self._exact_states[w] if i else None)
         with self._int8.holding(name):
             for comparison, states in self._int8_states:
+                if i == 0:
+                    with steps.warming_up(), running(self._int8.layers[name], comparison.arithmetic, ColumnCount()):
+                        self._int8_runner.run(i, first, None)
                 with running(self._int8.layers[name], comparison.arithmetic, comparison.columns):
                     for w, ids in enumerate(self._windows.ids):
                         states[w] = self._int8_runner.run(i, ids, states[w] if i else None)
