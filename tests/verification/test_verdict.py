@@ -267,3 +267,33 @@ def test_exact_level_has_two_verdicts(own_out: Path) -> None:
     edit_config(own_out, activation_function="gelu")
     failed: VerifyReport = verify(own_out, level="exact")
     assert failed.verdict is Verdict.FAILED
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"undecided": 5},
+        {"undecided": [1, {}, {"line": "x", "gate": ["max_kl"], "n_sequences": 5, "n_tokens": 5}]},
+        {"undecided": [{"line": "x", "gate": "max_kl", "n_sequences": 10**400, "n_tokens": 5}]},
+        {"undecided": [{"line": "x", "gate": "rm -rf", "n_sequences": None, "n_tokens": None}]},
+        {"verdict": ["undecided"]},
+    ],
+)
+def test_nonsense_that_is_undecided_is_not_verified_and_no_error(changes: dict[str, object], own_out: Path) -> None:
+    report = verify(own_out, level="exact").to_published_json()
+    written = {**report, "is_passed": False, "verdict": "undecided", "text": [], "gates": {"max_kl": []}, **changes}
+    (own_out / VERIFY_FILE).write_text(json.dumps(written))
+    output = read_finished(own_out)
+    assert output.unverified == "it did not pass when it was verified"
+    with pytest.raises(UnverifiedError) as caught:
+        check_verified(output)
+    assert f"run `int8convert verify {own_out}`, or pass" in caught.value.hint
+
+
+def test_undecided_lines_of_a_stranger_are_escaped(own_out: Path) -> None:
+    report = verify(own_out, level="exact").to_published_json()
+    entry = {"line": "x\x1b[2J", "gate": "max_kl", "n_sequences": 5, "n_tokens": 5}
+    written = {**report, "is_passed": False, "verdict": "undecided", "text": 1, "gates": 1, "undecided": [entry]}
+    (own_out / VERIFY_FILE).write_text(json.dumps(written))
+    output = read_finished(own_out)
+    assert output.unverified == "too few tokens were measured to say whether it passes: x\\x1b[2J"
