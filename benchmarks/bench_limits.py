@@ -13,14 +13,22 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from cuda_kernels.cpu.int8_matmul import N_TOKENS, multiply_block
+from cuda_kernels.cpu.dequantize_epilogue import N_ROWS
+from cuda_kernels.cpu.int8_vectors import (
+    N_CODES,
+    add_products,
+    add_scaled_totals,
+    store_row_sums,
+    zero_floats,
+    zero_sums,
+)
 from cuda_kernels.cpu.threads import run_split
 
 N_BYTES = 1 << 27
 N_CALLS = 5
 TILE_COLUMNS = 2048
-N_TILE_ROWS = 8
-N_TILES = 2000
+N_TILE_ROWS = N_TILE_TOKENS = 4
+N_TILES = 4000
 
 
 def time_call(function: Callable[[], object]) -> float:
@@ -43,10 +51,14 @@ def read_words(words):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def multiply_tiles(codes, weight_codes, products, n_tiles):  # type: ignore[no-untyped-def]
-    offsets = np.zeros(N_TOKENS, np.int32)
+def multiply_tiles(codes, weight_codes, scales, sums, n_tiles):  # type: ignore[no-untyped-def]
+    x, w, s, n = codes.ctypes.data, weight_codes.ctypes.data, scales.ctypes.data, codes.shape[1]
+    xs, ws = (x, x + n, x + 2 * n, x + 3 * n), (w, w + n, w + 2 * n, w + 3 * n)
     for _ in range(n_tiles):
-        multiply_block(codes, offsets, 0, N_TOKENS, weight_codes, 0, N_TILE_ROWS, products)
+        products = zero_sums(xs)
+        for k in range(0, n, N_CODES):
+            products = add_products(products, xs, ws, k)
+        store_row_sums(add_scaled_totals(zero_floats(xs), products, s, s), sums.ctypes.data)
 
 
 class Limits:
@@ -55,7 +67,7 @@ class Limits:
     def __init__(self) -> None:
         self._words: npt.NDArray[np.int64] = np.ones(N_BYTES // 8, np.int64)
         self._copy = np.ones_like(self._words)
-        self._codes = np.ones((N_TOKENS, TILE_COLUMNS), np.int8)
+        self._codes = np.ones((N_TILE_TOKENS, TILE_COLUMNS), np.int8)
         self._weight_codes = np.ones((N_TILE_ROWS, TILE_COLUMNS), np.int8)
         self.read_gb_s(1), self.multiply_per_s(1)
 
@@ -76,9 +88,9 @@ class Limits:
 
     def multiply_per_s(self, n_threads: int) -> float:
         def multiply(begin: int, end: int) -> None:
-            products = np.empty((N_TOKENS, N_TILE_ROWS), np.int32)
-            multiply_tiles(self._codes, self._weight_codes, products, end - begin)
+            scales, sums = np.zeros(N_TILE_TOKENS, np.float32), np.empty((N_TILE_TOKENS, N_ROWS), np.float32)
+            multiply_tiles(self._codes, self._weight_codes, scales, sums, end - begin)
 
         n_tiles = N_TILES * n_threads
-        n_products = n_tiles * N_TOKENS * N_TILE_ROWS * TILE_COLUMNS
+        n_products = n_tiles * N_TILE_TOKENS * N_TILE_ROWS * TILE_COLUMNS
         return n_products / time_best(lambda: run_split(multiply, n_tiles, n_threads))

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cuda_kernels.cpu.vector_types import VectorType, load
+from cuda_kernels.cpu.vector_types import VectorType, load, repeat, store
 
 N_FLOATS = 32
 """Values of a vector: two registers of 512 bits."""
@@ -28,7 +28,7 @@ def load_floats(_context: Any, address: Any) -> Any:
     """Load the 32 float32 at `address`."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return load(builder, _floats, args[0])
+        return load(builder, _floats.llvm, args[0])
 
     return _floats(types.intp), codegen
 
@@ -38,7 +38,7 @@ def load_integers(_context: Any, address: Any) -> Any:
     """Load the 32 int32 at `address`, each rounded to float32."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.sitofp(load(builder, _integers, args[0]), _floats.llvm)
+        return builder.sitofp(load(builder, _integers.llvm, args[0]), _floats.llvm)
 
     return _floats(types.intp), codegen
 
@@ -48,9 +48,7 @@ def fill(_context: Any, value: Any) -> Any:
     """Repeat one float32 32 times."""
 
     def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        undefined = ir.Constant(_floats.llvm, ir.Undefined)
-        first = builder.insert_element(undefined, args[0], _INT32(0))
-        return builder.shuffle_vector(first, undefined, ir.Constant(_integers.llvm, None))
+        return repeat(builder, args[0], N_FLOATS)
 
     return _floats(types.float32), codegen
 
@@ -76,7 +74,7 @@ def store_floats(_context: Any, values: Any, address: Any) -> Any:
     """Store 32 float32 at `address`."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        builder.store(args[0], builder.inttoptr(args[1], _floats.llvm.as_pointer()), align=1)
+        store(builder, *args)
         return context.get_dummy_value()
 
     return types.void(_floats, types.intp), codegen
@@ -90,8 +88,7 @@ def store_narrow(_context: Any, values: Any, address: Any, bits: Any) -> Any:
     """
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        narrowed = _narrow(builder, args[0], bits)
-        builder.store(narrowed, builder.inttoptr(args[1], narrowed.type.as_pointer()), align=1)
+        store(builder, _narrow(builder, args[0], bits), args[1])
         return context.get_dummy_value()
 
     return types.void(_floats, types.intp, bits), codegen

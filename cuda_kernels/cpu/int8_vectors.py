@@ -1,13 +1,15 @@
 """Vectors of 64 codes in registers, and their products summed into int32, which the loop vectorizer does not find.
 
-x86 multiplies unsigned by signed bytes and adds four products to each int32 lane, 64 at a time (VPDPBUSD). So the
-weight codes are offset by 128 to be unsigned, and the sum is corrected:
+x86 multiplies unsigned by signed bytes and adds four adjacent products to each int32 lane, 64 at a time (VPDPBUSD). So
+the weight codes are offset by 128 to be unsigned, and the sum is corrected:
 
     sum_k (w[k] + 128) * x[k] = sum_k w[k] * x[k] + 128 * sum_k x[k]
 
 The result is exact: the instruction wraps around at 2^32 as the correction does, and the corrected sum fits int32.
 On processors without this instruction the sum is written with int16 pairs, for which every vector instruction set has
 one (VPMADDWD on x86).
+
+The functions take one token or more and four rows at a time: tuples of the addresses of their codes.
 """
 
 from __future__ import annotations
@@ -19,87 +21,131 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cuda_kernels.cpu.vector_types import VectorType, load
+from cuda_kernels.cpu.float_vectors import N_FLOATS
+from cuda_kernels.cpu.vector_types import VectorType, load, pick, repeat, store
 
-N_LANES = 64
+N_CODES = 64
 """Codes of a vector."""
 
 OFFSET = 128
 
+N_SUMS = N_CODES // 4
+"""int32 sums of a vector of codes."""
 
-_codes = VectorType("int8x64", ir.IntType(8), N_LANES)
-_sums = VectorType("int32x16", ir.IntType(32), N_LANES // 4)
+_N_VECTOR_ROWS = 4
 
-
-@intrinsic
-def zero_sums(_context: Any) -> Any:
-    def codegen(_cg: Any, _builder: Any, _signature: Any, _args: Any) -> Any:
-        return ir.Constant(_sums.llvm, None)
-
-    return _sums(), codegen
+CODES = VectorType("int8x64", ir.IntType(8), N_CODES)
+SUMS = VectorType("int32x16", ir.IntType(32), N_SUMS)
+_row_sums = VectorType("float32x4", ir.FloatType(), _N_VECTOR_ROWS)
 
 
 @intrinsic
-def load_codes(_context: Any, address: Any, offset: Any) -> Any:
-    """Load the 64 codes from `address + offset` on, at any alignment."""
+def zero_sums(_context: Any, xs: Any) -> Any:
+    """Return 16 sums of 0 for each token and row."""
+    kind = types.UniTuple(SUMS, xs.count * _N_VECTOR_ROWS)
 
-    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return load(builder, _codes, builder.add(*args))
+    def codegen(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        return context.make_tuple(builder, kind, [ir.Constant(SUMS.llvm, None)] * kind.count)
 
-    return _codes(types.intp, types.intp), codegen
-
-
-@intrinsic
-def load_offset_codes(_context: Any, address: Any, offset: Any) -> Any:
-    """Load the 64 codes from `address + offset` on, each plus 128, as unsigned bytes."""
-
-    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        codes = load(builder, _codes, builder.add(*args))
-        return builder.xor(codes, ir.Constant(_codes.llvm, [-OFFSET] * N_LANES))
-
-    return _codes(types.intp, types.intp), codegen
+    return kind(xs), codegen
 
 
 @intrinsic
-def add_products(_context: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
-    """Add the 64 products of unsigned `offset_codes` and signed `codes` to the 16 sums, four to each."""
+def add_products(_context: Any, sums: Any, xs: Any, ws: Any, k: Any) -> Any:
+    """Add the 64 products from column `k` on, each weight code plus 128, to the 16 sums of each token and row."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        _triple, _processor, features = context.codegen().magic_tuple()
-        if "+avx512vnni" in features:
-            # The signature from before LLVM 21, which later ones still take.
-            kind = ir.FunctionType(_sums.llvm, [_sums.llvm, _sums.llvm, _sums.llvm])
-            dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-            return builder.call(
-                dot, [args[0], builder.bitcast(args[1], _sums.llvm), builder.bitcast(args[2], _sums.llvm)]
-            )
-        return _add_pairs(builder, *args)
+        tokens, rows = cgutils.unpack_tuple(builder, args[1]), cgutils.unpack_tuple(builder, args[2])
+        row_codes = [load_offset_codes(builder, builder.add(row, args[3])) for row in rows]
+        found, added = iter(cgutils.unpack_tuple(builder, args[0])), []
+        for token in tokens:
+            codes = load(builder, CODES.llvm, builder.add(token, args[3]))
+            added += [multiply_add(context, builder, next(found), row, codes) for row in row_codes]
+        return context.make_tuple(builder, sums, added)
 
-    return _sums(sums, offset_codes, codes), codegen
+    return sums(sums, xs, ws, types.intp), codegen
+
+
+@intrinsic
+def zero_floats(_context: Any, xs: Any) -> Any:
+    """Return four float32 of 0, one for each row, for each token."""
+    kind = types.UniTuple(_row_sums, xs.count)
+
+    def codegen(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        return context.make_tuple(builder, kind, [ir.Constant(_row_sums.llvm, None)] * kind.count)
+
+    return kind(xs), codegen
+
+
+@intrinsic
+def add_scaled_totals(_context: Any, row_sums: Any, sums: Any, offsets: Any, scales: Any) -> Any:
+    """Add the totals of each token's sums, less its offset and times its scale, each step rounded to float32.
+
+    Args:
+        offsets, scales: addresses of the first token's, int32 and float32.
+    """
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        found, added = cgutils.unpack_tuple(builder, args[1]), []
+        for t, before in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            totals = _four_totals(builder, found[t * _N_VECTOR_ROWS : (t + 1) * _N_VECTOR_ROWS])
+            offset, scale = load(builder, ir.IntType(32), args[2], 4 * t), load(builder, ir.FloatType(), args[3], 4 * t)
+            products = builder.sub(totals, repeat(builder, offset, _N_VECTOR_ROWS))
+            scaled = builder.fmul(builder.sitofp(products, _row_sums.llvm), repeat(builder, scale, _N_VECTOR_ROWS))
+            added.append(builder.fadd(before, scaled))
+        return context.make_tuple(builder, row_sums, added)
+
+    return row_sums(row_sums, sums, types.intp, types.intp), codegen
+
+
+def _four_totals(builder: Any, vectors: list[Any]) -> Any:
+    """IR of the totals of four vectors of int32, wrapping."""
+    for n in (N_SUMS // 2, N_SUMS // 4):
+        halves = [(pick(builder, v, v, range(n)), pick(builder, v, v, range(n, 2 * n))) for v in vectors]
+        vectors = [builder.add(*pair) for pair in halves]
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [builder.add(*(pick(builder, *pair, range(i, 8, 2)) for i in (0, 1))) for pair in pairs]
+    return vectors[0]
+
+
+@intrinsic
+def store_row_sums(_context: Any, row_sums: Any, address: Any) -> Any:
+    """Store each token's four sums in float32 [tokens, 32] at `address`."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        for t, values in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            store(builder, values, args[1], t * 4 * N_FLOATS)
+        return context.get_dummy_value()
+
+    return types.void(row_sums, types.intp), codegen
+
+
+def load_offset_codes(builder: Any, address: Any) -> Any:
+    """IR that loads 64 codes, each plus 128, as unsigned bytes."""
+    return builder.xor(load(builder, CODES.llvm, address), ir.Constant(CODES.llvm, [-OFFSET] * N_CODES))
+
+
+def multiply_add(context: Any, builder: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
+    """IR that adds the 64 products of unsigned `offset_codes` and signed `codes` to 16 sums, four adjacent to each."""
+    _triple, _processor, features = context.codegen().magic_tuple()
+    if "+avx512vnni" not in features:
+        return _add_pairs(builder, sums, offset_codes, codes)
+    # The signature from before LLVM 21, which later ones still take.
+    kind = ir.FunctionType(SUMS.llvm, [SUMS.llvm] * 3)
+    dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+    return builder.call(dot, [sums, builder.bitcast(offset_codes, SUMS.llvm), builder.bitcast(codes, SUMS.llvm)])
 
 
 def _add_pairs(builder: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
-    """Add the same products in the form that LLVM recognizes as products of int16 pairs."""
-    wide = ir.VectorType(ir.IntType(32), N_LANES)
-    products = builder.mul(builder.zext(offset_codes, wide), builder.sext(codes, wide))
-    even, odd = (_pick(builder, products, range(first, N_LANES, 2)) for first in (0, 1))
-    pairs = builder.add(even, odd)
-    low, high = (_pick(builder, pairs, range(first, first + N_LANES // 4)) for first in (0, N_LANES // 4))
-    return builder.add(builder.add(sums, low), high)
-
-
-def _pick(builder: Any, vector: Any, lanes: range) -> Any:
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
-    return builder.shuffle_vector(vector, vector, mask)
-
-
-@intrinsic
-def total(_context: Any, sums: Any) -> Any:
-    """Add up the 16 sums: int32, wrapping."""
-
-    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [_sums.llvm])
-        add = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.add.v16i32")
-        return builder.call(add, args)
-
-    return types.int32(sums), codegen
+    """Add the same products, of even and of odd bytes, in the form that LLVM recognizes as products of int16 pairs."""
+    n = N_CODES // 2
+    short, wide = ir.VectorType(ir.IntType(16), n), ir.VectorType(ir.IntType(32), n)
+    byte, low = ir.Constant(short, [8] * n), ir.Constant(short, [255] * n)
+    w, x = builder.bitcast(offset_codes, short), builder.bitcast(codes, short)
+    even = builder.and_(w, low), builder.ashr(builder.shl(x, byte), byte)
+    odd = builder.lshr(w, byte), builder.ashr(x, byte)
+    for a, b in (even, odd):
+        products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+        sums = builder.add(sums, builder.add(*(pick(builder, products, products, range(i, n, 2)) for i in (0, 1))))
+    return sums

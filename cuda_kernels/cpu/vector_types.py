@@ -1,16 +1,20 @@
 """The Numba type of one vector of values in registers.
 
-Only intrinsics make and use such values. Numba passes them between variables and functions. LLVM splits a vector that
-is wider than the machine's into several registers.
+Only intrinsics make and use such values, with the functions here that load, store and shuffle them. Numba passes them
+between variables and functions, alone or in tuples. LLVM splits a vector that is wider than the machine's into several
+registers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model
+
+_INT32 = ir.IntType(32)
 
 
 class VectorType(types.Type):  # type: ignore[misc]
@@ -27,6 +31,27 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(data_model_manager, vector, vector.llvm)
 
 
-def load(builder: Any, vector: VectorType, address: Any) -> Any:
-    """IR that loads the vector at an address, which is an integer of any alignment."""
-    return builder.load(builder.inttoptr(address, vector.llvm.as_pointer()), align=1)
+def load(builder: Any, kind: ir.Type, address: Any, offset: int = 0) -> Any:
+    """IR that loads a value of an LLVM type at an address, which is an integer of any alignment, plus `offset`."""
+    return builder.load(_pointer(builder, kind, address, offset), align=1)
+
+
+def store(builder: Any, value: Any, address: Any, offset: int = 0) -> None:
+    """IR that stores a value at an address, which is an integer of any alignment, plus `offset`."""
+    builder.store(value, _pointer(builder, value.type, address, offset), align=1)
+
+
+def _pointer(builder: Any, kind: ir.Type, address: Any, offset: int) -> Any:
+    return builder.inttoptr(builder.add(address, ir.Constant(address.type, offset)), kind.as_pointer())
+
+
+def pick(builder: Any, a: Any, b: Any, lanes: Iterable[int]) -> Any:
+    """IR of the vector of these lanes, which count on from those of `a` to those of `b`."""
+    mask = [_INT32(lane) for lane in lanes]
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT32, len(mask)), mask))
+
+
+def repeat(builder: Any, value: Any, n: int) -> Any:
+    """IR of the vector of n times one value."""
+    undefined = ir.Constant(ir.VectorType(value.type, n), ir.Undefined)
+    return pick(builder, builder.insert_element(undefined, value, _INT32(0)), undefined, [0] * n)

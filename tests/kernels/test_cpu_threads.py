@@ -13,8 +13,9 @@ from numba import njit
 from cuda_kernels.cpu import threads
 from cuda_kernels.cpu.team import run_on_team, team
 from cuda_kernels.cpu.threads import part_of, run_parts, run_split
-from tests.kernels.backends import DTYPES, Cpu, narrow
-from tests.kernels.layers import make_product, make_tokens
+from cuda_kernels.reference import N_STEPS
+from tests.kernels.backends import DTYPES, Cpu, narrow, widen
+from tests.kernels.layers import make_product, make_tokens, without_bias
 
 COLUMNS = np.array([3, 700], np.int32)
 
@@ -114,6 +115,19 @@ def test_a_token_does_not_depend_on_its_batch(dtype: str) -> None:
             outlier_x=product.x.outlier_x[t : t + 1],
         )
         np.testing.assert_array_equal(replace(product, x=one).multiply(Cpu(n_threads=1)), batch[t : t + 1])
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 5, 13, 131])
+@pytest.mark.parametrize("block_size", [64, 128, 256])
+@pytest.mark.parametrize("n_columns", [300, 512])
+def test_blocks_are_added_up_in_float32_in_ascending_order(n_tokens: int, block_size: int, n_columns: int) -> None:
+    """By rows, by tiles, and by both in rounds of 128 tokens, with columns that fill no vector and with none."""
+    product = without_bias(make_product(n_tokens, 67, n_columns, "F32", block_size=block_size))
+    sums = np.zeros((n_tokens, 67), np.float32)
+    for b, products in enumerate(product.products):
+        sums += products.astype(np.float32) * (product.x.absmax[:, b : b + 1] / np.float32(N_STEPS))
+    expected = sums * (product.weight.absmax / np.float32(N_STEPS))
+    np.testing.assert_array_equal(widen(product.multiply(Cpu(n_threads=1)), "F32"), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
