@@ -86,7 +86,7 @@ def add_to_tile(_context: Any, tile: Any, first: Any, stride: Any, n: Any, packe
         for address in _addresses(builder, args[1:4], N_TILE_TOKENS):
             four = repeat(builder, load(builder, ir.IntType(32), address), N_SUMS)
             codes = builder.bitcast(four, CODES.llvm)
-            added += [multiply_add(context, builder, next(found), row, codes) for row in rows]
+            added += [multiply_add(context, builder, next(found), row, codes, keeps_order=True) for row in rows]
         return context.make_tuple(builder, _tile, added)
 
     return _tile(_tile, *[types.intp] * 4), codegen

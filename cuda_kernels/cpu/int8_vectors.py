@@ -126,11 +126,17 @@ def load_offset_codes(builder: Any, address: Any) -> Any:
     return builder.xor(load(builder, CODES.llvm, address), ir.Constant(CODES.llvm, [-OFFSET] * N_CODES))
 
 
-def multiply_add(context: Any, builder: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
-    """IR that adds the 64 products of unsigned `offset_codes` and signed `codes` to 16 sums, four adjacent to each."""
+def multiply_add(
+    context: Any, builder: Any, sums: Any, offset_codes: Any, codes: Any, keeps_order: bool = False
+) -> Any:
+    """IR that adds the 64 products of unsigned `offset_codes` and signed `codes` to 16 sums, four to each.
+
+    Args:
+        keeps_order: the four are adjacent. They always are where the processor has VPDPBUSD.
+    """
     _triple, _processor, features = context.codegen().magic_tuple()
     if "+avx512vnni" not in features:
-        return _add_pairs(builder, sums, offset_codes, codes)
+        return (_add_even_and_odd if keeps_order else _add_pairs)(builder, sums, offset_codes, codes)
     # The signature from before LLVM 21, which later ones still take.
     kind = ir.FunctionType(SUMS.llvm, [SUMS.llvm] * 3)
     dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
@@ -138,7 +144,16 @@ def multiply_add(context: Any, builder: Any, sums: Any, offset_codes: Any, codes
 
 
 def _add_pairs(builder: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
-    """Add the same products, of even and of odd bytes, in the form that LLVM recognizes as products of int16 pairs."""
+    """Add the same products in the form that LLVM recognizes as products of int16 pairs."""
+    wide = ir.VectorType(ir.IntType(32), N_CODES)
+    products = builder.mul(builder.zext(offset_codes, wide), builder.sext(codes, wide))
+    pairs = builder.add(*(pick(builder, products, products, range(i, N_CODES, 2)) for i in (0, 1)))
+    low, high = (pick(builder, pairs, pairs, range(first, first + N_SUMS)) for first in (0, N_SUMS))
+    return builder.add(builder.add(sums, low), high)
+
+
+def _add_even_and_odd(builder: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
+    """Add the same products, of even bytes and of odd ones, whose pairs are then in the order of the sums."""
     n = N_CODES // 2
     short, wide = ir.VectorType(ir.IntType(16), n), ir.VectorType(ir.IntType(32), n)
     byte, low = ir.Constant(short, [8] * n), ir.Constant(short, [255] * n)
