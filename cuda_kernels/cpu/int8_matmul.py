@@ -188,7 +188,10 @@ def _multiply_rows(x, t, xs, x_tails, w, sums):  # type: ignore[no-untyped-def]
         n = w.n - 1 - r
         ws = _four(w.codes + r * w.stride, w.stride, n)
         row_sums, products, at, stop = zero_floats(xs), zero_sums(xs), 4 * t, x.block_size
-        for k in range(0, n_whole, N_CODES):
+        # One block has a loop without a branch: where registers are few, LLVM then spills fewer sums.
+        for k in range(0, n_whole if x.n_blocks == 1 else 0, N_CODES):
+            products = add_products(products, xs, ws, k)
+        for k in range(0, n_whole if x.n_blocks > 1 else 0, N_CODES):
             if k == stop:
                 row_sums = add_scaled_totals(row_sums, products, x.offsets + at, x.scales + at)
                 products, at, stop = zero_sums(xs), at + 4 * x.n_padded, stop + x.block_size
