@@ -62,10 +62,10 @@ class Manifest:
         """Return the request of the conversion that is there, finished or not; None if there is none."""
         try:
             if (begun := self._find(_REQUEST_NAME)) is not None:
-                return read_own_json(begun)
+                return _with_version(read_own_json(begun))
             if (finished := self._find(_MANIFEST_NAME)) is not None:
                 request = read_own_json(finished).get("conversion")
-                return request if isinstance(request, dict) else None
+                return _with_version(request) if isinstance(request, dict) else None
         except CorruptFileError:
             pass  # not written by us
         return None
@@ -164,6 +164,11 @@ class Manifest:
         for leftover in self.folder.glob(f"*{INCOMPLETE_SUFFIX}"):
             leftover.unlink()
         self.tidy()
+
+
+def _with_version(request: dict[str, Any]) -> dict[str, Any]:
+    """Add the version that the first exports did not record; a conversion to int8 has `arithmetic`."""
+    return request if "arithmetic" in request else {"export_arithmetic": 1, **request}
 
 
 @dataclass(frozen=True, slots=True)

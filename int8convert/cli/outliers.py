@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from int8convert.errors import SourceError
 from int8convert.text import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
+    from int8convert.outliers.damage import LayerDamage
     from int8convert.outliers.find import OutlierReport
 
 HELP = f"""Find a model's outlier feature dimensions on a text, and store their columns in 16 bits.
@@ -131,11 +131,12 @@ def outliers(
             stored = store(report, taken_from, write, lora, trust_remote_code)
         drawn = _draw(report, figures) if figures is not None else []
         if as_json:
-            console.print_json({**report.to_json(), "written": stored and asdict(stored), "figures": drawn})
+            kept = {"keep": [layer.module_name for layer in _kept(report, keep_budget)]} if damage else {}
+            console.print_json({**report.to_json(), **kept, "written": stored and asdict(stored), "figures": drawn})
             return
         _print_report(report)
         if damage:
-            _print_damage(report, keep_budget / 100)
+            _print_damage(report, keep_budget)
         if stored is not None:
             print_stored(stored)
         elif not quiet:
@@ -234,33 +235,44 @@ def _print_projections(report: OutlierReport) -> None:
     )
 
 
-def _print_damage(report: OutlierReport, budget: float) -> None:
+def _kept(report: OutlierReport, budget_percent: float) -> tuple[LayerDamage, ...]:
+    """Return the layers to keep in 16 bits, for the arithmetic that bitsandbytes and `load` have by default."""
+    from int8convert.outliers.damage import choose_kept
+
+    return choose_kept(report.damage, budget_percent / 100, "inputs_by_rule")
+
+
+def _print_damage(report: OutlierReport, budget_percent: float) -> None:
     """Print what rounding costs by projection, and the layers to keep in 16 bits with the options that keep them."""
-    from int8convert.outliers.damage import INPUTS, choose_kept
+    from int8convert.outliers.damage import INPUTS
 
     kinds: dict[str, list[Any]] = {}
     for layer in report.damage:
         kinds.setdefault(layer.module_name.rpartition(".")[2], []).append(layer)
-    columns = ("weights", *INPUTS)
-
-    def costs(layers: Iterable[Any]) -> list[float]:
-        return [sum(getattr(layer, column) for layer in layers) for column in columns]
-
     console.print_table(
         "What rounding costs the predictions, estimated: KL divergence in nats a token",
         ("projection", "layers", "of weights", "of inputs: one scale a token", "LLM.int8()", "blocks of 128"),
         [
-            (name, f"{len(layers)}", *(f"{cost:.2g}" for cost in costs(layers)))
+            (
+                name,
+                f"{len(layers)}",
+                *(f"{sum(getattr(layer, cost) for layer in layers):.2g}" for cost in ("weights", *INPUTS)),
+            )
             for name, layers in [*kinds.items(), ("all", list(report.damage))]
         ],
     )
-    kept = choose_kept(report.damage, budget, "inputs_by_rule")
+    if left_out := len(report.inputs) - len(report.damage):
+        console.print_line(
+            f"not measured: {left_out:,} of {len(report.inputs):,} layers, which did not run on this text"
+        )
+    kept = _kept(report, budget_percent)
+    if not kept:
+        console.print_line(f"no layer fits into {format_percent(budget_percent / 100)} of the weights")
+        return
     share = sum(layer.n_weights for layer in kept) / sum(layer.n_weights for layer in report.damage)
     before, taken = (sum(e.weights + e.inputs_by_rule for e in layers) for layers in (report.damage, kept))
-    skips = " ".join(f"--skip {layer.module_name}" for layer in kept)
     console.print_line(
-        f"{len(kept)} layers in 16 bits, {format_percent(share)} of the weights, would leave a KL divergence of about "
-        f"{before - taken:.2g} of {before:.2g} by LLM.int8(): convert with {skips}"
-        if kept
-        else f"no layer fits into {format_percent(budget)} of the weights"
+        f"keeping {format_percent(share)} of these weights in 16 bits would leave a KL divergence of about "
+        f"{before - taken:.2g} of {before:.2g} by LLM.int8(): convert with "
+        + " ".join(f"--skip {layer.module_name}" for layer in kept)
     )

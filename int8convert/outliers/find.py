@@ -53,7 +53,8 @@ class OutlierReport:
         inputs: the inputs of the layers that are int8, or would be.
         features: the dimensions that meet the paper's criteria.
         ablation: effect of taking them away; empty if not asked for, or if there are none.
-        damage: what rounding each layer costs the predictions; empty if not asked for.
+        damage: what rounding each layer costs the predictions; empty if not asked for. Layers that did not run on this
+            text have none.
         min_share, budget: the rule for columns worth storing, see `int8convert.outliers.choice`.
         static_set: layer -> columns worth storing, ascending; layers without any are left out.
         static_set_bytes: bytes of these columns in 16 bits.
@@ -166,7 +167,7 @@ def find_outliers(
         n_layers=len({entry.layer for entry in inputs if entry.is_hidden_state}),
         inputs=inputs,
         features=features,
-        damage=estimate_damage(model, layers, windows.ids) if with_damage else (),
+        damage=estimate_damage(model, layers, windows.ids, threshold) if with_damage else (),
         ablation=ablate(model, states, windows.ids, [f.column for f in features]) if with_ablation and features else (),
         min_share=min_share,
         budget=budget,

@@ -259,9 +259,11 @@ def test_damage_is_printed_with_the_layers_to_keep(run: Run, source: Path, text:
     _, _, kept = out.rpartition("convert with ")
     skips = kept.split()[1::2]
     assert skips and all(name.startswith("model.decoder.layers.") for name in skips)
-    code, out, _ = run("outliers", source, "--text", text, *WINDOWS, "--damage", "--json")
-    damage = {layer["module_name"]: layer for layer in json.loads(out)["damage"]}
+    code, out, _ = run("outliers", source, "--text", text, *WINDOWS, "--damage", "--keep-budget", "30", "--json")
+    found = json.loads(out)
+    damage = {layer["module_name"]: layer for layer in found["damage"]}
     assert code == 0 and len(damage) == 12 and all(layer["weights"] > 0 for layer in damage.values())
+    assert found["keep"] == skips
     best = max(damage.values(), key=lambda e: (e["weights"] + e["inputs_by_rule"]) / e["n_weights"])
     assert best["module_name"] in skips
     code, _, err = run("quantize", source, tmp_path / "kept", *(f"--skip={name}" for name in skips))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 import int8convert
 from int8convert import errors
+from int8convert.checkpoint.names import MANIFEST_NAME
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.conversion.destination import PublishedDestination
 from int8convert.events import Event, PlanMade, ShardFinished, ShardStarted
@@ -310,6 +312,21 @@ def test_export_of_another_arithmetic_is_not_continued(
     monkeypatch.setattr("int8convert.conversion.export.EXPORT_ARITHMETIC_VERSION", 2)
     differs = "an unfinished conversion that differs: export_arithmetic was 1, is now 2"
     fail(int8, tmp_path / "out", errors.OutputError, differs, format="torchao")
+
+
+@pytest.mark.parametrize("options", [{"dequantize": "float16"}, {"format": "compressed-tensors"}])
+def test_export_of_before_its_version_was_recorded_is_the_same(options: Any, int8: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    int8convert.export(int8, new, **options)
+    manifest = json.loads((new / MANIFEST_NAME).read_text())
+    assert manifest["conversion"].pop("export_arithmetic") == 1
+    (new / MANIFEST_NAME).write_text(json.dumps(manifest))
+    before = file_bytes(new)
+
+    assert int8convert.export(int8, new, **options).n_done_shards > 0
+
+    assert file_bytes(new) == before
+
 
 
 @pytest.mark.parametrize("options", [{"format": "torchao"}, {"dequantize": "bfloat16"}, {"max_shard_size": "50KB"}])

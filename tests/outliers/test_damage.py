@@ -153,6 +153,62 @@ def test_layers_that_read_the_same_tensor_are_a_group() -> None:
         assert q == k == v and gate == up and len({q, o, gate, down}) == 4
 
 
+class Experts(nn.Module):
+    """Two experts with a Linear each, of which a window takes one; the other gets no token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.n_calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        taken, other = self.n_calls % 2, 1 - self.n_calls % 2
+        self.n_calls += 1
+        nothing = self.experts[other](x[..., :0, :]).sum()
+        return self.experts[taken](x) + nothing
+
+
+def test_experts_without_tokens_and_layers_that_never_run_have_no_part_in_it() -> None:
+    model = model_of("opt")
+    model.model.decoder.layers[1].fc1 = nn.Sequential(Experts(64), model.model.decoder.layers[1].fc1)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "fc1" in name}
+    damage = estimate_damage(model, layers, tokens(4))
+    names = [layer.module_name.partition("layers.1.fc1.")[2] for layer in damage]
+    assert [name for name in names if name] == ["0.experts.0", "0.experts.1", "1"]
+    assert all(layer.weights > 0 for layer in damage)
+    assert len({layer.group for layer in damage}) == len(damage), "experts of different windows read different tensors"
+
+
+def test_embeddings_may_be_changed_in_place() -> None:
+    model, ids = model_of("llama"), tokens(2)
+    expected = estimate_damage(model, layers_of(model), ids)
+    model.model.layers[0].register_forward_pre_hook(lambda _module, inputs: (inputs[0].mul_(1.0), *inputs[1:]))
+    assert estimate_damage(model, layers_of(model), ids) == expected
+
+
+def test_threshold_is_that_of_the_rule() -> None:
+    model, ids = outlier_model(build_tokenizer()), tokens(2)
+    at_6, never = (estimate_damage(model, layers_of(model), ids, threshold) for threshold in (6.0, 1e9))
+    assert [layer.inputs_by_rule for layer in never] == pytest.approx([layer.inputs_by_token for layer in never])
+    assert sum(layer.inputs_by_rule for layer in at_6) < sum(layer.inputs_by_rule for layer in never) / 3
+
+
+def test_predictions_that_are_not_finite_and_models_without_gradient_are_errors() -> None:
+    model = model_of("opt")
+    broken = layers_of(model)
+    model.model.decoder.layers[0].fc1.weight.data[0, 0] = float("nan")
+    with pytest.raises(SourceError, match="predicts values that are not finite") as caught:
+        estimate_damage(model, broken, tokens(1))
+    assert caught.value.hint == "leave out --damage"
+    model = model_of("opt")
+    model.model.decoder.layers[1].fc1.register_forward_hook(
+        lambda _module, _inputs, y: y.detach().requires_grad_().mul_(1)
+    )
+    with pytest.raises(SourceError, match="damage of rounding OPTForCausalLM cannot be measured: RuntimeError"):
+        estimate_damage(model, layers_of(model), tokens(1))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def entry(name: str, n_weights: int, group: int, cost: float) -> LayerDamage:
     return LayerDamage(name, n_weights, group, cost / 2, 0.0, cost / 2, 0.0)
 
