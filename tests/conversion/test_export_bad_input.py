@@ -321,11 +321,12 @@ def test_export_of_before_its_version_was_recorded_is_the_same(options: Any, int
     manifest = json.loads((new / MANIFEST_NAME).read_text())
     assert manifest["conversion"].pop("export_arithmetic") == 1
     (new / MANIFEST_NAME).write_text(json.dumps(manifest))
-    before = file_bytes(new)
+    shards = {name: content for name, content in file_bytes(new).items() if name.endswith(".safetensors")}
 
-    assert int8convert.export(int8, new, **options).n_done_shards > 0
+    assert int8convert.export(int8, new, **options).n_done_shards == len(shards)
 
-    assert file_bytes(new) == before
+    assert shards.items() <= file_bytes(new).items()
+    assert json.loads((new / MANIFEST_NAME).read_text())["conversion"]["export_arithmetic"] == 1
 
 
 
