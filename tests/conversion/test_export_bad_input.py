@@ -329,7 +329,6 @@ def test_export_of_before_its_version_was_recorded_is_the_same(options: Any, int
     assert json.loads((new / MANIFEST_NAME).read_text())["conversion"]["export_arithmetic"] == 1
 
 
-
 @pytest.mark.parametrize("options", [{"format": "torchao"}, {"dequantize": "bfloat16"}, {"max_shard_size": "50KB"}])
 def test_damaged_shard_of_an_earlier_run_is_made_again(options: Any, int8: Path, tmp_path: Path) -> None:
     int8convert.export(int8, tmp_path / "expected", **options)
