@@ -68,10 +68,6 @@ class Operands(NamedTuple):
     n_outliers: int
     capacity: int
 
-    @property
-    def block_size(self) -> int:
-        return self.result.block_size
-
 
 class Plan(NamedTuple):
     """The sizes that cut the work into blocks.
@@ -237,7 +233,7 @@ def launches(operands: Operands, cut: Plan) -> list[Launch]:
     sizes = (o.n_tokens, o.n_columns, o.row_stride, o.n_outliers, o.capacity, pieces, cut.tokens)
     # Loads of single values need more registers than 1024 threads have.
     threads = cut.threads if is_aligned else min(cut.threads, 256)
-    kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, threads, o.block_size)
+    kernel = _kernel(o.dtype, o.capacity > 0, is_marking, is_aligned, threads, o.result.block_size)
     grid = (max(1, -(-o.n_tokens // cut.tokens)), 1, 1)  # no tokens: one block writes the empty list
     planned.append(Launch(kernel, grid, -(-n_groups // 4) * 4, (*pointers, threshold, *sizes)))
     return planned

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 
 from cuda_kernels import cpu, reference
-from cuda_kernels.reference import QuantizedActivations, QuantizedRows
+from cuda_kernels.reference import QuantizedRows
 from tests.kernels.cuda_backends import Gpu, Interpreted
 from tests.kernels.outputs import Activations, Bits, Outputs, Rows, Weight
 
@@ -120,17 +120,8 @@ class Cpu:
         capacity: int,
         block_size: int = 0,
     ) -> Activations:
-        outputs, (n_tokens, n_columns) = Outputs(), x.shape
-        bits = cpu.BITS_DTYPE[dtype]
-        result = QuantizedActivations(
-            outputs.empty(x.shape, np.int8),
-            outputs.empty((n_tokens, reference.n_blocks(n_columns, block_size)), np.float32),
-            outputs.empty((n_tokens, outlier_columns.size), bits),
-            outputs.empty((capacity,), np.int32),
-            outputs.empty((1,), np.int32),
-            outputs.empty((n_tokens, capacity), bits),
-            block_size,
-        )
+        outputs, bits = Outputs(), cpu.BITS_DTYPE[dtype]
+        result = outputs.activations(x.shape, outlier_columns.size, capacity, block_size, bits)
         cpu.activation_quantize(x.view(bits), outlier_columns, threshold, result, n_threads=self._n_threads)
         outputs.check()
         return result._replace(outlier_x=result.outlier_x.view(x.dtype), found_x=result.found_x.view(x.dtype))

@@ -22,7 +22,7 @@ from cuda_kernels.cuda import (
 from cuda_kernels.cuda.int8_matmul import Engine
 from cuda_kernels.cuda.int8_operands import Operands
 from cuda_kernels.cuda.launch import Launch
-from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight, n_blocks
+from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight
 from tests.kernels.outputs import Activations, Bits, Outputs, Rows, Weight
 from tests.tools.ptx import Memory, execute
 
@@ -117,15 +117,7 @@ class Interpreted:
         cut: activation_quantize.Plan = QUANTIZE,
     ) -> Activations:
         (n_tokens, n_columns), n, memory, outputs = x.shape, outlier_columns.size, Memory(), Outputs()
-        result = QuantizedActivations(
-            outputs.empty(x.shape, np.int8),
-            outputs.empty((n_tokens, n_blocks(n_columns, block_size)), np.float32),
-            outputs.empty((n_tokens, n), x.dtype),
-            outputs.empty((capacity,), np.int32),
-            outputs.empty((1,), np.int32),
-            outputs.empty((n_tokens, capacity), x.dtype),
-            block_size,
-        )
+        result = outputs.activations(x.shape, n, capacity, block_size, x.dtype)
         marks = outputs.empty((activation_quantize.mark_bytes(n_tokens, n_columns, capacity, cut),), np.uint8)
         row_stride = x.strides[0] // x.itemsize
         apart = np.full(self._shift + max(n_tokens - 1, 0) * row_stride + n_columns, np.iinfo(x.dtype).max, x.dtype)

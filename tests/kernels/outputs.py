@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight
+from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight, n_blocks
 
 Bits = npt.NDArray[Any]
 """uint16 for F16 and BF16, uint32 for F32."""
@@ -33,6 +33,21 @@ class Outputs:
         memory = np.full(size + 2 * self.MARGIN_BYTES, fill, np.uint8)
         self._margins += [memory[: self.MARGIN_BYTES], memory[self.MARGIN_BYTES + size :]]
         return memory[self.MARGIN_BYTES : self.MARGIN_BYTES + size].view(dtype).reshape(shape)
+
+    def activations(
+        self, shape: tuple[int, int], n_outliers: int, capacity: int, block_size: int, dtype: npt.DTypeLike
+    ) -> Activations:
+        """What `activation_quantize` writes for x [M, K], whose bits have this dtype."""
+        n_tokens, n_columns = shape
+        return QuantizedActivations(
+            self.empty(shape, np.int8),
+            self.empty((n_tokens, n_blocks(n_columns, block_size)), np.float32),
+            self.empty((n_tokens, n_outliers), dtype),
+            self.empty((capacity,), np.int32),
+            self.empty((1,), np.int32),
+            self.empty((n_tokens, capacity), dtype),
+            block_size,
+        )
 
     def check(self) -> None:
         for margin in self._margins:
