@@ -22,7 +22,7 @@ MEASURE = """
 import dataclasses, json, resource, sys, torch, transformers
 from pathlib import Path
 from int8convert.errors import Int8ConvertError
-from int8convert.verification.fidelity import memory
+from int8convert.runtime import memory
 from int8convert.verification.fidelity.level import measure_fidelity
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.options import Execution

@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from int8convert.events import Event, FidelityStep
+from int8convert.runtime.steps import Steps
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity import in_memory, lockstep
 from int8convert.verification.fidelity.level import measure_fidelity
-from int8convert.verification.fidelity.steps import Steps
 from int8convert.verification.options import Execution
 from tests.tools.outlier_models import convert
 from tests.verification.test_lockstep import GROUPED, save_source

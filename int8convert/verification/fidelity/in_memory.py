@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from int8convert.events import FidelityStarted
+from int8convert.runtime.memory import resident_bytes
 from int8convert.runtime.models import check_length
 from int8convert.runtime.pretrained import model_errors
+from int8convert.runtime.steps import N_WARM_UP, Steps
 from int8convert.verification.fidelity.arithmetic import running
 from int8convert.verification.fidelity.comparison import (
     Comparison,
@@ -22,8 +24,7 @@ from int8convert.verification.fidelity.comparison import (
     decoder_layers,
     hidden_state,
 )
-from int8convert.verification.fidelity.memory import bytes_in_memory, resident_bytes
-from int8convert.verification.fidelity.steps import N_WARM_UP, Steps
+from int8convert.verification.fidelity.memory import bytes_in_memory
 
 
 def compare_in_memory(task: FidelityTask) -> Measured:

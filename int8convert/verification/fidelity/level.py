@@ -26,12 +26,13 @@ import torch
 
 from int8convert.errors import SourceError
 from int8convert.events import EventSink, ignore
+from int8convert.runtime.memory import USABLE, available_bytes, peak_bytes, start_peak
 from int8convert.runtime.models import choose_device
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.comparison import Comparison, FidelityTask
 from int8convert.verification.fidelity.in_memory import compare_in_memory
 from int8convert.verification.fidelity.lockstep import compare_in_lockstep
-from int8convert.verification.fidelity.memory import USABLE, available_bytes, bytes_in_memory, peak_bytes, start_peak
+from int8convert.verification.fidelity.memory import bytes_in_memory
 from int8convert.verification.fidelity.paired_statistics import PairedSummary
 from int8convert.verification.options import Execution
 

@@ -33,6 +33,7 @@ from int8convert.errors import SourceError
 from int8convert.events import FidelityStarted
 from int8convert.runtime.models import check_length
 from int8convert.runtime.pretrained import model_errors
+from int8convert.runtime.steps import N_WARM_UP, Steps
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.arithmetic import ColumnCount, running
 from int8convert.verification.fidelity.comparison import (
@@ -45,7 +46,6 @@ from int8convert.verification.fidelity.comparison import (
 from int8convert.verification.fidelity.hidden_states import HiddenStates
 from int8convert.verification.fidelity.layered_model import LayeredModel
 from int8convert.verification.fidelity.memory import LOGITS_AT_A_TIME, plan_stream
-from int8convert.verification.fidelity.steps import N_WARM_UP, Steps
 
 
 class _LayerDone(BaseException):

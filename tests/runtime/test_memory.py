@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from int8convert.verification.fidelity import memory
+from int8convert.runtime import memory
 
 
 def test_machine_says_what_is_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_container_without_a_limit_says_nothing(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(("limit", "used"), [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
 def test_limit_of_the_process_counts_from_what_it_has(limit: str, used: str) -> None:
     code = (
-        "import resource\nfrom pathlib import Path\nfrom int8convert.verification.fidelity import memory\n"
+        "import resource\nfrom pathlib import Path\nfrom int8convert.runtime import memory\n"
         f"has = memory._read_kilobytes(Path('/proc/self/status'))['{used}']\n"
         f"resource.setrlimit(resource.{limit}, (has + 50_000_000, resource.RLIM_INFINITY))\n"
         "print(memory.available_bytes('cpu'))"
