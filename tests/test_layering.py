@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = (
-    *("cli", "verification", "outliers", "conversion", "publish", "planning", "runtime"),
+    *("cli", "verification", "outliers", "conversion", "publish", "planning", "calibration", "runtime"),
     *("inspection", "sources", "hub", "decoding", "formats", "checkpoint", "transformers_internals", "patterns"),
     *("progress_bar", "events", "errors", "text"),
 )

@@ -12,6 +12,7 @@ Nothing else in this package opens a file for writing in a directory that the us
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.names import open_regular
-from int8convert.errors import OutputError
+from int8convert.errors import DiskFullError, OutputError
 from int8convert.text import quoted
 
 INCOMPLETE_SUFFIX = ".incomplete"
@@ -128,6 +129,15 @@ def check_lengths(directory: Path, names: Iterable[str]) -> None:
                 f"{max_name_bytes} bytes and a path {MAX_PATH_BYTES:,}, found {longest:,} and {n_bytes:,}",
                 "name another directory with a shorter path, or rename the file",
             )
+
+
+def as_output_error(error: OSError, out: Path) -> OutputError:
+    """Return the error for an OSError in writing to a directory."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFullError(f"no room left while writing to '{out}'", "make room and rerun the same command")
+    return OutputError(
+        f"'{error.filename or out}' cannot be written: {error.strerror}", "fix the cause and rerun the same command"
+    )
 
 
 def fsync_file(path: Path) -> None:

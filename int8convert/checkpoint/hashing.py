@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from int8convert.checkpoint.file_reader import FileIdentity, open_unchanged
 from int8convert.checkpoint.safetensors_file import read_exactly
@@ -63,6 +65,11 @@ class OrderedSha256:
 def file_sha256(path: Path, identity: FileIdentity | None = None) -> str:
     """Return the sha256 of a file in hex; raises as `OrderedSha256`, if an identity is given."""
     return OrderedSha256(path, identity).finish()
+
+
+def json_sha256(value: Any) -> str:
+    """Return the sha256 of a JSON value in hex, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def expected_sha256(path: Path) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from int8convert.checkpoint.atomic import as_output_error
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.loaders.shard_index import build_index
 from int8convert.checkpoint.manifest import ShardRecord
@@ -14,7 +15,6 @@ from int8convert.conversion.destination import Destination
 from int8convert.conversion.device import Device
 from int8convert.conversion.disk_budget import DiskBudget
 from int8convert.conversion.output import OutputDirectory
-from int8convert.conversion.output_place import as_output_error
 from int8convert.conversion.pipeline import Pipeline
 from int8convert.conversion.readers import ReaderChoice, Reading, access_maker, choose_reader, is_remote
 from int8convert.conversion.records import plan_made

@@ -15,6 +15,7 @@ from typing import Any
 
 from int8convert.checkpoint.atomic import (
     INCOMPLETE_SUFFIX,
+    as_output_error,
     check_folder,
     check_lengths,
     copy_file,
@@ -34,7 +35,7 @@ from int8convert.checkpoint.names import (
     shard_name,
 )
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.conversion.output_place import as_output_error, check_place
+from int8convert.conversion.output_place import check_place
 from int8convert.errors import OutputError
 from int8convert.planning.request_difference import first_difference
 

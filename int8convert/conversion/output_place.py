@@ -1,14 +1,13 @@
-"""Where OUT may be, and what an OSError in writing there means."""
+"""Where OUT may be."""
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
 from int8convert.checkpoint.loaders.files import is_auxiliary_folder
 from int8convert.checkpoint.names import OWN_FOLDER
-from int8convert.errors import DiskFullError, OutputError
+from int8convert.errors import OutputError
 
 
 def check_place(out: Path, source: Path) -> None:
@@ -34,15 +33,6 @@ def check_place(out: Path, source: Path) -> None:
         raise OutputError(
             f"OUT '{out}' cannot be written to: no permission in '{parent}'", "name a directory you may write to"
         )
-
-
-def as_output_error(error: OSError, out: Path) -> OutputError:
-    """Return the error for an OSError in writing to a directory."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskFullError(f"no room left while writing to '{out}'", "make room and rerun the same command")
-    return OutputError(
-        f"'{error.filename or out}' cannot be written: {error.strerror}", "fix the cause and rerun the same command"
-    )
 
 
 def _is_same(folder: Path, other: Path) -> bool:

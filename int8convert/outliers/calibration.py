@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.calibration.statistics import features_of, watching
+from int8convert.calibration.weight_squares import weight_squares
 from int8convert.formats.layers import is_conv1d_layer
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
-from int8convert.outliers.statistics import features_of, watching
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.modes import OutlierMode
@@ -68,7 +69,11 @@ def calibrate(
         raise ValueError("no text to calibrate with: give at least one that has tokens")
     int8 = [name for name, module in layers.items() if isinstance(module, Int8Linear)]
     columns = choose_columns(
-        layers, statistics, min_share=min_share, budget=budget, budgeted=int8 or modules_to_replace(model)
+        {name: weight_squares(module) for name, module in layers.items()},
+        statistics,
+        min_share=min_share,
+        budget=budget,
+        budgeted=int8 or modules_to_replace(model),
     )
     return {name: _outliers(module, columns[name]) for name, module in layers.items()}
 

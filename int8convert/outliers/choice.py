@@ -28,25 +28,21 @@ Source: LLM.int8(), arXiv:2208.07339.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 
-from cuda_kernels.reference import N_STEPS
-from int8convert.formats.layers import is_conv1d_layer
-from int8convert.outliers.statistics import InputStatistics, features_of
-from int8convert.runtime.linear import Int8Linear
+from int8convert.calibration.statistics import InputStatistics
+from int8convert.calibration.weight_squares import WeightSquares
 
 MIN_SHARE = 0.06
 BUDGET = 0.01
 """Bytes of the columns stored on top of the frequent ones, as a share of the bytes of the int8 weights."""
 
 _STORED_BYTES = 2
-_ROWS_AT_A_TIME = 1024
 
 
 def choose_columns(
-    layers: Mapping[str, Any],
+    weights: Mapping[str, WeightSquares],
     statistics: Mapping[str, InputStatistics],
     *,
     min_share: float = MIN_SHARE,
@@ -56,8 +52,7 @@ def choose_columns(
     """Choose the columns to store: layer name -> int32 [n], ascending, on the CPU; layers without any are included.
 
     Args:
-        layers: name -> Linear layer, int8 or not, or Conv1D. For layers whose weight is offloaded to the disk, only
-            frequent columns are chosen.
+        weights: layer name -> the squares of its weight; where these are NaN, only frequent columns are chosen.
         statistics: the statistics of these layers, see `statistics.watching`.
         min_share: share of the tokens, 0 to 1; at 0, one token that reaches the threshold is enough.
         budget: see `BUDGET`.
@@ -67,59 +62,40 @@ def choose_columns(
     for name, seen in statistics.items():
         is_stored[name] = (seen.share > 0) & (seen.share >= min_share)
     names = [name for name in (statistics if budgeted is None else budgeted) if name in statistics]
-    _spend(budget, {name: layers[name] for name in names}, statistics, is_stored)
+    _spend(budget, {name: weights[name] for name in names}, statistics, is_stored)
     return {name: found.nonzero().flatten().to(torch.int32) for name, found in is_stored.items()}
 
 
 def _spend(
     budget: float,
-    layers: Mapping[str, Any],
+    weights: Mapping[str, WeightSquares],
     statistics: Mapping[str, InputStatistics],
     is_stored: dict[str, torch.Tensor],
 ) -> None:
     """Mark further columns as stored: those with the most error for their bytes, while they fit."""
-    sizes = {name: features_of(layer) or (0, 0) for name, layer in layers.items()}
-    n_bytes_left = budget * sum(n_in * n_out for n_in, n_out in sizes.values())
-    places = [name for name, layer in layers.items() if not layer.weight.is_meta]
-    if not places:
+    if not weights:
         return
-    n_bytes = torch.cat([torch.full((sizes[name][0],), _STORED_BYTES * sizes[name][1]) for name in places])
-    error = torch.cat([removed_error(layers[name], statistics[name]) for name in places])
-    error[torch.cat([is_stored[name] for name in places])] = 0
+    n_columns = [len(weight.columns) for weight in weights.values()]
+    n_bytes_left = budget * sum(len(weight.columns) * weight.n_rows for weight in weights.values())
+    n_bytes = torch.cat([torch.full((len(w.columns),), _STORED_BYTES * w.n_rows) for w in weights.values()])
+    error = torch.cat([removed_error(weight, statistics[name]) for name, weight in weights.items()])
+    error[torch.cat([is_stored[name] for name in weights])] = 0
     # A stable order: the same text gives the same set.
     order = (error / n_bytes).argsort(descending=True, stable=True)
     bought = order[(error[order] > 0) & (n_bytes[order].cumsum(0) <= n_bytes_left)]
     was_bought = torch.zeros_like(error, dtype=torch.bool).index_fill_(0, bought, True)
-    for name, chosen in zip(places, was_bought.split([sizes[name][0] for name in places]), strict=True):
+    for name, chosen in zip(weights, was_bought.split(n_columns), strict=True):
         is_stored[name] |= chosen
 
 
-def removed_error(layer: Any, seen: InputStatistics) -> torch.Tensor:
+def removed_error(weight: WeightSquares, seen: InputStatistics) -> torch.Tensor:
     """Return 12 * error[k] of the module's formula / variance of the output, [in]: what storing each column takes away.
 
-    0 if nothing is known: no tokens, or an output that is constant or NaN.
+    0 if nothing is known: no tokens, no weights, or an output that is constant or NaN.
     """
-    weight_squares, step_squares = _weight_squares(layer)
     variance = seen.output_variance
     if not seen.n_tokens or not variance > 0:
-        return torch.zeros_like(weight_squares)
+        return torch.zeros_like(weight.columns)
     x_squares, x_step_squares = seen.sum_squares / seen.n_tokens, float(seen.step_squares) / seen.n_tokens
-    error = x_squares * step_squares + x_step_squares * weight_squares
+    error = x_squares * weight.steps + x_step_squares * weight.columns
     return (error / variance).nan_to_num(0, 0, 0)
-
-
-def _weight_squares(layer: Any) -> tuple[torch.Tensor, float]:
-    """Return the sum of w^2 over each column, float64 [in], and the sum of w_step^2 over all rows."""
-    is_int8 = isinstance(layer, Int8Linear)
-    weight = layer.weight.detach().t() if is_conv1d_layer(layer) else layer.weight.detach()
-    column_squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    step_squares = 0.0
-    for begin in range(0, weight.shape[0], _ROWS_AT_A_TIME):
-        rows = slice(begin, begin + _ROWS_AT_A_TIME)
-        values = weight[rows].float()
-        absmax = layer.weight_absmax[rows] if is_int8 else values.abs().amax(1)
-        if is_int8:
-            values = values * (absmax / N_STEPS)[:, None]
-        column_squares += values.square().sum(0, dtype=torch.float64)
-        step_squares += float((absmax / N_STEPS).square().sum(dtype=torch.float64))
-    return column_squares.cpu(), step_squares

@@ -38,11 +38,11 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD
+from int8convert.calibration.statistics import blocks_of
 from int8convert.checkpoint.library_errors import library_errors
 from int8convert.errors import SourceError
 from int8convert.formats.layers import is_conv1d_layer
 from int8convert.outliers.calibration import run_tokens
-from int8convert.runtime.modes import BLOCK_SIZE
 
 _HINT = "leave out --damage"
 
@@ -96,18 +96,12 @@ class _Sums:
         found = magnitude.amax(0) >= threshold
         self.inputs_by_token += _cost(magnitude.amax(1, keepdim=True), by_block)
         self.inputs_by_rule += _cost(magnitude.masked_fill(found, 0).amax(1, keepdim=True), by_block)
-        self.inputs_by_blocks += _cost(_blocks(magnitude).amax(-1), by_block)
+        self.inputs_by_blocks += _cost(blocks_of(magnitude).amax(-1), by_block)
 
 
 def _cost(absmax: torch.Tensor, by_block: torch.Tensor) -> float:
     """Return what steps of these maxima cost, [tokens, 1 or blocks], by the squares of the weights of each block."""
     return float(((absmax / N_STEPS).square() * by_block).sum()) / 24
-
-
-def _blocks(values: torch.Tensor) -> torch.Tensor:
-    """Return [..., blocks, 128] of [..., in], with zeros after the last column."""
-    padded: torch.Tensor = nn.functional.pad(values, (0, -values.shape[-1] % BLOCK_SIZE))
-    return padded.view(*values.shape[:-1], -1, BLOCK_SIZE)
 
 
 def estimate_damage(
@@ -162,7 +156,7 @@ def estimate_damage(
 def _constants(layer: Any) -> _Sums:
     weight = layer.weight.detach().t() if is_conv1d_layer(layer) else layer.weight.detach()
     step_squares = (weight.abs().amax(1).float() / N_STEPS).square()
-    block_squares = torch.cat([_blocks(rows.float()).square().sum(-1) for rows in weight.split(256)])
+    block_squares = torch.cat([blocks_of(rows.float()).square().sum(-1) for rows in weight.split(256)])
     return _Sums(weight.numel(), step_squares, block_squares)
 
 

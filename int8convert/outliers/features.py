@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from int8convert.outliers.statistics import InputStatistics, quartiles
+from int8convert.calibration.statistics import InputStatistics, quartiles
 
 MIN_LAYER_SHARE = 0.25
 MIN_POSITION_SHARE = 0.06

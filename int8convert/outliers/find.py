@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.calibration.statistics import InputStatistics, features_of, watching
+from int8convert.calibration.weight_squares import weight_squares
 from int8convert.errors import SourceError
 from int8convert.outliers.ablation import AblationRun, ablate
 from int8convert.outliers.calibration import run_tokens
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
 from int8convert.outliers.damage import LayerDamage, estimate_damage
 from int8convert.outliers.features import LayerInput, OutlierFeature, describe_inputs, find_features
-from int8convert.outliers.statistics import InputStatistics, features_of, watching
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.models import choose_device, load_model, open_tokenizer
@@ -154,9 +155,9 @@ def find_outliers(
     windows = _fit(model, windows, may_cut=text.length is None)
     statistics, inputs, features = _observe(model, layers, windows, threshold)
     states = {entry.module_name: layers[entry.module_name] for entry in inputs if entry.is_hidden_state}
-    columns = choose_columns(layers, statistics, min_share=min_share, budget=budget)
+    weights = {name: weight_squares(layer) for name, layer in layers.items()}
+    columns = choose_columns(weights, statistics, min_share=min_share, budget=budget)
     static_set = {name: tuple(found.tolist()) for name, found in columns.items() if found.numel()}
-    sizes = {name: features_of(layer) or (0, 0) for name, layer in layers.items()}
     return OutlierReport(
         path=os.fspath(path),
         text=windows.text,
@@ -172,8 +173,8 @@ def find_outliers(
         min_share=min_share,
         budget=budget,
         static_set=static_set,
-        static_set_bytes=sum(2 * sizes[name][1] * len(found) for name, found in static_set.items()),
-        int8_bytes=sum(n_in * n_out for n_in, n_out in sizes.values()),
+        static_set_bytes=sum(2 * weights[name].n_rows * len(found) for name, found in static_set.items()),
+        int8_bytes=sum(weight.n_rows * len(weight.columns) for weight in weights.values()),
         device=used,
         elapsed_s=time.perf_counter() - began,
         largest={name: seen.largest for name, seen in statistics.items()},

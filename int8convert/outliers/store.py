@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from int8convert.checkpoint.atomic import make_folder
+from int8convert.checkpoint.atomic import as_output_error, make_folder
 from int8convert.checkpoint.floats import convert_floats, widen
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE
@@ -28,7 +28,6 @@ from int8convert.checkpoint.rows import Scratch, read_rows, row_ranges
 from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import ShardWriter, order_for_alignment
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
-from int8convert.conversion.output_place import as_output_error
 from int8convert.conversion.source_rows import SourceRows, values_dtype
 from int8convert.errors import NOTHING_WRITTEN, SourceError, stating
 from int8convert.formats.format import Format, TensorSpecs

@@ -5,13 +5,13 @@ A rerun continues a conversion only if its request equals the recorded one; othe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from int8convert.checkpoint.file_reader import FileIdentity
+from int8convert.checkpoint.hashing import json_sha256
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.text import quoted
 
@@ -25,7 +25,7 @@ def describe_source(source: CheckpointSource) -> dict[str, Any]:
     A repository on the Hub is identified by its commit in place of times.
     """
     described = {
-        "config_sha256": _json_sha256(source.config),
+        "config_sha256": json_sha256(source.config),
         "files": {shard.path.name: _describe_shard(shard, source.commit is None) for shard in source.shards},
     }
     return {"repository": source.label, "commit": source.commit, **described} if source.commit else described
@@ -33,12 +33,8 @@ def describe_source(source: CheckpointSource) -> dict[str, Any]:
 
 def _describe_shard(shard: SourceShard, has_time: bool) -> dict[str, Any]:
     header = [[t.name, t.dtype, t.shape, t.offset, t.strides] for t in shard.tensors]
-    described = {"n_bytes": shard.n_bytes, "header_sha256": _json_sha256(header)}
+    described = {"n_bytes": shard.n_bytes, "header_sha256": json_sha256(header)}
     return described | ({"mtime_ns": (shard.identity or FileIdentity.of(shard.path)).mtime_ns} if has_time else {})
-
-
-def _json_sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from int8convert.calibration.statistics import InputStatistics, watching
+from int8convert.calibration.weight_squares import WeightSquares, weight_squares
 from int8convert.outliers.choice import choose_columns, removed_error
-from int8convert.outliers.statistics import InputStatistics, watching
 from int8convert.runtime.linear import Int8Linear
 
 N_IN = 24
@@ -35,8 +36,14 @@ def gather(layers: dict[str, nn.Module], x: torch.Tensor, threshold: float = 6.0
     return statistics
 
 
+def squares(layers: dict[str, nn.Module]) -> dict[str, WeightSquares]:
+    return {name: weight_squares(module) for name, module in layers.items()}
+
+
 def chosen(layers: dict[str, nn.Module], x: torch.Tensor, **options: float) -> dict[str, list[int]]:
-    return {name: found.tolist() for name, found in choose_columns(layers, gather(layers, x), **options).items()}
+    return {
+        name: found.tolist() for name, found in choose_columns(squares(layers), gather(layers, x), **options).items()
+    }
 
 
 def test_columns_that_are_outliers_often_enough_are_stored() -> None:
@@ -62,10 +69,10 @@ def test_budget_is_never_exceeded_and_what_it_buys_is_best_for_its_bytes() -> No
     value = {
         (name, k): float(error) / (2 * module.out_features)
         for name, module in layers.items()
-        for k, error in enumerate(removed_error(module, statistics[name]))
+        for k, error in enumerate(removed_error(weight_squares(module), statistics[name]))
     }
     for budget in (0.01, 0.03, 0.1, 0.4):
-        found = choose_columns(layers, statistics, budget=budget)
+        found = choose_columns(squares(layers), statistics, budget=budget)
         bought = {(name, k) for name, columns in found.items() for k in columns.tolist()}
         spent = sum(2 * layers[name].out_features for name, _ in bought)
         assert spent <= budget * int8_bytes
@@ -85,7 +92,7 @@ def test_frequent_columns_are_not_paid_from_the_budget() -> None:
 def test_budget_is_for_the_layers_named() -> None:
     layers = {"a": layer(seed=1), "b": layer(seed=2)}
     statistics = gather(layers, tokens())
-    found = choose_columns(layers, statistics, budget=0.2, budgeted=["b"])
+    found = choose_columns(squares(layers), statistics, budget=0.2, budgeted=["b"])
     assert found["a"].tolist() == [] and 1 <= len(found["b"]) <= 0.2 * N_IN / 2
 
 
@@ -101,7 +108,7 @@ def test_error_that_is_said_to_go_is_the_error_that_goes() -> None:
     """
     linear, x = layer(200), tokens(n=4000)
     statistics = gather({"a": linear}, x)["a"]
-    removed = removed_error(linear, statistics) * statistics.output_variance / 12
+    removed = removed_error(weight_squares(linear), statistics) * statistics.output_variance / 12
     weight = linear.weight.detach()
     w8, x8 = quantized(weight), quantized(x)
     with_all = (x8 @ w8.t() - x @ weight.t()).square().sum(1).mean()
@@ -114,14 +121,14 @@ def test_error_that_is_said_to_go_is_the_error_that_goes() -> None:
 def test_int8_and_float_layers_are_judged_alike() -> None:
     linear = layer(32)
     int8 = Int8Linear.from_float(linear.weight.detach(), linear.bias.detach())
-    errors = [removed_error(module, gather({"a": module}, tokens())["a"]) for module in (linear, int8)]
+    errors = [removed_error(weight_squares(module), gather({"a": module}, tokens())["a"]) for module in (linear, int8)]
     torch.testing.assert_close(errors[0], errors[1], rtol=0.03, atol=0)
 
 
 def test_layers_that_saw_nothing_or_no_numbers_get_no_column_of_the_budget() -> None:
     layers = {"a": layer(), "b": layer()}
     statistics = gather({"a": layers["a"]}, tokens()) | gather({"b": layers["b"]}, tokens()[:0])
-    found = choose_columns(layers, statistics, budget=10.0)
+    found = choose_columns(squares(layers), statistics, budget=10.0)
     assert len(found["a"]) == N_IN and found["b"].tolist() == []
     x = tokens()
     x[:20, 4] = math.nan
@@ -133,7 +140,7 @@ def test_layers_whose_weights_are_on_the_disk_keep_their_frequent_columns() -> N
     x[:, 3] = 7.0
     linear = layer()
     statistics = gather({"a": linear}, x)
-    found = choose_columns({"a": linear.to("meta")}, statistics, budget=10.0)
+    found = choose_columns(squares({"a": linear.to("meta")}), statistics, budget=10.0)
     assert found["a"].tolist() == [3]
 
 
@@ -145,7 +152,7 @@ def test_the_same_text_gives_the_same_set() -> None:
 
 @pytest.mark.parametrize("n_parts", [1, 3])
 def test_statistics_are_those_of_all_tokens(n_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("int8convert.outliers.statistics._ELEMENTS_AT_A_TIME", 40 * N_IN)
+    monkeypatch.setattr("int8convert.calibration.statistics._ELEMENTS_AT_A_TIME", 40 * N_IN)
     linear, x = layer(), tokens()
     x[:30, 2], x[30:40, 2] = 8.0, -9.0
     with torch.no_grad(), watching({"a": linear}, 6.0) as statistics:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from int8convert.calibration.statistics import MAX_COLUMNS, OutlierValues, quartiles, watching
 from int8convert.outliers.features import (
     LayerInput,
     OutlierFeature,
@@ -16,7 +17,6 @@ from int8convert.outliers.features import (
     find_features,
     layer_of,
 )
-from int8convert.outliers.statistics import MAX_COLUMNS, OutlierValues, quartiles, watching
 
 WIDTH = 8
 N_TOKENS = 20

@@ -19,6 +19,7 @@ from torch import nn
 
 from cuda_kernels.reference import N_STEPS
 from int8convert.formats.layers import is_conv1d_layer
+from int8convert.runtime.modes import BLOCK_SIZE
 
 MAX_COLUMNS = 256
 """Columns of one input that get a histogram: those that have outliers first, in one batch those with most of them."""
@@ -85,6 +86,8 @@ class InputStatistics:
         sum_squares: float64 [in], of x.
         step_squares: float64 [], the sum over tokens of (x_absmax / 127)^2 without outlier columns: those that reach
             the threshold at any token of the same part of a batch.
+        block_step_squares: float64 [blocks of 128 columns], the sum over tokens of (block_absmax / 127)^2, all columns
+            included.
         output_sum, output_squares: float64 [out] and [], of y and of y^2.
         values: histograms of the outlier values; None if they were not asked for.
     """
@@ -98,6 +101,7 @@ class InputStatistics:
         self.n_below = torch.zeros_like(self.n_above)
         self.sum_squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.step_squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.block_step_squares = torch.zeros(-(-in_features // BLOCK_SIZE), dtype=torch.float64, device=device)
         self.output_sum = torch.zeros(out_features, dtype=torch.float64, device=device)
         self.output_squares = torch.zeros((), dtype=torch.float64, device=device)
         self.values: OutlierValues | None = None
@@ -124,11 +128,16 @@ class InputStatistics:
         magnitude = x.abs()
         ordinary = magnitude.where(magnitude.amax(0) < self.threshold, 0.0)
         self.step_squares += (ordinary.amax(1) / N_STEPS).square().sum(dtype=torch.float64)
+        self.block_step_squares += (blocks_of(magnitude).amax(-1) / N_STEPS).square().sum(0, dtype=torch.float64)
+
+    @property
+    def sums(self) -> dict[str, torch.Tensor]:
+        """All tensors by their names."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def to_cpu(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.cpu())
+        for name, value in self.sums.items():
+            setattr(self, name, value.cpu())
 
     @property
     def largest(self) -> torch.Tensor:
@@ -150,6 +159,12 @@ class InputStatistics:
         """The sum of the variances of the output features."""
         n = max(1, self.n_tokens)
         return float(self.output_squares / n - (self.output_sum / n).square().sum())
+
+
+def blocks_of(values: torch.Tensor) -> torch.Tensor:
+    """Return [..., blocks, 128] of [..., in], with zeros after the last column."""
+    padded: torch.Tensor = nn.functional.pad(values, (0, -values.shape[-1] % BLOCK_SIZE))
+    return padded.view(*values.shape[:-1], -1, BLOCK_SIZE)
 
 
 def features_of(module: Any) -> tuple[int, int] | None:
