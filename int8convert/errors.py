@@ -5,6 +5,7 @@
     │   ├── CorruptFileError      a file contradicts itself or the index
     │   ├── MissingWeightsError   no file holds weights that the model needs
     │   ├── AlreadyQuantizedError the source is quantized already
+    │   ├── LayerwiseError        the model cannot be run layer by layer
     │   └── NonFiniteWeightError  weights hold NaN, infinity, or values beyond fp16
     ├── AdapterError              the LoRA adapter cannot be merged
     ├── ModelMapError             transformers cannot build the model that the config describes
@@ -90,6 +91,10 @@ class MissingWeightsError(SourceError):
 
 class AlreadyQuantizedError(SourceError):
     """The source is quantized already."""
+
+
+class LayerwiseError(SourceError):
+    """The model cannot be run layer by layer; it may run as a whole."""
 
 
 class NonFiniteWeightError(SourceError):

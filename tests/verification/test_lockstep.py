@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 import int8convert
 from int8convert.errors import CorruptFileError, DiskFullError, SourceError
 from int8convert.events import Event, FidelityStarted, FidelityStep
+from int8convert.runtime.layered import hidden_states, layer_runner
+from int8convert.runtime.layered.layered_model import LayeredModel
 from int8convert.runtime.text.windows import Convention, TokenWindows
-from int8convert.verification.fidelity import hidden_states, lockstep, memory
-from int8convert.verification.fidelity.layered_model import LayeredModel
+from int8convert.verification.fidelity import lockstep, memory
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
 from int8convert.verification.options import Execution
 from tests.tools.fp8_checkpoints import save_fp8
@@ -153,7 +154,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.models: list[LayeredModel] = []
-        self.runners: list[lockstep.LayerRunner] = []
+        self.runners: list[layer_runner.LayerRunner] = []
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
@@ -164,7 +165,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
             super().__init__(*inputs)
             seen.models.append(self)
 
-    class WatchedRunner(lockstep.LayerRunner):
+    class WatchedRunner(layer_runner.LayerRunner):
         def __init__(self, *inputs: Any) -> None:
             super().__init__(*inputs)
             seen.runners.append(self)
@@ -200,7 +201,7 @@ def test_one_layer_is_in_memory_at_a_time(
 ) -> None:
     seen = watch(monkeypatch)
     held: set[tuple[str, ...]] = set()
-    run = lockstep.LayerRunner.run
+    run = layer_runner.LayerRunner.run
 
     def watched_run(runner: Any, layer: int, *inputs: Any) -> torch.Tensor:
         names = [
@@ -212,7 +213,7 @@ def test_one_layer_is_in_memory_at_a_time(
         held.add(tuple(names))
         return run(runner, layer, *inputs)
 
-    monkeypatch.setattr(lockstep.LayerRunner, "run", watched_run)
+    monkeypatch.setattr(layer_runner.LayerRunner, "run", watched_run)
     measure_fidelity(*llama, windows, Execution(stream=True))
     assert held == {(f"{i}: model.layers.{layer}",) for i in range(2) for layer in range(2)}
 
@@ -289,7 +290,7 @@ def test_what_does_not_fit_is_streamed_unasked(
 def test_scored_tokens_are_those_of_the_convention(
     llama: tuple[Path, Path], windows: TokenWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lockstep, "LOGITS_AT_A_TIME", 5 * 128)  # five positions at a time
+    monkeypatch.setattr(layer_runner, "LOGITS_AT_A_TIME", 5 * 128)  # five positions at a time
     windows = replace(windows, cut=Convention.STRIDED, first_scored=(1, 12, 12))
     (streamed,) = measure_fidelity(*llama, windows, Execution(stream=True))
     (in_memory,) = measure_fidelity(*llama, windows, Execution(stream=False))

@@ -105,35 +105,3 @@ def _ratio(error: float, size: float) -> float:
     if error == 0:
         return 0.0
     return math.sqrt(error / size) if size else math.inf
-
-
-def decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """Return the layers that pass on the hidden state, by name: the largest list of modules that is in no other.
-
-    Raises:
-        SourceError: the model has no such list, or does not predict the next token.
-    """
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise SourceError(
-            f"{type(model).__name__} does not predict the next token, by which fidelity is measured",
-            "use --level exact, which runs no model",
-        )
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = {name: found for name, found in lists.items() if not _is_inside(name, lists)}
-    if not outermost:
-        raise SourceError(
-            f"{type(model).__name__} has no list of layers, one after the other",
-            "use --level exact, which runs no model",
-        )
-    largest = max(outermost, key=lambda name: sum(p.numel() for p in outermost[name].parameters()))
-    return {f"{largest}.{i}": layer for i, layer in enumerate(outermost[largest])}
-
-
-def _is_inside(name: str, others: dict[str, nn.ModuleList]) -> bool:
-    return any(name.startswith(f"{other}.") for other in others)
-
-
-def hidden_state(output: Any) -> torch.Tensor:
-    """Return the hidden state in the output of a decoder layer."""
-    state: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return state

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from int8convert.events import FidelityStarted
+from int8convert.runtime.layered.decoder_layers import decoder_layers, hidden_state
 from int8convert.runtime.memory import resident_bytes
 from int8convert.runtime.models import check_length
 from int8convert.runtime.pretrained import model_errors
@@ -21,8 +22,6 @@ from int8convert.verification.fidelity.comparison import (
     FidelityTask,
     Measured,
     check_vocabulary,
-    decoder_layers,
-    hidden_state,
 )
 from int8convert.verification.fidelity.memory import bytes_in_memory
 

@@ -6,15 +6,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from int8convert.runtime.layered.layer_runner import LOGITS_AT_A_TIME
 from int8convert.runtime.memory import available_bytes, float_bytes, resident_bytes
 from int8convert.runtime.models import read_config
 from int8convert.runtime.pretrained import model_class
 from int8convert.sources import open_source
 from int8convert.verification.fidelity.comparison import FidelityTask
 from int8convert.verification.fidelity.paired_statistics import BLOCK_ELEMENTS
-
-LOGITS_AT_A_TIME = 1 << 24
-"""Elements of the logits that are computed at a time when streamed: 64 MiB in float32."""
 
 _STATES_SHARE = 0.25
 """Share of the available memory that hidden states may take; larger ones go into files."""

@@ -26,7 +26,8 @@ from torch import nn
 
 from int8convert.checkpoint.names import OUTLIERS_FILE
 from int8convert.checkpoint.utf8_path import utf8_path
-from int8convert.errors import CorruptFileError, SourceError
+from int8convert.errors import CorruptFileError, LayerwiseError
+from int8convert.runtime.layered.decoder_layers import decoder_layers
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.stored_columns import StoredOutliers, attach_outliers, live_names
 from int8convert.transformers_internals import (
@@ -39,7 +40,6 @@ from int8convert.transformers_internals import (
     rename_source_key,
     tied_parameters,
 )
-from int8convert.verification.fidelity.comparison import decoder_layers
 
 _MAY_LACK = "weight_format"
 """Suffix of tensors that checkpoints of early bitsandbytes lack, see `int8convert.runtime.load`."""
@@ -96,7 +96,7 @@ class LayeredModel:
 
         Raises:
             CorruptFileError: the checkpoint lacks weights of the part.
-            SourceError: the part shares weights with another one.
+            LayerwiseError: the part shares weights with another one.
         """
         if part is None:
             yield
@@ -136,9 +136,9 @@ class LayeredModel:
                     hint,
                 )
             if tensor.is_meta and name in tied_parameters(self.model):
-                raise SourceError(
+                raise LayerwiseError(
                     f"'{name}' of '{self._path}' is a weight of another layer, too: it cannot be run layer by layer",
-                    "measure it without --stream, with both models in memory",
+                    "run it where the whole model fits into memory, and without --stream",
                 )
             if tensor.is_meta and not name.endswith(_MAY_LACK):
                 raise CorruptFileError(f"'{self._path}' has no '{name}', or none of the right shape", hint)

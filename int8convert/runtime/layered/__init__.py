@@ -1,0 +1,1 @@
+"""Running a model with one decoder layer in memory at a time."""
