@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from int8convert.errors import Int8ConvertError
     from int8convert.outliers.calibration import calibrate
     from int8convert.outliers.find import OutlierReport, find_outliers
+    from int8convert.outliers.keep import keep_budget
     from int8convert.outliers.store import store_outliers
     from int8convert.planning.plan import ConversionPlan
     from int8convert.planning.plan_checkpoint import PlanOptions, plan
@@ -59,6 +60,7 @@ __all__ = [
     "export",
     "find_outliers",
     "generate",
+    "keep_budget",
     "load",
     "plan",
     "quantize",
@@ -89,6 +91,7 @@ _HOMES = {
     "export": "int8convert.conversion.export",
     "find_outliers": "int8convert.outliers.find",
     "generate": "int8convert.runtime.generate",
+    "keep_budget": "int8convert.outliers.keep",
     "load": "int8convert.runtime.load",
     "plan": "int8convert.planning.plan_checkpoint",
     "quantize": "int8convert.conversion.quantize",

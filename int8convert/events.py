@@ -204,7 +204,7 @@ class FidelityStarted:
 
 @dataclass(frozen=True, slots=True)
 class FidelityStep:
-    """Step n_done of n_steps is done.
+    """Step n_done of n_steps is done, of what `FidelityStarted` or `DamageStarted` began.
 
     Attributes:
         step: "window", or the name of the layer that was streamed.
@@ -215,6 +215,42 @@ class FidelityStep:
     n_done: int
     n_steps: int
     remaining_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DamageStarted:
+    """The source's model is about to be loaded, to measure what the rounding of each layer costs.
+
+    Attributes:
+        peak_memory_bytes: the most memory this process will need, by plan.
+        n_steps: number of windows.
+    """
+
+    peak_memory_bytes: int
+    n_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModulesKept:
+    """These modules stay 16-bit, within the user's budget.
+
+    Attributes:
+        names: full names of the modules, of most damage for their weights first.
+        n_weights: number of their weights.
+        n_bytes: bytes that they take more than in int8.
+        kl_before, kl_after: expected KL divergence of the predictions in nats a token, if all modules were int8, and
+            with these in 16 bits.
+        n_unmeasured: number of weights that become int8 and were not measured, such as those of fused experts.
+
+    All numbers are None if an earlier run of this conversion made the choice.
+    """
+
+    names: tuple[str, ...]
+    n_weights: int | None = None
+    n_bytes: int | None = None
+    kl_before: float | None = None
+    kl_after: float | None = None
+    n_unmeasured: int | None = None
 
 
 Event = (
@@ -232,6 +268,8 @@ Event = (
     | TensorsCompared
     | FidelityStarted
     | FidelityStep
+    | DamageStarted
+    | ModulesKept
 )
 EventSink = Callable[[Event], None]
 

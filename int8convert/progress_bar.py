@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from int8convert.events import (
+    DamageStarted,
     Event,
     EventSink,
     FidelityStarted,
@@ -37,6 +38,7 @@ def sink_or_bar(on_event: EventSink | None, command: str) -> Iterator[EventSink]
         def show(event: Event) -> None:
             match event:
                 case PlanMade(n_read_bytes=n_bytes):
+                    bar.unit, bar.unit_scale = "B", True
                     seen.clear()
                     bar.reset(total=n_bytes)
                 case TensorQuantized() | TensorKept() if event.name not in seen:
@@ -44,7 +46,7 @@ def sink_or_bar(on_event: EventSink | None, command: str) -> Iterator[EventSink]
                     bar.update(event.n_read_bytes)
                 case TensorsCompared(done, total) | FileSent(n_done_bytes=done, n_total_bytes=total):
                     move_to(done, total)
-                case FidelityStarted(n_steps=n_steps):
+                case FidelityStarted(n_steps=n_steps) | DamageStarted(n_steps=n_steps):
                     bar.unit, bar.unit_scale = " steps", False
                     bar.reset(total=n_steps)
                 case FidelityStep(n_done=done, n_steps=total):

@@ -104,6 +104,17 @@ def check_bandwidth(rate: str | None) -> str | None:
     return size
 
 
+def parse_percent(value: str) -> float:
+    """Return the number of "5" or "5%"; typer also passes defaults, which are numbers."""
+    try:
+        percent = float(str(value).strip().removesuffix("%"))
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:
+        raise typer.BadParameter(f"it is from 0 to 100 percent, not {value!r}")
+    return percent
+
+
 def check_device(device: str) -> str:
     from int8convert.conversion.device import check_device_name
 

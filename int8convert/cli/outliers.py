@@ -87,8 +87,7 @@ def outliers(
     keep_budget: Annotated[
         float,
         typer.Option(
-            min=0.0,
-            max=100.0,
+            parser=options.parse_percent,
             metavar="PERCENT",
             help="With --damage: the most weights to keep in 16 bits, in percent.",
         ),
@@ -239,7 +238,8 @@ def _kept(report: OutlierReport, budget_percent: float) -> tuple[LayerDamage, ..
     """Return the layers to keep in 16 bits, for the arithmetic that bitsandbytes and `load` have by default."""
     from int8convert.outliers.damage import choose_kept
 
-    return choose_kept(report.damage, budget_percent / 100, "inputs_by_rule")
+    n_weights = sum(layer.n_weights for layer in report.damage)
+    return choose_kept(report.damage, budget_percent / 100 * n_weights, "inputs_by_rule")
 
 
 def _print_damage(report: OutlierReport, budget_percent: float) -> None:
@@ -270,7 +270,7 @@ def _print_damage(report: OutlierReport, budget_percent: float) -> None:
         console.print_line(f"no layer fits into {format_percent(budget_percent / 100)} of the weights")
         return
     share = sum(layer.n_weights for layer in kept) / sum(layer.n_weights for layer in report.damage)
-    before, taken = (sum(e.weights + e.inputs_by_rule for e in layers) for layers in (report.damage, kept))
+    before, taken = (sum(e.cost("inputs_by_rule") for e in layers) for layers in (report.damage, kept))
     console.print_line(
         f"keeping {format_percent(share)} of these weights in 16 bits would leave a KL divergence of about "
         f"{before - taken:.2g} of {before:.2g} by LLM.int8(): convert with "

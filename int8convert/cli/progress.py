@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from int8convert.cli.console import note, stderr, wants_live_display
 from int8convert.conversion.report import notes_of
 from int8convert.events import (
+    DamageStarted,
     DownloadStarted,
     Event,
     EventSink,
@@ -109,7 +110,7 @@ class _Renderer:
             ):
                 self._tenths = 10 * n_done // n_steps
                 rest = f", {format_rest(event.remaining_s)}" if n_done < n_steps else ""
-                return f"fidelity: {n_done:,} of {n_steps:,} steps{rest}"
+                return f"measured: {n_done:,} of {n_steps:,} steps{rest}"
             case _:
                 return ""
 
@@ -130,6 +131,8 @@ def _start_notes(event: Event) -> Iterator[str]:
         case FidelityStarted(streamed, peak_memory_bytes):
             how = "layer by layer" if streamed else "both models in memory"
             yield f"running {how}, at most {format_bytes(peak_memory_bytes)}"
+        case DamageStarted(peak_memory_bytes):
+            yield f"measuring the source's model in memory, at most {format_bytes(peak_memory_bytes)}"
 
 
 class _Counter:
@@ -223,6 +226,8 @@ class _LiveBar:
                 self._update(description="comparing tensors", completed=done, total=total)
             case FidelityStarted(n_steps=n_steps):
                 self._begin(n_steps, "running both models")
+            case DamageStarted(n_steps=n_steps):
+                self._begin(n_steps, "measuring what rounding costs")
             case FidelityStep(step, done, total):
                 # The bar's own estimate needs two steps.
                 rest = f", {format_rest(event.remaining_s)}" if done == 1 < total else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from int8convert.runtime.text.texts import reusable_file
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
     from int8convert.outliers.store import StaticSet
+    from int8convert.planning.kept_modules import KeepBudget
 
 HELP = f"""Convert a checkpoint to LLM.int8(), for transformers with bitsandbytes or for vLLM.
 
@@ -35,11 +37,12 @@ Examples:
   int8convert quantize facebook/opt-66b ./opt-66b-int8
   int8convert quantize facebook/opt-66b --dry-run --bandwidth 50MB
   int8convert quantize facebook/opt-66b --upload me/opt-66b-int8
+  int8convert quantize ./qwen3-8b ./qwen3-8b-int8 --format compressed-tensors --keep-budget 5% --text sample.txt
 
 {options.EXIT_CODES}
 """
 
-_OF_THE_RUN = ("threshold", "on_nonfinite", "calibrate", "overwrite", "check")
+_OF_THE_RUN = ("threshold", "on_nonfinite", "calibrate", "keep_budget", "text", "overwrite", "check")
 """Options that a dry run does not need."""
 
 
@@ -124,6 +127,21 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="Then run this text through OUT, and store outlier columns in 16 bits."),
     ] = None,
+    keep_budget: Annotated[
+        float | None,
+        typer.Option(
+            parser=options.parse_percent,
+            metavar="PERCENT",
+            help="Leave the modules 16-bit whose rounding costs the predictions most, at most so many of the weights. "
+            "SRC must fit into memory.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --keep-budget: text in UTF-8 to measure the cost on.  [default: a small one]"
+        ),
+    ] = None,
     allow_missing: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,11 +196,13 @@ def quantize(
     with (
         console.reporting_errors(as_json, NOTHING_WRITTEN if dry_run else resumable),
         console.quieting_hub(),
-        reusable_file(calibrate) as text,
+        reusable_file(calibrate) as calibration_text,
+        reusable_file(text) as kept_text,
     ):
         from int8convert.planning.plan_checkpoint import PlanOptions
 
         plan_options = PlanOptions(
+            keep=None if dry_run else _keep_budget(keep_budget, kept_text, device, trust_remote_code),
             skip=skip or (),
             only=only or (),
             format=format,
@@ -204,11 +224,14 @@ def quantize(
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion.quantize import quantize as run
 
-        if text is not None:
+        if calibration_text is not None:
             with console.quieting_libraries(False):
-                check_calibration(src, text, revision, cache_dir)
+                check_calibration(src, calibration_text, revision, cache_dir)
         skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
-        with showing_progress(quiet, as_json, "reading the model class", skipped) as on_event:
+        with (
+            console.quieting_libraries(False) if keep_budget else nullcontext(),
+            showing_progress(quiet, as_json, "reading the model class", skipped) as on_event,
+        ):
             destination = make_destination(upload, private, keep, max_disk, on_event)
             report = run(
                 src,
@@ -225,10 +248,19 @@ def quantize(
                 on_event=on_event,
             )
         stored = None
-        if text is not None:
+        if calibration_text is not None:
             with console.quieting_libraries(console.wants_live_display(quiet, as_json)):
-                stored = calibrate_output(src, out or "", text, lora, trust_remote_code, device)
+                stored = calibrate_output(src, out or "", calibration_text, lora, trust_remote_code, device)
         _print_outcome(report, stored, upload, destination.outcome(), as_json)
+
+
+def _keep_budget(percent: float | None, text: Path | None, device: str, trust_remote_code: bool) -> KeepBudget | None:
+    if percent is None:
+        return None
+    from int8convert.outliers.keep import keep_budget
+    from int8convert.runtime.text.texts import Text
+
+    return keep_budget(percent, Text(text), device=device, trust_remote_code=trust_remote_code)
 
 
 def _print_outcome(
@@ -268,7 +300,11 @@ def _check_combination(context: typer.Context, src: str) -> None:
     given = set(options.given_options(context))
     if not given & {"out", "upload", "dry_run"}:
         raise options.UsageError("OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO")
-    options.check_needs(context, {"bandwidth": "--dry-run"})
+    options.check_needs(context, {"bandwidth": "--dry-run", "text": "--keep-budget PERCENT"})
+    if context.params["keep_budget"] == 0:
+        raise typer.BadParameter("it must be above 0", param_hint="--keep-budget")
+    if {"keep_budget", "lora"} <= given:
+        raise options.UsageError("--keep-budget measures SRC without the adapter: give one of --keep-budget and --lora")
     options.check_upload_options(context)
     if {"upload", "calibrate"} <= given:
         raise options.UsageError(

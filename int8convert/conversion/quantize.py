@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
-from int8convert.checkpoint.manifest import ARITHMETIC_VERSION
+from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, Manifest
 from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import choose_device
 from int8convert.conversion.job import Conversion
@@ -18,10 +20,11 @@ from int8convert.conversion.readers import Reader, Reading
 from int8convert.conversion.records import plan_summary
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NOTHING_WRITTEN, NonFiniteWeightError, stating
-from int8convert.events import Event, EventSink
+from int8convert.events import Event, EventSink, ModulesKept
+from int8convert.planning.kept_modules import KeepBudget, with_earlier_choice
 from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
-from int8convert.planning.request_difference import describe_source
+from int8convert.planning.request_difference import describe_source, first_difference
 from int8convert.progress_bar import sink_or_bar
 
 
@@ -79,19 +82,25 @@ def quantize(
     cache = Path(options.cache_dir) if options.cache_dir is not None else None
     reading = Reading(Reader(reader), cache)
     request = open_request(src, options)
-    output = OutputDirectory(
-        out, request.source, _recorded_request(request, options, threshold, on_nonfinite), overwrite
-    )
+    recorded = _recorded_request(request, options, threshold, on_nonfinite)
     destination = destination or LocalDestination()
-    job = Conversion(output, destination, reading, check)
     requirements = PlanRequirements(options.min_coverage, tuple(options.allow_missing))
     report = ReportBuilder()
-    with sink_or_bar(on_event, "quantize") as sink, output.in_use(), job.stating_progress():
+    with ExitStack() as stack:
+        sink = stack.enter_context(sink_or_bar(on_event, "quantize"))
 
         def emit(event: Event) -> None:
             report(event)
             sink(event)
 
+        if options.keep is not None:
+            chosen = _chosen_modules(options.keep, request, out, recorded, overwrite, emit)
+            request = replace(request, modules=replace(request.modules, skip=(*options.skip, *chosen)))
+            recorded["options"]["skip"] += chosen
+        output = OutputDirectory(out, request.source, recorded, overwrite)
+        job = Conversion(output, destination, reading, check)
+        stack.enter_context(output.in_use())
+        stack.enter_context(job.stating_progress())
         while True:
             plan = plan_conversion(request)
             requirements.check(plan)
@@ -109,6 +118,26 @@ def quantize(
     return report.build(plan, kept, device_used.name, time.perf_counter() - began)
 
 
+def _chosen_modules(
+    keep: KeepBudget,
+    request: PlanRequest,
+    out: str | os.PathLike[str],
+    recorded: Mapping[str, Any],
+    overwrite: bool,
+    emit: EventSink,
+) -> tuple[str, ...]:
+    """Return the modules that a run before this one chose, or measure and choose."""
+    there = Manifest(Path(out)).read_request()
+    resumed = with_earlier_choice(there, recorded)
+    if there is not None and first_difference(there, resumed) is None:
+        kept = ModulesKept(tuple(resumed["options"]["skip"][len(request.modules.skip) :]))
+    else:
+        OutputDirectory(out, request.source, resumed, overwrite)  # refuses OUT before minutes of measuring
+        kept = keep.choose(request, emit)
+    emit(kept)
+    return kept.names
+
+
 def _check_ranges(options: PlanOptions, n_workers: int, threshold: float, on_nonfinite: str) -> None:
     is_share = options.min_coverage is None or 0 <= options.min_coverage <= 1
     if n_workers < 1 or not threshold >= 0 or not is_share or on_nonfinite not in ("error", "keep"):
@@ -122,6 +151,9 @@ def _recorded_request(
 ) -> dict[str, Any]:
     """Return what two runs must have in common to be parts of one conversion."""
     recorded: dict[str, Any] = {
+        **(
+            options.keep.recorded() if options.keep is not None else {}
+        ),  # first, so that another budget is named as the difference
         "skip": list(options.skip),
         "only": list(options.only),
         "threshold": float(threshold),

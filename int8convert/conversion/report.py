@@ -6,8 +6,18 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from int8convert.events import Event, PlanMade, ShardFinished, ShardRepeated, ShardSkipped, TensorKept, TensorQuantized
+from int8convert.events import (
+    Event,
+    ModulesKept,
+    PlanMade,
+    ShardFinished,
+    ShardRepeated,
+    ShardSkipped,
+    TensorKept,
+    TensorQuantized,
+)
 from int8convert.planning.plan import ConversionPlan
+from int8convert.text import counted, format_bytes
 
 _MANY_ZEROS = 1 / 8
 """Share of a matrix's rows that must be zeros to be reported; padded vocabularies and pruned channels have fewer."""
@@ -47,6 +57,7 @@ class ConversionReport:
         model_class: the transformers class that decided; None where name rules did.
         coverage, byte_coverage: share of parameters, and of source bytes, that became int8; 0 to 1.
         kept: tensors that did not become int8, by reason.
+        kept_by_budget: the modules that a budget keeps in 16 bits; None without a budget.
         dropped: source tensors written under another name only.
         non_finite: name of a kept tensor that holds NaN or infinity -> number of such values.
         zero_rows: name of a matrix of which an eighth or more of the rows are zeros -> number of such rows. Its file
@@ -71,6 +82,7 @@ class ConversionReport:
     coverage: float
     byte_coverage: float
     kept: tuple[KeptTensors, ...]
+    kept_by_budget: ModulesKept | None
     dropped: tuple[str, ...]
     non_finite: dict[str, int]
     zero_rows: dict[str, int]
@@ -104,10 +116,27 @@ def notes_of(event: Event) -> list[str]:
                 reason = f": {event.reader_reason}; --reader chooses otherwise" if event.reader_reason else ""
                 notes.append(f"reading {event.source} at {(event.commit or '')[:12]} by {reader}{reason}")
             return [*notes, *event.notes]
+        case ModulesKept():
+            return [_kept_note(event)]
         case ShardRepeated(i, n, file_name, reason):
             return [f"shard {i + 1} of {n}, {file_name}, is made again: {reason}"]
         case _:
             return []
+
+
+def _kept_note(event: ModulesKept) -> str:
+    modules = counted(len(event.names), "module")
+    if event.kl_before is None or event.kl_after is None:
+        return f"{modules} stay 16-bit, as an earlier run of this conversion chose"
+    if not event.names:
+        return f"no module fits into the budget; the expected KL divergence is {event.kl_before:.2g} nats a token"
+    note = (
+        f"{modules} stay 16-bit and take {format_bytes(event.n_bytes or 0)} more; the expected KL divergence falls "
+        f"from {event.kl_before:.2g} to {event.kl_after:.2g} nats a token"
+    )
+    if event.n_unmeasured:
+        note += f"; {event.n_unmeasured:,} other weights become int8 and were not measured"
+    return note
 
 
 @dataclass(slots=True)
@@ -119,6 +148,7 @@ class ReportBuilder:
     zero_rows: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     plan_made: PlanMade | None = None
+    modules_kept: ModulesKept | None = None
     finished: set[str] = field(default_factory=set)
     skipped: set[str] = field(default_factory=set)
 
@@ -126,6 +156,8 @@ class ReportBuilder:
         self.notes += notes_of(event)
         if isinstance(event, PlanMade):
             self.plan_made = event
+        elif isinstance(event, ModulesKept):
+            self.modules_kept = event
         elif isinstance(event, ShardFinished):
             self.finished.add(event.file_name)
         elif isinstance(event, ShardSkipped):
@@ -166,6 +198,7 @@ class ReportBuilder:
             coverage=plan.coverage,
             byte_coverage=plan.byte_coverage,
             kept=tuple(KeptTensors(reason, *counts) for reason, counts in plan.kept_by_reason().items()),
+            kept_by_budget=self.modules_kept,
             dropped=tuple(plan.dropped),
             non_finite=dict(sorted(self.non_finite.items())),
             zero_rows=dict(sorted(self.zero_rows.items())),

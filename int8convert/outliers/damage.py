@@ -44,8 +44,6 @@ from int8convert.errors import SourceError
 from int8convert.formats.layers import is_conv1d_layer
 from int8convert.outliers.calibration import run_tokens
 
-_HINT = "leave out --damage"
-
 INPUTS = ("inputs_by_token", "inputs_by_rule", "inputs_by_blocks")
 """The fields of `LayerDamage` for the arithmetics of the inputs."""
 
@@ -72,6 +70,11 @@ class LayerDamage:
     inputs_by_token: float
     inputs_by_rule: float
     inputs_by_blocks: float
+
+    def cost(self, inputs: str) -> float:
+        """Return the damage by weights and inputs; `inputs` is the arithmetic of the latter, one of `INPUTS`."""
+        of_inputs: float = getattr(self, inputs)
+        return self.weights + of_inputs
 
 
 @dataclass(slots=True)
@@ -110,6 +113,7 @@ def estimate_damage(
     windows: Iterable[torch.Tensor],
     threshold: float = OUTLIER_THRESHOLD,
     seed: int = 0,
+    hint: str = "leave out --damage",
 ) -> tuple[LayerDamage, ...]:
     """Estimate the damage of rounding each layer, in the order of `layers`; layers that never run are left out.
 
@@ -121,6 +125,7 @@ def estimate_damage(
         windows: int64 [tokens] each.
         threshold: magnitude from which an input's column is an outlier by LLM.int8()'s rule.
         seed: of the tokens that are drawn from the predictions.
+        hint: the hint of errors.
 
     Raises:
         SourceError: the predictions are not finite, or the model has no gradient.
@@ -130,14 +135,14 @@ def estimate_damage(
     n_tokens, group_numbers = 0, itertools.count()
     for ids in windows:
         with (
-            library_errors(f"the damage of rounding {type(model).__name__} cannot be measured", _HINT),
+            library_errors(f"the damage of rounding {type(model).__name__} cannot be measured", hint),
             _frozen(model),
             torch.enable_grad(),
             _watching(layers, sums, threshold, group_numbers),
         ):
             logits = run_tokens(model, ids[None]).logits[0].float()
             if not bool(logits.isfinite().all()):
-                raise SourceError(f"{type(model).__name__} predicts values that are not finite on this text", _HINT)
+                raise SourceError(f"{type(model).__name__} predicts values that are not finite on this text", hint)
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
         n_tokens += len(ids)
@@ -151,6 +156,16 @@ def estimate_damage(
         for name, found in sums.items()
         if found.group >= 0
     )
+
+
+def backward_bytes(config: Any, length: int) -> int:
+    """Return about how much memory the forward and backward pass of a window takes beside the model, from its config.
+
+    Counts 40 float32 values for each layer and hidden feature of a token, and 4 for each entry of the vocabulary.
+    """
+    text = config.get_text_config()
+    values = 40 * int(text.num_hidden_layers) * int(text.hidden_size) + 4 * int(text.vocab_size)
+    return 4 * length * values
 
 
 def _constants(layer: Any) -> _Sums:
@@ -204,22 +219,20 @@ def choose_kept(damage: Sequence[LayerDamage], budget: float, inputs: str) -> tu
     """Choose the layers whose weights in 16 bits take away most damage for their bytes.
 
     Args:
-        budget: the most weights that stay, as a share of all, 0 to 1. Layers of a group stay together.
+        budget: the largest number of weights that stay. Layers of a group stay together.
         inputs: the arithmetic of the inputs, one of `INPUTS`.
     """
     groups: dict[int, list[LayerDamage]] = {}
     for layer in damage:
         groups.setdefault(layer.group, []).append(layer)
-    left = budget * sum(layer.n_weights for layer in damage)
 
     def worth(group: list[LayerDamage]) -> float:
-        cost: float = sum(layer.weights + getattr(layer, inputs) for layer in group)
-        return cost / sum(layer.n_weights for layer in group)
+        return sum(layer.cost(inputs) for layer in group) / sum(layer.n_weights for layer in group)
 
     kept: list[LayerDamage] = []
     for group in sorted(groups.values(), key=worth, reverse=True):
         n_weights = sum(layer.n_weights for layer in group)
-        if n_weights <= left:
+        if n_weights <= budget:
             kept += group
-            left -= n_weights
+            budget -= n_weights
     return tuple(kept)

@@ -147,12 +147,12 @@ def find_outliers(
         windows = read_windows_by(text.cut, file.path, tokenizer, text.n_sequences, text.length or DEFAULT_LENGTH)
     model = load_model(path, used, trust_remote_code=trust_remote_code)
     if with_ablation:
-        _check_predicts(model, "ablation needs", "leave out --ablate")
+        check_predicts(model, "ablation needs", "leave out --ablate")
     if with_damage:
-        _check_predicts(model, "the damage of rounding needs", "leave out --damage")
+        check_predicts(model, "the damage of rounding needs", "leave out --damage")
         _check_float(path, model)
     layers = _layers(model, module_names)
-    windows = _fit(model, windows, may_cut=text.length is None)
+    windows = fit_windows(model, windows, may_cut=text.length is None)
     statistics, inputs, features = _observe(model, layers, windows, threshold)
     states = {entry.module_name: layers[entry.module_name] for entry in inputs if entry.is_hidden_state}
     weights = {name: weight_squares(layer) for name, layer in layers.items()}
@@ -198,7 +198,7 @@ def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Modu
     return layers
 
 
-def _fit(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
+def fit_windows(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
     """Cut windows to what the model takes; refuse tokens that it does not know."""
     n_tokens = model.get_input_embeddings().num_embeddings
     if int(windows.ids.max()) >= n_tokens:
@@ -217,7 +217,8 @@ def _fit(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
     )
 
 
-def _check_predicts(model: Any, what: str, hint: str) -> None:
+def check_predicts(model: Any, what: str, hint: str) -> None:
+    """Refuse a model that does not predict the next token; `what` begins the message."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise SourceError(f"{what} a model that predicts the next token, and {type(model).__name__} does not", hint)
 

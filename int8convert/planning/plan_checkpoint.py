@@ -10,6 +10,7 @@ from pathlib import Path
 from int8convert.decoding.fp8 import is_fp8
 from int8convert.formats.format import DEFAULT_FORMAT, quantize_format
 from int8convert.planning.adapter import open_adapter
+from int8convert.planning.kept_modules import KeepBudget
 from int8convert.planning.model_map.model_map import ModuleFilter, check_config
 from int8convert.planning.needs import check_needs
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
@@ -36,6 +37,9 @@ class PlanOptions:
             nearly all Linear weights 16-bit. `plan` does not check it.
         revision: branch, tag or commit of a repository; None is its main branch.
         cache_dir: a Hub cache that keeps downloads.
+        keep: keeps the modules 16-bit whose rounding costs most, as if `skip` named them; see
+            `outliers.keep.keep_budget`. `quantize` continues with the choice of the run that it resumes. `plan` does
+            not know the choice, and ignores this.
     """
 
     skip: Sequence[str] = ()
@@ -48,6 +52,7 @@ class PlanOptions:
     min_coverage: float | None = None
     revision: str | None = None
     cache_dir: str | os.PathLike[str] | None = None
+    keep: KeepBudget | None = None
 
 
 def plan(src: str | os.PathLike[str], options: PlanOptions | None = None) -> ConversionPlan:

@@ -22,6 +22,12 @@ from int8convert.text import quoted
 
 _SCHEMA = 1
 _LARGEST = 1.7976931348623157e308
+_OPTIONS = frozenset(
+    {
+        *("skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"),
+        *("keep_budget", "keep_text"),
+    }
+)
 _PLAIN_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -81,7 +87,10 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
     _check_version("arithmetic", request["arithmetic"], ARITHMETIC_VERSION)
     options = _Entries(request).object("options")
     entries = _Entries(options, "options.")
-    entries.check_known({"skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"})
+    entries.check_known(_OPTIONS)
+    if "keep_budget" in options or "keep_text" in options:  # what they chose is in `skip`
+        entries.number("keep_budget")
+        entries.text("keep_text")
     return RecordedRequest(
         is_export=False,
         format=_Entries(request).one_of("format", QUANTIZE_FORMATS),
@@ -121,7 +130,7 @@ class _Entries:
         self._values = values
         self._path = path
 
-    def check_known(self, names: set[str]) -> None:
+    def check_known(self, names: frozenset[str]) -> None:
         for name in sorted(self._values.keys() - names):
             raise _not_understood(self._path + name, "no such entry", self._values[name])
 

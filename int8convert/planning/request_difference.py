@@ -15,7 +15,7 @@ from int8convert.checkpoint.hashing import json_sha256
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.text import quoted
 
-_OPTIONS = {"max_shard_bytes": "--max-shard-size"}
+_OPTIONS = {"max_shard_bytes": "--max-shard-size", "keep_text": "--text"}
 """Recorded options whose flag has another name."""
 
 
@@ -55,7 +55,7 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[tuple[str, ...], Any, Any] | None:
     """Return the keys that lead to the first differing value, and both values; a missing one is None."""
-    for key in (*now, *(key for key in before if key not in now)):
+    for key in (*before, *(key for key in now if key not in before)):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             if found := _differing(old, new):

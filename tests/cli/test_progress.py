@@ -50,10 +50,10 @@ CASES: list[tuple[Event, str]] = [
     (DownloadStarted("model.safetensors", 5), "note: fetching model.safetensors, 5 B\n"),
     (TensorsCompared(1, 2), ""),
     (FidelityStarted(False, 5_000_000, 20), "note: running both models in memory, at most 5 MB\n"),
-    (FidelityStep("window", 1, 20, 190.0), "fidelity: 1 of 20 steps, about 3 minutes left\n"),
-    (FidelityStep("window", 2, 20, 0.4), "fidelity: 2 of 20 steps, less than a second left\n"),
-    (FidelityStep("window", 20, 20, 0.0), "fidelity: 20 of 20 steps\n"),
-    (FidelityStep("window", 1, 1, 0.0), "fidelity: 1 of 1 steps\n"),
+    (FidelityStep("window", 1, 20, 190.0), "measured: 1 of 20 steps, about 3 minutes left\n"),
+    (FidelityStep("window", 2, 20, 0.4), "measured: 2 of 20 steps, less than a second left\n"),
+    (FidelityStep("window", 20, 20, 0.0), "measured: 20 of 20 steps\n"),
+    (FidelityStep("window", 1, 1, 0.0), "measured: 1 of 1 steps\n"),
 ]
 
 
@@ -94,11 +94,11 @@ def test_estimate_comes_after_the_first_step_and_with_each_tenth(capsys: pytest.
             sink(FidelityStep("window", n, 40, 30.0 * (40 - n)))
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == [
-        "fidelity: 1 of 40 steps, about 20 minutes left",
-        "fidelity: 4 of 40 steps, about 18 minutes left",
-        "fidelity: 8 of 40 steps, about 16 minutes left",
+        "measured: 1 of 40 steps, about 20 minutes left",
+        "measured: 4 of 40 steps, about 18 minutes left",
+        "measured: 8 of 40 steps, about 16 minutes left",
     ]
-    assert lines[-2:] == ["fidelity: 36 of 40 steps, about 2 minutes left", "fidelity: 40 of 40 steps"]
+    assert lines[-2:] == ["measured: 36 of 40 steps, about 2 minutes left", "measured: 40 of 40 steps"]
     assert len(lines) == 11
 
 

@@ -222,9 +222,9 @@ def test_kept_are_the_groups_of_most_damage_for_their_weights() -> None:
         entry("up", 100, 3, 1.0),
     ]
     kept = {
-        budget: {e.module_name for e in choose_kept(damage, budget, "inputs_by_rule")} for budget in (0, 0.1, 0.3, 1)
+        budget: {e.module_name for e in choose_kept(damage, budget, "inputs_by_rule")} for budget in (0, 100, 300, 1000)
     }
-    assert kept[0] == set() and kept[0.1] == {"o"} and kept[0.3] == {"q", "k", "o"} and len(kept[1]) == 5
+    assert kept[0] == set() and kept[100] == {"o"} and kept[300] == {"q", "k", "o"} and len(kept[1000]) == 5
 
 
 @pytest.fixture

@@ -1,0 +1,144 @@
+"""Chooses modules that stay 16-bit within a budget, by what their rounding costs the predictions.
+
+The source's model is loaded in floating point, a text goes through it once, forward and backward (`damage`), and the
+modules with most damage for their weights are chosen, with those that read the same tensor.
+
+Costs the model in memory, and the activations of one window. Does not know what other texts would choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from int8convert.checkpoint.source import CheckpointSource
+from int8convert.errors import AdapterError, DeviceError
+from int8convert.events import DamageStarted, EventSink, ModulesKept
+from int8convert.formats.format import Format
+from int8convert.hub.cached_copy import fetch_checkpoint, reading_cached
+from int8convert.outliers.damage import LayerDamage, backward_bytes, choose_kept, estimate_damage
+from int8convert.outliers.find import DEFAULT_LENGTH, check_predicts, fit_windows
+from int8convert.planning.kept_modules import KeepBudget
+from int8convert.planning.pending_plan import PlanRequest, plan_conversion
+from int8convert.planning.plan import ConversionPlan
+from int8convert.runtime.memory import USABLE, available_bytes, float_bytes, resident_bytes
+from int8convert.runtime.models import choose_device, load_model, open_tokenizer, read_config
+from int8convert.runtime.steps import Steps
+from int8convert.runtime.text.texts import Text, open_text
+from int8convert.runtime.text.windows import TokenWindows, read_text, read_windows_by
+from int8convert.text import format_bytes
+
+OPTION = "--keep-budget"
+_HINT = f"leave out {OPTION}"
+
+LOADERS_INPUTS = {
+    Format.BITSANDBYTES: "inputs_by_rule",
+    Format.TORCHAO: "inputs_by_token",
+    Format.COMPRESSED_TENSORS: "inputs_by_token",
+}
+"""Format -> how its loaders round inputs, one of `damage.INPUTS`."""
+
+
+def keep_budget(percent: float, text: Text, *, device: str = "auto", trust_remote_code: bool = False) -> KeepBudget:
+    """Return the rule that `quantize` keeps modules by.
+
+    Args:
+        percent: the most weights to keep in 16 bits, in percent of those that would become int8; above 0.
+        text: what the model reads; windows have 256 tokens by default, or what the model takes if that is less.
+        device: where the model runs: "auto", "cpu" or "cuda[:n]".
+        trust_remote_code: run code in the source, as `quantize` does.
+
+    Raises:
+        SourceError: the text cannot be read.
+        ValueError: the budget is out of its range.
+    """
+    if not 0 < percent <= 100:
+        raise ValueError(f"the budget must be above 0 and at most 100 percent, not {percent}")
+    with open_text(text) as file:
+        _, digest = read_text(file.path)
+    choose = partial(_choose, percent / 100, text, choose_device(device), trust_remote_code)
+    return KeepBudget(percent, digest, choose)
+
+
+def _choose(
+    share: float, text: Text, device: str, trust_remote_code: bool, request: PlanRequest, on_event: EventSink
+) -> ModulesKept:
+    if request.adapter is not None:
+        raise AdapterError(
+            f"{OPTION} measures the source, which without the adapter is another model", f"leave out {OPTION} or --lora"
+        )
+    planned = plan_conversion(request)
+    sizes = _int8_weights(planned)
+    n_weights = sum(tensor.source.n_elements for tensor in planned.tensors if tensor.is_quantized)
+    damage = _measure(planned.source, tuple(sizes), text, device, trust_remote_code, on_event)
+    inputs = LOADERS_INPUTS[request.modules.output_format]
+    kept = choose_kept(damage, share * n_weights, inputs)
+    before, taken = (sum(layer.cost(inputs) for layer in layers) for layers in (damage, kept))
+    return ModulesKept(
+        names=tuple(layer.module_name for layer in kept),
+        n_weights=sum(layer.n_weights for layer in kept),
+        n_bytes=sum(sizes[layer.module_name] - layer.n_weights for layer in kept),
+        kl_before=before,
+        kl_after=before - taken,
+        n_unmeasured=n_weights - sum(layer.n_weights for layer in damage),
+    )
+
+
+def _int8_weights(planned: ConversionPlan) -> dict[str, int]:
+    """Return module name in the model -> bytes of its weight as a copy, of modules that would become int8.
+
+    Experts that are one tensor in the model are left out.
+    """
+    quantized = {tensor.source.name: tensor.source.n_elements for tensor in planned.tensors if tensor.is_quantized}
+    n_bytes = torch.finfo(getattr(torch, planned.model_map.dtype)).bits // 8
+    return {
+        parameter.removesuffix(".weight"): n_bytes * quantized[source_name]
+        for parameter, (source_name, _) in planned.model_map.parameters.items()
+        if source_name in quantized
+    }
+
+
+def _measure(
+    source: CheckpointSource,
+    module_names: tuple[str, ...],
+    text: Text,
+    device: str,
+    trust_remote_code: bool,
+    on_event: EventSink,
+) -> tuple[LayerDamage, ...]:
+    """Return the damage of the modules that run on the text.
+
+    Raises:
+        DeviceError: the model does not fit in memory.
+        SourceError: the model does not predict the next token, or has no gradient.
+    """
+    with open_text(text) as file, open_tokenizer(source.directory, trust_remote_code, source.label) as tokenizer:
+        windows = read_windows_by(text.cut, file.path, tokenizer, text.n_sequences, text.length or DEFAULT_LENGTH)
+    if source.commit is not None:
+        fetch_checkpoint(source, on_event)
+        source = reading_cached(source)
+    config = read_config(source.directory, trust_remote_code)
+    needed = sum(float_bytes(tensor, device) for tensor in source.tensors)
+    needed += backward_bytes(config, windows.ids.shape[1])
+    there = available_bytes(device)
+    if needed > USABLE * there:
+        raise DeviceError(
+            f"{OPTION} needs the source's model in memory, {format_bytes(needed)}, and {format_bytes(there)} are free",
+            "run int8convert outliers SRC --text FILE --damage where it fits, and pass the --skip options it prints",
+        )
+    on_event(DamageStarted(needed + (resident_bytes() if device == "cpu" else 0), len(windows.ids)))
+    model = load_model(source.directory, device, trust_remote_code=trust_remote_code)
+    check_predicts(model, "the damage of rounding needs", _HINT)
+    windows = fit_windows(model, windows, may_cut=text.length is None)
+    layers = {name: model.get_submodule(name) for name in module_names}
+    return estimate_damage(model, layers, _reporting(windows, on_event), hint=_HINT)
+
+
+def _reporting(windows: TokenWindows, on_event: EventSink) -> Iterator[torch.Tensor]:
+    """Yield each window, and report it when the next one is asked for."""
+    steps = Steps([1] * len(windows.ids), on_event)
+    for ids in windows.ids:
+        yield ids
+        steps.done("window")
