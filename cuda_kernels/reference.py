@@ -61,6 +61,36 @@ def row_quantize(weight: npt.NDArray[np.float32]) -> QuantizedRows[npt.NDArray[A
         return QuantizedRows(np.nan_to_num(codes).astype(np.int8), absmax, signal, noise)
 
 
+def rotate(values: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+    """Multiply each block of `size` adjacent columns by the regular Hadamard matrix of that size.
+
+    The matrix is orthogonal, symmetric and its own inverse, and all its entries are 1 / sqrt(size) in magnitude. So a
+    value that stands out is spread over its block. Each of its rows adds up to 1: a block of equal values stays as it
+    is, and so does the mean of a block. That of size 4 is below, and that of 4 * n is its Kronecker product with that
+    of n.
+
+            [ 1  1  1 -1]
+        1/2 [ 1  1 -1  1]       y[i] = (x[0] + x[1] + x[2] + x[3]) / 2 - x[3 - i]
+            [ 1 -1  1  1]
+            [-1  1  1  1]
+
+    The fast transform takes one such step for each factor of 4, from neighbours to the widest distance. Its roundings
+    are part of the meaning: fl32(fl32(fl32(x0 + x1) + fl32(x2 + x3)) / 2 - x).
+
+    Args:
+        values: float32 [rows, cols]; `size` divides cols. Not changed.
+        size: a power of 4; 1 changes nothing.
+    """
+    rotated = np.array(values, np.float32)
+    distance = 1
+    while distance < size:
+        x = rotated.reshape(-1, 4, distance)
+        half = ((x[:, 0] + x[:, 1]) + (x[:, 2] + x[:, 3])) * np.float32(0.5)
+        rotated = half[:, None] - x[:, ::-1]
+        distance *= 4
+    return rotated.reshape(values.shape)
+
+
 def dequantize_fp8(
     codes: npt.NDArray[np.uint8],
     values: npt.NDArray[np.float32],

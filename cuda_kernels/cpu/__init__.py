@@ -1,8 +1,8 @@
 """The operations as Numba CPU kernels, which release the GIL.
 
 They read arrays and write arrays that the caller allocated. Floats are passed as their bits, see `BITS_DTYPE`.
-`row_quantize` and `dequantize_fp8` run on the calling thread, because their callers run one thread per core. The others
-take `n_threads`.
+`row_quantize`, `rotate` and `dequantize_fp8` run on the calling thread, because their callers run one thread per core.
+The others take `n_threads`.
 """
 
 from cuda_kernels.cpu.activation_quantize import activation_quantize
@@ -10,6 +10,7 @@ from cuda_kernels.cpu.bits import BITS_DTYPE
 from cuda_kernels.cpu.dequantize_epilogue import dequantize_epilogue
 from cuda_kernels.cpu.dequantize_fp8 import dequantize_fp8
 from cuda_kernels.cpu.int8_matmul import int8_matmul
+from cuda_kernels.cpu.rotate import rotate
 from cuda_kernels.cpu.row_quantize import row_quantize
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "dequantize_epilogue",
     "dequantize_fp8",
     "int8_matmul",
+    "rotate",
     "row_quantize",
 ]

@@ -76,10 +76,14 @@ class Block:
     run_step: int = 0
 
 
-def row_ranges(stored: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Yield the row range of each block, in order; one empty range for a tensor without elements."""
+def row_ranges(stored: StoredTensor, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield the row range of each block, in order; one empty range for a tensor without elements.
+
+    Args:
+        multiple: rows that stay together, for which a block may become larger.
+    """
     n_rows = stored.shape[0]
-    step = max(1, _rows_in_a_block(stored))
+    step = max(1, _rows_in_a_block(stored) // multiple) * multiple
     return ((begin, min(begin + step, n_rows)) for begin in range(0, max(1, n_rows), step))
 
 

@@ -123,6 +123,12 @@ def quantize(
     lora: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Merge the PEFT adapter in this directory into the weights.")
     ] = None,
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            "--rotate", help="Fold a rotation into the weights that spreads outliers. Refused if the model allows none."
+        ),
+    ] = False,
     calibrate: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Then run this text through OUT, and store outlier columns in 16 bits."),
@@ -208,6 +214,7 @@ def quantize(
             format=format,
             max_shard_size=max_shard_size,
             lora=lora,
+            rotate=rotate,
             trust_remote_code=trust_remote_code,
             allow_missing=allow_missing or (),
             min_coverage=min_coverage / 100 if min_coverage is not None else None,

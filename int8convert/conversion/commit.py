@@ -127,8 +127,9 @@ class Committer:
             is_open = tensor.shard.path.name not in self._sha256 and self._access.is_checked(tensor.shard)
             if tensor.output_name == output_name and is_open:
                 self._finish(tensor.shard)
-            if tensor.output_name == output_name and tensor.scale is not None and not is_as_fetched(tensor.scale):
-                raise DamagedShardError(tensor.scale.shard, "its scales differed when they were read again")
+            ahead = tensor.read_ahead if tensor.output_name == output_name else ()
+            if (damaged := next((found for found in ahead if not is_as_fetched(found)), None)) is not None:
+                raise DamagedShardError(damaged.shard, "its scales differed when they were read again")
 
     def _work(self, i: int, one: ConvertedShard) -> None:
         self._waiting.append((i, one))

@@ -162,6 +162,8 @@ def _recorded_request(
     }
     if request.adapter is not None:
         recorded["lora"] = request.adapter.identity()
+    if options.rotate:
+        recorded["rotate"] = True
     if options.allow_missing:
         recorded["allow_missing"] = list(options.allow_missing)
     return {

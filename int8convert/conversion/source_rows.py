@@ -17,11 +17,11 @@ from int8convert.planning.plan import PlannedTensor, TensorAction
 def values_dtype(tensor: PlannedTensor) -> str:
     """Return the dtype of the values that `SourceRows` returns."""
     is_decoded = tensor.source.dtype in FP8_DTYPES or tensor.action is TensorAction.DEQUANTIZE
-    return "F32" if is_decoded or tensor.lora else tensor.source.dtype
+    return "F32" if is_decoded or tensor.lora or tensor.fold else tensor.source.dtype
 
 
 class SourceRows:
-    """The rows of a planned tensor as numbers: codes decoded and an adapter merged, both in float32."""
+    """The rows of a planned tensor as numbers: codes decoded, an adapter merged, a rotation folded, all in float32."""
 
     def __init__(self, tensor: PlannedTensor, stored: StoredTensor) -> None:
         self.stored = stored
@@ -29,16 +29,18 @@ class SourceRows:
         self._lora = tensor.lora.load() if tensor.lora else None
         if self._lora and tensor.lora and tensor.lora.is_transposed and not tensor.is_quantized:
             self._lora = self._lora.transposed()
+        self._fold = tensor.fold.load() if tensor.fold else None
         self.dtype = values_dtype(tensor)
 
     def values(self, block: Block, begin: int, end: int) -> npt.NDArray[Any]:
-        """Return the rows from `begin` to before `end`, C-contiguous, of `dtype`."""
+        """Return the rows from `begin` to before `end`, C-contiguous, of `dtype`; whole blocks of a fold."""
         rows = as_array(self.stored, block, begin, end)
         if self._decoder:
             rows = self._decoder.decode(rows, begin)
-        elif self._lora:
+        elif self._lora or self._fold:
             rows = widen(rows, self.stored.dtype)
-        return self._lora.merge(rows, begin) if self._lora else rows
+        rows = self._lora.merge(rows, begin) if self._lora else rows
+        return self._fold.apply(rows, begin) if self._fold else rows
 
 
 def _decoder(tensor: PlannedTensor, stored: StoredTensor) -> Fp8Decoder | Int8Decoder | None:

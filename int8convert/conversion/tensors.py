@@ -49,7 +49,8 @@ class TensorCopy:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Return row ranges, in order. What was prefetched is one range, as it was fetched."""
         stored = self._rows.stored
-        return iter([(0, stored.shape[0])]) if self._tensor.is_beside_codes else row_ranges(stored)
+        is_one = self._tensor.is_beside_codes
+        return iter([(0, stored.shape[0])]) if is_one else row_ranges(stored, self._tensor.row_block)
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
         return read_rows(self._rows.stored, self._reader, begin, end, scratch)
@@ -75,7 +76,7 @@ class TensorCopy:
 def _without_dimensions(tensor: PlannedTensor) -> StoredTensor:
     """Return the tensor in one dimension where rows do not matter, so that no row is too long for a block."""
     stored = tensor.source
-    if stored.strides is not None or tensor.scale is not None or tensor.lora is not None:
+    if stored.strides is not None or tensor.scale or tensor.lora or tensor.fold:
         return stored
     return replace(stored, shape=(stored.n_elements,))
 
@@ -94,7 +95,7 @@ class TensorQuantization:
         self._noise = np.empty(n_rows, np.float64)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        return row_ranges(self._tensor.source)
+        return row_ranges(self._tensor.source, self._tensor.row_block)
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
         return read_rows(self._tensor.source, self._reader, begin, end, scratch)

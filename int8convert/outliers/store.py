@@ -35,6 +35,7 @@ from int8convert.formats.int8_checkpoint import Int8Checkpoint, Int8Weight, Sour
 from int8convert.formats.modules import module_of
 from int8convert.planning.plan import PlannedTensor
 from int8convert.planning.plan_checkpoint import PlanOptions, plan
+from int8convert.planning.recorded_request import read_recorded_request
 from int8convert.sources import open_source
 from int8convert.text import quoted
 
@@ -141,7 +142,14 @@ def _find(
 ) -> list[_ChosenColumns]:
     """Find the weights, in the order of the source's files."""
     planned_as = module_of(checkpoint.format).PLANNED_AS
-    options = PlanOptions(format=planned_as, lora=lora, trust_remote_code=trust_remote_code, revision=revision)
+    request = read_recorded_request(checkpoint.source.directory)
+    options = PlanOptions(
+        format=planned_as,
+        lora=lora,
+        rotate=request is not None and request.rotate,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
     planned = plan(src, options)
     sources = {t.output_name.removesuffix(".weight"): t for t in planned.tensors if t.output_name.endswith(".weight")}
     weights = {weight.module_name: weight for weight in checkpoint.weights}
@@ -169,7 +177,7 @@ def _write(place: _ChosenColumns, format: Format, writer: ShardWriter, readers: 
     writer.write(f"{place.name}.outlier_columns", place.columns.view(np.uint8).data)
     step = module_of(format).to_scale(readers.read_scale(place.weight.scale))
     stored, rows, scratch = place.tensor.source, SourceRows(place.tensor, place.tensor.source), Scratch()
-    for begin, end in row_ranges(stored):
+    for begin, end in row_ranges(stored, place.tensor.row_block):
         with readers.reading(place.tensor.shard) as reader:
             block = read_rows(stored, reader, begin, end, scratch)
         values = np.ascontiguousarray(rows.values(block, begin, end)[:, place.columns])

@@ -15,6 +15,7 @@ from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
 from int8convert.planning.model_map.process import ModelMapProcess
 from int8convert.planning.needs import check_needs, needs_notes
 from int8convert.planning.plan import ConversionPlan
+from int8convert.planning.rotation.rotation import find_rotation
 from int8convert.planning.shard_layout import make_plan
 
 
@@ -26,6 +27,7 @@ class PlanRequest:
         max_shard_bytes: largest output shard; None makes one for each source shard.
         adapter: merged into the weights.
         kept_modules: modules whose weights turned out to have no int8 form.
+        rotates: fold a rotation into the weights.
     """
 
     source: CheckpointSource
@@ -33,6 +35,7 @@ class PlanRequest:
     max_shard_bytes: int | None = None
     adapter: Adapter | None = None
     kept_modules: tuple[str, ...] = ()
+    rotates: bool = False
 
 
 def plan_conversion(request: PlanRequest) -> ConversionPlan:
@@ -48,8 +51,10 @@ def plan_conversion(request: PlanRequest) -> ConversionPlan:
     finally:
         process.stop()
     check_unscaled(source, found.linears)
-    notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source))
-    return _with_note(make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter))
+    rotation = find_rotation(source, found, modules.trusts_code) if request.rotates else None
+    refused = rotation.notes if rotation else ()
+    notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source), *refused)
+    return _with_note(make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, rotation))
 
 
 def _adapter_notes(source: CheckpointSource, adapter: Adapter | None) -> Iterator[str]:

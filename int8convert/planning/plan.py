@@ -23,8 +23,10 @@ from int8convert.formats.config import int8_config
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.formats.modules import module_of
+from int8convert.planning.fold import Fold
 from int8convert.planning.lora import LoraDelta
 from int8convert.planning.model_map.model_map import ModelMap
+from int8convert.planning.rotation.rotation import Rotation
 
 
 class TensorAction(StrEnum):
@@ -53,6 +55,7 @@ class PlannedTensor:
         format: where its scale will stand.
         scale: the scale of its FP8 or int8 codes, by which they are decoded; None if it has none.
         lora: what an adapter adds to it.
+        fold: what is folded into it.
         source_format: the format of an int8 weight that it belongs to, if it is recoded or dequantized.
         is_beside_codes: it is the scale or zero point of int8 codes that are written as they are.
     """
@@ -67,16 +70,25 @@ class PlannedTensor:
     lora: LoraDelta | None = field(default=None, repr=False)
     source_format: Format | None = None
     is_beside_codes: bool = False
+    fold: Fold | None = field(default=None, repr=False)
 
     @property
-    def read_ahead(self) -> Scale | None:
-        """What is read before the shards: its scale, or itself if it is beside codes. None if there is neither."""
-        return PlacedTensor(self.source, self.shard) if self.is_beside_codes else self.scale
+    def row_block(self) -> int:
+        """Rows that have to be in one block."""
+        return self.fold.row_block if self.fold else 1
+
+    @property
+    def read_ahead(self) -> tuple[Scale, ...]:
+        """What is read before the shards: its scale, the gain that is folded into it; itself if it is beside codes."""
+        if self.is_beside_codes:
+            return (PlacedTensor(self.source, self.shard),)
+        gain = self.fold and self.fold.gain
+        return (*([self.scale] if self.scale else []), *([gain.weight] if gain else []))
 
     @property
     def shards(self) -> tuple[SourceShard, ...]:
-        """The files it is made of: its own, and the one its scale is in."""
-        return (self.shard,) if self.scale is None else (self.shard, self.scale.shard)
+        """The files it is made of: its own, and those of what is read ahead."""
+        return (self.shard, *(tensor.shard for tensor in self.read_ahead))
 
     @property
     def action(self) -> TensorAction:
@@ -147,6 +159,7 @@ class PlannedShard:
                 _scale_digest(t.scale),
                 t.lora and [t.lora.update.module_name, t.lora.update.scaling],
                 *([t.action, t.source_format, t.format] if t.source_format else []),
+                *([t.fold.identity()] if t.fold else []),
             ]
             for t in self.tensors
         ]
@@ -167,12 +180,14 @@ class ConversionPlan:
 
     Attributes:
         dropped: source name -> why it is not written: the same bytes are written under another name.
+        rotation: what is folded into the weights; None if nothing is.
     """
 
     source: CheckpointSource
     model_map: ModelMap
     shards: tuple[PlannedShard, ...]
     dropped: dict[str, str]
+    rotation: Rotation | None = None
 
     @property
     def model_class(self) -> str | None:
@@ -218,7 +233,8 @@ class ConversionPlan:
     def config(self, threshold: float) -> dict[str, Any]:
         """Return the output's config.json, which `quantize` writes and `verify` compares."""
         found = self.model_map
-        return int8_config(self.source.config, found.output_format, found.dtype, found.skip_modules, threshold)
+        config = self.rotation.config(self.source.config) if self.rotation else self.source.config
+        return int8_config(config, found.output_format, found.dtype, found.skip_modules, threshold)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object: totals, shards, the treatment of each tensor, and what the checkpoint lacks."""

@@ -30,6 +30,8 @@ class PlanOptions:
             included. SGLang serves those with `--quantization w8a8_int8`.
         max_shard_size: bytes, or a string such as "5GB"; None makes one output shard for each source shard.
         lora: directory of a PEFT adapter to merge into the weights, in float32, before they are quantized.
+        rotate: fold a rotation of the residual stream and of the heads' values into the weights, after which int8 holds
+            them and their inputs better. Every loader runs the result. Refused for models that allow none.
         trust_remote_code: run the checkpoint's own code where transformers has no class of the model's name.
         allow_missing: patterns, as for `skip`, of tensors or modules that the source may lack although the model needs
             them. Loaders of the output make up their values, so it is for heads that are yet to be trained.
@@ -47,6 +49,7 @@ class PlanOptions:
     format: str = DEFAULT_FORMAT
     max_shard_size: int | str | None = None
     lora: str | os.PathLike[str] | None = None
+    rotate: bool = False
     trust_remote_code: bool = False
     allow_missing: Sequence[str] = ()
     min_coverage: float | None = None
@@ -92,5 +95,9 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
     source = open_source(src, options.revision, cache, ignores_adapter=True)
     check_config(source.config, is_fp8(source))
     return PlanRequest(
-        source, modules, max_shard_bytes, open_adapter(options.lora) if options.lora is not None else None
+        source,
+        modules,
+        max_shard_bytes,
+        open_adapter(options.lora) if options.lora is not None else None,
+        rotates=options.rotate,
     )

@@ -30,7 +30,8 @@ class ReadingOrder:
 
     Attributes:
         shards: source shards in the order of their first tensor; then those that only scales are read from.
-        scales: scales and zero points of FP8 and int8 codes, which are read first, by `SourceShard.open`.
+        scales: scales and zero points of FP8 and int8 codes, and gains that are folded: read first, by
+            `SourceShard.open`.
     """
 
     def __init__(self, plan: ShardedPlan, done: Container[str] = ()) -> None:
@@ -39,7 +40,7 @@ class ReadingOrder:
         shards: dict[str, SourceShard] = {}
         for tensor in tensors:
             shards.setdefault(tensor.shard.path.name, tensor.shard)
-        self.scales = [scale for tensor in pending if (scale := tensor.read_ahead) is not None]
+        self.scales = [scale for tensor in pending for scale in tensor.read_ahead]
         for scale in sorted(self.scales, key=lambda scale: scale.shard.path.name):
             shards.setdefault(scale.shard.path.name, scale.shard)
         self.shards = tuple(shards.values())

@@ -25,7 +25,7 @@ _LARGEST = 1.7976931348623157e308
 _OPTIONS = frozenset(
     {
         *("skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"),
-        *("keep_budget", "keep_text"),
+        *("keep_budget", "keep_text", "rotate"),
     }
 )
 _PLAIN_DTYPES = ("float16", "bfloat16", "float32")
@@ -41,6 +41,7 @@ class RecordedRequest:
         source: see `describe_source`.
         skip, only, threshold, on_nonfinite, max_shard_bytes, allow_missing: the options of `quantize`.
         lora: the identity of the adapter that was merged; None if none was.
+        rotate: whether a rotation was folded into the weights.
     """
 
     is_export: bool
@@ -53,6 +54,7 @@ class RecordedRequest:
     max_shard_bytes: int | None = None
     lora: Mapping[str, Any] | None = None
     allow_missing: tuple[str, ...] = ()
+    rotate: bool = False
 
     @property
     def commit(self) -> str | None:
@@ -102,6 +104,7 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
         max_shard_bytes=entries.size("max_shard_bytes"),
         lora=entries.object("lora") if options.get("lora") is not None else None,
         allow_missing=entries.texts("allow_missing") if "allow_missing" in options else (),
+        rotate="rotate" in options and entries.flag("rotate"),
     )
 
 
@@ -149,6 +152,9 @@ class _Entries:
 
     def one_of(self, name: str, allowed: tuple[str, ...]) -> str:
         return str(self._take(name, f"one of {', '.join(allowed)}", lambda value: value in allowed))
+
+    def flag(self, name: str) -> bool:
+        return bool(self._take(name, "true or false", lambda value: type(value) is bool))
 
     def number(self, name: str) -> float:
         """Return a float that is not negative. Integers of any length are compared before they become floats."""

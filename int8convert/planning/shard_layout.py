@@ -17,9 +17,11 @@ from int8convert.formats.modules import module_of
 from int8convert.planning.adapter import Adapter
 from int8convert.planning.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
 from int8convert.planning.expert_layouts import split
+from int8convert.planning.fold import Fold
 from int8convert.planning.lora import LoraDelta
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap
 from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
+from int8convert.planning.rotation.rotation import Rotation
 from int8convert.text import quoted
 
 
@@ -28,6 +30,7 @@ def make_plan(
     model_map: ModelMap,
     max_shard_bytes: int | None = None,
     adapter: Adapter | None = None,
+    rotation: Rotation | None = None,
 ) -> ConversionPlan:
     """Lay the checkpoint's tensors out into output shards.
 
@@ -52,13 +55,17 @@ def make_plan(
             if mapped is None or mapped.action is Action.DROP:
                 dropped[stored.name] = mapped.reason if mapped else "decoded with the FP8 weight it belongs to"
                 continue
+            if rotation and rotation.is_overlooked(stored.name):
+                dropped[stored.name] = "loaders take the embedding in its place"
+                continue
             fp8 = scales.get(stored.name)
             lora = placement.deltas.get(stored.name) if placement else None
             place = shard
             if placement and stored.name in placement.replacements:
                 stored, place, fp8 = placement.replacements[stored.name], placement.adapter.shard, None
-            for view, piece in _pieces(stored, mapped):
+            for view, piece, fold in _pieces(stored, mapped, rotation):
                 tensor = _plan_tensor(view, place, piece, model_map.output_format, fp8, lora)
+                tensor = replace(tensor, fold=fold) if fold else tensor
                 _check_unique(tensor, seen)
                 if max_shard_bytes is not None and groups[-1] and group_bytes + tensor.output_bytes > max_shard_bytes:
                     groups.append([])
@@ -68,7 +75,7 @@ def make_plan(
     groups = [group for group in groups if group]
     names = (shard_name(i, len(groups)) for i in range(len(groups)))
     shards = tuple(_plan_shard(name, group) for name, group in zip(names, groups, strict=True))
-    return ConversionPlan(source, model_map, shards, dropped)
+    return ConversionPlan(source, model_map, shards, dropped, rotation)
 
 
 def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
@@ -89,15 +96,19 @@ def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
     seen |= written | beside
 
 
-def _pieces(stored: StoredTensor, mapped: MappedTensor) -> Iterator[tuple[StoredTensor, MappedTensor]]:
-    """Yield the tensor itself, or the matrices or biases of the experts in it."""
+def _pieces(
+    stored: StoredTensor, mapped: MappedTensor, rotation: Rotation | None
+) -> Iterator[tuple[StoredTensor, MappedTensor, Fold | None]]:
+    """Yield the tensor itself, and the head that shares it and must not; or the matrices or biases of its experts."""
     if mapped.experts is None:
-        yield stored, mapped
+        yield stored, mapped, rotation.fold_of(stored.name, mapped.action) if rotation else None
+        if rotation and rotation.untied_head and (head := rotation.head(stored.name, mapped)):
+            yield stored, head, rotation.untied_head.fold
         return
     is_weight = mapped.experts.leaf == "weight"
     action, reason = (Action.QUANTIZE, "") if is_weight else (Action.KEEP, "not a matrix product")
     for name, view in split(mapped.experts, stored):
-        yield view, MappedTensor(action, reason, name, mapped.output_dtype)
+        yield view, MappedTensor(action, reason, name, mapped.output_dtype), None
 
 
 def _plan_tensor(

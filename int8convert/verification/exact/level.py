@@ -122,6 +122,7 @@ def verify_exact(
                 only=provenance.only,
                 format=provenance.format,
                 lora=provenance.lora,
+                rotate=provenance.rotate,
                 trust_remote_code=trust_remote_code,
                 revision=provenance.revision,
             ),

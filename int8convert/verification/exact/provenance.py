@@ -54,7 +54,7 @@ class Provenance:
     Attributes:
         reference: the source: a directory, or a repository on the Hub.
         format: the format that `quantize` wrote, which decides what becomes int8.
-        skip, only, allow_missing: options of the conversion.
+        skip, only, allow_missing, rotate: options of the conversion.
         threshold: the outlier threshold of the conversion; None if unknown.
         lora: the adapter that was merged, as the user names it now.
         kept_for_values: modules that were kept because their values have no int8 form.
@@ -77,6 +77,7 @@ class Provenance:
     exports: tuple[ExportStep, ...] = ()
     revision: str | None = None
     allow_missing: tuple[str, ...] = ()
+    rotate: bool = False
     problem: str = ""
 
 
@@ -125,6 +126,7 @@ def find_provenance(
         exports=found.exports,
         revision=request.commit if named == found.source else None,
         allow_missing=request.allow_missing,
+        rotate=request.rotate,
     )
 
 

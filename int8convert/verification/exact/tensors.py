@@ -81,7 +81,7 @@ def compare_int8(pair: Int8Pair, rules: RowRules, outliers: OutlierPair | None) 
         source = stack.enter_context(PlannedRows(planned, planned.source))
         out = stack.enter_context(TensorRows(pair.codes.stored, pair.codes.shard))
         stored = outliers and stack.enter_context(TensorRows(outliers.weight.stored, outliers.weight.shard))
-        for begin, end in blocks_of(planned.source):
+        for begin, end in blocks_of(planned.source, planned.row_block):
             values = source.read(begin, end)
             codes = out.read(begin, end).view(np.int8)
             weight = float_values(values, source.dtype)
@@ -155,11 +155,12 @@ def compare_kept(pair: KeptPair) -> TensorResult:
     planned, there = pair.planned, pair.tensor.stored
     source = planned.source
     # Row by row only if a value's place in its row matters.
-    is_plain = source.strides is None and there.strides is None and planned.scale is None and planned.lora is None
+    is_strided = source.strides is not None or there.strides is not None
+    is_plain = not (is_strided or planned.scale or planned.lora or planned.fold)
     source, there = (flat(source), flat(there)) if is_plain or not source.shape else (source, there)
     has_int8_form = True
     with PlannedRows(planned, source) as expected_rows, TensorRows(there, pair.tensor.shard) as found_rows:
-        for begin, end in blocks_of(source):
+        for begin, end in blocks_of(source, planned.row_block):
             values = expected_rows.read(begin, end)
             if pair.must_be_non_finite:
                 has_int8_form &= bool((np.abs(float_values(values, expected_rows.dtype)) <= FP16_MAX).all())

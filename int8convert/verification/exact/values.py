@@ -69,9 +69,9 @@ class PlannedRows:
         return self._rows.values(block, begin, end)
 
 
-def blocks_of(stored: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Return the row ranges of a tensor; none if it has no elements."""
-    return row_ranges(stored) if stored.n_elements else iter(())
+def blocks_of(stored: StoredTensor, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Return the row ranges of a tensor, `multiple` rows or several times as many each; none without elements."""
+    return row_ranges(stored, multiple) if stored.n_elements else iter(())
 
 
 def flat(stored: StoredTensor) -> StoredTensor:

@@ -1,0 +1,120 @@
+"""Folds a rotation into weights: the model computes the same, with weights that int8 holds better.
+
+A fold turns a matrix W [out, in], whatever its layout in the file, into
+
+    W' = R_out (W diag(gain)) R_in
+
+R are block-diagonal: each block is the regular Hadamard matrix of `cuda_kernels.reference.rotate`, or one. `gain` is
+that of the norm whose output the matrix reads. A vector is a matrix of one column. A fold is computed in float32, and
+rows are independent but for those of one block.
+
+Which tensors get which fold is decided by `rotation`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from cuda_kernels import cpu
+from int8convert.checkpoint.floats import widen
+from int8convert.decoding.scale import read_scale
+from int8convert.errors import SourceError
+from int8convert.formats.int8_checkpoint import PlacedTensor
+from int8convert.text import quoted
+
+Values = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """The gain of a norm.
+
+    Attributes:
+        weight: the norm's weight [n].
+        offset: what the norm adds to it: 1 in Gemma's norms, which multiply by 1 + weight, else 0.
+    """
+
+    weight: PlacedTensor
+    offset: float
+
+    def load(self) -> Values:
+        """Read the gain, float32 [n].
+
+        Raises:
+            SourceError: it is zero somewhere, or not finite; or the file cannot be read.
+        """
+        gain = widen(read_scale(self.weight), self.weight.stored.dtype) + np.float32(self.offset)
+        if not (np.isfinite(gain) & (gain != 0)).all():
+            raise SourceError(
+                f"the gain {quoted(self.weight.name)} holds zero, NaN or infinity, so it cannot be folded",
+                "convert without --rotate",
+            )
+        return gain
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """What is done to one stored tensor. Rows and columns are those of the tensor as it is read.
+
+    Attributes:
+        gain: multiplies the columns; the rows, if `gain_of_rows`.
+        divides: divide by the gain instead.
+        row_block, column_block: size of the rotated blocks of rows and of columns; 1 rotates nothing.
+        constant: every value becomes this one, and nothing else is done; None if not.
+    """
+
+    gain: Gain | None = field(default=None, repr=False)
+    gain_of_rows: bool = False
+    divides: bool = False
+    row_block: int = 1
+    column_block: int = 1
+    constant: float | None = None
+
+    def transposed(self) -> Fold:
+        """Return the fold of the same matrix stored [in, out]."""
+        return Fold(self.gain, not self.gain_of_rows, self.divides, self.column_block, self.row_block, self.constant)
+
+    def identity(self) -> list[str | float | bool | None]:
+        """Return what decides the result, as JSON."""
+        gain = [self.gain.weight.shard.path.name, self.gain.weight.name, self.gain.offset] if self.gain else [None]
+        return [*gain, self.gain_of_rows, self.divides, self.row_block, self.column_block, self.constant]
+
+    def load(self) -> LoadedFold:
+        """Read the gain; see `Gain.load`."""
+        factors = None
+        if self.gain is not None:
+            factors = self.gain.load()
+            factors = np.float32(1) / factors if self.divides else factors
+        return LoadedFold(self, factors)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFold:
+    """A fold with its gain in memory, float32. Immutable, so several threads may share it."""
+
+    fold: Fold
+    factors: Values | None = field(repr=False)
+
+    def apply(self, rows: Values, begin: int) -> Values:
+        """Return the folded rows in a new array.
+
+        Args:
+            rows: float32 [n, ...], the rows from `begin` on; whole blocks. Not changed.
+        """
+        if self.fold.constant is not None:
+            return np.full_like(rows, self.fold.constant)
+        matrix = rows.reshape(len(rows), -1)
+        if self.factors is None:
+            folded = matrix.copy()
+        elif self.fold.gain_of_rows:
+            folded = matrix * self.factors[begin : begin + len(rows), None]
+        else:
+            folded = matrix * self.factors
+        if self.fold.column_block > 1:
+            cpu.rotate(folded, self.fold.column_block)
+        if self.fold.row_block > 1:
+            cpu.rotate(folded, self.fold.row_block, axis=0)
+        return folded.reshape(rows.shape)

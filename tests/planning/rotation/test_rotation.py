@@ -1,0 +1,228 @@
+"""Rotations that are folded into weights: proved on small models, tested on larger ones and on whole conversions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from cuda_kernels import reference
+from int8convert import quantize
+from int8convert.checkpoint import rows
+from int8convert.errors import Int8ConvertError
+from int8convert.planning.plan_checkpoint import PlanOptions
+from int8convert.planning.rotation.groups import run
+from int8convert.planning.rotation.parameter_folds import ParameterFold, rotation_block
+from int8convert.planning.rotation.worker import answer, find_rotation, fold_into, is_proved, small_model
+from tests.tools.tiny_models import MODELS, build_model
+
+_SIZES = {"vocab_size": 160, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+LARGER: dict[str, Any] = {
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**_SIZES, hidden_size=128, ffn_dim=192, word_embed_proj_dim=128, pad_token_id=0)
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_SIZES, hidden_size=192, intermediate_size=320, num_key_value_heads=1)
+    ),
+    "qwen3 with a tied head": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            **_SIZES,
+            hidden_size=256,
+            head_dim=32,
+            num_key_value_heads=1,
+            intermediate_size=96,
+            tie_word_embeddings=True,
+        )
+    ),
+    "gemma": lambda: transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(**_SIZES, hidden_size=64, head_dim=64, num_key_value_heads=1, intermediate_size=96)
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=160, n_embd=128, n_layer=3, n_head=2, bos_token_id=1, eos_token_id=2)
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**_SIZES, hidden_size=128, intermediate_size=192)
+    ),
+}
+
+
+@pytest.fixture
+def rotation_in_process(map_in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer without the child process, which takes seconds to start."""
+
+    class Answering:
+        def __init__(self, _module: str) -> None:
+            pass
+
+        def result(self, request: Any) -> Any:
+            return json.loads(json.dumps(answer(json.loads(json.dumps(request)))))
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr("int8convert.planning.rotation.rotation.Worker", Answering)
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def fill(model: Any) -> Any:
+    """Give a model weights, gains and biases of which every one counts."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.data.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+        elif name.endswith("bias"):
+            parameter.data.normal_(0, 0.2, generator=generator)
+        else:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def folds_of(model: Any) -> tuple[dict[str, ParameterFold], dict[str, Any]]:
+    with torch.device("meta"):
+        real = type(model)(model.config)
+    found = find_rotation(real)
+    return {fields["parameter"]: ParameterFold(**fields) for fields in found["folds"]}, found
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_rotated_model_computes_the_same(name: str) -> None:
+    """A model of other sizes than the one on which the rotation was proved."""
+    model = fill(LARGER[name]())
+    folds, found = folds_of(model)
+    weights = {key: value.detach().clone() for key, value in model.named_parameters(remove_duplicate=False)}
+    config = type(model.config).from_dict(model.config.to_dict())
+    if found["untied"] is not None:
+        config.tie_word_embeddings = False
+    rotated = type(model)(config).eval()
+    fold_into(rotated, folds, weights)
+    ids = torch.arange(3, 40)[None]
+    expected = run(model, ids)
+    torch.testing.assert_close(run(rotated, ids), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    embedding = next(key for key in folds if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")))
+    assert not torch.allclose(rotated.get_parameter(embedding), weights[embedding], atol=0.1)
+    for module in rotated.modules():
+        weight = getattr(module, "weight", None)
+        if "Norm" in type(module).__name__ and weight is not None and weight.shape == (model.config.hidden_size,):
+            assert weight.unique().numel() == 1  # its gain is in the weights
+
+
+def test_both_rotations_are_found() -> None:
+    folds, found = folds_of(LARGER["llama"]())
+    assert found["refusals"] == []
+    prefix = "model.layers.2.self_attn."
+    assert folds[f"{prefix}v_proj.weight"] == ParameterFold(
+        f"{prefix}v_proj.weight", "model.layers.2.input_layernorm", row_block=16, column_block=64
+    )
+    assert folds[f"{prefix}o_proj.weight"] == ParameterFold(f"{prefix}o_proj.weight", row_block=64, column_block=16)
+    assert folds[f"{prefix}q_proj.weight"].row_block == 1
+
+
+@pytest.mark.parametrize(("size", "block"), [(896, 64), (4096, 256), (768, 256), (96, 16), (30, 1), (128, 64)])
+def test_block_is_the_largest_power_of_four(size: int, block: int) -> None:
+    assert rotation_block(size) == block
+
+
+def refusals(model: Any) -> str:
+    _, found = folds_of(model)
+    assert not any(fields["gain"] for fields in found["folds"])
+    return "; ".join(found["refusals"])
+
+
+def test_what_cannot_be_folded_is_refused_with_the_reason() -> None:
+    assert "post_attention_layernorm has a gain, and feeds no Linear" in refusals(MODELS["gemma3"]())
+    assert "word_embeddings_layernorm has a gain, and feeds no Linear" in refusals(MODELS["bloom"]())
+    assert "has an encoder and a decoder" in refusals(MODELS["t5"]())
+    mixture = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**_SIZES, hidden_size=64, intermediate_size=64, num_key_value_heads=1)
+    )
+    assert "is no Linear layer" in refusals(mixture)
+    latent = transformers.DeepseekV2ForCausalLM(
+        transformers.DeepseekV2Config(
+            **_SIZES, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_experts_per_tok=2
+        )
+    )
+    assert "is no Linear layer" in refusals(latent)
+
+
+def test_a_forgotten_weight_is_no_rotation() -> None:
+    """The proof compares outputs, so it fails for every fold that is left out."""
+    model = MODELS["llama"]()
+    found = find_rotation(model)
+    small = {
+        fields["parameter"]: ParameterFold(**fields)
+        for fields in found["folds"]
+        if fields["parameter"] in dict(small_model(model).named_parameters())
+    }
+    ids = torch.arange(3, 15)[None]
+    assert is_proved(model, small, ids, unties=False)
+    for leaf in ("embed_tokens", "input_layernorm", "k_proj", "v_proj", "o_proj", "down_proj", "norm", "lm_head"):
+        name = next(key for key in small if key.endswith(f"{leaf}.weight"))
+        without = {key: fold for key, fold in small.items() if key != name}
+        assert not is_proved(model, without, ids, unties=False), name
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    model = fill(build_model("opt", torch.float32))
+    model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
+    return tmp_path / "source"
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+def test_conversion_quantizes_the_rotated_weights(checkpoint: Path, tmp_path: Path) -> None:
+    quantize(checkpoint, tmp_path / "out", PlanOptions(rotate=True))
+    source, out = read_tensors(checkpoint), read_tensors(tmp_path / "out")
+    prefix = "model.decoder.layers.1."
+    gain = source[f"{prefix}self_attn_layer_norm.weight"].numpy()
+    expected = reference.rotate(source[f"{prefix}self_attn.q_proj.weight"].numpy() * gain, 64)
+    np.testing.assert_array_equal(
+        out[f"{prefix}self_attn.q_proj.weight"].numpy(), reference.row_quantize(expected).codes
+    )
+    written = reference.rotate(np.ascontiguousarray(source[f"{prefix}fc2.weight"].numpy().T), 64).T
+    np.testing.assert_array_equal(out[f"{prefix}fc2.weight"].numpy(), reference.row_quantize(written).codes)
+    assert (out[f"{prefix}self_attn_layer_norm.weight"] == 1).all()
+    final = source["model.decoder.final_layer_norm.weight"].numpy()
+    embedding = source["model.decoder.embed_tokens.weight"].numpy()
+    np.testing.assert_array_equal(out["model.decoder.embed_tokens.weight"].numpy(), reference.rotate(embedding, 64))
+    np.testing.assert_array_equal(out["lm_head.weight"].numpy(), reference.rotate(embedding * final, 64))
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+def test_bytes_do_not_depend_on_threads_and_blocks(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(checkpoint, tmp_path / "one", PlanOptions(rotate=True), workers=1)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 3000)
+    quantize(checkpoint, tmp_path / "other", PlanOptions(rotate=True), workers=3)
+    one, other = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "other")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_model_without_rotation_is_refused(tmp_path: Path) -> None:
+    build_model("bloom").save_pretrained(tmp_path / "source")
+    with pytest.raises(Int8ConvertError, match=r"cannot be rotated.*word_embeddings_layernorm") as refused:
+        quantize(tmp_path / "source", tmp_path / "out", PlanOptions(rotate=True))
+    assert refused.value.hint == "convert without --rotate"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+def test_gain_of_zero_is_refused(tmp_path: Path) -> None:
+    model = fill(build_model("llama", torch.float32))
+    model.get_parameter("model.layers.0.input_layernorm.weight").data[3] = 0
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(Int8ConvertError, match=r"input_layernorm.weight' holds zero"):
+        quantize(tmp_path / "source", tmp_path / "out", PlanOptions(rotate=True))
+    assert not (tmp_path / "out").exists()
