@@ -188,11 +188,11 @@ class TensorsCompared:
 
 
 @dataclass(frozen=True, slots=True)
-class FidelityStarted:
-    """Both models are about to be run.
+class MeasurementStarted:
+    """One model, or two that are compared, are about to be run on a text.
 
     Attributes:
-        streamed: layer by layer; False if both models are in memory.
+        streamed: layer by layer; False if whole models are in memory.
         peak_memory_bytes: the most memory this process will need, by plan.
         n_steps: windows, or layers if streamed.
     """
@@ -203,8 +203,8 @@ class FidelityStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class FidelityStep:
-    """Step n_done of n_steps is done, of what `FidelityStarted` or `DamageStarted` began.
+class MeasurementStep:
+    """Step n_done of n_steps is done, of what `MeasurementStarted` or `DamageStarted` began.
 
     Attributes:
         step: "window", or the name of the layer that was streamed.
@@ -266,8 +266,8 @@ Event = (
     | HubReadStarted
     | DownloadStarted
     | TensorsCompared
-    | FidelityStarted
-    | FidelityStep
+    | MeasurementStarted
+    | MeasurementStep
     | DamageStarted
     | ModulesKept
 )

@@ -9,9 +9,9 @@ from int8convert.events import (
     DamageStarted,
     Event,
     EventSink,
-    FidelityStarted,
-    FidelityStep,
     FileSent,
+    MeasurementStarted,
+    MeasurementStep,
     PlanMade,
     TensorKept,
     TensorQuantized,
@@ -46,10 +46,10 @@ def sink_or_bar(on_event: EventSink | None, command: str) -> Iterator[EventSink]
                     bar.update(event.n_read_bytes)
                 case TensorsCompared(done, total) | FileSent(n_done_bytes=done, n_total_bytes=total):
                     move_to(done, total)
-                case FidelityStarted(n_steps=n_steps) | DamageStarted(n_steps=n_steps):
+                case MeasurementStarted(n_steps=n_steps) | DamageStarted(n_steps=n_steps):
                     bar.unit, bar.unit_scale = " steps", False
                     bar.reset(total=n_steps)
-                case FidelityStep(n_done=done, n_steps=total):
+                case MeasurementStep(n_done=done, n_steps=total):
                     move_to(done, total)
 
         yield show

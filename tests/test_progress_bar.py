@@ -11,7 +11,7 @@ import tqdm.auto
 from safetensors.torch import save_file
 
 import int8convert
-from int8convert.events import Event, FidelityStarted, FidelityStep, FileSent, TensorsCompared
+from int8convert.events import Event, FileSent, MeasurementStarted, MeasurementStep, TensorsCompared
 from int8convert.progress_bar import sink_or_bar
 from tests.tools.tiny_models import read_tensors, save_checkpoint
 
@@ -67,8 +67,8 @@ def test_bar_follows_the_events_of_other_commands(bars: list[Any]) -> None:
         for event, n, total in (
             (TensorsCompared(30, 100), 30, 100),
             (TensorsCompared(100, 100), 100, 100),
-            (FidelityStarted(True, 5000, 3), 0, 3),
-            (FidelityStep("model.layers.0", 1, 3, 60.0), 1, 3),
+            (MeasurementStarted(True, 5000, 3), 0, 3),
+            (MeasurementStep("model.layers.0", 1, 3, 60.0), 1, 3),
             (FileSent("config.json", 5, True, 5, 20), 5, 20),
             (FileSent("shard", 15, False, 20, 20), 20, 20),
         ):

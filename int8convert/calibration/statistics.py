@@ -4,18 +4,19 @@
 2. Memory does not grow with the text: a few numbers for each input and output feature, and on request a histogram for
    each column that has outliers.
 
-Sums stay on the layer's device and nothing is read back while the model runs, except for histograms. Afterwards all is
-on the CPU.
+Sums stay on the layer's device until the end. Layers that read the same tensor share the sums over it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cuda_kernels.reference import N_STEPS
 from int8convert.formats.layers import is_conv1d_layer
@@ -27,7 +28,10 @@ MAX_COLUMNS = 256
 _BINS_PER_OCTAVE = 16
 _N_BINS = 12 * _BINS_PER_OCTAVE
 _ELEMENTS_AT_A_TIME = 1 << 22
-"""Elements of a batch that are converted at a time: 16 MB in float32."""
+"""Elements of a batch whose outlier columns are found at a time: 16 MB in float32."""
+
+_CACHED_ELEMENTS = 1 << 18
+"""Elements that are added up at a time: 1 MB in float32, which stays in a processor's cache from sum to sum."""
 
 
 class OutlierValues:
@@ -75,8 +79,8 @@ def quartiles(counts: torch.Tensor, threshold: float) -> tuple[float, float, flo
     return first, median, third
 
 
-class InputStatistics:
-    """Sums over all tokens that one layer has read. NaN counts as infinitely large.
+class InputSums:
+    """Sums over the tokens x [tokens, in] of a layer's input. NaN counts as infinitely large.
 
     Attributes:
         threshold: magnitude from which a value is an outlier, in the units of x.
@@ -88,11 +92,9 @@ class InputStatistics:
             the threshold at any token of the same part of a batch.
         block_step_squares: float64 [blocks of 128 columns], the sum over tokens of (block_absmax / 127)^2, all columns
             included.
-        output_sum, output_squares: float64 [out] and [], of y and of y^2.
-        values: histograms of the outlier values; None if they were not asked for.
     """
 
-    def __init__(self, in_features: int, out_features: int, threshold: float, device: torch.device) -> None:
+    def __init__(self, in_features: int, threshold: float, device: torch.device) -> None:
         self.threshold = threshold
         self.n_tokens = 0
         self.maximum = torch.full((in_features,), -torch.inf, device=device)
@@ -102,33 +104,63 @@ class InputStatistics:
         self.sum_squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.step_squares = torch.zeros((), dtype=torch.float64, device=device)
         self.block_step_squares = torch.zeros(-(-in_features // BLOCK_SIZE), dtype=torch.float64, device=device)
+
+    def add_tokens(self, x: torch.Tensor) -> None:
+        """Count the tokens x [tokens, in]."""
+        self.n_tokens += x.shape[0]
+        for part in x.split(max(1, _ELEMENTS_AT_A_TIME // max(1, x.shape[1]))):
+            if part.numel():  # an expert may get no token
+                self._add_part(part.float())
+
+    def _add_part(self, x: torch.Tensor) -> None:
+        maximum, minimum = x.amax(0), x.amin(0)
+        if bool(maximum.isnan().any()):
+            x = x.nan_to_num(torch.inf, torch.inf, -torch.inf)
+            maximum, minimum = x.amax(0), x.amin(0)
+        self.maximum = torch.maximum(self.maximum, maximum)
+        self.minimum = torch.minimum(self.minimum, minimum)
+        reached = ((maximum >= self.threshold) | (minimum <= -self.threshold)).nonzero().flatten()
+        self.n_above[reached] += (x[:, reached] >= self.threshold).sum(0)
+        self.n_below[reached] += (x[:, reached] <= -self.threshold).sum(0)
+        for rows in x.split(max(1, _CACHED_ELEMENTS // x.shape[1])):
+            self.sum_squares += rows.square().sum(0)
+            magnitude = rows.abs()
+            by_block = blocks_of(magnitude).amax(-1)
+            self.block_step_squares += (by_block / N_STEPS).square().sum(0, dtype=torch.float64)
+            largest = magnitude.index_fill_(1, reached, 0).amax(1) if len(reached) else by_block.amax(1)
+            self.step_squares += (largest / N_STEPS).square().sum(dtype=torch.float64)
+
+    def merge(self, other: InputSums) -> None:
+        """Count the tokens of `other`, too."""
+        self.n_tokens += other.n_tokens
+        self.maximum = torch.maximum(self.maximum, other.maximum)
+        self.minimum = torch.minimum(self.minimum, other.minimum)
+        for name in ("n_above", "n_below", "sum_squares", "step_squares", "block_step_squares"):
+            getattr(self, name).add_(getattr(other, name))
+
+
+class InputStatistics(InputSums):
+    """Sums over the tokens of one layer y = x W^T + b.
+
+    Attributes:
+        output_sum, output_squares: float64 [out] and [], of y and of y^2.
+        values: histograms of the outlier values of x; None if they were not asked for.
+
+    All others are those of `InputSums`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, threshold: float, device: torch.device) -> None:
+        super().__init__(in_features, threshold, device)
         self.output_sum = torch.zeros(out_features, dtype=torch.float64, device=device)
         self.output_squares = torch.zeros((), dtype=torch.float64, device=device)
         self.values: OutlierValues | None = None
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Count the tokens x [..., in] and the layer's outputs y [..., out]."""
-        x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
-        self.n_tokens += x.shape[0]
-        n = max(1, _ELEMENTS_AT_A_TIME // max(1, x.shape[1], y.shape[1]))
-        for x_part, y_part in zip(x.split(n), y.split(n), strict=True):
-            if x_part.numel():  # an expert may get no token
-                self._add_inputs(x_part.float().nan_to_num(torch.inf, torch.inf, -torch.inf))
-                self.output_sum += y_part.sum(0, dtype=torch.float64)
-                self.output_squares += y_part.double().square().sum()
-        if self.values is not None:
-            self.values.add(x)
-
-    def _add_inputs(self, x: torch.Tensor) -> None:
-        self.maximum = torch.maximum(self.maximum, x.amax(0))
-        self.minimum = torch.minimum(self.minimum, x.amin(0))
-        self.n_above += (x >= self.threshold).sum(0)
-        self.n_below += (x <= -self.threshold).sum(0)
-        self.sum_squares += x.square().sum(0, dtype=torch.float64)
-        magnitude = x.abs()
-        ordinary = magnitude.where(magnitude.amax(0) < self.threshold, 0.0)
-        self.step_squares += (ordinary.amax(1) / N_STEPS).square().sum(dtype=torch.float64)
-        self.block_step_squares += (blocks_of(magnitude).amax(-1) / N_STEPS).square().sum(0, dtype=torch.float64)
+    def add_outputs(self, y: torch.Tensor) -> None:
+        """Count the outputs y [tokens, out]."""
+        for rows in y.split(max(1, _CACHED_ELEMENTS // max(1, y.shape[1]))):
+            values = rows.float()
+            self.output_sum += values.sum(0)
+            self.output_squares += torch.linalg.vector_norm(values, dim=1).double().square().sum()
 
     @property
     def sums(self) -> dict[str, torch.Tensor]:
@@ -176,14 +208,21 @@ def features_of(module: Any) -> tuple[int, int] | None:
 
 @contextmanager
 def watching(
-    layers: Mapping[str, nn.Module], threshold: float, *, with_values: bool = False
+    layers: Mapping[str, nn.Module],
+    threshold: float,
+    *,
+    with_values: bool = False,
+    on_input: Callable[[str, torch.Tensor], None] | None = None,
 ) -> Iterator[dict[str, InputStatistics]]:
     """Gather statistics of layers by the names given, until the context ends.
 
     Args:
         layers: modules that are no Linear layer are left out.
+        with_values: also make histograms of outlier values.
+        on_input: receives a layer's name and input whenever it has run.
     """
     found: dict[str, InputStatistics] = {}
+    sums = WeakTensorKeyDictionary()
     with ExitStack() as hooks:
         for name, module in layers.items():
             features = features_of(module)
@@ -191,16 +230,33 @@ def watching(
                 device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
                 found[name] = InputStatistics(*features, threshold, device)
                 found[name].values = OutlierValues(threshold) if with_values else None
-                hooks.callback(module.register_forward_hook(_adding_to(found[name]), with_kwargs=True).remove)
+                after = partial(_add, name, found[name], sums, on_input)
+                hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         yield found
     for statistics in found.values():
         statistics.to_cpu()
 
 
-def _adding_to(statistics: InputStatistics) -> Any:
-    def after(
-        _module: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor], y: torch.Tensor
-    ) -> None:
-        statistics.add((*inputs, *named.values())[0], y)
-
-    return after
+def _add(
+    name: str,
+    statistics: InputStatistics,
+    sums: MutableMapping[torch.Tensor, InputSums],
+    on_input: Callable[[str, torch.Tensor], None] | None,
+    _module: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    named: dict[str, torch.Tensor],
+    y: torch.Tensor,
+) -> None:
+    x = (*inputs, *named.values())[0]
+    tokens = x.detach().reshape(-1, x.shape[-1])
+    of_input = sums.get(x)
+    if of_input is None:
+        of_input = InputSums(tokens.shape[1], statistics.threshold, tokens.device)
+        of_input.add_tokens(tokens)
+        sums[x] = of_input
+    statistics.merge(of_input)
+    statistics.add_outputs(y.detach().reshape(-1, y.shape[-1]))
+    if statistics.values is not None:
+        statistics.values.add(tokens)
+    if on_input is not None:
+        on_input(name, x)

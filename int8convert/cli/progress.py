@@ -17,10 +17,10 @@ from int8convert.events import (
     DownloadStarted,
     Event,
     EventSink,
-    FidelityStarted,
-    FidelityStep,
     FileSent,
     HubReadStarted,
+    MeasurementStarted,
+    MeasurementStep,
     PlanMade,
     ShardFinished,
     ShardSkipped,
@@ -105,7 +105,7 @@ class _Renderer:
             case FileSent(is_sent=True, n_total_bytes=total):
                 so_far = f"; {format_bytes(event.n_done_bytes)} of {format_bytes(total)} are there" if total else ""
                 return f"{event.name}: {format_bytes(event.n_bytes)} sent{so_far}"
-            case FidelityStep(_, n_done, n_steps) if self._bar is None and (
+            case MeasurementStep(_, n_done, n_steps) if self._bar is None and (
                 n_done == 1 or 10 * n_done // n_steps > self._tenths
             ):
                 self._tenths = 10 * n_done // n_steps
@@ -128,8 +128,8 @@ def _start_notes(event: Event) -> Iterator[str]:
                 yield f"reading {what} from the Hub: {format_bytes(n_bytes)}, of which nothing is kept"
         case DownloadStarted(file_name, n_bytes):
             yield f"fetching {file_name}, {format_bytes(n_bytes)}"
-        case FidelityStarted(streamed, peak_memory_bytes):
-            how = "layer by layer" if streamed else "both models in memory"
+        case MeasurementStarted(streamed, peak_memory_bytes):
+            how = "layer by layer" if streamed else "in memory"
             yield f"running {how}, at most {format_bytes(peak_memory_bytes)}"
         case DamageStarted(peak_memory_bytes):
             yield f"measuring the source's model in memory, at most {format_bytes(peak_memory_bytes)}"
@@ -224,11 +224,11 @@ class _LiveBar:
                 self._update(completed=counter.passed_bytes, detail=counter.detail(stderr.width))
             case TensorsCompared(done, total):
                 self._update(description="comparing tensors", completed=done, total=total)
-            case FidelityStarted(n_steps=n_steps):
+            case MeasurementStarted(n_steps=n_steps):
                 self._begin(n_steps, "running both models")
             case DamageStarted(n_steps=n_steps):
                 self._begin(n_steps, "measuring what rounding costs")
-            case FidelityStep(step, done, total):
+            case MeasurementStep(step, done, total):
                 # The bar's own estimate needs two steps.
                 rest = f", {format_rest(event.remaining_s)}" if done == 1 < total else ""
                 self._update(completed=done, total=total, detail=f"{step}{rest}")

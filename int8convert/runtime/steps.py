@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from int8convert.events import EventSink, FidelityStep
+from int8convert.events import EventSink, MeasurementStep
 
 N_WARM_UP = 8
 """Number of tokens that warm a model up; fewer if the windows are shorter."""
@@ -27,7 +27,7 @@ class Steps:
 
         Args:
             work: the work of each step, in any unit.
-            on_event: receives `FidelityStep`.
+            on_event: receives `MeasurementStep`.
         """
         self._work = work
         self._on_event = on_event
@@ -47,4 +47,4 @@ class Steps:
         self._n_done += 1
         n, seconds = self._n_done, self._clock() - self._began
         remaining_s = seconds * sum(self._work[n:]) / sum(self._work[:n])
-        self._on_event(FidelityStep(step, n, len(self._work), remaining_s))
+        self._on_event(MeasurementStep(step, n, len(self._work), remaining_s))

@@ -8,10 +8,10 @@ from int8convert.cli.progress import _Counter, _LiveBar, showing_progress
 from int8convert.events import (
     DownloadStarted,
     Event,
-    FidelityStarted,
-    FidelityStep,
     FileSent,
     HubReadStarted,
+    MeasurementStarted,
+    MeasurementStep,
     PlanMade,
     ShardFinished,
     ShardRepeated,
@@ -49,11 +49,11 @@ CASES: list[tuple[Event, str]] = [
     ),
     (DownloadStarted("model.safetensors", 5), "note: fetching model.safetensors, 5 B\n"),
     (TensorsCompared(1, 2), ""),
-    (FidelityStarted(False, 5_000_000, 20), "note: running both models in memory, at most 5 MB\n"),
-    (FidelityStep("window", 1, 20, 190.0), "measured: 1 of 20 steps, about 3 minutes left\n"),
-    (FidelityStep("window", 2, 20, 0.4), "measured: 2 of 20 steps, less than a second left\n"),
-    (FidelityStep("window", 20, 20, 0.0), "measured: 20 of 20 steps\n"),
-    (FidelityStep("window", 1, 1, 0.0), "measured: 1 of 1 steps\n"),
+    (MeasurementStarted(False, 5_000_000, 20), "note: running in memory, at most 5 MB\n"),
+    (MeasurementStep("window", 1, 20, 190.0), "measured: 1 of 20 steps, about 3 minutes left\n"),
+    (MeasurementStep("window", 2, 20, 0.4), "measured: 2 of 20 steps, less than a second left\n"),
+    (MeasurementStep("window", 20, 20, 0.0), "measured: 20 of 20 steps\n"),
+    (MeasurementStep("window", 1, 1, 0.0), "measured: 1 of 1 steps\n"),
 ]
 
 
@@ -91,7 +91,7 @@ def test_rate_counts_what_this_run_read_and_no_tensor_twice(capsys: pytest.Captu
 def test_estimate_comes_after_the_first_step_and_with_each_tenth(capsys: pytest.CaptureFixture[str]) -> None:
     with showing_progress(quiet=False, as_json=False) as sink:
         for n in range(1, 41):
-            sink(FidelityStep("window", n, 40, 30.0 * (40 - n)))
+            sink(MeasurementStep("window", n, 40, 30.0 * (40 - n)))
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == [
         "measured: 1 of 40 steps, about 20 minutes left",
@@ -106,9 +106,9 @@ def test_bar_says_the_estimate_after_the_first_step(monkeypatch: pytest.MonkeyPa
     bar = _LiveBar("")
     monkeypatch.setattr(bar._progress, "start", lambda: None)  # nothing is drawn
     for event, detail in (
-        (FidelityStarted(True, 5, 3), ""),
-        (FidelityStep("layers.0", 1, 3, 7300.0), "layers.0, about 2 hours left"),
-        (FidelityStep("layers.1", 2, 3, 3600.0), "layers.1"),
+        (MeasurementStarted(True, 5, 3), ""),
+        (MeasurementStep("layers.0", 1, 3, 7300.0), "layers.0, about 2 hours left"),
+        (MeasurementStep("layers.1", 2, 3, 3600.0), "layers.1"),
     ):
         bar.show(event, _Counter())
         assert bar._progress.tasks[0].fields["detail"] == detail

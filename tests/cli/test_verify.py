@@ -94,7 +94,7 @@ def test_both_levels_are_printed_with_what_was_run_and_on_what(run: Run, out: Pa
     at = lines.index("Outlier thresholds")
     assert [line.split()[:2] for line in lines[at + 2 : at + 5]] == [[t, "dynamic"] for t in ("3", "6", "inf")]
     notes = err.splitlines()
-    assert notes[0].startswith("note: running both models in memory, at most ")
+    assert notes[0].startswith("note: running in memory, at most ")
     assert "measured: 2 of 2 steps" in notes and notes[-1] == f"note: written: {out / VERIFY_FILE}"
 
 

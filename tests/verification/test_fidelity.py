@@ -13,7 +13,7 @@ import transformers
 
 import int8convert
 from int8convert.errors import CoverageError, SourceError
-from int8convert.events import Event, FidelityStarted, FidelityStep
+from int8convert.events import Event, MeasurementStarted, MeasurementStep
 from int8convert.runtime.text.windows import TokenWindows, read_windows, read_windows_by
 from int8convert.verification.fidelity.arithmetic import Arithmetic, ColumnCount, running
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
@@ -219,9 +219,9 @@ def test_peak_memory_is_said_before_anything_is_loaded(pair: tuple[Path, Path], 
     events: list[Event] = []
     (report,) = measure_fidelity(*pair, windows, on_event=events.append)
     started, *steps = events
-    assert isinstance(started, FidelityStarted) and not started.streamed and started.n_steps == 4
-    assert [replace(step, remaining_s=0.0) for step in steps if isinstance(step, FidelityStep)] == [
-        FidelityStep("window", i + 1, 4, 0.0) for i in range(4)
+    assert isinstance(started, MeasurementStarted) and not started.streamed and started.n_steps == 4
+    assert [replace(step, remaining_s=0.0) for step in steps if isinstance(step, MeasurementStep)] == [
+        MeasurementStep("window", i + 1, 4, 0.0) for i in range(4)
     ]
     assert 0 < report.peak_memory_bytes <= started.peak_memory_bytes
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.errors import CorruptFileError, DiskFullError, SourceError
-from int8convert.events import Event, FidelityStarted, FidelityStep
+from int8convert.events import Event, MeasurementStarted, MeasurementStep
 from int8convert.runtime.layered import hidden_states, layer_runner
 from int8convert.runtime.layered.layered_model import LayeredModel
 from int8convert.runtime.text.windows import Convention, TokenWindows
@@ -189,10 +189,10 @@ def test_work_grows_with_windows_times_layers_and_reading_with_layers(
     assert [runner.n_forwards for runner in seen.runners] == [n_layers * n_windows + 1] * 2  # and a warm-up
     assert [model.n_loads for model in seen.models] == [n_layers + 1] * 2
     started, *steps = events
-    assert isinstance(started, FidelityStarted) and started.streamed and started.n_steps == n_layers + 1
+    assert isinstance(started, MeasurementStarted) and started.streamed and started.n_steps == n_layers + 1
     names = [*(f"model.layers.{i}" for i in range(n_layers)), "head"]
-    assert [replace(step, remaining_s=0.0) for step in steps if isinstance(step, FidelityStep)] == [
-        FidelityStep(name, i + 1, n_layers + 1, 0.0) for i, name in enumerate(names)
+    assert [replace(step, remaining_s=0.0) for step in steps if isinstance(step, MeasurementStep)] == [
+        MeasurementStep(name, i + 1, n_layers + 1, 0.0) for i, name in enumerate(names)
     ]
 
 
@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_streamed_unasked(
     monkeypatch.setattr("int8convert.verification.fidelity.in_memory.resident_bytes", lambda: 0)
     measure_fidelity(*llama, windows, Execution(stream=False), on_event=events.append)
     started = events[0]
-    assert isinstance(started, FidelityStarted)
+    assert isinstance(started, MeasurementStarted)
     monkeypatch.setattr(
         "int8convert.verification.fidelity.level.available_bytes", lambda device: started.peak_memory_bytes / share
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from int8convert.events import Event, FidelityStep
+from int8convert.events import Event, MeasurementStep
 from int8convert.runtime.steps import Steps
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity import in_memory, lockstep
@@ -47,7 +47,7 @@ def estimates(work: Sequence[float], warm_up: float, seconds: Sequence[float]) -
     for each in seconds:
         clock.sleep(each)
         steps.done("window")
-    return [(e.n_done, pytest.approx(e.remaining_s)) for e in events if isinstance(e, FidelityStep)]
+    return [(e.n_done, pytest.approx(e.remaining_s)) for e in events if isinstance(e, MeasurementStep)]
 
 
 def test_estimate_is_the_time_so_far_for_the_work_that_is_left() -> None:
@@ -85,7 +85,7 @@ def test_first_estimate_is_within_a_factor_of_two_of_what_comes(
     seen: list[tuple[float, float]] = []
 
     def receive(event: Event) -> None:
-        if isinstance(event, FidelityStep):
+        if isinstance(event, MeasurementStep):
             seen.append((clock.now, event.remaining_s))
 
     measure_fidelity(source, out, TokenWindows(ids, "random", "", 100), Execution("cpu", stream), on_event=receive)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from int8convert.events import FidelityStarted
+from int8convert.events import MeasurementStarted
 from int8convert.runtime.layered.decoder_layers import decoder_layers, hidden_state
 from int8convert.runtime.memory import resident_bytes
 from int8convert.runtime.models import check_length
@@ -29,7 +29,7 @@ from int8convert.verification.fidelity.memory import bytes_in_memory
 def compare_in_memory(task: FidelityTask) -> Measured:
     """Run all windows through both models."""
     windows = task.windows
-    task.on_event(FidelityStarted(False, resident_bytes() + bytes_in_memory(task), len(windows.ids)))
+    task.on_event(MeasurementStarted(False, resident_bytes() + bytes_in_memory(task), len(windows.ids)))
     exact = task.load_reference()
     layers = decoder_layers(exact)
     check_length(exact, windows)

@@ -83,7 +83,7 @@ def measure_fidelity(
 
     Args:
         windows: the tokens, by the reference's tokenizer.
-        on_event: receives `FidelityStarted` and `FidelityStep`.
+        on_event: receives `MeasurementStarted` and `MeasurementStep`.
 
     Returns:
         one report for each arithmetic.

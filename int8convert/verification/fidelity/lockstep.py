@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from int8convert.events import FidelityStarted
+from int8convert.events import MeasurementStarted
 from int8convert.runtime.layered.hidden_states import HiddenStates
 from int8convert.runtime.layered.layer_runner import LayerRunner
 from int8convert.runtime.layered.layered_model import LayeredModel
@@ -45,7 +45,7 @@ def compare_in_lockstep(task: FidelityTask) -> Measured:
         DiskFullError: there is no room for the files of hidden states.
     """
     plan = plan_stream(task)
-    task.on_event(FidelityStarted(True, plan.peak_bytes, plan.n_layers + 1))
+    task.on_event(MeasurementStarted(True, plan.peak_bytes, plan.n_layers + 1))
     exact = LayeredModel(task.reference, task.load_reference, task.settle_reference)
     check_length(exact.model, task.windows)
     int8 = LayeredModel(task.out, task.load_int8)
