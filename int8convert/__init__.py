@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from int8convert.calibration.calibrate import calibrate_checkpoint
+    from int8convert.calibration.folder import Calibration, read_calibration
     from int8convert.conversion.export import ExportReport, export
     from int8convert.conversion.quantize import quantize
     from int8convert.conversion.readers import Reading
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "ConversionPlan",
     "ConversionReport",
     "Execution",
@@ -57,6 +60,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "calibrate",
+    "calibrate_checkpoint",
     "export",
     "find_outliers",
     "generate",
@@ -65,12 +69,14 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_",
+    "read_calibration",
     "store_outliers",
     "upload",
     "verify",
 ]
 
 _HOMES = {
+    "Calibration": "int8convert.calibration.folder",
     "ConversionPlan": "int8convert.planning.plan",
     "ConversionReport": "int8convert.conversion.report",
     "Execution": "int8convert.verification.options",
@@ -88,6 +94,7 @@ _HOMES = {
     "UploadReport": "int8convert.publish.upload",
     "VerifyReport": "int8convert.verification.verify_report",
     "calibrate": "int8convert.outliers.calibration",
+    "calibrate_checkpoint": "int8convert.calibration.calibrate",
     "export": "int8convert.conversion.export",
     "find_outliers": "int8convert.outliers.find",
     "generate": "int8convert.runtime.generate",
@@ -96,6 +103,7 @@ _HOMES = {
     "plan": "int8convert.planning.plan_checkpoint",
     "quantize": "int8convert.conversion.quantize",
     "quantize_": "int8convert.runtime.in_memory",
+    "read_calibration": "int8convert.calibration.folder",
     "store_outliers": "int8convert.outliers.store",
     "upload": "int8convert.publish.upload",
     "verify": "int8convert.verification.verify",

@@ -165,7 +165,10 @@ def run_python(code: str) -> str:
     [
         ["--version"],
         ["--help"],
-        *([name, "--help"] for name in ("quantize", "inspect", "export", "verify", "outliers", "upload", "generate")),
+        *(
+            [name, "--help"]
+            for name in ("quantize", "calibrate", "inspect", "export", "verify", "outliers", "upload", "generate")
+        ),
     ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ calibration.json is written last, so a folder that has it is complete. The reade
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,8 +33,8 @@ from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.shard_writer import ShardWriter, order_for_alignment
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.utf8_path import utf8_path
-from int8convert.errors import CorruptFileError, OutputError, SourceError
-from int8convert.text import quoted
+from int8convert.errors import CorruptFileError, DiskFullError, OutputError, SourceError
+from int8convert.text import format_bytes, quoted
 
 SCHEMA = 1
 RECORD = "calibration.json"
@@ -100,17 +101,34 @@ class Calibration:
     statistics: Mapping[str, InputStatistics] = field(repr=False)
     weights: Mapping[str, WeightSquares] = field(repr=False)
 
+    def record(self) -> dict[str, Any]:
+        """Return the content of calibration.json."""
+        names = [name for name in self.__slots__ if name not in ("inputs", "statistics", "weights")]
+        fields = {name: getattr(self, name) for name in names}
+        return {"schema": SCHEMA, **fields, "inputs": [asdict(entry) for entry in self.inputs]}
 
-def begin_folder(folder: Path) -> None:
+
+def begin_folder(folder: Path, n_bytes: int = 0) -> None:
     """Make a folder for a calibration. An earlier calibration in it ends to be one.
+
+    Args:
+        n_bytes: room that second moments need.
 
     Raises:
         OutputError: the folder holds other files, or is none.
+        DiskFullError: its disk has less room.
     """
     make_folder(folder)
     names = {path.name.removesuffix(INCOMPLETE_SUFFIX) for path in folder.iterdir()}
     if others := names - {RECORD, _STATISTICS, _MOMENTS}:
         raise OutputError(f"'{folder}' holds other files, such as {quoted(min(others))}", "name a new folder")
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise DiskFullError(
+            f"second moments take up to {format_bytes(n_bytes)}, and the disk of '{folder}' has "
+            f"{format_bytes(free)} left",
+            "name a folder on another disk, or leave out --moments",
+        )
     (folder / RECORD).unlink(missing_ok=True)
     make_folder(folder / _MOMENTS)
     for path in (folder / _MOMENTS).glob("*.safetensors*"):
@@ -136,10 +154,7 @@ def write_calibration(folder: Path, calibration: Calibration) -> None:
         }
         tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in sums.items()}
     _write_tensors(folder / _STATISTICS, tensors)
-    names = [name for name in Calibration.__slots__ if name not in ("statistics", "weights", "inputs")]
-    fields = {name: getattr(calibration, name) for name in names}
-    inputs = [asdict(entry) for entry in calibration.inputs]
-    write_json(folder / RECORD, {"schema": SCHEMA, **fields, "inputs": inputs})
+    write_json(folder / RECORD, calibration.record())
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

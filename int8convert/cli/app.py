@@ -9,7 +9,7 @@ import sys
 import typer
 
 from int8convert import __version__
-from int8convert.cli import export, generate, inspect, outliers, quantize, upload, verify
+from int8convert.cli import calibrate, export, generate, inspect, outliers, quantize, upload, verify
 from int8convert.cli.console import interrupt, print_json_error, tell_interruption, terminate
 from int8convert.cli.terminal import open_missing_streams
 from int8convert.hub.retry import interrupted
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 for name, command, help_text, line in (
     ("quantize", quantize.quantize, quantize.HELP, "Turn a checkpoint into an LLM.int8() checkpoint."),
+    ("calibrate", calibrate.calibrate, calibrate.HELP, "Keep what a model's layers read on a text."),
     ("inspect", inspect.inspect, inspect.HELP, "Show what is in a checkpoint."),
     ("export", export.export, export.HELP, "Rewrite an int8 checkpoint for another loader."),
     ("verify", verify.verify, verify.HELP, "Compare an int8 checkpoint with its source."),

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 HELP = f"""Find a model's outlier feature dimensions on a text, and store their columns in 16 bits.
 
-CHECKPOINT is a directory or a repository on the Hub, converted or not. Its model must fit into memory. With --write
-OUT, the most important columns are copied from the source and stored beside the int8 weights of OUT.
-`int8convert.load` uses them.
+CHECKPOINT is a directory or a repository on the Hub, converted or not. One layer of its model is in memory at a time;
+--ablate and --damage need all of it there. With --write OUT, the most important columns are copied from the source and
+stored beside the int8 weights of OUT. `int8convert.load` uses them.
 
 \b
 Examples:
@@ -103,28 +103,30 @@ def outliers(
     if threshold == 0:
         raise typer.BadParameter("it must be above 0", param_hint="--threshold")
     options.check_needs(context, {"source": "--write OUT", "lora": "--write OUT", "keep_budget": "--damage"})
-    is_live = console.wants_live_display(quiet, as_json)
-    with console.reporting_errors(as_json, _INTERRUPTED), console.quieting_libraries(is_live):
+    with console.reporting_errors(as_json, _INTERRUPTED), console.quieting_libraries(False):
         taken_from = _find_source(checkpoint, write, source) if write is not None else ""
         if figures is not None:
             from int8convert.outliers.figures import prepare_folder
 
             prepare_folder(figures)
+        from int8convert.cli.progress import showing_progress
         from int8convert.outliers.find import find_outliers
         from int8convert.outliers.store import int8_modules
         from int8convert.runtime.text.texts import Text
 
-        report = find_outliers(
-            checkpoint,
-            Text(text, n_sequences=sequences, length=length),
-            threshold=threshold,
-            with_ablation=ablate,
-            with_damage=damage,
-            budget=budget / 100,
-            module_names=int8_modules(write) if write is not None else None,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
+        with showing_progress(quiet, as_json or quiet) as on_event:
+            report = find_outliers(
+                checkpoint,
+                Text(text, n_sequences=sequences, length=length),
+                threshold=threshold,
+                with_ablation=ablate,
+                with_damage=damage,
+                budget=budget / 100,
+                module_names=int8_modules(write) if write is not None else None,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                on_event=on_event,
+            )
         stored = None
         if write is not None:
             stored = store(report, taken_from, write, lora, trust_remote_code)

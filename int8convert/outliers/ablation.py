@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from int8convert.calibration.run import run_tokens
 from int8convert.calibration.statistics import features_of
-from int8convert.outliers.calibration import run_tokens
 from int8convert.runtime.pretrained import model_errors
 
 

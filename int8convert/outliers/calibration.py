@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.calibration.run import run_tokens
 from int8convert.calibration.statistics import features_of, watching
 from int8convert.calibration.weight_squares import weight_squares
 from int8convert.formats.layers import is_conv1d_layer
@@ -78,12 +79,6 @@ def calibrate(
     return {name: _outliers(module, columns[name]) for name, module in layers.items()}
 
 
-def run_tokens(model: Any, ids: torch.Tensor) -> Any:
-    """Run token ids [batch, tokens] through a model; a decoder that needs its own tokens gets the same."""
-    ids = ids.to(next(model.parameters()).device)
-    return model(ids, **({"decoder_input_ids": ids} if _is_encoder_decoder(model) else {}))
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, without dropout, until the context ends."""
@@ -104,10 +99,6 @@ def _token_ids(model: Any, text: str | torch.Tensor, tokenizer: Any) -> torch.Te
     if tokenizer is None:
         raise ValueError("texts as strings need a tokenizer")
     return torch.tensor([tokenizer(text, truncation=True, max_length=n_tokens)["input_ids"]], dtype=torch.long)
-
-
-def _is_encoder_decoder(model: Any) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _outliers(module: Any, columns: torch.Tensor) -> StoredOutliers:

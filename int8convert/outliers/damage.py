@@ -38,11 +38,11 @@ import torch
 from torch import nn
 
 from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD
+from int8convert.calibration.run import run_tokens
 from int8convert.calibration.statistics import blocks_of
 from int8convert.checkpoint.library_errors import library_errors
 from int8convert.errors import SourceError
 from int8convert.formats.layers import is_conv1d_layer
-from int8convert.outliers.calibration import run_tokens
 
 INPUTS = ("inputs_by_token", "inputs_by_rule", "inputs_by_blocks")
 """The fields of `LayerDamage` for the arithmetics of the inputs."""

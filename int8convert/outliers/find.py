@@ -1,44 +1,41 @@
 """Finds the outlier features of a checkpoint by running a text through it once.
 
-1. Windows from all over a text go through the model, int8 or not.
+1. Windows from all over a text go through the model, int8 or not, layer by layer; see `calibration.run`.
 2. Hooks gather sums for every input column, and a histogram for columns with outliers.
 3. From these come the outlier columns of each layer, the outlier features of the model, and the columns worth storing.
 4. On request the model runs three times more: as it is, without these features, and without random others.
 
-Costs the model in memory, and a few numbers for each input and output feature.
+Costs the memory of one decoder layer, and a few numbers for each input and output feature. Ablation and damage need the
+whole model in memory.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
-from int8convert.calibration.statistics import InputStatistics, features_of, watching
-from int8convert.calibration.weight_squares import weight_squares
+from int8convert.calibration.run import RunOptions, Task, read_inputs, read_whole
+from int8convert.calibration.statistics import features_of
+from int8convert.calibration.windows import fit_windows, local_directory, read_windows_for
 from int8convert.errors import SourceError
+from int8convert.events import EventSink, ignore
 from int8convert.outliers.ablation import AblationRun, ablate
-from int8convert.outliers.calibration import run_tokens
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
 from int8convert.outliers.damage import LayerDamage, estimate_damage
 from int8convert.outliers.features import LayerInput, OutlierFeature, describe_inputs, find_features
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.linear import Int8Linear
-from int8convert.runtime.models import choose_device, load_model, open_tokenizer
-from int8convert.runtime.pretrained import model_errors
+from int8convert.runtime.models import choose_device, load_model
 from int8convert.runtime.stored_columns import live_names
-from int8convert.runtime.text.texts import Text, open_text
-from int8convert.runtime.text.windows import TokenWindows, read_windows_by
+from int8convert.runtime.text.texts import Text
 from int8convert.text import quoted
-
-DEFAULT_LENGTH = 256
-_TOKENS_AT_A_TIME = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +114,7 @@ def find_outliers(
     module_names: Iterable[str] | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
+    on_event: EventSink = ignore,
 ) -> OutlierReport:
     """Run a text through a checkpoint and report its outliers.
 
@@ -134,6 +132,7 @@ def find_outliers(
             would be.
         device: "auto", "cpu" or "cuda[:n]".
         trust_remote_code: run code in the checkpoint.
+        on_event: receives `MeasurementStarted` and `MeasurementStep`.
 
     Raises:
         Int8ConvertError: checkpoint or text cannot be read, or the device is missing.
@@ -143,19 +142,24 @@ def find_outliers(
     if not threshold > 0 or not 0 <= min_share <= 1 or not budget >= 0:
         raise ValueError("threshold must be positive, min_share from 0 to 1, budget at least 0")
     used = choose_device(device)
-    with open_text(text) as file, open_tokenizer(path, trust_remote_code) as tokenizer:
-        windows = read_windows_by(text.cut, file.path, tokenizer, text.n_sequences, text.length or DEFAULT_LENGTH)
-    model = load_model(path, used, trust_remote_code=trust_remote_code)
-    if with_ablation:
-        check_predicts(model, "ablation needs", "leave out --ablate")
-    if with_damage:
-        check_predicts(model, "the damage of rounding needs", "leave out --damage")
-        _check_float(path, model)
-    layers = _layers(model, module_names)
-    windows = fit_windows(model, windows, may_cut=text.length is None)
-    statistics, inputs, features = _observe(model, layers, windows, threshold)
+    local = local_directory(path, on_event)
+    windows = read_windows_for(local, text, trust_remote_code, os.fspath(path))
+
+    def prepare(model: Any) -> Task:
+        return Task(_layers(model, module_names), fit_windows(model, windows, may_cut=text.length is None))
+
+    options = RunOptions(threshold, used, trust_remote_code, with_values=True, on_event=on_event)
+    if with_ablation or with_damage:
+        model = load_model(local, used, trust_remote_code=trust_remote_code)
+        _check_whole(path, model, with_ablation, with_damage)
+        readings = read_whole(model, prepare(model), options)
+    else:
+        readings = read_inputs(local, prepare, options)
+    statistics, weights = readings.statistics, readings.weights
+    layers, windows = readings.task.layers, readings.task.windows
+    inputs = describe_inputs(statistics, readings.hidden_size)
+    features = find_features(inputs, statistics)
     states = {entry.module_name: layers[entry.module_name] for entry in inputs if entry.is_hidden_state}
-    weights = {name: weight_squares(layer) for name, layer in layers.items()}
     columns = choose_columns(weights, statistics, min_share=min_share, budget=budget)
     static_set = {name: tuple(found.tolist()) for name, found in columns.items() if found.numel()}
     return OutlierReport(
@@ -198,23 +202,13 @@ def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Modu
     return layers
 
 
-def fit_windows(model: Any, windows: TokenWindows, may_cut: bool) -> TokenWindows:
-    """Cut windows to what the model takes; refuse tokens that it does not know."""
-    n_tokens = model.get_input_embeddings().num_embeddings
-    if int(windows.ids.max()) >= n_tokens:
-        raise SourceError(
-            f"the text has token {int(windows.ids.max())}, and the model knows only {n_tokens}",
-            "copy the tokenizer files of this model into the checkpoint; the present ones are another model's",
-        )
-    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(n_positions, int) or windows.ids.shape[1] <= n_positions:
-        return windows
-    if may_cut:
-        return replace(windows, ids=windows.ids[:, :n_positions])
-    raise SourceError(
-        f"the model takes {n_positions:,} tokens, and the windows have {windows.ids.shape[1]:,}",
-        f"pass --length {n_positions} or less",
-    )
+def _check_whole(path: str | os.PathLike[str], model: Any, with_ablation: bool, with_damage: bool) -> None:
+    """Check that a model can be ablated, and that its damage can be estimated."""
+    if with_ablation:
+        check_predicts(model, "ablation needs", "leave out --ablate")
+    if with_damage:
+        check_predicts(model, "the damage of rounding needs", "leave out --damage")
+        _check_float(path, model)
 
 
 def check_predicts(model: Any, what: str, hint: str) -> None:
@@ -229,15 +223,3 @@ def _check_float(path: str | os.PathLike[str], model: nn.Module) -> None:
             f"the damage of rounding is that of the weights before it, and {quoted(os.fspath(path), 200)} is int8",
             "give the source",
         )
-
-
-@torch.no_grad()
-def _observe(
-    model: Any, layers: Mapping[str, nn.Module], windows: TokenWindows, threshold: float
-) -> tuple[dict[str, InputStatistics], tuple[LayerInput, ...], tuple[OutlierFeature, ...]]:
-    with watching(layers, threshold, with_values=True) as statistics:
-        for ids in windows.ids.split(max(1, _TOKENS_AT_A_TIME // windows.ids.shape[1])):
-            with model_errors(model):
-                run_tokens(model, ids)
-    inputs = describe_inputs(statistics, model.config.get_text_config().hidden_size)
-    return statistics, inputs, find_features(inputs, statistics)

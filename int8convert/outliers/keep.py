@@ -13,21 +13,22 @@ from functools import partial
 
 import torch
 
+from int8convert.calibration.windows import fit_windows, read_windows_for
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import AdapterError, DeviceError
 from int8convert.events import DamageStarted, EventSink, ModulesKept
 from int8convert.formats.format import Format
 from int8convert.hub.cached_copy import fetch_checkpoint, reading_cached
 from int8convert.outliers.damage import LayerDamage, backward_bytes, choose_kept, estimate_damage
-from int8convert.outliers.find import DEFAULT_LENGTH, check_predicts, fit_windows
+from int8convert.outliers.find import check_predicts
 from int8convert.planning.kept_modules import KeepBudget
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
 from int8convert.planning.plan import ConversionPlan
 from int8convert.runtime.memory import USABLE, available_bytes, float_bytes, resident_bytes
-from int8convert.runtime.models import choose_device, load_model, open_tokenizer, read_config
+from int8convert.runtime.models import choose_device, load_model, read_config
 from int8convert.runtime.steps import Steps
 from int8convert.runtime.text.texts import Text, open_text
-from int8convert.runtime.text.windows import TokenWindows, read_text, read_windows_by
+from int8convert.runtime.text.windows import TokenWindows, read_text
 from int8convert.text import format_bytes
 
 OPTION = "--keep-budget"
@@ -114,8 +115,7 @@ def _measure(
         DeviceError: the model does not fit in memory.
         SourceError: the model does not predict the next token, or has no gradient.
     """
-    with open_text(text) as file, open_tokenizer(source.directory, trust_remote_code, source.label) as tokenizer:
-        windows = read_windows_by(text.cut, file.path, tokenizer, text.n_sequences, text.length or DEFAULT_LENGTH)
+    windows = read_windows_for(source.directory, text, trust_remote_code, source.label)
     if source.commit is not None:
         fetch_checkpoint(source, on_event)
         source = reading_cached(source)

@@ -54,7 +54,9 @@ def test_outliers_are_printed_on_stdout_and_what_could_be_stored_noted(run: Run,
     assert rows.keys() == {"7", "21", "50"}
     assert "negative" in rows["50"] and "100.0 %" in rows["7"] and "two-sided" in rows["21"]
     assert "fc2" in out and "Ablation" not in out
-    assert err.startswith("note: --write OUT would store") and err.count("\n") == 1
+    started, *steps, last = err.splitlines()
+    assert started.startswith("note: running layer by layer") and last.startswith("note: --write OUT would store")
+    assert [step[:17] for step in steps] == ["measuring: 1 of 2", "measuring: 2 of 2"]
 
 
 def test_quiet_prints_the_result_only(run: Run, source: Path, text: Path) -> None:
@@ -90,7 +92,12 @@ def test_written_columns_are_the_sources_and_load_uses_them(
 ) -> None:
     before = file_bytes(out)
     code, printed, err = run("outliers", {"source": source, "out": out}[ran], "--text", text, *WINDOWS, "--write", out)
-    assert (code, err) == (0, "") and f"{out / OUTLIERS_FILE}: " in printed and "outlier columns of" in printed
+    assert (
+        code == 0
+        and err.endswith("2 of 2 steps\n")
+        and f"{out / OUTLIERS_FILE}: " in printed
+        and "outlier columns of" in printed
+    )
     assert {name: data for name, data in file_bytes(out).items() if name != OUTLIERS_FILE} == before
     layer = int8convert.load(out).get_submodule(FC1)
     columns = layer.outlier_columns.tolist()

@@ -11,6 +11,7 @@ import torch
 
 import int8convert
 from int8convert.errors import CorruptFileError, DeviceError, SourceError
+from int8convert.events import Event, MeasurementStarted
 from int8convert.outliers.find import find_outliers
 from int8convert.runtime.text.texts import Text
 from int8convert.runtime.text.windows import read_windows
@@ -133,6 +134,21 @@ def test_ablation_is_of_the_features_found(tmp_path: Path, text: Path, tokenizer
     assert find_outliers(source, Text(text, **SMALL), device="cpu").ablation == ()
 
 
+def test_layer_by_layer_the_same_is_found_as_in_memory(source: Path, text: Path) -> None:
+    events: list[Event] = []
+    found, whole = (
+        find_outliers(source, Text(text, **SMALL), with_ablation=is_whole, device="cpu", on_event=events.append)
+        for is_whole in (False, True)
+    )
+    assert [event.streamed for event in events if isinstance(event, MeasurementStarted)] == [True, False]
+    assert found.static_set == whole.static_set and found.static_set_bytes == whole.static_set_bytes
+    assert [f.column for f in found.features] == [f.column for f in whole.features]
+    for a, b in zip(found.inputs, whole.inputs, strict=True):
+        assert (a.module_name, a.n_tokens, a.is_hidden_state) == (b.module_name, b.n_tokens, b.is_hidden_state)
+        assert [(c.column, c.share, c.sides) for c in a.columns] == [(c.column, c.share, c.sides) for c in b.columns]
+        assert a.extreme == pytest.approx(b.extreme, rel=1e-5)
+
+
 def test_report_is_json_with_the_unit_in_every_name(source: Path, text: Path) -> None:
     found = json.loads(
         json.dumps(
@@ -235,7 +251,7 @@ def test_checkpoint_that_lacks_weights_is_refused(source: Path, text: Path) -> N
     del tensors["model.decoder.layers.1.fc1.weight"]
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        CorruptFileError, match=r"has no weights, or none of the right shape, for 'model.decoder.layers.1.fc1"
+        CorruptFileError, match=r"has no 'model.decoder.layers.1.fc1.weight', or none of the right shape"
     ):
         find_outliers(source, Text(text, **SMALL), device="cpu")
 

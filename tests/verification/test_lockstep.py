@@ -18,9 +18,10 @@ import int8convert
 from int8convert.errors import CorruptFileError, DiskFullError, SourceError
 from int8convert.events import Event, MeasurementStarted, MeasurementStep
 from int8convert.runtime.layered import hidden_states, layer_runner
+from int8convert.runtime.layered import memory as layered_memory
 from int8convert.runtime.layered.layered_model import LayeredModel
 from int8convert.runtime.text.windows import Convention, TokenWindows
-from int8convert.verification.fidelity import lockstep, memory
+from int8convert.verification.fidelity import lockstep
 from int8convert.verification.fidelity.level import FidelityReport, measure_fidelity
 from int8convert.verification.options import Execution
 from tests.tools.fp8_checkpoints import save_fp8
@@ -243,7 +244,7 @@ def test_hidden_states_that_do_not_fit_lie_in_files(
     folder = tmp_path / "states"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
+    monkeypatch.setattr(layered_memory, "available_bytes", lambda device: 10_000)
     n_files = []
     allocate = hidden_states.HiddenStates._allocate
 
@@ -266,7 +267,7 @@ def test_full_disk_of_hidden_states_is_said(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
+    monkeypatch.setattr(layered_memory, "available_bytes", lambda device: 10_000)
     with pytest.raises(DiskFullError, match=r"has no room for hidden states of 6,144 bytes a window"):
         measure_fidelity(*llama, windows, Execution(stream=True))
 

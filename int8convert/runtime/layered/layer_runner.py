@@ -45,11 +45,11 @@ class LayerRunner:
             layer.forward = partial(self._forward, i)
 
     def run(self, layer: int, ids: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
-        """Return the hidden state of a window after a layer.
+        """Return the hidden state of a window, or of several of one length, after a layer.
 
         Args:
             layer: index from 0.
-            ids: int64 [length].
+            ids: int64 [length] or [windows, length].
             state: the hidden state after the layer before; None for the first layer.
         """
         self._current, self._state = layer, state
@@ -70,6 +70,11 @@ class LayerRunner:
         for positions in torch.arange(len(ids)).split(step):
             yield self._call(ids, logits_to_keep=positions.to(self._model.device)).logits[0]
 
+    def run_rest(self, ids: torch.Tensor, state: torch.Tensor) -> None:
+        """Run windows [windows, length] through all that comes after the last layer."""
+        self._current, self._state = len(self._layers), state
+        self._call(ids)
+
     def _refuse(self, what: str) -> NoReturn:
         raise LayerwiseError(
             f"{type(self._model).__name__} {what}: it cannot be run layer by layer",
@@ -78,7 +83,9 @@ class LayerRunner:
 
     def _call(self, ids: torch.Tensor, **options: Any) -> Any:
         with model_errors(self._model):
-            return self._model(ids[None].to(self._model.device), use_cache=False, **options)
+            return self._model(
+                (ids if ids.dim() == 2 else ids[None]).to(self._model.device), use_cache=False, **options
+            )
 
     def _forward(self, i: int, *inputs: Any, **named: Any) -> Any:
         """Replace the forward of layer i."""

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import dataclass
 
 from int8convert.runtime.layered.layer_runner import LOGITS_AT_A_TIME
-from int8convert.runtime.memory import available_bytes, float_bytes, resident_bytes
+from int8convert.runtime.layered.memory import CODE_BYTES, are_in_files, part_bytes, working_bytes
+from int8convert.runtime.memory import float_bytes, resident_bytes
 from int8convert.runtime.models import read_config
-from int8convert.runtime.pretrained import model_class
 from int8convert.sources import open_source
 from int8convert.verification.fidelity.comparison import FidelityTask
 from int8convert.verification.fidelity.paired_statistics import BLOCK_ELEMENTS
-
-_STATES_SHARE = 0.25
-"""Share of the available memory that hidden states may take; larger ones go into files."""
-
-_LAYER = re.compile(r"(?:.*?\.)??(\d+)\.")
-
-
-_CODE_BYTES = 200_000_000
-"""Bytes for imports, compilation and the allocator in the first measurement: 134 MB measured on Linux x86-64, Python
-3.11, torch 2.13, transformers 5.23."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,36 +41,18 @@ def plan_stream(task: FidelityTask) -> StreamPlan:
     """Plan the memory of a comparison layer by layer, from names and shapes."""
     config = read_config(task.reference, task.trusts_code).get_text_config()
     states = 4 * (1 + task.n_arithmetics) * task.windows.ids.numel() * config.hidden_size
-    in_files = states > _STATES_SHARE * available_bytes("cpu")
-    rest, layers = 0, [0]
-    for path, is_reference in ((task.reference, True), (task.out, False)):
-        held: Counter[int] = Counter()
-        for tensor in open_source(path).tensors:
-            layer = _LAYER.match(tensor.name)
-            n_bytes = float_bytes(tensor, task.device) if is_reference else tensor.n_bytes
-            if layer is None:
-                rest += n_bytes
-            else:
-                # Tensors before the change of dtype, or before they are joined, come on top.
-                held[int(layer[1])] += n_bytes + max(tensor.n_bytes, n_bytes if _is_of_expert(tensor.name) else 0)
-        layers += held.values()
-    peak = resident_bytes() + rest + max(layers) + _working_bytes(task) + (0 if in_files else states)
+    in_files = are_in_files(states)
+    reference = part_bytes(task.reference, lambda tensor: float_bytes(tensor, task.device))
+    int8 = part_bytes(task.out, lambda tensor: tensor.n_bytes)
+    parts = reference.rest + int8.rest + max(reference.layer, int8.layer)
+    peak = resident_bytes() + parts + _working_bytes(task) + (0 if in_files else states)
     return StreamPlan(peak, int(config.num_hidden_layers), in_files)
 
 
-def _is_of_expert(name: str) -> bool:
-    return len(re.findall(r"\.\d+(?=\.)", f".{name}")) > 1
-
-
 def _working_bytes(task: FidelityTask) -> int:
-    """Return the memory of one window inside one layer, and of one block of logits with its statistics.
-
-    A layer holds inputs, inner features and a mask, and all attention scores if the model has no SDPA.
-    """
-    whole = read_config(task.reference, task.trusts_code)
-    config = whole.get_text_config()
+    """Return the memory of one window inside one layer, and of one block of logits with its statistics."""
+    config = read_config(task.reference, task.trusts_code)
     length = task.windows.ids.shape[1]
-    n_score_tables = 2 if getattr(model_class(whole), "_supports_sdpa", False) else 3 * config.num_attention_heads
-    layer = 4 * length * (32 * int(config.hidden_size) + length * int(n_score_tables))
-    n_logits = length * int(config.vocab_size)
-    return layer + 6 * 8 * min(BLOCK_ELEMENTS, n_logits) + 4 * 4 * min(LOGITS_AT_A_TIME, n_logits) + _CODE_BYTES
+    n_logits = length * int(config.get_text_config().vocab_size)
+    logits = 6 * 8 * min(BLOCK_ELEMENTS, n_logits) + 4 * 4 * min(LOGITS_AT_A_TIME, n_logits)
+    return working_bytes(config, 1, length) + logits + CODE_BYTES

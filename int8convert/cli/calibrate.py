@@ -1,0 +1,100 @@
+"""`int8convert calibrate`: keeps what a model's layers read on a text, for all that is decided by it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from int8convert.cli import console, options
+from int8convert.runtime.text.texts import reusable_file
+from int8convert.text import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from int8convert.calibration.folder import Calibration
+
+HELP = f"""Run a text through a model, and keep what its layers read in the folder CAL.
+
+SRC is a directory or a repository on the Hub. One layer is in memory at a time, so models larger than memory run, too.
+CAL gets statistics of each layer's input. With --moments it also gets second moments, by which weights can be rounded
+so that errors compensate. These take 4 bytes for each pair of a layer's input features.
+
+\b
+Examples:
+  int8convert calibrate ./opt-66b --text sample.txt -o opt-66b-cal
+  int8convert calibrate ./opt-66b --text sample.txt -o opt-66b-cal --moments
+  int8convert quantize ./opt-66b ./opt-66b-int8 --calibrate opt-66b-cal
+
+{options.EXIT_CODES}
+"""
+
+_INTERRUPTED = "CAL holds no new calibration; run the same command again"
+
+
+def calibrate(
+    src: options.Source,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Text in UTF-8 to run through the model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="CAL", help="The folder to write.")],
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Also write second moments. Hold out the last windows from them.")
+    ] = False,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0.0, metavar="X", envvar="INT8CONVERT_THRESHOLD", help="Magnitude from which a value is an outlier."
+        ),
+    ] = 6.0,
+    sequences: options.Sequences = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens of each window.  [default: 256, or what the model takes]"),
+    ] = None,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    if threshold == 0:
+        raise typer.BadParameter("it must be above 0", param_hint="--threshold")
+    with (
+        console.reporting_errors(as_json, _INTERRUPTED),
+        console.quieting_hub(),
+        console.quieting_libraries(False),
+        reusable_file(text) as reusable,
+    ):
+        from int8convert.calibration.calibrate import calibrate_checkpoint
+        from int8convert.cli.progress import showing_progress
+        from int8convert.runtime.text.texts import Text
+
+        began = time.perf_counter()
+        with showing_progress(quiet, as_json) as on_event:
+            calibration = calibrate_checkpoint(
+                src,
+                output,
+                Text(reusable, n_sequences=sequences, length=length),
+                with_moments=moments,
+                threshold=threshold,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                on_event=on_event,
+            )
+        elapsed_s = time.perf_counter() - began
+        if as_json:
+            console.print_json({**calibration.record(), "folder": str(output), "elapsed_s": elapsed_s})
+            return
+        _print_outcome(calibration, output, elapsed_s, moments)
+
+
+def _print_outcome(calibration: Calibration, folder: Path, elapsed_s: float, with_moments: bool) -> None:
+    n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    console.print_line(
+        f": {len(calibration.statistics):,} layers with {len(calibration.inputs):,} inputs, "
+        f"{calibration.n_sequences} x {calibration.length} tokens of {calibration.text}, {format_bytes(n_bytes)}, "
+        f"{format_seconds(elapsed_s)}",
+        head=str(folder),
+    )
+    wide = [entry.modules[0] for entry in calibration.inputs if entry.moments is None] if with_moments else []
+    if wide:
+        console.note(f"no second moments for {len(wide):,} inputs that are too wide, such as that of {wide[0]}")
