@@ -87,7 +87,7 @@ def test_command_writes_the_folder_and_says_what_is_in_it(run: Run, source: Path
     arguments = ("calibrate", source, "--text", text, "--sequences", 4, "--length", 16)
     code, out, err = run(*arguments, "-o", tmp_path / "cal", "--moments")
     assert code == 0 and out.startswith(f"{tmp_path / 'cal'}: 21 layers with 12 inputs, 4 x 16 tokens of ")
-    assert err.startswith("note: running layer by layer, at most ") and err.endswith("measuring: 3 of 3 steps\n")
+    assert err.startswith("note: running layer by layer, at most ") and err.endswith("measured: 3 of 3 steps\n")
     code, out, err = run(*arguments, "-o", tmp_path / "cal", "--json")
     assert (code, err) == (0, "")
     printed = json.loads(out)
