@@ -56,7 +56,7 @@ def test_outliers_are_printed_on_stdout_and_what_could_be_stored_noted(run: Run,
     assert "fc2" in out and "Ablation" not in out
     started, *steps, last = err.splitlines()
     assert started.startswith("note: running layer by layer") and last.startswith("note: --write OUT would store")
-    assert [step[:17] for step in steps] == ["measured: 1 of 2", "measured: 2 of 2"]
+    assert [step[:16] for step in steps] == ["measured: 1 of 2", "measured: 2 of 2"]
 
 
 def test_quiet_prints_the_result_only(run: Run, source: Path, text: Path) -> None:
