@@ -222,7 +222,7 @@ class DamageStarted:
     """The source's model is about to be loaded, to measure what the rounding of each layer costs.
 
     Attributes:
-        peak_memory_bytes: the most memory this process will need, by plan.
+        peak_memory_bytes: about the most memory this process will need.
         n_steps: number of windows.
     """
 

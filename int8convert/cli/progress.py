@@ -132,7 +132,7 @@ def _start_notes(event: Event) -> Iterator[str]:
             how = "layer by layer" if streamed else "in memory"
             yield f"running {how}, at most {format_bytes(peak_memory_bytes)}"
         case DamageStarted(peak_memory_bytes):
-            yield f"measuring the source's model in memory, at most {format_bytes(peak_memory_bytes)}"
+            yield f"measuring the source's model in memory, about {format_bytes(peak_memory_bytes)}"
 
 
 class _Counter:

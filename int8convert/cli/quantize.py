@@ -312,6 +312,8 @@ def _check_combination(context: typer.Context, src: str) -> None:
         raise typer.BadParameter("it must be above 0", param_hint="--keep-budget")
     if {"keep_budget", "lora"} <= given:
         raise options.UsageError("--keep-budget measures SRC without the adapter: give one of --keep-budget and --lora")
+    if {"keep_budget", "rotate"} <= given:
+        raise options.UsageError("--keep-budget measures SRC's own weights: give one of --keep-budget and --rotate")
     options.check_upload_options(context)
     if {"upload", "calibrate"} <= given:
         raise options.UsageError(

@@ -10,7 +10,7 @@ from int8convert.cli.console import note, print_line, print_table
 from int8convert.publish.verify_command import deciding_run
 from int8convert.publish.verify_json import Status, Verdict
 from int8convert.text import counted, format_bytes, format_percent, format_seconds
-from int8convert.verification.verify_report import fidelity_rows
+from int8convert.verification.verify_report import cause_lines, cause_rows, fidelity_rows
 
 if TYPE_CHECKING:
     from int8convert.verification.exact.level import ExactReport
@@ -46,6 +46,7 @@ def print_report(report: VerifyReport) -> None:
     if report.text is not None:
         print_line(f": {_measured_on(report.text, report.fidelity)}", head="Fidelity")
         _print_fidelity(report.fidelity)
+        _print_causes(report)
         _print_sweep(report.sweep)
         _print_tasks(report.tasks)
     elif report.level != "exact":
@@ -105,6 +106,18 @@ def _print_fidelity(reports: tuple[FidelityReport, ...]) -> None:
         ("", *(report.mode for report in reports)),
         [(label, *values) for label, values in fidelity_rows(reports)],
     )
+
+
+def _print_causes(report: VerifyReport) -> None:
+    if report.causes is None:
+        return
+    print_table(
+        f"Estimated causes, {report.causes.mode}: KL divergence by what is rounded ({report.causes.n_tokens:,} tokens)",
+        ("kind", "modules", "weights", "inputs", "share"),
+        cause_rows(report.causes),
+    )
+    for line in cause_lines(report):
+        print_line(line)
 
 
 def _print_sweep(reports: tuple[FidelityReport, ...]) -> None:

@@ -12,6 +12,8 @@ rounding error is spread evenly over one step, and its variance is step^2 / 12. 
     weights:  d[t, n]^2 = sum_k x[t, k]^2 * w_step[n]^2 / 12          w_step = weight_absmax / 127
     inputs:   d[t, n]^2 = sum_k x_step[t, k]^2 / 12 * W[n, k]^2       x_step = x_absmax / 127, by the arithmetic
 
+The rounding of the weights to a float dtype is taken as the former, with the mean of its squared steps over a row.
+
 The damage is so measured at the model's end. A layer's own relative error ranks layers wrongly, because layers differ
 in what they add to the predictions.
 
@@ -61,6 +63,7 @@ class LayerDamage:
         inputs_by_token: by rounding its input, one scale a token.
         inputs_by_rule: the same without outlier columns, by LLM.int8()'s rule.
         inputs_by_blocks: by rounding its input, a scale for each token and block of 128 columns.
+        source_rounding: by rounding its weights to the dtype given to `estimate_damage`; 0 if none was.
     """
 
     module_name: str
@@ -70,11 +73,16 @@ class LayerDamage:
     inputs_by_token: float
     inputs_by_rule: float
     inputs_by_blocks: float
+    source_rounding: float = 0.0
 
-    def cost(self, inputs: str) -> float:
-        """Return the damage by weights and inputs; `inputs` is the arithmetic of the latter, one of `INPUTS`."""
-        of_inputs: float = getattr(self, inputs)
-        return self.weights + of_inputs
+    def of_inputs(self, inputs: str | None) -> float:
+        """Return the damage by the input under an arithmetic, one of `INPUTS`, or None if the input is not rounded."""
+        found: float = getattr(self, inputs) if inputs is not None else 0.0
+        return found
+
+    def cost(self, inputs: str | None) -> float:
+        """Return the damage by weights and input, for an arithmetic as in `of_inputs`."""
+        return self.weights + self.of_inputs(inputs)
 
 
 @dataclass(slots=True)
@@ -83,17 +91,21 @@ class _Sums:
 
     n_weights: int
     step_squares: torch.Tensor
+    source_step_squares: torch.Tensor
     block_squares: torch.Tensor
     group: int = -1
     weights: float = 0.0
     inputs_by_token: float = 0.0
     inputs_by_rule: float = 0.0
     inputs_by_blocks: float = 0.0
+    source_rounding: float = 0.0
 
     def add(self, threshold: float, x: torch.Tensor, grad: torch.Tensor) -> None:
         """Add the tokens x [..., in] and the gradients of their outputs [..., out]."""
         x, g2 = x.reshape(-1, x.shape[-1]).float(), grad.reshape(-1, grad.shape[-1]).float().square()
-        self.weights += float((g2 @ self.step_squares) @ x.square().sum(1)) / 24
+        x_squares = x.square().sum(1)
+        self.weights += float((g2 @ self.step_squares) @ x_squares) / 24
+        self.source_rounding += float((g2 @ self.source_step_squares) @ x_squares) / 24
         by_block = g2 @ self.block_squares
         magnitude = x.abs()
         found = magnitude.amax(0) >= threshold
@@ -113,6 +125,7 @@ def estimate_damage(
     windows: Iterable[torch.Tensor],
     threshold: float = OUTLIER_THRESHOLD,
     seed: int = 0,
+    dtype: torch.dtype | None = None,
     hint: str = "leave out --damage",
 ) -> tuple[LayerDamage, ...]:
     """Estimate the damage of rounding each layer, in the order of `layers`; layers that never run are left out.
@@ -125,12 +138,13 @@ def estimate_damage(
         windows: int64 [tokens] each.
         threshold: magnitude from which an input's column is an outlier by LLM.int8()'s rule.
         seed: of the tokens that are drawn from the predictions.
+        dtype: bfloat16 or float16: also estimate what rounding the weights to it costs.
         hint: the hint of errors.
 
     Raises:
         SourceError: the predictions are not finite, or the model has no gradient.
     """
-    sums = {name: _constants(layer) for name, layer in layers.items()}
+    sums = {name: _constants(layer, dtype) for name, layer in layers.items()}
     generator = torch.Generator(model.device).manual_seed(seed)
     n_tokens, group_numbers = 0, itertools.count()
     for ids in windows:
@@ -151,7 +165,7 @@ def estimate_damage(
             name,
             found.n_weights,
             found.group,
-            *(getattr(found, part) / max(1, n_tokens) for part in ("weights", *INPUTS)),
+            *(getattr(found, part) / max(1, n_tokens) for part in ("weights", *INPUTS, "source_rounding")),
         )
         for name, found in sums.items()
         if found.group >= 0
@@ -168,11 +182,24 @@ def backward_bytes(config: Any, length: int) -> int:
     return 4 * length * values
 
 
-def _constants(layer: Any) -> _Sums:
+def _constants(layer: Any, dtype: torch.dtype | None) -> _Sums:
     weight = layer.weight.detach().t() if is_conv1d_layer(layer) else layer.weight.detach()
     step_squares = (weight.abs().amax(1).float() / N_STEPS).square()
     block_squares = torch.cat([blocks_of(rows.float()).square().sum(-1) for rows in weight.split(256)])
-    return _Sums(weight.numel(), step_squares, block_squares)
+    source_step_squares = torch.zeros_like(step_squares)
+    if dtype is not None:
+        source_step_squares = torch.cat([_mean_step_square(rows.float(), dtype) for rows in weight.split(256)])
+    return _Sums(weight.numel(), step_squares, source_step_squares, block_squares)
+
+
+def _mean_step_square(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mean of step^2 over each row, where step is the distance of a weight from the next number of a dtype.
+
+    Large inputs may belong to weights that are smaller than the others of their row, so the mean is an upper estimate.
+    """
+    exponents = rows.frexp().exponent - 1
+    steps = torch.ldexp(torch.full_like(rows, torch.finfo(dtype).eps), exponents)
+    return steps.masked_fill(rows == 0, 0).square().mean(1)
 
 
 @contextmanager
@@ -215,12 +242,12 @@ def _watching(
         yield
 
 
-def choose_kept(damage: Sequence[LayerDamage], budget: float, inputs: str) -> tuple[LayerDamage, ...]:
+def choose_kept(damage: Sequence[LayerDamage], budget: float, inputs: str | None) -> tuple[LayerDamage, ...]:
     """Choose the layers whose weights in 16 bits take away most damage for their bytes.
 
     Args:
         budget: the largest number of weights that stay. Layers of a group stay together.
-        inputs: the arithmetic of the inputs, one of `INPUTS`.
+        inputs: the arithmetic of the inputs, as in `LayerDamage.of_inputs`.
     """
     groups: dict[int, list[LayerDamage]] = {}
     for layer in damage:

@@ -8,14 +8,16 @@ Costs the model in memory, and the activations of one window. Does not know what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
 
+from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.calibration.statistics import features_of
 from int8convert.calibration.windows import fit_windows, read_windows_for
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.errors import AdapterError, DeviceError
+from int8convert.errors import AdapterError, DeviceError, FormatError
 from int8convert.events import DamageStarted, EventSink, ModulesKept
 from int8convert.formats.format import Format
 from int8convert.hub.cached_copy import fetch_checkpoint, reading_cached
@@ -27,6 +29,7 @@ from int8convert.planning.plan import ConversionPlan
 from int8convert.runtime.memory import USABLE, available_bytes, float_bytes, resident_bytes
 from int8convert.runtime.models import choose_device, load_model, read_config
 from int8convert.runtime.steps import Steps
+from int8convert.runtime.stored_columns import live_names
 from int8convert.runtime.text.texts import Text, open_text
 from int8convert.runtime.text.windows import TokenWindows, read_text
 from int8convert.text import format_bytes
@@ -70,6 +73,10 @@ def _choose(
         raise AdapterError(
             f"{OPTION} measures the source, which without the adapter is another model", f"leave out {OPTION} or --lora"
         )
+    if request.rotates:
+        raise FormatError(
+            f"{OPTION} measures the source's weights, and --rotate converts others", f"leave out {OPTION} or --rotate"
+        )
     planned = plan_conversion(request)
     sizes = _int8_weights(planned)
     n_weights = sum(tensor.source.n_elements for tensor in planned.tensors if tensor.is_quantized)
@@ -87,6 +94,30 @@ def _choose(
     )
 
 
+def _measure(
+    source: CheckpointSource,
+    module_names: Iterable[str],
+    text: Text,
+    device: str,
+    trust_remote_code: bool,
+    on_event: EventSink,
+) -> tuple[LayerDamage, ...]:
+    """Read the text, fetch the source if it is on the Hub, and estimate."""
+    windows = read_windows_for(source.directory, text, trust_remote_code, source.label)
+    if source.commit is not None:
+        fetch_checkpoint(source, on_event)
+        source = reading_cached(source)
+    return estimate_in_memory(
+        source,
+        module_names,
+        windows,
+        device,
+        trust_remote_code=trust_remote_code,
+        on_event=on_event,
+        hint="run int8convert outliers SRC --text FILE --damage where it fits, and pass the --skip options it prints",
+    )
+
+
 def _int8_weights(planned: ConversionPlan) -> dict[str, int]:
     """Return module name in the model -> bytes of its weight as a copy, of modules that would become int8.
 
@@ -101,39 +132,47 @@ def _int8_weights(planned: ConversionPlan) -> dict[str, int]:
     }
 
 
-def _measure(
+def estimate_in_memory(
     source: CheckpointSource,
-    module_names: tuple[str, ...],
-    text: Text,
+    module_names: Iterable[str],
+    windows: TokenWindows,
     device: str,
+    *,
     trust_remote_code: bool,
     on_event: EventSink,
+    hint: str,
+    threshold: float = OUTLIER_THRESHOLD,
+    dtype: torch.dtype | None = None,
 ) -> tuple[LayerDamage, ...]:
-    """Return the damage of the modules that run on the text.
+    """Load a source, and estimate the damage of those modules that run on a text, by their names in the model.
+
+    Args:
+        source: with its weights on this machine.
+        module_names: as in the model, or as in a checkpoint's tensors.
+        windows: longer ones than the model takes are cut.
+        hint: the hint where the model does not fit.
+        threshold, dtype: see `estimate_damage`.
 
     Raises:
         DeviceError: the model does not fit in memory.
-        SourceError: the model does not predict the next token, or has no gradient.
+        SourceError: it does not predict the next token, or has no gradient.
     """
-    windows = read_windows_for(source.directory, text, trust_remote_code, source.label)
-    if source.commit is not None:
-        fetch_checkpoint(source, on_event)
-        source = reading_cached(source)
-    config = read_config(source.directory, trust_remote_code)
     needed = sum(float_bytes(tensor, device) for tensor in source.tensors)
-    needed += backward_bytes(config, windows.ids.shape[1])
+    needed += backward_bytes(read_config(source.directory, trust_remote_code), windows.ids.shape[1])
     there = available_bytes(device)
     if needed > USABLE * there:
         raise DeviceError(
-            f"{OPTION} needs the source's model in memory, {format_bytes(needed)}, and {format_bytes(there)} are free",
-            "run int8convert outliers SRC --text FILE --damage where it fits, and pass the --skip options it prints",
+            f"measuring what rounding costs takes the source's model in memory, {format_bytes(needed)}, and "
+            f"{format_bytes(there)} are free",
+            hint,
         )
     on_event(DamageStarted(needed + (resident_bytes() if device == "cpu" else 0), len(windows.ids)))
     model = load_model(source.directory, device, trust_remote_code=trust_remote_code)
     check_predicts(model, "the damage of rounding needs", _HINT)
-    windows = fit_windows(model, windows, may_cut=text.length is None)
-    layers = {name: model.get_submodule(name) for name in module_names}
-    return estimate_damage(model, layers, _reporting(windows, on_event), hint=_HINT)
+    windows = fit_windows(model, windows, may_cut=True)
+    layers = {name: model.get_submodule(name) for name in live_names(model, module_names).values()}
+    layers = {name: layer for name, layer in layers.items() if features_of(layer) is not None}
+    return estimate_damage(model, layers, _reporting(windows, on_event), threshold, dtype=dtype, hint=_HINT)
 
 
 def _reporting(windows: TokenWindows, on_event: EventSink) -> Iterator[torch.Tensor]:

@@ -46,7 +46,7 @@ _MOST = 20
 """Failures of other files that a report keeps, the latest. Beyond as many failures of these files, those are dropped
 that are cleared with another."""
 
-_PARTS = {Level.FIDELITY: ("text", "fidelity", "sweep"), Level.TASKS: ("tasks",)}
+_PARTS = {Level.FIDELITY: ("text", "fidelity", "sweep", "causes"), Level.TASKS: ("tasks",)}
 _GATES = {Level.FIDELITY: ("max_dnll", "max_kl"), Level.TASKS: ("min_task_p",)}
 """Entries of a report and gates, by the level that adds them."""
 
@@ -93,7 +93,7 @@ def kept_parts(report: VerifyReport) -> dict[str, Any]:
         if not _is_same_model(earlier["files"], report.files):
             return {}
         for level in list(Level)[list(Level).index(Level(report.level)) + 1 :]:
-            parts |= {name: earlier[name] for name in _PARTS[level] if earlier[name]}
+            parts |= {name: earlier[name] for name in _PARTS[level] if earlier.get(name)}
             gates |= {name: earlier["gates"][name] for name in _GATES[level]}
         return {**parts, "level": earlier["level"], "gates": gates, "kept": sorted(parts)} if parts else {}
     except (CorruptFileError, SourceError, KeyError, TypeError, AttributeError):  # not written by us

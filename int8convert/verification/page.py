@@ -20,7 +20,7 @@ from int8convert.inspection import inspect
 from int8convert.outliers.figures import encode_figure, prepare_folder, write_figures
 from int8convert.sources import open_source
 from int8convert.verification.page_figures import coverage_shares, report_figures
-from int8convert.verification.verify_report import VerifyReport, fidelity_rows
+from int8convert.verification.verify_report import VerifyReport, cause_lines, cause_rows, fidelity_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,6 +104,8 @@ def render(report: VerifyReport, pictures: Sequence[Picture]) -> str:
         coverage=coverage_shares(inspect(report.out, report.exact.commit)),
         provenance=_provenance(report),
         fidelity_rows=fidelity_rows,
+        cause_rows=cause_rows,
+        cause_lines=cause_lines,
         layer_rows=[
             (each[0][0], [error for _, error in each])
             for each in zip(*(run.layer_errors for run in report.fidelity), strict=True)

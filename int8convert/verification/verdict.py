@@ -75,6 +75,11 @@ def fidelity_verdict(gates: Gates, report: FidelityReport) -> Verdict:
     return next(verdict for verdict in (Verdict.FAILED, Verdict.UNDECIDED, Verdict.PASSED) if verdict in verdicts)
 
 
+def keeps_gates(gates: Gates, report: FidelityReport) -> bool:
+    """Return whether no mean of one arithmetic fails. One that too few tokens were measured for does not."""
+    return fidelity_verdict(gates, report) is not Verdict.FAILED
+
+
 def fidelity_failures(gates: Gates, report: FidelityReport) -> Iterator[str]:
     """Yield a line for each gate that is exceeded. NaN exceeds a gate."""
     for each in _gated(gates, report):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert import __version__
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.errors import AdapterError, CorruptFileError
+from int8convert.errors import AdapterError, CorruptFileError, Int8ConvertError
 from int8convert.events import EventSink
 from int8convert.formats.config import read_threshold
 from int8convert.progress_bar import sink_or_bar
@@ -28,9 +28,10 @@ from int8convert.runtime.text.texts import Text, open_text
 from int8convert.sources import open_source
 from int8convert.verification.earlier_runs import with_earlier_failures
 from int8convert.verification.exact.level import verify_exact
-from int8convert.verification.exact.provenance import find_provenance
+from int8convert.verification.exact.provenance import Provenance, find_provenance
 from int8convert.verification.opened import ExaminedCheckpoint, hub_reading, open_examined
 from int8convert.verification.options import Execution, Level, Tasks
+from int8convert.verification.verdict import keeps_gates
 from int8convert.verification.verify_report import TextUsed, VerifyReport
 
 if TYPE_CHECKING:
@@ -52,12 +53,14 @@ class _Models:
     Attributes:
         out: the int8 checkpoint.
         source: the source. Of one on the Hub, its label and commit are the Hub's.
+        provenance: how `out` was made of it.
     """
 
     out: ExaminedCheckpoint
     source: CheckpointSource
     windows: TokenWindows
     text: TextUsed
+    provenance: Provenance
 
 
 def verify(
@@ -91,6 +94,9 @@ def verify(
         lora: the adapter that was merged in the conversion.
         trust_remote_code: run code in the checkpoints.
         on_event: receives the progress; None shows a tqdm bar.
+
+    After the fidelity level the source runs on four more windows, to find the causes of the divergence; see `causes`.
+    It does not if it was streamed.
 
     Raises:
         Int8ConvertError: the measurement failed. A broken checkpoint is no error: the report says so.
@@ -133,6 +139,7 @@ def verify(
         if report.is_passed and models is not None:
             fidelity, sweep = _measure(models, execution, trust_remote_code, sink)
             report = replace(report, text=models.text, fidelity=fidelity, sweep=sweep)
+            report = _with_causes(report, models, trust_remote_code, sink)
     if report.is_passed and models is not None and level is Level.TASKS:
         from int8convert.verification.tasks import measure_tasks
 
@@ -141,6 +148,38 @@ def verify(
         report = replace(report, tasks=answers)
     report = replace(report, elapsed_s=time.perf_counter() - began)
     return report if exact.commit is not None else with_earlier_failures(report)
+
+
+def _with_causes(report: VerifyReport, models: _Models, trust_remote_code: bool, on_event: EventSink) -> VerifyReport:
+    """Add the causes of what was measured, if the source fits in memory, and a remedy if a gate was broken."""
+    from int8convert.verification.causes import choose_remedy, find_causes, measure_damage, with_command
+
+    measured = next((each for each in report.fidelity if not keeps_gates(report.gates, each)), report.fidelity[0])
+    if measured.streamed:
+        unknown = "the source was run layer by layer"
+    elif models.provenance.rotate:
+        unknown = "the conversion rotated the source's weights"
+    else:
+        try:
+            damage = measure_damage(
+                models.source,
+                models.out.source,
+                models.windows,
+                measured,
+                trust_remote_code=trust_remote_code,
+                on_event=on_event,
+            )
+        except Int8ConvertError as error:
+            unknown = error.message
+        else:
+            remedy = None if keeps_gates(report.gates, measured) else choose_remedy(damage, measured, report.gates)
+            if remedy is not None:
+                remedy = with_command(remedy, models.provenance, report.out, trust_remote_code)
+            return replace(report, causes=replace(find_causes(damage, measured), remedy=remedy))
+    if report.is_passed:
+        return report
+    note = f"{unknown}, so the causes are not known: int8convert outliers SRC --text FILE --damage names them in memory"
+    return replace(report, exact=replace(report.exact, notes=(*report.exact.notes, note)))
 
 
 def _prepare_models(
@@ -155,8 +194,8 @@ def _prepare_models(
     found = find_provenance(checkpoint.source, reference)
     source = open_source(found.reference, found.revision)
     local = replace(checkpoint, source=_fetch_weights(checkpoint.source, on_event))
-    _fetch_weights(source, on_event)
-    return _Models(local, source, windows, used)
+    fetched = _fetch_weights(source, on_event)
+    return _Models(local, fetched, windows, used, found)
 
 
 def _read_windows(out: CheckpointSource, text: Text, trust_remote_code: bool) -> tuple[TokenWindows, TextUsed]:

@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING, Any
 from int8convert.publish.verify_command import Gates, Undecided
 from int8convert.publish.verify_json import EarlierFailure, Status, Verdict
 from int8convert.sources import is_repository_name
+from int8convert.text import counted, format_bytes
 from int8convert.verification.checks import Check
 from int8convert.verification.exact.level import ExactReport
 from int8convert.verification.verdict import fidelity_failures, task_failures, undecided_measurements
 
 if TYPE_CHECKING:
+    from int8convert.verification.causes import Causes, Remedy
     from int8convert.verification.fidelity.level import FidelityReport
     from int8convert.verification.tasks import TaskReport
+
+
+_N_NAMED = 5
+"""Number of the costliest modules that are named."""
+
+_LARGE_RATIO = 10
+"""Ratio from which no decimals are printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,7 @@ class VerifyReport:
         text: what the models read; None if they did not run.
         fidelity: a report for each arithmetic that ran; empty if that level was not reached.
         sweep: the same at several outlier thresholds, if asked for; no gate applies to it.
+        causes: why the predictions differ; None if the models did not run in memory, or have no gradient.
         tasks: a report for each metric of each task; empty if that level was not reached.
         reference: the source: a repository on the Hub, or a directory; None if `out` cannot be opened.
         earlier_failures: failures of earlier runs that this one does not clear.
@@ -71,6 +81,7 @@ class VerifyReport:
     text: TextUsed | None = None
     fidelity: tuple[FidelityReport, ...] = ()
     sweep: tuple[FidelityReport, ...] = ()
+    causes: Causes | None = None
     tasks: tuple[TaskReport, ...] = ()
     reference: str | None = None
     elapsed_s: float = 0.0
@@ -120,6 +131,8 @@ class VerifyReport:
             is_repository = is_repository_name(self.reference)
             result["reference"] = self.reference if is_repository else Path(self.reference).resolve().name
         result["exact"]["reference"] = result["reference"]
+        if result["causes"] is not None and result["causes"]["remedy"] is not None:
+            del result["causes"]["remedy"]["command"]
         return result
 
 
@@ -144,6 +157,51 @@ def fidelity_rows(reports: Sequence[FidelityReport]) -> list[tuple[str, list[str
         ("time", lambda r: f"{r.seconds:,.1f} s"),
     ]
     return [(label, [shown(report) for report in reports]) for label, shown in rows]
+
+
+def cause_rows(causes: Causes) -> list[tuple[str, str, str, str, str]]:
+    """Return rows for people: kind, modules, damage by weights and by inputs, share; all modules last."""
+    whole = causes.weights + causes.inputs
+    rows = [
+        (each.name, f"{each.n_modules}", f"{each.weights:.2g}", f"{each.inputs:.2g}", f"{each.cost / whole:.0%}")
+        for each in causes.kinds
+        if whole > 0
+    ]
+    return [*rows, ("all", "", f"{causes.weights:.2g}", f"{causes.inputs:.2g}", "")]
+
+
+def cause_lines(report: VerifyReport) -> Iterator[str]:
+    """Yield in words which modules cause a divergence, how it compares with the source's rounding, and what to do."""
+    causes = report.causes
+    if causes is None:
+        return
+    measured = next(each for each in report.fidelity if each.mode == causes.mode)
+    whole = causes.weights + causes.inputs
+    if whole > 0:
+        costliest = ", ".join(f"{each.name} {each.cost / whole:.0%}" for each in causes.modules[:_N_NAMED])
+        yield f"costliest modules: {costliest}"
+    if causes.source_rounding:
+        yield (
+            f"the source's own rounding to {causes.source_dtype} costs about {causes.source_rounding:.2g}: the mean KL "
+            f"is {_times(measured.mean_kl / causes.source_rounding)} that, its gate "
+            f"{_times(report.gates.max_kl / causes.source_rounding)}"
+        )
+    if causes.remedy is not None:
+        yield from _remedy_lines(causes.remedy, measured.mean_kl)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f} times" if ratio >= _LARGE_RATIO else f"{ratio:.2g} times"
+
+
+def _remedy_lines(remedy: Remedy, mean_kl: float) -> Iterator[str]:
+    kept = f"{counted(len(remedy.keep), 'module')} in 16 bits, {remedy.share:.1%} of the int8 weights"
+    outcome = "within the gates" if remedy.is_enough else "which is not yet within the gates"
+    yield (
+        f"what next: keep {kept}, for {format_bytes(remedy.n_bytes)}; the mean KL is expected to fall "
+        f"from {mean_kl:.2g} to {remedy.mean_kl:.2g}, {outcome}"
+    )
+    yield remedy.command or f"convert again with {' '.join(f'--skip {name}' for name in remedy.keep)}, and export that"
 
 
 def _describe(check: Check) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import int8convert
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.outliers.damage import estimate_damage
 from int8convert.outliers.keep import keep_budget
+from int8convert.planning.plan_checkpoint import open_request
 from int8convert.runtime import memory
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.models import load_model, open_tokenizer
@@ -87,7 +88,7 @@ def test_kept_modules_are_copied_and_named_with_bytes_and_expected_divergence(
 
     code, printed, notes = run("quantize", source, tmp_path / "again", "--keep-budget", "20", "--text", text)
     expected = f"falls from {kept['kl_before']:.2g} to {kept['kl_after']:.2g} nats a token"
-    assert "note: measuring the source's model in memory, at most " in notes and "measured: 1 of 7 steps" in notes
+    assert "note: measuring the source's model in memory, about " in notes and "measured: 1 of 7 steps" in notes
     assert f"modules stay 16-bit and take {kept['n_bytes'] / 1000:.3g} kB more; the expected KL" in notes
     assert expected in notes and f"Kept in 16 bits by --keep-budget: {', '.join(kept['names'])}" in printed
 
@@ -230,7 +231,7 @@ def test_model_that_does_not_fit_is_refused_in_two_lines(
     monkeypatch.setattr("int8convert.outliers.keep.available_bytes", lambda device: 1_000_000)
     code, _, err = run("quantize", source, tmp_path / "out", "--keep-budget", "5")
     lines = err.splitlines()
-    assert code == 1 and lines[0].startswith("error: --keep-budget needs the source's model in memory, ")
+    assert code == 1 and lines[0].startswith("error: measuring what rounding costs takes the source's model in memory")
     assert lines[0].endswith(" and 1 MB are free") and "outliers SRC --text FILE --damage" in lines[1]
     assert not (tmp_path / "out").exists()
     assert memory.available_bytes("cpu") > 1_000_000
@@ -244,6 +245,7 @@ def test_model_that_does_not_fit_is_refused_in_two_lines(
         (("--keep-budget", "few"), "it is from 0 to 100 percent, not 'few'"),
         (("--text", "text.txt"), "--text needs --keep-budget PERCENT"),
         (("--keep-budget", "5", "--lora", "a"), "give one of --keep-budget and --lora"),
+        (("--keep-budget", "5", "--rotate"), "give one of --keep-budget and --rotate"),
     ],
 )
 def test_wrong_usage(run: Run, tmp_path: Path, options: tuple[str, ...], expected: str) -> None:
@@ -251,14 +253,14 @@ def test_wrong_usage(run: Run, tmp_path: Path, options: tuple[str, ...], expecte
     assert code == 2 and expected in " ".join(err.split())
 
 
-def test_adapter_is_refused_by_the_library_too(source: Path, text: Path) -> None:
-    from int8convert.planning.pending_plan import PlanRequest
-
-    rule = keep_budget(5, Text(text))
-    request: Any = type("Request", (), {"adapter": object(), "spec": PlanRequest})
-    choose: Callable[..., Any] = rule.choose
+def test_other_weights_than_the_sources_are_refused_by_the_library_too(source: Path, text: Path) -> None:
+    request = open_request(source, int8convert.PlanOptions())
+    choose = keep_budget(5, Text(text)).choose
+    adapter: Any = object()
     with pytest.raises(int8convert.Int8ConvertError, match="without the adapter is another model"):
-        choose(request, print_nothing)
+        choose(replace(request, adapter=adapter), print_nothing)
+    with pytest.raises(int8convert.Int8ConvertError, match="--rotate converts others"):
+        choose(replace(request, rotates=True), print_nothing)
 
 
 def test_repository_is_measured_from_the_clients_cache(

@@ -121,7 +121,9 @@ def test_what_is_kept_of_an_earlier_run_is_said(run: Run, out: Path, text: Path)
     run("verify", out, *LOOSE, "--text", text, "--length", "32", "--quiet")
     code, _, err = run("verify", out, *EXACT)
     assert code == 0
-    assert err.splitlines()[0] == "note: kept in verify.json of an earlier run on the same files: fidelity, text"
+    assert (
+        err.splitlines()[0] == "note: kept in verify.json of an earlier run on the same files: causes, fidelity, text"
+    )
 
 
 def test_streamed_measurement_says_so_and_finds_the_same(run: Run, out: Path, text: Path) -> None:

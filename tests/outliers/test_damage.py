@@ -63,14 +63,14 @@ def by_blocks(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def rounding(
-    layers: dict[str, Any], weights: bool, inputs: Callable[[torch.Tensor], torch.Tensor] | None
+    layers: dict[str, Any], weights: bool | torch.dtype, inputs: Callable[[torch.Tensor], torch.Tensor] | None
 ) -> Iterator[None]:
     kept = {name: layer.weight.data for name, layer in layers.items()}
     hooks = []
     for layer in layers.values():
         if weights:
             rows = layer.weight.data.t() if is_conv1d_layer(layer) else layer.weight.data
-            by_row = rounded(rows, rows.abs().amax(1, keepdim=True))
+            by_row = rounded(rows, rows.abs().amax(1, keepdim=True)) if weights is True else rows.to(weights).float()
             layer.weight.data = by_row.t() if is_conv1d_layer(layer) else by_row
         if inputs is not None:
             hooks.append(layer.register_forward_pre_hook(lambda _, x: (inputs(x[0]),)))
@@ -93,9 +93,10 @@ def divergence(model: Any, layers: dict[str, Any], ids: torch.Tensor, **what: An
 def test_estimate_is_what_rounding_causes(family: str) -> None:
     model, ids = model_of(family), tokens()
     layers = layers_of(model)
-    damage = estimate_damage(model, layers, ids)
+    damage = estimate_damage(model, layers, ids, dtype=torch.bfloat16)
 
     for part, what in {
+        "source_rounding": {"weights": torch.bfloat16, "inputs": None},
         "weights": {"weights": True, "inputs": None},
         "inputs_by_token": {"weights": False, "inputs": by_token},
         "inputs_by_rule": {"weights": False, "inputs": by_rule},

@@ -175,7 +175,14 @@ def test_what_is_written_is_the_report_and_of_the_files_that_are_there(own_out: 
         and written["exact"]["is_passed"] is True
     )
     documented = (Path(__file__).parents[2] / "docs" / "verify-json.md").read_text()
-    names = {*written, *written["exact"], *written["text"], *written["fidelity"][0], *written["gates"]}
+    names = {
+        *written,
+        *written["exact"],
+        *written["text"],
+        *written["fidelity"][0],
+        *written["gates"],
+        *written["causes"],
+    }
     names |= {check["name"] for check in written["exact"]["checks"]}
     assert [name for name in names if f"`{name}`" not in documented] == []
     int8convert.store_outliers(str(report.exact.reference), own_out, {"model.decoder.layers.0.fc1": [7]})
@@ -304,9 +311,9 @@ def test_lower_level_keeps_what_was_measured_of_the_same_files(own_out: Path, te
 
     for _ in range(2):
         again = json.loads(write_report(verify(own_out, level="exact")).read_text())  # type: ignore[union-attr]
-        names = ("text", "fidelity", "sweep", "gates", "level", "files")
+        names = ("text", "fidelity", "sweep", "causes", "gates", "level", "files")
         assert {name: again[name] for name in names} == {name: earlier[name] for name in names}
-        assert again["kept"] == ["fidelity", "sweep", "text"]
+        assert again["kept"] == ["causes", "fidelity", "sweep", "text"]
         assert again["exact"]["elapsed_s"] != earlier["exact"]["elapsed_s"]
 
 
