@@ -21,6 +21,10 @@ MAX_HELD_OUT = 1024
 """Most tokens that are held out."""
 
 
+_BLOCK = 512
+"""Rows of a second moment that are added up at a time."""
+
+
 @dataclass(slots=True)
 class _Input:
     """The tensor that some layers read.
@@ -75,8 +79,7 @@ class InputRecorder:
         if self.is_held_out:
             found.held_out.append(tokens.float().cpu())
         else:
-            values = tokens.float()
-            found.second_moment.addmm_(values.t(), values)
+            _add_upper(found.second_moment, tokens.float())
 
     def _begin(self, tokens: torch.Tensor) -> _Input:
         width = tokens.shape[1]
@@ -89,11 +92,26 @@ class InputRecorder:
             name = None
             if found.second_moment is not None and self._folder is not None:
                 held_out = torch.cat([torch.empty(0, found.in_features), *found.held_out])[:MAX_HELD_OUT]
+                _mirror(found.second_moment)
                 moments = Moments(found.second_moment.cpu(), held_out)
                 name = write_moments(self._folder, len(self.inputs), moments)
                 found.second_moment = None
             self.inputs.append(CalibratedInput(tuple(found.modules), found.in_features, found.n_tokens, name))
         self._input_of.clear()
+
+
+def _add_upper(moment: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x to blocks on and above the diagonal: half of the work, for the rest is its mirror image."""
+    for begin in range(0, len(moment), _BLOCK):
+        rows = slice(begin, begin + _BLOCK)
+        moment[rows, begin:].addmm_(x[:, rows].t(), x[:, begin:])
+
+
+def _mirror(moment: torch.Tensor) -> None:
+    """Copy the blocks above the diagonal below it."""
+    for begin in range(0, len(moment), _BLOCK):
+        rows, end = slice(begin, begin + _BLOCK), begin + _BLOCK
+        moment[end:, rows] = moment[rows, end:].t()
 
 
 def moments_bytes(widths: Iterable[int]) -> int:

@@ -43,6 +43,6 @@ def weight_squares(layer: Any) -> WeightSquares:
         absmax = layer.weight_absmax[rows] if is_int8 else values.abs().amax(1)
         if is_int8:
             values = values * (absmax / N_STEPS)[:, None]
-        columns += values.square().sum(0, dtype=torch.float64)
+        columns += values.square().sum(0)
         steps += float((absmax / N_STEPS).square().sum(dtype=torch.float64))
     return WeightSquares(weight.shape[0], columns.cpu(), steps)

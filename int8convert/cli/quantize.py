@@ -131,7 +131,10 @@ def quantize(
     ] = False,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Then run this text through OUT, and store outlier columns in 16 bits."),
+        typer.Option(
+            metavar="FILE|CAL",
+            help="Then store outlier columns in 16 bits: run this text through OUT, or take the folder of calibrate.",
+        ),
     ] = None,
     keep_budget: Annotated[
         float | None,
@@ -202,7 +205,7 @@ def quantize(
     with (
         console.reporting_errors(as_json, NOTHING_WRITTEN if dry_run else resumable),
         console.quieting_hub(),
-        reusable_file(calibrate) as calibration_text,
+        reusable_file(calibrate) as calibration,
         reusable_file(text) as kept_text,
     ):
         from int8convert.planning.plan_checkpoint import PlanOptions
@@ -231,9 +234,9 @@ def quantize(
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion.quantize import quantize as run
 
-        if calibration_text is not None:
+        if calibration is not None:
             with console.quieting_libraries(False):
-                check_calibration(src, calibration_text, revision, cache_dir)
+                check_calibration(src, calibration, revision, cache_dir)
         skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
         with (
             console.quieting_libraries(False) if keep_budget else nullcontext(),
@@ -255,9 +258,9 @@ def quantize(
                 on_event=on_event,
             )
         stored = None
-        if calibration_text is not None:
-            with console.quieting_libraries(console.wants_live_display(quiet, as_json)):
-                stored = calibrate_output(src, out or "", calibration_text, lora, trust_remote_code, device)
+        if calibration is not None:
+            with console.quieting_libraries(False), showing_progress(quiet, as_json) as on_event:
+                stored = calibrate_output(src, out or "", calibration, lora, trust_remote_code, device, on_event)
         _print_outcome(report, stored, upload, destination.outcome(), as_json)
 
 
@@ -315,6 +318,11 @@ def _check_combination(context: typer.Context, src: str) -> None:
     if {"keep_budget", "rotate"} <= given:
         raise options.UsageError("--keep-budget measures SRC's own weights: give one of --keep-budget and --rotate")
     options.check_upload_options(context)
+    changed = next((name for name in ("rotate", "lora") if name in given), None)
+    if changed and context.params["calibrate"] is not None and context.params["calibrate"].is_dir():
+        raise options.UsageError(
+            f"--calibrate CAL is of SRC without --{changed}: calibrate by a text, or leave one out"
+        )
     if {"upload", "calibrate"} <= given:
         raise options.UsageError(
             "--calibrate stores columns after the last shard: convert with it, then int8convert upload"

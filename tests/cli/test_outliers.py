@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import int8convert
 from int8convert.checkpoint.names import OUTLIERS_FILE
@@ -211,7 +212,7 @@ def test_figures_without_matplotlib_are_refused_before_the_work(
     run: Run, text: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("int8convert.outliers.find.load_model", None)
+    monkeypatch.setattr("int8convert.outliers.find.read_inputs", None)
     code, _, err = run("outliers", source, "--text", text, "--figures", tmp_path / "figures")
     assert code == 1 and "pip install 'int8convert[report]'" in err
 
@@ -231,6 +232,43 @@ def test_quantize_calibrates_in_one_go(run: Run, source: Path, text: Path, tmp_p
     assert {*SHIFTED, *SCALED} <= set(int8convert.load(tmp_path / "new").get_submodule(FC1).outlier_columns.tolist())
     code, printed, _ = run("quantize", source, tmp_path / "new", "--calibrate", text)
     assert code == 0 and "outlier columns of" in printed and "Weight error" in printed
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_calibration_of_the_source_stores_what_a_run_of_the_source_would(
+    prefix: str, run: Run, source: Path, text: Path, tmp_path: Path
+) -> None:
+    """Names in the calibration are the model's, names in the checkpoint may lack a prefix."""
+    tensors = read_tensors(source)
+    save_file(
+        {f"{prefix}{name.removeprefix('model.')}": tensor for name, tensor in tensors.items()},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
+    out, folder = tmp_path / "new", tmp_path / "cal"
+    assert run("calibrate", source, "--text", text, *WINDOWS, "-o", folder)[0] == 0
+    code, printed, _ = run("quantize", source, out, "--calibrate", folder, "--json")
+    expected = int8convert.find_outliers(source, int8convert.Text(text, n_sequences=4, length=40)).static_set
+    assert code == 0 and json.loads(printed)["outliers"]["n_modules"] == len(expected) > 3
+    stored = load_file(out / OUTLIERS_FILE)
+    found = {
+        f"model.{name.removeprefix('model.').removesuffix('.outlier_columns')}": tuple(columns.tolist())
+        for name, columns in stored.items()
+        if name.endswith(".outlier_columns")
+    }
+    assert found == expected
+    for extra in (("--rotate",), ("--lora", tmp_path)):
+        code, _, err = run("quantize", source, out, "--calibrate", folder, *extra)
+        assert code == 2 and f"--calibrate CAL is of SRC without {extra[0]}" in err
+
+
+def test_calibration_of_another_source_stops_the_conversion_before_it_begins(
+    run: Run, source: Path, text: Path, tmp_path: Path
+) -> None:
+    assert run("calibrate", source, "--text", text, *WINDOWS, "-o", tmp_path / "cal")[0] == 0
+    other = save_checkpoint("opt", tmp_path / "other")
+    code, _, err = run("quantize", other, tmp_path / "new", "--calibrate", tmp_path / "cal")
+    assert code == 1 and "whose config is not that of" in err and not (tmp_path / "new").exists()
 
 
 def test_calibration_that_fails_leaves_the_converted_checkpoint_and_says_so(
