@@ -91,6 +91,28 @@ def rotate(values: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32
     return rotated.reshape(values.shape)
 
 
+def hadamard(values: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+    """Multiply each block of `size` adjacent columns by Sylvester's Hadamard matrix over sqrt(size).
+
+    It is the rotation that other libraries mean by a Hadamard transform. Like that of `rotate` it is orthogonal and
+    symmetric, but its first row is constant, so it moves the mean of a block into the block's first column.
+
+    The steps are sums and differences from neighbours to the widest distance, then one product with
+    fl32(1 / sqrt(size)). Their roundings are part of the meaning.
+
+    Args:
+        values: float32 [rows, cols]; `size` divides cols. Not changed.
+        size: a power of 2.
+    """
+    sums = np.array(values, np.float32)
+    distance = 1
+    while distance < size:
+        x = sums.reshape(-1, 2, distance)
+        sums = np.stack((x[:, 0] + x[:, 1], x[:, 0] - x[:, 1]), axis=1)
+        distance *= 2
+    return (sums * np.float32(size**-0.5)).reshape(values.shape)
+
+
 def dequantize_fp8(
     codes: npt.NDArray[np.uint8],
     values: npt.NDArray[np.float32],

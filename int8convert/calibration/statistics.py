@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cuda_kernels.reference import N_STEPS
 from int8convert.formats.layers import is_conv1d_layer
+from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.modes import BLOCK_SIZE
 
 MAX_COLUMNS = 256
@@ -242,12 +243,13 @@ def _add(
     statistics: InputStatistics,
     sums: MutableMapping[torch.Tensor, InputSums],
     on_input: Callable[[str, torch.Tensor], None] | None,
-    _module: nn.Module,
+    module: nn.Module,
     inputs: tuple[torch.Tensor, ...],
     named: dict[str, torch.Tensor],
     y: torch.Tensor,
 ) -> None:
     x = (*inputs, *named.values())[0]
+    x = module.rotate_input(x) if isinstance(module, Int8Linear) else x
     tokens = x.detach().reshape(-1, x.shape[-1])
     of_input = sums.get(x)
     if of_input is None:

@@ -129,6 +129,14 @@ def quantize(
             "--rotate", help="Fold a rotation into the weights that spreads outliers. Refused if the model allows none."
         ),
     ] = False,
+    rotate_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--rotate-inputs",
+            help="Like --rotate; the loader also rotates the other inputs while it runs: vLLM on one GPU, and "
+            "int8convert. Needs --format compressed-tensors.",
+        ),
+    ] = False,
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -218,6 +226,7 @@ def quantize(
             max_shard_size=max_shard_size,
             lora=lora,
             rotate=rotate,
+            rotate_inputs=rotate_inputs,
             trust_remote_code=trust_remote_code,
             allow_missing=allow_missing or (),
             min_coverage=min_coverage / 100 if min_coverage is not None else None,
@@ -305,12 +314,21 @@ def _holds_threshold(name: str) -> bool:
     return block((), 1.0) != block((), 2.0)
 
 
+def _rotates_inputs(name: str) -> bool:
+    from int8convert.formats.format import Format
+    from int8convert.formats.modules import module_of
+
+    return module_of(Format(name)).ROTATES_INPUTS
+
+
 def _check_combination(context: typer.Context, src: str) -> None:
     """Refuse options that contradict each other or have no effect."""
     given = set(options.given_options(context))
     if not given & {"out", "upload", "dry_run"}:
         raise options.UsageError("OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO")
     options.check_needs(context, {"bandwidth": "--dry-run", "text": "--keep-budget PERCENT"})
+    if "rotate_inputs" in given and not _rotates_inputs(context.params["format"]):
+        raise options.UsageError("--rotate-inputs needs --format compressed-tensors: no other loader rotates inputs")
     if context.params["keep_budget"] == 0:
         raise typer.BadParameter("it must be above 0", param_hint="--keep-budget")
     if {"keep_budget", "lora"} <= given:

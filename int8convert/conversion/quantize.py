@@ -162,8 +162,9 @@ def _recorded_request(
     }
     if request.adapter is not None:
         recorded["lora"] = request.adapter.identity()
-    if options.rotate:
-        recorded["rotate"] = True
+    for name in ("rotate", "rotate_inputs"):
+        if getattr(options, name):
+            recorded[name] = True
     if options.allow_missing:
         recorded["allow_missing"] = list(options.allow_missing)
     return {

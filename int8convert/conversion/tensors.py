@@ -25,6 +25,7 @@ from int8convert.conversion.records import kept_event, quantized_event
 from int8convert.conversion.source_rows import SourceRows
 from int8convert.errors import NonFiniteWeightError
 from int8convert.events import TensorKept, TensorQuantized
+from int8convert.formats import transforms
 from int8convert.formats.modules import module_of
 from int8convert.planning.plan import PlannedTensor, TensorAction
 
@@ -143,6 +144,9 @@ class TensorQuantization:
         stored = module.from_absmax(self._absmax)
         for name, data in module.tensors_beside(self._tensor.output_name, stored).items():
             self._writer.write(name, data)
+        if self._tensor.rotates_input:
+            matrix = transforms.matrix().reshape(-1).view(np.uint8)
+            self._writer.write(transforms.matrix_name(self._tensor.output_name), matrix.data)
         squared_scale = np.square(self._absmax.astype(np.float64) / N_STEPS)
         signal, noise = float(self._signal @ squared_scale), float(self._noise @ squared_scale)
         sqnr_db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf

@@ -24,6 +24,7 @@ HOLDS_CONV1D = True
 HOLDS_EXPERTS = False  # transformers fuses experts into one parameter, for which it has no int8 form
 KEEPS_ROUTERS = False
 HAS_THRESHOLD = True
+ROTATES_INPUTS = False
 SHOWS_CODES = True
 RUNTIME_LOADS = True
 PLANNED_AS = Format.BITSANDBYTES

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from int8convert.errors import SourceError
-from int8convert.formats import foreign_compressed_tensors, scales, skip_list
+from int8convert.formats import foreign_compressed_tensors, scales, skip_list, transforms
 from int8convert.formats.format import Format, TensorSpecs, WeightNames
 from int8convert.formats.layers import is_linear
 from int8convert.formats.name_pattern import PatternRefusedError, matches_start
@@ -27,6 +27,7 @@ HOLDS_CONV1D = False
 HOLDS_EXPERTS = True
 KEEPS_ROUTERS = True
 HAS_THRESHOLD = False
+ROTATES_INPUTS = True
 SHOWS_CODES = True
 RUNTIME_LOADS = True
 PLANNED_AS = Format.COMPRESSED_TENSORS
@@ -92,6 +93,8 @@ def block_problem(block: Mapping[str, Any]) -> str:
         return f"quantization_status is {skip_list.shown(block.get('quantization_status'))}, expected 'compressed'"
     if block.get("kv_cache_scheme") is not None:
         return "it quantizes the key-value cache too"
+    if problem := transforms.transform_problem(block):
+        return problem
     groups = block.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         return "it names no config_groups"

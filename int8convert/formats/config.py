@@ -12,13 +12,19 @@ from int8convert.checkpoint.loaders.config import without_detours
 from int8convert.errors import SourceError
 from int8convert.formats.format import Format
 from int8convert.formats.modules import module_of
+from int8convert.formats.transforms import with_transforms
 from int8convert.text import quoted
 
 BLOCK = "quantization_config"
 
 
 def int8_config(
-    config: Mapping[str, Any], format: Format, dtype: str, skip_modules: Iterable[str], threshold: float
+    config: Mapping[str, Any],
+    format: Format,
+    dtype: str,
+    skip_modules: Iterable[str],
+    threshold: float,
+    rotated_inputs: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the source's config.json with the block that makes a format's loader read the int8 weights.
 
@@ -26,12 +32,13 @@ def int8_config(
         dtype: written where the config names none. Loaders then take that of the first float tensor, which may be a
             scale.
         skip_modules, threshold: see `FormatModule.block`.
+        rotated_inputs: modules whose inputs the loader is to rotate, see `transforms`.
     """
     has_dtype = config.get("dtype") or config.get("torch_dtype")
     return {
         **without_detours(config),
         **({} if has_dtype else {"torch_dtype": dtype}),
-        BLOCK: module_of(format).block(skip_modules, threshold),
+        BLOCK: with_transforms(module_of(format).block(skip_modules, threshold), rotated_inputs),
     }
 
 

@@ -27,6 +27,7 @@ class FormatModule(Protocol):
         HOLDS_EXPERTS: whether the experts of a mixture may be int8.
         KEEPS_ROUTERS: whether servers build the Linear layers that choose experts in 16 bits, whatever the list says.
         HAS_THRESHOLD: whether the config block holds the outlier threshold.
+        ROTATES_INPUTS: whether the config block can have loaders rotate inputs, see `transforms`.
         SHOWS_CODES: whether a loaded layer's `weight` is int8 to the model's own code.
         RUNTIME_LOADS: whether `int8convert.load` reads it.
         PLANNED_AS: the format of `quantize` that chooses the same modules.
@@ -43,6 +44,7 @@ class FormatModule(Protocol):
     HOLDS_EXPERTS: bool
     KEEPS_ROUTERS: bool
     HAS_THRESHOLD: bool
+    ROTATES_INPUTS: bool
     SHOWS_CODES: bool
     RUNTIME_LOADS: bool
     PLANNED_AS: Format

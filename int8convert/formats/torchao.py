@@ -31,6 +31,7 @@ HOLDS_CONV1D = False
 HOLDS_EXPERTS = False
 KEEPS_ROUTERS = False
 HAS_THRESHOLD = False
+ROTATES_INPUTS = False
 SHOWS_CODES = False  # its tensors look like floats to model code
 RUNTIME_LOADS = False
 PLANNED_AS = Format.COMPRESSED_TENSORS

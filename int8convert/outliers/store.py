@@ -147,6 +147,7 @@ def _find(
         format=planned_as,
         lora=lora,
         rotate=request is not None and request.rotate,
+        rotate_inputs=request is not None and request.rotate_inputs,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )

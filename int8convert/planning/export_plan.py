@@ -19,11 +19,12 @@ from int8convert.checkpoint.shard_writer import order_for_alignment, planned_sha
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.int8 import Int8Scale
 from int8convert.errors import CorruptFileError, FormatError
-from int8convert.formats.config import int8_config, plain_config, read_threshold
+from int8convert.formats.config import BLOCK, int8_config, plain_config, read_threshold
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import DTYPES, Int8Checkpoint, Int8Weight, PlacedTensor, header_entries
 from int8convert.formats.layers import CONV1D_NAMES
 from int8convert.formats.modules import module_of
+from int8convert.formats.transforms import rotated_inputs
 from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
 from int8convert.text import quoted
 
@@ -113,6 +114,11 @@ def make_export_plan(checkpoint: Int8Checkpoint, target: Target, max_shard_bytes
         CorruptFileError: two tensors would get the same name.
         SourceError: a file with scales cannot be read.
     """
+    if rotated_inputs(checkpoint.source.config[BLOCK]):
+        raise FormatError(
+            f"{quoted(checkpoint.source.label, 200)} rotates inputs while the model runs, which no other format does",
+            "convert its source again without --rotate-inputs, and export that",
+        )
     _check_target(checkpoint, target)
     entries = header_entries(checkpoint, target.format) if target.format else {}
     metadata: TensorSpecs = {METADATA_NAME: FileMetadata(entries)} if entries else {}

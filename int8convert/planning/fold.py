@@ -2,11 +2,12 @@
 
 A fold turns a matrix W [out, in], whatever its layout in the file, into
 
-    W' = R_out (W diag(gain)) R_in
+    W' = R_out (W diag(gain)) R_in H
 
-R are block-diagonal: each block is the regular Hadamard matrix of `cuda_kernels.reference.rotate`, or one. `gain` is
-that of the norm whose output the matrix reads. A vector is a matrix of one column. A fold is computed in float32, and
-rows are independent but for those of one block.
+R are block-diagonal: each block is the regular Hadamard matrix of `cuda_kernels.reference.rotate`, or one. H is the
+same with `reference.hadamard`, where the loader rotates the input. `gain` is that of the norm whose output the matrix
+reads. A vector is a matrix of one column. A fold is computed in float32, and rows are independent but for those of one
+block.
 
 Which tensors get which fold is decided by `rotation`.
 """
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cuda_kernels import cpu
+from cuda_kernels.reference import hadamard
 from int8convert.checkpoint.floats import widen
 from int8convert.decoding.scale import read_scale
 from int8convert.errors import SourceError
@@ -64,6 +66,8 @@ class Fold:
         divides: divide by the gain instead.
         row_block, column_block: size of the rotated blocks of rows and of columns; 1 rotates nothing.
         constant: every value becomes this one, and nothing else is done; None if not.
+        input_block: size of the blocks of columns by which the loader rotates the input while the model runs; 1 if it
+            does not.
     """
 
     gain: Gain | None = field(default=None, repr=False)
@@ -72,6 +76,7 @@ class Fold:
     row_block: int = 1
     column_block: int = 1
     constant: float | None = None
+    input_block: int = 1
 
     def transposed(self) -> Fold:
         """Return the fold of the same matrix stored [in, out]."""
@@ -80,7 +85,15 @@ class Fold:
     def identity(self) -> list[str | float | bool | None]:
         """Return what decides the result, as JSON."""
         gain = [self.gain.weight.shard.path.name, self.gain.weight.name, self.gain.offset] if self.gain else [None]
-        return [*gain, self.gain_of_rows, self.divides, self.row_block, self.column_block, self.constant]
+        return [
+            *gain,
+            self.gain_of_rows,
+            self.divides,
+            self.row_block,
+            self.column_block,
+            self.constant,
+            self.input_block,
+        ]
 
     def load(self) -> LoadedFold:
         """Read the gain; see `Gain.load`."""
@@ -117,4 +130,6 @@ class LoadedFold:
             cpu.rotate(folded, self.fold.column_block)
         if self.fold.row_block > 1:
             cpu.rotate(folded, self.fold.row_block, axis=0)
+        if self.fold.input_block > 1:
+            folded = hadamard(folded, self.fold.input_block)
         return folded.reshape(rows.shape)

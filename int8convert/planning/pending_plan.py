@@ -28,6 +28,7 @@ class PlanRequest:
         adapter: merged into the weights.
         kept_modules: modules whose weights turned out to have no int8 form.
         rotates: fold a rotation into the weights.
+        rotates_inputs: also let the loader rotate further inputs while the model runs.
     """
 
     source: CheckpointSource
@@ -36,6 +37,7 @@ class PlanRequest:
     adapter: Adapter | None = None
     kept_modules: tuple[str, ...] = ()
     rotates: bool = False
+    rotates_inputs: bool = False
 
 
 def plan_conversion(request: PlanRequest) -> ConversionPlan:
@@ -51,7 +53,9 @@ def plan_conversion(request: PlanRequest) -> ConversionPlan:
     finally:
         process.stop()
     check_unscaled(source, found.linears)
-    rotation = find_rotation(source, found, modules.trusts_code) if request.rotates else None
+    rotation = None
+    if request.rotates or request.rotates_inputs:
+        rotation = find_rotation(source, found, modules.trusts_code, request.rotates_inputs)
     refused = rotation.notes if rotation else ()
     notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source), *refused)
     return _with_note(make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, rotation))

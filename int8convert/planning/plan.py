@@ -19,6 +19,7 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.decoding.fp8 import Fp8Scale
 from int8convert.decoding.int8 import Int8Scale
 from int8convert.decoding.scale import Scale
+from int8convert.formats import transforms
 from int8convert.formats.config import int8_config
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import PlacedTensor
@@ -78,6 +79,11 @@ class PlannedTensor:
         return self.fold.row_block if self.fold else 1
 
     @property
+    def rotates_input(self) -> bool:
+        """Whether loaders rotate the module's input while the model runs."""
+        return self.fold is not None and self.fold.input_block > 1
+
+    @property
     def read_ahead(self) -> tuple[Scale, ...]:
         """What is read before the shards: its scale, the gain that is folded into it; itself if it is beside codes."""
         if self.is_beside_codes:
@@ -105,7 +111,10 @@ class PlannedTensor:
         module = module_of(self.format)
         match self.action:
             case TensorAction.QUANTIZE:
-                return module.weight_specs(self.output_name, self.source.shape)
+                size = (transforms.BLOCK_SIZE, transforms.BLOCK_SIZE)
+                matrix: TensorSpecs = {transforms.matrix_name(self.output_name): ("F16", size)}
+                specs = module.weight_specs(self.output_name, self.source.shape)
+                return {**specs, **matrix} if self.rotates_input else specs
             case TensorAction.RECODE:
                 _codes, *beside = module.weight_specs(self.weight_name, (self.source.shape[0], 0)).items()
                 return dict(beside)
@@ -234,7 +243,8 @@ class ConversionPlan:
         """Return the output's config.json, which `quantize` writes and `verify` compares."""
         found = self.model_map
         config = self.rotation.config(self.source.config) if self.rotation else self.source.config
-        return int8_config(config, found.output_format, found.dtype, found.skip_modules, threshold)
+        rotated = [t.output_name.removesuffix(".weight") for t in self.tensors if t.rotates_input]
+        return int8_config(config, found.output_format, found.dtype, found.skip_modules, threshold, rotated)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object: totals, shards, the treatment of each tensor, and what the checkpoint lacks."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from int8convert.decoding.fp8 import is_fp8
-from int8convert.formats.format import DEFAULT_FORMAT, quantize_format
+from int8convert.formats.format import DEFAULT_FORMAT, Format, quantize_format
+from int8convert.formats.modules import module_of
 from int8convert.planning.adapter import open_adapter
 from int8convert.planning.kept_modules import KeepBudget
 from int8convert.planning.model_map.model_map import ModuleFilter, check_config
@@ -32,6 +33,9 @@ class PlanOptions:
         lora: directory of a PEFT adapter to merge into the weights, in float32, before they are quantized.
         rotate: fold a rotation of the residual stream and of the heads' values into the weights, after which int8 holds
             them and their inputs better. Every loader runs the result. Refused for models that allow none.
+        rotate_inputs: like `rotate`, and the loader rotates inputs that no fold reaches, such as those of `down_proj`,
+            while the model runs. Needs the format compressed-tensors. int8convert runs the result, and vLLM on one GPU;
+            transformers computes something else.
         trust_remote_code: run the checkpoint's own code where transformers has no class of the model's name.
         allow_missing: patterns, as for `skip`, of tensors or modules that the source may lack although the model needs
             them. Loaders of the output make up their values, so it is for heads that are yet to be trained.
@@ -50,6 +54,7 @@ class PlanOptions:
     max_shard_size: int | str | None = None
     lora: str | os.PathLike[str] | None = None
     rotate: bool = False
+    rotate_inputs: bool = False
     trust_remote_code: bool = False
     allow_missing: Sequence[str] = ()
     min_coverage: float | None = None
@@ -87,6 +92,8 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
         Int8ConvertError: one of them cannot be read, or config.json names no model that could be mapped.
         ValueError: an option is out of its range.
     """
+    if options.rotate_inputs and not module_of(quantize_format(options.format)).ROTATES_INPUTS:
+        raise ValueError(f"rotate_inputs needs the format {Format.COMPRESSED_TENSORS}, not {options.format}")
     modules = ModuleFilter(
         tuple(options.skip), tuple(options.only), quantize_format(options.format), options.trust_remote_code
     )
@@ -100,4 +107,5 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
         max_shard_bytes,
         open_adapter(options.lora) if options.lora is not None else None,
         rotates=options.rotate,
+        rotates_inputs=options.rotate_inputs,
     )

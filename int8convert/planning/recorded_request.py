@@ -25,7 +25,7 @@ _LARGEST = 1.7976931348623157e308
 _OPTIONS = frozenset(
     {
         *("skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"),
-        *("keep_budget", "keep_text", "rotate"),
+        *("keep_budget", "keep_text", "rotate", "rotate_inputs"),
     }
 )
 _PLAIN_DTYPES = ("float16", "bfloat16", "float32")
@@ -41,7 +41,7 @@ class RecordedRequest:
         source: see `describe_source`.
         skip, only, threshold, on_nonfinite, max_shard_bytes, allow_missing: the options of `quantize`.
         lora: the identity of the adapter that was merged; None if none was.
-        rotate: whether a rotation was folded into the weights.
+        rotate, rotate_inputs: see `PlanOptions`.
     """
 
     is_export: bool
@@ -55,6 +55,7 @@ class RecordedRequest:
     lora: Mapping[str, Any] | None = None
     allow_missing: tuple[str, ...] = ()
     rotate: bool = False
+    rotate_inputs: bool = False
 
     @property
     def commit(self) -> str | None:
@@ -105,6 +106,7 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
         lora=entries.object("lora") if options.get("lora") is not None else None,
         allow_missing=entries.texts("allow_missing") if "allow_missing" in options else (),
         rotate="rotate" in options and entries.flag("rotate"),
+        rotate_inputs="rotate_inputs" in options and entries.flag("rotate_inputs"),
     )
 
 

@@ -20,8 +20,10 @@ from int8convert.checkpoint.json_file import parse_json_object
 from int8convert.checkpoint.names import OUTLIERS_FILE, find_file
 from int8convert.checkpoint.safetensors_file import read_safetensors_header, read_safetensors_metadata
 from int8convert.errors import CorruptFileError
+from int8convert.formats.config import BLOCK
 from int8convert.formats.format import DEFAULT_FORMAT, Format
 from int8convert.formats.modules import module_of
+from int8convert.formats.transforms import rotated_inputs
 from int8convert.hub.branch import CARD_MARK
 from int8convert.hub.errors import endpoint
 from int8convert.inspection import Inspection
@@ -300,6 +302,7 @@ def _loaders(output: FinishedOutput) -> dict[str, Any]:
         "vllm_packages": layout.VLLM_PACKAGES,
         "gains_memory_only": layout.GAINS_MEMORY_ONLY,
         "serves_in_vllm": layout.VLLM_LOADS_EXPERTS or not has_experts,
+        "rotates_inputs": bool(rotated_inputs(output.config.get(BLOCK) or {})),
         "pipeline": pipeline,
         "auto_class": _AUTO_CLASSES.get(pipeline, "AutoModel"),
         "generates": is_generative and (output.path / "tokenizer_config.json").is_file(),

@@ -11,11 +11,13 @@ Source: LLM.int8(), arXiv:2208.07339, Sec. 2 and 3.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
+import numpy as np
 import torch
 from torch import nn
 
-from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD, QuantizedWeight
+from cuda_kernels.reference import N_STEPS, OUTLIER_THRESHOLD, QuantizedWeight, hadamard
 from int8convert.errors import FormatError
 from int8convert.formats.format import Format
 from int8convert.formats.modules import module_of
@@ -25,6 +27,12 @@ from int8convert.runtime.peft_guard import guard_adapters
 MAX_FOUND_COLUMNS = 256
 """Most outlier columns that a batch adds to the stored ones; further ones are rounded like the rest. The largest model
 of the paper has seven (Sec. 4.1)."""
+
+
+@cache
+def _hadamard_matrix(size: int, device: torch.device) -> torch.Tensor:
+    """Return float32 [size, size], over sqrt(size)."""
+    return torch.from_numpy(hadamard(np.eye(size, dtype=np.float32), size)).to(device)
 
 
 class Int8Linear(nn.Linear):
@@ -39,6 +47,8 @@ class Int8Linear(nn.Linear):
         weight_scale: float32 [out_features, 1], absmax / 127, in that of compressed-tensors.
         outlier_columns: int32 [n], ascending; empty until `set_outliers`.
         outlier_weight: [out_features, n], those columns before quantization.
+        input_block: size of the blocks of columns by which the input is rotated before all else, see
+            `formats.transforms`; 1 rotates nothing. Outlier columns are those of the rotated input.
         mode: which columns stay 16-bit.
         threshold: magnitude from which a column is an outlier, in the units of x; 0 finds none.
     """
@@ -65,6 +75,7 @@ class Int8Linear(nn.Linear):
         self.layout = layout
         self.scale_name = module_of(layout).NAMES.scale
         self.stores_absmax = module_of(layout).STORES_ABSMAX
+        self.input_block = 1
         self.mode = mode
         self.threshold = threshold
         weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
@@ -148,6 +159,7 @@ class Int8Linear(nn.Linear):
                 "float: the model's code casts it to the dtype of a weight",
                 "convert the source again with --skip LAYER; int8convert verify names the layer",
             )
+        x = self.rotate_input(x)
         stored = self.outlier_columns if self.mode.uses_stored else self.outlier_columns[:0]
         stored_weight = self.outlier_weight if self.mode.uses_stored else self.outlier_weight[:, :0]
         capacity = min(MAX_FOUND_COLUMNS, self.in_features) if self.mode.finds and self.threshold > 0 else 0
@@ -157,11 +169,22 @@ class Int8Linear(nn.Linear):
         weight = QuantizedWeight(self.weight, self.weight_absmax, stored_weight, bias)
         return ops.int8_linear(x, weight, stored, self.threshold, capacity, self.mode.block_size)
 
+    def rotate_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x as it is quantized: rotated in float32, or the same. Its last bits may depend on the batch."""
+        if self.input_block == 1:
+            return x
+        matrix = _hadamard_matrix(self.input_block, x.device)
+        rotated = x.float().reshape(-1, self.input_block) @ matrix
+        return rotated.view(x.shape).to(x.dtype)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return the weight of the codes, [out_features, in_features], with the stored outlier columns unchanged."""
+        """Return the weight of the codes, [out_features, in_features], with the stored outlier columns unchanged.
+
+        It is that of inputs which are not rotated: the matrix of the rotation is its own inverse.
+        """
         weight = (self.weight * (self.weight_absmax / N_STEPS)[:, None]).to(dtype)
         weight[:, self.outlier_columns.long()] = self.outlier_weight.to(dtype)
-        return weight
+        return self.rotate_input(weight)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Linear:
         # .half() and .to(dtype) reach every floating tensor; rounded scales would shift every output.

@@ -30,10 +30,12 @@ from int8convert.formats.config import read_format, read_threshold
 from int8convert.formats.format import QUANTIZE_FORMATS, Format
 from int8convert.formats.layers import is_conv1d_layer
 from int8convert.formats.modules import module_of
+from int8convert.formats.transforms import BLOCK_SIZE, rotated_inputs
 from int8convert.runtime.experts import Int8Experts, experts_form, experts_in
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.weight_reads import modules_with_read_weights
+from int8convert.text import quoted
 from int8convert.transformers_internals import (
     ConversionOps,
     WeightConverter,
@@ -138,6 +140,7 @@ class Int8ConvertQuantizer(HfQuantizer):  # type: ignore[misc]
                 if is_conv1d_layer(module):
                     self._conv1d.add(name)
                 model.set_submodule(name, _empty_layer(module, config))
+        _rotate_inputs(model, config.block or {})
         layers: list[Any] = [module for module in model.modules() if isinstance(module, Int8Linear)]
         for layer in layers:
             mark_loaded(layer)  # transformers would draw random weights for one that is on the disk
@@ -226,6 +229,19 @@ class _QuantizeWeight(ConversionOps):  # type: ignore[misc]
             order = torch.zeros((), dtype=torch.uint8, device=weight.device)
             converted |= {name: rows.codes, f"{path}.SCB": rows.absmax, f"{path}.weight_format": order}
         return converted
+
+
+def _rotate_inputs(model: Any, block: Mapping[str, Any]) -> None:
+    """Make the layers that a block names rotate their inputs."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    for name in rotated_inputs(block):
+        if name not in layers or layers[name].in_features % BLOCK_SIZE:
+            raise FormatError(
+                f"config.json has the inputs of {quoted(name)} rotated by {BLOCK_SIZE}, which is no int8 layer, or has "
+                "no multiple of that",
+                "fetch config.json again, or convert the source again",
+            )
+        layers[name].input_block = BLOCK_SIZE
 
 
 def _tensor_names(files: Iterable[str]) -> set[str]:

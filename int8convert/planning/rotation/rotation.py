@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import ModelMapError
 from int8convert.formats.int8_checkpoint import PlacedTensor
+from int8convert.formats.transforms import BLOCK_SIZE
 from int8convert.planning.fold import Fold, Gain
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap, ModuleFilter
 from int8convert.planning.model_map.process import worker_request
 from int8convert.runtime.worker_process import Worker, WorkerError
 from int8convert.text import quoted
 
+_INPUTS_NOTE = (
+    "inputs are rotated while the model runs, which int8convert and vLLM on one GPU do; transformers would compute "
+    "something else"
+)
 _HINT = "convert without --rotate"
 
 
@@ -39,9 +44,10 @@ class Rotation:
     """The folds of one checkpoint.
 
     Attributes:
-        folds: source name -> the fold of the tensor as [out, in], and whether it is stored [in, out].
+        folds: source name -> the fold of the tensor as [out, in], and whether it is stored [in, out]. An input that is
+            rotated while the model runs is in the fold of an int8 weight alone.
         untied_head: None if the head keeps its weight.
-        notes: what is not rotated, and why.
+        notes: what is not rotated, and why; which loaders rotate inputs.
     """
 
     folds: Mapping[str, tuple[Fold, bool]] = field(repr=False)
@@ -53,6 +59,8 @@ class Rotation:
         if source_name not in self.folds:
             return None
         fold, is_transposed = self.folds[source_name]
+        if action is not Action.QUANTIZE:
+            fold = replace(fold, input_block=1)
         return fold.transposed() if is_transposed and action is not Action.QUANTIZE_TRANSPOSED else fold
 
     def config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -70,8 +78,13 @@ class Rotation:
         return self.untied_head is not None and self.untied_head.own_name == source_name
 
 
-def find_rotation(source: CheckpointSource, model_map: ModelMap, trusts_code: bool) -> Rotation:
+def find_rotation(
+    source: CheckpointSource, model_map: ModelMap, trusts_code: bool, rotates_inputs: bool = False
+) -> Rotation:
     """Find the rotation of a checkpoint in a child process, which proves it on a small model of the same class.
+
+    Args:
+        rotates_inputs: let the loader rotate further inputs while the model runs.
 
     Raises:
         ModelMapError: the model allows none, or its class is unknown.
@@ -86,7 +99,9 @@ def find_rotation(source: CheckpointSource, model_map: ModelMap, trusts_code: bo
         raise ModelMapError(f"the model cannot be rotated: {error.exception}: {error.message}", _HINT) from error
     finally:
         worker.stop()
-    if not found["folds"]:
+    if not rotates_inputs:
+        found["inputs"] = []
+    if not (found["folds"] or found["inputs"]):
         raise ModelMapError(f"the model cannot be rotated: {'; '.join(found['refusals'])}", _HINT)
     return _placed(source, model_map, found)
 
@@ -112,4 +127,8 @@ def _placed(source: CheckpointSource, model_map: ModelMap, found: Mapping[str, A
         own, shared = key(name), key(embedding)
         head = UntiedHead(shared, own if own != shared else "", name, fold(by_parameter.pop(name)))
     folds = {key(name): (fold(fields), model_map.parameters[name][1]) for name, fields in by_parameter.items()}
-    return Rotation(folds, head, tuple(found["refusals"]))
+    for name in (key(f"{name}.weight") for names in found["inputs"] for name in names):
+        before, is_transposed = folds.get(name, (Fold(), False))
+        folds[name] = replace(before, input_block=BLOCK_SIZE), is_transposed
+    notes = (*found["refusals"], *([_INPUTS_NOTE] if found["inputs"] else []))
+    return Rotation(folds, head, notes)

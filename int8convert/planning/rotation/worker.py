@@ -19,10 +19,19 @@ from typing import Any
 
 import torch
 
+from int8convert.formats import transforms
 from int8convert.planning.fold import Fold, LoadedFold
 from int8convert.planning.model_map.build import build_model
 from int8convert.planning.model_map.experts import CheckpointTensor
-from int8convert.planning.rotation.groups import Groups, expand, find_groups, hidden_size, pattern, run
+from int8convert.planning.rotation.groups import (
+    Groups,
+    expand,
+    find_groups,
+    hidden_size,
+    in_features,
+    pattern,
+    run,
+)
 from int8convert.planning.rotation.parameter_folds import (
     MIN_BLOCK,
     ParameterFold,
@@ -122,8 +131,8 @@ def find_rotation(model: Any) -> dict[str, Any]:
     """Return the folds that are proved for a model on the meta device, and why others are not.
 
     Returns:
-        {"folds": as JSON, "untied": the weights of a head and of the embedding that it no longer shares, or null,
-        "refusals": reasons}
+        {"inputs": groups of layers whose inputs may be rotated while the model runs, "folds": as JSON,
+        "untied": the weights of a head and of the embedding that it no longer shares, or null, "refusals": reasons}
     """
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
@@ -146,7 +155,9 @@ def find_rotation(model: Any) -> dict[str, Any]:
     values = _values(model, groups, ids, refusals)
     pairs = [(first, second) for first, second in real.pairs if pattern(first) in values]
     found = merge(chain(residual_folds(real, model) if residual else (), value_folds(pairs, model)))
+    inputs = [*(() if residual else (group.readers for group in real.norms)), *((name,) for name in real.writers)]
     return {
+        "inputs": [names for names in inputs if all(_may_rotate_input(model, name, found) for name in names)],
         "folds": [fold.to_json() for fold in found.values()],
         "untied": [head, tied_parameters(model)[head]] if unties and residual else None,
         "refusals": refusals,
@@ -216,7 +227,14 @@ def _head(model: Any) -> str | None:
 
 
 def _refused(reason: str) -> dict[str, Any]:
-    return {"folds": [], "untied": None, "refusals": [reason]}
+    return {"inputs": [], "folds": [], "untied": None, "refusals": [reason]}
+
+
+def _may_rotate_input(model: Any, name: str, folds: Mapping[str, ParameterFold]) -> bool:
+    """Return whether a layer's input is not rotated already, and vLLM would rotate it: the layer has no bias."""
+    module, fold = model.get_submodule(name), folds.get(f"{name}.weight")
+    is_free = fold is None or fold.column_block == 1
+    return is_free and module.bias is None and in_features(module) % transforms.BLOCK_SIZE == 0
 
 
 def _seeded() -> torch.Generator:

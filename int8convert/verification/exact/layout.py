@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
+from int8convert.formats import transforms
 from int8convert.formats.config import read_format
 from int8convert.formats.format import Format
 from int8convert.formats.int8_checkpoint import PlacedTensor
@@ -33,12 +34,14 @@ class Int8Pair:
 
     Attributes:
         zeros: a zero point or a format number; None if there is none.
+        matrix: the matrix by which loaders rotate its input; None if they do not.
     """
 
     planned: PlannedTensor
     codes: PlacedTensor
     scale: PlacedTensor
     zeros: PlacedTensor | None
+    matrix: PlacedTensor | None = None
 
     @property
     def module_name(self) -> str:
@@ -138,8 +141,12 @@ class _Pairing:
         zeros = None
         if names.zeros in self._left or (names.zeros in specs and self._provenance.is_known):
             zeros = self._take(names.zeros, set(DTYPE_BYTES), [(), shape[:1], (shape[0], 1)])
+        matrix = None
+        if planned.rotates_input:
+            name = transforms.matrix_name(planned.output_name)
+            matrix = self._take(name, {"F16"}, [planned.output_specs()[name][1]])
         if codes is not None and scale is not None:
-            self._pairs.append(Int8Pair(planned, codes, scale, zeros))
+            self._pairs.append(Int8Pair(planned, codes, scale, zeros, matrix))
 
     def _may_be_kept(self, module: str) -> bool:
         """Return whether config.json tells loaders to keep a module, and no manifest says otherwise."""

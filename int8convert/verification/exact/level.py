@@ -123,6 +123,7 @@ def verify_exact(
                 format=provenance.format,
                 lora=provenance.lora,
                 rotate=provenance.rotate,
+                rotate_inputs=provenance.rotate_inputs,
                 trust_remote_code=trust_remote_code,
                 revision=provenance.revision,
             ),

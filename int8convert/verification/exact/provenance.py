@@ -54,7 +54,7 @@ class Provenance:
     Attributes:
         reference: the source: a directory, or a repository on the Hub.
         format: the format that `quantize` wrote, which decides what becomes int8.
-        skip, only, allow_missing, rotate: options of the conversion.
+        skip, only, allow_missing, rotate, rotate_inputs: options of the conversion.
         threshold: the outlier threshold of the conversion; None if unknown.
         lora: the adapter that was merged, as the user names it now.
         kept_for_values: modules that were kept because their values have no int8 form.
@@ -78,6 +78,7 @@ class Provenance:
     revision: str | None = None
     allow_missing: tuple[str, ...] = ()
     rotate: bool = False
+    rotate_inputs: bool = False
     problem: str = ""
 
 
@@ -127,6 +128,7 @@ def find_provenance(
         revision=request.commit if named == found.source else None,
         allow_missing=request.allow_missing,
         rotate=request.rotate,
+        rotate_inputs=request.rotate_inputs,
     )
 
 

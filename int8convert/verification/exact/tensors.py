@@ -77,6 +77,7 @@ def compare_int8(pair: Int8Pair, rules: RowRules, outliers: OutlierPair | None) 
     n_rows, n_columns = planned.source.shape
     scale = float_values(read_all(pair.scale), pair.scale.stored.dtype)
     _check_zeros(pair, result)
+    _check_matrix(pair, result)
     with ExitStack() as stack:
         source = stack.enter_context(PlannedRows(planned, planned.source))
         out = stack.enter_context(TensorRows(pair.codes.stored, pair.codes.shard))
@@ -108,6 +109,20 @@ def _check_zeros(pair: Int8Pair, result: TensorResult) -> None:
         row = int(np.argmax(values != 0))
         n_places = int(np.count_nonzero(values))
         result.add("scales", Finding(pair.zeros.name, "0", f"{values[row]}", row, n_places=n_places))
+
+
+def _check_matrix(pair: Int8Pair, result: TensorResult) -> None:
+    """Compare the matrix by which loaders rotate the input with Sylvester's, whose signs are parities of i & j."""
+    if pair.matrix is None:
+        return
+    found = float_values(read_all(pair.matrix), pair.matrix.stored.dtype).reshape(pair.matrix.stored.shape)
+    at = np.arange(len(found))
+    n_common_bits = np.vectorize(lambda bits: int(bits).bit_count())(at[:, None] & at)
+    differs = found != np.where(n_common_bits % 2, -1, 1)
+    if differs.any():
+        row, column = map(int, np.argwhere(differs)[0])
+        finding = Finding(pair.matrix.name, f"{-found[row, column]:g}", f"{found[row, column]:g}", row, column)
+        result.add("weights", replace(finding, n_places=int(differs.sum())))
 
 
 def _compare_columns(

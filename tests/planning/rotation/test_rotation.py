@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from compressed_tensors.transform import TransformConfig, TransformFactory
+from safetensors.torch import load_file, save_file
 
 from cuda_kernels import reference
-from int8convert import quantize
+from int8convert import load, quantize, verify
 from int8convert.checkpoint import rows
 from int8convert.errors import Int8ConvertError
+from int8convert.formats import compressed_tensors
+from int8convert.formats.transforms import with_transforms
 from int8convert.planning.plan_checkpoint import PlanOptions
 from int8convert.planning.rotation.groups import run
 from int8convert.planning.rotation.parameter_folds import ParameterFold, rotation_block
@@ -208,6 +211,66 @@ def test_bytes_do_not_depend_on_threads_and_blocks(
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+def test_inputs_are_rotated_while_the_model_runs(tmp_path: Path) -> None:
+    """compressed-tensors' own transform gives the same inputs, and unrotates the same weights."""
+    model = fill(build_model("llama", torch.float32))
+    model.save_pretrained(tmp_path / "source")
+    prefix = "model.layers.1.mlp.down_proj"
+    weight = load_file(tmp_path / "source" / "model.safetensors")[f"{prefix}.weight"].numpy()
+    rotated = torch.from_numpy(reference.rotate(np.ascontiguousarray(weight.T), 64).T.copy())  # its outputs are
+    x = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 30  # an outlier in the product of the MLP
+    errors = {}
+    for name, options in {
+        "folded": PlanOptions(format="compressed-tensors", rotate=True),
+        "all": PlanOptions(format="compressed-tensors", rotate_inputs=True),
+    }.items():
+        quantize(tmp_path / "source", tmp_path / name, options)
+        loaded = load(tmp_path / name, outliers="none")
+        layer = loaded.get_submodule(prefix)
+        errors[name] = float((layer(x) - x @ rotated.T).norm())
+    assert errors["all"] < 0.4 * errors["folded"]
+
+    assert layer.input_block == 128
+    assert {name for name, module in loaded.named_modules() if getattr(module, "input_block", 1) > 1} == {
+        f"model.layers.{i}.mlp.down_proj" for i in range(2)
+    }
+    block = json.loads((tmp_path / "all" / "config.json").read_text())["quantization_config"]
+    scheme = TransformConfig.model_validate(block["transform_config"]).config_groups["inputs"]
+    linear = torch.nn.Linear(128, 64, bias=False)
+    transform = TransformFactory.from_scheme(scheme, name="inputs").create_transform(linear, scheme.apply[0])
+    torch.testing.assert_close(layer.rotate_input(x), transform(x))
+    tensors = read_tensors(tmp_path / "all")
+    torch.testing.assert_close(tensors[f"{prefix}.inputs_input.weight"].float(), transform.weight.float())
+    assert float((layer.dequantize() - rotated).abs().max()) < 0.02
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+def test_verify_compares_rotated_inputs(tmp_path: Path) -> None:
+    fill(build_model("llama", torch.float32)).save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    quantize(tmp_path / "source", out, PlanOptions(format="compressed-tensors", rotate_inputs=True))
+    assert verify(out, level="exact").failures == ()
+    name = "model.layers.0.mlp.down_proj.inputs_input.weight"
+    tensors = load_file(out / "model.safetensors")
+    tensors[name][3, 4] *= -1
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    report = verify(out, level="exact")
+    finding = next(check for check in report.exact.checks if check.name == "weights").findings[0]
+    assert (finding.tensor, finding.row, finding.column) == (name, 3, 4)
+
+
+def test_rotated_inputs_need_a_loader_that_rotates_them(tmp_path: Path) -> None:
+    build_model("llama").save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="rotate_inputs needs the format compressed-tensors"):
+        quantize(tmp_path / "source", tmp_path / "out", PlanOptions(rotate_inputs=True))
+    block = with_transforms(compressed_tensors.block((), 6.0), ["a"])
+    assert compressed_tensors.block_problem(block) == ""
+    block["transform_config"]["config_groups"]["inputs"]["head_dim"] = 64
+    assert "rotates inputs or weights in another way" in compressed_tensors.block_problem(block)
 
 
 def test_model_without_rotation_is_refused(tmp_path: Path) -> None:

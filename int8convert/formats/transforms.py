@@ -1,0 +1,77 @@
+"""Inputs that are rotated while the model runs, as `transform_config` in a compressed-tensors block names them.
+
+The input of a module is multiplied by a Hadamard matrix, block by block, before it is quantized. The weights are those
+of the rotated inputs: a loader that overlooks the entry computes something else. vLLM reads it (one GPU alone, its
+Hadamard kernel, no bias on such a layer), and so does the runtime here. transformers does not.
+
+Source: compressed-tensors 0.20, transform/; vLLM 0.33, compressed_tensors/transform/. The matrix stands beside each
+weight, with entries of 1 and -1, because vLLM allocates and llm-compressor writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from cuda_kernels.reference import hadamard
+
+BLOCK_SIZE = 128
+"""Columns that are rotated together."""
+
+_ENTRY = "transform_config"
+_SCHEME = "inputs"
+
+
+def matrix_name(weight_name: str) -> str:
+    """Return the name of the matrix beside a weight."""
+    return f"{weight_name.removesuffix('.weight')}.{_SCHEME}_input.weight"
+
+
+def matrix() -> np.ndarray[Any, np.dtype[np.float16]]:
+    """Return what is stored under that name: float16 [128, 128]."""
+    rotated = hadamard(np.eye(BLOCK_SIZE, dtype=np.float32), BLOCK_SIZE)
+    return np.sign(rotated).astype(np.float16)
+
+
+def with_transforms(block: Mapping[str, Any], module_names: Iterable[str]) -> dict[str, Any]:
+    """Return a block that makes loaders rotate the inputs of these modules; the same block if there are none."""
+    names = sorted(module_names)
+    return {**block, _ENTRY: _config(names)} if names else dict(block)
+
+
+def _config(names: list[str]) -> dict[str, Any]:
+    places = ({"location": "input", "inverse": False}, {"location": "weight_input", "inverse": True})
+    return {
+        "config_groups": {
+            _SCHEME: {
+                "type": "hadamard",
+                "head_dim": BLOCK_SIZE,
+                "randomize": False,
+                "apply": [{"targets": names, "ignore": [], **place} for place in places],
+            }
+        }
+    }
+
+
+def rotated_inputs(block: Mapping[str, Any]) -> frozenset[str]:
+    """Return the modules whose inputs a block rotates, by full names. The block must have no `transform_problem`."""
+    if not block.get(_ENTRY):
+        return frozenset()
+    return frozenset(_targets(block))
+
+
+def _targets(block: Mapping[str, Any]) -> list[str]:
+    try:
+        found = block[_ENTRY]["config_groups"][_SCHEME]["apply"][0]["targets"]
+    except (LookupError, TypeError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else []
+
+
+def transform_problem(block: Mapping[str, Any]) -> str:
+    """Return why a block's transforms are not those that are read here, or ""."""
+    found = block.get(_ENTRY)
+    is_known = not found or (bool(names := _targets(block)) and found == _config(names))
+    return "" if is_known else "it rotates inputs or weights in another way than int8convert does"
