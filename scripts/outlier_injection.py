@@ -1,18 +1,24 @@
-"""Give a small OPT the outlier features that only large models have, without changing what it computes.
+"""Give a small model the outliers that only large models have, without changing what it computes.
+
+There are two injections, so that no way to quantize can win by undoing one of them: in what the norms of an OPT return,
+and in the product of a gated MLP, which no norm feeds and where most outliers of trained models are.
 
 Why the function is preserved: what a LayerNorm in a layer of OPT returns, x[j] = g[j] n[j] + b[j] for the normalized
 input n, is read by the Linears right after it and by nothing else, as the residual goes past. Such a Linear computes
 y = W x + c, hence:
 1. scale: x[j] becomes m x[j] and W[:, j] becomes W[:, j] / m; the product of the two, and so y, is what it was.
 2. shift: x[j] becomes x[j] + s, which adds s W[:, j] to y; c is lowered by just that.
-What changes is the range of x, and with it what int8 makes of x.
+A gated MLP computes y = D (a(G x) * U x), and nothing else reads the product. Row j of U is multiplied by m, and column
+j of D is divided by m, so y is what it was.
 
-Left out on purpose: other architectures, where something else may read the norm, or where it has no bias.
+What changes is the range of what a Linear reads, and with it what int8 makes of that.
+
+Left out on purpose: norms of other architectures, where something else may read the norm, or where it has no bias.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -65,6 +71,33 @@ def inject_outliers(
         else:
             _shift_features(norm, consumers, features, signs * magnitude)
     return sorted(features.tolist())
+
+
+@torch.no_grad()
+def inject_product_outliers(model: Any, magnitude: float, channels: int, *, seed: int = 0) -> list[int]:
+    """Give the inputs of each `down_proj` outlier channels in place, without changing the model's function.
+
+    The channels are the same in every layer. Unlike those of a norm they are large at some tokens and small at others,
+    because the product is.
+
+    Args:
+        model: with gated MLPs of `up_proj` and `down_proj`: Llama, Qwen, Mistral, Gemma.
+        magnitude: factor of the channels' rows in `up_proj`.
+        channels: number of channels.
+        seed: of the choice of channels.
+
+    Returns:
+        the channels, sorted.
+    """
+    pairs = [(m.up_proj, m.down_proj) for m in model.modules() if hasattr(m, "up_proj") and hasattr(m, "down_proj")]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(pairs[0][1].in_features, generator=generator)[:channels]
+    for up, down in pairs:
+        up.weight[chosen] *= magnitude
+        if up.bias is not None:
+            up.bias[chosen] *= magnitude
+        down.weight[:, chosen] /= magnitude
+    return sorted(chosen.tolist())
 
 
 def _pair_norms_with_consumers(model: OPTForCausalLM) -> Iterator[tuple[nn.LayerNorm, list[nn.Linear]]]:

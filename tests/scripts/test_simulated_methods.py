@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -22,7 +23,7 @@ from scripts.simulated_methods import (
     quantize_zeropoint,
     simulating,
 )
-from tests.tools.outlier_models import outlier_model
+from tests.tools.outlier_models import gated_model, outlier_model
 
 BY_NAME = {method.name: method for method in METHODS}
 Matrix = list[list[Fraction]]
@@ -185,8 +186,9 @@ def test_simulated_layers_are_those_llm_int8_quantizes_and_go_again(tokenizer: A
     assert dict(model.named_modules()) == before
 
 
-def test_comparison_runs_every_method_against_the_model_itself(tokenizer: Any) -> None:
-    model = outlier_model(tokenizer)
+@pytest.mark.parametrize("make", [outlier_model, gated_model])
+def test_comparison_runs_every_method_against_the_model_itself(make: Callable[[Any], Any], tokenizer: Any) -> None:
+    model = make(tokenizer)
     windows = torch.arange(3, 63).view(3, 20)
     rows = compare_methods(model, windows, Difference)
     assert list(rows) == ["reference", *(method.name for method in METHODS)]
@@ -204,6 +206,17 @@ def test_comparison_runs_every_method_against_the_model_itself(tokenizer: Any) -
             for ids, of_model in zip(windows, reference, strict=True):
                 expected.add(model(ids[None]).logits[0, :-1].log_softmax(-1), of_model, ids[1:])
     assert rows[name].total == expected.total > 0
+
+
+def test_one_scale_for_all_weights_is_enough_for_one_injection_only(tokenizer: Any) -> None:
+    """The rows of `up_proj` differ by the factor of the second injection. One scale for all is that of the largest."""
+    names = ("absmax row-wise + decomposition", "LLM.int8(), stored 16-bit columns")
+    ratios = []
+    for make in (outlier_model, gated_model):
+        rows = compare_methods(make(tokenizer), torch.arange(3, 63).view(3, 20), Difference)
+        one, each = (rows[name].total for name in names)
+        ratios.append(one / each)
+    assert ratios[0] < 2 and ratios[1] > 100
 
 
 def test_threshold_decides_what_is_decomposed(tokenizer: Any) -> None:

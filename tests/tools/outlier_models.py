@@ -1,4 +1,7 @@
-"""Tiny models with outlier features that were put there, at known dimensions, without changing what they compute."""
+"""Tiny models with outliers that were put there, at known places, without changing what they compute.
+
+Two injections: in what norms return (`outlier_model`), and in the product of gated MLPs (`gated_model`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+from scripts.outlier_injection import inject_product_outliers
 from tests.tools.language_models import language_model
 from tests.tools.options import quantize
 
@@ -51,6 +56,24 @@ def outlier_model(
     model.model.decoder.final_layer_norm.weight.mul_(20)  # sharp predictions, which can be spoilt
     inject(model, SHIFTED if shifted is None else shifted, SCALED if scaled is None else scaled)
     return model.eval()
+
+
+@torch.no_grad()
+def gated_model(tokenizer: Any, magnitude: float = 60.0, channels: int = 3) -> Any:
+    """A Llama of two layers in float32, whose `down_proj` reads outlier channels at some tokens.
+
+    Its MLP is three blocks of 128 channels wide, so that scales by blocks differ from one scale a token.
+    """
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 64, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.lm_head.weight.mul_(2)  # sharp predictions, which can be spoilt
+    inject_product_outliers(model, magnitude, channels)
+    return model
 
 
 def save(model: Any, directory: Path, tokenizer: Any, dtype: torch.dtype = torch.float16) -> Path:
