@@ -113,6 +113,32 @@ def hadamard(values: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float
     return (sums * np.float32(size**-0.5)).reshape(values.shape)
 
 
+def feedback_round(
+    in_steps: npt.NDArray[np.floating[Any]], feedback: npt.NDArray[np.floating[Any]], limit: float
+) -> npt.NDArray[np.float64]:
+    """Round rows column by column; each column passes its error on to the columns after it. Return the errors.
+
+        target[i, k] = in_steps[i, k] + sum_{j < k} errors[i, j] * feedback[j, k]
+        codes[i, k]  = the integer nearest to target[i, k], ties to even, of those within `limit` of in_steps[i, k]
+        errors[i, k] = in_steps[i, k] - codes[i, k]
+
+    Let H be the sum of x x^T over inputs x, H = R R^T with R upper triangular, and feedback[j, k] = R[j, k] / R[k, k].
+    The squared error of a row's outputs is then sum_k (R[k, k] * (target[k] - codes[k]))^2, so each code is the best
+    after the codes before it, as in GPTQ (arXiv:2210.17323, Alg. 1), whose Cholesky factor of H^-1 is R^-1.
+
+    Args:
+        in_steps: [rows, cols], weights divided by the step of their row.
+        feedback: [cols, cols]; only what is above the diagonal is read.
+        limit: at least 0.5; the backends sum in float32.
+    """
+    errors = np.zeros(in_steps.shape)
+    for k in range(in_steps.shape[1]):
+        exact = in_steps[:, k].astype(np.float64)
+        codes = np.rint(exact + errors[:, :k] @ feedback[:k, k])
+        errors[:, k] = exact - np.clip(codes, np.ceil(exact - limit), np.floor(exact + limit))
+    return errors
+
+
 def dequantize_fp8(
     codes: npt.NDArray[np.uint8],
     values: npt.NDArray[np.float32],

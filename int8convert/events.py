@@ -67,6 +67,9 @@ class TensorQuantized:
         sqnr_db: signal to quantization noise of the whole tensor, in decibels; infinite where nothing was lost.
         absmax_min, absmax_max: the range of its rows' absmax.
         n_zero_rows: rows that hold only zeros.
+        n_accepted_rows: rows with the codes that a calibration chose; None if none is involved.
+        nearest_error, error: squared error of the outputs on held-out inputs, summed over rows and tokens: if all rows
+            were rounded to nearest, and of the codes that were written; 0 without a calibration.
     """
 
     name: str
@@ -79,6 +82,9 @@ class TensorQuantized:
     absmax_max: float
     n_zero_rows: int = 0
     is_replayed: bool = False
+    n_accepted_rows: int | None = None
+    nearest_error: float = 0.0
+    error: float = 0.0
 
     @property
     def layer_kind(self) -> str:

@@ -104,7 +104,7 @@ class Manifest:
 
     def add(self, record: ShardRecord) -> None:
         """Record a shard that is on the disk under its final name."""
-        write_json(self.records_folder / f"{record.file_name}.json", asdict(record))
+        write_json(self.records_folder / f"{record.file_name}.json", record.to_json())
 
     def read_records(self) -> dict[str, ShardRecord]:
         """Return file name -> record of the finished shards, without records that cannot be read."""
@@ -147,7 +147,7 @@ class Manifest:
             place = source.directory.resolve()
             name = place.name
             write_json(self.folder / _LOCAL_NAME, {"source": str(place)})
-        shards = [asdict(record) for record in records]
+        shards = [record.to_json() for record in records]
         whole = {"schema": 1, "conversion": request, "source": name, "source_revision": source.commit, **summary}
         write_json(
             self.folder / _MANIFEST_NAME, {**whole, "carried": dict(sorted(auxiliary.items())), "shards": shards}
@@ -172,6 +172,15 @@ def _with_version(request: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class CalibratedRows:
+    """The outcome of calibrated rounding for one tensor; see `events.TensorQuantized`."""
+
+    n_accepted: int
+    nearest_error: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRecord:
     """The outcome for one tensor.
 
@@ -181,6 +190,7 @@ class TensorRecord:
         absmax_min, absmax_max: range of the rows' absmax; None if kept.
         n_non_finite: values of a kept tensor that are NaN or infinite.
         n_zero_rows: rows that hold nothing but zeros; of a kept tensor, those in long stretches of them.
+        rounding: what calibrated rounding did; None if the tensor is not rounded by a calibration.
     """
 
     source: str
@@ -191,6 +201,7 @@ class TensorRecord:
     absmax_max: float | None = None
     n_non_finite: int = 0
     n_zero_rows: int = 0
+    rounding: CalibratedRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,11 +221,19 @@ class ShardRecord:
     sources: dict[str, str]
     tensors: dict[str, TensorRecord]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object, in which only tensors that have a `rounding` hold that entry."""
+        fields = asdict(self)
+        for tensor in fields["tensors"].values():
+            if tensor["rounding"] is None:
+                del tensor["rounding"]
+        return fields
+
 
 def parse_record(value: Any) -> ShardRecord | None:
     """Return the record in a JSON value; None if the value is no record."""
     try:
-        tensors = {name: TensorRecord(**tensor) for name, tensor in value["tensors"].items()}
+        tensors = {name: _parse_tensor(tensor) for name, tensor in value["tensors"].items()}
         record = ShardRecord(**{**value, "tensors": tensors})
     except (TypeError, KeyError, AttributeError):
         return None
@@ -224,9 +243,17 @@ def parse_record(value: Any) -> ShardRecord | None:
     return record if is_named and is_whole else None
 
 
+def _parse_tensor(value: Any) -> TensorRecord:
+    found = value.get("rounding")
+    return TensorRecord(**{**value, "rounding": None if found is None else CalibratedRows(**found)})
+
+
 def _is_tensor_record(tensor: TensorRecord) -> bool:
     """Return whether a record holds texts, a size, and numbers that a float holds."""
-    numbers = (tensor.sqnr_db, tensor.absmax_min, tensor.absmax_max)
+    numbers: tuple[float | None, ...] = (tensor.sqnr_db, tensor.absmax_min, tensor.absmax_max)
+    if tensor.rounding is not None:
+        numbers += (tensor.rounding.nearest_error, tensor.rounding.error)
     are_numbers = all(n is None or type(n) is float or (type(n) is int and abs(n) < 10**300) for n in numbers)
     are_texts = all(type(text) is str for text in (tensor.source, tensor.dtype, tensor.reason or ""))
-    return are_numbers and are_texts and is_size(tensor.n_non_finite)
+    sizes = (tensor.n_non_finite, tensor.rounding.n_accepted if tensor.rounding else 0)
+    return are_numbers and are_texts and all(map(is_size, sizes))

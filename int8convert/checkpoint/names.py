@@ -37,9 +37,13 @@ REQUEST_FILE = f"{OWN_FOLDER}/conversion.json"
 LOCAL_FILE = f"{OWN_FOLDER}/local.json"
 LOCK_FILE = f"{OWN_FOLDER}/lock"
 
-MAX_STEPS_AWAY = 0.6
-"""Steps of a row by which a stored outlier column may differ from its codes. Half a step is rounding; bitsandbytes'
-rounding of float32 weights to float16 adds up to a sixteenth."""
+CALIBRATED_STEPS_AWAY = 0.99
+"""Steps of a row by which a code that calibrated rounding chose may differ from its weight. It is under one, so that
+the largest weight of a row keeps the code 127."""
+
+MAX_STEPS_AWAY = 1.1
+"""Steps of a row by which a stored outlier column may differ from its codes. Rounding is half a step, calibrated
+rounding under one; bitsandbytes' rounding of float32 weights to float16 adds up to a sixteenth."""
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 _WEIGHT_SUFFIXES = (

@@ -37,6 +37,14 @@ def print_report(report: ConversionReport, place: str | None) -> None:
             for e in report.errors
         ],
     )
+    if report.rounding is not None:
+        found = report.rounding
+        change = f"{found.error / found.nearest_error:.2f}" if found.nearest_error else "1"
+        print_line(
+            f"calibrated rounding: {format_percent(found.n_accepted_rows / max(1, found.n_rows))} of "
+            f"{counted(found.n_rows, 'row')} accepted; squared error of the outputs on held-out inputs: {change} of "
+            "that of rounding to nearest"
+        )
     print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
     if report.kept_by_budget is not None and report.kept_by_budget.names:
         print_line(f": {', '.join(report.kept_by_budget.names)}", head="Kept in 16 bits by --keep-budget")

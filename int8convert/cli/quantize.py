@@ -58,6 +58,11 @@ def _check_policy(policy: str) -> str:
     return policy
 
 
+def _check_rounding(name: str) -> str:
+    options.check_choice(name, ("nearest", "calibrated"))
+    return name
+
+
 def quantize(
     context: typer.Context,
     src: options.Source,
@@ -159,6 +164,18 @@ def quantize(
             metavar="FILE", help="With --keep-budget: text in UTF-8 to measure the cost on.  [default: a small one]"
         ),
     ] = None,
+    round: Annotated[
+        str,
+        typer.Option(
+            metavar="ROUNDING",
+            callback=_check_rounding,
+            help="nearest; or calibrated, to choose codes by the error of the layers' outputs. Needs --calibration.",
+        ),
+    ] = "nearest",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="CAL", help="The folder that int8convert calibrate --moments wrote for SRC."),
+    ] = None,
     allow_missing: Annotated[
         list[str] | None,
         typer.Option(
@@ -213,7 +230,7 @@ def quantize(
     with (
         console.reporting_errors(as_json, NOTHING_WRITTEN if dry_run else resumable),
         console.quieting_hub(),
-        reusable_file(calibrate) as calibration,
+        reusable_file(calibrate) as columns_from,
         reusable_file(text) as kept_text,
     ):
         from int8convert.planning.plan_checkpoint import PlanOptions
@@ -232,6 +249,8 @@ def quantize(
             min_coverage=min_coverage / 100 if min_coverage is not None else None,
             revision=revision,
             cache_dir=cache_dir,
+            round=round,
+            calibration=calibration,
         )
         if not as_json:
             _note_unused(context)
@@ -243,9 +262,9 @@ def quantize(
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion.quantize import quantize as run
 
-        if calibration is not None:
+        if columns_from is not None:
             with console.quieting_libraries(False):
-                check_calibration(src, calibration, revision, cache_dir)
+                check_calibration(src, columns_from, revision, cache_dir)
         skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
         with (
             console.quieting_libraries(False) if keep_budget else nullcontext(),
@@ -267,9 +286,9 @@ def quantize(
                 on_event=on_event,
             )
         stored = None
-        if calibration is not None:
+        if columns_from is not None:
             with console.quieting_libraries(False), showing_progress(quiet, as_json) as on_event:
-                stored = calibrate_output(src, out or "", calibration, lora, trust_remote_code, device, on_event)
+                stored = calibrate_output(src, out or "", columns_from, lora, trust_remote_code, device, on_event)
         _print_outcome(report, stored, upload, destination.outcome(), as_json)
 
 
@@ -341,6 +360,8 @@ def _check_combination(context: typer.Context, src: str) -> None:
         raise options.UsageError(
             f"--calibrate CAL is of SRC without --{changed}: calibrate by a text, or leave one out"
         )
+    if (context.params["round"] == "calibrated") is not ("calibration" in given):
+        raise options.UsageError("--round calibrated and --calibration CAL belong together: pass both, or neither")
     if {"upload", "calibrate"} <= given:
         raise options.UsageError(
             "--calibrate stores columns after the last shard: convert with it, then int8convert upload"

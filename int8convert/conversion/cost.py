@@ -13,6 +13,7 @@ import numpy as np
 
 from cuda_kernels import cpu
 from int8convert.checkpoint.rows import BLOCK_BYTES, Scratch, largest_block_bytes
+from int8convert.conversion.calibrated_rows import rounding_bytes
 from int8convert.conversion.destination import Destination
 from int8convert.conversion.device import CPU, Device, make_scratch
 from int8convert.conversion.disk_budget import DiskBudget
@@ -67,7 +68,7 @@ def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) ->
     largest_block = max(
         (largest_block_bytes(tensor.source) for tensor in plan.tensors if _is_in_rows(tensor)), default=BLOCK_BYTES
     )
-    block_bytes = n_workers * 3 * largest_block
+    block_bytes = n_workers * 3 * largest_block + rounding_bytes(plan)
     peak_bytes, work_bytes = base_bytes + max(MODEL_MAP_BYTES, block_bytes), base_bytes + block_bytes
     int8_bytes = sum(tensor.source.n_bytes for tensor in plan.tensors if tensor.is_quantized)
     return ConversionCosts(n_workers, peak_bytes, int8_bytes / bytes_per_s / n_workers, device.name, work_bytes)

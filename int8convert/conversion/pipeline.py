@@ -9,7 +9,7 @@
    which is checked at its end, makes many.
 
 Memory: two buffers of a megabyte a thread, the chunks on their way to the disk, and the scales of the tensors in work.
-It does not depend on the model's size.
+It does not depend on the model's size, but for calibrated rounding, which needs the square of a layer's inputs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from int8convert.checkpoint.manifest import Manifest, ShardRecord
 from int8convert.checkpoint.shard_access import DamagedShardError, ShardAccess
 from int8convert.checkpoint.shard_writer import ShardWriter
+from int8convert.conversion.calibrated_rows import CalibrationInputs
 from int8convert.conversion.commit import Committer, ConvertedShard, Deliver
 from int8convert.conversion.device import CPU, Device, make_scratch
 from int8convert.conversion.records import replay_events
@@ -50,6 +51,7 @@ class Pipeline:
         self._sink = emit
         self._emit_lock = threading.Lock()
         self._scratches = [make_scratch(device) for _ in range(n_workers)]
+        self._inputs = CalibrationInputs()
         self._workers = ThreadPoolExecutor(n_workers)
 
     def __enter__(self) -> Pipeline:
@@ -149,7 +151,7 @@ class Pipeline:
         one = ConvertedShard(ShardWriter(self._out / shard.file_name, shard.outputs))
         try:
             with ExitStack() as open_readers:
-                blocks = ShardBlocks(shard, one, open_readers, access, order, self.emit)
+                blocks = ShardBlocks(shard, one, open_readers, access, order, self.emit, self._inputs)
                 running = [self._workers.submit(blocks.work, scratch) for scratch in self._scratches]
                 try:
                     for worker in running:

@@ -21,6 +21,7 @@ from int8convert.conversion.records import plan_summary
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NOTHING_WRITTEN, NonFiniteWeightError, stating
 from int8convert.events import Event, EventSink, ModulesKept
+from int8convert.planning.calibrated_rounding import CALIBRATED
 from int8convert.planning.kept_modules import KeepBudget, with_earlier_choice
 from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
@@ -165,6 +166,8 @@ def _recorded_request(
     for name in ("rotate", "rotate_inputs"):
         if getattr(options, name):
             recorded[name] = True
+    if request.rounding is not None:
+        recorded |= {"round": CALIBRATED, "calibration": request.rounding.identity()}
     if options.allow_missing:
         recorded["allow_missing"] = list(options.allow_missing)
     return {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from int8convert import __version__
-from int8convert.checkpoint.manifest import ShardRecord, TensorRecord
+from int8convert.checkpoint.manifest import CalibratedRows, ShardRecord, TensorRecord
 from int8convert.checkpoint.model_card import read_source_card
 from int8convert.conversion.device import Device
 from int8convert.conversion.readers import ReaderChoice
@@ -60,6 +60,7 @@ def quantized_event(
     absmax_range: tuple[float, float],
     n_zero_rows: int,
     is_replayed: bool = False,
+    rounding: CalibratedRows | None = None,
 ) -> TensorQuantized:
     return TensorQuantized(
         tensor.output_name,
@@ -71,6 +72,7 @@ def quantized_event(
         *absmax_range,
         n_zero_rows,
         is_replayed,
+        *((rounding.n_accepted, rounding.nearest_error, rounding.error) if rounding else ()),
     )
 
 
@@ -96,8 +98,12 @@ def tensor_record(event: TensorQuantized | TensorKept) -> tuple[str, TensorRecor
             event.source_name, event.dtype, event.reason, n_non_finite=event.n_non_finite, n_zero_rows=zeros
         )
     sqnr_db = round(event.sqnr_db, _DECIMALS) if math.isfinite(event.sqnr_db) else None
+    rounding = None
+    if event.n_accepted_rows is not None:
+        rounding = CalibratedRows(event.n_accepted_rows, event.nearest_error, event.error)
+    absmax_range = event.absmax_min, event.absmax_max
     return event.name, TensorRecord(
-        event.source_name, "I8", None, sqnr_db, event.absmax_min, event.absmax_max, n_zero_rows=zeros
+        event.source_name, "I8", None, sqnr_db, *absmax_range, n_zero_rows=zeros, rounding=rounding
     )
 
 
@@ -111,4 +117,4 @@ def replay_events(shard: PlannedShard, record: ShardRecord) -> Iterator[TensorQu
         else:
             sqnr_db = math.inf if found.sqnr_db is None else found.sqnr_db
             absmax_range = found.absmax_min or 0.0, found.absmax_max or 0.0
-            yield quantized_event(tensor, sqnr_db, absmax_range, found.n_zero_rows, is_replayed=True)
+            yield quantized_event(tensor, sqnr_db, absmax_range, found.n_zero_rows, True, found.rounding)

@@ -49,6 +49,24 @@ class LayerKindError:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundingReport:
+    """The outcome of calibrated rounding.
+
+    Attributes:
+        n_tensors: weights whose codes the calibration chose, row by row.
+        n_nearest: int8 weights that are rounded to nearest, as the calibration has no moments of their inputs.
+        n_rows, n_accepted_rows, nearest_error, error: sums over those weights; see `events.TensorQuantized`.
+    """
+
+    n_tensors: int
+    n_nearest: int
+    n_rows: int
+    n_accepted_rows: int
+    nearest_error: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class ConversionReport:
     """The outcome of `quantize`.
 
@@ -68,6 +86,7 @@ class ConversionReport:
             were.
         n_done_shards: shards that an earlier run finished.
         n_read_now_bytes: bytes that this run read.
+        rounding: None if all weights are rounded to nearest.
     """
 
     source: str
@@ -95,6 +114,7 @@ class ConversionReport:
     reader_reason: str | None
     n_done_shards: int
     n_read_now_bytes: int
+    rounding: RoundingReport | None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object. Infinity, which JSON lacks, becomes null."""
@@ -211,6 +231,20 @@ class ReportBuilder:
             reader_reason=self.plan_made.reader_reason or None if self.plan_made else None,
             n_done_shards=len(done),
             n_read_now_bytes=plan.n_read_bytes - sum(shard.n_read_bytes for shard in done),
+            rounding=self._rounding(),
+        )
+
+    def _rounding(self) -> RoundingReport | None:
+        rounded = [each for _, each in sorted(self.quantized.items()) if each.n_accepted_rows is not None]
+        if not rounded:
+            return None
+        return RoundingReport(
+            len(rounded),
+            len(self.quantized) - len(rounded),
+            sum(each.n_rows for each in rounded),
+            sum(each.n_accepted_rows or 0 for each in rounded),
+            sum(each.nearest_error for each in rounded),
+            sum(each.error for each in rounded),
         )
 
     def _errors(self) -> tuple[LayerKindError, ...]:

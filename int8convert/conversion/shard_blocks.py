@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from int8convert.checkpoint.rows import Scratch
 from int8convert.checkpoint.shard_access import OrderedReader, ShardAccess
 from int8convert.checkpoint.source import ShardReader, reading
+from int8convert.conversion.calibrated_rows import CalibrationInputs
 from int8convert.conversion.commit import ConvertedShard
 from int8convert.conversion.tensors import BlockCounter, tensor_task
 from int8convert.events import EventSink
@@ -52,6 +53,7 @@ class ShardBlocks:
         access: ShardAccess,
         order: ReadingOrder,
         emit: EventSink,
+        inputs: CalibrationInputs,
     ) -> None:
         self.turns = Turns()
         self._shard = shard
@@ -59,6 +61,7 @@ class ShardBlocks:
         self._access = access
         self._order = order
         self._emit = emit
+        self._inputs = inputs
         self._lock = threading.Lock()
         self._blocks = enumerate(self._cut(open_readers))
 
@@ -76,7 +79,8 @@ class ShardBlocks:
                     unordered[name] = open_readers.enter_context(closing(tensor.shard.open()))
                 elif not is_beside and name not in ordered:
                     ordered[name] = open_readers.enter_context(closing(self._access.open(tensor.shard)))
-            task = tensor_task(tensor, unordered[name] if is_beside else ordered[name], self._one.writer)
+            reader = unordered[name] if is_beside else ordered[name]
+            task = tensor_task(tensor, reader, self._one.writer, self._inputs)
             ranges = list(task.blocks())
             counter = BlockCounter(task, len(ranges))
             for i, (begin, end) in enumerate(ranges):

@@ -21,6 +21,7 @@ from int8convert.checkpoint.rows import Block, Scratch, as_array, read_rows, row
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
+from int8convert.conversion.calibrated_rows import CalibrationInputs, RowRounding
 from int8convert.conversion.records import kept_event, quantized_event
 from int8convert.conversion.source_rows import SourceRows
 from int8convert.errors import NonFiniteWeightError
@@ -85,7 +86,9 @@ def _without_dimensions(tensor: PlannedTensor) -> StoredTensor:
 class TensorQuantization:
     """A tensor that becomes int8."""
 
-    def __init__(self, tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> None:
+    def __init__(
+        self, tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter, inputs: CalibrationInputs
+    ) -> None:
         self._tensor = tensor
         self._reader = reader
         self._writer = writer
@@ -94,6 +97,7 @@ class TensorQuantization:
         self._absmax = np.empty(n_rows, np.float32)
         self._signal = np.empty(n_rows, np.float64)
         self._noise = np.empty(n_rows, np.float64)
+        self._rounding = RowRounding(tensor.rounding, n_rows, inputs) if tensor.rounding else None
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         return row_ranges(self._tensor.source, self._tensor.row_block)
@@ -109,6 +113,9 @@ class TensorQuantization:
         bits = kernel_bits(weight, self._rows.dtype)
         scratch.row_quantize(bits, codes, self._absmax[rows], self._signal[rows], self._noise[rows])
         self._check_range(weight, begin, end)
+        if self._rounding:
+            values = widen(weight, self._rows.dtype)
+            self._rounding.round(values, begin, codes, self._absmax[rows], self._noise[rows])
         self._writer.write(self._tensor.output_name, codes.reshape(-1).view(np.uint8).data, begin * weight.shape[1])
 
     def _check_range(self, weight: npt.NDArray[Any], begin: int, end: int) -> None:
@@ -152,7 +159,8 @@ class TensorQuantization:
         sqnr_db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
         n_zero_rows = int(np.count_nonzero(self._absmax == 0))
         absmax_range = float(self._absmax.min()), float(self._absmax.max())
-        return quantized_event(self._tensor, sqnr_db, absmax_range, n_zero_rows)
+        rounding = self._rounding.outcome() if self._rounding else None
+        return quantized_event(self._tensor, sqnr_db, absmax_range, n_zero_rows, rounding=rounding)
 
 
 def _shown(value: Any) -> str:
@@ -193,11 +201,13 @@ class ScaleRecoding:
 TensorTask = TensorCopy | TensorQuantization | ScaleRecoding
 
 
-def tensor_task(tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> TensorTask:
+def tensor_task(
+    tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter, inputs: CalibrationInputs
+) -> TensorTask:
     """Return the work that the plan foresees for a tensor."""
     match tensor.action:
         case TensorAction.QUANTIZE:
-            return TensorQuantization(tensor, reader, writer)
+            return TensorQuantization(tensor, reader, writer, inputs)
         case TensorAction.RECODE:
             return ScaleRecoding(tensor, reader, writer)
         case TensorAction.COPY | TensorAction.DEQUANTIZE:

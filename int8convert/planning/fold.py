@@ -82,6 +82,14 @@ class Fold:
         """Return the fold of the same matrix stored [in, out]."""
         return Fold(self.gain, not self.gain_of_rows, self.divides, self.column_block, self.row_block, self.constant)
 
+    def of_inputs(self) -> Fold:
+        """Return the fold of the rows of X [tokens, in], the inputs of this matrix: X' W'^T = X W^T R_out.
+
+        What the loader rotates while the model runs is rotated here, too.
+        """
+        gain = None if self.gain_of_rows else self.gain
+        return Fold(gain, divides=not self.divides, column_block=self.column_block, input_block=self.input_block)
+
     def identity(self) -> list[str | float | bool | None]:
         """Return what decides the result, as JSON."""
         gain = [self.gain.weight.shard.path.name, self.gain.weight.name, self.gain.offset] if self.gain else [None]

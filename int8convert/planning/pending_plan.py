@@ -10,6 +10,7 @@ from int8convert.checkpoint.loaders.notes import note_adapter
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.fp8_scales import check_unscaled
 from int8convert.planning.adapter import Adapter
+from int8convert.planning.calibrated_rounding import RoundingCalibration, round_by
 from int8convert.planning.coverage import check_coverage, coverage_note
 from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
 from int8convert.planning.model_map.process import ModelMapProcess
@@ -29,6 +30,7 @@ class PlanRequest:
         kept_modules: modules whose weights turned out to have no int8 form.
         rotates: fold a rotation into the weights.
         rotates_inputs: also let the loader rotate further inputs while the model runs.
+        rounding: the calibration by which codes are chosen; None rounds to nearest.
     """
 
     source: CheckpointSource
@@ -38,6 +40,7 @@ class PlanRequest:
     kept_modules: tuple[str, ...] = ()
     rotates: bool = False
     rotates_inputs: bool = False
+    rounding: RoundingCalibration | None = None
 
 
 def plan_conversion(request: PlanRequest) -> ConversionPlan:
@@ -58,7 +61,8 @@ def plan_conversion(request: PlanRequest) -> ConversionPlan:
         rotation = find_rotation(source, found, modules.trusts_code, request.rotates_inputs)
     refused = rotation.notes if rotation else ()
     notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source), *refused)
-    return _with_note(make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, rotation))
+    made = make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, rotation)
+    return _with_note(round_by(made, request.rounding) if request.rounding else made)
 
 
 def _adapter_notes(source: CheckpointSource, adapter: Adapter | None) -> Iterator[str]:

@@ -24,6 +24,7 @@ from int8convert.formats.config import int8_config
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.formats.modules import module_of
+from int8convert.planning.calibrated_rounding import CALIBRATED, InputMoments
 from int8convert.planning.fold import Fold
 from int8convert.planning.lora import LoraDelta
 from int8convert.planning.model_map.model_map import ModelMap
@@ -58,6 +59,7 @@ class PlannedTensor:
         lora: what an adapter adds to it.
         fold: what is folded into it.
         source_format: the format of an int8 weight that it belongs to, if it is recoded or dequantized.
+        rounding: the measured input by which its codes are chosen; None if each weight is rounded to nearest.
         is_beside_codes: it is the scale or zero point of int8 codes that are written as they are.
     """
 
@@ -72,6 +74,7 @@ class PlannedTensor:
     source_format: Format | None = None
     is_beside_codes: bool = False
     fold: Fold | None = field(default=None, repr=False)
+    rounding: InputMoments | None = field(default=None, repr=False)
 
     @property
     def row_block(self) -> int:
@@ -169,6 +172,7 @@ class PlannedShard:
                 t.lora and [t.lora.update.module_name, t.lora.update.scaling],
                 *([t.action, t.source_format, t.format] if t.source_format else []),
                 *([t.fold.identity()] if t.fold else []),
+                *([t.rounding.identity] if t.rounding else []),
             ]
             for t in self.tensors
         ]
@@ -266,6 +270,7 @@ class ConversionPlan:
             ],
             "tensors": {
                 t.output_name: {"source": t.source.name, "dtype": t.output_dtype, "reason": t.reason or None}
+                | ({"round": CALIBRATED} if t.rounding else {})
                 for t in self.tensors
             },
             "dropped": self.dropped,

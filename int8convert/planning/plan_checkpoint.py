@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from int8convert.decoding.fp8 import is_fp8
+from int8convert.errors import AdapterError
 from int8convert.formats.format import DEFAULT_FORMAT, Format, quantize_format
 from int8convert.formats.modules import module_of
 from int8convert.planning.adapter import open_adapter
+from int8convert.planning.calibrated_rounding import CALIBRATED, NEAREST, ROUNDINGS, open_rounding
 from int8convert.planning.kept_modules import KeepBudget
 from int8convert.planning.model_map.model_map import ModuleFilter, check_config
 from int8convert.planning.needs import check_needs
@@ -46,6 +48,9 @@ class PlanOptions:
         keep: keeps the modules 16-bit whose rounding costs most, as if `skip` named them; see
             `outliers.keep.keep_budget`. `quantize` continues with the choice of the run that it resumes. `plan` does
             not know the choice, and ignores this.
+        round: "nearest", or "calibrated" to choose codes by the layers' outputs, where that is better on held-out
+            inputs; see `conversion.calibrated_rows`.
+        calibration: the folder that `calibrate` wrote, with second moments; for "calibrated" alone.
     """
 
     skip: Sequence[str] = ()
@@ -61,6 +66,8 @@ class PlanOptions:
     revision: str | None = None
     cache_dir: str | os.PathLike[str] | None = None
     keep: KeepBudget | None = None
+    round: str = NEAREST
+    calibration: str | os.PathLike[str] | None = None
 
 
 def plan(src: str | os.PathLike[str], options: PlanOptions | None = None) -> ConversionPlan:
@@ -94,6 +101,8 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
     """
     if options.rotate_inputs and not module_of(quantize_format(options.format)).ROTATES_INPUTS:
         raise ValueError(f"rotate_inputs needs the format {Format.COMPRESSED_TENSORS}, not {options.format}")
+    if options.round not in ROUNDINGS or (options.round == CALIBRATED) is not (options.calibration is not None):
+        raise ValueError("round must be nearest or calibrated, and calibrated needs a calibration")
     modules = ModuleFilter(
         tuple(options.skip), tuple(options.only), quantize_format(options.format), options.trust_remote_code
     )
@@ -101,11 +110,19 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
     cache = Path(options.cache_dir) if options.cache_dir is not None else None
     source = open_source(src, options.revision, cache, ignores_adapter=True)
     check_config(source.config, is_fp8(source))
+    adapter = open_adapter(options.lora) if options.lora is not None else None
+    if adapter is not None and options.calibration is not None:
+        raise AdapterError(
+            "an adapter changes the inputs by which --round calibrated chooses codes",
+            "merge the adapter with PEFT, then calibrate and convert the merged checkpoint",
+        )
+    rounding = open_rounding(options.calibration, source) if options.calibration is not None else None
     return PlanRequest(
         source,
         modules,
         max_shard_bytes,
-        open_adapter(options.lora) if options.lora is not None else None,
+        adapter,
         rotates=options.rotate,
         rotates_inputs=options.rotate_inputs,
+        rounding=rounding,
     )

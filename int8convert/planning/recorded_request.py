@@ -18,6 +18,7 @@ from int8convert.checkpoint.names import MANIFEST_NAME, find_file
 from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.format import QUANTIZE_FORMATS, Format
+from int8convert.planning.calibrated_rounding import NEAREST, ROUNDINGS
 from int8convert.text import quoted
 
 _SCHEMA = 1
@@ -25,7 +26,7 @@ _LARGEST = 1.7976931348623157e308
 _OPTIONS = frozenset(
     {
         *("skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"),
-        *("keep_budget", "keep_text", "rotate", "rotate_inputs"),
+        *("keep_budget", "keep_text", "rotate", "rotate_inputs", "round", "calibration"),
     }
 )
 _PLAIN_DTYPES = ("float16", "bfloat16", "float32")
@@ -42,6 +43,7 @@ class RecordedRequest:
         skip, only, threshold, on_nonfinite, max_shard_bytes, allow_missing: the options of `quantize`.
         lora: the identity of the adapter that was merged; None if none was.
         rotate, rotate_inputs: see `PlanOptions`.
+        round: how weights became codes, see `PlanOptions`.
     """
 
     is_export: bool
@@ -56,6 +58,7 @@ class RecordedRequest:
     allow_missing: tuple[str, ...] = ()
     rotate: bool = False
     rotate_inputs: bool = False
+    round: str = NEAREST
 
     @property
     def commit(self) -> str | None:
@@ -107,6 +110,7 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
         allow_missing=entries.texts("allow_missing") if "allow_missing" in options else (),
         rotate="rotate" in options and entries.flag("rotate"),
         rotate_inputs="rotate_inputs" in options and entries.flag("rotate_inputs"),
+        round=entries.one_of("round", ROUNDINGS) if "round" in options else NEAREST,
     )
 
 

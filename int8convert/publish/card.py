@@ -27,6 +27,7 @@ from int8convert.formats.transforms import rotated_inputs
 from int8convert.hub.branch import CARD_MARK
 from int8convert.hub.errors import endpoint
 from int8convert.inspection import Inspection
+from int8convert.planning.calibrated_rounding import CALIBRATED
 from int8convert.publish.card_commands import convert_command, source_repository, text_file, verify_command
 from int8convert.publish.finished import FinishedOutput
 from int8convert.publish.verify_json import Status, failures_on_record
@@ -316,6 +317,7 @@ def _commands(output: FinishedOutput, repository: str) -> dict[str, Any]:
         measured = [repository, *([] if source_repository(output) else ["--reference", "SOURCE"])]
     return {
         "has_adapter": bool(output.options.get("lora")),
+        "is_calibrated": output.options.get("round") == CALIBRATED,
         "convert_command": convert_command(output),
         "verify_command": verify_command(output, measured),
     }

@@ -50,6 +50,7 @@ def convert_command(output: FinishedOutput) -> str:
     if options.get("max_shard_bytes"):
         words += ["--max-shard-size", f"{options['max_shard_bytes']}"]
     words += [f"--{key.replace('_', '-')}" for key in ("rotate", "rotate_inputs") if options.get(key)]
+    words += ["--round", "calibrated", "--calibration", "CAL"] if options.get("round") == "calibrated" else []
     return join(words + (["--lora", "ADAPTER"] if options.get("lora") else []))
 
 

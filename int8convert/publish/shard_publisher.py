@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +128,7 @@ class HubPublisher:
 
         additions = [
             self._branch.send(record.file_name, path, record.sha256),
-            CommitOperationAdd(f"{_RECORDS_FOLDER}{record.file_name}.json", _encode(asdict(record))),
+            CommitOperationAdd(f"{_RECORDS_FOLDER}{record.file_name}.json", _encode(record.to_json())),
         ]
         if not self._has_begun:
             additions.append(CommitOperationAdd(_REQUEST_NAME, _encode(self._request)))

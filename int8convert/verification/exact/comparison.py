@@ -110,7 +110,9 @@ class Comparison:
 
     def _compare(self, pair: Pair) -> TensorResult:
         if isinstance(pair, Int8Pair):
-            return compare_int8(pair, self._rules, self._outliers.pairs.get(pair.module_name))
+            is_calibrated = pair.module_name in self._provenance.calibrated
+            rules = self._rules.calibrated() if is_calibrated else self._rules
+            return compare_int8(pair, rules, self._outliers.pairs.get(pair.module_name))
         return compare_kept(pair)
 
     def _collect(self, tasks: Iterable[tuple[Future[Any], int]], on_event: EventSink) -> None:

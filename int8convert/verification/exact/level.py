@@ -51,7 +51,7 @@ class ExactReport:
         format: the format of `out`.
         checks: all checks; docs/verify-json.md describes each.
         n_different_codes, n_different_scales: number of codes and scales that differ from the reference rounding. They
-            are no defect if another tool computed the checkpoint.
+            are no defect if another tool computed the checkpoint, and codes are none if a calibration chose them.
         n_read_bytes: bytes of both checkpoints.
         notes: what the user should know about the measurement.
         commit, reference_commit: commits of checkpoints on the Hub; else None.
@@ -181,6 +181,11 @@ def _notes(provenance: Provenance, planned: ConversionPlan) -> Iterator[str]:
         yield "the source is not the one of the conversion: its config.json, its files or their headers have changed"
     if provenance.lora is not None:
         yield "an adapter was merged, whose last bits depend on the machine: codes may differ halfway between two codes"
+    if provenance.calibrated:
+        yield (
+            f"the codes of {counted(len(provenance.calibrated), 'weight')} were chosen by a calibration: each is less "
+            "than one step from its weight, and whether it is the better of the two beside it is not checked"
+        )
     if (allowed := allowed_note(planned.model_map, provenance)) is not None:
         yield allowed
 

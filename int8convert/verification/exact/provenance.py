@@ -8,12 +8,12 @@ the source, and config.json tells which modules were kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.manifest import Manifest, TensorRecord
 from int8convert.checkpoint.names import MANIFEST_NAME
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import AdapterError, CorruptFileError, HubError, SourceError
@@ -22,6 +22,7 @@ from int8convert.formats.format import Format
 from int8convert.formats.modules import module_of
 from int8convert.hub.cached_copy import fetch_beside
 from int8convert.planning.adapter import open_adapter
+from int8convert.planning.calibrated_rounding import CALIBRATED
 from int8convert.planning.recorded_request import RecordedRequest, read_recorded_request
 from int8convert.sources import is_repository_name, open_source
 from int8convert.text import quoted
@@ -62,6 +63,7 @@ class Provenance:
         is_known: whether a manifest says all this. If not, another tool may have computed the codes.
         exports: exports between the conversion and the checkpoint, in order.
         revision: the commit of a source on the Hub, if the manifest names it.
+        calibrated: int8 modules whose codes a calibration chose.
         problem: why the checkpoint's manifest cannot be read; "" if it can, or if there is none.
     """
 
@@ -79,6 +81,7 @@ class Provenance:
     allow_missing: tuple[str, ...] = ()
     rotate: bool = False
     rotate_inputs: bool = False
+    calibrated: frozenset[str] = frozenset()
     problem: str = ""
 
 
@@ -129,6 +132,7 @@ def find_provenance(
         allow_missing=request.allow_missing,
         rotate=request.rotate,
         rotate_inputs=request.rotate_inputs,
+        calibrated=_calibrated(found.manifest) if request.round == CALIBRATED else frozenset(),
     )
 
 
@@ -174,12 +178,18 @@ def _with_manifest(step: ExportStep) -> Path:
 
 
 def _kept_for_values(manifest: Manifest) -> tuple[str, ...]:
-    return tuple(
-        name.removesuffix(".weight")
-        for record in manifest.read_finished_records().values()
-        for name, tensor in record.tensors.items()
-        if tensor.reason == _NOT_FINITE
-    )
+    return tuple(module for module, tensor in _records(manifest) if tensor.reason == _NOT_FINITE)
+
+
+def _calibrated(manifest: Manifest) -> frozenset[str]:
+    return frozenset(module for module, tensor in _records(manifest) if tensor.rounding is not None)
+
+
+def _records(manifest: Manifest) -> Iterator[tuple[str, TensorRecord]]:
+    """Yield the module of each tensor, and the tensor's record."""
+    for record in manifest.read_finished_records().values():
+        for name, tensor in record.tensors.items():
+            yield name.removesuffix(".weight"), tensor
 
 
 def _check_adapter(merged: Any, given: str | None) -> None:

@@ -11,21 +11,27 @@ asked of each row, with w the weights, c the codes and s the stored step (absmax
 The three roundings of (1) and the one of s add up to at most two ulps: 4 * 127 * 2^-24 steps. So (1) implies (2), and
 rows that pass (1), which are nearly all, cost no more than that.
 
+Codes that a calibration chose are judged by (2) alone, with a wider limit; see `RowRules.calibrated`.
+
 Does not know whether the source's weights are right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from int8convert.checkpoint.names import CALIBRATED_STEPS_AWAY
 from int8convert.verification.checks import Finding
 
 _N_STEPS = 127
 _MAX_SHOWN_STEPS = 1e6
+
+_CALIBRATED_SLACK = 1e-4
+"""Steps by which the converter's float32 roundings may move a bound on the distance between a weight and its code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,16 @@ class RowRules:
     needs_reference_codes: bool = True
     scale_tolerance: float | None = 0.0
     may_be_fp16: bool = False
+
+    def calibrated(self) -> RowRules:
+        """Return the rules for codes that a calibration chose.
+
+        Scales are those of the reference rounding. A code is less than one step away from its weight, so the largest
+        weight of a row keeps the code 127. The judge does not know the calibration: it cannot tell which of the two
+        codes beside a weight it chose.
+        """
+        further = CALIBRATED_STEPS_AWAY - 0.5 + _CALIBRATED_SLACK
+        return replace(self, slack_steps=self.slack_steps + further, needs_reference_codes=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +177,9 @@ class _Rows:
         if too_far.any():
             row, column = _first(too_far)
             steps = min(away[row, column] / step[row], _MAX_SHOWN_STEPS) if step[row] > 0 else _MAX_SHOWN_STEPS
-            expected = f"{float(self.weight[row, column]):.6g} within half a step"
+            within = 0.5 + self.rules.slack_steps
+            allowed = "half a step" if within < 0.6 else f"{within:.2f} steps"
+            expected = f"{float(self.weight[row, column]):.6g} within {allowed}"
             found = f"{rounded[row, column]:.6g}, {steps:.3g} steps away"
             yield "weights", self._finding(expected, found, too_far, row, column)
 
