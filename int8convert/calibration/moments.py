@@ -13,6 +13,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from int8convert.calibration.folder import CalibratedInput, Moments, write_moments
+from int8convert.calibration.statistics import version_of
 
 MAX_WIDTH = 16384
 """Most features of an input whose second moments are gathered: 1 GiB in float32."""
@@ -64,14 +65,16 @@ class InputRecorder:
         tokens = x.detach().reshape(-1, x.shape[-1])
         if not len(tokens):  # an expert may get no token
             return
-        known: _Input | None = self._seen.get(x)
+        known: _Input | None
+        version, known = self._seen.get(x, (-1, None))
+        known = known if version == version_of(x) else None
         found = self._input_of.get(name)
         if found is None:
             found = self._input_of[name] = known or self._begin(tokens)
             found.modules.append(name)
         if found is known:
             return
-        self._seen[x] = found
+        self._seen[x] = version_of(x), found
         if self._folder is None or not self.is_held_out:
             found.n_tokens += len(tokens)
         if found.second_moment is None:

@@ -200,6 +200,11 @@ def blocks_of(values: torch.Tensor) -> torch.Tensor:
     return padded.view(*values.shape[:-1], -1, BLOCK_SIZE)
 
 
+def version_of(x: torch.Tensor) -> int:
+    """Return a number that differs after each change of a tensor in place; always 0 in inference mode."""
+    return 0 if x.is_inference() else x._version
+
+
 def features_of(module: Any) -> tuple[int, int] | None:
     """Return how many features a Linear layer, or GPT-2's Conv1D, reads and writes; None for other modules."""
     if isinstance(module, nn.Linear):
@@ -241,7 +246,7 @@ def watching(
 def _add(
     name: str,
     statistics: InputStatistics,
-    sums: MutableMapping[torch.Tensor, InputSums],
+    sums: MutableMapping[torch.Tensor, tuple[int, InputSums]],
     on_input: Callable[[str, torch.Tensor], None] | None,
     module: nn.Module,
     inputs: tuple[torch.Tensor, ...],
@@ -251,11 +256,11 @@ def _add(
     x = (*inputs, *named.values())[0]
     x = module.rotate_input(x) if isinstance(module, Int8Linear) else x
     tokens = x.detach().reshape(-1, x.shape[-1])
-    of_input = sums.get(x)
-    if of_input is None:
+    version, of_input = sums.get(x, (-1, None))
+    if of_input is None or version != version_of(x):
         of_input = InputSums(tokens.shape[1], statistics.threshold, tokens.device)
         of_input.add_tokens(tokens)
-        sums[x] = of_input
+        sums[x] = version_of(x), of_input
     statistics.merge(of_input)
     statistics.add_outputs(y.detach().reshape(-1, y.shape[-1]))
     if statistics.values is not None:

@@ -190,3 +190,13 @@ def test_inputs_by_keyword_and_in_16_bits_are_counted() -> None:
     with torch.no_grad(), watching({"a": linear}, 6.0) as statistics:
         linear(input=x)
     assert torch.equal(statistics["a"].largest, x.abs().amax(0).float())
+
+
+def test_input_that_was_changed_in_place_is_another_input() -> None:
+    layers, x = {name: layer() for name in "abc"}, tokens()
+    with torch.no_grad(), watching(layers, 6.0) as statistics:
+        layers["a"](x)
+        layers["b"](x)
+        layers["c"](x.mul_(2))
+    assert torch.equal(statistics["a"].largest, statistics["b"].largest)
+    assert torch.equal(statistics["c"].largest, 2 * statistics["a"].largest)
