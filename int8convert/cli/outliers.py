@@ -81,7 +81,8 @@ def outliers(
     damage: Annotated[
         bool,
         typer.Option(
-            "--damage", help="Also estimate what rounding each layer costs, and which layers to keep in 16 bits."
+            "--damage",
+            help="Also estimate what rounding each layer costs, and choose layers and columns by it.",
         ),
     ] = False,
     keep_budget: Annotated[
@@ -238,7 +239,7 @@ def _print_projections(report: OutlierReport) -> None:
 
 def _kept(report: OutlierReport, budget_percent: float) -> tuple[LayerDamage, ...]:
     """Return the layers to keep in 16 bits, for the arithmetic that bitsandbytes and `load` have by default."""
-    from int8convert.outliers.damage import choose_kept
+    from int8convert.outliers.keep import choose_kept
 
     n_weights = sum(layer.n_weights for layer in report.damage)
     return choose_kept(report.damage, budget_percent / 100 * n_weights, "inputs_by_rule")

@@ -30,9 +30,9 @@ information in place of the Hessian.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,7 @@ class LayerDamage:
         inputs_by_rule: the same without outlier columns, by LLM.int8()'s rule.
         inputs_by_blocks: by rounding its input, a scale for each token and block of 128 columns.
         source_rounding: by rounding its weights to the dtype given to `estimate_damage`; 0 if none was.
+        columns: float64 [in], on the CPU, the part of each input column in `weights` and `inputs_by_rule`.
     """
 
     module_name: str
@@ -74,6 +75,7 @@ class LayerDamage:
     inputs_by_rule: float
     inputs_by_blocks: float
     source_rounding: float = 0.0
+    columns: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     def of_inputs(self, inputs: str | None) -> float:
         """Return the damage by the input under an arithmetic, one of `INPUTS`, or None if the input is not rounded."""
@@ -93,6 +95,8 @@ class _Sums:
     step_squares: torch.Tensor
     source_step_squares: torch.Tensor
     block_squares: torch.Tensor
+    column_weights: torch.Tensor
+    output_weights: torch.Tensor
     group: int = -1
     weights: float = 0.0
     inputs_by_token: float = 0.0
@@ -103,14 +107,17 @@ class _Sums:
     def add(self, threshold: float, x: torch.Tensor, grad: torch.Tensor) -> None:
         """Add the tokens x [..., in] and the gradients of their outputs [..., out]."""
         x, g2 = x.reshape(-1, x.shape[-1]).float(), grad.reshape(-1, grad.shape[-1]).float().square()
-        x_squares = x.square().sum(1)
-        self.weights += float((g2 @ self.step_squares) @ x_squares) / 24
+        x_squares, by_weights = x.square().sum(1), g2 @ self.step_squares
+        self.weights += float(by_weights @ x_squares) / 24
+        self.column_weights += (by_weights @ x.square()) / 24
         self.source_rounding += float((g2 @ self.source_step_squares) @ x_squares) / 24
         by_block = g2 @ self.block_squares
         magnitude = x.abs()
         found = magnitude.amax(0) >= threshold
         self.inputs_by_token += _cost(magnitude.amax(1, keepdim=True), by_block)
-        self.inputs_by_rule += _cost(magnitude.masked_fill(found, 0).amax(1, keepdim=True), by_block)
+        by_rule = magnitude.masked_fill(found, 0).amax(1, keepdim=True)
+        self.inputs_by_rule += _cost(by_rule, by_block)
+        self.output_weights += (by_rule / N_STEPS).square()[:, 0] @ g2 / 24
         self.inputs_by_blocks += _cost(blocks_of(magnitude).amax(-1), by_block)
 
 
@@ -160,12 +167,18 @@ def estimate_damage(
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
         n_tokens += len(ids)
+    n = max(1, n_tokens)
     return tuple(
         LayerDamage(
             name,
             found.n_weights,
             found.group,
-            *(getattr(found, part) / max(1, n_tokens) for part in ("weights", *INPUTS, "source_rounding")),
+            weights=found.weights / n,
+            inputs_by_token=found.inputs_by_token / n,
+            inputs_by_rule=found.inputs_by_rule / n,
+            inputs_by_blocks=found.inputs_by_blocks / n,
+            source_rounding=found.source_rounding / n,
+            columns=_columns(layers[name], found) / n,
         )
         for name, found in sums.items()
         if found.group >= 0
@@ -189,7 +202,17 @@ def _constants(layer: Any, dtype: torch.dtype | None) -> _Sums:
     source_step_squares = torch.zeros_like(step_squares)
     if dtype is not None:
         source_step_squares = torch.cat([_mean_step_square(rows.float(), dtype) for rows in weight.split(256)])
-    return _Sums(weight.numel(), step_squares, source_step_squares, block_squares)
+    sums = torch.zeros(weight.shape[1], device=weight.device), torch.zeros(weight.shape[0], device=weight.device)
+    return _Sums(weight.numel(), step_squares, source_step_squares, block_squares, *sums)
+
+
+def _columns(layer: Any, sums: _Sums) -> torch.Tensor:
+    """Return the cost of each column, summed over tokens: of its weights, and of its share of the input by the rule."""
+    weight = layer.weight.detach().t() if is_conv1d_layer(layer) else layer.weight.detach()
+    total = sums.column_weights
+    for rows, part in zip(weight.split(256), sums.output_weights.split(256), strict=True):
+        total = total + part @ rows.float().square()
+    return total.double().cpu()
 
 
 def _mean_step_square(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -240,26 +263,3 @@ def _watching(
             hook = layer.register_forward_hook(partial(after, sums[name]), with_kwargs=True)
             hooks.callback(hook.remove)
         yield
-
-
-def choose_kept(damage: Sequence[LayerDamage], budget: float, inputs: str | None) -> tuple[LayerDamage, ...]:
-    """Choose the layers whose weights in 16 bits take away most damage for their bytes.
-
-    Args:
-        budget: the largest number of weights that stay. Layers of a group stay together.
-        inputs: the arithmetic of the inputs, as in `LayerDamage.of_inputs`.
-    """
-    groups: dict[int, list[LayerDamage]] = {}
-    for layer in damage:
-        groups.setdefault(layer.group, []).append(layer)
-
-    def worth(group: list[LayerDamage]) -> float:
-        return sum(layer.cost(inputs) for layer in group) / sum(layer.n_weights for layer in group)
-
-    kept: list[LayerDamage] = []
-    for group in sorted(groups.values(), key=worth, reverse=True):
-        n_weights = sum(layer.n_weights for layer in group)
-        if n_weights <= budget:
-            kept += group
-            budget -= n_weights
-    return tuple(kept)

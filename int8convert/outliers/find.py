@@ -85,13 +85,15 @@ class OutlierReport:
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "largest"}
         names = ("inputs", "features", "ablation", "damage")
         lists = {name: [asdict(entry) for entry in fields[name]] for name in names}
+        for layer in lists["damage"]:
+            del layer["columns"]
         result: dict[str, Any] = _finite({"schema": 1, **fields, **lists})
         return result
 
     def calibration(self) -> dict[str, Any]:
         """Return how the static set was chosen, for the file that holds it."""
         names = ("text", "text_sha256", "n_sequences", "length", "threshold", "min_share", "budget")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "by_damage": bool(self.damage)}
 
 
 def _finite(value: Any) -> Any:
@@ -126,7 +128,8 @@ def find_outliers(
         text: what the model reads; windows have 256 tokens by default, or what the model takes if that is less.
         threshold: magnitude from which a value is an outlier.
         with_ablation: also measure the effect of taking the features away.
-        with_damage: also estimate what rounding each layer costs; the checkpoint is not int8 then.
+        with_damage: also estimate what rounding each layer costs, and choose columns by that. The checkpoint must not
+            be int8.
         min_share, budget: the rule for columns worth storing, see `int8convert.outliers.choice`.
         module_names: the modules to examine, as an int8 checkpoint's tensors name them; None for those that are int8 or
             would be.
@@ -160,7 +163,10 @@ def find_outliers(
     inputs = describe_inputs(statistics, readings.hidden_size)
     features = find_features(inputs, statistics)
     states = {entry.module_name: layers[entry.module_name] for entry in inputs if entry.is_hidden_state}
-    columns = choose_columns(weights, statistics, min_share=min_share, budget=budget)
+    damage = estimate_damage(model, layers, windows.ids, threshold) if with_damage else ()
+    columns = choose_columns(
+        weights, statistics, min_share=min_share, budget=budget, damage=_columns_of(damage) if with_damage else None
+    )
     static_set = {name: tuple(found.tolist()) for name, found in columns.items() if found.numel()}
     return OutlierReport(
         path=os.fspath(path),
@@ -172,7 +178,7 @@ def find_outliers(
         n_layers=len({entry.layer for entry in inputs if entry.is_hidden_state}),
         inputs=inputs,
         features=features,
-        damage=estimate_damage(model, layers, windows.ids, threshold) if with_damage else (),
+        damage=damage,
         ablation=ablate(model, states, windows.ids, [f.column for f in features]) if with_ablation and features else (),
         min_share=min_share,
         budget=budget,
@@ -183,6 +189,10 @@ def find_outliers(
         elapsed_s=time.perf_counter() - began,
         largest={name: seen.largest for name, seen in statistics.items()},
     )
+
+
+def _columns_of(damage: Iterable[LayerDamage]) -> dict[str, torch.Tensor]:
+    return {layer.module_name: layer.columns for layer in damage if layer.columns is not None}
 
 
 def _layers(model: Any, module_names: Iterable[str] | None) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ Costs the model in memory, and the activations of one window. Does not know what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from int8convert.errors import AdapterError, DeviceError, FormatError
 from int8convert.events import DamageStarted, EventSink, ModulesKept
 from int8convert.formats.format import Format
 from int8convert.hub.cached_copy import fetch_checkpoint, reading_cached
-from int8convert.outliers.damage import LayerDamage, backward_bytes, choose_kept, estimate_damage
+from int8convert.outliers.damage import LayerDamage, backward_bytes, estimate_damage
 from int8convert.outliers.find import check_predicts
 from int8convert.planning.kept_modules import KeepBudget
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
@@ -92,6 +92,29 @@ def _choose(
         kl_after=before - taken,
         n_unmeasured=n_weights - sum(layer.n_weights for layer in damage),
     )
+
+
+def choose_kept(damage: Sequence[LayerDamage], budget: float, inputs: str | None) -> tuple[LayerDamage, ...]:
+    """Choose the layers whose weights in 16 bits take away most damage for their bytes.
+
+    Args:
+        budget: the largest number of weights that stay. Layers of a group stay together.
+        inputs: the arithmetic of the inputs, as in `LayerDamage.of_inputs`.
+    """
+    groups: dict[int, list[LayerDamage]] = {}
+    for layer in damage:
+        groups.setdefault(layer.group, []).append(layer)
+
+    def worth(group: list[LayerDamage]) -> float:
+        return sum(layer.cost(inputs) for layer in group) / sum(layer.n_weights for layer in group)
+
+    kept: list[LayerDamage] = []
+    for group in sorted(groups.values(), key=worth, reverse=True):
+        n_weights = sum(layer.n_weights for layer in group)
+        if n_weights <= budget:
+            kept += group
+            budget -= n_weights
+    return tuple(kept)
 
 
 def _measure(

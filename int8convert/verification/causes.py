@@ -28,8 +28,8 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.events import EventSink
 from int8convert.formats.format import DEFAULT_FORMAT
 from int8convert.formats.int8_checkpoint import open_int8_checkpoint
-from int8convert.outliers.damage import LayerDamage, choose_kept
-from int8convert.outliers.keep import estimate_in_memory
+from int8convert.outliers.damage import LayerDamage
+from int8convert.outliers.keep import choose_kept, estimate_in_memory
 from int8convert.publish.verify_command import Gates
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.text.windows import TokenWindows

@@ -15,7 +15,8 @@ from transformers import OPTConfig, OPTForCausalLM
 import int8convert
 from int8convert.errors import SourceError
 from int8convert.formats.layers import is_conv1d_layer
-from int8convert.outliers.damage import LayerDamage, choose_kept, estimate_damage
+from int8convert.outliers.damage import LayerDamage, estimate_damage
+from int8convert.outliers.keep import choose_kept
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.text.texts import Text
 from tests.tools.language_models import build_tokenizer, language_model
@@ -240,3 +241,63 @@ def test_int8_checkpoint_has_no_weights_from_before(source: Path, tmp_path: Path
     with pytest.raises(SourceError, match="out' is int8") as caught:
         int8convert.find_outliers(tmp_path / "out", Text(tmp_path / "text.txt", length=32), with_damage=True)
     assert caught.value.hint == "give the source"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_columns_add_up_to_the_damage_of_their_layer(family: str) -> None:
+    model = model_of(family)
+    for layer in estimate_damage(model, layers_of(model), tokens(2)):
+        assert (
+            layer.columns is not None
+            and len(layer.columns) == model.get_submodule(layer.module_name).weight.shape[0 if family == "gpt2" else 1]
+        )
+        assert float(layer.columns.sum()) == pytest.approx(layer.weights + layer.inputs_by_rule, rel=1e-4)
+
+
+def test_column_costs_what_storing_it_takes_away() -> None:
+    """Against the divergence with the errors of these columns alone; other columns keep theirs out of it."""
+    model, ids = model_of("llama"), tokens(8)
+    layers = {name: layer for name, layer in layers_of(model).items() if name.endswith("1.mlp.down_proj")}
+    ((name, layer),) = layers.items()
+    (found,) = estimate_damage(model, layers, ids)
+    assert found.columns is not None
+    half = found.columns.topk(len(found.columns) // 4).indices
+    weight = layer.weight.data.clone()
+    exact = torch.cat([model(row[None]).logits[0].double().log_softmax(-1) for row in ids]).detach()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    layer.weight.data = weight.clone()
+    layer.weight.data[:, half] = ((weight / step).round() * step)[:, half]
+
+    def round_some(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        x = inputs[0].clone()
+        x[..., half] = by_rule(inputs[0])[..., half]
+        return (x,)
+
+    hook = layer.register_forward_pre_hook(round_some)
+    with torch.no_grad():
+        rounded_some = torch.cat([model(row[None]).logits[0].double().log_softmax(-1) for row in ids])
+    hook.remove()
+    measured = float((exact.exp() * (exact - rounded_some)).sum(-1).mean())
+    assert measured / 1.6 < float(found.columns[half].sum()) < 1.6 * measured, name
+
+
+def test_columns_are_bought_where_they_matter_and_not_where_the_layer_says_so(tmp_path: Path) -> None:
+    """Two layers alike, but what the second adds to the hidden state is scaled down to nothing."""
+    tokenizer = build_tokenizer()
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog and then some " * 200)
+    model = outlier_model(tokenizer, {}, {})
+    for layer in model.model.decoder.layers:
+        layer.fc2.bias.data.zero_()
+    model.model.decoder.layers[1].fc2.weight.data *= 1e-3
+    source = save(model, tmp_path / "source", tokenizer, torch.float32)
+    text = Text(tmp_path / "text.txt", n_sequences=2, length=32)
+    n_columns = {}
+    for with_damage in (False, True):
+        report = int8convert.find_outliers(source, text, with_damage=with_damage, budget=0.05, device="cpu")
+        assert report.static_set_bytes <= 0.05 * report.int8_bytes
+        assert report.calibration()["by_damage"] is with_damage
+        n_columns[with_damage] = [
+            sum(len(report.static_set.get(f"model.decoder.layers.{i}.{name}", ())) for name in ("fc1", "fc2"))
+            for i in (0, 1)
+        ]
+    assert n_columns[False][1] >= n_columns[False][0] / 2 > 0 and n_columns[True][1] == 0 < n_columns[True][0]

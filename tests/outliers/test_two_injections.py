@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import int8convert
-from int8convert.outliers.damage import choose_kept, estimate_damage
+from int8convert.outliers.damage import estimate_damage
 from int8convert.outliers.find import find_outliers
+from int8convert.outliers.keep import choose_kept
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.models import load_model
 from int8convert.runtime.modes import OutlierMode
