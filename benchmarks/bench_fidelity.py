@@ -4,7 +4,8 @@ How it goes:
 1. The model is converted, and outlier columns are chosen by one half of the text and stored.
 2. `verify`'s own measurement runs the other half through source and int8 model: weights alone; one scale a token, as a
    server computes the compressed-tensors form; LLM.int8(); stored columns; a scale for each block of 128 inputs.
-3. Beside them: the Q8_0 arithmetic of llama.cpp, simulated in float32, for weights alone and for both operands; and the
+3. The same with a rotation folded into the weights, and with the other inputs rotated while the model runs.
+4. Beside them: the Q8_0 arithmetic of llama.cpp, simulated in float32, for weights alone and for both operands; and the
    bitsandbytes form in transformers, run by bitsandbytes.
 
     ./benchmarks/bench_fidelity MODEL [MODEL ...] --write docs/results/fidelity.md
@@ -15,7 +16,7 @@ is technical English, unless --text names another.
 Rare tokens dominate a mean: medians, 99th percentiles and intervals over windows stand beside it. Two rows on the same
 tokens differ by less than their intervals say, because the windows are the same.
 
-Takes some 15 minutes on two cores for 0.5B parameters and 16 windows, and 8 GB of memory.
+Takes some 40 minutes on two cores for 0.5B parameters and 16 windows, and 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ MODES = {
     "blocks": "a scale for each 128 inputs",
     "dynamic+blocks": "LLM.int8() with a scale for each 128 inputs",
 }
+ROTATED_MODES = {name: MODES[name] for name in ("weight-only", "none", "dynamic", "blocks", "dynamic+blocks")}
+ROTATED_INPUTS_MODES = {name: MODES[name] for name in ("weight-only", "none", "blocks")}
 STORED_MODES = {
     "static+guard": "stored columns, the default where some are stored",
     "static+blocks": "stored columns, and a scale for each 128 inputs",
@@ -119,19 +122,21 @@ def q8_0_rows(source: Path, windows: TokenWindows) -> Rows:
     return rows
 
 
-def bitsandbytes_row(source: Path, out: Path, windows: TokenWindows) -> Rows:
+def bitsandbytes_row(source: Path, out: Path, windows: TokenWindows, prefix: str = "") -> Rows:
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(out, device_map="cpu").eval()
     summary = compare(load_model(source, "cpu"), lambda ids: theirs(ids[None], use_cache=False).logits[0], windows)
-    return [("the bitsandbytes form, run by bitsandbytes", 1.0, summary)]
+    return [(f"{prefix}the bitsandbytes form, run by bitsandbytes", 1.0, summary)]
 
 
-def our_rows(source: Path, out: Path, windows: TokenWindows, modes: dict[str, str], share: float) -> Rows:
+def our_rows(
+    source: Path, out: Path, windows: TokenWindows, modes: dict[str, str], share: float, prefix: str = ""
+) -> Rows:
     reports = measure_fidelity(source, out, windows, Execution("cpu", False, tuple(modes)))
     for report in reports:
-        console.print(f"{report.mode}: {report.mean_kl:.5f}")
-    return [(f"{modes[report.mode]} (`{report.mode}`)", share, report) for report in reports]
+        console.print(f"{prefix}{report.mode}: {report.mean_kl:.5f}")
+    return [(f"{prefix}{modes[report.mode]} (`{report.mode}`)", share, report) for report in reports]
 
 
 def measure(source: Path, text: Path, calibration: Path, n_sequences: int, length: int, folder: Path) -> Rows:
@@ -145,7 +150,17 @@ def measure(source: Path, text: Path, calibration: Path, n_sequences: int, lengt
     int8convert.store_outliers(source, out, found.static_set)
     share = 1 + found.static_set_bytes / found.int8_bytes
     rows += our_rows(source, out, windows, STORED_MODES, share)
-    return rows + q8_0_rows(source, windows) + bitsandbytes_row(source, out, windows)
+    rows += bitsandbytes_row(source, out, windows) + rotated_rows(source, windows, folder)
+    return rows + q8_0_rows(source, windows)
+
+
+def rotated_rows(source: Path, windows: TokenWindows, folder: Path) -> Rows:
+    rotated, inputs = folder / "rotated", folder / "inputs"
+    int8convert.quantize(source, rotated, int8convert.PlanOptions(rotate=True))
+    int8convert.quantize(source, inputs, int8convert.PlanOptions(rotate_inputs=True, format="compressed-tensors"))
+    rows = our_rows(source, rotated, windows, ROTATED_MODES, 1.0, "rotated: ")
+    rows += bitsandbytes_row(source, rotated, windows, "rotated: ")
+    return rows + our_rows(source, inputs, windows, ROTATED_INPUTS_MODES, 1.0, "all inputs rotated: ")
 
 
 def describe(name: str, rows: Rows) -> str:

@@ -352,13 +352,11 @@ def _check_combination(context: typer.Context, src: str) -> None:
         raise typer.BadParameter("it must be above 0", param_hint="--keep-budget")
     if {"keep_budget", "lora"} <= given:
         raise options.UsageError("--keep-budget measures SRC without the adapter: give one of --keep-budget and --lora")
-    if {"keep_budget", "rotate"} <= given:
-        raise options.UsageError("--keep-budget measures SRC's own weights: give one of --keep-budget and --rotate")
     options.check_upload_options(context)
-    changed = next((name for name in ("rotate", "lora") if name in given), None)
+    changed = next((name for name in ("rotate", "rotate_inputs", "lora") if name in given), None)
     if changed and context.params["calibrate"] is not None and context.params["calibrate"].is_dir():
         raise options.UsageError(
-            f"--calibrate CAL is of SRC without --{changed}: calibrate by a text, or leave one out"
+            f"--calibrate CAL is of SRC without {options.option_name(changed)}: calibrate by a text, or leave one out"
         )
     if (context.params["round"] == "calibrated") is not ("calibration" in given):
         raise options.UsageError("--round calibrated and --calibration CAL belong together: pass both, or neither")

@@ -17,12 +17,13 @@ from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.calibration.statistics import features_of
 from int8convert.calibration.windows import fit_windows, read_windows_for
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.errors import AdapterError, DeviceError, FormatError
+from int8convert.errors import AdapterError, DeviceError
 from int8convert.events import DamageStarted, EventSink, ModulesKept
 from int8convert.formats.format import Format
 from int8convert.hub.cached_copy import fetch_checkpoint, reading_cached
 from int8convert.outliers.damage import LayerDamage, backward_bytes, estimate_damage
 from int8convert.outliers.find import check_predicts
+from int8convert.outliers.rotated_model import rotate_model
 from int8convert.planning.kept_modules import KeepBudget
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
 from int8convert.planning.plan import ConversionPlan
@@ -73,14 +74,10 @@ def _choose(
         raise AdapterError(
             f"{OPTION} measures the source, which without the adapter is another model", f"leave out {OPTION} or --lora"
         )
-    if request.rotates:
-        raise FormatError(
-            f"{OPTION} measures the source's weights, and --rotate converts others", f"leave out {OPTION} or --rotate"
-        )
     planned = plan_conversion(request)
     sizes = _int8_weights(planned)
     n_weights = sum(tensor.source.n_elements for tensor in planned.tensors if tensor.is_quantized)
-    damage = _measure(planned.source, tuple(sizes), text, device, trust_remote_code, on_event)
+    damage = _measure(planned, tuple(sizes), text, device, trust_remote_code, on_event)
     inputs = LOADERS_INPUTS[request.modules.output_format]
     kept = choose_kept(damage, share * n_weights, inputs)
     before, taken = (sum(layer.cost(inputs) for layer in layers) for layers in (damage, kept))
@@ -118,7 +115,7 @@ def choose_kept(damage: Sequence[LayerDamage], budget: float, inputs: str | None
 
 
 def _measure(
-    source: CheckpointSource,
+    planned: ConversionPlan,
     module_names: Iterable[str],
     text: Text,
     device: str,
@@ -126,6 +123,7 @@ def _measure(
     on_event: EventSink,
 ) -> tuple[LayerDamage, ...]:
     """Read the text, fetch the source if it is on the Hub, and estimate."""
+    source = planned.source
     windows = read_windows_for(source.directory, text, trust_remote_code, source.label)
     if source.commit is not None:
         fetch_checkpoint(source, on_event)
@@ -138,6 +136,7 @@ def _measure(
         trust_remote_code=trust_remote_code,
         on_event=on_event,
         hint="run int8convert outliers SRC --text FILE --damage where it fits, and pass the --skip options it prints",
+        planned=planned,
     )
 
 
@@ -166,6 +165,7 @@ def estimate_in_memory(
     hint: str,
     threshold: float = OUTLIER_THRESHOLD,
     dtype: torch.dtype | None = None,
+    planned: ConversionPlan | None = None,
 ) -> tuple[LayerDamage, ...]:
     """Load a source, and estimate the damage of those modules that run on a text, by their names in the model.
 
@@ -175,6 +175,7 @@ def estimate_in_memory(
         windows: longer ones than the model takes are cut.
         hint: the hint where the model does not fit.
         threshold, dtype: see `estimate_damage`.
+        planned: its rotation is folded into the model first; None folds none.
 
     Raises:
         DeviceError: the model does not fit in memory.
@@ -192,6 +193,8 @@ def estimate_in_memory(
     on_event(DamageStarted(needed + (resident_bytes() if device == "cpu" else 0), len(windows.ids)))
     model = load_model(source.directory, device, trust_remote_code=trust_remote_code)
     check_predicts(model, "the damage of rounding needs", _HINT)
+    if planned is not None:
+        rotate_model(model, planned)
     windows = fit_windows(model, windows, may_cut=True)
     layers = {name: model.get_submodule(name) for name in live_names(model, module_names).values()}
     layers = {name: layer for name, layer in layers.items() if features_of(layer) is not None}

@@ -35,6 +35,15 @@ def _hadamard_matrix(size: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(hadamard(np.eye(size, dtype=np.float32), size)).to(device)
 
 
+def hadamard_rotated(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Return x [..., in] with blocks of columns rotated in float32, as `cuda_kernels.reference.hadamard` does.
+
+    The last bits may depend on the batch.
+    """
+    rotated = x.float().reshape(-1, size) @ _hadamard_matrix(size, x.device)
+    return rotated.view(x.shape).to(x.dtype)
+
+
 class Int8Linear(nn.Linear):
     """A Linear layer with an int8 weight.
 
@@ -170,12 +179,8 @@ class Int8Linear(nn.Linear):
         return ops.int8_linear(x, weight, stored, self.threshold, capacity, self.mode.block_size)
 
     def rotate_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x as it is quantized: rotated in float32, or the same. Its last bits may depend on the batch."""
-        if self.input_block == 1:
-            return x
-        matrix = _hadamard_matrix(self.input_block, x.device)
-        rotated = x.float().reshape(-1, self.input_block) @ matrix
-        return rotated.view(x.shape).to(x.dtype)
+        """Return x as it is quantized: rotated, or the same."""
+        return x if self.input_block == 1 else hadamard_rotated(x, self.input_block)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight of the codes, [out_features, in_features], with the stored outlier columns unchanged.

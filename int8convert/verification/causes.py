@@ -26,10 +26,14 @@ from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.events import EventSink
-from int8convert.formats.format import DEFAULT_FORMAT
+from int8convert.formats.format import DEFAULT_FORMAT, Format
 from int8convert.formats.int8_checkpoint import open_int8_checkpoint
 from int8convert.outliers.damage import LayerDamage
 from int8convert.outliers.keep import choose_kept, estimate_in_memory
+from int8convert.planning.model_map.model_map import ModuleFilter
+from int8convert.planning.pending_plan import PlanRequest, plan_conversion
+from int8convert.planning.plan import ConversionPlan
+from int8convert.planning.recorded_request import read_recorded_request
 from int8convert.publish.verify_command import Gates
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.text.windows import TokenWindows
@@ -165,8 +169,18 @@ def measure_damage(
         hint="run int8convert outliers SRC --text FILE --damage on a machine with more memory",
         threshold=report.threshold or math.inf,  # 0 finds no outliers either
         dtype=_ROUNDED.get(dtype),
+        planned=_rotated_plan(source, out, trust_remote_code),
     )
     return Damage(layers, part.ids.numel(), sum(weight.codes.stored.n_elements for weight in weights), dtype)
+
+
+def _rotated_plan(source: CheckpointSource, out: CheckpointSource, trusts_code: bool) -> ConversionPlan | None:
+    """Return the plan by which a checkpoint's weights were rotated; None if they were not."""
+    request = read_recorded_request(out.directory)
+    if request is None or not (request.rotate or request.rotate_inputs):
+        return None
+    modules = ModuleFilter(output_format=Format(request.format), trusts_code=trusts_code)
+    return plan_conversion(PlanRequest(source, modules, rotates=request.rotate, rotates_inputs=request.rotate_inputs))
 
 
 def find_causes(damage: Damage, report: FidelityReport) -> Causes:
@@ -247,6 +261,9 @@ def with_command(remedy: Remedy, found: Provenance, out: str, trust_remote_code:
     words += ["--revision", found.revision] if found.revision is not None else []
     repeated = {"--only": found.only, "--skip": (*found.skip, *remedy.keep), "--allow-missing": found.allow_missing}
     words += [word for option, patterns in repeated.items() for pattern in patterns for word in (option, pattern)]
+    words += [
+        option for option, is_on in (("--rotate", found.rotate), ("--rotate-inputs", found.rotate_inputs)) if is_on
+    ]
     words += ["--threshold", f"{found.threshold:g}"] if found.threshold not in (None, OUTLIER_THRESHOLD) else []
     words += ["--on-nonfinite", "keep"] if found.kept_for_values else []
     words += ["--trust-remote-code"] if trust_remote_code else []

@@ -245,7 +245,6 @@ def test_model_that_does_not_fit_is_refused_in_two_lines(
         (("--keep-budget", "few"), "it is from 0 to 100 percent, not 'few'"),
         (("--text", "text.txt"), "--text needs --keep-budget PERCENT"),
         (("--keep-budget", "5", "--lora", "a"), "give one of --keep-budget and --lora"),
-        (("--keep-budget", "5", "--rotate"), "give one of --keep-budget and --rotate"),
     ],
 )
 def test_wrong_usage(run: Run, tmp_path: Path, options: tuple[str, ...], expected: str) -> None:
@@ -259,8 +258,19 @@ def test_other_weights_than_the_sources_are_refused_by_the_library_too(source: P
     adapter: Any = object()
     with pytest.raises(int8convert.Int8ConvertError, match="without the adapter is another model"):
         choose(replace(request, adapter=adapter), print_nothing)
-    with pytest.raises(int8convert.Int8ConvertError, match="--rotate converts others"):
-        choose(replace(request, rotates=True), print_nothing)
+
+
+def test_rotated_weights_are_measured_rotated(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
+    """The rotation takes away what the weights cost, so the expected divergence falls, and the conversion is whole."""
+    expected = {}
+    for name, rotation in (("plain", ()), ("rotated", ("--rotate",))):
+        code, out, err = run(
+            "quantize", source, tmp_path / name, "--keep-budget", "10", "--text", text, "--json", *rotation
+        )
+        assert code == 0, err
+        expected[name] = json.loads(out)["kept_by_budget"]["kl_before"]
+    assert expected["rotated"] < 0.9 * expected["plain"]
+    assert verify_exact(tmp_path / "rotated").is_passed
 
 
 def test_repository_is_measured_from_the_clients_cache(

@@ -44,6 +44,7 @@ from int8convert.planning.rotation.shrunk_config import shrink
 from int8convert.transformers_internals import tied_parameters
 
 N_TOKENS = 12
+_BY_OTHERS = "for more than norms and Linear layers work on it"
 TOLERANCE = 1e-4
 """Allowed difference of an output, as a share of the outputs' spread. Roundings of float32 come to 1e-6."""
 
@@ -194,7 +195,7 @@ def _suspect(small: Any, groups: Groups) -> str:
             if "norm" in type(module).__name__.lower() and name not in folded and _width(module) == (size,)
         }
     )
-    return f"for {norms[0]} has a gain, and feeds no Linear layer" if norms else "for a reason that is not known"
+    return f"for {norms[0]} has a gain, and feeds no Linear layer" if norms else _BY_OTHERS
 
 
 def _class_of(model: Any, name: str) -> str:

@@ -19,10 +19,13 @@ from int8convert.checkpoint import rows
 from int8convert.errors import Int8ConvertError
 from int8convert.formats import compressed_tensors
 from int8convert.formats.transforms import with_transforms
-from int8convert.planning.plan_checkpoint import PlanOptions
+from int8convert.outliers.rotated_model import rotate_model
+from int8convert.planning.plan_checkpoint import PlanOptions, plan
 from int8convert.planning.rotation.groups import run
 from int8convert.planning.rotation.parameter_folds import ParameterFold, rotation_block
-from int8convert.planning.rotation.worker import answer, find_rotation, fold_into, is_proved, small_model
+from int8convert.planning.rotation.worker import answer, find_rotation, is_proved, small_model
+from tests.tools.family_models import families
+from tests.tools.rotation_check import check_rotation, randomized, rotated
 from tests.tools.tiny_models import MODELS, build_model
 
 _SIZES = {"vocab_size": 160, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -77,19 +80,6 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def fill(model: Any) -> Any:
-    """Give a model weights, gains and biases of which every one counts."""
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
-            parameter.data.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-        elif name.endswith("bias"):
-            parameter.data.normal_(0, 0.2, generator=generator)
-        else:
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
-
-
 def folds_of(model: Any) -> tuple[dict[str, ParameterFold], dict[str, Any]]:
     with torch.device("meta"):
         real = type(model)(model.config)
@@ -100,23 +90,34 @@ def folds_of(model: Any) -> tuple[dict[str, ParameterFold], dict[str, Any]]:
 @pytest.mark.parametrize("name", LARGER)
 def test_rotated_model_computes_the_same(name: str) -> None:
     """A model of other sizes than the one on which the rotation was proved."""
-    model = fill(LARGER[name]())
+    model = randomized(LARGER[name]())
     folds, found = folds_of(model)
-    weights = {key: value.detach().clone() for key, value in model.named_parameters(remove_duplicate=False)}
-    config = type(model.config).from_dict(model.config.to_dict())
-    if found["untied"] is not None:
-        config.tie_word_embeddings = False
-    rotated = type(model)(config).eval()
-    fold_into(rotated, folds, weights)
+    copy = rotated(model, folds, found["untied"] is not None)
     ids = torch.arange(3, 40)[None]
     expected = run(model, ids)
-    torch.testing.assert_close(run(rotated, ids), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(run(copy, ids), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     embedding = next(key for key in folds if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")))
-    assert not torch.allclose(rotated.get_parameter(embedding), weights[embedding], atol=0.1)
-    for module in rotated.modules():
+    assert not torch.allclose(copy.get_parameter(embedding), model.get_parameter(embedding), atol=0.1)
+    for module in copy.modules():
         weight = getattr(module, "weight", None)
         if "Norm" in type(module).__name__ and weight is not None and weight.shape == (model.config.hidden_size,):
             assert weight.unique().numel() == 1  # its gain is in the weights
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "rotates_stream"),
+    [
+        *((f"causal/{name}", True) for name in ("cohere", "falcon", "gptj", "phi", "stablelm", "starcoder2")),
+        *((f"causal/{name}", False) for name in ("deepseek_v3", "gemma2", "olmo", "olmo2", "qwen3_moe")),
+        *(("masked/modernbert", False), ("masked/bert", False), ("seq2seq/t5", False)),
+    ],
+)
+def test_family_computes_the_same_or_is_refused(name: str, rotates_stream: bool) -> None:
+    """Some families of those that `scripts/check_rotations.py` tries all of."""
+    result = check_rotation(next(family for family in families() if family.name == name))
+    assert result.is_right, result
+    assert result.rotates_stream == rotates_stream, result
 
 
 def test_both_rotations_are_found() -> None:
@@ -176,7 +177,7 @@ def test_a_forgotten_weight_is_no_rotation() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    model = fill(build_model("opt", torch.float32))
+    model = randomized(build_model("opt", torch.float32))
     model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
     return tmp_path / "source"
 
@@ -216,7 +217,7 @@ def test_bytes_do_not_depend_on_threads_and_blocks(
 @pytest.mark.usefixtures("rotation_in_process")
 def test_inputs_are_rotated_while_the_model_runs(tmp_path: Path) -> None:
     """compressed-tensors' own transform gives the same inputs, and unrotates the same weights."""
-    model = fill(build_model("llama", torch.float32))
+    model = randomized(build_model("llama", torch.float32))
     model.save_pretrained(tmp_path / "source")
     prefix = "model.layers.1.mlp.down_proj"
     weight = load_file(tmp_path / "source" / "model.safetensors")[f"{prefix}.weight"].numpy()
@@ -249,8 +250,21 @@ def test_inputs_are_rotated_while_the_model_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("rotation_in_process")
+@pytest.mark.parametrize(("name", "options"), [("opt", {"rotate": True}), ("llama", {"rotate_inputs": True})])
+def test_source_is_rotated_in_memory_to_be_measured(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = randomized(build_model(name, torch.float32))
+    model.save_pretrained(tmp_path / "source")
+    planned = plan(tmp_path / "source", PlanOptions(format="compressed-tensors", **options))
+    ids = torch.arange(3, 40)[None]
+    expected, before = run(model, ids), [p.detach().clone() for p in model.parameters()]
+    rotate_model(model, planned)
+    torch.testing.assert_close(run(model, ids), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert sum(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=False)) > 10
+
+
+@pytest.mark.usefixtures("rotation_in_process")
 def test_verify_compares_rotated_inputs(tmp_path: Path) -> None:
-    fill(build_model("llama", torch.float32)).save_pretrained(tmp_path / "source")
+    randomized(build_model("llama", torch.float32)).save_pretrained(tmp_path / "source")
     out = tmp_path / "out"
     quantize(tmp_path / "source", out, PlanOptions(format="compressed-tensors", rotate_inputs=True))
     assert verify(out, level="exact").failures == ()
@@ -283,7 +297,7 @@ def test_model_without_rotation_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("rotation_in_process")
 def test_gain_of_zero_is_refused(tmp_path: Path) -> None:
-    model = fill(build_model("llama", torch.float32))
+    model = randomized(build_model("llama", torch.float32))
     model.get_parameter("model.layers.0.input_layernorm.weight").data[3] = 0
     model.save_pretrained(tmp_path / "source")
     with pytest.raises(Int8ConvertError, match=r"input_layernorm.weight' holds zero"):

@@ -1,0 +1,46 @@
+"""Folds the rotation of a plan into the source's model in memory, to measure what the conversion would round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from int8convert.formats.layers import is_conv1d_layer
+from int8convert.planning.fold import Fold
+from int8convert.planning.plan import ConversionPlan
+from int8convert.runtime.linear import hadamard_rotated
+
+
+def rotate_model(model: Any, planned: ConversionPlan) -> None:
+    """Rotate the weights of a model in floating point as a plan does; the model computes the same.
+
+    Args:
+        model: the source's, in float32 on the CPU or another device.
+        planned: with a rotation; one without changes nothing.
+    """
+    rotation = planned.rotation
+    if rotation is None:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if rotation.untied_head is not None:
+        name = rotation.untied_head.output_name
+        own = nn.Parameter(_folded(rotation.untied_head.fold, parameters[name], False), requires_grad=False)
+        model.get_submodule(name.rpartition(".")[0]).weight = own
+        del parameters[name]
+    for name, (key, _) in planned.model_map.parameters.items():
+        if key not in rotation.folds or name not in parameters:
+            continue
+        fold, _ = rotation.folds[key]
+        module = model.get_submodule(name.rpartition(".")[0])
+        is_transposed = is_conv1d_layer(module) and parameters[name].dim() == 2
+        parameters[name].data = _folded(fold, parameters[name], is_transposed)
+        if fold.input_block > 1:
+            module.register_forward_pre_hook(lambda _, x, size=fold.input_block: (hadamard_rotated(x[0], size),))
+
+
+def _folded(fold: Fold, parameter: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+    values = parameter.detach().t() if is_transposed else parameter.detach()
+    folded = torch.from_numpy(fold.load().apply(values.float().cpu().contiguous().numpy(), 0))
+    return (folded.t() if is_transposed else folded).to(parameter.device, parameter.dtype)
