@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
@@ -20,17 +21,18 @@ from int8convert.checkpoint.hashing import json_sha256
 from int8convert.errors import stating
 from int8convert.events import EventSink
 from int8convert.progress_bar import sink_or_bar
-from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.models import choose_device
 from int8convert.runtime.text.texts import Text
 from int8convert.sources import open_source
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def calibrate_checkpoint(
     src: str | os.PathLike[str],
     folder: str | os.PathLike[str],
-    text: Text = Text(),  # noqa: B008, frozen
+    text: Text = Text(n_sequences=128),  # noqa: B008, frozen
     *,
     with_moments: bool = False,
     threshold: float = OUTLIER_THRESHOLD,
@@ -40,8 +42,8 @@ def calibrate_checkpoint(
 ) -> Calibration:
     """Run a text through a checkpoint layer by layer, and write what its layers read to a folder.
 
-    Memory: one decoder layer, and with second moments the matrices of its inputs. Does not know what other texts would
-    show. Sees Linear layers and GPT-2's Conv1D that would become int8: no experts that are fused in one tensor.
+    Sees all Linear layers and GPT-2's Conv1D but the output head. Does not see experts that are fused in one tensor.
+    Does not know what other texts would show. Memory: one decoder layer, and with second moments those of its inputs.
 
     Args:
         src: a directory, or a repository on the Hub.
@@ -88,10 +90,13 @@ def calibrate_checkpoint(
 
 
 def _layers(model: Any) -> Mapping[str, nn.Module]:
-    """Return the layers that are int8, or would be, by name."""
-    int8 = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
-    found = {name: model.get_submodule(name) for name in int8 or modules_to_replace(model)}
-    return {name: module for name, module in found.items() if features_of(module) is not None}
+    """Return the int8 layers by name; of a model without any, all layers but its output head and those in FP8."""
+    head = model.get_output_embeddings()
+    found = {name: module for name, module in model.named_modules() if features_of(module) is not None}
+    int8 = {name: module for name, module in found.items() if isinstance(module, Int8Linear)}
+    return int8 or {
+        name: module for name, module in found.items() if module is not head and module.weight.dtype in _DTYPES
+    }
 
 
 def _n_held_out(n_windows: int, length: int) -> int:
