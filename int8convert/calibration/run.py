@@ -145,8 +145,13 @@ def read_whole(model: Any, task: Task, options: RunOptions) -> Readings:
             steps.done("window")
     recorder.finish()
     weights = {name: weight_squares(layer) for name, layer in task.layers.items()}
-    hidden_size = int(model.config.get_text_config().hidden_size)
-    return Readings(task, statistics, weights, recorder, hidden_size, streamed=False)
+    return Readings(task, statistics, weights, recorder, _hidden_size(model), streamed=False)
+
+
+def _hidden_size(model: Any) -> int:
+    """Return the size of the hidden state; of a model whose config has none, of its embeddings."""
+    text = model.config.get_text_config()
+    return int(getattr(text, "hidden_size", 0) or model.get_input_embeddings().embedding_dim)
 
 
 def _watching(
@@ -207,7 +212,7 @@ class _LayeredRun:
     def __init__(self, layered: LayeredModel, task: Task, options: RunOptions) -> None:
         self.layered, self.task, self._options = layered, task, options
         self.recorder = InputRecorder(options.moments)
-        self.hidden_size = int(layered.model.config.get_text_config().hidden_size)
+        self.hidden_size = _hidden_size(layered.model)
         self._runner = LayerRunner(layered)
         self._place = {id(module): i for i, layer in enumerate(layered.layers.values()) for module in layer.modules()}
 

@@ -251,8 +251,10 @@ def _add(
     module: nn.Module,
     inputs: tuple[torch.Tensor, ...],
     named: dict[str, torch.Tensor],
-    y: torch.Tensor,
+    y: Any,
 ) -> None:
+    if not isinstance(y, torch.Tensor):  # of a router that is a kind of Linear layer
+        return
     x = (*inputs, *named.values())[0]
     x = module.rotate_input(x) if isinstance(module, Int8Linear) else x
     tokens = x.detach().reshape(-1, x.shape[-1])

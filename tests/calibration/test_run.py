@@ -16,11 +16,12 @@ from int8convert.calibration import run
 from int8convert.calibration.calibrate import calibrate_checkpoint
 from int8convert.calibration.folder import Calibration, read_calibration, read_moments
 from int8convert.calibration.weight_squares import weight_squares
-from int8convert.errors import SourceError
+from int8convert.errors import LayerwiseError, SourceError
 from int8convert.events import Event, MeasurementStarted, MeasurementStep
 from int8convert.runtime.layered import memory as layered_memory
 from int8convert.runtime.text.texts import Text
-from int8convert.runtime.text.windows import read_windows
+from int8convert.runtime.text.windows import TokenWindows, read_windows
+from tests.tools.family_models import build_family, families
 from tests.tools.outlier_models import convert
 from tests.tools.tiny_models import MODELS
 
@@ -229,3 +230,32 @@ def test_layers_that_hand_on_more_than_a_hidden_state_run_in_memory(
     for name, seen in expected.statistics.items():
         assert found.statistics[name].n_tokens == seen.n_tokens
         assert_close(found.statistics[name].sum_squares, seen.sum_squares)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("xlm", "changes the hidden state before its layer 1"),
+        ("hrm_text", "does not run each of its layers once, one after the other"),
+        ("zaya", "hands on more than a hidden state to its layer 1"),
+        ("gemma4_text", "hands on more than a hidden state from its layer 0 to others"),
+        ("openai-gpt", "has no hidden state after its layer 0"),
+        ("cpmant", "cannot be run: RuntimeError: Tensor on device cpu is not on the expected device meta"),
+    ],
+)
+def test_model_whose_layers_are_no_chain_runs_in_memory(model_type: str, reason: str, tmp_path: Path) -> None:
+    family = next(f for f in families() if (f.task, f.model_type) == ("causal", model_type))
+    build_family(family).save_pretrained(tmp_path)
+    ids = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(1))
+    windows = TokenWindows(ids, "random", "", 36)
+
+    def prepare(model: Any) -> run.Task:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        return run.Task(layers, windows)
+
+    options = run.RunOptions(6.0, "cpu")
+    with pytest.raises(LayerwiseError) as error:
+        run._read_by_layers(tmp_path, prepare, options)
+    assert reason in error.value.message
+    readings = run.read_inputs(tmp_path, prepare, options)
+    assert not readings.streamed and any(seen.n_tokens >= 36 for seen in readings.statistics.values())

@@ -65,8 +65,9 @@ def working_bytes(config: Any, n_windows: int, length: int) -> int:
     A layer holds inputs, inner features and a mask, and all attention scores if the model has no SDPA.
     """
     text = config.get_text_config()
-    n_score_tables = 2 if getattr(model_class(config), "_supports_sdpa", False) else 3 * text.num_attention_heads
-    return 4 * n_windows * length * (32 * int(text.hidden_size) + length * int(n_score_tables))
+    n_heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
+    n_score_tables = 2 if getattr(model_class(config), "_supports_sdpa", False) else 3 * n_heads
+    return 4 * n_windows * length * (32 * int(getattr(text, "hidden_size", 0)) + length * int(n_score_tables))
 
 
 def are_in_files(states_bytes: int) -> bool:
