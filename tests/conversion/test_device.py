@@ -24,6 +24,7 @@ from int8convert.errors import DeviceError, NonFiniteWeightError
 from tests.cli.conftest import Run, run  # noqa: F401
 from tests.conversion.test_quantize import convert
 from tests.kernels.cuda_backends import interpret
+from tests.tools.calibrations import save_calibration, save_source
 from tests.tools.ptx import Memory
 from tests.tools.tiny_models import file_bytes, read_tensors, save_checkpoint
 
@@ -97,6 +98,18 @@ def test_bytes_are_those_of_the_cpu(name: str, interpreted_gpu: type[Interpreted
     quantized = sum(tensor.dtype == torch.int8 for tensor in read_tensors(tmp_path / "cuda").values())
     assert sum(stream.n_launches for stream in interpreted_gpu.made) >= quantized > 0
     assert all(stream.n_launches == stream.n_waits for stream in interpreted_gpu.made)
+
+
+def test_calibrated_rounding_is_the_same_behind_the_device(
+    interpreted_gpu: type[InterpretedStream], tmp_path: Path
+) -> None:
+    """Scales come from the device, and codes of accepted rows from the CPU."""
+    source = save_source("opt", tmp_path / "source")
+    options = {"round": "calibrated", "calibration": save_calibration(source, tmp_path / "cal"), "workers": 1}
+    for device in ("cpu", "cuda"):
+        report = convert(source, tmp_path / device, device=device, **options)
+        assert report.rounding is not None and report.rounding.n_accepted_rows > 0
+    assert file_bytes(tmp_path / "cuda") == file_bytes(tmp_path / "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
