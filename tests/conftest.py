@@ -109,6 +109,7 @@ class InProcessTrial(TrialRun):
 NOT_FAST = (
     *("scenarios", "tools/ptx", "tools/hub_server", "cli", "publish", "test_layering"),
     *("verification/test_lockstep", "verification/test_memory", "verification/test_trial_run"),
+    *("calibration/test_run", "calibration/test_memory", "calibration/test_interrupted"),
     *("hub/test_killed", "hub/test_access", "hub/test_faults", "hub/test_permanent_faults", "hub/test_identical"),
     *("hub/test_reader", "hub/test_proxy", "hub/test_forward"),
     *("kernels/test_cuda_", "kernels/test_intrinsics", "kernels/test_row_quantize_cuda", "kernels/test_stub_driver"),

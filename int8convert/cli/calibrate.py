@@ -26,6 +26,7 @@ Examples:
   int8convert calibrate ./opt-66b --text sample.txt -o opt-66b-cal
   int8convert calibrate ./opt-66b --text sample.txt -o opt-66b-cal --moments
   int8convert quantize ./opt-66b ./opt-66b-int8 --calibrate opt-66b-cal
+  int8convert quantize ./opt-66b ./opt-66b-int8 --round calibrated --calibration opt-66b-cal
 
 {options.EXIT_CODES}
 """
