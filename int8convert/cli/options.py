@@ -35,7 +35,8 @@ def check_choice(value: str | None, choices: Iterable[str], option: str | None =
     """
     *others, last = choices
     if value is not None and value not in (*others, last):
-        raise typer.BadParameter(f"it is {', '.join(others)} or {last}, not {value!r}", param_hint=option)
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise typer.BadParameter(f"it is {expected}, not {value!r}", param_hint=option)
 
 
 def given_options(context: typer.Context) -> list[str]:

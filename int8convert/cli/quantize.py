@@ -20,8 +20,10 @@ from int8convert.runtime.text.texts import reusable_file
 
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
+    from int8convert.events import EventSink
     from int8convert.outliers.store import StaticSet
     from int8convert.planning.kept_modules import KeepBudget
+    from int8convert.planning.plan_checkpoint import PlanOptions
 
 HELP = f"""Convert a checkpoint to LLM.int8(), for transformers with bitsandbytes or for vLLM.
 
@@ -42,7 +44,7 @@ Examples:
 {options.EXIT_CODES}
 """
 
-_OF_THE_RUN = ("threshold", "on_nonfinite", "calibrate", "keep_budget", "text", "overwrite", "check")
+_OF_THE_RUN = ("threshold", "on_nonfinite", "calibrate", "keep_budget", "text", "quality", "overwrite", "check")
 """Options that a dry run does not need."""
 
 
@@ -51,6 +53,12 @@ def _check_format(name: str) -> str:
 
     options.check_choice(name, QUANTIZE_FORMATS)
     return name
+
+
+def _check_quality(quality: str | None) -> str | None:
+    if quality is not None:
+        options.check_choice(quality, ("best",))
+    return quality
 
 
 def _check_policy(policy: str) -> str:
@@ -128,6 +136,15 @@ def quantize(
     lora: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Merge the PEFT adapter in this directory into the weights.")
     ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            metavar="QUALITY",
+            callback=_check_quality,
+            help="best: calibrate on --text, rotate if that helps, round by the calibration, and keep what costs most "
+            "within --keep-budget, by default 2 %. SRC must fit into memory.",
+        ),
+    ] = None,
     rotate: Annotated[
         bool,
         typer.Option(
@@ -161,7 +178,8 @@ def quantize(
     text: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="With --keep-budget: text in UTF-8 to measure the cost on.  [default: a small one]"
+            metavar="FILE",
+            help="With --keep-budget or --quality: text in UTF-8 to measure the cost on.  [default: a small one]",
         ),
     ] = None,
     round: Annotated[
@@ -236,7 +254,7 @@ def quantize(
         from int8convert.planning.plan_checkpoint import PlanOptions
 
         plan_options = PlanOptions(
-            keep=None if dry_run else _keep_budget(keep_budget, kept_text, device, trust_remote_code),
+            keep=None if dry_run or quality else _keep_budget(keep_budget, kept_text, device, trust_remote_code),
             skip=skip or (),
             only=only or (),
             format=format,
@@ -267,10 +285,12 @@ def quantize(
                 check_calibration(src, columns_from, revision, cache_dir)
         skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
         with (
-            console.quieting_libraries(False) if keep_budget else nullcontext(),
+            console.quieting_libraries(False) if keep_budget or quality else nullcontext(),
             showing_progress(quiet, as_json, "reading the model class", skipped) as on_event,
         ):
             destination = make_destination(upload, private, keep, max_disk, on_event)
+            if quality is not None:
+                plan_options = _best_options(src, out or "", plan_options, keep_budget, kept_text, device, on_event)
             report = run(
                 src,
                 out or "",
@@ -299,6 +319,31 @@ def _keep_budget(percent: float | None, text: Path | None, device: str, trust_re
     from int8convert.runtime.text.texts import Text
 
     return keep_budget(percent, Text(text), device=device, trust_remote_code=trust_remote_code)
+
+
+def _best_options(
+    src: str,
+    out: str,
+    plan_options: PlanOptions,
+    percent: float | None,
+    text: Path | None,
+    device: str,
+    on_event: EventSink,
+) -> PlanOptions:
+    """Return the options of --quality best, and say on stderr what was chosen."""
+    from int8convert.outliers.quality import KEPT_PERCENT, best_options
+    from int8convert.runtime.text.texts import Text
+
+    found = best_options(
+        src, out, plan_options, Text(text), percent=percent or KEPT_PERCENT, device=device, on_event=on_event
+    )
+    chosen = "with --rotate" if found.options.rotate else "without --rotate"
+    if found.kl_plain is not None and found.kl_rotated is not None:
+        chosen += f": expected KL divergence {found.kl_rotated:.2g} nats a token with it, {found.kl_plain:.2g} without"
+    elif found.refusal:
+        chosen += f": {found.refusal}"
+    console.note(f"--quality best converts {chosen}; the calibration is in '{found.calibration}'")
+    return found.options
 
 
 def _print_outcome(
@@ -345,7 +390,12 @@ def _check_combination(context: typer.Context, src: str) -> None:
     given = set(options.given_options(context))
     if not given & {"out", "upload", "dry_run"}:
         raise options.UsageError("OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO")
-    options.check_needs(context, {"bandwidth": "--dry-run", "text": "--keep-budget PERCENT"})
+    options.check_needs(context, {"bandwidth": "--dry-run"})
+    if "text" in given and not given & {"keep_budget", "quality"}:
+        raise options.UsageError("--text needs --keep-budget PERCENT or --quality best")
+    beside = sorted(given & {"rotate", "rotate_inputs", "round", "calibration", "calibrate", "lora"})
+    if "quality" in given and beside:
+        raise options.UsageError(f"--quality best chooses by itself: leave out {options.option_name(beside[0])}")
     if "rotate_inputs" in given and not _rotates_inputs(context.params["format"]):
         raise options.UsageError("--rotate-inputs needs --format compressed-tensors: no other loader rotates inputs")
     if context.params["keep_budget"] == 0:

@@ -114,6 +114,17 @@ def choose_kept(damage: Sequence[LayerDamage], budget: float, inputs: str | None
     return tuple(kept)
 
 
+def expected_kl(request: PlanRequest, text: Text, device: str, trust_remote_code: bool, on_event: EventSink) -> float:
+    """Return the KL divergence, in nats a token, that rounding all modules of a plan is expected to cause.
+
+    It is that of the arithmetic of the format's loader. Raises what `keep_budget` makes a conversion raise.
+    """
+    planned = plan_conversion(request)
+    names = tuple(_int8_weights(planned))
+    damage = _measure(planned, names, text, choose_device(device), trust_remote_code, on_event)
+    return sum(layer.cost(LOADERS_INPUTS[request.modules.output_format]) for layer in damage)
+
+
 def _measure(
     planned: ConversionPlan,
     module_names: Iterable[str],

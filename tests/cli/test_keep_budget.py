@@ -243,7 +243,7 @@ def test_model_that_does_not_fit_is_refused_in_two_lines(
         (("--keep-budget", "0"), "it must be above 0"),
         (("--keep-budget", "101%"), "it is from 0 to 100 percent, not '101%'"),
         (("--keep-budget", "few"), "it is from 0 to 100 percent, not 'few'"),
-        (("--text", "text.txt"), "--text needs --keep-budget PERCENT"),
+        (("--text", "text.txt"), "--text needs --keep-budget PERCENT or --quality best"),
         (("--keep-budget", "5", "--lora", "a"), "give one of --keep-budget and --lora"),
     ],
 )

@@ -1,0 +1,116 @@
+"""Chooses how to convert a checkpoint for the best predictions that its format's loader gives.
+
+1. A calibration of the source is gathered, second moments included, by which weights are rounded.
+2. What rounding costs the predictions is estimated for the source as it is, and for the source rotated, in the
+   arithmetic of the format's loader. The rotation is taken if it costs less, and if the model allows one.
+3. The modules whose rounding costs most stay 16-bit, within a budget.
+
+Costs the model in memory twice, one after the other, and a calibration folder beside the output. Does not know what the
+calibrated rounding takes away; what is expected is therefore too high.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from int8convert.calibration.calibrate import calibrate_checkpoint
+from int8convert.calibration.folder import read_calibration
+from int8convert.checkpoint.manifest import Manifest
+from int8convert.errors import CorruptFileError, ModelMapError, SourceError
+from int8convert.events import EventSink
+from int8convert.outliers.keep import expected_kl, keep_budget
+from int8convert.planning.calibrated_rounding import CALIBRATED
+from int8convert.planning.plan_checkpoint import PlanOptions, open_request
+from int8convert.runtime.text.texts import Text, open_text
+from int8convert.runtime.text.windows import read_text
+from int8convert.sources import open_source
+
+KEPT_PERCENT = 2.0
+"""Share of the weights that may stay 16-bit unless the user sets another."""
+
+_N_CALIBRATED = 128
+"""Windows of the calibration. Rounding needs several times as many tokens as a layer has inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What was chosen.
+
+    Attributes:
+        options: for `quantize`.
+        calibration: the folder of the calibration.
+        kl_plain, kl_rotated: expected KL divergence in nats a token, before modules are kept; None if it was not
+            estimated, because an earlier run chose, or because the model allows no rotation.
+        refusal: why the model is not rotated; "" if it could be.
+    """
+
+    options: PlanOptions
+    calibration: Path
+    kl_plain: float | None = None
+    kl_rotated: float | None = None
+    refusal: str = ""
+
+
+def best_options(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: PlanOptions,
+    text: Text,
+    *,
+    percent: float = KEPT_PERCENT,
+    device: str = "auto",
+    on_event: EventSink,
+) -> Quality:
+    """Return the options for the best predictions. A rerun for an output that was begun returns those of that run.
+
+    Args:
+        src: the source.
+        out: the output; the calibration is beside it, in a folder whose name ends in `-calibration`.
+        options: what the user asks for: format, modules, files.
+        text: what the model reads.
+        percent: the most weights to keep in 16 bits, in percent.
+        device: where the model runs: "auto", "cpu" or "cuda[:n]".
+
+    Raises:
+        Int8ConvertError: the source or the text cannot be read, or the model does not fit in memory.
+    """
+    folder = Path(f"{os.fspath(out).rstrip('/')}-calibration")
+    trusts_code = options.trust_remote_code
+    if not _is_calibrated(folder, src, options, text):
+        many = replace(text, n_sequences=max(text.n_sequences, _N_CALIBRATED))
+        calibrate_checkpoint(
+            src, folder, many, with_moments=True, device=device, trust_remote_code=trusts_code, on_event=on_event
+        )
+    keep = keep_budget(percent, text, device=device, trust_remote_code=trusts_code)
+    chosen = replace(options, round=CALIBRATED, calibration=folder, keep=keep)
+    earlier = _earlier_options(out)
+    if earlier is not None:
+        return Quality(replace(chosen, rotate=earlier.get("rotate") is True), folder)
+    plain = expected_kl(open_request(src, options), text, device, trusts_code, on_event)
+    try:
+        rotated = expected_kl(open_request(src, replace(options, rotate=True)), text, device, trusts_code, on_event)
+    except ModelMapError as error:
+        return Quality(chosen, folder, plain, refusal=error.message)
+    return Quality(replace(chosen, rotate=rotated < plain), folder, plain, rotated)
+
+
+def _is_calibrated(folder: Path, src: str | os.PathLike[str], options: PlanOptions, text: Text) -> bool:
+    """Return whether a folder holds the calibration of this source on this text."""
+    cache = Path(options.cache_dir) if options.cache_dir is not None else None
+    try:
+        found = read_calibration(folder, open_source(src, options.revision, cache))
+    except (SourceError, CorruptFileError):
+        return False
+    with open_text(text) as file:
+        _, digest = read_text(file.path)
+    return found.text_sha256 == digest
+
+
+def _earlier_options(out: str | os.PathLike[str]) -> Mapping[str, Any] | None:
+    """Return the options that an output records; None if it was not begun."""
+    options = (Manifest(Path(out)).read_request() or {}).get("options")
+    return options if isinstance(options, dict) else None
