@@ -8,6 +8,7 @@ Costs the model in memory, and the activations of one window. Does not know what
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -192,6 +193,7 @@ def estimate_in_memory(
         DeviceError: the model does not fit in memory.
         SourceError: it does not predict the next token, or has no gradient.
     """
+    gc.collect()  # models that ran before may stand in cycles
     needed = sum(float_bytes(tensor, device) for tensor in source.tensors)
     needed += backward_bytes(read_config(source.directory, trust_remote_code), windows.ids.shape[1])
     there = available_bytes(device)

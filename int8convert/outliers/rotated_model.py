@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def rotate_model(model: Any, planned: ConversionPlan) -> None:
     rotation = planned.rotation
     if rotation is None:
         return
+    shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if rotation.untied_head is not None:
         name = rotation.untied_head.output_name
@@ -37,7 +39,19 @@ def rotate_model(model: Any, planned: ConversionPlan) -> None:
         is_transposed = is_conv1d_layer(module) and parameters[name].dim() == 2
         parameters[name].data = _folded(fold, parameters[name], is_transposed)
         if fold.input_block > 1:
-            module.register_forward_pre_hook(lambda _, x, size=fold.input_block: (hadamard_rotated(x[0], size),))
+            module.register_forward_pre_hook(partial(_rotate_input, shared, fold.input_block))
+
+
+def _rotate_input(
+    shared: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    size: int,
+    _module: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor]:
+    """Rotate the input of a layer. Layers that read the same tensor, such as q, k and v, get one tensor here, too."""
+    if size not in shared or shared[size][0] is not inputs[0]:
+        shared[size] = inputs[0], hadamard_rotated(inputs[0], size)
+    return (shared[size][1],)
 
 
 def _folded(fold: Fold, parameter: torch.Tensor, is_transposed: bool) -> torch.Tensor:

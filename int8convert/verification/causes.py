@@ -247,7 +247,7 @@ def choose_remedy(damage: Damage, report: FidelityReport, gates: Gates) -> Remed
 
 
 def with_command(remedy: Remedy, found: Provenance, out: str, trust_remote_code: bool) -> Remedy:
-    """Add the command line, which writes a new directory.
+    """Add the command line, which writes a new directory. No checkpoint records the folder of its calibration.
 
     Args:
         found: how the checkpoint was made; only the source and the format if another tool made it.
@@ -265,6 +265,7 @@ def with_command(remedy: Remedy, found: Provenance, out: str, trust_remote_code:
         option for option, is_on in (("--rotate", found.rotate), ("--rotate-inputs", found.rotate_inputs)) if is_on
     ]
     words += ["--threshold", f"{found.threshold:g}"] if found.threshold not in (None, OUTLIER_THRESHOLD) else []
+    words += ["--round", "calibrated", "--calibration", "CAL"] if found.calibrated else []
     words += ["--on-nonfinite", "keep"] if found.kept_for_values else []
     words += ["--trust-remote-code"] if trust_remote_code else []
     return replace(remedy, command=shlex.join(words))

@@ -157,8 +157,6 @@ def _with_causes(report: VerifyReport, models: _Models, trust_remote_code: bool,
     measured = next((each for each in report.fidelity if not keeps_gates(report.gates, each)), report.fidelity[0])
     if measured.streamed:
         unknown = "the source was run layer by layer"
-    elif models.provenance.rotate:
-        unknown = "the conversion rotated the source's weights"
     else:
         try:
             damage = measure_damage(

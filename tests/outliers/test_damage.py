@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from int8convert.errors import SourceError
 from int8convert.formats.layers import is_conv1d_layer
 from int8convert.outliers.damage import LayerDamage, estimate_damage
 from int8convert.outliers.keep import choose_kept
+from int8convert.outliers.rotated_model import rotate_model
+from int8convert.planning.fold import Fold
+from int8convert.planning.rotation.rotation import Rotation
 from int8convert.runtime.in_memory import modules_to_replace
+from int8convert.runtime.models import load_model
 from int8convert.runtime.text.texts import Text
 from tests.tools.language_models import build_tokenizer, language_model
 from tests.tools.outlier_models import outlier_model, save
@@ -301,3 +306,19 @@ def test_columns_are_bought_where_they_matter_and_not_where_the_layer_says_so(tm
             for i in (0, 1)
         ]
     assert n_columns[False][1] >= n_columns[False][0] / 2 > 0 and n_columns[True][1] == 0 < n_columns[True][0]
+
+
+def test_layers_whose_shared_input_a_loader_rotates_stay_a_group(tmp_path: Path, map_in_process: None) -> None:
+    tokenizer = build_tokenizer()
+    source = save(language_model("llama", tokenizer), tmp_path / "source", tokenizer, torch.float32)
+    plan = int8convert.plan(source)
+    names = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qkv"]
+    folds = {f"{name}.weight": (Fold(input_block=64), False) for name in names}
+    model, ids = load_model(source, "cpu"), tokens(1)
+    with torch.no_grad():
+        before = model(ids).logits
+        rotate_model(model, replace(plan, rotation=Rotation(folds, None, ())))
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-4)
+    groups = {layer.module_name: layer.group for layer in estimate_damage(model, layers_of(model), ids)}
+    first, second = ({groups[name] for name in part} for part in (names[:3], names[3:]))
+    assert len(first) == len(second) == 1 and first != second

@@ -269,11 +269,13 @@ def test_advice_that_is_not_enough_says_so() -> None:
                 kept_for_values=("x",),
                 revision="abc",
                 allow_missing=("score",),
+                calibrated=frozenset({"y"}),
                 is_known=True,
             ),
             "me/out",
             "org/src out-kept --format compressed-tensors --revision abc --only 'layers.*' --skip '*.fc2' --skip a "
-            "--skip b --allow-missing score --threshold 5 --on-nonfinite keep --trust-remote-code",
+            "--skip b --allow-missing score --threshold 5 --round calibrated --calibration CAL --on-nonfinite keep "
+            "--trust-remote-code",
         ),
     ],
 )
@@ -289,7 +291,9 @@ def test_export_is_not_made_by_one_command() -> None:
     assert with_command(Remedy(("a",), 0.1, 1, 0.1, True), found, "/m/out", False).command == ""
 
 
-def test_rotated_weights_are_not_those_that_would_be_measured(made: Path, tmp_path: Path) -> None:
+def test_causes_of_a_rotated_checkpoint_are_those_of_its_rotated_weights(made: Path, tmp_path: Path) -> None:
     convert(made / "source", tmp_path / "out", rotate=True)
     report = measure(made, tmp_path / "out", gates=Gates(9, 1e-9))
-    assert report.causes is None and any("rotated the source's weights, so the causes" in n for n in report.exact.notes)
+    causes = report.causes
+    assert causes is not None and causes.remedy is not None and " --rotate" in causes.remedy.command
+    assert causes.weights + causes.inputs == pytest.approx(report.fidelity[0].mean_kl, rel=0.5)
