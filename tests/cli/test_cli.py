@@ -18,7 +18,7 @@ from int8convert.cli.app import main
 from tests.cli.conftest import Run
 from tests.tools.tiny_models import file_bytes, save_checkpoint
 
-COMMANDS = ("quantize", "inspect", "export", "verify", "outliers", "upload", "generate")
+COMMANDS = ("quantize", "calibrate", "inspect", "export", "verify", "outliers", "upload", "generate")
 
 
 @pytest.fixture

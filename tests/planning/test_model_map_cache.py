@@ -122,8 +122,9 @@ def test_modules_in_the_key_are_those_the_child_imports() -> None:
     names = {name.removeprefix("int8convert.").replace(".", "/") for name in found}
     failures = {"errors", "text", "checkpoint/library_errors"}  # a map that cannot be made is not kept
     outputs = {"checkpoint/names", "formats/scales"}  # names of files, and values of scales
-    foreign = {"formats/name_pattern", "formats/foreign_compressed_tensors"}  # blocks of other tools' int8 checkpoints
-    assert names - failures - outputs - foreign == {*cache.SHAPING_MODULES}
+    # Blocks of int8 checkpoints.
+    blocks = {"formats/name_pattern", "formats/foreign_compressed_tensors", "formats/transforms"}
+    assert names - failures - outputs - blocks == {*cache.SHAPING_MODULES}
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"tensors": []}', b'{"tensors": {"a": 1}}', b"\xff"])
