@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -75,6 +76,9 @@ def _choose(
         raise AdapterError(
             f"{OPTION} measures the source, which without the adapter is another model", f"leave out {OPTION} or --lora"
         )
+    if request.source.commit is not None:
+        fetch_checkpoint(request.source, on_event)
+        request = replace(request, source=reading_cached(request.source))
     planned = plan_conversion(request)
     sizes = _int8_weights(planned)
     n_weights = sum(tensor.source.n_elements for tensor in planned.tensors if tensor.is_quantized)
@@ -134,12 +138,9 @@ def _measure(
     trust_remote_code: bool,
     on_event: EventSink,
 ) -> tuple[LayerDamage, ...]:
-    """Read the text, fetch the source if it is on the Hub, and estimate."""
+    """Read the text, and estimate what the conversion rounds."""
     source = planned.source
     windows = read_windows_for(source.directory, text, trust_remote_code, source.label)
-    if source.commit is not None:
-        fetch_checkpoint(source, on_event)
-        source = reading_cached(source)
     return estimate_in_memory(
         source,
         module_names,

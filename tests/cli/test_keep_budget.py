@@ -278,7 +278,7 @@ def test_repository_is_measured_from_the_clients_cache(
 ) -> None:
     hub.add_repo("org/model", {path.name: path for path in source.iterdir()})
     connect(hub, hub.token)
-    options = ("--keep-budget", "20", "--text", text, "--json")
+    options = ("--keep-budget", "20", "--text", text, "--rotate", "--json")
     there, here = (
         json.loads(run("quantize", src, tmp_path / name, *options)[1])["kept_by_budget"]
         for src, name in (("org/model", "there"), (source, "here"))
