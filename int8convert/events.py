@@ -210,10 +210,10 @@ class MeasurementStarted:
 
 @dataclass(frozen=True, slots=True)
 class MeasurementStep:
-    """Step n_done of n_steps is done, of what `MeasurementStarted` or `DamageStarted` began.
+    """Step n_done of n_steps is done, of what `MeasurementStarted`, `DamageStarted` or `SmoothingStarted` began.
 
     Attributes:
-        step: "window", or the name of the layer that was streamed.
+        step: "window", or the name of the layer that was streamed, or of the group that was smoothed.
         remaining_s: estimated seconds for the other steps, from the time of those that are done.
     """
 
@@ -259,6 +259,31 @@ class ModulesKept:
     n_unmeasured: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SmoothingStarted:
+    """The factors of n_steps groups of layers are about to be chosen."""
+
+    n_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupsSmoothed:
+    """The factors of all groups are chosen.
+
+    Attributes:
+        n_smoothed: number of groups that are smoothed, of n_groups that may be.
+        error_before, error_after: squared error of the outputs of int8 layers on held-out inputs, as a share of the
+            outputs' squares; the mean of the groups that were measured.
+
+    All but the first are None if the factors come from a file.
+    """
+
+    n_smoothed: int
+    n_groups: int | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+
+
 Event = (
     PlanMade
     | SourceFetched
@@ -276,6 +301,8 @@ Event = (
     | MeasurementStep
     | DamageStarted
     | ModulesKept
+    | SmoothingStarted
+    | GroupsSmoothed
 )
 EventSink = Callable[[Event], None]
 

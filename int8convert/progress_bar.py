@@ -13,6 +13,7 @@ from int8convert.events import (
     MeasurementStarted,
     MeasurementStep,
     PlanMade,
+    SmoothingStarted,
     TensorKept,
     TensorQuantized,
     TensorsCompared,
@@ -46,7 +47,11 @@ def sink_or_bar(on_event: EventSink | None, command: str) -> Iterator[EventSink]
                     bar.update(event.n_read_bytes)
                 case TensorsCompared(done, total) | FileSent(n_done_bytes=done, n_total_bytes=total):
                     move_to(done, total)
-                case MeasurementStarted(n_steps=n_steps) | DamageStarted(n_steps=n_steps):
+                case (
+                    MeasurementStarted(n_steps=n_steps)
+                    | DamageStarted(n_steps=n_steps)
+                    | SmoothingStarted(n_steps=n_steps)
+                ):
                     bar.unit, bar.unit_scale = " steps", False
                     bar.reset(total=n_steps)
                 case MeasurementStep(n_done=done, n_steps=total):

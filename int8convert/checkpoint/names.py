@@ -29,6 +29,9 @@ OWN_FOLDER = "int8convert"
 OUTLIERS_FILE = f"{OWN_FOLDER}/outliers.safetensors"
 """File of the stored outlier columns, which `int8convert.runtime.stored_columns` reads."""
 
+SMOOTHING_FILE = f"{OWN_FOLDER}/smoothing.safetensors"
+"""File of the factors that are folded into the weights, see `int8convert.planning.smoothing`."""
+
 MANIFEST_NAME = f"{OWN_FOLDER}/manifest.json"
 VERIFY_FILE = f"{OWN_FOLDER}/verify.json"
 """File of the results of `int8convert verify`."""

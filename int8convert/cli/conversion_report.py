@@ -11,6 +11,7 @@ from int8convert.text import counted, format_bytes, format_percent, format_secon
 
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
+    from int8convert.events import GroupsSmoothed
 
 
 def print_report(report: ConversionReport, place: str | None) -> None:
@@ -45,6 +46,8 @@ def print_report(report: ConversionReport, place: str | None) -> None:
             f"{counted(found.n_rows, 'row')} accepted; squared error of the outputs on held-out inputs: {change} of "
             "that of rounding to nearest"
         )
+    if report.smoothed is not None:
+        print_line(_smoothed_line(report.smoothed))
     print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
     if report.kept_by_budget is not None and report.kept_by_budget.names:
         print_line(f": {', '.join(report.kept_by_budget.names)}", head="Kept in 16 bits by --keep-budget")
@@ -59,6 +62,15 @@ def print_report(report: ConversionReport, place: str | None) -> None:
             f"{counted(n, 'row')} of '{name}' {'holds' if n == 1 else 'hold'} nothing but zeros{more}: "
             "the source may be half written"
         )
+
+
+def _smoothed_line(found: GroupsSmoothed) -> str:
+    if found.error_before is None or found.error_after is None:
+        return f"smoothing: {counted(found.n_smoothed, 'group')} of layers, by factors that were chosen before"
+    return (
+        f"smoothing: {found.n_smoothed:,} of {counted(found.n_groups or 0, 'group')} of layers; their outputs' squared "
+        f"error on held-out inputs falls from {found.error_before:.2g} to {found.error_after:.2g} of their squares"
+    )
 
 
 def _decibels(value: float) -> str:

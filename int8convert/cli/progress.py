@@ -25,6 +25,7 @@ from int8convert.events import (
     ShardFinished,
     ShardSkipped,
     ShardStarted,
+    SmoothingStarted,
     SourceFetched,
     TensorKept,
     TensorQuantized,
@@ -133,6 +134,8 @@ def _start_notes(event: Event) -> Iterator[str]:
             yield f"running {how}, at most {format_bytes(peak_memory_bytes)}"
         case DamageStarted(peak_memory_bytes):
             yield f"measuring the source's model in memory, about {format_bytes(peak_memory_bytes)}"
+        case SmoothingStarted(n_steps):
+            yield f"choosing the factors of {counted(n_steps, 'group')} of layers"
 
 
 class _Counter:
@@ -228,6 +231,8 @@ class _LiveBar:
                 self._begin(n_steps, "running both models")
             case DamageStarted(n_steps=n_steps):
                 self._begin(n_steps, "measuring what rounding costs")
+            case SmoothingStarted(n_steps=n_steps):
+                self._begin(n_steps, "choosing factors")
             case MeasurementStep(step, done, total):
                 # The bar's own estimate needs two steps.
                 rest = f", {format_rest(event.remaining_s)}" if done == 1 < total else ""

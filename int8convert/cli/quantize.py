@@ -159,6 +159,14 @@ def quantize(
             "int8convert. Needs --format compressed-tensors.",
         ),
     ] = False,
+    smooth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CAL",
+            help="Move outliers from inputs into weights where that makes the layers' outputs more exact. CAL is the "
+            "folder of int8convert calibrate --moments, or smoothing.safetensors of an earlier output.",
+        ),
+    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -262,6 +270,7 @@ def quantize(
             lora=lora,
             rotate=rotate,
             rotate_inputs=rotate_inputs,
+            smooth=smooth,
             trust_remote_code=trust_remote_code,
             allow_missing=allow_missing or (),
             min_coverage=min_coverage / 100 if min_coverage is not None else None,
@@ -402,8 +411,10 @@ def _check_combination(context: typer.Context, src: str) -> None:
         raise typer.BadParameter("it must be above 0", param_hint="--keep-budget")
     if {"keep_budget", "lora"} <= given:
         raise options.UsageError("--keep-budget measures SRC without the adapter: give one of --keep-budget and --lora")
+    if {"smooth", "lora"} <= given:
+        raise options.UsageError("--smooth is chosen by the inputs of SRC without the adapter: give one of the two")
     options.check_upload_options(context)
-    changed = next((name for name in ("rotate", "rotate_inputs", "lora") if name in given), None)
+    changed = next((name for name in ("rotate", "rotate_inputs", "smooth", "lora") if name in given), None)
     if changed and context.params["calibrate"] is not None and context.params["calibrate"].is_dir():
         raise options.UsageError(
             f"--calibrate CAL is of SRC without {options.option_name(changed)}: calibrate by a text, or leave one out"

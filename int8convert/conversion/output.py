@@ -20,6 +20,7 @@ from int8convert.checkpoint.atomic import (
     check_lengths,
     copy_file,
     make_folder,
+    write_bytes,
     write_json,
 )
 from int8convert.checkpoint.hashing import file_sha256
@@ -30,6 +31,7 @@ from int8convert.checkpoint.names import (
     INDEX_NAME,
     OUTLIERS_FILE,
     OWN_FOLDER,
+    SMOOTHING_FILE,
     VERIFY_FILE,
     is_weight_file,
     shard_name,
@@ -51,19 +53,26 @@ class OutputDirectory:
         source: what is read. OUT must be another directory, and able to hold its file names.
         request: identifies the conversion, see `describe_source`.
         overwrite: replace a checkpoint in OUT. Files that belong to none stay.
+        factors: content of the file of the factors that are folded into the weights; None if there are none.
 
     Raises:
         OutputError: it is the source, holds something else already, or cannot be written to.
     """
 
     def __init__(
-        self, out: str | os.PathLike[str], source: CheckpointSource, request: Mapping[str, Any], overwrite: bool
+        self,
+        out: str | os.PathLike[str],
+        source: CheckpointSource,
+        request: Mapping[str, Any],
+        overwrite: bool,
+        factors: bytes | None = None,
     ) -> None:
         self.path = Path(out)
         self.manifest = Manifest(self.path)
         self.request = request
         self.overwrites = overwrite
         self.has_begun = False
+        self._factors = factors
         self._auxiliary: list[Path] = []
         _check_names(self, source)
         check_place(self.path, source.directory)
@@ -136,8 +145,8 @@ class OutputDirectory:
             except BaseException:
                 self._remove_incomplete()
                 if self.has_begun and not self.manifest.read_records():
-                    for file in self._weight_files():
-                        file.unlink()
+                    for file in (*self._weight_files(), self.path / SMOOTHING_FILE):
+                        file.unlink(missing_ok=True)
                     self.manifest.tidy()
                 raise
 
@@ -164,7 +173,7 @@ class OutputDirectory:
         """
         if self.replaces:
             # First what makes it look complete, so that no part of it ever does.
-            for name in (CONFIG_NAME, INDEX_NAME, OUTLIERS_FILE, VERIFY_FILE):
+            for name in (CONFIG_NAME, INDEX_NAME, OUTLIERS_FILE, SMOOTHING_FILE, VERIFY_FILE):
                 (self.path / name).unlink(missing_ok=True)
             self.manifest.remove()
             for file in self._weight_files():
@@ -177,6 +186,8 @@ class OutputDirectory:
             self.manifest.reopen(self.request, done.values())
         elif not self.is_complete:
             self.manifest.begin(self.request)
+        if self._factors is not None:
+            write_bytes(self.path / SMOOTHING_FILE, self._factors)
         self.has_begun = not self.is_complete
 
     def complete(
@@ -216,7 +227,7 @@ class OutputDirectory:
 
     def discard(self) -> None:
         """Remove all that was written since `begin`: the output was published."""
-        for name in (CONFIG_NAME, INDEX_NAME):
+        for name in (CONFIG_NAME, INDEX_NAME, SMOOTHING_FILE):
             (self.path / name).unlink(missing_ok=True)
         self.manifest.remove()
         for file in (*self._weight_files(), *self._auxiliary):

@@ -12,6 +12,7 @@ from typing import Any
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.checkpoint.manifest import ARITHMETIC_VERSION, Manifest
+from int8convert.checkpoint.names import SMOOTHING_FILE, find_file
 from int8convert.conversion.destination import Destination, LocalDestination
 from int8convert.conversion.device import choose_device
 from int8convert.conversion.job import Conversion
@@ -20,12 +21,14 @@ from int8convert.conversion.readers import Reader, Reading
 from int8convert.conversion.records import plan_summary
 from int8convert.conversion.report import ConversionReport, ReportBuilder
 from int8convert.errors import NOTHING_WRITTEN, NonFiniteWeightError, stating
-from int8convert.events import Event, EventSink, ModulesKept
+from int8convert.events import Event, EventSink, GroupsSmoothed, ModulesKept
+from int8convert.hub.cached_copy import fetch_checkpoint, reading_cached
 from int8convert.planning.calibrated_rounding import CALIBRATED
 from int8convert.planning.kept_modules import KeepBudget, with_earlier_choice
 from int8convert.planning.pending_plan import PlanRequest, PlanRequirements, plan_conversion
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
 from int8convert.planning.request_difference import describe_source, first_difference
+from int8convert.planning.smoothing import Smoothing, read_factors
 from int8convert.progress_bar import sink_or_bar
 
 
@@ -94,11 +97,17 @@ def quantize(
             report(event)
             sink(event)
 
+        if request.smoothing is not None:
+            there = Manifest(Path(out)).read_request()
+            wanted = with_earlier_choice(there, recorded) if options.keep is not None else recorded
+            smoothing = _smoothing(request, request.smoothing, out, wanted, overwrite, threshold, emit)
+            request = replace(request, smoothing=smoothing)
         if options.keep is not None:
             chosen = _chosen_modules(options.keep, request, out, recorded, overwrite, emit)
             request = replace(request, modules=replace(request.modules, skip=(*options.skip, *chosen)))
             recorded["options"]["skip"] += chosen
-        output = OutputDirectory(out, request.source, recorded, overwrite)
+        factors = request.smoothing.factors.content() if request.smoothing and request.smoothing.factors else None
+        output = OutputDirectory(out, request.source, recorded, overwrite, factors)
         job = Conversion(output, destination, reading, check)
         stack.enter_context(output.in_use())
         stack.enter_context(job.stating_progress())
@@ -139,6 +148,35 @@ def _chosen_modules(
     return kept.names
 
 
+def _smoothing(
+    request: PlanRequest,
+    smoothing: Smoothing,
+    out: str | os.PathLike[str],
+    recorded: Mapping[str, Any],
+    overwrite: bool,
+    threshold: float,
+    emit: EventSink,
+) -> Smoothing:
+    """Return the factors that the user names, or those of a run before this one, or choose them."""
+    there = Manifest(Path(out)).read_request()
+    factors = smoothing.factors
+    if factors is None and there is not None and first_difference(there, recorded) is None and not overwrite:
+        earlier = find_file(Path(out), SMOOTHING_FILE)
+        factors = read_factors(earlier) if earlier is not None else None
+    if factors is not None:
+        emit(GroupsSmoothed(len(factors.by_group)))
+        return replace(smoothing, factors=factors)
+    OutputDirectory(out, request.source, recorded, overwrite)  # refuses OUT before minutes of measuring
+    from int8convert.conversion.smoothing_search import search_factors
+
+    if request.source.commit is not None:
+        fetch_checkpoint(request.source, emit)
+    plan = plan_conversion(replace(request, source=reading_cached(request.source)))
+    factors, chosen = search_factors(plan, smoothing.path, threshold, emit)
+    emit(chosen)
+    return replace(smoothing, factors=factors)
+
+
 def _check_ranges(options: PlanOptions, n_workers: int, threshold: float, on_nonfinite: str) -> None:
     is_share = options.min_coverage is None or 0 <= options.min_coverage <= 1
     if n_workers < 1 or not threshold >= 0 or not is_share or on_nonfinite not in ("error", "keep"):
@@ -166,6 +204,8 @@ def _recorded_request(
     for name in ("rotate", "rotate_inputs"):
         if getattr(options, name):
             recorded[name] = True
+    if request.smoothing is not None:
+        recorded["smooth"] = request.smoothing.sha256
     if request.rounding is not None:
         recorded |= {"round": CALIBRATED, "calibration": request.rounding.identity()}
     if options.allow_missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -41,6 +42,7 @@ def plan_made(plan: ShardedPlan, device: Device, reader: ReaderChoice | None = N
 
 def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
     """Return the entries of the manifest that are about the whole checkpoint."""
+    factors = plan.rotation and plan.rotation.factors
     return {
         "tool": f"int8convert {__version__}",
         "source_card": read_source_card(plan.source.directory),
@@ -51,6 +53,7 @@ def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
         "dropped": plan.dropped,
         "missing": made_up(plan.model_map),
         "skip_modules": list(plan.model_map.skip_modules),
+        **({"smoothing_sha256": hashlib.sha256(factors.content()).hexdigest()} if factors else {}),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from int8convert.events import (
     Event,
+    GroupsSmoothed,
     ModulesKept,
     PlanMade,
     ShardFinished,
@@ -87,6 +88,7 @@ class ConversionReport:
         n_done_shards: shards that an earlier run finished.
         n_read_now_bytes: bytes that this run read.
         rounding: None if all weights are rounded to nearest.
+        smoothed: None if nothing is smoothed.
     """
 
     source: str
@@ -115,6 +117,7 @@ class ConversionReport:
     n_done_shards: int
     n_read_now_bytes: int
     rounding: RoundingReport | None
+    smoothed: GroupsSmoothed | None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object. Infinity, which JSON lacks, becomes null."""
@@ -169,6 +172,7 @@ class ReportBuilder:
     notes: list[str] = field(default_factory=list)
     plan_made: PlanMade | None = None
     modules_kept: ModulesKept | None = None
+    groups_smoothed: GroupsSmoothed | None = None
     finished: set[str] = field(default_factory=set)
     skipped: set[str] = field(default_factory=set)
 
@@ -178,6 +182,8 @@ class ReportBuilder:
             self.plan_made = event
         elif isinstance(event, ModulesKept):
             self.modules_kept = event
+        elif isinstance(event, GroupsSmoothed):
+            self.groups_smoothed = event
         elif isinstance(event, ShardFinished):
             self.finished.add(event.file_name)
         elif isinstance(event, ShardSkipped):
@@ -232,6 +238,7 @@ class ReportBuilder:
             n_done_shards=len(done),
             n_read_now_bytes=plan.n_read_bytes - sum(shard.n_read_bytes for shard in done),
             rounding=self._rounding(),
+            smoothed=self.groups_smoothed,
         )
 
     def _rounding(self) -> RoundingReport | None:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from int8convert.checkpoint.atomic import as_output_error, make_folder
 from int8convert.checkpoint.floats import convert_floats, widen
 from int8convert.checkpoint.lock import DirectoryLock
-from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE
+from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE, SMOOTHING_FILE
 from int8convert.checkpoint.rows import Scratch, read_rows, row_ranges
 from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import ShardWriter, order_for_alignment
@@ -148,6 +148,7 @@ def _find(
         lora=lora,
         rotate=request is not None and request.rotate,
         rotate_inputs=request is not None and request.rotate_inputs,
+        smooth=checkpoint.source.directory / SMOOTHING_FILE if request is not None and request.smooth else None,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )

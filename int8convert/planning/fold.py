@@ -1,20 +1,21 @@
-"""Folds a rotation into weights: the model computes the same, with weights that int8 holds better.
+"""Folds rotations and factors into weights: the model computes the same, and int8 holds its weights or inputs better.
 
 A fold turns a matrix W [out, in], whatever its layout in the file, into
 
-    W' = R_out (W diag(gain)) R_in H
+    W' = R_out diag(r) (W diag(gain c)) R_in H
 
 R are block-diagonal: each block is the regular Hadamard matrix of `cuda_kernels.reference.rotate`, or one. H is the
 same with `reference.hadamard`, where the loader rotates the input. `gain` is that of the norm whose output the matrix
-reads. A vector is a matrix of one column. A fold is computed in float32, and rows are independent but for those of one
-block.
+reads, r and c are factors of rows and columns. A vector is a matrix of one column. A fold is computed in float32, and
+rows are independent but for those of one block.
 
 Which tensors get which fold is decided by `rotation`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,22 @@ class Gain:
 
 
 @dataclass(frozen=True, slots=True)
+class Factors:
+    """Factors of rows or of columns, float32 [n].
+
+    Attributes:
+        sha256: of their bytes. It stands for them in comparisons.
+    """
+
+    values: Values = field(repr=False, compare=False)
+    sha256: str
+
+    @classmethod
+    def of(cls, values: Values) -> Factors:
+        return cls(values, hashlib.sha256(values.tobytes()).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
 class Fold:
     """What is done to one stored tensor. Rows and columns are those of the tensor as it is read.
 
@@ -68,6 +85,8 @@ class Fold:
         constant: every value becomes this one, and nothing else is done; None if not.
         input_block: size of the blocks of columns by which the loader rotates the input while the model runs; 1 if it
             does not.
+        row_factors, column_factors: multiply rows and columns; None multiplies nothing.
+        offset: added before rows are multiplied, and subtracted afterwards; see `Gain`.
     """
 
     gain: Gain | None = field(default=None, repr=False)
@@ -77,22 +96,40 @@ class Fold:
     column_block: int = 1
     constant: float | None = None
     input_block: int = 1
+    row_factors: Factors | None = None
+    column_factors: Factors | None = None
+    offset: float = 0.0
 
     def transposed(self) -> Fold:
         """Return the fold of the same matrix stored [in, out]."""
-        return Fold(self.gain, not self.gain_of_rows, self.divides, self.column_block, self.row_block, self.constant)
+        return replace(
+            self,
+            gain_of_rows=not self.gain_of_rows,
+            row_block=self.column_block,
+            column_block=self.row_block,
+            input_block=1,
+            row_factors=self.column_factors,
+            column_factors=self.row_factors,
+        )
 
     def of_inputs(self) -> Fold:
-        """Return the fold of the rows of X [tokens, in], the inputs of this matrix: X' W'^T = X W^T R_out.
+        """Return the fold of the rows of X [tokens, in], the inputs of this matrix: X' W'^T = X W^T diag(r) R_out.
 
         What the loader rotates while the model runs is rotated here, too.
         """
         gain = None if self.gain_of_rows else self.gain
-        return Fold(gain, divides=not self.divides, column_block=self.column_block, input_block=self.input_block)
+        return Fold(
+            gain,
+            divides=not self.divides,
+            column_block=self.column_block,
+            input_block=self.input_block,
+            column_factors=self.column_factors and Factors.of(np.float32(1) / self.column_factors.values),
+        )
 
     def identity(self) -> list[str | float | bool | None]:
         """Return what decides the result, as JSON."""
         gain = [self.gain.weight.shard.path.name, self.gain.weight.name, self.gain.offset] if self.gain else [None]
+        factors = [factors.sha256 if factors else None for factors in (self.row_factors, self.column_factors)]
         return [
             *gain,
             self.gain_of_rows,
@@ -101,6 +138,7 @@ class Fold:
             self.column_block,
             self.constant,
             self.input_block,
+            *([*factors, self.offset] if any(factors) else []),
         ]
 
     def load(self) -> LoadedFold:
@@ -134,6 +172,12 @@ class LoadedFold:
             folded = matrix * self.factors[begin : begin + len(rows), None]
         else:
             folded = matrix * self.factors
+        if self.fold.column_factors is not None:
+            folded *= self.fold.column_factors.values
+        if self.fold.row_factors is not None:
+            folded += np.float32(self.fold.offset)
+            folded *= self.fold.row_factors.values[begin : begin + len(rows), None]
+            folded -= np.float32(self.fold.offset)
         if self.fold.column_block > 1:
             cpu.rotate(folded, self.fold.column_block)
         if self.fold.row_block > 1:

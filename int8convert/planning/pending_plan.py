@@ -16,8 +16,9 @@ from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
 from int8convert.planning.model_map.process import ModelMapProcess
 from int8convert.planning.needs import check_needs, needs_notes
 from int8convert.planning.plan import ConversionPlan
-from int8convert.planning.rotation.rotation import find_rotation
+from int8convert.planning.rotation.rotation import WantedFolds, find_folds
 from int8convert.planning.shard_layout import make_plan
+from int8convert.planning.smoothing import Smoothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class PlanRequest:
         rotates: fold a rotation into the weights.
         rotates_inputs: also let the loader rotate further inputs while the model runs.
         rounding: the calibration by which codes are chosen; None rounds to nearest.
+        smoothing: fold factors into the weights; None folds none. Without factors, the plan names the groups alone.
     """
 
     source: CheckpointSource
@@ -41,6 +43,7 @@ class PlanRequest:
     rotates: bool = False
     rotates_inputs: bool = False
     rounding: RoundingCalibration | None = None
+    smoothing: Smoothing | None = None
 
 
 def plan_conversion(request: PlanRequest) -> ConversionPlan:
@@ -57,8 +60,9 @@ def plan_conversion(request: PlanRequest) -> ConversionPlan:
         process.stop()
     check_unscaled(source, found.linears)
     rotation = None
-    if request.rotates or request.rotates_inputs:
-        rotation = find_rotation(source, found, modules.trusts_code, request.rotates_inputs)
+    if request.rotates or request.rotates_inputs or request.smoothing is not None:
+        wanted = WantedFolds(request.rotates, request.rotates_inputs, request.smoothing)
+        rotation = find_folds(source, found, modules.trusts_code, wanted)
     refused = rotation.notes if rotation else ()
     notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source), *refused)
     made = make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, rotation)

@@ -18,6 +18,7 @@ from int8convert.planning.model_map.model_map import ModuleFilter, check_config
 from int8convert.planning.needs import check_needs
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
 from int8convert.planning.plan import ConversionPlan
+from int8convert.planning.smoothing import open_smoothing
 from int8convert.sources import open_source
 from int8convert.text import parse_size
 
@@ -38,6 +39,9 @@ class PlanOptions:
         rotate_inputs: like `rotate`, and the loader rotates inputs that no fold reaches, such as those of `down_proj`,
             while the model runs. Needs the format compressed-tensors. int8convert runs the result, and vLLM on one GPU;
             transformers computes something else.
+        smooth: the folder that `calibrate` wrote with second moments, by which `quantize` moves outliers from inputs
+            into weights where that makes the error of the layers' outputs smaller, see `smoothing_search`; or the file
+            of factors of an earlier conversion of the same source. Every loader runs the result.
         trust_remote_code: run the checkpoint's own code where transformers has no class of the model's name.
         allow_missing: patterns, as for `skip`, of tensors or modules that the source may lack although the model needs
             them. Loaders of the output make up their values, so it is for heads that are yet to be trained.
@@ -60,6 +64,7 @@ class PlanOptions:
     lora: str | os.PathLike[str] | None = None
     rotate: bool = False
     rotate_inputs: bool = False
+    smooth: str | os.PathLike[str] | None = None
     trust_remote_code: bool = False
     allow_missing: Sequence[str] = ()
     min_coverage: float | None = None
@@ -111,9 +116,9 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
     source = open_source(src, options.revision, cache, ignores_adapter=True)
     check_config(source.config, is_fp8(source))
     adapter = open_adapter(options.lora) if options.lora is not None else None
-    if adapter is not None and options.calibration is not None:
+    if adapter is not None and (options.calibration is not None or options.smooth is not None):
         raise AdapterError(
-            "an adapter changes the inputs by which --round calibrated chooses codes",
+            f"an adapter changes the inputs by which {'--smooth' if options.smooth else '--round calibrated'} chooses",
             "merge the adapter with PEFT, then calibrate and convert the merged checkpoint",
         )
     rounding = open_rounding(options.calibration, source) if options.calibration is not None else None
@@ -125,4 +130,5 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
         rotates=options.rotate,
         rotates_inputs=options.rotate_inputs,
         rounding=rounding,
+        smoothing=open_smoothing(options.smooth, source) if options.smooth is not None else None,
     )

@@ -26,7 +26,7 @@ _LARGEST = 1.7976931348623157e308
 _OPTIONS = frozenset(
     {
         *("skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"),
-        *("keep_budget", "keep_text", "rotate", "rotate_inputs", "round", "calibration"),
+        *("keep_budget", "keep_text", "rotate", "rotate_inputs", "smooth", "round", "calibration"),
     }
 )
 _PLAIN_DTYPES = ("float16", "bfloat16", "float32")
@@ -43,6 +43,7 @@ class RecordedRequest:
         skip, only, threshold, on_nonfinite, max_shard_bytes, allow_missing: the options of `quantize`.
         lora: the identity of the adapter that was merged; None if none was.
         rotate, rotate_inputs: see `PlanOptions`.
+        smooth: sha256 of the file of the factors that were folded into the weights; None if none were.
         round: how weights became codes, see `PlanOptions`.
     """
 
@@ -59,6 +60,7 @@ class RecordedRequest:
     rotate: bool = False
     rotate_inputs: bool = False
     round: str = NEAREST
+    smooth: str | None = None
 
     @property
     def commit(self) -> str | None:
@@ -97,6 +99,8 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
     if "keep_budget" in options or "keep_text" in options:  # what they chose is in `skip`
         entries.number("keep_budget")
         entries.text("keep_text")
+    if "smooth" in options:  # what the factors were chosen by
+        entries.text("smooth")
     return RecordedRequest(
         is_export=False,
         format=_Entries(request).one_of("format", QUANTIZE_FORMATS),
@@ -111,6 +115,7 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
         rotate="rotate" in options and entries.flag("rotate"),
         rotate_inputs="rotate_inputs" in options and entries.flag("rotate_inputs"),
         round=entries.one_of("round", ROUNDINGS) if "round" in options else NEAREST,
+        smooth=_Entries(whole).text("smoothing_sha256") if "smooth" in options else None,
     )
 
 

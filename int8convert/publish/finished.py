@@ -19,7 +19,14 @@ from int8convert.checkpoint.json_file import read_config, read_own_json
 from int8convert.checkpoint.loaders.files import is_inert
 from int8convert.checkpoint.loaders.present_files import PresentFiles, find_present
 from int8convert.checkpoint.manifest import Manifest, ShardRecord
-from int8convert.checkpoint.names import CARD_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE
+from int8convert.checkpoint.names import (
+    CARD_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    OUTLIERS_FILE,
+    SMOOTHING_FILE,
+)
 from int8convert.errors import CorruptFileError, OutputError, UnverifiedError
 from int8convert.formats.format import Format
 from int8convert.planning.recorded_request import read_recorded_request
@@ -27,7 +34,7 @@ from int8convert.publish.verify_json import clearing_command
 from int8convert.publish.vouched_files import NEVER_VERIFIED, Vouching, is_private, read_vouching
 from int8convert.text import quoted
 
-_OF_EVERY_OUTPUT = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE})
+_OF_EVERY_OUTPUT = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, OUTLIERS_FILE, SMOOTHING_FILE})
 _RERUN = "run the same quantize again"
 
 

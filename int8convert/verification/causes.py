@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
+from int8convert.checkpoint.names import SMOOTHING_FILE
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
 from int8convert.events import EventSink
@@ -34,6 +35,7 @@ from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
 from int8convert.planning.plan import ConversionPlan
 from int8convert.planning.recorded_request import read_recorded_request
+from int8convert.planning.smoothing import open_smoothing
 from int8convert.publish.verify_command import Gates
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.text.windows import TokenWindows
@@ -169,18 +171,20 @@ def measure_damage(
         hint="run int8convert outliers SRC --text FILE --damage on a machine with more memory",
         threshold=report.threshold or math.inf,  # 0 finds no outliers either
         dtype=_ROUNDED.get(dtype),
-        planned=_rotated_plan(source, out, trust_remote_code),
+        planned=_folded_plan(source, out, trust_remote_code),
     )
     return Damage(layers, part.ids.numel(), sum(weight.codes.stored.n_elements for weight in weights), dtype)
 
 
-def _rotated_plan(source: CheckpointSource, out: CheckpointSource, trusts_code: bool) -> ConversionPlan | None:
-    """Return the plan by which a checkpoint's weights were rotated; None if they were not."""
+def _folded_plan(source: CheckpointSource, out: CheckpointSource, trusts_code: bool) -> ConversionPlan | None:
+    """Return the plan by which a checkpoint's weights were rotated or smoothed; None if they were not."""
     request = read_recorded_request(out.directory)
-    if request is None or not (request.rotate or request.rotate_inputs):
+    if request is None or not (request.rotate or request.rotate_inputs or request.smooth):
         return None
     modules = ModuleFilter(output_format=Format(request.format), trusts_code=trusts_code)
-    return plan_conversion(PlanRequest(source, modules, rotates=request.rotate, rotates_inputs=request.rotate_inputs))
+    smoothing = open_smoothing(out.directory / SMOOTHING_FILE, source) if request.smooth else None
+    rotates = {"rotates": request.rotate, "rotates_inputs": request.rotate_inputs}
+    return plan_conversion(PlanRequest(source, modules, **rotates, smoothing=smoothing))
 
 
 def find_causes(damage: Damage, report: FidelityReport) -> Causes:
@@ -264,6 +268,7 @@ def with_command(remedy: Remedy, found: Provenance, out: str, trust_remote_code:
     words += [
         option for option, is_on in (("--rotate", found.rotate), ("--rotate-inputs", found.rotate_inputs)) if is_on
     ]
+    words += ["--smooth", str(found.factors)] if found.factors is not None else []
     words += ["--threshold", f"{found.threshold:g}"] if found.threshold not in (None, OUTLIER_THRESHOLD) else []
     words += ["--round", "calibrated", "--calibration", "CAL"] if found.calibrated else []
     words += ["--on-nonfinite", "keep"] if found.kept_for_values else []

@@ -1,8 +1,8 @@
 """Opens the int8 checkpoint that is examined: a directory, or a repository on the Hub.
 
-For a repository, config.json, auxiliary files, manifest and stored columns come through the cache of the Hub's client.
-Weight files in that cache are read there, others by range. A range has no hash, so the manifest is then compared with
-the sha256 that the Hub lists.
+For a repository, config.json, auxiliary files, manifest, stored columns and factors come through the cache of the
+Hub's client. Weight files in that cache are read there, others by range. A range has no hash, so the manifest is then
+compared with the sha256 that the Hub lists.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from int8convert.checkpoint.loaders.present_files import find_present, is_listed
-from int8convert.checkpoint.names import MANIFEST_NAME, OUTLIERS_FILE
+from int8convert.checkpoint.names import MANIFEST_NAME, OUTLIERS_FILE, SMOOTHING_FILE
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.events import HubReadStarted
 from int8convert.sources import open_source
 
-_OWN_FILES = (MANIFEST_NAME, OUTLIERS_FILE)
+_OWN_FILES = (MANIFEST_NAME, OUTLIERS_FILE, SMOOTHING_FILE)
 
 
 @dataclass(frozen=True, slots=True)

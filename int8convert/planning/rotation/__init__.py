@@ -1,1 +1,1 @@
-"""Finds the rotations that a model's class allows, proves them on a small model, and turns them into folds."""
+"""Finds the rotations and the smoothing that a model's class allows, proves them, and turns them into folds."""

@@ -1,4 +1,4 @@
-"""The folds of a rotation, parameter by parameter, in the names of the model.
+"""The folds of rotations and of smoothing, parameter by parameter, in the names of the model.
 
 With h the residual stream, R its rotation, g and b gain and bias of a norm n, W and c weight and bias of a layer:
 
@@ -7,6 +7,7 @@ With h the residual stream, R its rotation, g and b gain and bias of a norm n, W
     norms        gain 1, bias R (b / g)     R keeps the mean, so a LayerNorm of R h is R times that of h
     writers      R W, bias R c              they add R times what they added
     values       W_v -> S W_v, W_o -> W_o S in blocks within a head; so the attention's result is S times what it was
+    smoothing    g / s, b / s or W_1 / s, c_1 / s; W diag(s) for all readers; see `planning.smoothing`
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from int8convert.planning.rotation.groups import Groups, hidden_size, in_features, out_features
+from int8convert.planning.smoothing import SmoothGroup
 
 MAX_BLOCK = 256
 """Largest rotated block. A block of rows has to be in memory at once, for each thread."""
@@ -30,7 +32,10 @@ class ParameterFold:
 
     Attributes:
         gain: name of the norm whose gain multiplies the columns, or divides the rows; "" for none.
-        offset: of that norm.
+        offset: of that norm, or of the norm whose weight the parameter is.
+        row_factors, column_factors: name of the smoothed group whose factors divide the rows, or multiply the columns;
+            "" for none.
+        head: size of the heads whose factors repeat where several heads of queries share one of values; 0 if none do.
     """
 
     parameter: str
@@ -40,6 +45,9 @@ class ParameterFold:
     row_block: int = 1
     column_block: int = 1
     constant: float | None = None
+    row_factors: str = ""
+    column_factors: str = ""
+    head: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,6 +96,36 @@ def value_folds(pairs: Iterable[tuple[str, str]], model: Any) -> Iterator[Parame
         yield ParameterFold(f"{output}.weight", column_block=block)
 
 
+def smooth_groups(groups: Groups, model: Any) -> Iterator[SmoothGroup]:
+    """Yield the groups that smoothing may change: one for each norm, and one for each layer that one other layer feeds.
+
+    A norm that the output head reads is left out: the head's weight may be that of the embedding.
+    """
+    head = model.get_output_embeddings()
+    for group in groups.norms:
+        if all(model.get_submodule(name) is not head for name in group.readers):
+            yield SmoothGroup(group.norm, group.readers, in_features(model.get_submodule(group.readers[0])))
+    fed = set()
+    for first, second in groups.pairs:
+        size, n_columns = out_features(model.get_submodule(first)), in_features(model.get_submodule(second))
+        head = head_size(model)
+        is_grouped = size != n_columns
+        if second not in fed and not (is_grouped and (size % head or n_columns % size)):
+            fed.add(second)
+            yield SmoothGroup(first, (second,), size, head if is_grouped else 0)
+
+
+def smoothing_folds(smooth: Iterable[SmoothGroup], groups: Groups, model: Any) -> Iterator[ParameterFold]:
+    """Yield the folds of smoothing."""
+    offsets = {group.norm: group.offset for group in groups.norms}
+    for group in smooth:
+        yield ParameterFold(f"{group.name}.weight", offset=offsets.get(group.name, 0.0), row_factors=group.name)
+        if getattr(model.get_submodule(group.name), "bias", None) is not None:
+            yield ParameterFold(f"{group.name}.bias", row_factors=group.name)
+        for name in group.readers:
+            yield ParameterFold(f"{name}.weight", column_factors=group.name, head=group.head)
+
+
 def head_size(model: Any) -> int:
     """Return the size of a head, as the config says it."""
     config = model.config.get_text_config()
@@ -104,6 +142,10 @@ def merged(first: ParameterFold, second: ParameterFold) -> ParameterFold:
         first.divides or second.divides,
         max(first.row_block, second.row_block),
         max(first.column_block, second.column_block),
+        first.constant,
+        first.row_factors or second.row_factors,
+        first.column_factors or second.column_factors,
+        max(first.head, second.head),
     )
 
 

@@ -25,6 +25,7 @@ from int8convert.checkpoint.names import (
     LOCK_FILE,
     MANIFEST_NAME,
     OUTLIERS_FILE,
+    SMOOTHING_FILE,
     VERIFY_FILE,
 )
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
@@ -58,6 +59,8 @@ def check_files(
     """Find weight files that are missing, unknown to the manifest or of another size, and errors in the index."""
     if provenance.problem:
         yield Finding(MANIFEST_NAME, "a manifest of this version of int8convert", provenance.problem)
+    if provenance.factors and (found := file_sha256(provenance.factors)) != provenance.factors_sha256:
+        yield Finding(SMOOTHING_FILE, f"sha256 {quoted(provenance.factors_sha256)[1:-1]}", f"sha256 {found}")
     shards = {shard.path.name: shard for shard in examined.source.shards}
     for name in records:
         if name not in shards:
@@ -150,6 +153,7 @@ def _strange(examined: ExaminedCheckpoint, source: CheckpointSource, provenance:
     auxiliary = {path.relative_to(source.directory).as_posix() for path in source.auxiliary_files}
     expected = {CONFIG_NAME, *_OWN, *auxiliary, *examined.weight_files}
     expected |= {INDEX_NAME} if has_index(examined.source) else set()
+    expected |= {SMOOTHING_FILE} if provenance.factors else set()
     for name in sorted(examined.names - expected):
         if is_inert(name) or (not provenance.is_known and is_saved_by_others(name, auxiliary)):
             continue

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.checkpoint.manifest import Manifest, TensorRecord
-from int8convert.checkpoint.names import MANIFEST_NAME
+from int8convert.checkpoint.names import MANIFEST_NAME, SMOOTHING_FILE, find_file
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import AdapterError, CorruptFileError, HubError, SourceError
 from int8convert.formats.config import read_format
@@ -64,6 +64,8 @@ class Provenance:
         exports: exports between the conversion and the checkpoint, in order.
         revision: the commit of a source on the Hub, if the manifest names it.
         calibrated: int8 modules whose codes a calibration chose.
+        factors: the file of the factors that were folded into the weights; None if none were.
+        factors_sha256: its hash in the manifest; "" if there is none.
         problem: why the checkpoint's manifest cannot be read; "" if it can, or if there is none.
     """
 
@@ -82,6 +84,8 @@ class Provenance:
     rotate: bool = False
     rotate_inputs: bool = False
     calibrated: frozenset[str] = frozenset()
+    factors: Path | None = None
+    factors_sha256: str = ""
     problem: str = ""
 
 
@@ -133,7 +137,20 @@ def find_provenance(
         rotate=request.rotate,
         rotate_inputs=request.rotate_inputs,
         calibrated=_calibrated(found.manifest) if request.round == CALIBRATED else frozenset(),
+        factors=_find_factors(found.manifest) if request.smooth else None,
+        factors_sha256=request.smooth or "",
     )
+
+
+def _find_factors(manifest: Manifest) -> Path:
+    """Return the file of the factors beside the manifest of the conversion."""
+    path = find_file(manifest.folder.parent, SMOOTHING_FILE)
+    if path is None:
+        raise SourceError(
+            f"{quoted(SMOOTHING_FILE)} is missing, by whose factors the weights were made",
+            "fetch it again, or convert the source again",
+        )
+    return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +190,7 @@ def _with_manifest(step: ExportStep) -> Path:
     if step.revision is None:
         return Path(step.source)
     source = open_source(step.source, step.revision)
-    fetch_beside(source, [MANIFEST_NAME])
+    fetch_beside(source, [MANIFEST_NAME, SMOOTHING_FILE])
     return source.directory
 
 
