@@ -20,6 +20,7 @@ from int8convert.conversion.smoothing_search import Choice, ReadTensor, round_in
 from int8convert.errors import Int8ConvertError
 from int8convert.events import GroupsSmoothed, ignore
 from int8convert.formats.int8_checkpoint import SourceReaders
+from int8convert.planning.fold import Factors, Fold
 from int8convert.planning.plan_checkpoint import PlanOptions, plan
 from int8convert.planning.rotation.groups import run
 from int8convert.planning.rotation.parameter_folds import ParameterFold
@@ -324,3 +325,25 @@ def test_factors_of_another_model_are_refused(checkpoint: Path, tmp_path: Path) 
     path.write_bytes(SmoothingFactors({f"{PREFIX}fc1": np.zeros(8, np.float32)}).content())
     with pytest.raises(Int8ConvertError, match=r"holds no positive float32 factors"):
         plan(checkpoint, PlanOptions(smooth=path))
+
+
+def test_inputs_are_divided_by_what_multiplies_the_columns() -> None:
+    """By which calibrated rounding gets the inputs of a smoothed weight."""
+    generator = np.random.default_rng(3)
+    x, weight = (generator.normal(0, 1, (n, 64)).astype(np.float32) for n in (5, 16))
+    columns, row_factors = (np.exp(generator.normal(0, 1, n)).astype(np.float32) for n in (64, 16))
+    fold = Fold(row_factors=Factors.of(row_factors), column_factors=Factors.of(columns), row_block=16)
+    product = fold.of_inputs().load().apply(x, 0) @ fold.load().apply(weight, 0).T
+    expected = reference.rotate(x @ weight.T * row_factors, 16)
+    np.testing.assert_allclose(product, expected, rtol=1e-4, atol=1e-4)
+    assert fold.identity() != Fold(row_factors=Factors.of(columns), row_block=16).identity()
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+def test_smoothed_weights_can_be_rounded_by_the_calibration(
+    checkpoint: Path, calibration: Path, tmp_path: Path
+) -> None:
+    options = PlanOptions(smooth=calibration, round="calibrated", calibration=calibration)
+    report = quantize(checkpoint, tmp_path / "out", options)
+    assert report.rounding is not None and report.rounding.rows.error < report.rounding.rows.nearest_error
+    assert verify_exact(tmp_path / "out").is_passed
