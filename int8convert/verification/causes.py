@@ -183,8 +183,10 @@ def _folded_plan(source: CheckpointSource, out: CheckpointSource, trusts_code: b
         return None
     modules = ModuleFilter(output_format=Format(request.format), trusts_code=trusts_code)
     smoothing = open_smoothing(out.directory / SMOOTHING_FILE, source) if request.smooth else None
-    rotates = {"rotates": request.rotate, "rotates_inputs": request.rotate_inputs}
-    return plan_conversion(PlanRequest(source, modules, **rotates, smoothing=smoothing))
+    wanted = PlanRequest(
+        source, modules, rotates=request.rotate, rotates_inputs=request.rotate_inputs, smoothing=smoothing
+    )
+    return plan_conversion(wanted)
 
 
 def find_causes(damage: Damage, report: FidelityReport) -> Causes:

@@ -20,6 +20,7 @@ from int8convert.conversion.smoothing_search import Choice, ReadTensor, round_in
 from int8convert.errors import Int8ConvertError
 from int8convert.events import GroupsSmoothed, ignore
 from int8convert.formats.int8_checkpoint import SourceReaders
+from int8convert.outliers.keep import keep_budget
 from int8convert.planning.fold import Factors, Fold
 from int8convert.planning.plan_checkpoint import PlanOptions, plan
 from int8convert.planning.rotation.groups import run
@@ -28,8 +29,9 @@ from int8convert.planning.rotation.worker import find_smoothing, fold_into
 from int8convert.planning.smoothing import SmoothingFactors, read_factors, spread
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.exact.level import verify_exact
-from tests.planning.rotation.test_rotation import LARGER, fill, read_tensors, rotation_in_process
+from tests.planning.rotation.test_rotation import LARGER, read_tensors, rotation_in_process
 from tests.tools.language_models import build_tokenizer, language_model
+from tests.tools.rotation_check import randomized
 from tests.tools.tiny_models import MODELS, build_model
 
 __all__ = ["rotation_in_process"]
@@ -75,7 +77,7 @@ def check_same(model: Any, found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", LARGER)
 def test_smoothed_model_computes_the_same(name: str) -> None:
     """A model of other sizes than the one on which the groups were proved."""
-    model = fill(LARGER[name]())
+    model = randomized(LARGER[name]())
     found = smoothing_of(model)
     assert (len(found["groups"]), found["refusals"]) == (GROUPS[name], [])
     check_same(model, found)
@@ -92,7 +94,7 @@ def test_smoothed_gemma3_computes_the_same() -> None:
         num_key_value_heads=2,
         head_dim=32,
     )
-    model = fill(transformers.Gemma3ForCausalLM(config))
+    model = randomized(transformers.Gemma3ForCausalLM(config))
     found = smoothing_of(model)
     names = {group["name"].rpartition("layers.0.")[2] for group in found["groups"]}
     assert {"input_layernorm", "pre_feedforward_layernorm", "mlp.up_proj", "self_attn.v_proj"} <= names
@@ -164,7 +166,7 @@ def calibrate(source: Path, folder: Path) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """An OPT whose second layer has outliers in the gain of its second norm, in several shards."""
-    model = fill(language_model("opt", build_tokenizer()))
+    model = randomized(language_model("opt", build_tokenizer()))
     model.get_parameter(f"{PREFIX}final_layer_norm.weight").data[[3, 17]] *= 60
     return save(model, tmp_path / "source")
 
@@ -209,7 +211,7 @@ def test_factors_are_chosen_where_a_gain_has_outliers(
 
 @pytest.mark.usefixtures("rotation_in_process")
 def test_without_outliers_hardly_anything_changes(tmp_path: Path, choices: dict[str, Choice]) -> None:
-    model = fill(language_model("opt", build_tokenizer()))
+    model = randomized(language_model("opt", build_tokenizer()))
     for name, parameter in model.named_parameters():
         if "layer_norm" in name:
             parameter.data.fill_(float(name.endswith("weight")))
@@ -296,7 +298,7 @@ def test_resumed_conversion_uses_the_same_factors(
 @pytest.mark.usefixtures("rotation_in_process")
 def test_rotated_models_are_smoothed_where_nothing_is_rotated(tmp_path: Path) -> None:
     """In a gated MLP: from the layer that multiplies to the one that reads the product."""
-    model = fill(build_model("llama", torch.float32))
+    model = randomized(build_model("llama", torch.float32))
     model.save_pretrained(tmp_path / "source")
     planned = plan(tmp_path / "source", PlanOptions(rotate=True))
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
@@ -345,5 +347,18 @@ def test_smoothed_weights_can_be_rounded_by_the_calibration(
 ) -> None:
     options = PlanOptions(smooth=calibration, round="calibrated", calibration=calibration)
     report = quantize(checkpoint, tmp_path / "out", options)
-    assert report.rounding is not None and report.rounding.rows.error < report.rounding.rows.nearest_error
+    assert report.rounding is not None and report.rounding.error < report.rounding.nearest_error
+    assert verify_exact(tmp_path / "out").is_passed
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+@pytest.mark.filterwarnings("ignore")
+def test_modules_are_kept_by_what_the_smoothed_model_loses(checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
+    text = Text(calibration.with_suffix(".txt"), n_sequences=2, length=32)
+    options = PlanOptions(smooth=calibration, keep=keep_budget(20, text, device="cpu"))
+    first = quantize(checkpoint, tmp_path / "out", options, on_event=ignore)
+    assert first.kept_by_budget is not None and first.kept_by_budget.names
+    again = quantize(checkpoint, tmp_path / "out", options, on_event=ignore)
+    assert again.n_done_shards == again.n_shards and again.kept_by_budget is not None
+    assert again.kept_by_budget.names == first.kept_by_budget.names
     assert verify_exact(tmp_path / "out").is_passed
