@@ -402,7 +402,7 @@ def _check_combination(context: typer.Context, src: str) -> None:
     options.check_needs(context, {"bandwidth": "--dry-run"})
     if "text" in given and not given & {"keep_budget", "quality"}:
         raise options.UsageError("--text needs --keep-budget PERCENT or --quality best")
-    beside = sorted(given & {"rotate", "rotate_inputs", "round", "calibration", "calibrate", "lora"})
+    beside = sorted(given & {"rotate", "rotate_inputs", "smooth", "round", "calibration", "calibrate", "lora"})
     if "quality" in given and beside:
         raise options.UsageError(f"--quality best chooses by itself: leave out {options.option_name(beside[0])}")
     if "rotate_inputs" in given and not _rotates_inputs(context.params["format"]):
