@@ -4,7 +4,8 @@ How it goes:
 1. The model is converted, and outlier columns are chosen by one half of the text and stored.
 2. `verify`'s own measurement runs the other half through source and int8 model: weights alone; one scale a token, as a
    server computes the compressed-tensors form; LLM.int8(); stored columns; a scale for each block of 128 inputs.
-3. The same with a rotation folded into the weights, and with the other inputs rotated while the model runs.
+3. The same with a rotation folded into the weights, with rounding by a calibration, with 5 % of the weights in 16 bits,
+   and with the other inputs rotated while the model runs.
 4. Beside them: the Q8_0 arithmetic of llama.cpp, simulated in float32, for weights alone and for both operands; and the
    bitsandbytes form in transformers, run by bitsandbytes.
 
@@ -27,6 +28,7 @@ import pydoc_data.topics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from rich.console import Console
 from torch import nn
 
 import int8convert
+from int8convert.outliers.keep import keep_budget
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.models import load_model, open_tokenizer
 from int8convert.runtime.text.texts import Text
@@ -50,8 +53,6 @@ MODES = {
     "blocks": "a scale for each 128 inputs",
     "dynamic+blocks": "LLM.int8() with a scale for each 128 inputs",
 }
-ROTATED_MODES = {name: MODES[name] for name in ("weight-only", "none", "dynamic", "blocks", "dynamic+blocks")}
-ROTATED_INPUTS_MODES = {name: MODES[name] for name in ("weight-only", "none", "blocks")}
 STORED_MODES = {
     "static+guard": "stored columns, the default where some are stored",
     "static+blocks": "stored columns, and a scale for each 128 inputs",
@@ -139,28 +140,66 @@ def our_rows(
     return [(f"{prefix}{modes[report.mode]} (`{report.mode}`)", share, report) for report in reports]
 
 
-def measure(source: Path, text: Path, calibration: Path, n_sequences: int, length: int, folder: Path) -> Rows:
-    """Convert a model and measure every arithmetic."""
-    out = folder / "int8"
+@dataclass(frozen=True)
+class Form:
+    """One way to convert, and what is measured of it.
+
+    Attributes:
+        prefix: what its rows begin with.
+        modes: arithmetics of our runtime.
+        keeps: percent of the weights that stay in 16 bits.
+        runs_theirs: whether bitsandbytes runs it, too.
+    """
+
+    prefix: str
+    options: int8convert.PlanOptions
+    modes: tuple[str, ...]
+    keeps: float = 0.0
+    runs_theirs: bool = False
+
+
+def forms(calibration: Path) -> Iterator[Form]:
+    """Yield the forms beside the plain one."""
+    plain = int8convert.PlanOptions()
+    rounded = replace(plain, round="calibrated", calibration=calibration)
+    for_servers = replace(rounded, format="compressed-tensors")
+    all_modes = ("weight-only", "none", "dynamic", "blocks")
+    yield Form("rotated: ", replace(plain, rotate=True), all_modes, runs_theirs=True)
+    yield Form("calibrated: ", rounded, all_modes, runs_theirs=True)
+    yield Form("rotated, calibrated: ", replace(rounded, rotate=True), all_modes, runs_theirs=True)
+    kept = replace(for_servers, rotate=True)
+    yield Form("rotated, calibrated, 5 % of the weights kept: ", kept, ("none",), keeps=5)
+    options = replace(for_servers, rotate_inputs=True)
+    yield Form("all inputs rotated, calibrated: ", options, ("weight-only", "none", "blocks"))
+
+
+def measure(source: Path, text: Path, calibrating: Path, args: argparse.Namespace, folder: Path) -> Rows:
+    """Convert a model in each way, and measure every arithmetic."""
+    out, calibration = folder / "int8", folder / "calibration"
+    n_sequences, length = args.sequences, args.length
     int8convert.quantize(source, out)
     with open_tokenizer(source, False) as tokenizer:
         windows = read_windows(text, tokenizer, n_sequences, length)
     rows = our_rows(source, out, windows, MODES, 1.0)
-    found = int8convert.find_outliers(source, Text(calibration, n_sequences=n_sequences, length=length), device="cpu")
+    rows += bitsandbytes_row(source, out, windows)
+    found = int8convert.find_outliers(source, Text(calibrating, n_sequences=n_sequences, length=length), device="cpu")
     int8convert.store_outliers(source, out, found.static_set)
     share = 1 + found.static_set_bytes / found.int8_bytes
     rows += our_rows(source, out, windows, STORED_MODES, share)
-    rows += bitsandbytes_row(source, out, windows) + rotated_rows(source, windows, folder)
+    many = Text(calibrating, n_sequences=args.calibrated, length=length)
+    int8convert.calibrate_checkpoint(source, calibration, many, with_moments=True, device="cpu")
+    for i, form in enumerate(forms(calibration)):
+        rows += form_rows(source, folder / f"form-{i}", windows, form, Text(calibrating, n_sequences=8, length=length))
     return rows + q8_0_rows(source, windows)
 
 
-def rotated_rows(source: Path, windows: TokenWindows, folder: Path) -> Rows:
-    rotated, inputs = folder / "rotated", folder / "inputs"
-    int8convert.quantize(source, rotated, int8convert.PlanOptions(rotate=True))
-    int8convert.quantize(source, inputs, int8convert.PlanOptions(rotate_inputs=True, format="compressed-tensors"))
-    rows = our_rows(source, rotated, windows, ROTATED_MODES, 1.0, "rotated: ")
-    rows += bitsandbytes_row(source, rotated, windows, "rotated: ")
-    return rows + our_rows(source, inputs, windows, ROTATED_INPUTS_MODES, 1.0, "all inputs rotated: ")
+def form_rows(source: Path, out: Path, windows: TokenWindows, form: Form, text: Text) -> Rows:
+    keep = keep_budget(form.keeps, text, device="cpu") if form.keeps else None
+    report = int8convert.quantize(source, out, replace(form.options, keep=keep))
+    n_kept = (report.kept_by_budget.n_weights or 0) if report.kept_by_budget else 0
+    share = 1 + n_kept / (report.n_int8_parameters + n_kept)
+    rows = our_rows(source, out, windows, {mode: MODES[mode] for mode in form.modes}, share, form.prefix)
+    return rows + (bitsandbytes_row(source, out, windows, form.prefix) if form.runs_theirs else [])
 
 
 def describe(name: str, rows: Rows) -> str:
@@ -189,6 +228,7 @@ def main() -> None:
     )
     parser.add_argument("--text", type=Path, help="a text in UTF-8: its first half calibrates, its second half judges")
     parser.add_argument("--sequences", type=int, default=16, help="windows of each half (default: 16)")
+    parser.add_argument("--calibrated", type=int, default=64, help="windows of the calibration (default: 64)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window (default: 256)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables as a page in Markdown, too")
     args = parser.parse_args()
@@ -207,7 +247,7 @@ def main() -> None:
             text, calibration = Path(folder, "text.txt"), Path(folder, "calibration.txt")
             calibration.write_text(whole[: len(whole) // 2], "utf-8")
             text.write_text(whole[len(whole) // 2 :], "utf-8")
-            rows = measure(model, text, calibration, args.sequences, args.length, Path(folder))
+            rows = measure(model, text, calibration, args, Path(folder))
         page += ["", describe(model.name, rows)]
         console.print(page[-1])
     print("\n".join(page))
