@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 import transformers
 
 import int8convert
+from int8convert.runtime.text.texts import Text
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
-from tests.tools.language_models import build_tokenizer
+from tests.tools.language_models import SENTENCES, build_tokenizer
+from tests.tools.options import print_nothing
 from tests.tools.tiny_models import save_as_pickles
 
 VLLM = os.environ.get("INT8CONVERT_VLLM")
@@ -139,12 +142,71 @@ def test_log_probabilities_are_those_of_the_source(name: str, format_name: str, 
     int8convert.quantize(
         source, tmp_path / "out", int8convert.PlanOptions(format=format_name), on_event=lambda event: None
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(torch.tensor([IDS])).logits[0, :-1]
-    expected = logits.log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+    expected = log_probabilities(transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
 
     said = run(LOG_PROBABILITIES, tmp_path, {}, str(tmp_path / "out"))
 
     found = torch.tensor(json.loads(said.strip().splitlines()[-1]))
     assert (found - expected).std() < 0.15 * expected.std(), "activations are rounded, but no more"
+
+
+NORMS = {
+    "llama": {"input_layernorm": "self_attn.{q,k,v}_proj", "post_attention_layernorm": "mlp.{gate,up}_proj"},
+    "qwen3": {"input_layernorm": "self_attn.{q,k,v}_proj", "post_attention_layernorm": "mlp.{gate,up}_proj"},
+    "opt": {"self_attn_layer_norm": "self_attn.{q,k,v}_proj", "final_layer_norm": "fc{1}"},
+}
+"""Model -> norm of a layer -> the layers that read it."""
+
+
+def with_outliers(name: str, directory: Path) -> Path:
+    """A source whose norms give four channels 40 times their values, which the next layers' weights undo."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    layers = model.model.decoder.layers if name == "opt" else model.model.layers
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in key:
+                parameter.mul_(4)
+        for layer in layers:
+            for norm, readers in NORMS[name].items():
+                gain = layer.get_submodule(norm)
+                before, names, after = re.split("[{}]", readers)
+                for parameter in gain.parameters():
+                    parameter[10:14] *= 40
+                for reader in names.split(","):
+                    layer.get_submodule(f"{before}{reader}{after}").weight[:, 10:14] /= 40
+    model.half().save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_rotated_and_smoothed_models_come_nearer_as_our_runtime_predicts(name: str, tmp_path: Path) -> None:
+    """What vLLM computes of one scale a token, our runtime computes with the outliers `none`."""
+    source = with_outliers(name, tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(SENTENCES * 60), encoding="utf-8")
+    calibration = tmp_path / "calibration"
+    int8convert.calibrate_checkpoint(source, calibration, Text(text), with_moments=True, on_event=print_nothing)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    expected = log_probabilities(model)
+
+    errors: dict[str, float] = {}
+    for kind, changes in {"plain": {}, "rotated": {"rotate": True}, "smoothed": {"smooth": calibration}}.items():
+        options = replace(int8convert.PlanOptions(format="compressed-tensors"), **changes)
+        int8convert.quantize(source, tmp_path / kind, options, on_event=print_nothing)
+        said = run(LOG_PROBABILITIES, tmp_path, {}, str(tmp_path / kind))
+        found = torch.tensor(json.loads(said.strip().splitlines()[-1]))
+        ours = log_probabilities(int8convert.load(tmp_path / kind, outliers="none", dtype=torch.float32))
+        errors[kind] = float((found - expected).std())
+        predicted = float((ours - expected).std())
+        assert 0.5 * predicted < errors[kind] < 2 * predicted + 0.01, (kind, errors[kind], predicted)
+    assert errors["rotated"] < 0.6 * errors["plain"], errors
+    assert errors["smoothed"] < 0.6 * errors["plain"], errors
+
+
+def log_probabilities(model: Any) -> torch.Tensor:
+    """Those of each token of `IDS` but the first."""
+    with torch.no_grad():
+        logits = model(torch.tensor([IDS])).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
