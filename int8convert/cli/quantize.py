@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from int8convert.cli import console, options
+from int8convert.cli import console, options, quality_options
 from int8convert.cli.conversion_report import print_report
 from int8convert.cli.dry_run import DryRun, print_plan
 from int8convert.cli.publishing import make_destination, print_published
@@ -20,10 +19,7 @@ from int8convert.runtime.text.texts import reusable_file
 
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
-    from int8convert.events import EventSink
     from int8convert.outliers.store import StaticSet
-    from int8convert.planning.kept_modules import KeepBudget
-    from int8convert.planning.plan_checkpoint import PlanOptions
 
 HELP = f"""Convert a checkpoint to LLM.int8(), for transformers with bitsandbytes or for vLLM.
 
@@ -55,20 +51,9 @@ def _check_format(name: str) -> str:
     return name
 
 
-def _check_quality(quality: str | None) -> str | None:
-    if quality is not None:
-        options.check_choice(quality, ("best",))
-    return quality
-
-
 def _check_policy(policy: str) -> str:
     options.check_choice(policy, ("error", "keep"))
     return policy
-
-
-def _check_rounding(name: str) -> str:
-    options.check_choice(name, ("nearest", "calibrated"))
-    return name
 
 
 def quantize(
@@ -136,72 +121,15 @@ def quantize(
     lora: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Merge the PEFT adapter in this directory into the weights.")
     ] = None,
-    quality: Annotated[
-        str | None,
-        typer.Option(
-            metavar="QUALITY",
-            callback=_check_quality,
-            help="best: calibrate on --text, rotate if that helps, round by the calibration, and keep what costs most "
-            "within --keep-budget, by default 2 %. SRC must fit into memory.",
-        ),
-    ] = None,
-    rotate: Annotated[
-        bool,
-        typer.Option(
-            "--rotate", help="Fold a rotation into the weights that spreads outliers. Refused if the model allows none."
-        ),
-    ] = False,
-    rotate_inputs: Annotated[
-        bool,
-        typer.Option(
-            "--rotate-inputs",
-            help="Like --rotate; the loader also rotates the other inputs while it runs: vLLM on one GPU, and "
-            "int8convert. Needs --format compressed-tensors.",
-        ),
-    ] = False,
-    smooth: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="CAL",
-            help="Move outliers from inputs into weights where that makes the layers' outputs more exact. CAL is the "
-            "folder of int8convert calibrate --moments, or smoothing.safetensors of an earlier output.",
-        ),
-    ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE|CAL",
-            help="Then store outlier columns in 16 bits: run this text through OUT, or take the folder of calibrate.",
-        ),
-    ] = None,
-    keep_budget: Annotated[
-        float | None,
-        typer.Option(
-            parser=options.parse_percent,
-            metavar="PERCENT",
-            help="Leave the modules 16-bit whose rounding costs the predictions most, at most so many of the weights. "
-            "SRC must fit into memory.",
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="With --keep-budget or --quality: text in UTF-8 to measure the cost on.  [default: a small one]",
-        ),
-    ] = None,
-    round: Annotated[
-        str,
-        typer.Option(
-            metavar="ROUNDING",
-            callback=_check_rounding,
-            help="nearest; or calibrated, to choose codes by the error of the layers' outputs. Needs --calibration.",
-        ),
-    ] = "nearest",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="CAL", help="The folder that int8convert calibrate --moments wrote for SRC."),
-    ] = None,
+    quality: quality_options.Quality = None,
+    rotate: quality_options.Rotate = False,
+    rotate_inputs: quality_options.RotateInputs = False,
+    smooth: quality_options.Smooth = None,
+    calibrate: quality_options.Calibrate = None,
+    keep_budget: quality_options.KeepPercent = None,
+    text: quality_options.Text = None,
+    round: quality_options.Round = "nearest",
+    calibration: quality_options.Calibration = None,
     allow_missing: Annotated[
         list[str] | None,
         typer.Option(
@@ -262,7 +190,9 @@ def quantize(
         from int8convert.planning.plan_checkpoint import PlanOptions
 
         plan_options = PlanOptions(
-            keep=None if dry_run or quality else _keep_budget(keep_budget, kept_text, device, trust_remote_code),
+            keep=None
+            if dry_run or quality
+            else quality_options.kept_by(keep_budget, kept_text, device, trust_remote_code),
             skip=skip or (),
             only=only or (),
             format=format,
@@ -299,7 +229,9 @@ def quantize(
         ):
             destination = make_destination(upload, private, keep, max_disk, on_event)
             if quality is not None:
-                plan_options = _best_options(src, out or "", plan_options, keep_budget, kept_text, device, on_event)
+                plan_options = quality_options.best(
+                    src, out or "", plan_options, keep_budget, kept_text, device, on_event
+                )
             report = run(
                 src,
                 out or "",
@@ -319,40 +251,6 @@ def quantize(
             with console.quieting_libraries(False), showing_progress(quiet, as_json) as on_event:
                 stored = calibrate_output(src, out or "", columns_from, lora, trust_remote_code, device, on_event)
         _print_outcome(report, stored, upload, destination.outcome(), as_json)
-
-
-def _keep_budget(percent: float | None, text: Path | None, device: str, trust_remote_code: bool) -> KeepBudget | None:
-    if percent is None:
-        return None
-    from int8convert.outliers.keep import keep_budget
-    from int8convert.runtime.text.texts import Text
-
-    return keep_budget(percent, Text(text), device=device, trust_remote_code=trust_remote_code)
-
-
-def _best_options(
-    src: str,
-    out: str,
-    plan_options: PlanOptions,
-    percent: float | None,
-    text: Path | None,
-    device: str,
-    on_event: EventSink,
-) -> PlanOptions:
-    """Return the options of --quality best, and say on stderr what was chosen."""
-    from int8convert.outliers.quality import KEPT_PERCENT, best_options
-    from int8convert.runtime.text.texts import Text
-
-    found = best_options(
-        src, out, plan_options, Text(text), percent=percent or KEPT_PERCENT, device=device, on_event=on_event
-    )
-    chosen = "with --rotate" if found.options.rotate else "without --rotate"
-    if found.kl_plain is not None and found.kl_rotated is not None:
-        chosen += f": expected KL divergence {found.kl_rotated:.2g} nats a token with it, {found.kl_plain:.2g} without"
-    elif found.refusal:
-        chosen += f": {found.refusal}"
-    console.note(f"--quality best converts {chosen}; the calibration is in '{found.calibration}'")
-    return found.options
 
 
 def _print_outcome(
@@ -387,40 +285,14 @@ def _holds_threshold(name: str) -> bool:
     return block((), 1.0) != block((), 2.0)
 
 
-def _rotates_inputs(name: str) -> bool:
-    from int8convert.formats.format import Format
-    from int8convert.formats.modules import module_of
-
-    return module_of(Format(name)).ROTATES_INPUTS
-
-
 def _check_combination(context: typer.Context, src: str) -> None:
     """Refuse options that contradict each other or have no effect."""
     given = set(options.given_options(context))
     if not given & {"out", "upload", "dry_run"}:
         raise options.UsageError("OUT is missing: name the directory to write, or pass --dry-run, or --upload REPO")
     options.check_needs(context, {"bandwidth": "--dry-run"})
-    if "text" in given and not given & {"keep_budget", "quality"}:
-        raise options.UsageError("--text needs --keep-budget PERCENT or --quality best")
-    beside = sorted(given & {"rotate", "rotate_inputs", "smooth", "round", "calibration", "calibrate", "lora"})
-    if "quality" in given and beside:
-        raise options.UsageError(f"--quality best chooses by itself: leave out {options.option_name(beside[0])}")
-    if "rotate_inputs" in given and not _rotates_inputs(context.params["format"]):
-        raise options.UsageError("--rotate-inputs needs --format compressed-tensors: no other loader rotates inputs")
-    if context.params["keep_budget"] == 0:
-        raise typer.BadParameter("it must be above 0", param_hint="--keep-budget")
-    if {"keep_budget", "lora"} <= given:
-        raise options.UsageError("--keep-budget measures SRC without the adapter: give one of --keep-budget and --lora")
-    if {"smooth", "lora"} <= given:
-        raise options.UsageError("--smooth is chosen by the inputs of SRC without the adapter: give one of the two")
+    quality_options.check(context)
     options.check_upload_options(context)
-    changed = next((name for name in ("rotate", "rotate_inputs", "smooth", "lora") if name in given), None)
-    if changed and context.params["calibrate"] is not None and context.params["calibrate"].is_dir():
-        raise options.UsageError(
-            f"--calibrate CAL is of SRC without {options.option_name(changed)}: calibrate by a text, or leave one out"
-        )
-    if (context.params["round"] == "calibrated") is not ("calibration" in given):
-        raise options.UsageError("--round calibrated and --calibration CAL belong together: pass both, or neither")
     if {"upload", "calibrate"} <= given:
         raise options.UsageError(
             "--calibrate stores columns after the last shard: convert with it, then int8convert upload"

@@ -24,9 +24,9 @@ from int8convert.formats.config import int8_config
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.formats.modules import module_of
+from int8convert.planning.adapters.lora import LoraDelta
 from int8convert.planning.calibrated_rounding import CALIBRATED, InputMoments
 from int8convert.planning.fold import Fold
-from int8convert.planning.lora import LoraDelta
 from int8convert.planning.model_map.model_map import ModelMap
 from int8convert.planning.rotation.rotation import Rotation
 

@@ -11,7 +11,7 @@ from int8convert.decoding.fp8 import is_fp8
 from int8convert.errors import AdapterError
 from int8convert.formats.format import DEFAULT_FORMAT, Format, quantize_format
 from int8convert.formats.modules import module_of
-from int8convert.planning.adapter import open_adapter
+from int8convert.planning.adapters.adapter import open_adapter
 from int8convert.planning.calibrated_rounding import CALIBRATED, NEAREST, ROUNDINGS, open_rounding
 from int8convert.planning.kept_modules import KeepBudget
 from int8convert.planning.model_map.model_map import ModuleFilter, check_config

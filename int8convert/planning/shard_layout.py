@@ -14,11 +14,11 @@ from int8convert.decoding.fp8_scales import find_scales
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.modules import module_of
-from int8convert.planning.adapter import Adapter
-from int8convert.planning.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
+from int8convert.planning.adapters.adapter import Adapter
+from int8convert.planning.adapters.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
+from int8convert.planning.adapters.lora import LoraDelta
 from int8convert.planning.expert_layouts import split
 from int8convert.planning.fold import Fold
-from int8convert.planning.lora import LoraDelta
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap
 from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
 from int8convert.planning.rotation.rotation import Rotation

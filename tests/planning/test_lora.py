@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AdapterError, CorruptFileError, Int8ConvertError, SourceError
-from int8convert.planning.adapter import open_adapter
-from int8convert.planning.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
-from int8convert.planning.lora import read_float32
+from int8convert.planning.adapters.adapter import open_adapter
+from int8convert.planning.adapters.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
+from int8convert.planning.adapters.lora import read_float32
 from tests.tools.attacks.mutate import mutate_json_text
 from tests.tools.tiny_models import MODELS, build_model
 
@@ -489,7 +489,7 @@ def test_disk_that_fails(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def fail(path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr("int8convert.planning.adapter.read_config", fail)
+    monkeypatch.setattr("int8convert.planning.adapters.adapter.read_config", fail)
     refused(adapter, "cannot be read: Input/output error")
 
 

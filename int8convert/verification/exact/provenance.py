@@ -21,7 +21,7 @@ from int8convert.formats.config import read_format
 from int8convert.formats.format import Format
 from int8convert.formats.modules import module_of
 from int8convert.hub.cached_copy import fetch_beside
-from int8convert.planning.adapter import open_adapter
+from int8convert.planning.adapters.adapter import open_adapter
 from int8convert.planning.calibrated_rounding import CALIBRATED
 from int8convert.planning.recorded_request import RecordedRequest, read_recorded_request
 from int8convert.sources import is_repository_name, open_source

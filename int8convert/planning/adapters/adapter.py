@@ -23,7 +23,7 @@ from int8convert.checkpoint.names import find_file
 from int8convert.checkpoint.source import SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AdapterError
-from int8convert.planning.adapter_config import MERGE_WITH_PEFT, AdapterConfig, parse_adapter_config
+from int8convert.planning.adapters.adapter_config import MERGE_WITH_PEFT, AdapterConfig, parse_adapter_config
 from int8convert.text import quoted
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"

@@ -18,7 +18,7 @@ from int8convert.checkpoint.rows import read_whole
 from int8convert.checkpoint.source import ShardReader, SourceShard, reading
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AdapterError
-from int8convert.planning.adapter import LowRankUpdate
+from int8convert.planning.adapters.adapter import LowRankUpdate
 from int8convert.text import quoted
 
 Matrix = npt.NDArray[np.float32]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.errors import AdapterError
-from int8convert.planning.adapter import Adapter
-from int8convert.planning.lora import LoraDelta
+from int8convert.planning.adapters.adapter import Adapter
+from int8convert.planning.adapters.lora import LoraDelta
 from int8convert.text import quoted
 
 _CLASS_BY_TASK = {

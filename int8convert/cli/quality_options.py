@@ -1,0 +1,169 @@
+"""The options of `quantize` that bring predictions nearer to the source's, and what they are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from int8convert.cli import console, options
+
+if TYPE_CHECKING:
+    from int8convert.events import EventSink
+    from int8convert.planning.kept_modules import KeepBudget
+    from int8convert.planning.plan_checkpoint import PlanOptions
+
+
+def _check_quality(quality: str | None) -> str | None:
+    if quality is not None:
+        options.check_choice(quality, ("best",))
+    return quality
+
+
+def _check_rounding(name: str) -> str:
+    options.check_choice(name, ("nearest", "calibrated"))
+    return name
+
+
+Quality = Annotated[
+    str | None,
+    typer.Option(
+        metavar="QUALITY",
+        callback=_check_quality,
+        help="best: calibrate on --text, rotate if that helps, round by the calibration, and keep what costs most "
+        "within --keep-budget, by default 2 %. SRC must fit into memory.",
+    ),
+]
+
+Rotate = Annotated[
+    bool,
+    typer.Option(
+        "--rotate", help="Fold a rotation into the weights that spreads outliers. Refused if the model allows none."
+    ),
+]
+
+RotateInputs = Annotated[
+    bool,
+    typer.Option(
+        "--rotate-inputs",
+        help="Like --rotate; the loader also rotates the other inputs while it runs: vLLM on one GPU, and "
+        "int8convert. Needs --format compressed-tensors.",
+    ),
+]
+
+Smooth = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CAL",
+        help="Move outliers from inputs into weights where that makes the layers' outputs more exact. CAL is the "
+        "folder of int8convert calibrate --moments, or smoothing.safetensors of an earlier output.",
+    ),
+]
+
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE|CAL",
+        help="Then store outlier columns in 16 bits: run this text through OUT, or take the folder of calibrate.",
+    ),
+]
+
+KeepPercent = Annotated[
+    float | None,
+    typer.Option(
+        parser=options.parse_percent,
+        metavar="PERCENT",
+        help="Leave the modules 16-bit whose rounding costs the predictions most, at most so many of the weights. "
+        "SRC must fit into memory.",
+    ),
+]
+
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="With --keep-budget or --quality: text in UTF-8 to measure the cost on.  [default: a small one]",
+    ),
+]
+
+Round = Annotated[
+    str,
+    typer.Option(
+        metavar="ROUNDING",
+        callback=_check_rounding,
+        help="nearest; or calibrated, to choose codes by the error of the layers' outputs. Needs --calibration.",
+    ),
+]
+
+Calibration = Annotated[
+    Path | None,
+    typer.Option(metavar="CAL", help="The folder that int8convert calibrate --moments wrote for SRC."),
+]
+
+
+def kept_by(percent: float | None, text: Path | None, device: str, trust_remote_code: bool) -> KeepBudget | None:
+    """Return the rule of --keep-budget; None without it."""
+    if percent is None:
+        return None
+    from int8convert.outliers.keep import keep_budget
+    from int8convert.runtime.text.texts import Text
+
+    return keep_budget(percent, Text(text), device=device, trust_remote_code=trust_remote_code)
+
+
+def best(
+    src: str,
+    out: str,
+    plan_options: PlanOptions,
+    percent: float | None,
+    text: Path | None,
+    device: str,
+    on_event: EventSink,
+) -> PlanOptions:
+    """Return the options of --quality best, and say on stderr what was chosen."""
+    from int8convert.outliers.quality import KEPT_PERCENT, best_options
+    from int8convert.runtime.text.texts import Text
+
+    found = best_options(
+        src, out, plan_options, Text(text), percent=percent or KEPT_PERCENT, device=device, on_event=on_event
+    )
+    chosen = "with --rotate" if found.options.rotate else "without --rotate"
+    if found.kl_plain is not None and found.kl_rotated is not None:
+        chosen += f": expected KL divergence {found.kl_rotated:.2g} nats a token with it, {found.kl_plain:.2g} without"
+    elif found.refusal:
+        chosen += f": {found.refusal}"
+    console.note(f"--quality best converts {chosen}; the calibration is in '{found.calibration}'")
+    return found.options
+
+
+def check(context: typer.Context) -> None:
+    """Refuse options of these that contradict each other or others, or lack what they need."""
+    given = set(options.given_options(context))
+    if "text" in given and not given & {"keep_budget", "quality"}:
+        raise options.UsageError("--text needs --keep-budget PERCENT or --quality best")
+    beside = sorted(given & {"rotate", "rotate_inputs", "smooth", "round", "calibration", "calibrate", "lora"})
+    if "quality" in given and beside:
+        raise options.UsageError(f"--quality best chooses by itself: leave out {options.option_name(beside[0])}")
+    if "rotate_inputs" in given and not _rotates_inputs(context.params["format"]):
+        raise options.UsageError("--rotate-inputs needs --format compressed-tensors: no other loader rotates inputs")
+    if context.params["keep_budget"] == 0:
+        raise typer.BadParameter("it must be above 0", param_hint="--keep-budget")
+    if {"keep_budget", "lora"} <= given:
+        raise options.UsageError("--keep-budget measures SRC without the adapter: give one of --keep-budget and --lora")
+    if {"smooth", "lora"} <= given:
+        raise options.UsageError("--smooth is chosen by the inputs of SRC without the adapter: give one of the two")
+    changed = next((name for name in ("rotate", "rotate_inputs", "smooth", "lora") if name in given), None)
+    if changed and context.params["calibrate"] is not None and context.params["calibrate"].is_dir():
+        raise options.UsageError(
+            f"--calibrate CAL is of SRC without {options.option_name(changed)}: calibrate by a text, or leave one out"
+        )
+    if (context.params["round"] == "calibrated") is not ("calibration" in given):
+        raise options.UsageError("--round calibrated and --calibration CAL belong together: pass both, or neither")
+
+
+def _rotates_inputs(name: str) -> bool:
+    from int8convert.formats.format import Format
+    from int8convert.formats.modules import module_of
+
+    return module_of(Format(name)).ROTATES_INPUTS

@@ -1,0 +1,1 @@
+"""Reads PEFT adapters, and merges them into weights."""
