@@ -1,4 +1,4 @@
-"""Whether the rotation that is found for a family of models leaves what such a model computes as it is.
+"""Whether the rotation and the smoothing found for a family of models leave what such a model computes as it is.
 
 The proof in the product runs on the class's small model with its own random weights. This check folds what was proved
 into another model, with other weights and other tokens, and compares the two.
@@ -9,12 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from int8convert.planning.rotation.groups import run
 from int8convert.planning.rotation.parameter_folds import ParameterFold
-from int8convert.planning.rotation.worker import find_rotation, fold_into
+from int8convert.planning.rotation.proof import fold_into
+from int8convert.planning.rotation.worker import find_rotation, find_smoothing
+from int8convert.planning.smoothing import SmoothingFactors
 from tests.tools.family_models import Family, build_family
+
+_NO_FACTORS = SmoothingFactors({})
 
 TOLERANCE = 1e-4
 """Allowed difference, as a share of the largest output."""
@@ -68,18 +73,57 @@ def randomized(model: Any) -> Any:
     return model.eval()
 
 
-def rotated(model: Any, folds: dict[str, ParameterFold], unties: bool) -> Any:
-    """Return a copy of a model with a rotation folded into its weights."""
+def rotated(
+    model: Any, folds: dict[str, ParameterFold], unties: bool, smoothing: SmoothingFactors = _NO_FACTORS
+) -> Any:
+    """Return a copy of a model with a rotation, or factors, folded into its weights."""
     config = type(model.config).from_dict(model.config.to_dict())
     if unties:
         config.tie_word_embeddings = False
     copy = type(model)(config).eval()
     weights = {name: value.detach().clone() for name, value in model.named_parameters(remove_duplicate=False)}
-    fold_into(copy, folds, weights)
+    fold_into(copy, folds, weights, smoothing)
     return copy
 
 
-def _difference(model: Any, folds: dict[str, ParameterFold], unties: bool) -> float:
+def _difference(
+    model: Any, folds: dict[str, ParameterFold], unties: bool, smoothing: SmoothingFactors = _NO_FACTORS
+) -> float:
     ids = torch.arange(3, 40)[None]
-    expected, found = run(model, ids), run(rotated(model, folds, unties), ids)
+    expected, found = run(model, ids), run(rotated(model, folds, unties, smoothing), ids)
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothingResult:
+    """The outcome for one family.
+
+    Attributes:
+        n_groups: groups that are smoothed; 0 if all are refused.
+        difference: largest difference of an output, as a share of the largest one.
+        refusals: what is not smoothed, and why.
+    """
+
+    family: str
+    n_groups: int
+    difference: float
+    refusals: tuple[str, ...]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the model computes the same, and whatever is refused has a reason."""
+        return self.difference <= TOLERANCE and bool(self.n_groups or self.refusals)
+
+
+def check_smoothing(family: Family) -> SmoothingResult:
+    """Find the groups of a family, and compare a model with the same model smoothed by random factors."""
+    model = randomized(build_family(family))
+    with torch.device("meta"):
+        real = type(model)(model.config)
+    found = find_smoothing(real, ())
+    folds = {fields["parameter"]: ParameterFold(**fields) for fields in found["folds"]}
+    generator = np.random.default_rng(1)
+    factors = {group["name"]: np.exp(generator.normal(0, 0.7, group["size"])) for group in found["groups"]}
+    smoothing = SmoothingFactors({name: values.astype(np.float32) for name, values in factors.items()})
+    difference = _difference(model, folds, False, smoothing) if folds else 0.0
+    return SmoothingResult(family.name, len(found["groups"]), difference, tuple(found["refusals"]))

@@ -23,7 +23,8 @@ from int8convert.outliers.rotated_model import rotate_model
 from int8convert.planning.plan_checkpoint import PlanOptions, plan
 from int8convert.planning.rotation.groups import run
 from int8convert.planning.rotation.parameter_folds import ParameterFold, rotation_block
-from int8convert.planning.rotation.worker import answer, find_rotation, is_proved, small_model
+from int8convert.planning.rotation.proof import is_proved, small_model
+from int8convert.planning.rotation.worker import answer, find_rotation
 from tests.tools.family_models import families
 from tests.tools.rotation_check import check_rotation, randomized, rotated
 from tests.tools.tiny_models import MODELS, build_model

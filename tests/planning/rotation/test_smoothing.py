@@ -23,18 +23,22 @@ from int8convert.formats.int8_checkpoint import SourceReaders
 from int8convert.outliers.keep import keep_budget
 from int8convert.planning.fold import Factors, Fold
 from int8convert.planning.plan_checkpoint import PlanOptions, plan
-from int8convert.planning.rotation.groups import run
+from int8convert.planning.rotation import groups
 from int8convert.planning.rotation.parameter_folds import ParameterFold
-from int8convert.planning.rotation.worker import find_smoothing, fold_into
+from int8convert.planning.rotation.proof import fold_into
+from int8convert.planning.rotation.worker import find_smoothing
 from int8convert.planning.smoothing import SmoothingFactors, read_factors, spread
+from int8convert.publish.finished import read_finished
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.exact.level import verify_exact
+from tests.cli.conftest import Run, run
 from tests.planning.rotation.test_rotation import LARGER, read_tensors, rotation_in_process
+from tests.tools.family_models import families
 from tests.tools.language_models import build_tokenizer, language_model
-from tests.tools.rotation_check import randomized
+from tests.tools.rotation_check import check_smoothing, randomized
 from tests.tools.tiny_models import MODELS, build_model
 
-__all__ = ["rotation_in_process"]
+__all__ = ["rotation_in_process", "run"]
 
 PREFIX = "model.decoder.layers.1."
 
@@ -67,9 +71,9 @@ def check_same(model: Any, found: dict[str, Any]) -> None:
     weights = {key: value.detach().clone() for key, value in model.named_parameters(remove_duplicate=False)}
     folds = {fields["parameter"]: ParameterFold(**fields) for fields in found["folds"]}
     ids = torch.arange(3, 40)[None]
-    expected = run(model, ids)
+    expected = groups.run(model, ids)
     fold_into(model, folds, weights, random_factors(found["groups"]))
-    torch.testing.assert_close(run(model, ids), expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(groups.run(model, ids), expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
     for name in folds:
         assert not torch.allclose(model.get_parameter(name), weights[name], rtol=0.1), name
 
@@ -362,3 +366,49 @@ def test_modules_are_kept_by_what_the_smoothed_model_loses(checkpoint: Path, cal
     assert again.n_done_shards == again.n_shards and again.kept_by_budget is not None
     assert again.kept_by_budget.names == first.kept_by_budget.names
     assert verify_exact(tmp_path / "out").is_passed
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+@pytest.mark.filterwarnings("ignore")
+def test_command_line_reports_and_refuses(run: Run, checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, notes = run("quantize", checkpoint, out, "--smooth", calibration)
+    assert code == 0 and "smoothing: 7 of 8 groups of layers; their outputs' squared error" in printed, notes
+    assert SMOOTHING_FILE in read_finished(out).files()  # an upload sends it
+    assert run("verify", out, "--level", "exact")[0] == 0
+    assert SMOOTHING_FILE in read_finished(out).files()
+    code, _, error = run("quantize", checkpoint, tmp_path / "new", "--smooth", calibration, "--lora", checkpoint)
+    assert code == 2 and "--smooth is chosen by the inputs of SRC without the adapter" in error
+    for path, message in ((tmp_path / "nowhere", "holds no complete calibration"), (checkpoint / "config.json", "")):
+        code, _, error = run("quantize", checkpoint, tmp_path / "new", "--smooth", path)
+        assert code == 1 and message in error and not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+def test_calibration_without_held_out_inputs_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a few words and more of them " * 40)
+    calibrate_checkpoint(
+        checkpoint, tmp_path / "cal", Text(text, n_sequences=2, length=32), device="cpu", on_event=ignore
+    )
+    with pytest.raises(Int8ConvertError, match=r"holds no held-out inputs of layers that can be smoothed") as refused:
+        quantize(checkpoint, tmp_path / "out", PlanOptions(smooth=tmp_path / "cal"))
+    assert refused.value.hint == "calibrate again with int8convert calibrate --moments"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "n_groups", "refuses"),
+    [
+        ("causal/bloom", 4, False),
+        ("causal/bert", 2, True),
+        ("causal/aria_text", 6, True),
+        ("causal/axk1", 4, True),
+        ("causal/deepseek_v2", 4, True),
+    ],
+)
+def test_family_computes_the_same_or_is_refused(name: str, n_groups: int, refuses: bool) -> None:
+    """Post-norms, routers, experts that are shared, and latent attention."""
+    result = check_smoothing(next(family for family in families() if family.name == name))
+    assert result.is_right and result.n_groups == n_groups, result
+    assert bool(result.refusals) == refuses, result
