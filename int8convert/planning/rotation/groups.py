@@ -5,7 +5,7 @@
 - Values: a rotation of a head's values goes into the outputs of the value layer, and out again at the inputs of the
   layer that reads the attention's result. Layers of a gated MLP look alike at first, and only the proof tells.
 
-What a module reads is told by the tensor that it gets; what a value layer feeds, by doubling its output. That is a
+What a module reads is told by the tensor that it gets; what a value layer feeds, by a multiple of its output. That is a
 proposal and no proof: see `proof`.
 """
 
@@ -21,6 +21,9 @@ import torch
 from torch import nn
 
 from int8convert.formats.layers import is_conv1d_layer, is_linear
+
+_SCALE = 1024
+"""Factor of a layer's output by which its pair is found: so large that a clamp behind the layer shows."""
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
@@ -155,15 +158,15 @@ def run(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _find_pairs(model: Any, ids: torch.Tensor, fed: set[str], writers: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield the pairs in which twice the first layer's output is twice the second layer's input."""
+    """Yield the pairs in which a multiple of the first layer's output is that multiple of the second layer's input."""
     modules = dict(model.named_modules())
     plain = _inputs_of(model, ids, writers)
     for name in sorted(fed):
-        with _doubling(modules[name]):
+        with _multiplying(modules[name]):
             found = _inputs_of(model, ids, writers)
         # What runs later reads another residual stream: so the first writer that changes is the one that is fed.
         changed = [writer for writer, x in found.items() if not torch.equal(x, plain[writer])]
-        if changed and torch.allclose(found[changed[0]], 2 * plain[changed[0]], rtol=1e-4, atol=1e-5):
+        if changed and torch.allclose(found[changed[0]] / _SCALE, plain[changed[0]], rtol=1e-4, atol=1e-5):
             yield name, changed[0]
 
 
@@ -186,8 +189,8 @@ def _inputs_of(model: Any, ids: torch.Tensor, names: tuple[str, ...]) -> dict[st
 
 
 @contextmanager
-def _doubling(module: Any) -> Iterator[None]:
-    hook = module.register_forward_hook(lambda _module, _inputs, y: 2 * y)
+def _multiplying(module: Any) -> Iterator[None]:
+    hook = module.register_forward_hook(lambda _module, _inputs, y: _SCALE * y)
     try:
         yield
     finally:

@@ -163,7 +163,11 @@ def find_smoothing(model: Any, rotated: Collection[str]) -> dict[str, Any]:
         f"what {kind} reads is not smoothed, for it is a {name} and no Linear layer"
         for kind, name in {pattern(other): _class_of(small, other) for other in groups.other_readers}.items()
     ]
+    expanded = set(smooth_groups(expand(groups, small), small))
     for kind, found in kinds.items():
+        if {group for group in expanded if pattern(group.name) == kind} != set(found):
+            refusals.append(f"{kind} is not smoothed: what reads it differs from layer to layer, or in numbers alone")
+            continue
         factors = {g.name: torch.empty(g.size).uniform_(0.5, 2, generator=generator).numpy() for g in found}
         folds = merge(smoothing_folds(found, groups, small))
         if is_proved(model, folds, ids, unties=False, smoothing=SmoothingFactors(factors)):

@@ -405,10 +405,12 @@ def test_calibration_without_held_out_inputs_is_refused(checkpoint: Path, tmp_pa
         ("causal/aria_text", 6, True),
         ("causal/axk1", 4, True),
         ("causal/deepseek_v2", 4, True),
+        ("causal/ctrl", 4, True),
+        ("causal/deepseek_v4", 2, True),
     ],
 )
 def test_family_computes_the_same_or_is_refused(name: str, n_groups: int, refuses: bool) -> None:
-    """Post-norms, routers, experts that are shared, and latent attention."""
+    """Post-norms, routers, experts that are shared, latent attention, layers without names, and clamps."""
     result = check_smoothing(next(family for family in families() if family.name == name))
     assert result.is_right and result.n_groups == n_groups, result
     assert bool(result.refusals) == refuses, result
