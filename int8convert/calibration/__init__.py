@@ -1,1 +1,1 @@
-"""Runs text through a model, layer by layer, and keeps what its Linear layers read on the disk."""
+"""Runs text through a model, layer by layer, and writes statistics of what its Linear layers read."""

@@ -1,4 +1,4 @@
-"""`calibrate`: runs a text through a checkpoint, and keeps what its Linear layers read in a folder."""
+"""Runs a text through a checkpoint, and writes statistics of what its Linear layers read to a folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def calibrate_checkpoint(
     trust_remote_code: bool = False,
     on_event: EventSink | None = None,
 ) -> Calibration:
-    """Run a text through a checkpoint layer by layer, and write what its layers read to a folder.
+    """Run a text through a checkpoint layer by layer, and write statistics of what its layers read to a folder.
 
     Sees all Linear layers and GPT-2's Conv1D but the output head. Does not see experts that are fused in one tensor.
     Does not know what other texts would show. Memory: one decoder layer, and with second moments those of its inputs.

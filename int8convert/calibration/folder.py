@@ -1,4 +1,4 @@
-"""The folder of a calibration: what the Linear layers of a model read, and on request the second moments of it.
+"""The folder of a calibration: statistics of what the Linear layers of a model read, and on request second moments.
 
     calibration.json          the text, the source, and the inputs; layers that read the same tensor share one
     statistics.safetensors    for each layer NAME: the sums of `InputStatistics` as NAME.maximum etc.; NAME.n_tokens
@@ -109,13 +109,13 @@ class Calibration:
 
 
 def begin_folder(folder: Path, n_bytes: int = 0) -> None:
-    """Make a folder for a calibration. An earlier calibration in it ends to be one.
+    """Make a folder for a calibration, and invalidate an earlier calibration in it.
 
     Args:
         n_bytes: room that second moments need.
 
     Raises:
-        OutputError: the folder holds other files, or is none.
+        OutputError: the folder holds other files, or is no directory.
         DiskFullError: its disk has less room.
     """
     make_folder(folder)
@@ -143,7 +143,7 @@ def write_moments(folder: Path, number: int, moments: Moments) -> str:
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
-    """Write statistics and record. The folder is complete then."""
+    """Write statistics and record, which completes the folder."""
     tensors: dict[str, torch.Tensor] = {}
     for name, seen in calibration.statistics.items():
         weight = calibration.weights[name]

@@ -4,7 +4,7 @@
    in memory, or in files if they are large. See `runtime.layered`.
 2. Layers outside of the decoder layers are watched once: those before while the first decoder layer runs, those after
    in a run from the last hidden state.
-3. A model that cannot be run so is loaded whole.
+3. A model that cannot be run this way is loaded whole.
 
 Costs the reading of all weights once, the memory of one decoder layer, and a few numbers for each feature. On a Qwen2
 of 0.5B, with 8 windows of 256 tokens and one thread, it took 0.8 of the CPU time of the whole model's forward on one
@@ -104,7 +104,7 @@ class Readings:
 
 
 def read_inputs(path: str | os.PathLike[str], prepare: Callable[[Any], Task], options: RunOptions) -> Readings:
-    """Run a checkpoint layer by layer; one that cannot be run so, whole.
+    """Run a checkpoint layer by layer, or as a whole if its model cannot be run that way.
 
     Args:
         path: the checkpoint's directory.
@@ -118,7 +118,9 @@ def read_inputs(path: str | os.PathLike[str], prepare: Callable[[Any], Task], op
         return _read_by_layers(path, prepare, options)
     except LayerwiseError as error:
         if options.moments is not None:
-            raise SourceError(f"{error.message}, which second moments need", "leave out --moments") from error
+            raise SourceError(
+                f"second moments need a run layer by layer: {error.message}", "leave out --moments"
+            ) from error
     model = load_model(path, options.device, trust_remote_code=options.trust_remote_code)
     return read_whole(model, prepare(model), options)
 

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 for name, command, help_text, line in (
     ("quantize", quantize.quantize, quantize.HELP, "Turn a checkpoint into an LLM.int8() checkpoint."),
-    ("calibrate", calibrate.calibrate, calibrate.HELP, "Keep what a model's layers read on a text."),
+    ("calibrate", calibrate.calibrate, calibrate.HELP, "Gather statistics of what a model's layers read."),
     ("inspect", inspect.inspect, inspect.HELP, "Show what is in a checkpoint."),
     ("export", export.export, export.HELP, "Rewrite an int8 checkpoint for another loader."),
     ("verify", verify.verify, verify.HELP, "Compare an int8 checkpoint with its source."),

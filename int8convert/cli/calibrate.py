@@ -1,4 +1,4 @@
-"""`int8convert calibrate`: keeps what a model's layers read on a text, for all that is decided by it."""
+"""`int8convert calibrate`: writes statistics of what a model's layers read on a text, for options of `quantize`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from int8convert.text import format_bytes, format_seconds
 if TYPE_CHECKING:
     from int8convert.calibration.folder import Calibration
 
-HELP = f"""Run a text through a model, and keep what its layers read in the folder CAL.
+HELP = f"""Run a text through a model, and write statistics of what its layers read to the folder CAL.
 
 SRC is a directory or a repository on the Hub. One layer is in memory at a time, so models larger than memory run, too.
-CAL gets statistics of each layer's input. With --moments it also gets second moments, by which weights can be rounded
-so that errors compensate. These take 4 bytes for each pair of a layer's input features.
+`quantize --calibrate CAL` chooses outlier columns by the statistics. `quantize --smooth CAL` and `quantize --round
+calibrated --calibration CAL` also need --moments. Second moments take 4 * N^2 bytes for each input of N features.
+Layers that read the same tensor share them, and inputs of more than 16,384 features get none.
 
 \b
 Examples:
@@ -38,9 +39,7 @@ def calibrate(
     src: options.Source,
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text in UTF-8 to run through the model.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="CAL", help="The folder to write.")],
-    moments: Annotated[
-        bool, typer.Option("--moments", help="Also write second moments. Hold out the last windows from them.")
-    ] = False,
+    moments: Annotated[bool, typer.Option("--moments", help="Also write second moments and held-out inputs.")] = False,
     threshold: Annotated[
         float,
         typer.Option(

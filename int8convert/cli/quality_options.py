@@ -1,4 +1,4 @@
-"""The options of `quantize` that bring predictions nearer to the source's, and what they are made of."""
+"""The options of `quantize` that bring predictions nearer to the source's."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ Quality = Annotated[
     typer.Option(
         metavar="QUALITY",
         callback=_check_quality,
-        help="best: calibrate on --text, rotate if that helps, round by the calibration, and keep what costs most "
-        "within --keep-budget, by default 2 %. SRC must fit into memory.",
+        help="best: calibrate SRC on --text, round by the calibration, and rotate if that is expected to help. Keep "
+        "the costliest modules 16-bit, up to --keep-budget (default: 2 %). SRC must fit into memory.",
     ),
 ]
 
 Rotate = Annotated[
     bool,
     typer.Option(
-        "--rotate", help="Fold a rotation into the weights that spreads outliers. Refused if the model allows none."
+        "--rotate",
+        help="Fold a rotation into the weights, which spreads outliers. Every loader runs OUT. Fails if the model's "
+        "class allows no rotation.",
     ),
 ]
 
@@ -47,8 +49,8 @@ RotateInputs = Annotated[
     bool,
     typer.Option(
         "--rotate-inputs",
-        help="Like --rotate; the loader also rotates the other inputs while it runs: vLLM on one GPU, and "
-        "int8convert. Needs --format compressed-tensors.",
+        help="Like --rotate; the loader also rotates further inputs while the model runs. Only vLLM on one GPU and "
+        "int8convert.load do. Needs --format compressed-tensors.",
     ),
 ]
 
@@ -56,8 +58,8 @@ Smooth = Annotated[
     Path | None,
     typer.Option(
         metavar="CAL",
-        help="Move outliers from inputs into weights where that makes the layers' outputs more exact. CAL is the "
-        "folder of int8convert calibrate --moments, or smoothing.safetensors of an earlier output.",
+        help="Fold factors into the weights, which move outliers between inputs and weights where layers' outputs get "
+        "more exact. CAL: a folder of int8convert calibrate --moments, or an earlier smoothing.safetensors.",
     ),
 ]
 
@@ -65,7 +67,8 @@ Calibrate = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE|CAL",
-        help="Then store outlier columns in 16 bits: run this text through OUT, or take the folder of calibrate.",
+        help="After the conversion, store outlier columns in 16 bits, for int8convert.load. FILE: a text to run "
+        "through OUT. CAL: a folder of int8convert calibrate.",
     ),
 ]
 
@@ -74,7 +77,7 @@ KeepPercent = Annotated[
     typer.Option(
         parser=options.parse_percent,
         metavar="PERCENT",
-        help="Leave the modules 16-bit whose rounding costs the predictions most, at most so many of the weights. "
+        help="Leave the modules 16-bit whose rounding costs the predictions most, up to this share of the weights. "
         "SRC must fit into memory.",
     ),
 ]
@@ -83,7 +86,7 @@ Text = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="With --keep-budget or --quality: text in UTF-8 to measure the cost on.  [default: a small one]",
+        help="With --keep-budget or --quality: text in UTF-8 to run through SRC.  [default: a small one]",
     ),
 ]
 
@@ -92,13 +95,15 @@ Round = Annotated[
     typer.Option(
         metavar="ROUNDING",
         callback=_check_rounding,
-        help="nearest; or calibrated, to choose codes by the error of the layers' outputs. Needs --calibration.",
+        help="nearest; or calibrated: choose codes by the error of the layers' outputs (GPTQ). Needs --calibration.",
     ),
 ]
 
 Calibration = Annotated[
     Path | None,
-    typer.Option(metavar="CAL", help="The folder that int8convert calibrate --moments wrote for SRC."),
+    typer.Option(
+        metavar="CAL", help="With --round calibrated: the folder that int8convert calibrate --moments wrote for SRC."
+    ),
 ]
 
 
@@ -138,7 +143,7 @@ def best(
 
 
 def check(context: typer.Context) -> None:
-    """Refuse options of these that contradict each other or others, or lack what they need."""
+    """Refuse contradictory options, and options that lack what they need."""
     given = set(options.given_options(context))
     if "text" in given and not given & {"keep_budget", "quality"}:
         raise options.UsageError("--text needs --keep-budget PERCENT or --quality best")
@@ -152,11 +157,12 @@ def check(context: typer.Context) -> None:
     if {"keep_budget", "lora"} <= given:
         raise options.UsageError("--keep-budget measures SRC without the adapter: give one of --keep-budget and --lora")
     if {"smooth", "lora"} <= given:
-        raise options.UsageError("--smooth is chosen by the inputs of SRC without the adapter: give one of the two")
+        raise options.UsageError("--smooth measures SRC without the adapter: give one of --smooth and --lora")
     changed = next((name for name in ("rotate", "rotate_inputs", "smooth", "lora") if name in given), None)
     if changed and context.params["calibrate"] is not None and context.params["calibrate"].is_dir():
         raise options.UsageError(
-            f"--calibrate CAL is of SRC without {options.option_name(changed)}: calibrate by a text, or leave one out"
+            f"--calibrate CAL describes SRC without {options.option_name(changed)}: pass a text to --calibrate, or "
+            "leave one of the two out"
         )
     if (context.params["round"] == "calibrated") is not ("calibration" in given):
         raise options.UsageError("--round calibrated and --calibration CAL belong together: pass both, or neither")

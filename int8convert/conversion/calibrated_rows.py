@@ -1,16 +1,16 @@
-"""Calibrated rounding: codes that are chosen for a layer's outputs, where that is better on inputs it did not see.
+"""Calibrated rounding: chooses codes by the error of a layer's outputs, where held-out inputs confirm them.
 
 1. `CalibrationInputs` prepares each input once for all weights that read it: its columns by descending mean square, and
    the feedback of a weight's error to the columns after it, from the Cholesky factor of the damped second moment.
 2. The rows of a weight are rounded with feedback, by `cuda_kernels.reference.feedback_round`. Scales are those of
    rounding to nearest, and a code may be less than one step away from its weight.
 3. Each row is kept as it was rounded to nearest, unless its new codes give outputs on held-out inputs whose squared
-   error is smaller. So an input whose second moment is of too few tokens costs time and no quality.
+   error is smaller. So a second moment of too few tokens costs time, not quality.
 
 Costs 28 * in^2 bytes while an input of that width is prepared, and 4 * in * (in + tokens) for each of two that are
 kept. Multiply-adds: in^3 / 6 in float64 for an input, in / 2 + 2 * tokens in float32 for a weight. The last bits of the
-Cholesky factor depend on the processor and its BLAS, and with them codes whose target is as near to another code. On
-one machine the bits are the same for any number of workers.
+Cholesky factor depend on the processor and its BLAS, and so do codes whose target is nearly halfway between two. On one
+machine the bits are the same for any number of workers.
 
 Does not know whether a smaller error of a layer's outputs makes a better model. GPTQ: arXiv:2210.17323.
 """

@@ -1,11 +1,11 @@
 """Inputs that are rotated while the model runs, as `transform_config` in a compressed-tensors block names them.
 
-The input of a module is multiplied by a Hadamard matrix, block by block, before it is quantized. The weights are those
-of the rotated inputs: a loader that overlooks the entry computes something else. vLLM reads it (one GPU alone, its
-Hadamard kernel, no bias on such a layer), and so does the runtime here. transformers does not.
+The input of a module is multiplied by a Hadamard matrix, block by block, before it is quantized. The weights are made
+for rotated inputs, so a loader that overlooks the entry computes something else. int8convert.load reads it. vLLM reads
+it on a single GPU, with its Hadamard kernel, for layers without a bias. transformers overlooks it.
 
-Source: compressed-tensors 0.20, transform/; vLLM 0.33, compressed_tensors/transform/. The matrix stands beside each
-weight, with entries of 1 and -1, because vLLM allocates and llm-compressor writes it.
+Source: compressed-tensors 0.20, transform/; vLLM 0.33, compressed_tensors/transform/. A matrix of 1 and -1
+is stored beside each weight, because llm-compressor writes one and vLLM allocates one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def matrix_name(weight_name: str) -> str:
 
 
 def matrix() -> np.ndarray[Any, np.dtype[np.float16]]:
-    """Return what is stored under that name: float16 [128, 128]."""
+    """Return the matrix that is stored under that name: float16 [128, 128]."""
     rotated = hadamard(np.eye(BLOCK_SIZE, dtype=np.float32), BLOCK_SIZE)
     return np.sign(rotated).astype(np.float16)
 

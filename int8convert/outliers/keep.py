@@ -183,12 +183,12 @@ def estimate_in_memory(
     """Load a source, and estimate the damage of those modules that run on a text, by their names in the model.
 
     Args:
-        source: with its weights on this machine.
+        source: a checkpoint whose weights are on this machine.
         module_names: as in the model, or as in a checkpoint's tensors.
         windows: longer ones than the model takes are cut.
         hint: the hint where the model does not fit.
         threshold, dtype: see `estimate_damage`.
-        planned: its rotation is folded into the model first; None folds none.
+        planned: a plan whose rotation and smoothing are folded into the model first; None folds nothing.
 
     Raises:
         DeviceError: the model does not fit in memory.

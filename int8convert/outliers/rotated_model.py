@@ -1,4 +1,4 @@
-"""Folds the rotation of a plan into the source's model in memory, to measure what the conversion would round."""
+"""Folds the rotation and the smoothing of a plan into the source's model in memory, to measure what rounding costs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from int8convert.runtime.linear import hadamard_rotated
 
 
 def rotate_model(model: Any, planned: ConversionPlan) -> None:
-    """Rotate the weights of a model in floating point as a plan does; the model computes the same.
+    """Fold a plan's rotation and smoothing into a model in floating point, which then computes the same.
 
     Args:
         model: the source's, in float32 on the CPU or another device.
-        planned: with a rotation; one without changes nothing.
+        planned: a plan without folds changes nothing.
     """
     rotation = planned.rotation
     if rotation is None:
@@ -48,7 +48,7 @@ def _rotate_input(
     _module: nn.Module,
     inputs: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor]:
-    """Rotate the input of a layer. Layers that read the same tensor, such as q, k and v, get one tensor here, too."""
+    """Rotate the input of a layer. Layers that read the same tensor, such as q, k and v, share the rotated one."""
     if size not in shared or shared[size][0] is not inputs[0]:
         shared[size] = inputs[0], hadamard_rotated(inputs[0], size)
     return (shared[size][1],)

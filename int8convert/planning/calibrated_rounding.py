@@ -92,7 +92,8 @@ def open_rounding(path: str | os.PathLike[str], source: CheckpointSource) -> Rou
     """Open the calibration of a source. Reads no moments.
 
     Raises:
-        SourceError: there is none, or one of another source, without second moments, or without held-out windows.
+        SourceError: the folder holds no calibration, that of another source, no second moments, or too few held-out
+            tokens.
         CorruptFileError: a file of it is damaged.
     """
     from int8convert.calibration.folder import RECORD, read_calibration
@@ -144,5 +145,5 @@ def round_by(plan: ConversionPlan, calibration: RoundingCalibration) -> Conversi
     n_rounded = sum(tensor.rounding is not None for tensor in planned.tensors)
     note = f"the codes of {n_rounded:,} of {counted(n_int8, 'int8 weight')} are chosen by the calibration"
     if n_rounded < n_int8:
-        note += ", the others rounded to nearest: it has no second moments of their inputs"
+        note += ", the others are rounded to nearest: it holds no second moments of their inputs"
     return replace(planned, model_map=replace(plan.model_map, notes=(*plan.model_map.notes, note)))

@@ -4,10 +4,10 @@ A fold turns a matrix W [out, in], whatever its layout in the file, into
 
     W' = R_out diag(r) (W diag(gain c)) R_in H
 
-R are block-diagonal: each block is the regular Hadamard matrix of `cuda_kernels.reference.rotate`, or one. H is the
-same with `reference.hadamard`, where the loader rotates the input. `gain` is that of the norm whose output the matrix
-reads, r and c are factors of rows and columns. A vector is a matrix of one column. A fold is computed in float32, and
-rows are independent but for those of one block.
+R are block-diagonal: each block is the regular Hadamard matrix of `cuda_kernels.reference.rotate`, or the number 1. H
+is the same with `reference.hadamard`, where the loader rotates the input. `gain` is that of the norm whose output the
+matrix reads. r and c are factors of rows and columns. A vector is a matrix of one column. A fold is computed in
+float32. Only rows of one block depend on each other.
 
 Which tensors get which fold is decided by `rotation`.
 """
@@ -63,7 +63,7 @@ class Factors:
     """Factors of rows or of columns, float32 [n].
 
     Attributes:
-        sha256: of their bytes. It stands for them in comparisons.
+        sha256: hash of their bytes, which comparisons of folds use.
     """
 
     values: Values = field(repr=False, compare=False)
@@ -80,9 +80,9 @@ class Fold:
 
     Attributes:
         gain: multiplies the columns; the rows, if `gain_of_rows`.
-        divides: divide by the gain instead.
+        divides: the gain divides instead of multiplying.
         row_block, column_block: size of the rotated blocks of rows and of columns; 1 rotates nothing.
-        constant: every value becomes this one, and nothing else is done; None if not.
+        constant: replaces every value, and the rest of the fold is ignored; None keeps the values.
         input_block: size of the blocks of columns by which the loader rotates the input while the model runs; 1 if it
             does not.
         row_factors, column_factors: multiply rows and columns; None multiplies nothing.
@@ -127,7 +127,7 @@ class Fold:
         )
 
     def identity(self) -> list[str | float | bool | None]:
-        """Return what decides the result, as JSON."""
+        """Return all that decides the folded values, as JSON; it is part of what a resumed run compares."""
         gain = [self.gain.weight.shard.path.name, self.gain.weight.name, self.gain.offset] if self.gain else [None]
         factors = [factors.sha256 if factors else None for factors in (self.row_factors, self.column_factors)]
         return [

@@ -30,7 +30,7 @@ class KeepBudget:
 
 
 def with_earlier_choice(there: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request with the modules that an earlier run chose by the same rule, as far as it did.
+    """Return a request that also skips the modules that an earlier run chose; the same request if none did.
 
     Args:
         there: the request that the output records; None if there is none.

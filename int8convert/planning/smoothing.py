@@ -73,11 +73,11 @@ class SmoothingFactors:
         return found
 
     def of_rows(self, name: str) -> Factors | None:
-        """Return what multiplies the rows of what writes a group's tensor."""
+        """Return the factors 1 / s of the rows of a group's norm or writing layer; None if it is not smoothed."""
         return Factors.of(np.float32(1) / self.by_group[name]) if name in self.by_group else None
 
     def of_columns(self, name: str, n_columns: int, head: int) -> Factors | None:
-        """Return what multiplies the columns of what reads it."""
+        """Return the factors s of the columns of a group's readers; None if it is not smoothed."""
         return Factors.of(spread(self.by_group[name], n_columns, head)) if name in self.by_group else None
 
 
@@ -87,8 +87,8 @@ class Smoothing:
 
     Attributes:
         path: the folder of a calibration, or a file of factors.
-        sha256: of the calibration's record, or of the file.
-        factors: None as long as they are to be chosen.
+        sha256: hash of the calibration's record, or of the file.
+        factors: None until they are chosen.
     """
 
     path: Path

@@ -237,8 +237,8 @@ def _rotate_inputs(model: Any, block: Mapping[str, Any]) -> None:
     for name in rotated_inputs(block):
         if name not in layers or layers[name].in_features % BLOCK_SIZE:
             raise FormatError(
-                f"config.json has the inputs of {quoted(name)} rotated by {BLOCK_SIZE}, which is no int8 layer, or has "
-                "no multiple of that",
+                f"config.json rotates the inputs of {quoted(name)} in blocks of {BLOCK_SIZE}, but it is no int8 layer, "
+                "or its width is no multiple of that",
                 "fetch config.json again, or convert the source again",
             )
         layers[name].input_block = BLOCK_SIZE

@@ -1,4 +1,4 @@
-"""Finds why predictions of an int8 checkpoint differ from its source's, and which conversion is nearer to it.
+"""Estimates why predictions of an int8 checkpoint differ from its source's, and finds a conversion that is nearer.
 
 What the rounding of each layer costs is estimated on the source, by `outliers.damage`: of the layer's weights, and of
 its inputs in the arithmetic that ran. The same estimate for the rounding of the source's weights to their own dtype
@@ -7,8 +7,9 @@ gives a scale for a divergence.
 A conversion that keeps the costliest modules in 16 bits is expected to lower what was measured by their share of the
 estimate. Of `BUDGETS`, the smallest is chosen that is expected to meet the gates.
 
-Costs the source in memory once more, and the activations of one window. Does not know stored columns: these count as
-the outlier columns of LLM.int8() do. With blocks it counts no outlier columns, and estimates too much.
+Costs the source in memory once more, and the activations of one window. Does not know stored columns: it takes the
+columns that LLM.int8() finds in their place. In arithmetics with blocks it knows no outlier columns, and estimates too
+much.
 """
 
 from __future__ import annotations

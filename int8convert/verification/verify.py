@@ -176,7 +176,7 @@ def _with_causes(report: VerifyReport, models: _Models, trust_remote_code: bool,
             return replace(report, causes=replace(find_causes(damage, measured), remedy=remedy))
     if report.is_passed:
         return report
-    note = f"{unknown}, so the causes are not known: int8convert outliers SRC --text FILE --damage names them in memory"
+    note = f"{unknown}, so the causes are not known; int8convert outliers SRC --text FILE --damage estimates them"
     return replace(report, exact=replace(report.exact, notes=(*report.exact.notes, note)))
 
 

@@ -183,7 +183,7 @@ def cause_lines(report: VerifyReport) -> Iterator[str]:
     if causes.source_rounding:
         yield (
             f"the source's own rounding to {causes.source_dtype} costs about {causes.source_rounding:.2g}: the mean KL "
-            f"is {_times(measured.mean_kl / causes.source_rounding)} that, its gate "
+            f"is {_times(measured.mean_kl / causes.source_rounding)} that, the gate "
             f"{_times(report.gates.max_kl / causes.source_rounding)}"
         )
     if causes.remedy is not None:
@@ -198,7 +198,7 @@ def _remedy_lines(remedy: Remedy, mean_kl: float) -> Iterator[str]:
     kept = f"{counted(len(remedy.keep), 'module')} in 16 bits, {remedy.share:.1%} of the int8 weights"
     outcome = "within the gates" if remedy.is_enough else "which is not yet within the gates"
     yield (
-        f"what next: keep {kept}, for {format_bytes(remedy.n_bytes)}; the mean KL is expected to fall "
+        f"what next: keep {kept}, for {format_bytes(remedy.n_bytes)} more; the mean KL is expected to fall "
         f"from {mean_kl:.2g} to {remedy.mean_kl:.2g}, {outcome}"
     )
     yield remedy.command or f"convert again with {' '.join(f'--skip {name}' for name in remedy.keep)}, and export that"

@@ -266,7 +266,7 @@ def test_calibration_of_the_source_stores_what_a_run_of_the_source_would(
     assert found == expected
     for extra in (("--rotate",), ("--lora", tmp_path)):
         code, _, err = run("quantize", source, out, "--calibrate", folder, *extra)
-        assert code == 2 and f"--calibrate CAL is of SRC without {extra[0]}" in err
+        assert code == 2 and f"--calibrate CAL describes SRC without {extra[0]}" in err
 
 
 def test_calibration_of_another_source_stops_the_conversion_before_it_begins(

@@ -229,7 +229,7 @@ def test_layers_without_moments_are_rounded_to_nearest_and_judged_so(tmp_path: P
     events: list[Event] = []
     report = convert((source, folder), tmp_path / "out", on_event=events.append)
     assert report.rounding is not None and (report.rounding.n_tensors, report.rounding.n_nearest) == (10, 2)
-    note = "the codes of 10 of 12 int8 weights are chosen by the calibration, the others rounded to nearest"
+    note = "the codes of 10 of 12 int8 weights are chosen by the calibration, the others are rounded to nearest"
     assert any(found.startswith(note) for found in report.notes)
     nearest = {e.name for e in events if isinstance(e, TensorQuantized) and e.n_accepted_rows is None}
     assert nearest == {f"model.decoder.layers.{i}.fc2.weight" for i in (0, 1)}

@@ -1,4 +1,4 @@
-"""Proves folds on a small model: random weights of its own, and equal outputs with and without the folds.
+"""Proves folds on a small model with random weights, whose outputs must be equal with and without the folds.
 
 Does not know whether the class computes the same at other sizes than those of the small model. No class is known that
 does not.

@@ -1,4 +1,4 @@
-"""The folds of a checkpoint, of a rotation and of smoothing: which fold goes into which stored tensor."""
+"""Finds which rotation and smoothing folds go into which stored tensor of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from int8convert.runtime.worker_process import Worker, WorkerError
 from int8convert.text import quoted
 
 _INPUTS_NOTE = (
-    "inputs are rotated while the model runs, which int8convert and vLLM on one GPU do; transformers would compute "
-    "something else"
+    "OUT needs a loader that rotates inputs while the model runs: int8convert.load, or vLLM on one GPU; transformers "
+    "would compute something else"
 )
 
 
@@ -142,7 +142,7 @@ def _check_factors(smoothing: Smoothing, factors: SmoothingFactors, groups: Iter
             raise CorruptFileError(
                 f"'{smoothing.path}' holds {len(values):,} factors for {quoted(name)}, the model has "
                 f"{sizes.get(name, 0):,}",
-                "give the file that was made for this model",
+                "pass the file that was made for this model",
             )
 
 

@@ -41,7 +41,7 @@ from int8convert.planning.rotation.proof import NoGroupsError, is_proved, small_
 from int8convert.planning.smoothing import SmoothGroup, SmoothingFactors
 from int8convert.transformers_internals import tied_parameters
 
-_BY_OTHERS = "for more than norms and Linear layers work on it"
+_BY_OTHERS = "because more than norms and Linear layers work on it"
 
 
 def find_rotation(model: Any) -> dict[str, Any]:
@@ -77,7 +77,9 @@ def _residual(model: Any, groups: Groups, ids: torch.Tensor, unties: bool, refus
         refusals.append("the residual stream is not rotated: no norm between it and a Linear layer was found")
         return False
     if rotation_block(hidden_size(model)) < MIN_BLOCK:
-        refusals.append(f"the residual stream is not rotated: {MIN_BLOCK} does not divide its {hidden_size(model)}")
+        refusals.append(
+            f"the residual stream is not rotated: {MIN_BLOCK} does not divide its width {hidden_size(model)}"
+        )
         return False
     small = small_model(model)
     if is_proved(model, merge(residual_folds(groups, small)), ids, unties):
@@ -93,7 +95,7 @@ def _suspect(small: Any, groups: Groups) -> str:
     folded = {group.norm for group in groups.norms}
     others = sorted(set(map(pattern, groups.other_readers)))
     if others:
-        return f"for {others[0]}, a {_class_of(small, groups.other_readers[0])}, reads it and is no Linear layer"
+        return f"because {others[0]}, a {_class_of(small, groups.other_readers[0])}, reads it and is no Linear layer"
     size = hidden_size(small)
     norms = sorted(
         {
@@ -102,7 +104,7 @@ def _suspect(small: Any, groups: Groups) -> str:
             if "norm" in type(module).__name__.lower() and name not in folded and _width(module) == (size,)
         }
     )
-    return f"for {norms[0]} has a gain, and feeds no Linear layer" if norms else _BY_OTHERS
+    return f"because {norms[0]} has a gain, and feeds no Linear layer" if norms else _BY_OTHERS
 
 
 def _class_of(model: Any, name: str) -> str:
@@ -160,7 +162,7 @@ def find_smoothing(model: Any, rotated: Collection[str]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     proved = set()
     refusals = [
-        f"what {kind} reads is not smoothed, for it is a {name} and no Linear layer"
+        f"what {kind} reads is not smoothed, because it is a {name} and no Linear layer"
         for kind, name in {pattern(other): _class_of(small, other) for other in groups.other_readers}.items()
     ]
     expanded = set(smooth_groups(expand(groups, small), small))

@@ -126,7 +126,7 @@ def test_what_other_modules_read_is_refused_with_the_reason() -> None:
     found = smoothing_of(mixture)
     kinds = {group["name"].rpartition(".")[2] for group in found["groups"]}
     assert kinds == {"input_layernorm", "v_proj"}
-    assert "model.layers.*.mlp.gate reads is not smoothed, for it is a MixtralTopKRouter" in found["refusals"][0]
+    assert "model.layers.*.mlp.gate reads is not smoothed, because it is a MixtralTopKRouter" in found["refusals"][0]
     bert = transformers.BertModel(
         transformers.BertConfig(
             vocab_size=160, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96
@@ -378,7 +378,7 @@ def test_command_line_reports_and_refuses(run: Run, checkpoint: Path, calibratio
     assert run("verify", out, "--level", "exact")[0] == 0
     assert SMOOTHING_FILE in read_finished(out).files()
     code, _, error = run("quantize", checkpoint, tmp_path / "new", "--smooth", calibration, "--lora", checkpoint)
-    assert code == 2 and "--smooth is chosen by the inputs of SRC without the adapter" in error
+    assert code == 2 and "--smooth measures SRC without the adapter" in error
     for path, message in ((tmp_path / "nowhere", "holds no complete calibration"), (checkpoint / "config.json", "")):
         code, _, error = run("quantize", checkpoint, tmp_path / "new", "--smooth", path)
         assert code == 1 and message in error and not (tmp_path / "new").exists()
