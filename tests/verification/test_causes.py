@@ -143,7 +143,7 @@ def test_gate_and_result_are_said_beside_the_sources_own_rounding(tmp_path: Path
     (line,) = [line for line in cause_lines(report) if line.startswith("the source")]
     assert line == (
         f"the source's own rounding to BF16 costs about {found['BF16']:.2g}: the mean KL is {times:,.0f} times that, "
-        f"its gate {STRICT.max_kl / found['BF16']:,.0f} times"
+        f"the gate {STRICT.max_kl / found['BF16']:,.0f} times"
     )
     causes = measure(made, made / "out").causes
     assert causes is not None and (causes.source_dtype, causes.source_rounding) == ("F32", None)
@@ -176,7 +176,7 @@ def test_streamed_run_says_how_to_get_the_causes_if_it_failed(made: Path) -> Non
     failed = measure(made, made / "out", execution=stream)
     assert failed.causes is None
     (note,) = failed.exact.notes
-    assert note.startswith("the source was run layer by layer, so the causes are not known: int8convert outliers SRC ")
+    assert note.startswith("the source was run layer by layer, so the causes are not known; int8convert outliers SRC ")
     passed = measure(made, made / "out", execution=stream, gates=Gates(9, 9))
     assert passed.is_passed and passed.causes is None and passed.exact.notes == ()
 

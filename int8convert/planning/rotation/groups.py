@@ -23,7 +23,7 @@ from torch import nn
 from int8convert.formats.layers import is_conv1d_layer, is_linear
 
 _SCALE = 1024
-"""Factor of a layer's output by which its pair is found: so large that a clamp behind the layer shows."""
+"""Factor of a layer's output by which its pair is found: so large that a clamp after the layer shows."""
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
