@@ -13,6 +13,7 @@ from int8convert.decoding.fp8 import Fp8Scale
 from int8convert.decoding.fp8_scales import find_scales
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.formats.format import Format, TensorSpecs
+from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.formats.modules import module_of
 from int8convert.planning.adapters.adapter import Adapter
 from int8convert.planning.adapters.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
@@ -60,10 +61,11 @@ def make_plan(
                 continue
             fp8 = scales.get(stored.name)
             lora = placement.deltas.get(stored.name) if placement else None
-            place = shard
+            place, source_name = shard, stored.name
             if placement and stored.name in placement.replacements:
                 stored, place, fp8 = placement.replacements[stored.name], placement.adapter.shard, None
-            for view, piece, fold in _pieces(stored, mapped, rotation):
+            for view, piece, fold in _pieces(stored, mapped, rotation, source_name):
+                fold = _with_adapter_gain(fold, placement) if fold and placement else fold
                 tensor = _plan_tensor(view, place, piece, model_map.output_format, fp8, lora)
                 tensor = replace(tensor, fold=fold) if fold else tensor
                 _check_unique(tensor, seen)
@@ -97,18 +99,30 @@ def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
 
 
 def _pieces(
-    stored: StoredTensor, mapped: MappedTensor, rotation: Rotation | None
+    stored: StoredTensor, mapped: MappedTensor, rotation: Rotation | None, source_name: str
 ) -> Iterator[tuple[StoredTensor, MappedTensor, Fold | None]]:
-    """Yield the tensor itself, and the head that shares it and must not; or the matrices or biases of its experts."""
+    """Yield the tensor itself, and the head that shares it and must not; or the matrices or biases of its experts.
+
+    Args:
+        source_name: its name in the source; an adapter's tensor that replaces it has another.
+    """
     if mapped.experts is None:
-        yield stored, mapped, rotation.fold_of(stored.name, mapped.action) if rotation else None
-        if rotation and rotation.untied_head and (head := rotation.head(stored.name, mapped)):
+        yield stored, mapped, rotation.fold_of(source_name, mapped.action) if rotation else None
+        if rotation and rotation.untied_head and (head := rotation.head(source_name, mapped)):
             yield stored, head, rotation.untied_head.fold
         return
     is_weight = mapped.experts.leaf == "weight"
     action, reason = (Action.QUANTIZE, "") if is_weight else (Action.KEEP, "not a matrix product")
     for name, view in split(mapped.experts, stored):
         yield view, MappedTensor(action, reason, name, mapped.output_dtype), None
+
+
+def _with_adapter_gain(fold: Fold, placement: AdapterPlacement) -> Fold:
+    """Return the fold with the gain of the adapter's norm, if the adapter replaces the norm."""
+    if fold.gain is None or fold.gain.weight.name not in placement.replacements:
+        return fold
+    weight = PlacedTensor(placement.replacements[fold.gain.weight.name], placement.adapter.shard)
+    return replace(fold, gain=replace(fold.gain, weight=weight))
 
 
 def _plan_tensor(

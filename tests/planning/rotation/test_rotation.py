@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 from compressed_tensors.transform import TransformConfig, TransformFactory
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from cuda_kernels import reference
-from int8convert import load, quantize, verify
+from int8convert import export, load, quantize, verify
 from int8convert.checkpoint import rows
 from int8convert.errors import Int8ConvertError
 from int8convert.formats import compressed_tensors
@@ -304,3 +305,25 @@ def test_gain_of_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Int8ConvertError, match=r"input_layernorm.weight' holds zero"):
         quantize(tmp_path / "source", tmp_path / "out", PlanOptions(rotate=True))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("rotation_in_process")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", ["post_attention_layernorm", "lm_head", "embed_tokens"])
+def test_what_an_adapter_replaces_is_rotated(module: str, tmp_path: Path) -> None:
+    """A norm of the adapter gives its own gain to the layers that read it."""
+    source, adapter, out = tmp_path / "source", tmp_path / "adapter", tmp_path / "out"
+    randomized(build_model("llama", torch.float32)).save_pretrained(source)
+    base = transformers.AutoModelForCausalLM.from_pretrained(source)
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module]))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in tuned.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data *= torch.empty_like(parameter).uniform_(0.3, 3, generator=generator)
+    tuned.save_pretrained(adapter)
+    quantize(source, out, PlanOptions(rotate=True, lora=adapter))
+    export(out, tmp_path / "plain", dequantize="float32")
+    ids = torch.arange(3, 40)[None]
+    expected = run(tuned.merge_and_unload(), ids)
+    found = run(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), ids)
+    assert (found - expected).abs().max() < 0.3 * expected.std()  # 0.15 measured; 4.6 with what the source holds
