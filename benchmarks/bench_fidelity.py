@@ -186,8 +186,11 @@ def measure(source: Path, text: Path, calibrating: Path, args: argparse.Namespac
     int8convert.store_outliers(source, out, found.static_set)
     share = 1 + found.static_set_bytes / found.int8_bytes
     rows += our_rows(source, out, windows, STORED_MODES, share)
-    many = Text(calibrating, n_sequences=args.calibrated, length=length)
-    int8convert.calibrate_checkpoint(source, calibration, many, with_moments=True, device="cpu")
+    if args.calibration is not None:
+        calibration = args.calibration
+    else:
+        many = Text(calibrating, n_sequences=args.calibrated, length=length)
+        int8convert.calibrate_checkpoint(source, calibration, many, with_moments=True, device="cpu")
     for i, form in enumerate(forms(calibration)):
         rows += form_rows(source, folder / f"form-{i}", windows, form, Text(calibrating, n_sequences=8, length=length))
     return rows + q8_0_rows(source, windows)
@@ -229,6 +232,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a text in UTF-8: its first half calibrates, its second half judges")
     parser.add_argument("--sequences", type=int, default=16, help="windows of each half (default: 16)")
     parser.add_argument("--calibrated", type=int, default=64, help="windows of the calibration (default: 64)")
+    parser.add_argument("--calibration", type=Path, help="the folder of a calibration on the text's first half")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window (default: 256)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables as a page in Markdown, too")
     args = parser.parse_args()
