@@ -21,8 +21,10 @@ from typing import Any
 from int8convert.calibration.calibrate import calibrate_checkpoint
 from int8convert.calibration.folder import read_calibration
 from int8convert.checkpoint.manifest import Manifest
+from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import CorruptFileError, ModelMapError, SourceError
 from int8convert.events import EventSink
+from int8convert.hub.cached_copy import fetch_checkpoint
 from int8convert.outliers.keep import expected_kl, keep_budget
 from int8convert.planning.calibrated_rounding import CALIBRATED
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
@@ -81,10 +83,18 @@ def best_options(
     """
     folder = Path(f"{os.fspath(out).rstrip('/')}-calibration")
     trusts_code = options.trust_remote_code
-    if not _is_calibrated(folder, src, options, text):
+    source = open_source(src, options.revision, Path(options.cache_dir) if options.cache_dir is not None else None)
+    if not _is_calibrated(folder, source, text):
+        directory = source.directory if source.commit is None else fetch_checkpoint(source, on_event)
         many = replace(text, n_sequences=max(text.n_sequences, _N_CALIBRATED))
         calibrate_checkpoint(
-            src, folder, many, with_moments=True, device=device, trust_remote_code=trusts_code, on_event=on_event
+            directory,
+            folder,
+            many,
+            with_moments=True,
+            device=device,
+            trust_remote_code=trusts_code,
+            on_event=on_event,
         )
     keep = keep_budget(percent, text, device=device, trust_remote_code=trusts_code)
     chosen = replace(options, round=CALIBRATED, calibration=folder, keep=keep)
@@ -99,11 +109,10 @@ def best_options(
     return Quality(replace(chosen, rotate=rotated < plain), folder, plain, rotated)
 
 
-def _is_calibrated(folder: Path, src: str | os.PathLike[str], options: PlanOptions, text: Text) -> bool:
+def _is_calibrated(folder: Path, source: CheckpointSource, text: Text) -> bool:
     """Return whether a folder holds the calibration of this source on this text."""
-    cache = Path(options.cache_dir) if options.cache_dir is not None else None
     try:
-        found = read_calibration(folder, open_source(src, options.revision, cache))
+        found = read_calibration(folder, source)
     except (SourceError, CorruptFileError):
         return False
     with open_text(text) as file:
