@@ -4,8 +4,8 @@ How it goes:
 1. The model is converted, and outlier columns are chosen by one half of the text and stored.
 2. `verify`'s own measurement runs the other half through source and int8 model: weights alone; one scale a token, as a
    server computes the compressed-tensors form; LLM.int8(); stored columns; a scale for each block of 128 inputs.
-3. The same with a rotation folded into the weights, with rounding by a calibration, with 5 % of the weights in 16 bits,
-   and with the other inputs rotated while the model runs.
+3. The same with a rotation or smoothing folded into the weights, with rounding by a calibration, with some weights in
+   16 bits, and with the other inputs rotated while the model runs.
 4. Beside them: the Q8_0 arithmetic of llama.cpp, simulated in float32, for weights alone and for both operands; and the
    bitsandbytes form in transformers, run by bitsandbytes.
 
@@ -162,15 +162,16 @@ def forms(calibration: Path) -> Iterator[Form]:
     """Yield the forms beside the plain one."""
     plain = int8convert.PlanOptions()
     rounded = replace(plain, round="calibrated", calibration=calibration)
-    for_servers = replace(rounded, format="compressed-tensors")
-    all_modes = ("weight-only", "none", "dynamic", "blocks")
-    yield Form("rotated: ", replace(plain, rotate=True), all_modes, runs_theirs=True)
-    yield Form("calibrated: ", rounded, all_modes, runs_theirs=True)
-    yield Form("rotated, calibrated: ", replace(rounded, rotate=True), all_modes, runs_theirs=True)
-    kept = replace(for_servers, rotate=True)
-    yield Form("rotated, calibrated, 5 % of the weights kept: ", kept, ("none",), keeps=5)
-    options = replace(for_servers, rotate_inputs=True)
-    yield Form("all inputs rotated, calibrated: ", options, ("weight-only", "none", "blocks"))
+    smoothed = replace(rounded, smooth=calibration)
+    yield Form("rotated: ", replace(plain, rotate=True), ("none", "dynamic", "blocks"), runs_theirs=True)
+    yield Form("smoothed, calibrated: ", smoothed, ("weight-only", "dynamic"), runs_theirs=True)
+    inputs = replace(rounded, rotate_inputs=True, format="compressed-tensors")
+    yield Form("all inputs rotated, calibrated: ", inputs, ("weight-only", "none", "blocks"))
+    yield Form("all inputs rotated, calibrated, 3 % of the weights kept: ", inputs, ("blocks",), keeps=3)
+    folded = replace(smoothed, rotate=True)
+    yield Form("rotated, smoothed, calibrated: ", folded, ("none", "dynamic", "blocks"), runs_theirs=True)
+    for_servers = replace(folded, format="compressed-tensors")
+    yield Form("rotated, smoothed, calibrated, 5 % of the weights kept: ", for_servers, ("none",), keeps=5)
 
 
 def measure(source: Path, text: Path, calibrating: Path, args: argparse.Namespace, folder: Path) -> Rows:
