@@ -24,7 +24,7 @@ from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
 from int8convert.conversion.calibrated_rows import CalibrationInputs, RowRounding
 from int8convert.conversion.records import kept_event, quantized_event
 from int8convert.conversion.source_rows import SourceRows
-from int8convert.errors import NonFiniteWeightError
+from int8convert.errors import NonFiniteWeightError, SourceError
 from int8convert.events import TensorKept, TensorQuantized
 from int8convert.formats import transforms
 from int8convert.formats.modules import module_of
@@ -60,10 +60,18 @@ class TensorCopy:
     def convert(self, block: Block, begin: int, end: int, scratch: Scratch) -> None:
         """Write those rows in the dtype of the output."""
         output_dtype = self._tensor.output_dtype
-        data = self._rows.values(block, begin, end).reshape(-1).view(np.uint8)
+        values = self._rows.values(block, begin, end)
+        data = values.reshape(-1).view(np.uint8)
         if output_dtype != self._rows.dtype:
             data = convert_floats(data, self._rows.dtype, output_dtype)
-        self._n_non_finite.append(count_non_finite(data, output_dtype))
+        n_non_finite = count_non_finite(data, output_dtype)
+        if n_non_finite and self._tensor.fold and np.isfinite(values).all():
+            raise SourceError(
+                f"{self._tensor.output_name!r} does not fit {output_dtype} after the fold: its largest magnitude "
+                f"becomes {float(np.abs(values).max()):.3g}",
+                "convert without --rotate, --rotate-inputs and --smooth",
+            )
+        self._n_non_finite.append(n_non_finite)
         if not data[:_GLANCE_BYTES].any() and not data.any():
             self._n_zeros.append(data.size // DTYPE_BYTES[output_dtype])
         row_bytes = math.prod(self._rows.stored.shape[1:]) * DTYPE_BYTES[output_dtype]

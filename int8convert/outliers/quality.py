@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from int8convert.calibration.calibrate import calibrate_checkpoint
-from int8convert.calibration.folder import read_calibration
+from int8convert.calibration.folder import RECORD, read_calibration
+from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import CorruptFileError, ModelMapError, SourceError
@@ -98,13 +99,13 @@ def best_options(
         )
     keep = keep_budget(percent, text, device=device, trust_remote_code=trusts_code)
     chosen = replace(options, round=CALIBRATED, calibration=folder, keep=keep)
-    earlier = _earlier_options(out)
+    earlier = _earlier_options(out, folder)
     if earlier is not None:
         return Quality(replace(chosen, rotate=earlier.get("rotate") is True), folder)
     plain = expected_kl(open_request(src, options), text, device, trusts_code, on_event)
     try:
         rotated = expected_kl(open_request(src, replace(options, rotate=True)), text, device, trusts_code, on_event)
-    except ModelMapError as error:
+    except (ModelMapError, SourceError) as error:  # the model has no rotation, or a gain that has no fold
         return Quality(chosen, folder, plain, refusal=error.message)
     return Quality(replace(chosen, rotate=rotated < plain), folder, plain, rotated)
 
@@ -120,7 +121,9 @@ def _is_calibrated(folder: Path, source: CheckpointSource, text: Text) -> bool:
     return found.text_sha256 == digest
 
 
-def _earlier_options(out: str | os.PathLike[str]) -> Mapping[str, Any] | None:
-    """Return the options that an output records; None if it was not begun."""
+def _earlier_options(out: str | os.PathLike[str], folder: Path) -> Mapping[str, Any] | None:
+    """Return the options that an output records; None if they were not chosen here, by this calibration."""
     options = (Manifest(Path(out)).read_request() or {}).get("options")
-    return options if isinstance(options, dict) else None
+    if not isinstance(options, dict) or "keep_budget" not in options:
+        return None
+    return options if options.get("calibration") == {RECORD: file_sha256(folder / RECORD)} else None

@@ -53,7 +53,7 @@ class Gain:
         if not (np.isfinite(gain) & (gain != 0)).all():
             raise SourceError(
                 f"the gain {quoted(self.weight.name)} holds zero, NaN or infinity, so it cannot be folded",
-                "convert without --rotate",
+                "convert without --rotate and --rotate-inputs",
             )
         return gain
 

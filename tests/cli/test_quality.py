@@ -78,6 +78,15 @@ def test_best_is_nearer_and_a_rerun_finds_its_choice(run: Run, source: Path, tex
     assert (best / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_other_conversions_in_the_output_decide_nothing(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("quantize", source, out, "--format", "compressed-tensors", "-q")[0] == 0
+    command = ("quantize", source, out, "--format", "compressed-tensors", "--quality", "best", "--text", text)
+    code, _, err = run(*command, "--overwrite")
+    assert code == 0, err
+    assert "converts with --rotate" in " ".join(err.split())
+
+
 def test_choice_is_said(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
     code, _, err = run("quantize", source, tmp_path / "out", "--quality", "best", "--text", text, "--keep-budget", "1")
     assert code == 0, err

@@ -298,6 +298,17 @@ def test_model_without_rotation_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("rotation_in_process")
+def test_fold_that_fits_no_fp16_is_refused(tmp_path: Path) -> None:
+    model = randomized(build_model("llama", torch.float32))
+    model.get_parameter("model.norm.weight").data.fill_(60000)
+    model.get_parameter("lm_head.weight").data *= 30
+    model.half().save_pretrained(tmp_path / "source")
+    with pytest.raises(Int8ConvertError, match=r"'lm_head.weight' does not fit F16 after the fold"):
+        quantize(tmp_path / "source", tmp_path / "out", PlanOptions(rotate=True))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("rotation_in_process")
 def test_gain_of_zero_is_refused(tmp_path: Path) -> None:
     model = randomized(build_model("llama", torch.float32))
     model.get_parameter("model.layers.0.input_layernorm.weight").data[3] = 0
