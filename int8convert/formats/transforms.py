@@ -55,11 +55,12 @@ def _config(names: list[str]) -> dict[str, Any]:
     }
 
 
-def rotated_inputs(block: Mapping[str, Any]) -> frozenset[str]:
-    """Return the modules whose inputs a block rotates, by full names. The block must have no `transform_problem`."""
-    if not block.get(_ENTRY):
-        return frozenset()
-    return frozenset(_targets(block))
+def rotated_inputs(block: Any) -> frozenset[str]:
+    """Return the modules whose inputs a block rotates, by full names; none of what is no block.
+
+    Does not know transforms of another form, see `transform_problem`.
+    """
+    return frozenset(_targets(block)) if isinstance(block, dict) and block.get(_ENTRY) else frozenset()
 
 
 def _targets(block: Mapping[str, Any]) -> list[str]:
