@@ -160,6 +160,25 @@ def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.fixture
+def rotation_in_process(map_in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions in this test make their model map in this process, and find their rotation and smoothing there."""
+
+    class Answering:
+        def __init__(self, _module: str) -> None:
+            pass
+
+        def result(self, request: Any) -> Any:
+            from int8convert.planning.rotation.worker import answer
+
+            return json.loads(json.dumps(answer(json.loads(json.dumps(request)))))
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr("int8convert.planning.rotation.rotation.Worker", Answering)
+
+
 @pytest.fixture(autouse=True)
 def trial_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verifications run their tokens in this process; a child would take seconds to start, each time."""

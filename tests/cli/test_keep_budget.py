@@ -260,6 +260,7 @@ def test_other_weights_than_the_sources_are_refused_by_the_library_too(source: P
         choose(replace(request, adapter=adapter), print_nothing)
 
 
+@pytest.mark.usefixtures("rotation_in_process")
 def test_rotated_weights_are_measured_rotated(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
     """The rotation takes away what the weights cost, so the expected divergence falls, and the conversion is whole."""
     expected = {}

@@ -18,6 +18,7 @@ from tests.tools.language_models import SENTENCES, build_tokenizer
 from tests.tools.outlier_models import outlier_model, save
 
 pytestmark = [
+    pytest.mark.usefixtures("rotation_in_process"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

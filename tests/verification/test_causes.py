@@ -291,6 +291,7 @@ def test_export_is_not_made_by_one_command() -> None:
     assert with_command(Remedy(("a",), 0.1, 1, 0.1, True), found, "/m/out", False).command == ""
 
 
+@pytest.mark.usefixtures("rotation_in_process")
 def test_causes_of_a_rotated_checkpoint_are_those_of_its_rotated_weights(made: Path, tmp_path: Path) -> None:
     convert(made / "source", tmp_path / "out", rotate=True)
     report = measure(made, tmp_path / "out", gates=Gates(9, 1e-9))

@@ -25,7 +25,7 @@ from int8convert.planning.plan_checkpoint import PlanOptions, plan
 from int8convert.planning.rotation.groups import run
 from int8convert.planning.rotation.parameter_folds import ParameterFold, rotation_block
 from int8convert.planning.rotation.proof import is_proved, small_model
-from int8convert.planning.rotation.worker import answer, find_rotation
+from int8convert.planning.rotation.worker import find_rotation
 from tests.tools.family_models import families
 from tests.tools.rotation_check import check_rotation, randomized, rotated
 from tests.tools.tiny_models import MODELS, build_model
@@ -59,23 +59,6 @@ LARGER: dict[str, Any] = {
         transformers.GPTNeoXConfig(**_SIZES, hidden_size=128, intermediate_size=192)
     ),
 }
-
-
-@pytest.fixture
-def rotation_in_process(map_in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answer without the child process, which takes seconds to start."""
-
-    class Answering:
-        def __init__(self, _module: str) -> None:
-            pass
-
-        def result(self, request: Any) -> Any:
-            return json.loads(json.dumps(answer(json.loads(json.dumps(request)))))
-
-        def stop(self) -> None:
-            pass
-
-    monkeypatch.setattr("int8convert.planning.rotation.rotation.Worker", Answering)
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -32,13 +32,13 @@ from int8convert.publish.finished import read_finished
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.exact.level import verify_exact
 from tests.cli.conftest import Run, run
-from tests.planning.rotation.test_rotation import LARGER, read_tensors, rotation_in_process
+from tests.planning.rotation.test_rotation import LARGER, read_tensors
 from tests.tools.family_models import families
 from tests.tools.language_models import build_tokenizer, language_model
 from tests.tools.rotation_check import check_smoothing, randomized
 from tests.tools.tiny_models import MODELS, build_model
 
-__all__ = ["rotation_in_process", "run"]
+__all__ = ["run"]
 
 PREFIX = "model.decoder.layers.1."
 
