@@ -140,6 +140,15 @@ def test_a_token_of_a_static_layer_does_not_depend_on_its_neighbours(mode: Outli
     assert torch.equal(alone, layer(x))
 
 
+def test_hundreds_of_outlier_columns_all_stay_exact() -> None:
+    """As in the input of a gated MLP's last layer; one of them rounded would cost all other columns precision."""
+    generator = torch.Generator().manual_seed(0)
+    layer = Int8Linear.from_float(torch.randn(64, 1000, generator=generator), mode=OutlierMode.DYNAMIC)
+    x = torch.randn(20, 1000, generator=generator).clamp(-4, 4)
+    x[:, 300:700] *= 20
+    torch.testing.assert_close(layer(x), x @ layer.dequantize().T, rtol=0, atol=1.5)
+
+
 def test_a_token_of_a_dynamic_layer_does_depend_on_them() -> None:
     layer = layer_for(OutlierMode.DYNAMIC, torch.float32)
     _, _, x = weight_and_input(torch.float32)

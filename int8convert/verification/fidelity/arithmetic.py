@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from int8convert.errors import CoverageError, SourceError
-from int8convert.runtime.linear import MAX_FOUND_COLUMNS, Int8Linear
+from int8convert.runtime.linear import Int8Linear, max_found_columns
 from int8convert.runtime.modes import OutlierMode
 
 WEIGHT_ONLY = "weight-only"
@@ -126,11 +126,11 @@ def _count(
     inputs: tuple[torch.Tensor, ...],
     named: Mapping[str, torch.Tensor],
 ) -> None:
-    x = next(iter((*inputs, *named.values())))
+    x = layer.rotate_input(next(iter((*inputs, *named.values()))))
     stored = layer.outlier_columns.long() if arithmetic.uses_stored else layer.outlier_columns[:0].long()
     columns.n_kept += stored.numel()
     columns.n_columns += layer.in_features
     if arithmetic.threshold and not math.isinf(arithmetic.threshold):
         is_found = x.reshape(-1, layer.in_features).abs().amax(0) >= arithmetic.threshold
         is_found[stored] = False
-        columns.n_kept += min(int(is_found.sum()), MAX_FOUND_COLUMNS)
+        columns.n_kept += min(int(is_found.sum()), max_found_columns(layer.in_features))
