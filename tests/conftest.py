@@ -169,14 +169,14 @@ def rotation_in_process(map_in_process: None, monkeypatch: pytest.MonkeyPatch) -
             pass
 
         def result(self, request: Any) -> Any:
-            from int8convert.planning.rotation.worker import answer
+            from int8convert.planning.folding.worker import answer
 
             return json.loads(json.dumps(answer(json.loads(json.dumps(request)))))
 
         def stop(self) -> None:
             pass
 
-    monkeypatch.setattr("int8convert.planning.rotation.rotation.Worker", Answering)
+    monkeypatch.setattr("int8convert.planning.folding.folding.Worker", Answering)
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.calibration.folder import Calibration, begin_folder, write_calibration
 from int8convert.calibration.moments import MAX_HELD_OUT, moments_bytes
 from int8convert.calibration.run import Readings, RunOptions, Task, read_inputs
-from int8convert.calibration.statistics import features_of
 from int8convert.calibration.windows import fit_windows, local_directory, read_windows_for
 from int8convert.checkpoint.atomic import as_output_error
 from int8convert.checkpoint.hashing import json_sha256
 from int8convert.errors import stating
 from int8convert.events import EventSink
+from int8convert.formats.layers import features_of
 from int8convert.progress_bar import sink_or_bar
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.models import choose_device

@@ -26,10 +26,11 @@ import torch
 from torch import nn
 
 from int8convert.calibration.moments import InputRecorder, moments_bytes
-from int8convert.calibration.statistics import InputStatistics, features_of, watching
+from int8convert.calibration.statistics import InputStatistics, watching
 from int8convert.calibration.weight_squares import WeightSquares, weight_squares
 from int8convert.errors import LayerwiseError, SourceError
 from int8convert.events import EventSink, MeasurementStarted, ignore
+from int8convert.formats.layers import features_of
 from int8convert.runtime.layered.hidden_states import HiddenStates
 from int8convert.runtime.layered.layer_runner import LayerRunner
 from int8convert.runtime.layered.layered_model import LayeredModel

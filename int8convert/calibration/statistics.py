@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cuda_kernels.reference import N_STEPS
-from int8convert.formats.layers import is_conv1d_layer
+from int8convert.formats.layers import features_of
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.modes import BLOCK_SIZE
 
@@ -203,13 +203,6 @@ def blocks_of(values: torch.Tensor) -> torch.Tensor:
 def version_of(x: torch.Tensor) -> int:
     """Return a number that differs after each change of a tensor in place; always 0 in inference mode."""
     return 0 if x.is_inference() else x._version
-
-
-def features_of(module: Any) -> tuple[int, int] | None:
-    """Return how many features a Linear layer, or GPT-2's Conv1D, reads and writes; None for other modules."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return (module.nx, module.nf) if is_conv1d_layer(module) else None
 
 
 @contextmanager

@@ -40,17 +40,9 @@ def calibrate(
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text in UTF-8 to run through the model.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="CAL", help="The folder to write.")],
     moments: Annotated[bool, typer.Option("--moments", help="Also write second moments and held-out inputs.")] = False,
-    threshold: Annotated[
-        float,
-        typer.Option(
-            min=0.0, metavar="X", envvar="INT8CONVERT_THRESHOLD", help="Magnitude from which a value is an outlier."
-        ),
-    ] = 6.0,
+    threshold: options.OutlierThreshold = 6.0,
     sequences: options.Sequences = 128,
-    length: Annotated[
-        int | None,
-        typer.Option(min=2, metavar="N", help="Tokens of each window.  [default: 256, or what the model takes]"),
-    ] = None,
+    length: options.WindowLength = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,

@@ -158,6 +158,18 @@ Int8Checkpoint = Annotated[
 Revision = Annotated[
     str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit on the Hub.  [default: main]")
 ]
+OutlierThreshold = Annotated[
+    float,
+    typer.Option(
+        min=0.0, metavar="X", envvar="INT8CONVERT_THRESHOLD", help="Magnitude from which a value is an outlier."
+    ),
+]
+WindowLength = Annotated[
+    int | None,
+    typer.Option(
+        "--length", min=2, metavar="N", help="Tokens of each window.  [default: 256, or what the model takes]"
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(

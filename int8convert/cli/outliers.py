@@ -56,17 +56,9 @@ def outliers(
         str | None,
         typer.Option(metavar="ADAPTER", help="With --write: the adapter that was merged when OUT was made."),
     ] = None,
-    threshold: Annotated[
-        float,
-        typer.Option(
-            min=0.0, metavar="X", envvar="INT8CONVERT_THRESHOLD", help="Magnitude from which a value is an outlier."
-        ),
-    ] = 6.0,
+    threshold: options.OutlierThreshold = 6.0,
     sequences: options.Sequences = 16,
-    length: Annotated[
-        int | None,
-        typer.Option(min=2, metavar="N", help="Tokens of each window.  [default: 256, or what the model takes]"),
-    ] = None,
+    length: options.WindowLength = None,
     budget: Annotated[
         float,
         typer.Option(

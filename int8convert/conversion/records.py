@@ -42,7 +42,7 @@ def plan_made(plan: ShardedPlan, device: Device, reader: ReaderChoice | None = N
 
 def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
     """Return the entries of the manifest that are about the whole checkpoint."""
-    factors = plan.rotation and plan.rotation.factors
+    factors = plan.folding and plan.folding.factors
     return {
         "tool": f"int8convert {__version__}",
         "source_card": read_source_card(plan.source.directory),

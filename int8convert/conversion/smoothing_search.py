@@ -92,7 +92,7 @@ def search_factors(
         CorruptFileError: it is damaged.
     """
     calibration = read_calibration(folder, plan.source)
-    groups = plan.rotation.smooth_groups if plan.rotation else ()
+    groups = plan.folding.smooth_groups if plan.folding else ()
     on_event(SmoothingStarted(len(groups)))
     used = threshold if module_of(plan.model_map.output_format).HAS_THRESHOLD else 0.0
     steps = Steps([1] * len(groups), on_event)

@@ -32,6 +32,13 @@ def is_conv1d_layer(module: Any) -> bool:
     return any((base.__module__, base.__qualname__) == _CONV1D_CLASS for base in type(module).__mro__)
 
 
+def features_of(module: Any) -> tuple[int, int] | None:
+    """Return how many features a Linear layer, or GPT-2's Conv1D, reads and writes; None for other modules."""
+    if is_linear(module):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if is_conv1d_layer(module) else None
+
+
 def is_conv1d(module_name: str, config: Mapping[str, Any]) -> bool:
     """Return whether a module is a Conv1D, by its name and the model's type in config.json.
 

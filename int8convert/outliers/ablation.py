@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from int8convert.calibration.run import run_tokens
-from int8convert.calibration.statistics import features_of
+from int8convert.formats.layers import features_of
 from int8convert.runtime.pretrained import model_errors
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.calibration.run import run_tokens
-from int8convert.calibration.statistics import features_of, watching
+from int8convert.calibration.statistics import watching
 from int8convert.calibration.weight_squares import weight_squares
-from int8convert.formats.layers import is_conv1d_layer
+from int8convert.formats.layers import features_of, is_conv1d_layer
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.linear import Int8Linear

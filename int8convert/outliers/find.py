@@ -22,10 +22,10 @@ from torch import nn
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
 from int8convert.calibration.run import RunOptions, Task, read_inputs, read_whole
-from int8convert.calibration.statistics import features_of
 from int8convert.calibration.windows import fit_windows, local_directory, read_windows_for
 from int8convert.errors import SourceError
 from int8convert.events import EventSink, ignore
+from int8convert.formats.layers import features_of
 from int8convert.outliers.ablation import AblationRun, ablate
 from int8convert.outliers.choice import BUDGET, MIN_SHARE, choose_columns
 from int8convert.outliers.damage import LayerDamage, estimate_damage

@@ -9,23 +9,22 @@ Costs the model in memory, and the activations of one window. Does not know what
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from cuda_kernels.reference import OUTLIER_THRESHOLD
-from int8convert.calibration.statistics import features_of
 from int8convert.calibration.windows import fit_windows, read_windows_for
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import AdapterError, DeviceError
 from int8convert.events import DamageStarted, EventSink, ModulesKept
 from int8convert.formats.format import Format
+from int8convert.formats.layers import features_of
 from int8convert.hub.cached_copy import fetch_checkpoint, reading_cached
 from int8convert.outliers.damage import LayerDamage, backward_bytes, estimate_damage
 from int8convert.outliers.find import check_predicts
-from int8convert.outliers.rotated_model import rotate_model
+from int8convert.outliers.folded_model import fold_model
 from int8convert.planning.kept_modules import KeepBudget
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
 from int8convert.planning.plan import ConversionPlan
@@ -65,13 +64,60 @@ def keep_budget(percent: float, text: Text, *, device: str = "auto", trust_remot
         raise ValueError(f"the budget must be above 0 and at most 100 percent, not {percent}")
     with open_text(text) as file:
         _, digest = read_text(file.path)
-    choose = partial(_choose, percent / 100, text, choose_device(device), trust_remote_code)
+    used = choose_device(device)
+
+    def choose(request: PlanRequest, on_event: EventSink) -> ModulesKept:
+        return measure(request, text, used, trust_remote_code, on_event).kept(percent / 100)
+
     return KeepBudget(percent, digest, choose)
 
 
-def _choose(
-    share: float, text: Text, device: str, trust_remote_code: bool, request: PlanRequest, on_event: EventSink
-) -> ModulesKept:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What rounding the int8 weights of a plan costs.
+
+    Attributes:
+        sizes: module name in the model -> bytes of its weight in 16 bits.
+        n_weights: number of weights that would become int8, those of modules that did not run included.
+        inputs: how the format's loader rounds inputs, one of `damage.INPUTS`.
+    """
+
+    damage: tuple[LayerDamage, ...]
+    sizes: Mapping[str, int]
+    n_weights: int
+    inputs: str
+
+    @property
+    def kl(self) -> float:
+        """The expected KL divergence in nats a token, in the arithmetic of the format's loader."""
+        return sum(layer.cost(self.inputs) for layer in self.damage)
+
+    def kept(self, share: float) -> ModulesKept:
+        """Choose the modules to keep in 16 bits.
+
+        Args:
+            share: the most weights to keep, 0 to 1.
+        """
+        kept = choose_kept(self.damage, share * self.n_weights, self.inputs)
+        return ModulesKept(
+            names=tuple(layer.module_name for layer in kept),
+            n_weights=sum(layer.n_weights for layer in kept),
+            n_bytes=sum(self.sizes[layer.module_name] - layer.n_weights for layer in kept),
+            kl_before=self.kl,
+            kl_after=self.kl - sum(layer.cost(self.inputs) for layer in kept),
+            n_unmeasured=self.n_weights - sum(layer.n_weights for layer in self.damage),
+        )
+
+
+def measure(request: PlanRequest, text: Text, device: str, trust_remote_code: bool, on_event: EventSink) -> Measured:
+    """Measure what a conversion would round, on a text; a source on the Hub is fetched first.
+
+    Args:
+        device: "cpu" or "cuda[:n]".
+
+    Raises:
+        Int8ConvertError: the source cannot be planned or run, does not fit in memory, or gets an adapter.
+    """
     if request.adapter is not None:
         raise AdapterError(
             f"{OPTION} measures the source, which without the adapter is another model", f"leave out {OPTION} or --lora"
@@ -81,19 +127,19 @@ def _choose(
         request = replace(request, source=reading_cached(request.source))
     planned = plan_conversion(request)
     sizes = _int8_weights(planned)
-    n_weights = sum(tensor.source.n_elements for tensor in planned.tensors if tensor.is_quantized)
-    damage = _measure(planned, tuple(sizes), text, device, trust_remote_code, on_event)
-    inputs = LOADERS_INPUTS[request.modules.output_format]
-    kept = choose_kept(damage, share * n_weights, inputs)
-    before, taken = (sum(layer.cost(inputs) for layer in layers) for layers in (damage, kept))
-    return ModulesKept(
-        names=tuple(layer.module_name for layer in kept),
-        n_weights=sum(layer.n_weights for layer in kept),
-        n_bytes=sum(sizes[layer.module_name] - layer.n_weights for layer in kept),
-        kl_before=before,
-        kl_after=before - taken,
-        n_unmeasured=n_weights - sum(layer.n_weights for layer in damage),
+    source = planned.source
+    damage = estimate_in_memory(
+        source,
+        tuple(sizes),
+        read_windows_for(source.directory, text, trust_remote_code, source.label),
+        device,
+        trust_remote_code=trust_remote_code,
+        on_event=on_event,
+        hint="run int8convert outliers SRC --text FILE --damage where it fits, and pass the --skip options it prints",
+        planned=planned,
     )
+    n_weights = sum(tensor.source.n_elements for tensor in planned.tensors if tensor.is_quantized)
+    return Measured(damage, sizes, n_weights, LOADERS_INPUTS[request.modules.output_format])
 
 
 def choose_kept(damage: Sequence[LayerDamage], budget: float, inputs: str | None) -> tuple[LayerDamage, ...]:
@@ -117,40 +163,6 @@ def choose_kept(damage: Sequence[LayerDamage], budget: float, inputs: str | None
             kept += group
             budget -= n_weights
     return tuple(kept)
-
-
-def expected_kl(request: PlanRequest, text: Text, device: str, trust_remote_code: bool, on_event: EventSink) -> float:
-    """Return the KL divergence, in nats a token, that rounding all modules of a plan is expected to cause.
-
-    It is that of the arithmetic of the format's loader. Raises what `keep_budget` makes a conversion raise.
-    """
-    planned = plan_conversion(request)
-    names = tuple(_int8_weights(planned))
-    damage = _measure(planned, names, text, choose_device(device), trust_remote_code, on_event)
-    return sum(layer.cost(LOADERS_INPUTS[request.modules.output_format]) for layer in damage)
-
-
-def _measure(
-    planned: ConversionPlan,
-    module_names: Iterable[str],
-    text: Text,
-    device: str,
-    trust_remote_code: bool,
-    on_event: EventSink,
-) -> tuple[LayerDamage, ...]:
-    """Read the text, and estimate what the conversion rounds."""
-    source = planned.source
-    windows = read_windows_for(source.directory, text, trust_remote_code, source.label)
-    return estimate_in_memory(
-        source,
-        module_names,
-        windows,
-        device,
-        trust_remote_code=trust_remote_code,
-        on_event=on_event,
-        hint="run int8convert outliers SRC --text FILE --damage where it fits, and pass the --skip options it prints",
-        planned=planned,
-    )
 
 
 def _int8_weights(planned: ConversionPlan) -> dict[str, int]:
@@ -208,7 +220,7 @@ def estimate_in_memory(
     model = load_model(source.directory, device, trust_remote_code=trust_remote_code)
     check_predicts(model, "the damage of rounding needs", _HINT)
     if planned is not None:
-        rotate_model(model, planned)
+        fold_model(model, planned)
     windows = fit_windows(model, windows, may_cut=True)
     layers = {name: model.get_submodule(name) for name in live_names(model, module_names).values()}
     layers = {name: layer for name, layer in layers.items() if features_of(layer) is not None}

@@ -5,9 +5,9 @@
    arithmetic of the format's loader. The rotation is taken if it costs less, and if the model allows one.
 3. The modules whose rounding costs most stay 16-bit, within a budget.
 
-Costs a run of the model layer by layer, a calibration folder beside the output, and three loads of the model into
-memory, one after the other; the last one chooses the modules while `quantize` runs. Does not know what calibrated
-rounding gains, so the expected divergence is too high. Does not try smoothing or rotated inputs.
+Costs a run of the model layer by layer, a calibration folder beside the output, and two loads of the model into memory,
+one after the other. Does not know what calibrated rounding gains, so the expected divergence is too high. Does not try
+smoothing or rotated inputs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from int8convert.checkpoint.source import CheckpointSource
 from int8convert.errors import CorruptFileError, ModelMapError, SourceError
 from int8convert.events import EventSink
 from int8convert.hub.cached_copy import fetch_checkpoint
-from int8convert.outliers.keep import expected_kl, keep_budget
+from int8convert.outliers.keep import keep_budget, measure
 from int8convert.planning.calibrated_rounding import CALIBRATED
 from int8convert.planning.plan_checkpoint import PlanOptions, open_request
+from int8convert.runtime.models import choose_device
 from int8convert.runtime.text.texts import Text, open_text
 from int8convert.runtime.text.windows import read_text
 from int8convert.sources import open_source
@@ -102,12 +103,18 @@ def best_options(
     earlier = _earlier_options(out, folder)
     if earlier is not None:
         return Quality(replace(chosen, rotate=earlier.get("rotate") is True), folder)
-    plain = expected_kl(open_request(src, options), text, device, trusts_code, on_event)
+    used = choose_device(device)
+    plain = best = measure(open_request(src, options), text, used, trusts_code, on_event)
+    kl_rotated, refusal = None, ""
     try:
-        rotated = expected_kl(open_request(src, replace(options, rotate=True)), text, device, trusts_code, on_event)
+        rotated = measure(open_request(src, replace(options, rotate=True)), text, used, trusts_code, on_event)
+        kl_rotated = rotated.kl
+        best = rotated if rotated.kl < plain.kl else plain
     except (ModelMapError, SourceError) as error:  # the model has no rotation, or a gain that has no fold
-        return Quality(chosen, folder, plain, refusal=error.message)
-    return Quality(replace(chosen, rotate=rotated < plain), folder, plain, rotated)
+        refusal = error.message
+    keep = replace(keep, choose=lambda _request, _on_event: best.kept(percent / 100))  # not measured again
+    chosen = replace(chosen, rotate=best is not plain, keep=keep)
+    return Quality(chosen, folder, plain.kl, kl_rotated, refusal)
 
 
 def _is_calibrated(folder: Path, source: CheckpointSource, text: Text) -> bool:

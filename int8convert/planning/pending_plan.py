@@ -12,11 +12,11 @@ from int8convert.decoding.fp8_scales import check_unscaled
 from int8convert.planning.adapters.adapter import Adapter
 from int8convert.planning.calibrated_rounding import RoundingCalibration, round_by
 from int8convert.planning.coverage import check_coverage, coverage_note
+from int8convert.planning.folding.folding import WantedFolds, find_folds
 from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
 from int8convert.planning.model_map.process import ModelMapProcess
 from int8convert.planning.needs import check_needs, needs_notes
 from int8convert.planning.plan import ConversionPlan
-from int8convert.planning.rotation.rotation import WantedFolds, find_folds
 from int8convert.planning.shard_layout import make_plan
 from int8convert.planning.smoothing import Smoothing
 
@@ -59,13 +59,13 @@ def plan_conversion(request: PlanRequest) -> ConversionPlan:
     finally:
         process.stop()
     check_unscaled(source, found.linears)
-    rotation = None
+    folding = None
     if request.rotates or request.rotates_inputs or request.smoothing is not None:
         wanted = WantedFolds(request.rotates, request.rotates_inputs, request.smoothing)
-        rotation = find_folds(source, found, modules.trusts_code, wanted)
-    refused = rotation.notes if rotation else ()
+        folding = find_folds(source, found, modules.trusts_code, wanted)
+    refused = folding.notes if folding else ()
     notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source), *refused)
-    made = make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, rotation)
+    made = make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, folding)
     return _with_note(round_by(made, request.rounding) if request.rounding else made)
 
 

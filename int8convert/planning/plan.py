@@ -27,8 +27,8 @@ from int8convert.formats.modules import module_of
 from int8convert.planning.adapters.lora import LoraDelta
 from int8convert.planning.calibrated_rounding import CALIBRATED, InputMoments
 from int8convert.planning.fold import Fold
+from int8convert.planning.folding.folding import Folding
 from int8convert.planning.model_map.model_map import ModelMap
-from int8convert.planning.rotation.rotation import Rotation
 
 
 class TensorAction(StrEnum):
@@ -193,14 +193,14 @@ class ConversionPlan:
 
     Attributes:
         dropped: source name -> why it is not written: the same bytes are written under another name.
-        rotation: what is folded into the weights; None if nothing is.
+        folding: what is folded into the weights; None if nothing is.
     """
 
     source: CheckpointSource
     model_map: ModelMap
     shards: tuple[PlannedShard, ...]
     dropped: dict[str, str]
-    rotation: Rotation | None = None
+    folding: Folding | None = None
 
     @property
     def model_class(self) -> str | None:
@@ -246,7 +246,7 @@ class ConversionPlan:
     def config(self, threshold: float) -> dict[str, Any]:
         """Return the output's config.json, which `quantize` writes and `verify` compares."""
         found = self.model_map
-        config = self.rotation.config(self.source.config) if self.rotation else self.source.config
+        config = self.folding.config(self.source.config) if self.folding else self.source.config
         rotated = [t.output_name.removesuffix(".weight") for t in self.tensors if t.rotates_input]
         return int8_config(config, found.output_format, found.dtype, found.skip_modules, threshold, rotated)
 

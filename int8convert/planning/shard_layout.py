@@ -20,9 +20,9 @@ from int8convert.planning.adapters.adapter_placement import AdapterPlacement, Ba
 from int8convert.planning.adapters.lora import LoraDelta
 from int8convert.planning.expert_layouts import split
 from int8convert.planning.fold import Fold
+from int8convert.planning.folding.folding import Folding
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap
 from int8convert.planning.plan import ConversionPlan, PlannedShard, PlannedTensor
-from int8convert.planning.rotation.rotation import Rotation
 from int8convert.text import quoted
 
 
@@ -31,7 +31,7 @@ def make_plan(
     model_map: ModelMap,
     max_shard_bytes: int | None = None,
     adapter: Adapter | None = None,
-    rotation: Rotation | None = None,
+    folding: Folding | None = None,
 ) -> ConversionPlan:
     """Lay the checkpoint's tensors out into output shards.
 
@@ -56,7 +56,7 @@ def make_plan(
             if mapped is None or mapped.action is Action.DROP:
                 dropped[stored.name] = mapped.reason if mapped else "decoded with the FP8 weight it belongs to"
                 continue
-            if rotation and rotation.is_overlooked(stored.name):
+            if folding and folding.is_overlooked(stored.name):
                 dropped[stored.name] = "loaders take the embedding in its place"
                 continue
             fp8 = scales.get(stored.name)
@@ -64,7 +64,7 @@ def make_plan(
             place, source_name = shard, stored.name
             if placement and stored.name in placement.replacements:
                 stored, place, fp8 = placement.replacements[stored.name], placement.adapter.shard, None
-            for view, piece, fold in _pieces(stored, mapped, rotation, source_name):
+            for view, piece, fold in _pieces(stored, mapped, folding, source_name):
                 fold = _with_adapter_gain(fold, placement) if fold and placement else fold
                 tensor = _plan_tensor(view, place, piece, model_map.output_format, fp8, lora)
                 tensor = replace(tensor, fold=fold) if fold else tensor
@@ -77,7 +77,7 @@ def make_plan(
     groups = [group for group in groups if group]
     names = (shard_name(i, len(groups)) for i in range(len(groups)))
     shards = tuple(_plan_shard(name, group) for name, group in zip(names, groups, strict=True))
-    return ConversionPlan(source, model_map, shards, dropped, rotation)
+    return ConversionPlan(source, model_map, shards, dropped, folding)
 
 
 def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
@@ -99,7 +99,7 @@ def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
 
 
 def _pieces(
-    stored: StoredTensor, mapped: MappedTensor, rotation: Rotation | None, source_name: str
+    stored: StoredTensor, mapped: MappedTensor, folding: Folding | None, source_name: str
 ) -> Iterator[tuple[StoredTensor, MappedTensor, Fold | None]]:
     """Yield the tensor itself, and the head that shares it and must not; or the matrices or biases of its experts.
 
@@ -107,9 +107,9 @@ def _pieces(
         source_name: its name in the source; an adapter's tensor that replaces it has another.
     """
     if mapped.experts is None:
-        yield stored, mapped, rotation.fold_of(source_name, mapped.action) if rotation else None
-        if rotation and rotation.untied_head and (head := rotation.head(source_name, mapped)):
-            yield stored, head, rotation.untied_head.fold
+        yield stored, mapped, folding.fold_of(source_name, mapped.action) if folding else None
+        if folding and folding.untied_head and (head := folding.head(source_name, mapped)):
+            yield stored, head, folding.untied_head.fold
         return
     is_weight = mapped.experts.leaf == "weight"
     action, reason = (Action.QUANTIZE, "") if is_weight else (Action.KEEP, "not a matrix product")

@@ -17,10 +17,10 @@ import int8convert
 from int8convert.errors import SourceError
 from int8convert.formats.layers import is_conv1d_layer
 from int8convert.outliers.damage import LayerDamage, estimate_damage
+from int8convert.outliers.folded_model import fold_model
 from int8convert.outliers.keep import choose_kept
-from int8convert.outliers.rotated_model import rotate_model
 from int8convert.planning.fold import Fold
-from int8convert.planning.rotation.rotation import Rotation
+from int8convert.planning.folding.folding import Folding
 from int8convert.runtime.in_memory import modules_to_replace
 from int8convert.runtime.models import load_model
 from int8convert.runtime.text.texts import Text
@@ -317,7 +317,7 @@ def test_layers_whose_shared_input_a_loader_rotates_stay_a_group(tmp_path: Path,
     model, ids = load_model(source, "cpu"), tokens(1)
     with torch.no_grad():
         before = model(ids).logits
-        rotate_model(model, replace(plan, rotation=Rotation(folds, None, ())))
+        fold_model(model, replace(plan, folding=Folding(folds, None, ())))
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-4)
     groups = {layer.module_name: layer.group for layer in estimate_damage(model, layers_of(model), ids)}
     first, second = ({groups[name] for name in part} for part in (names[:3], names[3:]))

@@ -19,7 +19,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from int8convert.planning.rotation.shrunk_config import shrink
+from int8convert.planning.folding.shrunk_config import shrink
 
 TASKS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from int8convert.planning.rotation.groups import run
-from int8convert.planning.rotation.parameter_folds import ParameterFold
-from int8convert.planning.rotation.proof import fold_into
-from int8convert.planning.rotation.worker import find_rotation, find_smoothing
+from int8convert.planning.folding.groups import run
+from int8convert.planning.folding.parameter_folds import ParameterFold
+from int8convert.planning.folding.proof import fold_into
+from int8convert.planning.folding.worker import find_rotation, find_smoothing
 from int8convert.planning.smoothing import SmoothingFactors
 from tests.tools.family_models import Family, build_family
 

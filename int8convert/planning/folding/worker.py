@@ -18,16 +18,14 @@ from typing import Any
 import torch
 
 from int8convert.formats import transforms
-from int8convert.planning.model_map.build import build_model
-from int8convert.planning.model_map.experts import CheckpointTensor
-from int8convert.planning.rotation.groups import (
+from int8convert.planning.folding.groups import (
     Groups,
     expand,
     hidden_size,
-    in_features,
     pattern,
+    sizes_of,
 )
-from int8convert.planning.rotation.parameter_folds import (
+from int8convert.planning.folding.parameter_folds import (
     MIN_BLOCK,
     ParameterFold,
     merge,
@@ -37,7 +35,9 @@ from int8convert.planning.rotation.parameter_folds import (
     smoothing_folds,
     value_folds,
 )
-from int8convert.planning.rotation.proof import NoGroupsError, is_proved, small_groups, small_model
+from int8convert.planning.folding.proof import NoGroupsError, is_proved, small_groups, small_model
+from int8convert.planning.model_map.build import build_model
+from int8convert.planning.model_map.experts import CheckpointTensor
 from int8convert.planning.smoothing import SmoothGroup, SmoothingFactors
 from int8convert.transformers_internals import tied_parameters
 
@@ -138,9 +138,10 @@ def _head(model: Any) -> str | None:
 
 def _may_rotate_input(model: Any, name: str, folds: Mapping[str, ParameterFold]) -> bool:
     """Return whether a layer's input is not rotated already, and vLLM would rotate it: the layer has no bias."""
-    module, fold = model.get_submodule(name), folds.get(f"{name}.weight")
+    fold = folds.get(f"{name}.weight")
     is_free = fold is None or fold.column_block == 1
-    return is_free and module.bias is None and in_features(module) % transforms.BLOCK_SIZE == 0
+    has_bias = model.get_submodule(name).bias is not None
+    return is_free and not has_bias and sizes_of(model, name)[0] % transforms.BLOCK_SIZE == 0
 
 
 def find_smoothing(model: Any, rotated: Collection[str]) -> dict[str, Any]:

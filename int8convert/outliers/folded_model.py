@@ -14,27 +14,27 @@ from int8convert.planning.plan import ConversionPlan
 from int8convert.runtime.linear import hadamard_rotated
 
 
-def rotate_model(model: Any, planned: ConversionPlan) -> None:
+def fold_model(model: Any, planned: ConversionPlan) -> None:
     """Fold a plan's rotation and smoothing into a model in floating point, which then computes the same.
 
     Args:
         model: the source's, in float32 on the CPU or another device.
         planned: a plan without folds changes nothing.
     """
-    rotation = planned.rotation
-    if rotation is None:
+    folding = planned.folding
+    if folding is None:
         return
     shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    if rotation.untied_head is not None:
-        name = rotation.untied_head.output_name
-        own = nn.Parameter(_folded(rotation.untied_head.fold, parameters[name], False), requires_grad=False)
+    if folding.untied_head is not None:
+        name = folding.untied_head.output_name
+        own = nn.Parameter(_folded(folding.untied_head.fold, parameters[name], False), requires_grad=False)
         model.get_submodule(name.rpartition(".")[0]).weight = own
         del parameters[name]
     for name, (key, _) in planned.model_map.parameters.items():
-        if key not in rotation.folds or name not in parameters:
+        if key not in folding.folds or name not in parameters:
             continue
-        fold, _ = rotation.folds[key]
+        fold, _ = folding.folds[key]
         module = model.get_submodule(name.rpartition(".")[0])
         is_transposed = is_conv1d_layer(module) and parameters[name].dim() == 2
         parameters[name].data = _folded(fold, parameters[name], is_transposed)

@@ -40,7 +40,7 @@ class UntiedHead:
 
 
 @dataclass(frozen=True, slots=True)
-class Rotation:
+class Folding:
     """The folds of one checkpoint.
 
     Attributes:
@@ -101,7 +101,7 @@ class WantedFolds:
         return {"rotates": rotates, "rotates_inputs": self.rotates_inputs, "smooths": self.smoothing is not None}
 
 
-def find_folds(source: CheckpointSource, model_map: ModelMap, trusts_code: bool, wanted: WantedFolds) -> Rotation:
+def find_folds(source: CheckpointSource, model_map: ModelMap, trusts_code: bool, wanted: WantedFolds) -> Folding:
     """Find the folds of a checkpoint in a child process, which proves them on a small model of the same class.
 
     Raises:
@@ -113,7 +113,7 @@ def find_folds(source: CheckpointSource, model_map: ModelMap, trusts_code: bool,
     if not model_map.parameters:
         raise ModelMapError("the model's class is unknown, so it cannot be rotated or smoothed", hint)
     request = worker_request(source, ModuleFilter(trusts_code=trusts_code))
-    worker = Worker("int8convert.planning.rotation.worker")
+    worker = Worker("int8convert.planning.folding.worker")
     try:
         found = worker.result({**request, **asked})
     except WorkerError as error:
@@ -155,7 +155,7 @@ class _Placing:
     factors: SmoothingFactors | None
     hint: str
 
-    def place(self, found: Mapping[str, Any], groups: Iterable[SmoothGroup]) -> Rotation:
+    def place(self, found: Mapping[str, Any], groups: Iterable[SmoothGroup]) -> Folding:
         places = {tensor.name: PlacedTensor(tensor, shard) for shard in self.source.shards for tensor in shard.tensors}
         by_parameter = {fields["parameter"]: self._fold(fields, places) for fields in found["folds"]}
         head = None
@@ -170,7 +170,7 @@ class _Placing:
             folds[self._key(name)] = replace(before, input_block=BLOCK_SIZE), is_transposed
         refusals = (*found["rotation"]["refusals"], *found["smoothing"]["refusals"])
         notes = (*refusals, *([_INPUTS_NOTE] if found["rotation"]["inputs"] else []))
-        return Rotation(folds, head, notes, tuple(groups), self.factors)
+        return Folding(folds, head, notes, tuple(groups), self.factors)
 
     def _key(self, parameter: str) -> str:
         if parameter not in self.model_map.parameters:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from int8convert.planning.rotation.groups import Groups, hidden_size, in_features, out_features
+from int8convert.planning.folding.groups import Groups, hidden_size, sizes_of
 from int8convert.planning.smoothing import SmoothGroup
 
 MAX_BLOCK = 256
@@ -87,11 +87,10 @@ def value_folds(pairs: Iterable[tuple[str, str]], model: Any) -> Iterator[Parame
     size = head_size(model)
     block = rotation_block(size)
     for value, output in pairs:
-        first, second = model.get_submodule(value), model.get_submodule(output)
-        if block < MIN_BLOCK or out_features(first) % size or in_features(second) % size:
+        if block < MIN_BLOCK or sizes_of(model, value)[1] % size or sizes_of(model, output)[0] % size:
             continue
         yield ParameterFold(f"{value}.weight", row_block=block)
-        if first.bias is not None:
+        if model.get_submodule(value).bias is not None:
             yield ParameterFold(f"{value}.bias", row_block=block)
         yield ParameterFold(f"{output}.weight", column_block=block)
 
@@ -104,10 +103,10 @@ def smooth_groups(groups: Groups, model: Any) -> Iterator[SmoothGroup]:
     head = model.get_output_embeddings()
     for group in groups.norms:
         if all(model.get_submodule(name) is not head for name in group.readers):
-            yield SmoothGroup(group.norm, group.readers, in_features(model.get_submodule(group.readers[0])))
+            yield SmoothGroup(group.norm, group.readers, sizes_of(model, group.readers[0])[0])
     fed = set()
     for first, second in groups.pairs:
-        size, n_columns = out_features(model.get_submodule(first)), in_features(model.get_submodule(second))
+        size, n_columns = sizes_of(model, first)[1], sizes_of(model, second)[0]
         head = head_size(model)
         is_grouped = size != n_columns
         if second not in fed and not (is_grouped and (size % head or n_columns % size)):

@@ -20,12 +20,12 @@ from int8convert.checkpoint import rows
 from int8convert.errors import Int8ConvertError
 from int8convert.formats import compressed_tensors
 from int8convert.formats.transforms import with_transforms
-from int8convert.outliers.rotated_model import rotate_model
+from int8convert.outliers.folded_model import fold_model
+from int8convert.planning.folding.groups import run
+from int8convert.planning.folding.parameter_folds import ParameterFold, rotation_block
+from int8convert.planning.folding.proof import is_proved, small_model
+from int8convert.planning.folding.worker import find_rotation
 from int8convert.planning.plan_checkpoint import PlanOptions, plan
-from int8convert.planning.rotation.groups import run
-from int8convert.planning.rotation.parameter_folds import ParameterFold, rotation_block
-from int8convert.planning.rotation.proof import is_proved, small_model
-from int8convert.planning.rotation.worker import find_rotation
 from tests.tools.family_models import families
 from tests.tools.rotation_check import check_rotation, randomized, rotated
 from tests.tools.tiny_models import MODELS, build_model
@@ -73,7 +73,7 @@ def folds_of(model: Any) -> tuple[dict[str, ParameterFold], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", LARGER)
-def test_rotated_model_computes_the_same(name: str) -> None:
+def test_folded_model_computes_the_same(name: str) -> None:
     """A model of other sizes than the one on which the rotation was proved."""
     model = randomized(LARGER[name]())
     folds, found = folds_of(model)
@@ -242,7 +242,7 @@ def test_source_is_rotated_in_memory_to_be_measured(name: str, options: dict[str
     planned = plan(tmp_path / "source", PlanOptions(format="compressed-tensors", **options))
     ids = torch.arange(3, 40)[None]
     expected, before = run(model, ids), [p.detach().clone() for p in model.parameters()]
-    rotate_model(model, planned)
+    fold_model(model, planned)
     torch.testing.assert_close(run(model, ids), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     assert sum(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=False)) > 10
 

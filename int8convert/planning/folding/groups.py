@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from int8convert.formats.layers import is_conv1d_layer, is_linear
+from int8convert.formats.layers import features_of
 
 _SCALE = 1024
 """Factor of a layer's output by which its pair is found: so large that a clamp after the layer shows."""
@@ -60,16 +60,11 @@ class Groups:
     other_readers: tuple[str, ...] = ()
 
 
-def is_matrix_layer(module: Any) -> bool:
-    return is_linear(module) or is_conv1d_layer(module)
-
-
-def out_features(module: Any) -> int:
-    return int(module.nf if is_conv1d_layer(module) else module.out_features)
-
-
-def in_features(module: Any) -> int:
-    return int(module.nx if is_conv1d_layer(module) else module.in_features)
+def sizes_of(model: Any, layer: str) -> tuple[int, int]:
+    """Return how many features a layer of a model reads and writes."""
+    features = features_of(model.get_submodule(layer))
+    assert features is not None, f"{layer} is no Linear layer"
+    return features
 
 
 def hidden_size(model: Any) -> int:
@@ -79,7 +74,7 @@ def hidden_size(model: Any) -> int:
 def find_groups(model: Any, ids: torch.Tensor) -> Groups:
     """Run a small model on token ids [1, tokens], and return its groups."""
     size = hidden_size(model)
-    layers = {name: module for name, module in model.named_modules() if is_matrix_layer(module)}
+    layers = {name: features for name, module in model.named_modules() if (features := features_of(module))}
     norms = {name: module for name, module in model.named_modules() if _is_norm(module, size)}
     read, written = _trace(model, ids)
     groups = []
@@ -89,7 +84,7 @@ def find_groups(model: Any, ids: torch.Tensor) -> Groups:
         if offset is not None:
             groups.append(NormGroup(name, offset, readers))
     fed = {reader for group in groups for reader in group.readers}
-    writers = tuple(n for n, module in layers.items() if n not in fed and n in read and out_features(module) == size)
+    writers = tuple(n for n, (_, n_out) in layers.items() if n not in fed and n in read and n_out == size)
     embeddings = tuple(
         name
         for name, module in model.named_modules()

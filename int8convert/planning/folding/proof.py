@@ -13,9 +13,9 @@ import torch
 
 from int8convert.formats.layers import is_conv1d_layer
 from int8convert.planning.fold import Fold, LoadedFold
-from int8convert.planning.rotation.groups import Groups, find_groups, pattern, run
-from int8convert.planning.rotation.parameter_folds import ParameterFold
-from int8convert.planning.rotation.shrunk_config import shrink
+from int8convert.planning.folding.groups import Groups, find_groups, pattern, run
+from int8convert.planning.folding.parameter_folds import ParameterFold
+from int8convert.planning.folding.shrunk_config import shrink
 from int8convert.planning.smoothing import SmoothingFactors
 
 N_TOKENS = 12

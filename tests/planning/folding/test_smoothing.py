@@ -22,17 +22,17 @@ from int8convert.events import GroupsSmoothed, ignore
 from int8convert.formats.int8_checkpoint import SourceReaders
 from int8convert.outliers.keep import keep_budget
 from int8convert.planning.fold import Factors, Fold
+from int8convert.planning.folding import groups
+from int8convert.planning.folding.parameter_folds import ParameterFold
+from int8convert.planning.folding.proof import fold_into
+from int8convert.planning.folding.worker import find_smoothing
 from int8convert.planning.plan_checkpoint import PlanOptions, plan
-from int8convert.planning.rotation import groups
-from int8convert.planning.rotation.parameter_folds import ParameterFold
-from int8convert.planning.rotation.proof import fold_into
-from int8convert.planning.rotation.worker import find_smoothing
 from int8convert.planning.smoothing import SmoothingFactors, read_factors, spread
 from int8convert.publish.finished import read_finished
 from int8convert.runtime.text.texts import Text
 from int8convert.verification.exact.level import verify_exact
 from tests.cli.conftest import Run, run
-from tests.planning.rotation.test_rotation import LARGER, read_tensors
+from tests.planning.folding.test_rotation import LARGER, read_tensors
 from tests.tools.family_models import families
 from tests.tools.language_models import build_tokenizer, language_model
 from tests.tools.rotation_check import check_smoothing, randomized
@@ -300,7 +300,7 @@ def test_resumed_conversion_uses_the_same_factors(
 
 
 @pytest.mark.usefixtures("rotation_in_process")
-def test_rotated_models_are_smoothed_where_nothing_is_rotated(tmp_path: Path) -> None:
+def test_folded_models_are_smoothed_where_nothing_is_rotated(tmp_path: Path) -> None:
     """In a gated MLP: from the layer that multiplies to the one that reads the product."""
     model = randomized(build_model("llama", torch.float32))
     model.save_pretrained(tmp_path / "source")
@@ -311,7 +311,7 @@ def test_rotated_models_are_smoothed_where_nothing_is_rotated(tmp_path: Path) ->
     (tmp_path / "factors.safetensors").write_bytes(SmoothingFactors(factors).content())
     options = PlanOptions(rotate=True, smooth=tmp_path / "factors.safetensors")
     both = plan(tmp_path / "source", options)
-    assert both.rotation is not None and [group.name for group in both.rotation.smooth_groups] == names
+    assert both.folding is not None and [group.name for group in both.folding.smooth_groups] == names
     quantize(tmp_path / "source", tmp_path / "out", options)
     source, out = read_tensors(tmp_path / "source"), read_tensors(tmp_path / "out")
     down = source["model.layers.0.mlp.down_proj.weight"].numpy() * factors[names[0]]
