@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("cli", "verification", "outliers", "conversion", "publish", "planning", "calibration", "runtime"),
     *("inspection", "sources", "hub", "decoding", "formats", "checkpoint", "transformers_internals", "patterns"),
-    *("progress_bar", "events", "errors", "text"),
+    *("progress_bar", "events", "trace", "errors", "text"),
 )
 """The packages and modules of int8convert: each imports only itself and what follows it."""
 

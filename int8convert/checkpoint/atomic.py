@@ -25,6 +25,7 @@ from typing import Any
 from int8convert.checkpoint.names import open_regular
 from int8convert.errors import DiskFullError, OutputError
 from int8convert.text import quoted
+from int8convert.trace import span
 
 INCOMPLETE_SUFFIX = ".incomplete"
 _LONGEST_KEPT_NAME = 100
@@ -143,7 +144,8 @@ def as_output_error(error: OSError, out: Path) -> OutputError:
 def fsync_file(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with span("sync"):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -152,6 +154,7 @@ def fsync_directory(directory: Path) -> None:
     """Make the renames in a directory survive a power cut."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with span("sync"):
+            os.fsync(fd)
     finally:
         os.close(fd)

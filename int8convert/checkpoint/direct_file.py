@@ -21,6 +21,7 @@ from pathlib import Path
 
 from int8convert.checkpoint.atomic import create_file
 from int8convert.checkpoint.hashing import OrderedSha256
+from int8convert.trace import span
 
 CHUNK_BYTES = 2 << 20
 MAX_WAITING = 8
@@ -56,7 +57,8 @@ class DirectFile:
         self._is_hashing = False
         self._fd = _open_direct(path)
         try:
-            _reserve(self._fd, n_bytes)
+            with span("reserve"):
+                _reserve(self._fd, n_bytes)
             self._hash = OrderedSha256(path)
         except BaseException:
             os.close(self._fd)
@@ -97,7 +99,8 @@ class DirectFile:
         done = 0
         while done < len(data):
             try:
-                done += os.pwrite(self._fd, data[done:], index * CHUNK_BYTES + done)
+                with span("write", chunk.n_bytes - done):
+                    done += os.pwrite(self._fd, data[done:], index * CHUNK_BYTES + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not _is_direct(self._fd):
                     raise
@@ -129,7 +132,8 @@ class DirectFile:
         if self._n_left:
             raise ValueError(f"not every byte of '{self._path.name}' was written")
         os.ftruncate(self._fd, self._n_bytes)
-        os.fsync(self._fd)
+        with span("sync"):
+            os.fsync(self._fd)
         sha256 = self._hash.finish()
         self._close()
         return sha256

@@ -11,6 +11,7 @@ from typing import Any
 
 from int8convert.checkpoint.file_reader import FileIdentity, open_unchanged
 from int8convert.checkpoint.safetensors_file import read_exactly
+from int8convert.trace import span
 
 CHUNK_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -37,7 +38,8 @@ class OrderedSha256:
         """Add the file's bytes from `offset` on."""
         self._catch_up(offset)
         fresh = data[self._at - offset :]
-        self._hash.update(fresh)
+        with span("hash", len(fresh)):
+            self._hash.update(fresh)
         self._at += len(fresh)
 
     def finish(self) -> str:
@@ -58,7 +60,8 @@ class OrderedSha256:
         while self._at < offset:
             part = memoryview(buffer)[: offset - self._at]
             read_exactly(self._fd, part, self._at, self._path.name)
-            self._hash.update(part)
+            with span("hash", len(part)):
+                self._hash.update(part)
             self._at += len(part)
 
 

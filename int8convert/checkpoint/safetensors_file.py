@@ -22,6 +22,7 @@ from int8convert.checkpoint.names import POINTER_START_BYTES, open_regular, refu
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor, check_tensor_name, is_shape, is_size
 from int8convert.errors import CorruptFileError
 from int8convert.text import quoted
+from int8convert.trace import span
 
 METADATA_NAME = "__metadata__"
 """Key of the header's one entry that is not a tensor."""
@@ -212,7 +213,8 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, file_name: str) -> No
     """Fill the buffer from the file; raise a CorruptFileError if the file has shrunk."""
     done = 0
     while done < len(buffer):
-        n = os.preadv(fd, [buffer[done:]], offset + done)
+        with span("read", len(buffer) - done):
+            n = os.preadv(fd, [buffer[done:]], offset + done)
         if n == 0:
             raise CorruptFileError(
                 f"{quoted(file_name)} ends at byte {offset + done:,}, it was longer when the conversion began",

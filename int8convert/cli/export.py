@@ -9,6 +9,7 @@ import typer
 from int8convert.cli import console, options
 from int8convert.cli.publishing import make_destination, print_published
 from int8convert.text import counted, format_bytes, format_seconds
+from int8convert.trace import recording
 
 if TYPE_CHECKING:
     from int8convert.conversion.export import ExportReport
@@ -66,6 +67,7 @@ def export(
     no_xet: options.NoXet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in NEW or REPO.")] = False,
     check: options.Check = False,
+    trace: options.TraceFile = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -74,7 +76,7 @@ def export(
     if new is None and upload is not None:
         new = f"int8convert-{upload.rpartition('/')[2]}"
     resumable = console.RESUMABLE if upload is None else console.RESUMABLE_THERE
-    with console.reporting_errors(as_json, resumable), console.quieting_hub():
+    with console.reporting_errors(as_json, resumable), console.quieting_hub(), recording(trace):
         from int8convert.cli.progress import SKIPPED, showing_progress
         from int8convert.conversion import export as conversion
         from int8convert.conversion.readers import Reader, Reading

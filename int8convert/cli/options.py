@@ -219,4 +219,8 @@ Private = Annotated[
         "--private/--public", help="With --upload: who can see a new repository.  [default: the account's setting]"
     ),
 ]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option("--trace", metavar="FILE", help="Write a timeline of the threads, for ui.perfetto.dev."),
+]
 NoXet = Annotated[bool, typer.Option("--no-xet", help="Use HTTP in place of the Hub's xet protocol.")]

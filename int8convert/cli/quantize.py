@@ -16,6 +16,7 @@ from int8convert.cli.static_set import calibrate_output, check_calibration, prin
 from int8convert.errors import NOTHING_WRITTEN, stating
 from int8convert.events import ignore
 from int8convert.runtime.text.texts import reusable_file
+from int8convert.trace import recording
 
 if TYPE_CHECKING:
     from int8convert.conversion.report import ConversionReport
@@ -173,6 +174,7 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its costs, from headers alone.")
     ] = False,
+    trace: options.TraceFile = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -184,6 +186,7 @@ def quantize(
     with (
         console.reporting_errors(as_json, NOTHING_WRITTEN if dry_run else resumable),
         console.quieting_hub(),
+        recording(trace),
         reusable_file(calibrate) as columns_from,
         reusable_file(text) as kept_text,
     ):

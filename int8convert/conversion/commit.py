@@ -72,7 +72,7 @@ class Committer:
         self._access = access
         self._emit = emit
         self._deliver = deliver
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = ThreadPoolExecutor(1, "committer")
         self._waiting: deque[tuple[int, ConvertedShard]] = deque()
         self._sha256: dict[str, str] = {}
         self._is_abandoned = False

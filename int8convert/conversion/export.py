@@ -28,6 +28,7 @@ from int8convert.planning.request_difference import describe_source
 from int8convert.progress_bar import sink_or_bar
 from int8convert.sources import open_source
 from int8convert.text import parse_size, quoted
+from int8convert.trace import span
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,8 @@ def export(
     checkpoint = open_int8_checkpoint(source)
     wanted = Format(format) if format else None if dequantize else checkpoint.format
     target = Target(checkpoint.format, wanted, DTYPES.get(dequantize or "", ""))
-    plan = make_export_plan(checkpoint, target, max_shard_bytes)
+    with span("plan"):
+        plan = make_export_plan(checkpoint, target, max_shard_bytes)
     request = {
         "export_arithmetic": EXPORT_ARITHMETIC_VERSION,
         "format": target.name,

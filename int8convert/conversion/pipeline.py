@@ -52,7 +52,7 @@ class Pipeline:
         self._emit_lock = threading.Lock()
         self._scratches = [make_scratch(device) for _ in range(n_workers)]
         self._inputs = CalibrationInputs()
-        self._workers = ThreadPoolExecutor(n_workers)
+        self._workers = ThreadPoolExecutor(n_workers, "worker")
 
     def __enter__(self) -> Pipeline:
         return self

@@ -30,6 +30,7 @@ from int8convert.planning.plan_checkpoint import PlanOptions, open_request
 from int8convert.planning.request_difference import describe_source, first_difference
 from int8convert.planning.smoothing import Smoothing, read_factors
 from int8convert.progress_bar import sink_or_bar
+from int8convert.trace import span
 
 
 @stating(NOTHING_WRITTEN)
@@ -112,7 +113,8 @@ def quantize(
         stack.enter_context(output.in_use())
         stack.enter_context(job.stating_progress())
         while True:
-            plan = plan_conversion(request)
+            with span("plan"):
+                plan = plan_conversion(request)
             requirements.check(plan)
             try:
                 job.run(plan, plan.config(threshold), plan_summary(plan), n_workers, device_used, emit)

@@ -15,6 +15,7 @@ from int8convert.conversion.tensors import BlockCounter, tensor_task
 from int8convert.events import EventSink
 from int8convert.planning.plan import PlannedShard, PlannedTensor
 from int8convert.planning.reading_order import ReadingOrder
+from int8convert.trace import span
 
 
 class Turns:
@@ -28,7 +29,7 @@ class Turns:
     @contextmanager
     def turn(self, number: int) -> Iterator[None]:
         """Wait for the turn of `number`; after `close`, return at once."""
-        with self._changed:
+        with self._changed, span("wait"):
             self._changed.wait_for(lambda: self.is_closed or self._next == number)
         yield
         with self._changed:
@@ -108,7 +109,8 @@ class ShardBlocks:
             if reader is not None and not self.turns.is_closed:
                 data = raw.data.data if raw.offset is not None else None
                 reader.read_on(data, raw.offset or 0, self._order.needed_from(tensor, raw, is_last))
-        counter.task.convert(raw, begin, end, scratch)  # last: nobody has to wait for it
+        with span("convert", len(raw.data)):
+            counter.task.convert(raw, begin, end, scratch)  # last: nobody has to wait for it
         if counter.count_down():
             event = counter.task.finish()
             self._one.record(event)

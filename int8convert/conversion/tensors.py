@@ -29,6 +29,7 @@ from int8convert.events import TensorKept, TensorQuantized
 from int8convert.formats import transforms
 from int8convert.formats.modules import module_of
 from int8convert.planning.plan import PlannedTensor, TensorAction
+from int8convert.trace import span
 
 FP16_MAX = 65504.0
 """Largest magnitude of a weight: bitsandbytes computes in fp16, where a larger one becomes infinity."""
@@ -119,7 +120,8 @@ class TensorQuantization:
         codes = scratch.codes(weight.size).reshape(weight.shape)
         rows = slice(begin, end)
         bits = kernel_bits(weight, self._rows.dtype)
-        scratch.row_quantize(bits, codes, self._absmax[rows], self._signal[rows], self._noise[rows])
+        with span("quantize", weight.nbytes):
+            scratch.row_quantize(bits, codes, self._absmax[rows], self._signal[rows], self._noise[rows])
         self._check_range(weight, begin, end)
         if self._rounding:
             values = widen(weight, self._rows.dtype)
