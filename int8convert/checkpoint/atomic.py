@@ -6,7 +6,8 @@
 3. A folder of ours inside such a directory must be a folder; `make_folder` refuses a link. The directory itself may be
    a link, since the user named it.
 
-Nothing else in this package opens a file for writing in a directory that the user named, but for the lock.
+Nothing else in this package opens a file for writing in a directory that the user named, but for the lock and the
+trace.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """A new file of known size, written by several threads in nearly any order, around the page cache, and hashed.
 
-What is written is gathered in aligned chunks; a full chunk goes to the disk in one direct write and then to the hash.
+What is written is gathered in aligned chunks. A thread of the file writes a full chunk to the disk in one direct write,
+and then hashes it. So the threads that compute wait for the disk only while `MAX_WAITING` full chunks do.
 Through the page cache, each GB costs a second of CPU time and more on a virtual machine, where a fresh page is dear;
 directly, 0.05 s. And it would push the source out of the memory it is read from.
 
-Where the file system does not know direct writes, the same chunks are written through the page cache.
+Where the file system does not know direct writes, the same chunks are written through the page cache, and the kernel
+is told to begin at once to bring them to the disk.
 
 Memory: the chunks that are begun and not full - one for each place in the file where writing goes on - and at most
-`MAX_WAITING` that are full and not hashed.
+`MAX_WAITING` that are full and not yet written, and as many that are written and not yet hashed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import fcntl
 import mmap
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from int8convert.checkpoint.atomic import create_file
@@ -25,6 +28,8 @@ from int8convert.trace import span
 
 CHUNK_BYTES = 2 << 20
 MAX_WAITING = 8
+_N_WRITERS = 4
+"""Threads of a file. One hashes while others write. With one write at a time, the disk would wait between two."""
 _ALIGNMENT = 4096
 """Alignment of direct writes in bytes: a multiple of every disk's block size."""
 
@@ -55,6 +60,9 @@ class DirectFile:
         self._waiting: dict[int, _Chunk] = {}
         self._n_hashed = 0
         self._is_hashing = False
+        self._writers = ThreadPoolExecutor(_N_WRITERS, "writer")
+        self._room = threading.BoundedSemaphore(MAX_WAITING)
+        self._error: BaseException | None = None
         self._fd = _open_direct(path)
         try:
             with span("reserve"):
@@ -66,7 +74,11 @@ class DirectFile:
             raise
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write bytes where none have been written. Thread-safe."""
+        """Take bytes to write where none have been written. Thread-safe.
+
+        Raises:
+            OSError: these bytes, or some before them, cannot be written.
+        """
         while len(data):
             index, begin = divmod(offset, CHUNK_BYTES)
             n = min(len(data), CHUNK_BYTES - begin)
@@ -79,8 +91,9 @@ class DirectFile:
                     del self._begun[index]
                     self._n_left -= chunk.n_bytes
             if is_full:
-                self._put(index, chunk)
-                self._hash_in_order(index, chunk)
+                self._room.acquire()
+                self._raise_error()
+                self._writers.submit(self._put_and_hash, index, chunk)
             offset += n
             data = data[n:]
 
@@ -92,6 +105,21 @@ class DirectFile:
                 chunk.n_left = chunk.n_bytes = n_bytes
                 self._begun[index] = chunk
             return self._begun[index]
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _put_and_hash(self, index: int, chunk: _Chunk) -> None:
+        """Write and hash a full chunk, in a thread of the file. Keeps an error for the threads that compute."""
+        try:
+            if self._error is None:
+                self._put(index, chunk)
+                self._hash_in_order(index, chunk)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._room.release()
 
     def _put(self, index: int, chunk: _Chunk) -> None:
         """Write a full chunk; the last one with a tail of zeros, which `finish` cuts off."""
@@ -105,6 +133,8 @@ class DirectFile:
                 if error.errno != errno.EINVAL or not _is_direct(self._fd):
                     raise
                 _turn_off_direct(self._fd)  # opening was allowed, writing is not
+        if not _is_direct(self._fd):
+            os.posix_fadvise(self._fd, index * CHUNK_BYTES, done, os.POSIX_FADV_DONTNEED)  # begins to write dirty pages
 
     def _hash_in_order(self, index: int, chunk: _Chunk) -> None:
         """Hash a written chunk once all chunks before it are hashed. One thread hashes the waiting chunks of all."""
@@ -128,9 +158,15 @@ class DirectFile:
                 self._free.append(following)
 
     def finish(self) -> str:
-        """Put everything on the disk; return the file's sha256 in hex. Call it after all writes."""
+        """Put everything on the disk; return the file's sha256 in hex. Call it after all writes.
+
+        Raises:
+            OSError: some bytes cannot be written.
+        """
         if self._n_left:
             raise ValueError(f"not every byte of '{self._path.name}' was written")
+        self._writers.shutdown()
+        self._raise_error()
         os.ftruncate(self._fd, self._n_bytes)
         with span("sync"):
             os.fsync(self._fd)
@@ -145,6 +181,7 @@ class DirectFile:
             self._path.unlink(missing_ok=True)
 
     def _close(self) -> None:
+        self._writers.shutdown(cancel_futures=True)
         self._hash.close()
         os.close(self._fd)
         self._fd = -1

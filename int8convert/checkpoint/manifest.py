@@ -210,7 +210,7 @@ class ShardRecord:
 
     Attributes:
         plan_sha256: digest of the plan it was written by.
-        sources: source file -> sha256, of those whose last tensor is in this shard.
+        sources: source file -> sha256, of those whose last tensor is in this shard and whose sha256 was known before.
         tensors: output name -> its record.
     """
 

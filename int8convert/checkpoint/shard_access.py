@@ -1,7 +1,7 @@
-"""Access to whole source shards: one after the other, each hashed while it is read, each released at its end.
+"""Access to whole source shards: one after the other, each checked while it is read, each released at its end.
 
 A conversion opens a shard, reads its blocks in the order of its bytes, releases them, and finishes the shard. Finishing
-computes its sha256 and compares it with the expected one. `LocalShards` reads local files; `hub.stream` and
+compares its sha256 with the expected one, if one is known. `LocalShards` reads local files; `hub.stream` and
 `hub.download` read the Hub.
 """
 
@@ -52,8 +52,10 @@ class ShardAccess(Protocol):
     def is_checked(self, shard: SourceShard) -> bool:
         """Return whether results of the shard must wait until `finish` has confirmed its bytes."""
 
-    def finish(self, shard: SourceShard) -> str:
+    def finish(self, shard: SourceShard) -> str | None:
         """Return the sha256 of a shard, in hex, and release it. Reads the rest of it first.
+
+        None for a local file of which no sha256 is known: nothing could be compared with it.
 
         Raises:
             CorruptFileError: it is not the one expected.
@@ -66,13 +68,18 @@ class ShardAccess(Protocol):
 
 
 class LocalShards:
-    """`ShardAccess` to local files."""
+    """`ShardAccess` to local files.
+
+    A file is hashed only if the client that fetched it wrote down its sha256. Hashing takes a third of the CPU time of
+    a conversion (docs/results/convert.md).
+    """
 
     def __init__(self) -> None:
         self._hashes: dict[Path, OrderedSha256] = {}
 
     def open(self, shard: SourceShard) -> OrderedReader:
-        return HashingReader(FileReader(shard.path, shard.identity), self.hash_of(shard))
+        is_hashed = expected_sha256(shard.path) is not None
+        return LocalReader(FileReader(shard.path, shard.identity), self.hash_of(shard) if is_hashed else None)
 
     def hash_of(self, shard: SourceShard) -> OrderedSha256:
         """Return the unfinished hash of a shard."""
@@ -84,14 +91,15 @@ class LocalShards:
         """See `ShardAccess`: a local file that is wrong stays wrong, so nothing has to wait."""
         return False
 
-    def finish(self, shard: SourceShard) -> str:
-        """See `ShardAccess`; raises a CorruptFileError also of a file that was changed meanwhile.
-
-        The hash expected is the one the Hub's client wrote down, if it fetched the file.
-        """
-        found = self.hash_of(shard).finish()
+    def finish(self, shard: SourceShard) -> str | None:
+        """See `ShardAccess`; raises a CorruptFileError also of a file that was changed meanwhile."""
         expected = expected_sha256(shard.path)
-        if expected is not None and found != expected:
+        if expected is None:
+            if shard.identity is not None:
+                shard.identity.check(shard.path, shard.path.name)
+            return None
+        found = self.hash_of(shard).finish()
+        if found != expected:
             raise CorruptFileError(
                 f"{quoted(shard.path.name)} has sha256 {found}, expected {expected}, as the client that fetched it "
                 "wrote down",
@@ -104,10 +112,14 @@ class LocalShards:
             hashing.close()
 
 
-class HashingReader:
-    """An `OrderedReader` of a local file that also hashes what is read."""
+class LocalReader:
+    """An `OrderedReader` of a local file that also hashes what is read.
 
-    def __init__(self, reader: FileReader, hashing: OrderedSha256) -> None:
+    Args:
+        hashing: the hash of the file; None hashes nothing.
+    """
+
+    def __init__(self, reader: FileReader, hashing: OrderedSha256 | None) -> None:
         self._reader = reader
         self._hashing = hashing
 
@@ -116,7 +128,7 @@ class HashingReader:
 
     def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
         """See `OrderedReader`. A block of several pieces is read again for the hash, when its time comes."""
-        if data is not None:
+        if data is not None and self._hashing is not None:
             self._hashing.feed(data, offset)
 
     def close(self) -> None:

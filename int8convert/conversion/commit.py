@@ -74,7 +74,7 @@ class Committer:
         self._deliver = deliver
         self._thread = ThreadPoolExecutor(1, "committer")
         self._waiting: deque[tuple[int, ConvertedShard]] = deque()
-        self._sha256: dict[str, str] = {}
+        self._sha256: dict[str, str | None] = {}
         self._is_abandoned = False
         self.records = dict(done)
         # A source shard is recorded with the last output shard made of it, whichever run converts that. It is finished
@@ -162,7 +162,8 @@ class Committer:
             sha256 = one.writer.commit()
         finally:
             one.discard()
-        read = {name: self._sha256[name] for name in sorted(self._sources[i]) if self._last_use[name] == i}
+        used = {name: self._sha256[name] for name in sorted(self._sources[i]) if self._last_use[name] == i}
+        read = {name: sha256 for name, sha256 in used.items() if sha256 is not None}
         tensors = dict(sorted(one.tensors.items()))
         record = ShardRecord(shard.file_name, one.writer.n_bytes, sha256, shard.digest(), read, tensors)
         self._manifest.add(record)

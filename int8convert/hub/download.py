@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from int8convert.checkpoint.file_reader import FileReader
-from int8convert.checkpoint.shard_access import DamagedShardError, HashingReader, LocalShards, OrderedReader
+from int8convert.checkpoint.shard_access import DamagedShardError, LocalReader, LocalShards, OrderedReader
 from int8convert.checkpoint.source import SourceShard
 from int8convert.errors import DiskFullError, HubConnectionError, HubError, OutputError
 from int8convert.events import EventSink, SourceFetched, ignore
@@ -88,7 +88,7 @@ class ShardDownload:
 
     def open(self, shard: SourceShard) -> OrderedReader:
         local = self._local_shard(shard)
-        reader = HashingReader(FileReader(local.path, local.identity), self._local.hash_of(local))
+        reader = LocalReader(FileReader(local.path, local.identity), self._local.hash_of(local))
         return reader if shard.remote is None else _DownloadReader(self, shard, reader)
 
     def _local_shard(self, shard: SourceShard) -> SourceShard:
@@ -98,7 +98,7 @@ class ShardDownload:
     def is_checked(self, shard: SourceShard) -> bool:
         return shard.remote is not None
 
-    def finish(self, shard: SourceShard) -> str:
+    def finish(self, shard: SourceShard) -> str | None:
         if not isinstance(shard.remote, RemoteShard):
             return self._local.finish(shard)
         name = shard.path.name
@@ -242,7 +242,7 @@ class ShardDownload:
 class _DownloadReader:
     """An `OrderedReader` of a downloaded shard. It removes the shard after its last needed byte."""
 
-    def __init__(self, download: ShardDownload, shard: SourceShard, reader: HashingReader) -> None:
+    def __init__(self, download: ShardDownload, shard: SourceShard, reader: LocalReader) -> None:
         self._download = download
         self._shard = shard
         self._reader = reader

@@ -102,7 +102,7 @@ class ShardStream:
     def is_checked(self, shard: SourceShard) -> bool:
         return shard.remote is not None
 
-    def finish(self, shard: SourceShard) -> str:
+    def finish(self, shard: SourceShard) -> str | None:
         if shard.remote is None:
             return self._local.finish(shard)
         name = shard.path.name

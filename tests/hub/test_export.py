@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.tools.hub_conversions import READERS
 from tests.tools.hub_server.faults import FaultKind
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
-from tests.tools.tiny_models import file_bytes, save_checkpoint
+from tests.tools.tiny_models import as_downloaded, file_bytes, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process", "impatient")
 
@@ -65,7 +66,7 @@ def test_repository_gives_the_bytes_of_a_directory(
 ) -> None:
     add(hub, int8)
     connect(hub)
-    export(int8, tmp_path / "expected", **options)
+    export(as_downloaded(shutil.copytree(int8, tmp_path / "downloaded")), tmp_path / "expected", **options)
     events = export(NAME, tmp_path / "out", reader, **options)
     assert payload(tmp_path / "out") == payload(tmp_path / "expected")
     assert [event.reader for event in events if isinstance(event, PlanMade)] == [reader]

@@ -23,7 +23,7 @@ from tests.tools.hub_conversions import READERS, convert
 from tests.tools.hub_models import NAME, files_of, opt_66b
 from tests.tools.hub_server.fixtures import Connect
 from tests.tools.hub_server.hub import Hub
-from tests.tools.tiny_models import save_as_pickles, save_checkpoint
+from tests.tools.tiny_models import as_downloaded, save_as_pickles, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
@@ -61,7 +61,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
 def assert_all_agree(hub: Hub, directory: Path, tmp_path: Path, **options: object) -> None:
     hub.add_repo("org/name", files_of(directory))
     streamed, downloaded = (convert("org/name", tmp_path / reader, reader, **options) for reader in READERS)
-    local = convert(directory, tmp_path / "local", **options)
+    local = convert(as_downloaded(directory), tmp_path / "local", **options)
     assert streamed == downloaded
     manifests = [json.loads(files.pop(MANIFEST)) for files in (streamed, local)]
     assert streamed == local

@@ -24,7 +24,7 @@ from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.events import Event, ShardFinished, ShardSkipped, ShardStarted
 from int8convert.planning.request_difference import first_difference
 from tests.tools.options import quantize
-from tests.tools.tiny_models import file_bytes, read_tensors, save_as_pickles, save_checkpoint
+from tests.tools.tiny_models import as_downloaded, file_bytes, read_tensors, save_as_pickles, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
@@ -254,7 +254,7 @@ def test_manifest_holds_the_hashes_of_what_was_read_and_written(tmp_path: Path) 
     plain = save_checkpoint("opt", tmp_path / "plain", max_shard_size="60KB")
     for source in (plain, save_as_pickles(plain, tmp_path / "pickles", 2)):
         out = tmp_path / f"{source.name} out"
-        convert(source, out)
+        convert(as_downloaded(source), out)
         manifest = json.loads((out / "int8convert" / "manifest.json").read_text())
         for shard in manifest["shards"]:
             assert shard["sha256"] == hashlib.sha256((out / shard["file_name"]).read_bytes()).hexdigest()
@@ -264,8 +264,14 @@ def test_manifest_holds_the_hashes_of_what_was_read_and_written(tmp_path: Path) 
         assert {path.name for path in (out / "int8convert").iterdir()} == {"local.json", "manifest.json"}
 
 
+def test_source_of_which_no_hash_is_known_is_not_hashed(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "int8convert" / "manifest.json").read_text())
+    assert [shard["sources"] for shard in manifest["shards"]] == [{}] * len(manifest["shards"])
+
+
 def test_source_hash_is_right_across_several_output_shards_and_a_resume(tmp_path: Path) -> None:
-    source = save_checkpoint("opt", tmp_path / "source")
+    source = as_downloaded(save_checkpoint("opt", tmp_path / "source"))
     interrupt(source, tmp_path / "out", 3, max_shard_size="20kB")
     convert(source, tmp_path / "out", max_shard_size="20kB")
     convert(source, tmp_path / "undisturbed", max_shard_size="20kB")
@@ -288,14 +294,8 @@ def as_in_the_hub_cache(source: Path, folder: Path) -> Path:
 
 
 def as_in_a_local_download(source: Path, folder: Path) -> Path:
-    """What the client leaves beside files it downloads into a directory."""
     shutil.copytree(source, folder)
-    metadata = folder / ".cache" / "huggingface" / "download"
-    metadata.mkdir(parents=True)
-    for path in source.iterdir():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        (metadata / f"{path.name}.metadata").write_text(f"abc\n{digest}\n1700000000.0\n")
-    return folder
+    return as_downloaded(folder)
 
 
 @pytest.mark.parametrize("layout", [as_in_the_hub_cache, as_in_a_local_download])
