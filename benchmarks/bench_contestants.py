@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PEERS = Path(__file__).resolve().with_name("bench_peers")
-OURS, AGAIN, COPY = "int8convert", "int8convert_again", "cp"
+OURS, AGAIN, COPY, DISK = "int8convert", "int8convert_again", "cp", "disk"
 _OUR_PACKAGES = ("int8convert", "torch", "transformers", "numba")
 
 
@@ -31,6 +31,7 @@ CONTESTANTS = (
     Contestant(OURS, "int8convert, new model", _OUR_PACKAGES, "./scripts/setup"),
     Contestant(AGAIN, "int8convert, known model", _OUR_PACKAGES, "./scripts/setup"),
     Contestant(COPY, "cp -r", (), ""),
+    Contestant(DISK, "the disk alone: half of SRC", (), ""),
     Contestant(
         "transformers_bitsandbytes",
         "transformers + bitsandbytes",

@@ -1,5 +1,8 @@
 """Time the conversion of one checkpoint by int8convert, by `cp -r` and by other tools, alternating on this machine.
 
+Beside them stands what the disk alone takes to write half of the bytes of SRC past the page cache, the least that int8
+weights can take: `bench_peers/disk.py`.
+
 How it goes:
 1. `bench_contestants` finds who can take part and who is not installed.
 2. `bench_rounds` runs and measures everyone in turns, page cache warm.
@@ -34,7 +37,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bench_contestants import CONTESTANTS, COPY, OURS, Contestant, Entrant, find_entrants
+from benchmarks.bench_contestants import CONTESTANTS, COPY, DISK, OURS, Contestant, Entrant, find_entrants
 from benchmarks.bench_rounds import Run, Settings, run_rounds
 
 WORK_PARENT = Path(__file__).resolve().parents[1] / ".cache" / "bench"
@@ -85,7 +88,8 @@ def format_row(label: str, runs: list[Run], copies: list[Run], ours: list[Run]) 
 def build_table(title: str, entrants: list[Entrant], missing: list[Contestant], runs: dict[str, list[Run]]) -> Table:
     """Return one row per contestant, the fastest first, then those that failed or are not installed."""
     table = Table("who", title=title)
-    for heading in ("wall s", "wall + sync s", "/ cp -r", "/ ours", "CPU s", "RSS", "tree RSS", "anon", "MB out"):
+    headings = ("wall s", "wall + sync s", "/ cp -r + sync", "/ ours", "CPU s", "RSS", "tree RSS", "anon", "MB out")
+    for heading in headings:
         table.add_column(heading, justify="right")
     labels = {entrant.contestant.name: entrant.contestant.label for entrant in entrants}
     valid = {name: done for name, done in runs.items() if done and not done[-1].exit_code}
@@ -98,10 +102,14 @@ def build_table(title: str, entrants: list[Entrant], missing: list[Contestant], 
     return table
 
 
-def explain_columns() -> str:
+def explain_columns(disk: list[Run]) -> str:
+    """Return what the columns mean, and the disk's own rate if it was measured."""
+    rate = statistics.median([run.bytes_out / run.wall_s for run in disk]) if disk else 0.0
+    disk_rate = f"The disk alone writes {rate / 1e9:.2f} GB/s past the page cache.\n" if disk else ""
     floor_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return (
-        "Every number is the median over the rounds, (min-max) their range; a ratio is of the medians of wall +\n"
+        disk_rate
+        + "Every number is the median over the rounds, (min-max) their range; a ratio is of the medians of wall +\n"
         "sync. MB = 10^6 bytes. A new model is one int8convert has not met before, so transformers has to map it.\n"
         "wall, CPU: the whole command, start-up included, page cache warm. wall + sync: until a `sync` right after it\n"
         "is through: int8convert syncs its files to disk inside its wall time, the others leave that to the kernel.\n"
@@ -115,7 +123,7 @@ def print_results(title: str, entrants: list[Entrant], missing: list[Contestant]
     first = next((done[0] for done in runs.values() if done), None)
     size = f", {first.bytes_in / 1e9:.2f} GB" if first else ""
     results.print(build_table(title + size, entrants, missing, runs))
-    results.print(explain_columns(), markup=False, highlight=False)
+    results.print(explain_columns(runs.get(DISK, [])), markup=False, highlight=False)
     disturbance = max((run.other_cpu_share for done in runs.values() for run in done), default=0.0)
     if disturbance > DISTURBED_SHARE:
         warning = f"not clean: during one run other work took {disturbance:.0%} of this machine's cores"
@@ -216,7 +224,8 @@ def main() -> None:
         settings = Settings(work, keep=options.keep, touch_memory=options.touch_memory)
         runs = run_rounds(entrants, options.shape, options.rounds, settings, notes)
     touched = "touched" if options.touch_memory else "not touched"
-    title = f"{options.shape} shape, rounds: {options.rounds}, memory {touched} before each run"
+    who = f"{machine['cpu']}, {machine['cores']} cores"
+    title = f"{who}: {options.shape} shape, rounds: {options.rounds}, memory {touched} before each run"
     print_results(title, entrants, missing, runs)
     if options.json:
         facts = {"shape": options.shape, "touch_memory": options.touch_memory, "machine": machine}
