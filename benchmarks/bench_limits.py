@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from cuda_kernels.cpu.dequantize_epilogue import N_ROWS
-from cuda_kernels.cpu.int8_vectors import (
+from cuda_kernels.cpu.kernels.dequantize_epilogue import N_ROWS
+from cuda_kernels.cpu.kernels.int8_vectors import (
     N_CODES,
     add_products,
     add_scaled_totals,

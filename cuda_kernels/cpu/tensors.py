@@ -6,14 +6,19 @@ because it needs no torch.
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cuda_kernels import cpu
+from cuda_kernels.cpu.dtypes import Kind
+from cuda_kernels.cpu.objects import Kernel
+from cuda_kernels.cpu.operations import check
+from cuda_kernels.cpu.team import ALONE, team
 from cuda_kernels.cpu.threads import run_split
 from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight, n_blocks
 
@@ -84,6 +89,19 @@ def dequantize_epilogue(products: Tensor, x: QuantizedActivations[Tensor], weigh
     return y
 
 
+_INT8_LINEAR = Kernel("int8_linear", "int8_linear")
+_KINDS: tuple[Kind, ...] = (("q",) * 3, "q", "q", ("q",) * 2, "f", "q", "q", ("q",) * 4, "q", "q", ("q",) * 4)
+"""The types of the arguments of `kernels.int8_linear`, but for the last one, which has that of the floats' bits."""
+
+_MIN_CODES = 1 << 19
+"""Codes of a weight that pay for a thread of Python's."""
+
+
+@cache
+def _entry(dtype: torch.dtype) -> Any:
+    return _INT8_LINEAR.entry((*_KINDS, str(_BITS[dtype][1].str)))
+
+
 def int8_linear(
     x: Tensor,
     weight: QuantizedWeight[Tensor],
@@ -92,22 +110,33 @@ def int8_linear(
     capacity: int,
     block_size: int = 0,
 ) -> Tensor:
-    """Run `ops.int8_linear` on x [M, K]. The quantized activations never become tensors."""
-    (n_tokens, n_columns), n_threads = x.shape, torch.get_num_threads()
-    bits = _bits(x)
-    columns = _array(outlier_columns.contiguous())
-    quantized = QuantizedActivations[_Array](
-        np.empty((n_tokens, n_columns), np.int8),
-        np.empty((n_tokens, n_blocks(n_columns, block_size)), np.float32),
-        np.empty((n_tokens, columns.size), bits.dtype),
-        np.empty(capacity, np.int32),
-        np.empty(1, np.int32),
-        np.empty((n_tokens, capacity), bits.dtype),
-        block_size,
-    )
-    cpu.activation_quantize(bits, columns, threshold, quantized, n_threads)
-    y = x.new_empty((n_tokens, weight.codes.shape[0]))
-    cpu.int8_matmul(quantized, _weight_arrays(weight), _bits(y), n_threads)
+    """Run `ops.int8_linear` on x [M, K]. All of the work is one call, which costs a few microseconds."""
+    (n_tokens, n_columns), n_rows = x.shape, weight.codes.shape[0]
+    y = x.new_empty((n_tokens, n_rows))
+    if not n_tokens or not n_rows:
+        return y
+    entry, n_threads, item = _entry(x.dtype), torch.get_num_threads(), x.element_size()
+    columns, bias, row_stride = outlier_columns.contiguous(), weight.bias, x.stride(0)
+    absmax, side_weight = weight.absmax.contiguous(), weight.outlier_weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    n_stored, threads = columns.shape[0], team(n_threads)
+    rule = (columns.data_ptr(), n_stored, threshold, capacity, block_size or n_columns)
+    x_at, codes_at, absmax_at, y_at = x.data_ptr(), weight.codes.data_ptr(), absmax.data_ptr(), y.data_ptr()
+    side_at, bias_at = side_weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+
+    def multiply(begin: int, end: int) -> None:
+        result = (ctypes.c_int64 * 2)()
+        weight_at = (codes_at + begin * n_columns, absmax_at + 4 * begin, side_at + begin * n_stored * item)
+        entry(
+            *(result, result, n_tokens, end - begin, n_columns, x_at, row_stride, *rule),
+            *(*weight_at, bias_at and bias_at + begin * item, y_at + begin * item, n_rows, *threads, 0),
+        )
+        check(result[0], columns, n_columns)
+
+    if threads != ALONE or n_threads == 1:
+        multiply(0, n_rows)
+    else:
+        run_split(multiply, n_rows, min(n_threads, n_rows * n_columns // _MIN_CODES + 1), 32)
     return y
 
 

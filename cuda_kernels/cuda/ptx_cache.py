@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from cuda_kernels.cache_folder import cache_folder
+
 MAX_FILES = 500
 """The most files, of 20 KB each; the oldest are removed first."""
 
@@ -61,12 +63,6 @@ def _described(value: Any) -> object:
     if value is None or type(value).__module__.partition(".")[0] in ("builtins", "numpy", "numba"):
         return repr(value)
     raise TypeError(f"{value!r} may be another one in the next process")
-
-
-def cache_folder() -> Path | None:
-    """Return `cuda_kernels` in $XDG_CACHE_HOME, by default ~/.cache, or None for a user without a home."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(folder) / "cuda_kernels" if os.path.isabs(folder) else None
 
 
 def _write(path: Path, text: str) -> None:

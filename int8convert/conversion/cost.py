@@ -30,8 +30,8 @@ from int8convert.planning.plan import ConversionPlan, PlannedTensor
 from int8convert.planning.reading_order import ReadingOrder
 
 BASE_BYTES = 255_000_000
-"""Resident set of this process with NumPy, Numba and a compiled kernel and the chunks on their way to the
-disk: 251 MB measured on 26 GB, Linux x86-64, Python 3.11."""
+"""Resident set of this process with NumPy, a kernel, Numba if the kernel has to be compiled first, and the chunks on
+their way to the disk: 251 MB measured on 26 GB, Linux x86-64, Python 3.11."""
 
 MODEL_MAP_BYTES = 360_000_000
 """Resident set of the child that builds the model map, alive for the first seconds: 347 MB measured for OPT-1.3B."""

@@ -1,101 +1,187 @@
-"""Compiled code is kept where Numba keeps it, or where nobody else can write, or nowhere."""
+"""Compiled kernels are kept where nobody else can write, or nowhere, and run only as they were written."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-from numba import config
-from numba.core.caching import FunctionCache
 
-from cuda_kernels.cpu import compiled as module
-from cuda_kernels.cpu.compiled import compiled, private_folder
+from cuda_kernels import cache_folder as module
+from cuda_kernels.cpu import objects
+from cuda_kernels.cpu.objects import Kernel
+
+ROTATE = ("rotate", "rotate_columns")
 
 
-def double(x):  # type: ignore[no-untyped-def]
-    return x + x
+def quarters() -> None:
+    """A new `Kernel` finds its code, or compiles it, and rotates a row of four."""
+    values = np.array([[2, 0, 0, 0]], np.float32)
+    Kernel(*ROTATE)(values, 4)
+    np.testing.assert_array_equal(values, [[1, 1, 1, -1]])
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The temporary directory of this test; no folder of Numba's own can be written to."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(module, "private_folder", private_folder.__wrapped__)
-    monkeypatch.setattr(config, "CACHE_DIR", "")
-    refuse = classmethod(lambda cls, function, file: None)
-    for locator in ("InTreeCacheLocator", "UserWideCacheLocator"):
-        monkeypatch.setattr(f"numba.core.caching.{locator}.from_function", refuse)
-    yield tmp_path
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that were compiled."""
+    from cuda_kernels.cpu.kernels import build as builder
+
+    names: list[str] = []
+    build = builder.build
+    monkeypatch.setattr(builder, "build", lambda module, name, kinds: names.append(name) or build(module, name, kinds))
+    return names
 
 
-def cached_in(kernel: Any) -> list[Path]:
-    return list(Path(kernel._cache.cache_path).glob("*.nbc"))
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary directory of this test."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(objects, "temporary_folder", module.temporary_folder.__wrapped__)
+    return folder
 
 
-def test_folder_of_this_user_takes_the_place_of_numbas(temporary: Path) -> None:
-    kernel = compiled()(double)
-    assert kernel(2) == 4
-    assert cached_in(kernel) and cached_in(kernel)[0].is_relative_to(temporary)
-    again = compiled()(double)
-    assert again(2) == 4 and again.stats.cache_hits and config.CACHE_DIR == ""
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder of this test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "cuda_kernels" / "cpu"
 
 
+def test_second_process_compiles_nothing_and_imports_no_numba(home: Path, built: list[str]) -> None:
+    quarters()
+    quarters()
+    assert built == [ROTATE[1]]
+    (kept,) = home.iterdir()
+    assert home.stat().st_mode & 0o777 == 0o700 and not kept.stat().st_mode & 0o077
+    program = """
+import sys, numpy as np
+from cuda_kernels import cpu
+values = np.array([[2, 0, 0, 0]], np.float32)
+cpu.rotate(values, 4)
+print(values.tolist(), "numba" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[[1.0, 1.0, 1.0, -1.0]] False\n"
+
+
+@pytest.mark.parametrize("damage", ["code", "header", "empty", "cut"])
+def test_damaged_code_is_compiled_again(home: Path, built: list[str], damage: str) -> None:
+    quarters()
+    (path,) = home.iterdir()
+    whole = path.read_bytes()
+    changed = bytes([whole[-1] ^ 1])
+    path.write_bytes({"code": whole[:-1] + changed, "header": b"{}\n" + whole, "empty": b"", "cut": whole[:-9]}[damage])
+    for _ in range(2):
+        quarters()
+    assert built == [ROTATE[1]] * 2
+
+
+@pytest.mark.parametrize("kind", ["writable by others", "link"])
+def test_code_that_others_could_have_written_is_not_run(home: Path, built: list[str], kind: str) -> None:
+    quarters()
+    (path,) = home.iterdir()
+    if kind == "link":
+        path.rename(home.parent / "elsewhere.o")
+        path.symlink_to(home.parent / "elsewhere.o")
+    else:
+        path.chmod(0o666)
+    quarters()
+    assert built == [ROTATE[1]] * 2 and not path.is_symlink() and not path.stat().st_mode & 0o022
+
+
+@pytest.mark.parametrize("place", ["home", "temporary"])
 @pytest.mark.parametrize("kind", ["open to others", "link", "file"])
-def test_folder_that_others_could_write_to_is_not_used(temporary: Path, kind: str) -> None:
-    planted = temporary / f"cuda_kernels-{os.getuid()}"
-    (temporary / "elsewhere").mkdir(mode=0o700)
+def test_folder_that_others_could_write_to_is_not_used(
+    home: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, place: str, kind: str, tmp_path: Path
+) -> None:
+    own = temporary / f"cuda_kernels-{os.getuid()}"
+    if place == "temporary":
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        monkeypatch.setattr(os.path, "isabs", lambda path: False)
+    planted = home if place == "home" else own
+    planted.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
     if kind == "open to others":
         planted.mkdir()
         planted.chmod(0o770)
     elif kind == "link":
-        planted.symlink_to(temporary / "elsewhere")
+        planted.symlink_to(tmp_path / "elsewhere")
     else:
         planted.write_text("")
-    kernel = compiled()(double)
-    assert kernel(2) == 4
-    folder = Path(kernel._cache.cache_path).parent
-    assert folder.name.startswith("cuda_kernels-") and folder != planted
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert not list((temporary / "elsewhere").iterdir())
+    quarters()
+    folders = [path.parent for path in temporary.glob("*/*.o")]
+    assert len(folders) == 1 and folders[0].stat().st_mode & 0o777 == 0o700
+    assert (folders[0] == own) == (place == "home") and not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_nothing_is_kept_without_a_place(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary / "missing"))
-    assert compiled()(double)(2) == 4
+def test_nothing_is_kept_without_a_place(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, built: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    quarters()
+    quarters()
+    assert built == [ROTATE[1]] * 2
 
 
-def test_folder_the_user_names_comes_first(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "CACHE_DIR", str(temporary / "mine"))
-    kernel = compiled()(double)
-    assert kernel(2) == 4 and cached_in(kernel)[0].is_relative_to(temporary / "mine")
-
-
-def test_full_disk_only_costs_the_cache(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_only_costs_the_cache(home: Path, monkeypatch: pytest.MonkeyPatch, built: list[str]) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    monkeypatch.setattr(FunctionCache, "save_overload", fail)
-    kernel = compiled()(double)
-    assert kernel(2) == 4 and not cached_in(kernel)
+    monkeypatch.setattr(os, "replace", fail)
+    quarters()
+    assert not list(home.iterdir())
+    quarters()
+    assert built == [ROTATE[1]] * 2
 
 
-def test_user_without_a_home_gets_no_folder_in_the_working_directory(
-    temporary: Path, monkeypatch: pytest.MonkeyPatch
+def test_oldest_code_goes_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.mkdir(parents=True, mode=0o700)
+    for i in range(4):
+        (home / f"{i}.o").write_text("")
+        os.utime(home / f"{i}.o", (i, i))
+    monkeypatch.setattr(objects, "MAX_FILES", 3)
+    quarters()
+    names = {path.name for path in home.iterdir()}
+    assert len(names) == 3 and names > {"2.o", "3.o"}
+
+
+def test_a_change_of_the_source_or_the_processor_is_other_code(
+    home: Path, monkeypatch: pytest.MonkeyPatch, built: list[str]
 ) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(module, "private_folder", private_folder.__wrapped__)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert Path(compiled()(double)._cache.cache_path).is_relative_to(temporary)
+    quarters()
+    for name in ("NUMBA_CPU_NAME", "NUMBA_OPT"):
+        monkeypatch.setenv(name, {"NUMBA_CPU_NAME": "generic", "NUMBA_OPT": "2"}[name])
+        objects._digest.cache_clear()
+        quarters()
+    objects._digest.cache_clear()
+    assert len(list(home.iterdir())) == len(built) == 3
 
 
-def test_every_kernel_is_compiled_alike() -> None:
-    """Numba's own decorator would keep code where it likes, and raise where it cannot."""
-    sources = Path(module.__file__).parent.glob("*.py")
-    assert [path.name for path in sources if "njit" in path.read_text()] == ["compiled.py"]
+def test_kernel_that_needs_numba_at_run_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda_kernels.cpu.kernels import rotate
+    from cuda_kernels.cpu.kernels.build import build
+    from cuda_kernels.cpu.kernels.compiled import compiled
+
+    @compiled()
+    def clear(a):  # type: ignore[no-untyped-def]
+        a.reshape(2, 2)[0] = 0
+
+    monkeypatch.setattr(rotate, "clear", clear, raising=False)
+    with pytest.raises(RuntimeError, match=r"the kernel rotate\.clear calls numba_attempt_nocopy_reshape"):
+        build("rotate", "clear", ("<f4:1C",))
+
+
+def test_numba_is_imported_only_where_kernels_are_compiled() -> None:
+    folder = Path(objects.__file__).parent
+    assert not [path.name for path in folder.glob("*.py") if re.search("^(import|from) numba", path.read_text(), re.M)]
+    assert [path.name for path in (folder / "kernels").glob("*.py") if "njit" in path.read_text()] == ["compiled.py"]

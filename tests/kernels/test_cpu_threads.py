@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from numba import njit
 
-from cuda_kernels.cpu import threads
-from cuda_kernels.cpu.team import run_on_team, team
-from cuda_kernels.cpu.threads import part_of, run_parts, run_split
+from cuda_kernels.cpu import operations, tensors
+from cuda_kernels.cpu.kernels.compiled import compiled
+from cuda_kernels.cpu.kernels.team import part_of, run_parts
+from cuda_kernels.cpu.team import ALONE, team
+from cuda_kernels.cpu.threads import run_split
 from cuda_kernels.reference import N_STEPS
 from tests.kernels.backends import DTYPES, Cpu, narrow, widen
 from tests.kernels.layers import make_product, make_tokens, without_bias
@@ -50,33 +51,34 @@ def test_an_error_in_any_part_reaches_the_caller(failing: int) -> None:
         run_split(fail, 2, 2)
 
 
-@njit(nogil=True)
+@compiled()
 def count_part(seen, part, n_parts):  # type: ignore[no-untyped-def]
     seen[part, n_parts] += 1
 
 
-@njit(nogil=True)
-def count_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
-    run_on_team(count_part, args, n_parts, n_threads, team)
+@compiled()
+def count_parts(seen, n_parts, team):  # type: ignore[no-untyped-def]
+    run_parts(count_part, (seen,), n_parts, team)
 
 
-@pytest.fixture(params=["torch's threads", "a pool"])
+@pytest.fixture(params=["torch's threads", "the caller alone"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "a pool":
-        monkeypatch.setattr(threads, "team", lambda: None)
-    elif team() is None:
+    if request.param == "the caller alone":
+        monkeypatch.setattr(operations, "team", lambda n_threads: ALONE)
+        monkeypatch.setattr(tensors, "team", lambda n_threads: ALONE)
+    elif team(2) == ALONE:
         pytest.skip("torch's threads are not GNU OpenMP's here")
 
 
-@pytest.mark.parametrize(("n_worth", "n_threads"), [(1, 4), (2, 4), (4, 4), (9, 4), (3, 64)])
-def test_every_part_runs_once(n_worth: int, n_threads: int, engine: None) -> None:
-    seen = np.zeros((70, 70), np.int64)
-    for _ in range(50):
-        run_parts(count_part, count_on_team, (seen,), n_worth, n_threads)
-    n_parts = min(n_worth, n_threads)
-    expected = np.zeros_like(seen)
-    expected[:n_parts, n_parts] = 50
-    np.testing.assert_array_equal(seen, expected)
+@pytest.mark.parametrize(("n_parts", "n_threads"), [(1, 4), (2, 4), (4, 4), (3, 64)])
+def test_every_part_runs_once(n_parts: int, n_threads: int) -> None:
+    for threads, n_run in ((team(n_threads), n_parts), (ALONE, 1)):
+        seen = np.zeros((70, 70), np.int64)
+        for _ in range(50):
+            count_parts(seen, n_parts, threads)
+        expected = np.zeros_like(seen)
+        expected[:n_run, n_run] = 50
+        np.testing.assert_array_equal(seen, expected)
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 31, 32, 33, 97, 1000])

@@ -13,8 +13,9 @@ import pytest
 PROGRAM = """
 import numpy as np
 from numba import njit
-from cuda_kernels.cpu.int8_tiles import add_scaled_tile, add_to_tile, pack_codes, start_tile
-from cuda_kernels.cpu.int8_vectors import add_products, add_scaled_totals, store_row_sums, zero_floats, zero_sums
+from cuda_kernels.cpu.kernels.int8_tiles import add_scaled_tile, add_to_tile, pack_codes, start_tile
+from cuda_kernels.cpu.kernels.int8_vectors import add_products, add_scaled_totals
+from cuda_kernels.cpu.kernels.int8_vectors import store_row_sums, zero_floats, zero_sums
 
 @njit
 def by_rows(x, w, offsets, scales, y):  # one token, the first four rows

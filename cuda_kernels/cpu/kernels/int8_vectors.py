@@ -21,8 +21,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cuda_kernels.cpu.float_vectors import N_FLOATS
-from cuda_kernels.cpu.vector_types import VectorType, load, pick, repeat, store
+from cuda_kernels.cpu.kernels.float_vectors import N_FLOATS
+from cuda_kernels.cpu.kernels.vector_types import VectorType, load, pick, repeat, store
 
 N_CODES = 64
 """Codes of a vector."""

@@ -18,15 +18,15 @@ Threads share the weight rows.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from cuda_kernels.cpu.compiled import compiled
-from cuda_kernels.cpu.dequantize_epilogue import N_ROWS, bias_or_empty, finish_token, load_rows, widened_side_x
-from cuda_kernels.cpu.int8_tiles import N_TILE_TOKENS, add_scaled_tile, add_to_tile, pack_codes, start_tile
-from cuda_kernels.cpu.int8_vectors import (
+from cuda_kernels.cpu.kernels.activation_quantize import NO_MEMORY
+from cuda_kernels.cpu.kernels.compiled import compiled
+from cuda_kernels.cpu.kernels.dequantize_epilogue import N_ROWS, finish_token, load_rows, row_bytes, widen_side_x
+from cuda_kernels.cpu.kernels.int8_tiles import N_TILE_TOKENS, add_scaled_tile, add_to_tile, pack_codes, start_tile
+from cuda_kernels.cpu.kernels.int8_vectors import (
     N_CODES,
     OFFSET,
     add_products,
@@ -35,9 +35,9 @@ from cuda_kernels.cpu.int8_vectors import (
     zero_floats,
     zero_sums,
 )
-from cuda_kernels.cpu.team import run_on_team
-from cuda_kernels.cpu.threads import part_of, run_parts
-from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight
+from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view
+from cuda_kernels.cpu.kernels.team import part_of, run_parts
+from cuda_kernels.reference import N_STEPS
 
 _N_ROUND = 128
 """Tokens per round: at 4,096 columns their codes take 512 KiB, and a block of weight rows 128 KiB."""
@@ -45,8 +45,8 @@ _N_ROUND = 128
 _N_BY_ROWS = 4
 """Tokens of a round with blocks, at most, that go by rows."""
 
-_MIN_WORK = 1 << 23
-"""Work that pays for a thread, about 40 us: 8 units for each weight read, and 1 for each product."""
+_MIN_WORK = 1 << 21
+"""Work that pays for a thread, about 10 us: 8 units for each weight read, and 1 for each product."""
 
 
 class _Tokens(NamedTuple):
@@ -91,73 +91,92 @@ def _locate(codes, tails, block_size, offsets, scales):  # type: ignore[no-untyp
     return _Tokens(codes.ctypes.data, n_columns, tails_at, block_size, n_blocks, offsets_at, scales_at, n_padded)
 
 
+_SUM_BYTES = (_N_ROUND + N_TILE_TOKENS) * N_ROWS * 4
+_TAIL_BYTES = N_ROWS * N_CODES
+_SPARE_BYTES = N_ROWS * 4
+
+
 @compiled()
-def _multiply(tokens, side_x, found_columns, weight, bias, y, part, n_parts):  # type: ignore[no-untyped-def]
+def _multiply(tokens, side_x, found_columns, weight, bias, y, y_stride, memory, part_bytes, part, n_parts):  # type: ignore[no-untyped-def]
     x = _locate(*tokens)
     weight_codes, weight_absmax, outlier_weight = weight
     begin, end = part_of(weight_absmax.size, N_ROWS, part, n_parts)
-    rows = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
-    tails, spare = np.zeros((N_ROWS, N_CODES), np.int8), np.empty(N_ROWS, y.dtype)
-    sums = np.zeros((_N_ROUND + N_TILE_TOKENS, N_ROWS), np.float32)
-    packed = np.empty(x.block_size * N_ROWS if x.n_blocks > 1 else 0, np.uint8)
-    for first in range(0, y.shape[0], _N_ROUND):
-        last = min(first + _N_ROUND, y.shape[0])
+    at = memory + part * part_bytes
+    sums = view(at, (_N_ROUND + N_TILE_TOKENS, N_ROWS), np.float32(0))
+    tails = view(at + _SUM_BYTES, (N_ROWS, N_CODES), np.int8(0))
+    spare = view(at + _SUM_BYTES + _TAIL_BYTES, (N_ROWS,), y.dtype.type(0))
+    rows_at = at + _SUM_BYTES + _TAIL_BYTES + _SPARE_BYTES
+    rows, packed = view(rows_at, (2 + side_x.shape[1], N_ROWS), np.float32(0)), rows_at + row_bytes(side_x.shape[1])
+    rows[:] = 0
+    tails[:] = 0
+    for first in range(0, side_x.shape[0], _N_ROUND):
+        last = min(first + _N_ROUND, side_x.shape[0])
         for n in range(begin, end, N_ROWS):
             stop = min(n + N_ROWS, end)
             load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, rows)
             _copy_tails(weight_codes[n:stop], tails)
-            w = weight_codes.ctypes.data + n * weight_codes.strides[0]
-            tile = _Rows(w, weight_codes.strides[0], stop - n, tails.ctypes.data)
+            w = weight_codes.ctypes.data + n * weight_codes.shape[1]
+            tile = _Rows(w, weight_codes.shape[1], stop - n, tails.ctypes.data)
             if x.n_blocks == 1 or last - first <= _N_BY_ROWS:
                 _sum_by_rows(x, first, last, tile, sums.ctypes.data)
             else:
                 sums[: last - first + N_TILE_TOKENS] = 0
-                _sum_by_tiles(x, first, last, tile, packed.ctypes.data, sums.ctypes.data)
+                _sum_by_tiles(x, first, last, tile, packed, sums.ctypes.data)
             for t in range(first, last):
-                finish_token(sums[t - first], side_x[t], rows, spare, y[t, n:stop])
+                finish_token(sums[t - first], side_x[t], rows, spare, y[t * y_stride + n : t * y_stride + stop])
 
 
 @compiled()
-def _multiply_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
-    run_on_team(_multiply, args, n_parts, n_threads, team)
-
-
-def int8_matmul(
-    x: QuantizedActivations[npt.NDArray[Any]],
-    weight: QuantizedWeight[npt.NDArray[Any]],
-    y: npt.NDArray[Any],
-    n_threads: int = 1,
-) -> None:
-    """Write the decomposed product `y` = x @ W.T + bias; see `reference.int8_matmul`.
-
-    The integer sums are exact. The rest has the bits of `dequantize_epilogue`.
+def multiply(tokens, side_x, found_columns, weight, bias, y, y_stride, team):  # type: ignore[no-untyped-def]
+    """Write `y`, flat, its rows `y_stride` elements apart; return 0, or NO_MEMORY.
 
     Args:
-        x, weight: C-contiguous; floats of the dtype of x as their bits. A block has a multiple of 64 columns.
-        y: bits [M, N] of the dtype of x, C-contiguous.
+        tokens: codes, tails, block size, offsets and scales; see `_Tokens`.
+        side_x: float32 [M, n_side], of the stored outlier columns and then of `found_columns`.
+        weight: codes, absmax and outlier_weight of `reference.QuantizedWeight`.
+        bias: empty if there is none.
     """
-    n_tokens, n_columns = x.codes.shape
-    block_size, n_blocks, n_padded = x.block_size or n_columns, x.absmax.shape[1], n_tokens + N_TILE_TOKENS
-    tails = np.zeros((n_tokens, N_CODES), np.int8)
-    offsets, scales = np.zeros((n_blocks, n_padded), np.int32), np.zeros((n_blocks, n_padded), np.float32)
-    _prepare(x.codes, x.absmax, block_size, tails, offsets, scales)
-    tokens = (x.codes, tails, block_size, offsets, scales)
-    args = (tokens, widened_side_x(x), x.found_columns, weight[:3], bias_or_empty(weight), y)
-    n_worth = weight.codes.size * (8 + n_tokens) // _MIN_WORK + 1
-    run_parts(_multiply, _multiply_on_team, args, n_worth, n_threads)
+    n_tokens, n_side = side_x.shape
+    n_parts = min(weight[0].size * (8 + n_tokens) // _MIN_WORK + 1, team[3])
+    n_packed = tokens[2] * N_ROWS if tokens[3].shape[0] > 1 else 0
+    part_bytes = aligned(_SUM_BYTES + _TAIL_BYTES + _SPARE_BYTES + row_bytes(n_side) + n_packed)
+    memory = allocate(n_parts * part_bytes)
+    if memory == 0:
+        return NO_MEMORY
+    args = (tokens, side_x, found_columns, weight, bias, y, y_stride, aligned(memory), part_bytes)
+    run_parts(_multiply, args, n_parts, team)
+    release(memory)
+    return 0
 
 
 @compiled()
-def _prepare(codes, x_absmax, block_size, tails, offsets, scales):  # type: ignore[no-untyped-def]
-    """Write what `_Tokens` has beside the codes."""
-    _copy_tails(codes, tails)
+def int8_matmul(tokens, x_absmax, side, found_columns, weight, bias, y, y_stride, team):  # type: ignore[no-untyped-def]
+    """Write `y`; return 0, or NO_MEMORY.
+
+    Args:
+        tokens, y: as in `multiply`; all of the tokens but codes and block size are written first.
+        side: as in `dequantize_epilogue`.
+    """
+    codes, tails, block_size, offsets, scales = tokens
+    outlier_x, found_x, side_x = side
+    widen_side_x(outlier_x, found_x, side_x)
+    offsets[:] = 0
+    scales[:] = 0
     for t in range(codes.shape[0]):
-        for b in range(x_absmax.shape[1]):
-            block_sum = np.int32(0)
-            for k in range(b * block_size, min((b + 1) * block_size, codes.shape[1])):
-                block_sum += np.int32(codes[t, k])
-            offsets[b, t] = OFFSET * block_sum
-            scales[b, t] = x_absmax[t, b] / np.float32(N_STEPS)
+        prepare_token(t, codes, x_absmax[t], tails, block_size, offsets, scales)
+    return multiply(tokens, side_x, found_columns, weight, bias, y, y_stride, team)
+
+
+@compiled()
+def prepare_token(t, codes, absmax, tails, block_size, offsets, scales):  # type: ignore[no-untyped-def]
+    """Write what `_Tokens` has of a token beside its codes."""
+    _copy_tails(codes[t : t + 1], tails[t : t + 1])
+    for b in range(absmax.size):
+        block_sum = np.int32(0)
+        for k in range(b * block_size, min((b + 1) * block_size, codes.shape[1])):
+            block_sum += np.int32(codes[t, k])
+        offsets[b, t] = OFFSET * block_sum
+        scales[b, t] = absmax[b] / np.float32(N_STEPS)
 
 
 @compiled()

@@ -12,23 +12,12 @@ Threads are left out on purpose: the callers run one per core.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from cuda_kernels.cpu.compiled import compiled
-from cuda_kernels.cpu.float_vectors import N_FLOATS, add, fill, load_floats, multiply, store_floats
+from cuda_kernels.cpu.kernels.compiled import compiled
+from cuda_kernels.cpu.kernels.float_vectors import N_FLOATS, add, fill, load_floats, multiply, store_floats
 
 _DEPTH = 256
 """Columns of a panel that are multiplied at a time: 32 KB."""
-
-
-def panels(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return a matrix [k, n] as panels of columns, float32 [ceil(n / 32), k, 32], the last one filled with zeros."""
-    n_rows, n_columns = matrix.shape
-    laid_out = np.zeros((-(-n_columns // N_FLOATS), n_rows, N_FLOATS), np.float32)
-    for panel, begin in zip(laid_out, range(0, n_columns, N_FLOATS), strict=True):
-        columns = matrix[:, begin : begin + N_FLOATS]
-        panel[:, : columns.shape[1]] = columns
-    return laid_out
 
 
 @compiled()
@@ -51,9 +40,8 @@ def _add_products(rows, n_columns, panel, sums):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _round(in_steps, feedback, limit, errors):  # type: ignore[no-untyped-def]
+def feedback_round(in_steps, feedback, limit, errors, sums):  # type: ignore[no-untyped-def]
     n_rows, n_columns = in_steps.shape
-    sums = np.empty((n_rows, N_FLOATS), np.float32)
     for p in range(feedback.shape[0]):
         begin = p * N_FLOATS
         sums[:] = 0
@@ -69,8 +57,7 @@ def _round(in_steps, feedback, limit, errors):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _square_products(rows, matrix, squares):  # type: ignore[no-untyped-def]
-    sums = np.empty((rows.shape[0], N_FLOATS), np.float32)
+def square_products(rows, matrix, squares, sums):  # type: ignore[no-untyped-def]
     squares[:] = 0
     for p in range(matrix.shape[0]):
         sums[:] = 0
@@ -78,32 +65,3 @@ def _square_products(rows, matrix, squares):  # type: ignore[no-untyped-def]
         for r in range(rows.shape[0]):
             for j in range(N_FLOATS):
                 squares[r] += np.float64(sums[r, j]) * np.float64(sums[r, j])
-
-
-def feedback_round(
-    in_steps: npt.NDArray[np.float32],
-    feedback: npt.NDArray[np.float32],
-    limit: float,
-    errors: npt.NDArray[np.float32],
-) -> None:
-    """Round rows, and write what rounding leaves of each weight to `errors`. Releases the GIL.
-
-    Sums in float32: a code differs from the reference's where its target is as near to another code.
-
-    Args:
-        in_steps, errors: float32 [rows, cols].
-        feedback: float32 [cols, cols], in `panels`.
-    """
-    _round(in_steps, feedback, np.float32(limit), errors)
-
-
-def square_products(
-    rows: npt.NDArray[np.float32], matrix: npt.NDArray[np.float32], squares: npt.NDArray[np.float64]
-) -> None:
-    """Write the squared length of each row's product with a matrix to `squares`, float64 [rows]. Releases the GIL.
-
-    Args:
-        rows: float32 [rows, cols].
-        matrix: float32 [cols, n], in `panels`.
-    """
-    _square_products(rows, matrix, squares)

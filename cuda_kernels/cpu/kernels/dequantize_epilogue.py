@@ -14,14 +14,12 @@ Cost: 4 bytes read and one output written per element. `int8_matmul` passes its 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from cuda_kernels.cpu.bits import widen
-from cuda_kernels.cpu.compiled import compiled
-from cuda_kernels.cpu.float_vectors import (
+from cuda_kernels.cpu.kernels.activation_quantize import NO_MEMORY
+from cuda_kernels.cpu.kernels.bits import widen
+from cuda_kernels.cpu.kernels.compiled import compiled
+from cuda_kernels.cpu.kernels.float_vectors import (
     N_FLOATS,
     add,
     fill,
@@ -31,19 +29,22 @@ from cuda_kernels.cpu.float_vectors import (
     store_floats,
     store_narrow,
 )
-from cuda_kernels.cpu.team import run_on_team
-from cuda_kernels.cpu.threads import part_of, run_parts
-from cuda_kernels.reference import N_STEPS, QuantizedActivations, QuantizedWeight
+from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view
+from cuda_kernels.cpu.kernels.team import part_of, run_parts
+from cuda_kernels.reference import N_STEPS
 
 N_ROWS = N_FLOATS
 """Weight rows that are finished at a time."""
 
-_MIN_ELEMENTS = 1 << 18
+_MIN_ELEMENTS = 1 << 16
 """Outputs that pay for a thread."""
+
+_PART_BYTES = 3 * 4 * N_ROWS
+"""Memory of a part beside its rows: integers, sums, and outputs."""
 
 
 @compiled()
-def _widen_side_x(outlier_x, found_x, side_x):  # type: ignore[no-untyped-def]
+def widen_side_x(outlier_x, found_x, side_x):  # type: ignore[no-untyped-def]
     """Write the activations of all side columns to `side_x`, float32 [M, n_side], the stored columns first."""
     n = outlier_x.shape[1]
     for t in range(side_x.shape[0]):
@@ -66,7 +67,7 @@ def load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bia
 
 
 @compiled()
-def add_scaled(products, x_absmax, sums):  # type: ignore[no-untyped-def]
+def _add_scaled(products, x_absmax, sums):  # type: ignore[no-untyped-def]
     """Add one token's products of one block of columns to its sums, both of N_ROWS weight rows, times their scale."""
     scaled = multiply(load_integers(products.ctypes.data), fill(x_absmax / np.float32(N_STEPS)))
     store_floats(add(load_floats(sums.ctypes.data), scaled), sums.ctypes.data)
@@ -74,9 +75,10 @@ def add_scaled(products, x_absmax, sums):  # type: ignore[no-untyped-def]
 
 @compiled()
 def finish_token(scaled, side_x, rows, spare, y):  # type: ignore[no-untyped-def]
-    """Write the outputs of one token for N_ROWS weight rows from what `add_scaled` summed.
+    """Write the outputs of one token for N_ROWS weight rows.
 
     Args:
+        scaled: the sum of the blocks' products, each times its block's scale.
         rows: what `load_rows` wrote.
         spare: scratch for N_ROWS outputs.
     """
@@ -91,55 +93,52 @@ def finish_token(scaled, side_x, rows, spare, y):  # type: ignore[no-untyped-def
         store_narrow(sums, y.ctypes.data, y[0])
     else:
         store_narrow(sums, spare.ctypes.data, spare[0])
-        y[:] = spare[: y.size]
+        for r in range(y.size):
+            y[r] = spare[r]
 
 
 @compiled()
-def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, y, part, n_parts):  # type: ignore[no-untyped-def]
+def row_bytes(n_side):  # type: ignore[no-untyped-def]
+    """Return the size of the memory that `scratch_rows` takes for this many side columns."""
+    return aligned((2 + n_side) * 4 * N_ROWS)
+
+
+@compiled()
+def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, y, memory, part, n_parts):  # type: ignore[no-untyped-def]
     weight_codes, weight_absmax, outlier_weight = weight
     begin, end = part_of(weight_absmax.size, N_ROWS, part, n_parts)
-    rows = np.zeros((2 + side_x.shape[1], N_ROWS), np.float32)
-    taken, spare, sums = np.zeros(N_ROWS, np.int32), np.empty(N_ROWS, y.dtype), np.zeros(N_ROWS, np.float32)
+    n_bytes = row_bytes(side_x.shape[1])
+    at = memory + part * (n_bytes + _PART_BYTES)
+    rows = view(at, (2 + side_x.shape[1], N_ROWS), np.float32(0))
+    taken, sums = view(at + n_bytes, (N_ROWS,), np.int32(0)), view(at + n_bytes + 4 * N_ROWS, (N_ROWS,), np.float32(0))
+    spare = view(at + n_bytes + 8 * N_ROWS, (N_ROWS,), y.dtype.type(0))
+    rows[:] = 0
+    taken[:] = 0
     for n in range(begin, end, N_ROWS):
         stop = min(n + N_ROWS, end)
         load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, rows)
         for t in range(products.shape[0]):
-            taken[: stop - n] = products[t, n:stop]
+            for r in range(stop - n):
+                taken[r] = products[t, n + r]
             sums[:] = 0
-            add_scaled(taken, x_absmax[t, 0], sums)
+            _add_scaled(taken, x_absmax[t, 0], sums)
             finish_token(sums, side_x[t], rows, spare, y[t, n:stop])
 
 
 @compiled()
-def _dequantize_on_team(args, n_parts, n_threads, team):  # type: ignore[no-untyped-def]
-    run_on_team(_dequantize, args, n_parts, n_threads, team)
-
-
-def dequantize_epilogue(
-    products: npt.NDArray[np.int32],
-    x: QuantizedActivations[npt.NDArray[Any]],
-    weight: QuantizedWeight[npt.NDArray[Any]],
-    y: npt.NDArray[Any],
-    n_threads: int = 1,
-) -> None:
-    """Write `y` from the integer products; see `reference.dequantize_epilogue`.
+def dequantize_epilogue(products, x_absmax, side, found_columns, weight, bias, y, team):  # type: ignore[no-untyped-def]
+    """Write `y`; return 0, or NO_MEMORY.
 
     Args:
-        products: int32 [M, N] over all columns, C-contiguous.
-        x, weight, y: as for `int8_matmul`; x of one block; `x.codes` is not read.
+        side: outlier_x and found_x, and where to widen both to: float32 [M, n_side].
     """
-    args = (products, x.absmax, widened_side_x(x), x.found_columns, weight[:3], bias_or_empty(weight), y)
-    run_parts(_dequantize, _dequantize_on_team, args, products.size // _MIN_ELEMENTS + 1, n_threads)
-
-
-def widened_side_x(x: QuantizedActivations[npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-    """The activations of all side columns, stored and found, float32 [M, n_side]."""
-    n_taken = min(int(x.n_found[0]), x.found_columns.size)
-    side_x = np.empty((x.absmax.shape[0], x.outlier_x.shape[1] + n_taken), np.float32)
-    _widen_side_x(x.outlier_x, x.found_x, side_x)
-    return side_x
-
-
-def bias_or_empty(weight: QuantizedWeight[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """The bias as compiled code takes it: an empty array stands for none."""
-    return np.empty(0, weight.outlier_weight.dtype) if weight.bias is None else weight.bias
+    outlier_x, found_x, side_x = side
+    widen_side_x(outlier_x, found_x, side_x)
+    n_parts = min(products.size // _MIN_ELEMENTS + 1, team[3])
+    memory = allocate(n_parts * (row_bytes(side_x.shape[1]) + _PART_BYTES))
+    if memory == 0:
+        return NO_MEMORY
+    args = (products, x_absmax, side_x, found_columns, weight, bias, y, aligned(memory))
+    run_parts(_dequantize, args, n_parts, team)
+    release(memory)
+    return 0

@@ -8,13 +8,10 @@ Cost: 2 bytes read and 1 written per 16-bit weight. Threads are left out on purp
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from cuda_kernels.cpu.bits import magnitude, widen
-from cuda_kernels.cpu.compiled import compiled
+from cuda_kernels.cpu.kernels.bits import magnitude, widen
+from cuda_kernels.cpu.kernels.compiled import compiled
 from cuda_kernels.reference import N_STEPS
 
 
@@ -34,7 +31,7 @@ def _quantize_one_row(row, inv_scale, codes):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _row_quantize(bits, codes, absmax, signal, noise):  # type: ignore[no-untyped-def]
+def row_quantize(bits, codes, absmax, signal, noise):  # type: ignore[no-untyped-def]
     for r in range(bits.shape[0]):
         row = bits[r]
         largest = magnitude(bits.dtype.type(0))
@@ -45,24 +42,3 @@ def _row_quantize(bits, codes, absmax, signal, noise):  # type: ignore[no-untype
         if not np.isfinite(inv_scale):
             inv_scale = np.float32(0)
         signal[r], noise[r] = _quantize_one_row(row, inv_scale, codes[r])
-
-
-def row_quantize(
-    bits: npt.NDArray[Any],
-    codes: npt.NDArray[np.int8],
-    absmax: npt.NDArray[np.float32],
-    signal: npt.NDArray[np.float64],
-    noise: npt.NDArray[np.float64],
-) -> None:
-    """Quantize rows into arrays the caller allocated; see `reference.row_quantize`. Releases the GIL.
-
-    Bit-equal to the reference in codes and absmax. `signal` and `noise` are summed in float32 within a row, so they
-    agree to about 1e-4 relative.
-
-    Args:
-        bits: [rows, cols], in the array dtype that `BITS_DTYPE` gives for the source dtype.
-        codes: int8 [rows, cols], written.
-        absmax: float32 [rows], written; infinite or NaN if the row holds such a value.
-        signal, noise: float64 [rows], written, in squared steps.
-    """
-    _row_quantize(bits, codes, absmax, signal, noise)

@@ -7,9 +7,8 @@ on purpose: the callers run one per core.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from cuda_kernels.cpu.compiled import compiled
+from cuda_kernels.cpu.kernels.compiled import compiled
 
 _HALF = np.float32(0.5)
 
@@ -46,7 +45,7 @@ def _step(values, distance):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _rotate_columns(values, size):  # type: ignore[no-untyped-def]
+def rotate_columns(values, size):  # type: ignore[no-untyped-def]
     for r in range(values.shape[0]):
         if size >= 4:
             _neighbours(values[r])
@@ -59,24 +58,8 @@ def _rotate_columns(values, size):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _rotate_rows(values, columns, size):  # type: ignore[no-untyped-def]
+def rotate_rows(values, columns, size):  # type: ignore[no-untyped-def]
     distance = columns
     while distance < size * columns:
         _step(values, distance)
         distance *= 4
-
-
-def rotate(values: npt.NDArray[np.float32], size: int, axis: int = -1) -> None:
-    """Rotate blocks of `size` columns, or of rows, in place; see `reference.rotate`. Releases the GIL.
-
-    Bit-equal to the reference.
-
-    Args:
-        values: float32 [rows, cols], C-contiguous; written.
-        size: a power of 4 that divides the number of columns, or of rows.
-        axis: 0 for blocks of rows, -1 for blocks of columns.
-    """
-    if axis == 0:
-        _rotate_rows(values.reshape(-1), values.shape[1], size)
-    else:
-        _rotate_columns(values, size)

@@ -3,25 +3,15 @@
 The integer type of the bits names the format, see `BITS_DTYPE`. With the sign cleared, the bits of IEEE floats are
 ordered like their magnitudes, with infinity and then NaN at the top. So a maximum over bits is a maximum over
 magnitudes that also shows non-finite values, at no cost.
-
-Numba's cache on disk checks a kernel's own file only: after a change here, remove the `*.nbi` beside the kernels.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
-
-BITS_DTYPE: dict[str, np.dtype[Any]] = {
-    "F16": np.dtype(np.uint16),
-    "BF16": np.dtype(np.int16),
-    "F32": np.dtype(np.uint32),
-}
-"""The array dtype that stands for each float dtype in the kernels: the integer type of its bits names the format."""
 
 _INT32 = ir.IntType(32)
 

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cuda_kernels.cpu.vector_types import VectorType, load, repeat, store
+from cuda_kernels.cpu.kernels.vector_types import VectorType, load, repeat, store
 
 N_FLOATS = 32
 """Values of a vector: two registers of 512 bits."""
