@@ -26,7 +26,14 @@ class DamagedShardError(Exception):
 
 
 class OrderedReader(ShardReader, Protocol):
-    """A `ShardReader` of a shard that is read from its beginning to its end."""
+    """A `ShardReader` of a shard that is read from its beginning to its end.
+
+    Attributes:
+        needs_order: whether `read_on` has an effect. If not, threads need not wait for their turn to call it.
+    """
+
+    @property
+    def needs_order(self) -> bool: ...
 
     def read_on(self, data: memoryview | None, offset: int, needed_from: int) -> None:
         """Record a block that was read; called once a block, in order.
@@ -122,6 +129,7 @@ class LocalReader:
     def __init__(self, reader: FileReader, hashing: OrderedSha256 | None) -> None:
         self._reader = reader
         self._hashing = hashing
+        self.needs_order = hashing is not None
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         self._reader.read_into(buffer, offset)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 
 from int8convert.checkpoint.rows import Scratch
 from int8convert.checkpoint.shard_access import OrderedReader, ShardAccess
@@ -43,6 +45,23 @@ class Turns:
             self._changed.notify_all()
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The rows of a tensor from `begin` to before `end`.
+
+    Attributes:
+        in_order: the reader that is told of the block in its turn; None if no reader is.
+    """
+
+    tensor: PlannedTensor
+    counter: BlockCounter
+    begin: int
+    end: int
+    is_last: bool
+    in_order: OrderedReader | None
+    turn: int
+
+
 class ShardBlocks:
     """The blocks of one shard, in reading order, for several threads to take."""
 
@@ -64,12 +83,11 @@ class ShardBlocks:
         self._emit = emit
         self._inputs = inputs
         self._lock = threading.Lock()
-        self._blocks = enumerate(self._cut(open_readers))
+        self._blocks = self._cut(open_readers)
 
-    def _cut(
-        self, open_readers: ExitStack
-    ) -> Iterator[tuple[PlannedTensor, BlockCounter, OrderedReader | None, int, int, bool]]:
-        """Yield blocks, and open source shards when they are reached. Parts beside codes have no ordered reader."""
+    def _cut(self, open_readers: ExitStack) -> Iterator[_Block]:
+        """Yield blocks, and open source shards when they are reached."""
+        turns = itertools.count()
         ordered: dict[str, OrderedReader] = {}
         unordered: dict[str, ShardReader] = {}
         for tensor in self._shard.tensors:
@@ -84,8 +102,10 @@ class ShardBlocks:
             task = tensor_task(tensor, reader, self._one.writer, self._inputs)
             ranges = list(task.blocks())
             counter = BlockCounter(task, len(ranges))
+            in_order = None if is_beside or not ordered[name].needs_order else ordered[name]
             for i, (begin, end) in enumerate(ranges):
-                yield tensor, counter, None if is_beside else ordered[name], begin, end, i == len(ranges) - 1
+                turn = next(turns) if in_order is not None else 0
+                yield _Block(tensor, counter, begin, end, i == len(ranges) - 1, in_order, turn)
 
     def work(self, scratch: Scratch) -> None:
         """Take and finish blocks until none is left. One call for each thread."""
@@ -99,20 +119,22 @@ class ShardBlocks:
 
     def _work_on_one(self, scratch: Scratch) -> bool:
         with self._lock:
-            number, block = next(self._blocks, (0, None))
+            block = next(self._blocks, None)
         if block is None:
             return False
-        tensor, counter, reader, begin, end, is_last = block
-        with reading(tensor.shard.path.name):
-            raw = counter.task.read(begin, end, scratch)
-        with self.turns.turn(number), reading(tensor.shard.path.name):
-            if reader is not None and not self.turns.is_closed:
-                data = raw.data.data if raw.offset is not None else None
-                reader.read_on(data, raw.offset or 0, self._order.needed_from(tensor, raw, is_last))
+        task, name = block.counter.task, block.tensor.shard.path.name
+        with reading(name):
+            raw = task.read(block.begin, block.end, scratch)
+        if block.in_order is not None:
+            with self.turns.turn(block.turn), reading(name):
+                if not self.turns.is_closed:
+                    data = raw.data.data if raw.offset is not None else None
+                    needed_from = self._order.needed_from(block.tensor, raw, block.is_last)
+                    block.in_order.read_on(data, raw.offset or 0, needed_from)
         with span("convert", len(raw.data)):
-            counter.task.convert(raw, begin, end, scratch)  # last: nobody has to wait for it
-        if counter.count_down():
-            event = counter.task.finish()
+            task.convert(raw, block.begin, block.end, scratch)  # last: nobody has to wait for it
+        if block.counter.count_down():
+            event = task.finish()
             self._one.record(event)
             self._emit(event)
         return True

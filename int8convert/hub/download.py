@@ -242,6 +242,8 @@ class ShardDownload:
 class _DownloadReader:
     """An `OrderedReader` of a downloaded shard. It removes the shard after its last needed byte."""
 
+    needs_order = True
+
     def __init__(self, download: ShardDownload, shard: SourceShard, reader: LocalReader) -> None:
         self._download = download
         self._shard = shard

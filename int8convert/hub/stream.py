@@ -239,6 +239,8 @@ class ShardStream:
 class _StreamReader:
     """An `OrderedReader` of one shard of a stream."""
 
+    needs_order = True
+
     def __init__(self, stream: ShardStream, shard: SourceShard) -> None:
         self._stream = stream
         self._shard = shard
