@@ -67,7 +67,8 @@ def main() -> None:
     )
     torch.manual_seed(0)
     threads = chosen.threads if chosen.device == "cpu" else [torch.get_num_threads()]
-    result: dict[str, object] = {"schema": 1, "machine": describe_machine(chosen.device)}
+    machine = describe_machine(chosen.device)
+    result: dict[str, object] = {"schema": 1, "machine": machine}
     if chosen.only != "generation":
         layers = bench_layers(chosen.device, threads, notes)
         print_layers(layers, out)
@@ -81,7 +82,7 @@ def main() -> None:
         forms = chosen.forms or (FORMS if chosen.device == "cpu" else FORMS_GPU)
         folders = make_forms(source, list(forms), chosen.work.absolute(), peers, notes)
         generation = bench_generation(folders, chosen.device, threads, chosen.rounds, peers, notes)
-        print_generation(generation, source.name, out)
+        print_generation(generation, f"{machine['cpu']}: {source.name}", out)
         result["generation"] = [asdict(t) for t in generation]
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,8 +1,9 @@
 """Converts shards one after the other, in as many threads as there are cores: read, hash, convert, write.
 
 1. A shard's tensors are cut into row blocks, in the order of the file's bytes.
-2. Each worker thread takes the next block, reads it, adds it to the source's sha256 when its turn comes, converts it
-   and writes it. While one waits for the source, the disk or its turn, another computes: kernels, hashing and system
+2. Each worker thread takes the next block, reads it, converts it, and hands it to the threads that write and hash the
+   output (`checkpoint/direct_file`). If the source has a sha256 to compare with, the block is added to it when its turn
+   comes. While one thread waits for the source, the disk or its turn, another computes: kernels, hashing and system
    calls hold no Python lock.
 3. A thread of its own (`commit`) puts the finished shard on the disk, names and records it, while the next one is
    converted. At most two shards are unfinished, so at most two are to be redone; more only where one source shard,
