@@ -94,7 +94,7 @@ def _trace_dequantize_epilogue(products: Tensor, *operands: Any) -> Any:
     return x.outlier_x.new_empty(products.shape)
 
 
-def _run_int8_linear(x: Tensor, *operands: Any) -> Any:
+def run_int8_linear(x: Tensor, *operands: Any) -> Any:
     weight, rule, device = QuantizedWeight(*operands[:4]), operands[4:], x.device.type
     check_layer(x, weight, *rule)
     tokens = _side_by_side(x.flatten(0, -2) if x.dim() > 1 else x[None])
@@ -160,5 +160,5 @@ _register(
     _run_dequantize_epilogue,
     _trace_dequantize_epilogue,
 )
-_register("int8_linear", f"(Tensor x, {_WEIGHT}, {_RULE}) -> Tensor", _run_int8_linear, _trace_int8_linear)
+_register("int8_linear", f"(Tensor x, {_WEIGHT}, {_RULE}) -> Tensor", run_int8_linear, _trace_int8_linear)
 torch.library.register_autograd("cuda_kernels::int8_linear", _differentiate, setup_context=_keep_for_gradient)

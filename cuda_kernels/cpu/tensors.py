@@ -140,6 +140,33 @@ def int8_linear(
     return y
 
 
+_FLOAT_LINEAR = Kernel("float_linear", "float_linear")
+
+
+@cache
+def _float_entry(dtype: torch.dtype) -> Any:
+    return _FLOAT_LINEAR.entry((("q",) * 3, "q", "q", "q", "q", ("q",) * 4, str(_BITS[dtype][1].str)))
+
+
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a Linear layer of floats of 16 bits to few tokens, at the speed of memory; see `kernels.float_linear`.
+
+    Args:
+        x: float16 or bfloat16 [M, K].
+        weight, bias: [N, K], contiguous, and [N], of the same dtype.
+    """
+    (n_tokens, n_columns), n_rows = x.shape, weight.shape[0]
+    y = x.new_empty((n_tokens, n_rows))
+    if not n_tokens or not n_rows:
+        return y
+    x, bias, result = x.contiguous(), None if bias is None else bias.contiguous(), (ctypes.c_int64 * 2)()
+    addresses = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+    threads = team(torch.get_num_threads())
+    _float_entry(x.dtype)(result, result, n_tokens, n_rows, n_columns, *addresses, *threads, 0)
+    check(result[0], None, n_columns)
+    return y
+
+
 def _activation_arrays(x: QuantizedActivations[Tensor]) -> QuantizedActivations[_Array]:
     return QuantizedActivations(
         _array(x.codes.contiguous()),

@@ -11,6 +11,7 @@ from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.format import QUANTIZE_FORMATS
 from int8convert.formats.modules import endings_beside
 from int8convert.patterns import is_allowed
+from int8convert.runtime.float_linear import hasten
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.pretrained import hub_options, load_model, locate_file, read_config
 from int8convert.runtime.stored_columns import attach_outliers, read_outliers
@@ -88,6 +89,7 @@ def load(
     _check_complete(path, info, allow_missing)
     if stored is not None:
         attach_outliers(model, read_outliers(stored), mode or OutlierMode.STATIC_GUARD)
+    hasten(model)
     return model
 
 

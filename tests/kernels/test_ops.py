@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cuda_kernels import ops, reference, registration
 from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
@@ -123,6 +126,40 @@ def test_epilogue_of_torchs_products_is_the_product(dtype: torch.dtype) -> None:
     x, weight = operands(dtype)
     products = (x.codes.int() @ weight.codes.int().T).int()
     assert torch.equal(ops.dequantize_epilogue(products, x, weight), ops.int8_matmul(x, weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("watch", ["nothing", "mode", "gradient", "no gradient", "compile", "trace", "tangent"])
+def test_operator_is_passed_by_only_where_nothing_watches(watch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, calls = random_layer(torch.float32), random_x(torch.float32, 2, 130), []
+    expected = torch.ops.cuda_kernels.int8_linear(*flat_arguments(x, layer))
+    run = ops.run_int8_linear
+    monkeypatch.setattr(ops, "run_int8_linear", lambda *args: calls.append(args) or run(*args))
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    if watch == "mode":
+        with Mode():
+            y = ops.int8_linear(x, **layer)
+        assert "cuda_kernels.int8_linear.default" in seen
+    elif watch == "compile":
+        y = torch.compile(lambda x: ops.int8_linear(x, **layer), backend="eager", fullgraph=True)(x)
+    elif watch == "trace":
+        graph = make_fx(lambda x: ops.int8_linear(x, **layer))(x)
+        assert "cuda_kernels.int8_linear" in graph.code
+        y = graph(x)
+    elif watch == "tangent":
+        with forward_ad.dual_level():
+            y = forward_ad.unpack_dual(ops.int8_linear(forward_ad.make_dual(x, x), **layer)).primal
+    else:
+        with torch.set_grad_enabled(watch == "gradient"):
+            y = ops.int8_linear(x.clone().requires_grad_(watch != "nothing"), **layer)
+        assert y.requires_grad == (watch == "gradient")
+    assert torch.equal(y, expected) and bool(calls) == (watch in ("nothing", "no gradient"))
 
 
 @pytest.mark.parametrize("shape", [(0, 130), (2, 0, 130)])

@@ -32,6 +32,27 @@ def widen(_context: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def narrow(_context: Any, value: Any, bits: Any) -> Any:
+    """The bits of the nearest value to a float32 in the 16-bit format that the integer type of `bits` names.
+
+    Ties to even; too large becomes infinite, NaN stays NaN.
+    """
+
+    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        half = ir.IntType(16)
+        if bits == types.uint16:
+            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), half)
+        pattern = builder.bitcast(args[0], _INT32)
+        high = builder.lshr(pattern, _INT32(16))
+        odd = builder.and_(high, _INT32(1))
+        nearest = builder.lshr(builder.add(builder.add(pattern, _INT32(0x7FFF)), odd), _INT32(16))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(is_nan, builder.or_(high, _INT32(0x40)), nearest), half)
+
+    return bits(types.float32, bits), codegen
+
+
+@intrinsic
 def magnitude(_context: Any, bits: Any) -> Any:
     """The bits with the sign cleared, which are ordered like the magnitudes."""
 

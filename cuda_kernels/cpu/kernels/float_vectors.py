@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cuda_kernels.cpu.kernels.vector_types import VectorType, load, repeat, store
+from cuda_kernels.cpu.kernels.vector_types import VectorType, load, pick, repeat, store
 
 N_FLOATS = 32
 """Values of a vector: two registers of 512 bits."""
@@ -31,6 +31,36 @@ def load_floats(_context: Any, address: Any) -> Any:
         return load(builder, _floats.llvm, args[0])
 
     return _floats(types.intp), codegen
+
+
+@intrinsic
+def load_widened(_context: Any, address: Any, bits: Any) -> Any:
+    """Load 32 floats at `address`, widened to float32 from the format that the integer type of `bits` names."""
+
+    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if bits == types.uint16:
+            return builder.fpext(load(builder, ir.VectorType(ir.HalfType(), N_FLOATS), args[0]), _floats.llvm)
+        if bits == types.uint32:
+            return load(builder, _floats.llvm, args[0])
+        halves = load(builder, ir.VectorType(ir.IntType(16), N_FLOATS), args[0])
+        sixteen = ir.Constant(_integers.llvm, [16] * N_FLOATS)
+        return builder.bitcast(builder.shl(builder.zext(halves, _integers.llvm), sixteen), _floats.llvm)
+
+    return _floats(types.intp, bits), codegen
+
+
+@intrinsic
+def total(_context: Any, values: Any) -> Any:
+    """Return the sum of 32 values: halves are added to each other until one is left."""
+
+    def codegen(_cg: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        (rest,), n = args, N_FLOATS
+        while n > 1:
+            n //= 2
+            rest = builder.fadd(pick(builder, rest, rest, range(n)), pick(builder, rest, rest, range(n, 2 * n)))
+        return builder.extract_element(rest, _INT32(0))
+
+    return types.float32(_floats), codegen
 
 
 @intrinsic

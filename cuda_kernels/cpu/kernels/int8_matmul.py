@@ -31,6 +31,7 @@ from cuda_kernels.cpu.kernels.int8_vectors import (
     OFFSET,
     add_products,
     add_scaled_totals,
+    row_products,
     store_row_sums,
     zero_floats,
     zero_sums,
@@ -194,7 +195,9 @@ def _sum_by_rows(x, first, last, w, sums):  # type: ignore[no-untyped-def]
     for t in range(first, last, 4):
         n, address = last - 1 - t, sums + (t - first) * 4 * N_ROWS
         codes, tails = x.codes + t * x.n_columns, x.tails + t * N_CODES
-        if n == 0:
+        if n == 0 and x.n_blocks == 1:
+            _multiply_one_token(x, t, codes, tails, w, address)
+        elif n == 0:
             _multiply_rows(x, t, (codes,), (tails,), w, address)
         else:
             _multiply_rows(x, t, _four(codes, x.n_columns, n), _four(tails, N_CODES, n), w, address)
@@ -221,6 +224,26 @@ def _multiply_rows(x, t, xs, x_tails, w, sums):  # type: ignore[no-untyped-def]
                 products, at = zero_sums(xs), at + 4 * x.n_padded
             products = add_products(products, x_tails, _four(w.tails + r * N_CODES, N_CODES, n), 0)
         row_sums = add_scaled_totals(row_sums, products, x.offsets + at, x.scales + at)
+        store_row_sums(row_sums, sums + r * 4)
+
+
+@compiled()
+def _multiply_one_token(x, t, codes, tails, w, sums):  # type: ignore[no-untyped-def]
+    """Write the scaled products of one token, which has one block. The rows are read one after the other."""
+    n_whole, at = x.n_columns // N_CODES * N_CODES, 4 * t
+    xs = (codes,)
+    for r in range(0, w.n, 4):
+        n = w.n - 1 - r
+        r0, r1, r2, r3 = _four(w.codes + r * w.stride, w.stride, n)
+        products = (
+            row_products(codes, r0, n_whole),
+            row_products(codes, r1, n_whole),
+            row_products(codes, r2, n_whole),
+            row_products(codes, r3, n_whole),
+        )
+        if n_whole < x.n_columns:
+            products = add_products(products, (tails,), _four(w.tails + r * N_CODES, N_CODES, n), 0)
+        row_sums = add_scaled_totals(zero_floats(xs), products, x.offsets + at, x.scales + at)
         store_row_sums(row_sums, sums + r * 4)
 
 

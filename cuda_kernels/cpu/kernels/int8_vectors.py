@@ -22,12 +22,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cuda_kernels.cpu.kernels.float_vectors import N_FLOATS
-from cuda_kernels.cpu.kernels.vector_types import VectorType, load, pick, repeat, store
+from cuda_kernels.cpu.kernels.vector_types import VectorType, load, pick, prefetch, repeat, store
 
 N_CODES = 64
 """Codes of a vector."""
 
 OFFSET = 128
+
+_N_CHAINS = 4
+"""Sums of one row that do not wait for each other."""
+
+_AHEAD = 1024
+"""Bytes by which a row's codes are fetched into the cache before they are read."""
 
 N_SUMS = N_CODES // 4
 """int32 sums of a vector of codes."""
@@ -64,6 +70,43 @@ def add_products(_context: Any, sums: Any, xs: Any, ws: Any, k: Any) -> Any:
         return context.make_tuple(builder, sums, added)
 
     return sums(sums, xs, ws, types.intp), codegen
+
+
+@intrinsic
+def row_products(_context: Any, x: Any, w: Any, n: Any) -> Any:
+    """Return the 16 sums of the products of one token and one row, each weight code plus 128.
+
+    Args:
+        x, w: addresses of the codes.
+        n: columns, a multiple of 64.
+    """
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        x_at, w_at, n_columns = args
+        totals = [cgutils.alloca_once_value(builder, ir.Constant(SUMS.llvm, None)) for _ in range(_N_CHAINS)]
+
+        def add(k: Any, total: Any) -> None:
+            codes, row = (
+                load(builder, CODES.llvm, builder.add(x_at, k)),
+                load_offset_codes(builder, builder.add(w_at, k)),
+            )
+            builder.store(multiply_add(context, builder, builder.load(total), row, codes), total)
+
+        size = n_columns.type
+        step = size(N_CODES * _N_CHAINS)
+        n_stepped = builder.mul(builder.sdiv(n_columns, step), step)
+        with cgutils.for_range_slice(builder, size(0), n_stepped, step) as (k, _):
+            for i, total in enumerate(totals):
+                prefetch(builder, builder.add(w_at, k), _AHEAD + i * N_CODES)
+                add(builder.add(k, size(i * N_CODES)), total)
+        with cgutils.for_range_slice(builder, n_stepped, n_columns, size(N_CODES)) as (k, _):
+            add(k, totals[0])
+        first, *others = (builder.load(total) for total in totals)
+        for other in others:
+            first = builder.add(first, other)
+        return first
+
+    return SUMS(types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic

@@ -12,6 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import models, register_model
 
 _INT32 = ir.IntType(32)
@@ -55,3 +56,12 @@ def repeat(builder: Any, value: Any, n: int) -> Any:
     """IR of the vector of n times one value."""
     undefined = ir.Constant(ir.VectorType(value.type, n), ir.Undefined)
     return pick(builder, builder.insert_element(undefined, value, _INT32(0)), undefined, [0] * n)
+
+
+def prefetch(builder: Any, address: Any, ahead: int) -> None:
+    """IR that asks for the cache line `ahead` bytes after an address, which need not be there."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
+    at = builder.inttoptr(builder.add(address, address.type(ahead)), byte)
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fetch, [at, _INT32(0), _INT32(3), _INT32(1)])
