@@ -45,6 +45,7 @@ def is_known(directory: Path, modules: ModuleFilter = ModuleFilter()) -> bool:  
 
 
 def test_second_process_answers_without_starting_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_config(llama, of_another_version=1)  # so that no map ships with the package
     first = ModelMapProcess(open_source(llama), ModuleFilter()).result()
 
     def refuse(module: str) -> None:

@@ -10,33 +10,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from int8convert.planning.model_map.sizes import kind_of
+
 WIDTH, HEADS, HEAD_DIM, KV_HEADS, INNER, VOCABULARY, DEPTH, EXPERTS = 64, 4, 16, 2, 128, 128, 2, 4
 
-_RULES: tuple[tuple[str, int], ...] = (
-    (r"num_kv_shared_layers|num_nextn_predict_layers", 0),
-    (r"first_k_dense_replace|num_dense_layers", 1),
-    (r"mamba_n_heads|n_mamba_heads|mamba_num_heads", 2 * HEADS),
-    (r"(num_|n_)?(key_value|kv)_heads|kv_n_heads|n_head_kv|num_attention_groups", KV_HEADS),
-    (r".*(moe|shared_expert|shared_experts|expert)_(intermediate_size|hidden_size|ffn_dim)|.*ffn_hidden_size", WIDTH),
-    (r".*intermediate_size|.*ffn_dim|n_inner|d_ff|inner_size|feed_forward_size|hidden_dim|dim_ff|d_inner", INNER),
-    (
-        r"(?!attention_)(.*_)?(hidden_size(_global)?|embed_dim|embed_size|d_model|n_embd|emb_dim|embedding_size|lru_width"
-        r"|word_embed_proj_dim|model_dim|hidden_size_per_layer_input|d_latents|embedding_dim)",
-        WIDTH,
-    ),
-    (r"(?!d_head)(.*_)?(num_|n_)?(attention_heads|heads?)", HEADS),
-    (r"(?!qk_head_dim|attention_head_dim)(.*_)?(head_dim|d_kv|head_size|rotary_dim)|mamba_d_head", HEAD_DIM),
-    (r"(.*_)?(num_|n_)?(hidden_|encoder_|decoder_)?(layers?|blocks)", DEPTH),
-    (r"n_routed_experts|num_local_experts|num_experts|moe_num_experts|n_experts", EXPERTS),
-    (r"num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_experts_per_token", 2),
-    (r"n_group|num_expert_group|topk_group", 1),
-    (r"n_groups|mamba_n_groups|mamba_ngroups", 2),
-    (r".*_lora_rank|embedding_rank|adapter_rank", 32),
-    (r"mamba_d_state|state_size|ssm_state_size", 16),
-    (r"(.*_)?vocab_size(_.*)?", VOCABULARY),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|max_source_positions", 256),
-)
-_COMPILED = tuple((re.compile(pattern), value) for pattern, value in _RULES)
+_SMALL = {
+    **{"extra layers": 0, "dense layers": 1, "expert groups": 1, "chosen experts": 2, "state groups": 2, "rank": 32},
+    **{"state heads": 2 * HEADS, "heads": HEADS, "key heads": KV_HEADS, "head width": HEAD_DIM, "state": 16},
+    **{"width": WIDTH, "inner width": INNER, "vocabulary": VOCABULARY, "positions": 256},
+    **{"depth": DEPTH, "experts": EXPERTS},
+}
 _TOKEN_ID = re.compile(r".*_(token_id|token_index)")
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -83,5 +66,5 @@ def _shrink_list(key: str, values: list[Any], depth: int) -> list[Any]:
 def _shrink_int(key: str, value: int) -> int | None:
     if _TOKEN_ID.fullmatch(key):
         return value % VOCABULARY if value >= VOCABULARY else None
-    small = next((small for pattern, small in _COMPILED if pattern.fullmatch(key)), None)
+    small = _SMALL.get(kind_of(key) or "")
     return None if small is None else min(small, value)

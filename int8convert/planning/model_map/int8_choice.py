@@ -156,3 +156,9 @@ class Int8Choice:
                 module = self.module_by_name.get(into.parameter.removesuffix(".weight"))
                 found[into.parameter] = key, is_conv1d_layer(module)
         return {**{name: found[to] for name, to in self.tied.items() if to in found}, **found}
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Checkpoint keys that are loaded into no parameter, or into a tied one: no part of the parameter count."""
+        counted = dict(self.model.named_parameters()).keys() - self.tied.keys()
+        return [key for key, into in self.loaded.items() if into is None or into.parameter not in counted]

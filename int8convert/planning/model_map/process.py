@@ -1,7 +1,7 @@
 """Makes the model map of a checkpoint in a child process, in which transformers builds the model (`worker`).
 
 The child may start slowly, grow large, or crash on an untrusted config, while this process stays small. Its answers are
-cached (`cache`).
+cached (`cache`). For families that transformers knows, answers ship with the package (`seed`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from int8convert.errors import ModelMapError
 from int8convert.planning.expert_layouts import ExpertLayout
 from int8convert.planning.model_map.cache import ModelMapCache
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap, ModelNeeds, ModuleFilter
+from int8convert.planning.model_map.seed import seed_answer
 from int8convert.planning.weights_dtype import dtype_of_weights
 from int8convert.runtime.worker_process import Worker, WorkerError
 from int8convert.text import quoted
 
 
 class ModelMapProcess:
-    """The child process that maps one checkpoint. It is not started where the map is cached.
+    """The child process that maps one checkpoint. It is not started where the map is cached or seeded.
 
     Construction returns at once; `result` waits. The child uses no network, and runs code of the checkpoint only where
     the user trusts it and transformers has no class of that name.
@@ -32,7 +33,9 @@ class ModelMapProcess:
         self._modules = modules
         self._request = worker_request(source, modules)
         self._cache = ModelMapCache(source.config, self._request)
-        self._known = None if modules.trusts_code else self._cache.read()  # the key does not cover that code
+        # Neither covers code of the checkpoint.
+        known = None if modules.trusts_code else self._cache.read() or seed_answer(source.config, self._request)
+        self._known = known
         self._worker = None if self._known else Worker("int8convert.planning.model_map.worker")
 
     def result(self) -> ModelMap:

@@ -177,5 +177,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "candidates": choice.pattern_targets,
         "parameters": choice.parameters,
         "notes": notes,
+        "uncounted": choice.uncounted,
         "needs": asdict(find_needs(model, choice.keys, tensors)),  # last: it ties the model's weights
     }
