@@ -7,8 +7,9 @@ Weights are read from memory once for every 128 tokens, whose codes stay in the 
 1. By rows, for one scale a token or few tokens: one token or four by four weight rows, over all columns. So memory is
    read in four streams, and 8 loads serve 16 vector products. The lanes of a sum are added up once a block.
 2. By tiles, for more tokens with blocks: the codes of a block are packed once for all tokens; see `int8_tiles`.
+3. By pairs, where the processor has no byte products; see `int8_pairs`.
 
-Both compute the same integers, so a token's bits depend neither on its batch nor on the processor.
+All compute the same integers, so a token's bits depend neither on its batch nor on the processor.
 
 Cost: N * K bytes of weight codes read, the floor for few tokens; for many, M * N * K / 64 vector products. On one core
 of an AMD EPYC with VPDPBUSD, blocks of 128 columns take 1.1 times the time of one scale for one token, 1.2 to 1.6 times
@@ -25,8 +26,10 @@ import numpy as np
 from cuda_kernels.cpu.kernels.activation_quantize import NO_MEMORY
 from cuda_kernels.cpu.kernels.compiled import compiled
 from cuda_kernels.cpu.kernels.dequantize_epilogue import N_ROWS, finish_token, load_rows, row_bytes, widen_side_x
+from cuda_kernels.cpu.kernels.int8_pairs import N_PAIR_ROWS, N_PAIR_TOKENS, add_tile, add_token_and_row
 from cuda_kernels.cpu.kernels.int8_tiles import N_TILE_TOKENS, add_scaled_tile, add_to_tile, pack_codes, start_tile
 from cuda_kernels.cpu.kernels.int8_vectors import (
+    HAS_BYTE_PRODUCTS,
     N_CODES,
     OFFSET,
     add_products,
@@ -45,6 +48,9 @@ _N_ROUND = 128
 
 _N_BY_ROWS = 4
 """Tokens of a round with blocks, at most, that go by rows."""
+
+_N_BY_TILES = 3
+"""Tokens of a round, at least, that go by tiles of pairs."""
 
 _MIN_WORK = 1 << 21
 """Work that pays for a thread, about 10 us: 8 units for each weight read, and 1 for each product."""
@@ -69,6 +75,18 @@ class _Tokens(NamedTuple):
     offsets: int
     scales: int
     n_padded: int
+
+
+class _WideTokens(NamedTuple):
+    """The codes of the tokens as int16, where there are no byte products.
+
+    Attributes:
+        codes: address of the first token's, 0 in columns past the last.
+        stride: bytes from one token to the next: a multiple of 64 columns.
+    """
+
+    codes: int
+    stride: int
 
 
 class _Rows(NamedTuple):
@@ -98,7 +116,7 @@ _SPARE_BYTES = N_ROWS * 4
 
 
 @compiled()
-def _multiply(tokens, side_x, found_columns, weight, bias, y, y_stride, memory, part_bytes, part, n_parts):  # type: ignore[no-untyped-def]
+def _multiply(tokens, wide, side_x, found_columns, weight, bias, y, y_stride, memory, part_bytes, part, n_parts):  # type: ignore[no-untyped-def]
     x = _locate(*tokens)
     weight_codes, weight_absmax, outlier_weight = weight
     begin, end = part_of(weight_absmax.size, N_ROWS, part, n_parts)
@@ -118,7 +136,10 @@ def _multiply(tokens, side_x, found_columns, weight, bias, y, y_stride, memory, 
             _copy_tails(weight_codes[n:stop], tails)
             w = weight_codes.ctypes.data + n * weight_codes.shape[1]
             tile = _Rows(w, weight_codes.shape[1], stop - n, tails.ctypes.data)
-            if x.n_blocks == 1 or last - first <= _N_BY_ROWS:
+            if not HAS_BYTE_PRODUCTS:
+                sums[: last - first + N_TILE_TOKENS] = 0
+                _sum_by_pairs(x, wide, first, last, tile, sums.ctypes.data)
+            elif x.n_blocks == 1 or last - first <= _N_BY_ROWS:
                 _sum_by_rows(x, first, last, tile, sums.ctypes.data)
             else:
                 sums[: last - first + N_TILE_TOKENS] = 0
@@ -141,13 +162,26 @@ def multiply(tokens, side_x, found_columns, weight, bias, y, y_stride, team):  #
     n_parts = min(weight[0].size * (8 + n_tokens) // _MIN_WORK + 1, team[3])
     n_packed = tokens[2] * N_ROWS if tokens[3].shape[0] > 1 else 0
     part_bytes = aligned(_SUM_BYTES + _TAIL_BYTES + _SPARE_BYTES + row_bytes(n_side) + n_packed)
-    memory = allocate(n_parts * part_bytes)
+    wide_stride = 0 if HAS_BYTE_PRODUCTS else 2 * -(-weight[0].shape[1] // N_CODES) * N_CODES
+    memory = allocate(n_parts * part_bytes + n_tokens * wide_stride)
     if memory == 0:
         return NO_MEMORY
-    args = (tokens, side_x, found_columns, weight, bias, y, y_stride, aligned(memory), part_bytes)
+    wide = _WideTokens(aligned(memory) + n_parts * part_bytes, wide_stride)
+    if wide_stride:
+        _widen(tokens[0], view(wide.codes, (n_tokens, wide_stride // 2), np.int16(0)))
+    args = (tokens, wide, side_x, found_columns, weight, bias, y, y_stride, aligned(memory), part_bytes)
     run_parts(_multiply, args, n_parts, team)
     release(memory)
     return 0
+
+
+@compiled()
+def _widen(codes, wide):  # type: ignore[no-untyped-def]
+    n_columns = codes.shape[1]
+    for t in range(codes.shape[0]):
+        for k in range(n_columns):
+            wide[t, k] = codes[t, k]
+        wide[t, n_columns:] = 0
 
 
 @compiled()
@@ -281,3 +315,23 @@ def _pack(codes, stride, n, packed):  # type: ignore[no-untyped-def]
     for r in range(0, N_ROWS, N_ROWS // 2):
         first = min(r, n - 1)
         pack_codes(codes + first * stride, stride, n - 1 - first, packed + r * 4)
+
+
+@compiled()
+def _sum_by_pairs(x, wide, first, last, w, sums):  # type: ignore[no-untyped-def]
+    """Add what `_sum_by_rows` writes, in the same order, six tokens at once."""
+    n_whole, is_alone = x.n_columns // N_CODES * N_CODES, last - first < _N_BY_TILES
+    for t in range(first, last, 1 if is_alone else N_PAIR_TOKENS):
+        for b in range(x.n_blocks):
+            begin, scales = b * x.block_size, x.scales + 4 * (b * x.n_padded + t)
+            n = min(begin + x.block_size, n_whole) - begin
+            n_tail = N_CODES if b == x.n_blocks - 1 and n_whole < x.n_columns else 0
+            tokens = (wide.codes + t * wide.stride + 2 * begin, wide.stride, last - 1 - t)
+            for r in range(0, w.n, 1 if is_alone else N_PAIR_ROWS):
+                rows = (w.codes + r * w.stride + begin, w.stride, w.n - 1 - r)
+                tails = (w.tails + r * N_CODES, N_CODES, w.n - 1 - r)
+                at = sums + 4 * ((t - first) * N_ROWS + r)
+                if is_alone:
+                    add_token_and_row(tokens, rows, n, tails, n_tail, scales, at)
+                else:
+                    add_tile(tokens, rows, n, tails, n_tail, scales, at)

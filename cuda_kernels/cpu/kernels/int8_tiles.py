@@ -7,7 +7,6 @@ block's scale costs one multiplication and addition for 16 outputs. Packing cost
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -16,12 +15,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cuda_kernels.cpu.kernels.int8_vectors import CODES, N_CODES, N_SUMS, SUMS, load_offset_codes, multiply_add
-from cuda_kernels.cpu.kernels.vector_types import VectorType, load, pick, repeat, store
+from cuda_kernels.cpu.kernels.vector_types import VectorType, addresses, load, pick, repeat, store
 
 N_TILE_TOKENS = 8
 """Tokens of a tile: with 32 rows their sums take 16 registers of 512 bits."""
 
-_INT64 = ir.IntType(64)
 _ROW_BYTES = 8 * N_SUMS
 
 _floats = VectorType("float32x16", ir.FloatType(), N_SUMS)
@@ -39,7 +37,7 @@ def pack_codes(_context: Any, first: Any, stride: Any, n: Any, packed: Any) -> A
     """
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        rows = [load_offset_codes(builder, address) for address in _addresses(builder, args[:3], N_SUMS)]
+        rows = [load_offset_codes(builder, address) for address in addresses(builder, args[:3], N_SUMS)]
         rows, half = [builder.bitcast(row, SUMS.llvm) for row in rows], N_SUMS // 2
         for _ in range(4):  # Interleaved four times, 16 rows of 16 lanes are their columns.
             pairs = zip(rows[:half], rows[half:], strict=True)
@@ -83,10 +81,10 @@ def add_to_tile(_context: Any, tile: Any, first: Any, stride: Any, n: Any, packe
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         rows = [load(builder, CODES.llvm, args[4], offset) for offset in (0, N_CODES)]
         found, added = iter(cgutils.unpack_tuple(builder, args[0])), []
-        for address in _addresses(builder, args[1:4], N_TILE_TOKENS):
+        for address in addresses(builder, args[1:4], N_TILE_TOKENS):
             four = repeat(builder, load(builder, ir.IntType(32), address), N_SUMS)
             codes = builder.bitcast(four, CODES.llvm)
-            added += [multiply_add(context, builder, next(found), row, codes, keeps_order=True) for row in rows]
+            added += [multiply_add(builder, next(found), row, codes) for row in rows]
         return context.make_tuple(builder, _tile, added)
 
     return _tile(_tile, *[types.intp] * 4), codegen
@@ -110,11 +108,3 @@ def add_scaled_tile(_context: Any, tile: Any, scales: Any, sums: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(_tile, types.intp, types.intp), codegen
-
-
-def _addresses(builder: Any, rows: Sequence[Any], count: int) -> list[Any]:
-    """IR of `count` addresses: of the first of `rows`, a stride apart, but none past the n rows that follow it."""
-    first, stride, n = rows
-    last = builder.add(first, builder.mul(stride, n))
-    addresses = [builder.add(first, builder.mul(stride, ir.Constant(_INT64, i))) for i in range(count)]
-    return [builder.select(builder.icmp_signed("<", each, last), each, last) for each in addresses]

@@ -6,8 +6,7 @@ the weight codes are offset by 128 to be unsigned, and the sum is corrected:
     sum_k (w[k] + 128) * x[k] = sum_k w[k] * x[k] + 128 * sum_k x[k]
 
 The result is exact: the instruction wraps around at 2^32 as the correction does, and the corrected sum fits int32.
-On processors without this instruction the sum is written with int16 pairs, for which every vector instruction set has
-one (VPMADDWD on x86).
+`int8_pairs` is for processors without this instruction.
 
 The functions take one token or more and four rows at a time: tuples of the addresses of their codes.
 """
@@ -19,6 +18,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from cuda_kernels.cpu.kernels.float_vectors import N_FLOATS
@@ -26,6 +26,9 @@ from cuda_kernels.cpu.kernels.vector_types import VectorType, load, pick, prefet
 
 N_CODES = 64
 """Codes of a vector."""
+
+HAS_BYTE_PRODUCTS = "+avx512vnni" in cpu_target.target_context.codegen().magic_tuple()[2]
+"""Whether the processor that is compiled for has VPDPBUSD on 64 bytes."""
 
 OFFSET = 128
 
@@ -66,7 +69,7 @@ def add_products(_context: Any, sums: Any, xs: Any, ws: Any, k: Any) -> Any:
         found, added = iter(cgutils.unpack_tuple(builder, args[0])), []
         for token in tokens:
             codes = load(builder, CODES.llvm, builder.add(token, args[3]))
-            added += [multiply_add(context, builder, next(found), row, codes) for row in row_codes]
+            added += [multiply_add(builder, next(found), row, codes) for row in row_codes]
         return context.make_tuple(builder, sums, added)
 
     return sums(sums, xs, ws, types.intp), codegen
@@ -90,7 +93,7 @@ def row_products(_context: Any, x: Any, w: Any, n: Any) -> Any:
                 load(builder, CODES.llvm, builder.add(x_at, k)),
                 load_offset_codes(builder, builder.add(w_at, k)),
             )
-            builder.store(multiply_add(context, builder, builder.load(total), row, codes), total)
+            builder.store(multiply_add(builder, builder.load(total), row, codes), total)
 
         size = n_columns.type
         step = size(N_CODES * _N_CHAINS)
@@ -169,41 +172,9 @@ def load_offset_codes(builder: Any, address: Any) -> Any:
     return builder.xor(load(builder, CODES.llvm, address), ir.Constant(CODES.llvm, [-OFFSET] * N_CODES))
 
 
-def multiply_add(
-    context: Any, builder: Any, sums: Any, offset_codes: Any, codes: Any, keeps_order: bool = False
-) -> Any:
-    """IR that adds the 64 products of unsigned `offset_codes` and signed `codes` to 16 sums, four to each.
-
-    Args:
-        keeps_order: the four are adjacent. They always are where the processor has VPDPBUSD.
-    """
-    _triple, _processor, features = context.codegen().magic_tuple()
-    if "+avx512vnni" not in features:
-        return (_add_even_and_odd if keeps_order else _add_pairs)(builder, sums, offset_codes, codes)
+def multiply_add(builder: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
+    """IR that adds the 64 products of unsigned `offset_codes` and signed `codes` to 16 sums, four to each."""
     # The signature from before LLVM 21, which later ones still take.
     kind = ir.FunctionType(SUMS.llvm, [SUMS.llvm] * 3)
     dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
     return builder.call(dot, [sums, builder.bitcast(offset_codes, SUMS.llvm), builder.bitcast(codes, SUMS.llvm)])
-
-
-def _add_pairs(builder: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
-    """Add the same products in the form that LLVM recognizes as products of int16 pairs."""
-    wide = ir.VectorType(ir.IntType(32), N_CODES)
-    products = builder.mul(builder.zext(offset_codes, wide), builder.sext(codes, wide))
-    pairs = builder.add(*(pick(builder, products, products, range(i, N_CODES, 2)) for i in (0, 1)))
-    low, high = (pick(builder, pairs, pairs, range(first, first + N_SUMS)) for first in (0, N_SUMS))
-    return builder.add(builder.add(sums, low), high)
-
-
-def _add_even_and_odd(builder: Any, sums: Any, offset_codes: Any, codes: Any) -> Any:
-    """Add the same products, of even bytes and of odd ones, whose pairs are then in the order of the sums."""
-    n = N_CODES // 2
-    short, wide = ir.VectorType(ir.IntType(16), n), ir.VectorType(ir.IntType(32), n)
-    byte, low = ir.Constant(short, [8] * n), ir.Constant(short, [255] * n)
-    w, x = builder.bitcast(offset_codes, short), builder.bitcast(codes, short)
-    even = builder.and_(w, low), builder.ashr(builder.shl(x, byte), byte)
-    odd = builder.lshr(w, byte), builder.ashr(x, byte)
-    for a, b in (even, odd):
-        products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-        sums = builder.add(sums, builder.add(*(pick(builder, products, products, range(i, n, 2)) for i in (0, 1))))
-    return sums

@@ -7,7 +7,7 @@ registers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -65,3 +65,11 @@ def prefetch(builder: Any, address: Any, ahead: int) -> None:
     at = builder.inttoptr(builder.add(address, address.type(ahead)), byte)
     fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(fetch, [at, _INT32(0), _INT32(3), _INT32(1)])
+
+
+def addresses(builder: Any, rows: Sequence[Any], count: int) -> list[Any]:
+    """IR of `count` addresses: of the first of `rows`, a stride apart, but none past the n rows that follow it."""
+    first, stride, n = rows
+    last = builder.add(first, builder.mul(stride, n))
+    addresses = [builder.add(first, builder.mul(stride, first.type(i))) for i in range(count)]
+    return [builder.select(builder.icmp_signed("<", each, last), each, last) for each in addresses]
