@@ -21,11 +21,14 @@ from cuda_kernels.cpu.kernels.bits import widen
 from cuda_kernels.cpu.kernels.compiled import compiled
 from cuda_kernels.cpu.kernels.float_vectors import (
     N_FLOATS,
+    N_TOGETHER,
     add,
     fill,
     load_floats,
     load_integers,
     multiply,
+    scale_and_add_four,
+    scale_and_add_one,
     store_floats,
     store_narrow,
 )
@@ -74,27 +77,34 @@ def _add_scaled(products, x_absmax, sums):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def finish_token(scaled, side_x, rows, spare, y):  # type: ignore[no-untyped-def]
-    """Write the outputs of one token for N_ROWS weight rows.
+def finish_tokens(sums, n_tokens, side_x, rows, spare, y, y_stride, n):  # type: ignore[no-untyped-def]
+    """Write the outputs of tokens for N_ROWS weight rows, or fewer.
 
     Args:
-        scaled: the sum of the blocks' products, each times its block's scale.
+        sums: float32 [n_tokens, N_ROWS], changed: the sums of the blocks' products, each times its block's scale.
+        side_x: float32 [n_tokens, n_side].
         rows: what `load_rows` wrote.
         spare: scratch for N_ROWS outputs.
+        y: flat, from the first token's output of these rows on.
+        y_stride, n: elements from one token to the next, and rows.
     """
-    row_bytes = rows.strides[0]
-    scale = rows.ctypes.data
-    bias, side_weight = scale + row_bytes, scale + 2 * row_bytes
-    sums = multiply(load_floats(scaled.ctypes.data), load_floats(scale))
-    for j in range(side_x.size):
-        sums = add(sums, multiply(fill(side_x[j]), load_floats(side_weight + j * row_bytes)))
-    sums = add(sums, load_floats(bias))
-    if y.size == N_ROWS:
-        store_narrow(sums, y.ctypes.data, y[0])
-    else:
-        store_narrow(sums, spare.ctypes.data, spare[0])
-        for r in range(y.size):
-            y[r] = spare[r]
+    row_bytes, n_side = rows.strides[0], side_x.shape[1]
+    scale, side_weight = rows.ctypes.data, rows.ctypes.data + 2 * row_bytes
+    n_fours = n_tokens // N_TOGETHER * N_TOGETHER
+    for t in range(0, n_fours, N_TOGETHER):
+        x = (side_x.ctypes.data + 4 * t * n_side, 4 * n_side)
+        scale_and_add_four(sums.ctypes.data + t * row_bytes, scale, x, side_weight, n_side)
+    for t in range(n_fours, n_tokens):
+        x = (side_x.ctypes.data + 4 * t * n_side, 4 * n_side)
+        scale_and_add_one(sums.ctypes.data + t * row_bytes, scale, x, side_weight, n_side)
+    for t in range(n_tokens):
+        outputs = add(load_floats(sums.ctypes.data + t * row_bytes), load_floats(scale + row_bytes))
+        if n == N_ROWS:
+            store_narrow(outputs, y[t * y_stride :].ctypes.data, spare[0])
+        else:
+            store_narrow(outputs, spare.ctypes.data, spare[0])
+            for r in range(n):
+                y[t * y_stride + r] = spare[r]
 
 
 @compiled()
@@ -110,7 +120,8 @@ def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, y, memo
     n_bytes = row_bytes(side_x.shape[1])
     at = memory + part * (n_bytes + _PART_BYTES)
     rows = view(at, (2 + side_x.shape[1], N_ROWS), np.float32(0))
-    taken, sums = view(at + n_bytes, (N_ROWS,), np.int32(0)), view(at + n_bytes + 4 * N_ROWS, (N_ROWS,), np.float32(0))
+    taken = view(at + n_bytes, (N_ROWS,), np.int32(0))
+    sums = view(at + n_bytes + 4 * N_ROWS, (1, N_ROWS), np.float32(0))
     spare = view(at + n_bytes + 8 * N_ROWS, (N_ROWS,), y.dtype.type(0))
     rows[:] = 0
     taken[:] = 0
@@ -121,8 +132,8 @@ def _dequantize(products, x_absmax, side_x, found_columns, weight, bias, y, memo
             for r in range(stop - n):
                 taken[r] = products[t, n + r]
             sums[:] = 0
-            _add_scaled(taken, x_absmax[t, 0], sums)
-            finish_token(sums, side_x[t], rows, spare, y[t, n:stop])
+            _add_scaled(taken, x_absmax[t, 0], sums[0])
+            finish_tokens(sums, 1, side_x[t : t + 1], rows, spare, y[t, n:], 0, stop - n)
 
 
 @compiled()

@@ -9,6 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cuda_kernels.cpu.kernels.vector_types import VectorType, load, pick, repeat, store
@@ -18,6 +19,7 @@ N_FLOATS = 32
 
 _INT32 = ir.IntType(32)
 _BF16_QUIET = 0x40
+_BYTES = 4 * N_FLOATS
 
 _floats = VectorType("float32x32", ir.FloatType(), N_FLOATS)
 _integers = VectorType("int32x32", _INT32, N_FLOATS)
@@ -138,3 +140,47 @@ def _narrow(builder: Any, values: Any, bits: Any) -> Any:
     return builder.trunc(
         builder.select(is_nan, builder.or_(high, quiet), nearest), ir.VectorType(ir.IntType(16), N_FLOATS)
     )
+
+
+def _scaling_and_adding(n_tokens: int) -> Any:
+    """Make the function that works on so many tokens at once: a sum of one does not wait for that of another."""
+
+    @intrinsic
+    def scale_and_add(_context: Any, sums: Any, scale: Any, x: Any, w: Any, n: Any) -> Any:
+        """Multiply each token's 32 sums in memory by a scale each, and add n products to them, one after the other.
+
+        Args:
+            sums: address of float32 [tokens, 32].
+            scale: address of 32 float32.
+            x: address of the first token's factors, float32, and bytes from one token to the next.
+            w: address of float32 [n, 32].
+            n: factors of a token.
+        """
+
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            sums, scale, x, w, n = args
+            first, stride = cgutils.unpack_tuple(builder, x)
+            size = n.type
+            tokens = [builder.add(first, builder.mul(stride, size(t))) for t in range(n_tokens)]
+            factor = load(builder, _floats.llvm, scale)
+            totals = []
+            for t in range(n_tokens):
+                start = builder.fmul(load(builder, _floats.llvm, sums, t * _BYTES), factor)
+                totals.append(cgutils.alloca_once_value(builder, start))
+            with cgutils.for_range(builder, n) as loop:
+                row = load(builder, _floats.llvm, builder.add(w, builder.mul(loop.index, size(_BYTES))))
+                for token, total in zip(tokens, totals, strict=True):
+                    value = load(builder, ir.FloatType(), builder.add(token, builder.mul(loop.index, size(4))))
+                    product = builder.fmul(repeat(builder, value, N_FLOATS), row)
+                    builder.store(builder.fadd(builder.load(total), product), total)
+            for t, total in enumerate(totals):
+                store(builder, builder.load(total), sums, t * _BYTES)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp, x, types.intp, types.intp), codegen
+
+    return scale_and_add
+
+
+N_TOGETHER = 4
+scale_and_add_one, scale_and_add_four = _scaling_and_adding(1), _scaling_and_adding(N_TOGETHER)

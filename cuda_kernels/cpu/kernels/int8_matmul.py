@@ -25,7 +25,7 @@ import numpy as np
 
 from cuda_kernels.cpu.kernels.activation_quantize import NO_MEMORY
 from cuda_kernels.cpu.kernels.compiled import compiled
-from cuda_kernels.cpu.kernels.dequantize_epilogue import N_ROWS, finish_token, load_rows, row_bytes, widen_side_x
+from cuda_kernels.cpu.kernels.dequantize_epilogue import N_ROWS, finish_tokens, load_rows, row_bytes, widen_side_x
 from cuda_kernels.cpu.kernels.int8_pairs import N_PAIR_ROWS, N_PAIR_TOKENS, add_tile, add_token_and_row
 from cuda_kernels.cpu.kernels.int8_tiles import N_TILE_TOKENS, add_scaled_tile, add_to_tile, pack_codes, start_tile
 from cuda_kernels.cpu.kernels.int8_vectors import (
@@ -144,8 +144,8 @@ def _multiply(tokens, wide, side_x, found_columns, weight, bias, y, y_stride, me
             else:
                 sums[: last - first + N_TILE_TOKENS] = 0
                 _sum_by_tiles(x, first, last, tile, packed, sums.ctypes.data)
-            for t in range(first, last):
-                finish_token(sums[t - first], side_x[t], rows, spare, y[t * y_stride + n : t * y_stride + stop])
+            outputs = y[first * y_stride + n :]
+            finish_tokens(sums, last - first, side_x[first:last], rows, spare, outputs, y_stride, stop - n)
 
 
 @compiled()
