@@ -1,7 +1,9 @@
 """A new file of known size, written by several threads in nearly any order, around the page cache, and hashed.
 
-What is written is gathered in aligned chunks. A thread of the file writes a full chunk to the disk in one direct write,
-and then hashes it. So the threads that compute wait for the disk only while `MAX_WAITING` full chunks do.
+What is written is gathered in aligned chunks. A thread of the file writes a full chunk to the disk in one direct write.
+Meanwhile the thread that filled it hashes it, which is cheapest while it is in the core's cache. So threads that
+compute wait for the disk only while there is no room for another full chunk.
+
 Through the page cache, each GB costs a second of CPU time and more on a virtual machine, where a fresh page is dear;
 directly, 0.05 s. And it would push the source out of the memory it is read from.
 
@@ -9,7 +11,7 @@ Where the file system does not know direct writes, the same chunks are written t
 is told to begin at once to bring them to the disk.
 
 Memory: the chunks that are begun and not full - one for each place in the file where writing goes on - and at most
-`MAX_WAITING` that are full and not yet written, and as many that are written and not yet hashed.
+`MAX_FULL` that are full and not yet both written and hashed.
 """
 
 from __future__ import annotations
@@ -27,20 +29,28 @@ from int8convert.checkpoint.hashing import OrderedSha256
 from int8convert.trace import span
 
 CHUNK_BYTES = 2 << 20
-MAX_WAITING = 8
+MAX_FULL = 16
+_MAX_UNHASHED = 8
+"""Most full chunks that wait for one before them which is not full. The rest is read back and hashed at the end."""
+
 _N_WRITERS = 4
-"""Threads of a file. One hashes while others write. With one write at a time, the disk would wait between two."""
+"""Threads of a file. With one write at a time, the disk would wait between two."""
+
 _ALIGNMENT = 4096
 """Alignment of direct writes in bytes: a multiple of every disk's block size."""
 
 
 class _Chunk:
-    """Part of the file in memory, aligned by a memory map."""
+    """Part of the file in memory, aligned by a memory map.
 
-    def __init__(self, n_left: int) -> None:
+    Attributes:
+        n_left: bytes that are missing.
+        n_users: of writing and hashing, how many are not done with it.
+    """
+
+    def __init__(self) -> None:
         self.buffer = mmap.mmap(-1, CHUNK_BYTES)
-        self.n_left = n_left
-        self.n_bytes = n_left
+        self.n_bytes = self.n_left = self.n_users = 0
 
 
 class DirectFile:
@@ -61,7 +71,7 @@ class DirectFile:
         self._n_hashed = 0
         self._is_hashing = False
         self._writers = ThreadPoolExecutor(_N_WRITERS, "writer")
-        self._room = threading.BoundedSemaphore(MAX_WAITING)
+        self._room = threading.BoundedSemaphore(MAX_FULL)
         self._error: BaseException | None = None
         self._fd = _open_direct(path)
         try:
@@ -93,7 +103,8 @@ class DirectFile:
             if is_full:
                 self._room.acquire()
                 self._raise_error()
-                self._writers.submit(self._put_and_hash, index, chunk)
+                self._writers.submit(self._put, index, chunk)
+                self._hash_in_order(index, chunk)
             offset += n
             data = data[n:]
 
@@ -101,8 +112,9 @@ class DirectFile:
         with self._lock:
             if index not in self._begun:
                 n_bytes = min(CHUNK_BYTES, self._n_bytes - index * CHUNK_BYTES)
-                chunk = self._free.pop() if self._free else _Chunk(n_bytes)
+                chunk = self._free.pop() if self._free else _Chunk()
                 chunk.n_left = chunk.n_bytes = n_bytes
+                chunk.n_users = 2
                 self._begun[index] = chunk
             return self._begun[index]
 
@@ -110,18 +122,26 @@ class DirectFile:
         if self._error is not None:
             raise self._error
 
-    def _put_and_hash(self, index: int, chunk: _Chunk) -> None:
-        """Write and hash a full chunk, in a thread of the file. Keeps an error for the threads that compute."""
+    def _release(self, chunk: _Chunk) -> None:
+        """Reuse a chunk after its last user."""
+        with self._lock:
+            chunk.n_users -= 1
+            if chunk.n_users:
+                return
+            self._free.append(chunk)
+        self._room.release()
+
+    def _put(self, index: int, chunk: _Chunk) -> None:
+        """Write a full chunk, in a thread of the file. Keeps an error for the threads that compute."""
         try:
             if self._error is None:
-                self._put(index, chunk)
-                self._hash_in_order(index, chunk)
+                self._write(index, chunk)
         except BaseException as error:
             self._error = error
         finally:
-            self._room.release()
+            self._release(chunk)
 
-    def _put(self, index: int, chunk: _Chunk) -> None:
+    def _write(self, index: int, chunk: _Chunk) -> None:
         """Write a full chunk; the last one with a tail of zeros, which `finish` cuts off."""
         data = memoryview(chunk.buffer)[: -(-chunk.n_bytes // _ALIGNMENT) * _ALIGNMENT]
         done = 0
@@ -137,11 +157,8 @@ class DirectFile:
             os.posix_fadvise(self._fd, index * CHUNK_BYTES, done, os.POSIX_FADV_DONTNEED)  # begins to write dirty pages
 
     def _hash_in_order(self, index: int, chunk: _Chunk) -> None:
-        """Hash a written chunk once all chunks before it are hashed. One thread hashes the waiting chunks of all."""
+        """Hash a full chunk once all chunks before it are hashed. One thread hashes the waiting chunks of all."""
         with self._lock:
-            if len(self._waiting) >= MAX_WAITING and index != self._n_hashed:
-                self._free.append(chunk)  # `finish` will read it back
-                return
             self._waiting[index] = chunk
             if self._is_hashing:
                 return
@@ -151,11 +168,14 @@ class DirectFile:
                 following = self._waiting.pop(self._n_hashed, None)
                 if following is None:
                     self._is_hashing = False
-                    return
+                    unhashed = [self._waiting.pop(i) for i in sorted(self._waiting)[_MAX_UNHASHED:]]
+                    break
             self._hash.feed(memoryview(following.buffer)[: following.n_bytes], self._n_hashed * CHUNK_BYTES)
             with self._lock:
                 self._n_hashed += 1
-                self._free.append(following)
+            self._release(following)
+        for chunk in unhashed:
+            self._release(chunk)
 
     def finish(self) -> str:
         """Put everything on the disk; return the file's sha256 in hex. Call it after all writes.

@@ -1,8 +1,8 @@
 """Converts shards one after the other, in as many threads as there are cores: read, hash, convert, write.
 
 1. A shard's tensors are cut into row blocks, in the order of the file's bytes.
-2. Each worker thread takes the next block, reads it, converts it, and hands it to the threads that write and hash the
-   output (`checkpoint/direct_file`). If the source has a sha256 to compare with, the block is added to it when its turn
+2. Each worker thread takes the next block, reads it, converts it, hashes what it made, and hands it to the threads that
+   write (`checkpoint/direct_file`). If the source has a sha256 to compare with, the block is added to it when its turn
    comes. While one thread waits for the source, the disk or its turn, another computes: kernels, hashing and system
    calls hold no Python lock.
 3. A thread of its own (`commit`) puts the finished shard on the disk, names and records it, while the next one is

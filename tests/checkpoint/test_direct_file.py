@@ -8,13 +8,15 @@ import hashlib
 import os
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from int8convert.checkpoint import direct_file
-from int8convert.checkpoint.direct_file import CHUNK_BYTES, MAX_WAITING, DirectFile
+from int8convert.checkpoint.direct_file import CHUNK_BYTES, MAX_FULL, DirectFile
+from int8convert.checkpoint.hashing import OrderedSha256
 from int8convert.checkpoint.shard_writer import order_for_alignment
 
 
@@ -61,13 +63,13 @@ def test_hash_that_falls_behind_is_caught_up_with_in_little_memory(
     n_made = 0
     make = direct_file._Chunk
 
-    def counting(n_left: int) -> Any:
+    def counting() -> Any:
         nonlocal n_made
         n_made += 1
-        return make(n_left)
+        return make()
 
     monkeypatch.setattr(direct_file, "_Chunk", counting)
-    n_chunks = 5 * MAX_WAITING
+    n_chunks = 5 * MAX_FULL
     data = random.Random(0).randbytes(n_chunks * CHUNK_BYTES)
     file = DirectFile(tmp_path / "x", len(data))
     for i in (*range(1, n_chunks), 0):
@@ -75,7 +77,38 @@ def test_hash_that_falls_behind_is_caught_up_with_in_little_memory(
         file.write(begin, memoryview(data)[begin : begin + CHUNK_BYTES])
     assert file.finish() == hashlib.sha256(data).hexdigest()
     assert (tmp_path / "x").read_bytes() == data
-    assert n_made <= 2 * MAX_WAITING + 2
+    assert n_made <= MAX_FULL + 2
+
+
+def test_threads_wait_for_a_slow_hash_and_nothing_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = OrderedSha256.feed
+
+    def slow_feed(self: OrderedSha256, data: memoryview, offset: int) -> None:
+        time.sleep(0.002)
+        feed(self, data, offset)
+
+    monkeypatch.setattr(OrderedSha256, "feed", slow_feed)
+    monkeypatch.setattr("int8convert.checkpoint.hashing.read_exactly", lambda *_: pytest.fail("read back"))
+    n_chunks = 5 * MAX_FULL
+    data = random.Random(0).randbytes(n_chunks * CHUNK_BYTES)
+    file = DirectFile(tmp_path / "x", len(data))
+    begins = iter(range(0, len(data), CHUNK_BYTES))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                begin = next(begins, None)
+            if begin is None:
+                return
+            file.write(begin, memoryview(data)[begin : begin + CHUNK_BYTES])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert file.finish() == hashlib.sha256(data).hexdigest()
 
 
 def test_data_goes_past_the_page_cache_where_the_file_system_lets_it(tmp_path: Path) -> None:
@@ -123,8 +156,8 @@ def test_threads_that_compute_wait_for_a_slow_disk_only_for_room(
         return pwrite(*arguments)
 
     monkeypatch.setattr(os, "pwrite", slow_pwrite)
-    data = random.Random(0).randbytes((MAX_WAITING + 3) * CHUNK_BYTES)
-    n_room = MAX_WAITING * CHUNK_BYTES
+    data = random.Random(0).randbytes((MAX_FULL + 3) * CHUNK_BYTES)
+    n_room = MAX_FULL * CHUNK_BYTES
     file = DirectFile(tmp_path / "x", len(data))
     file.write(0, memoryview(data)[:n_room])  # would wait here forever
     rest = threading.Thread(target=file.write, args=(n_room, memoryview(data)[n_room:]))
