@@ -27,7 +27,7 @@ from int8convert.calibration.folder import CalibratedInput, Calibration, read_ca
 from int8convert.checkpoint.floats import kernel_bits, widen
 from int8convert.checkpoint.rows import Scratch, read_rows, row_ranges
 from int8convert.conversion.source_rows import SourceRows
-from int8convert.errors import SourceError
+from int8convert.errors import FormatError, SourceError
 from int8convert.events import EventSink, GroupsSmoothed, SmoothingStarted
 from int8convert.formats.int8_checkpoint import SourceReaders
 from int8convert.formats.modules import module_of
@@ -88,6 +88,7 @@ def search_factors(
         threshold: of the outliers, where the format's loader has one.
 
     Raises:
+        FormatError: no layer of a group becomes int8.
         SourceError: the calibration has no held-out inputs.
         CorruptFileError: it is damaged.
     """
@@ -107,6 +108,11 @@ def search_factors(
                 if choice.factors is not None:
                     factors[group.name] = choice.factors
             steps.done(group.name)
+    if not any(_int8_weights(plan, group) for group in groups):
+        raise FormatError(
+            f"--smooth has nothing to smooth: none of its layers becomes int8 in {plan.model_map.output_format}",
+            "leave out --smooth, or choose another --format",
+        )
     if not choices:
         raise SourceError(
             f"'{folder}' holds no held-out inputs of layers that can be smoothed",
@@ -120,15 +126,20 @@ def _read_tensor(
     plan: ConversionPlan, group: SmoothGroup, calibration: Calibration, folder: Path, threshold: float
 ) -> ReadTensor | None:
     """Return what a group's choice is made by; None if no layer of it is int8, or its input was not held out."""
-    planned = {tensor.source.name: tensor for tensor in plan.tensors if tensor.is_quantized}
-    keys = [plan.model_map.parameters[f"{name}.weight"][0] for name in group.readers]
-    weights = tuple(planned[key] for key in keys if key in planned)
+    weights = _int8_weights(plan, group)
     entry = _entry(calibration, group)
     moments = read_moments(folder, entry) if weights and entry is not None else None
     if moments is None or len(moments.held_out) < 2:
         return None
     largest = calibration.statistics[group.readers[0]].largest.numpy()
     return ReadTensor(group, weights, moments.held_out.numpy(), largest, threshold)
+
+
+def _int8_weights(plan: ConversionPlan, group: SmoothGroup) -> tuple[PlannedTensor, ...]:
+    """Return the weights that read a group's tensor and become int8."""
+    planned = {tensor.source.name: tensor for tensor in plan.tensors if tensor.is_quantized}
+    keys = [plan.model_map.parameters[f"{name}.weight"][0] for name in group.readers]
+    return tuple(planned[key] for key in keys if key in planned)
 
 
 def _entry(calibration: Calibration, group: SmoothGroup) -> CalibratedInput | None:

@@ -17,7 +17,7 @@ from int8convert.checkpoint import rows
 from int8convert.checkpoint.names import SMOOTHING_FILE
 from int8convert.conversion import smoothing_search
 from int8convert.conversion.smoothing_search import Choice, ReadTensor, round_inputs, round_weights, search_factors
-from int8convert.errors import Int8ConvertError
+from int8convert.errors import FormatError, Int8ConvertError
 from int8convert.events import GroupsSmoothed, ignore
 from int8convert.formats.int8_checkpoint import SourceReaders
 from int8convert.outliers.keep import keep_budget
@@ -36,7 +36,7 @@ from tests.planning.folding.test_rotation import LARGER, read_tensors
 from tests.tools.family_models import families
 from tests.tools.language_models import build_tokenizer, language_model
 from tests.tools.rotation_check import check_smoothing, randomized
-from tests.tools.tiny_models import MODELS, build_model
+from tests.tools.tiny_models import MODELS, build_model, save_checkpoint
 
 __all__ = ["run"]
 
@@ -395,6 +395,18 @@ def test_calibration_without_held_out_inputs_is_refused(checkpoint: Path, tmp_pa
         quantize(checkpoint, tmp_path / "out", PlanOptions(smooth=tmp_path / "cal"))
     assert refused.value.hint == "calibrate again with int8convert calibrate --moments"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("rotation_in_process", "map_in_process")
+def test_format_that_makes_no_smoothed_layer_int8_is_named(tmp_path: Path) -> None:
+    source, text = save_checkpoint("gpt2", tmp_path / "gpt2"), tmp_path / "text.txt"
+    text.write_text("%$#!&" * 60)  # no word of the tokenizer: the model knows 128 tokens
+    build_tokenizer().save_pretrained(source)
+    options = {"with_moments": True, "device": "cpu", "on_event": ignore}
+    calibrate_checkpoint(source, tmp_path / "cal", Text(text, n_sequences=2, length=32), **options)
+    with pytest.raises(FormatError, match=r"none of its layers becomes int8 in compressed-tensors") as refused:
+        quantize(source, tmp_path / "out", PlanOptions(smooth=tmp_path / "cal", format="compressed-tensors"))
+    assert refused.value.hint == "leave out --smooth, or choose another --format"
 
 
 @pytest.mark.parametrize(
