@@ -127,7 +127,7 @@ def structures_of(family: Family) -> Iterator[tuple[str, dict[str, Any] | str]]:
     sizes = read_config(base).sizes
     if any(kind_at(path) == "dense layers" for path in sizes):  # so that two dense layers leave one of experts
         base = changed(base, {path: 3 for path in sizes if kind_at(path) == "depth"})
-    for config in variants(base):
+    for config in variants(family, base):
         for output_format in FORMATS:
             what = f"{family.name} {output_format}, tie {config.get('tie_word_embeddings')}"
             try:
@@ -137,14 +137,28 @@ def structures_of(family: Family) -> Iterator[tuple[str, dict[str, Any] | str]]:
                 yield what, f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def variants(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def variants(family: Family, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a config with embeddings tied and apart, and with the width of heads stated and derived."""
     ties = (False, True) if isinstance(config.get("tie_word_embeddings"), bool) else (None,)
     head_dims = (None, 16) if config.get("head_dim", 16) is None else (config.get("head_dim"),)
+    if "head_dim" not in config and "num_attention_heads" in config and reads_head_dim(family, config):
+        head_dims = (None, 16)
     for tie in ties:
         for head_dim in head_dims:
             changes = {"tie_word_embeddings": tie, "head_dim": head_dim}
-            yield {**config, **{key: value for key, value in changes.items() if key in config}}
+            yield {**config, **{key: value for key, value in changes.items() if key in config or value is not None}}
+
+
+def reads_head_dim(family: Family, config: Mapping[str, Any]) -> bool:
+    """Return whether the width of heads, of which the class knows nothing, changes the shapes of its modules."""
+    prober, shapes = Prober(family), []
+    for entries in ({}, {"head_dim": 32}):
+        try:
+            sample = prober.sample({**config, **entries}, FORMATS[0], DTYPES[0])
+        except Exception:  # a class may refuse its own config with anything
+            return False
+        shapes.append([tensor[2] for tensor in sample.request["tensors"]])
+    return shapes[0] != shapes[1]
 
 
 class Maker:
@@ -187,6 +201,11 @@ class Maker:
                 stuck.append(path)
             else:
                 yield sample
+        rope = self._base.get("rope_parameters")
+        for changes in _ROPES if isinstance(rope, dict) and "rope_type" in rope else ():
+            sample = self._alike(base, {}, dtype, {"rope_parameters": {"rope_theta": 1e4, **changes}})
+            if sample is not None:
+                yield sample
         for factor in (2, 3) if stuck else ():
             sample = self._alike(base, {path: factor * self._sizes[path] for path in stuck}, dtype)
             if sample is None:
@@ -198,10 +217,12 @@ class Maker:
             raise Refused(f"its sizes cannot be changed: {', '.join(stuck)}")
         self._stuck = stuck
 
-    def _alike(self, base: Sample, sizes: Mapping[str, int], dtype: str) -> Sample | None:
+    def _alike(
+        self, base: Sample, sizes: Mapping[str, int], dtype: str, entries: Mapping[str, Any] | None = None
+    ) -> Sample | None:
         """Return the sample of other sizes, if its model has the same modules."""
         try:
-            sample = self._sample(changed(self._base, sizes), dtype)
+            sample = self._sample({**changed(self._base, sizes), **(entries or {})}, dtype)
         except Exception:  # a class may refuse sizes with anything
             return None
         is_alike = outline(base.config, base.request) == outline(sample.config, sample.request)
@@ -225,6 +246,7 @@ class Maker:
         for dtype, i in zip((*dtypes, *dtypes)[:2], (0, 1), strict=True):
             config = with_harmless_changes(changed(self._base, self._at(i)))
             self._compare(structure, config, dtype, "at another size")
+        structure = {**structure, "ignored": self._ignored(structure, dtypes[0])}
         defaulted = {**structure, **self._defaults(structure)}
         try:
             for i in (0, 1):
@@ -243,6 +265,23 @@ class Maker:
         made = apply_structure(structure, sample.config, sample.request)
         if made != comparable(sample.answer):
             raise Refused(f"differs {how}")
+
+    def _ignored(self, structure: Mapping[str, Any], dtype: str) -> list[str]:
+        """Return the entries of other classes that change nothing."""
+        config_class = type(tiny_config(self._family))
+        known = {*self._base, *config_class.attribute_map}
+        stale = [key for key in _STALE if key not in known]
+
+        def is_ignored(names: list[str]) -> bool:
+            config = {**changed(self._base, self._at(1)), **{name: _STALE[name] for name in names}}
+            try:
+                self._compare({**structure, "ignored": names}, config, dtype, "with stale entries")
+            except Exception:  # a class may refuse entries with anything
+                return False
+            return True
+
+        found = stale if is_ignored(stale) else [name for name in stale if is_ignored([name])]
+        return found if is_ignored(found) else []
 
     def _defaults(self, structure: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entries that config.json may lack, and the links of the sizes that it may lack."""
@@ -296,24 +335,33 @@ _HARMLESS_CHANGES: dict[str, Any] = {
     **{"query_pre_attn_scalar": 77, "final_logit_softcapping": 9.0, "attn_logit_softcapping": 9.0, "logit_scale": 0.5},
     **{"embedding_multiplier": 2.0, "residual_multiplier": 2.0, "routed_scaling_factor": 3.0, "logits_scaling": 3.0},
     "layer_norm_epsilon": 1e-3,
-    "rope_parameters": {
-        **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 64},
+}
+_ROPES: tuple[dict[str, Any], ...] = (
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {
+        **{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64},
         **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
     },
+)
+_STALE: dict[str, Any] = {
+    **{"use_mrope": True, "hidden_act": "relu", "cache_implementation": "hybrid", "sliding_window_size": 7},
+    **{"position_embedding_type": "relative_key", "activation_dropout": 0.5, "pretraining_tp": 2, "mlp_bias": True},
+    **{"attention_bias": True, "summary_type": "mean", "scale_attention_softmax_in_fp32": False},
 }
+"""Entries that config.json has of other classes or versions."""
 
 
 def with_harmless_changes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with other values of entries that change no module."""
     result = {}
     for key, value in config.items():
-        if isinstance(value, dict) and key != "rope_parameters":
+        if isinstance(value, dict):
             value = with_harmless_changes(value)
-        is_flat = not isinstance(value, dict) or not any(isinstance(each, dict) for each in value.values())
-        is_given = (
-            value is not None and value != {} and (key != "rope_parameters" or value.get("rope_type") == "default")
-        )
-        result[key] = _HARMLESS_CHANGES.get(key, value) if is_flat and is_given else value
+        is_changed = value is not None and not isinstance(value, dict)
+        result[key] = _HARMLESS_CHANGES.get(key, value) if is_changed else value
     return result
 
 

@@ -90,6 +90,9 @@ def test_one_mixture_of_experts_answers_for_one_of_more_experts(output_format: F
         {"dtype": "bfloat16"},
         {"torch_dtype": "bfloat16"},
         {"rope_scaling": {"rope_type": "yarn"}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rms_norm_eps": "small"},
+        {"attention_dropout": 0.5},
         {"of_another_version": 1},
         {"model_type": "mistral"},
         {"architectures": ["MistralForCausalLM"]},
@@ -104,7 +107,7 @@ def test_config_that_says_something_else_is_new(entries: dict[str, Any]) -> None
     [
         {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 351},
         {"transformers_version": "4.40", "_name_or_path": "x", "use_cache": False, "initializer_range": 0.1},
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     ],
 )
 def test_config_whose_differences_change_no_module_is_known(entries: dict[str, Any]) -> None:
@@ -176,6 +179,8 @@ def test_config_of_a_stranger_is_bounded() -> None:
     for _ in range(900):
         deep = {"a": deep}
     assert len(read_config({"architectures": ["A"], "deep": deep}).flags) == 2
+    odd = {"vocab_size": None, "pad_token_id": 3, "hidden_size": -1, "rope_scaling": [], "layer_types": [1]}
+    assert len(read_config({"architectures": ["A"], **odd}).flags) == 6
     with pytest.raises(UnknownStructureError):
         read_config({"architectures": ["A"], **{f"{i}_heads": 1 for i in range(300)}})
 
@@ -185,6 +190,9 @@ SEEDED = [
     ("causal", "mistral", {}),
     ("causal", "qwen2", {"tie_word_embeddings": True}),
     ("causal", "qwen3", {"head_dim": 24}),
+    ("causal", "qwen3_moe", {"num_experts": 6, "moe_intermediate_size": 80}),
+    ("causal", "qwen2_moe", {"num_experts": 6, "moe_intermediate_size": 80}),
+    ("causal", "phi3", {"pad_token_id": 0}),
     ("causal", "gemma2", {"head_dim": 24}),
     ("causal", "opt", {"ffn_dim": 208, "word_embed_proj_dim": 96}),
     ("causal", "gpt_neox", {}),
@@ -213,6 +221,21 @@ def test_seed_answers_as_transformers_does(
         known_to_class = Prober(family).sample(stated, output_format, dtype)
         found = seed.seed_answer(known_to_class.config, known_to_class.request)
         assert found == comparable(known_to_class.answer)
+
+
+@pytest.mark.parametrize(
+    ("family", "entries"),
+    [
+        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}),
+        (LLAMA, {"position_embedding_type": "relative_key", "use_mrope": False}),
+        (Family("causal", "gemma2", "Gemma2ForCausalLM"), {"hidden_act": "gelu", "cache_implementation": "hybrid"}),
+        (Family("causal", "qwen3_moe", "Qwen3MoeForCausalLM"), {"head_dim": 24}),
+    ],
+)
+def test_seed_knows_what_else_config_json_may_say(family: Family, entries: dict[str, Any]) -> None:
+    config = transformers.CONFIG_MAPPING[family.model_type](**SMALL).to_dict()
+    other = Prober(family).sample({**config, **entries}, Format.BITSANDBYTES, "float16")
+    assert seed.seed_answer(other.config, other.request) == comparable(other.answer)
 
 
 def _families() -> list[Family]:

@@ -15,6 +15,7 @@ from math import prod
 from int8convert.planning.model_map.sizes import Sizes, UnknownStructureError, kind_at
 
 _ATTENTION_HEADS = re.compile(r"(num_|n_)?(attention_)?heads?|(encoder|decoder)_attention_heads")
+_HIDDEN = re.compile(r"hidden_size|d_model|n_embd|n_embed|embed_dim|emb_dim|model_dim")
 _PROOF = 3
 """Number of samples that coincidences do not survive."""
 
@@ -60,10 +61,11 @@ class Links:
             if _scope(head) == _scope(width) and not width.endswith(f"/{head}")
         ]
         joint = [
-            f"{q}+2*{kv}"
-            for q in per_head
-            for kv in per_head
-            if q.partition("*")[2] == kv.partition("*")[2] and q != kv
+            f"{queries}*{width}+2*{keys}*{width}"
+            for queries in self._of("heads")
+            for keys in self._of("key heads")
+            for width in head_widths
+            if _scope(queries) == _scope(keys) == _scope(width)
         ]
         shifted = [f"{path}+{n}" for path in self._of("positions") for n in (1, 2)]
         self._terms = self._table([*widths, *self.quotients, *per_head])
@@ -77,9 +79,10 @@ class Links:
         return [path for kind in kinds for path in self._by_kind.get(kind, ())]
 
     def _quotients(self) -> list[str]:
-        """Return the widths of one head that are whole in every sample. Other kinds of heads share no hidden state."""
+        """Return the widths of one head that are whole in every sample. Heads of other kinds divide no hidden state."""
         heads = [path for path in self._of("heads") if _ATTENTION_HEADS.fullmatch(path.rpartition(".")[2])]
-        pairs = ((width, head) for width in self._of("width") for head in heads)
+        widths = [path for path in self._of("width") if _HIDDEN.fullmatch(path.rpartition(".")[2])]
+        pairs = ((width, head) for width in widths for head in heads)
         whole = ((w, h) for w, h in pairs if _scope(w) == _scope(h) and not any(s[w] % s[h] for s in self._samples))
         return [f"{width}/{heads}" for width, heads in whole]
 

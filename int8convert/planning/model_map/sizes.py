@@ -47,6 +47,7 @@ _SIZES = {
 
 _MAX_SIZE, _MAX_SIZES, _MAX_LENGTH = 1 << 24, 200, 200
 """Bounds of a size, of the number of sizes, and of the length of a name: a stranger wrote config.json."""
+
 _LAYER_LISTS = re.compile(r"layer_types|mlp_layer_types|layers_block_type")
 
 _DTYPES = {"dtype", "torch_dtype"}
@@ -107,16 +108,21 @@ class ConfigParts:
         sizes: positive numbers that only scale shapes and repeat layers.
         layer_lists: lists with the kind of each layer.
         flags: everything else.
+        rope_types: types of rotary embeddings, which change no module. Some classes refuse all but a few.
     """
 
     sizes: dict[str, int] = field(default_factory=dict)
     layer_lists: dict[str, list[str]] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
+    rope_types: set[str] = field(default_factory=set)
 
     def add(self, config: Mapping[str, Any], scope: str = "") -> None:
         """Add the entries of a config, or of the part of one that `scope` names, with a dot at its end."""
         for key, value in config.items():
             path = scope + key
+            if key in _ROPE and (rope_type := _rope_type(value)) is not None:
+                self.rope_types.add(rope_type)
+                continue
             if _is_harmless(key, value, config) or (not scope and key in _DTYPES):
                 continue
             if isinstance(value, dict) and value and len(scope) < _MAX_LENGTH and not key.endswith(("2label", "2id")):
@@ -146,22 +152,23 @@ def read_config(config: Mapping[str, Any]) -> ConfigParts:
 
 def _is_harmless(key: str, value: Any, config: Mapping[str, Any]) -> bool:
     """Return whether an entry leaves the modules alone, and is not what transformers would refuse."""
-    if key in _ROPE:
-        return value is None or _is_known_rope(value)
     if key in ("gradient_checkpointing", "output_attentions"):
         return value is False  # what they are refused for depends on the class
     if _TOKEN_IDS.fullmatch(key):
         # A padding token beyond the vocabulary fails when the embedding is made.
-        n_words = config.get("vocab_size", 0) if key == "pad_token_id" else _MAX_SIZE
+        stated = config.get("vocab_size")
+        n_words = (stated if type(stated) is int else 0) if key == "pad_token_id" else _MAX_SIZE
         ids = value if isinstance(value, list) else [value]
         return all(each is None or (type(each) is int and -1 <= each < n_words) for each in ids)
     return any(pattern.fullmatch(key) and (value is None or type(value) in types) for pattern, types in _HARMLESS)
 
 
-def _is_known_rope(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    rope_type = value.get("rope_type", value.get("type", "default"))
+def _rope_type(value: Any) -> str | None:
+    """Return the type of rotary embeddings; None where it is unknown, or an entry that it needs is absent."""
+    entries = {} if value is None else value
+    if not isinstance(entries, dict) or any(isinstance(each, dict) for each in entries.values()):
+        return None
+    rope_type = entries.get("rope_type", entries.get("type", "default"))
     needed = _ROPE_KEYS.get(rope_type) if isinstance(rope_type, str) else None
-    numbers = {key for key, each in value.items() if isinstance(each, int | float)}
-    return needed is not None and numbers.issuperset(needed) and not any(isinstance(v, dict) for v in value.values())
+    is_known = needed is not None and all(isinstance(entries.get(key), int | float) for key in needed)
+    return rope_type if is_known else None

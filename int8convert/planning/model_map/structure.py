@@ -140,7 +140,8 @@ def find_structure(samples: Sequence[Sample]) -> dict[str, Any] | None:
     A structure is a JSON object with these entries:
 
     - `model_class`, `output_format`, `notes`: as in the answers. `dtypes`: those that the model may have.
-    - `flags`: all of the config but sizes and harmless entries. `optional`: those that config.json may lack.
+    - `flags`: all of the config but sizes and harmless entries. `optional`: those that config.json may lack. `ignored`:
+      further entries that it may have. `rope_types`: see `ConfigParts`.
     - `layer_lists`: list of the kinds of layers -> kinds that are known.
     - `sizes`: size -> its only value; None where any will do. `absent`: size -> link where config.json lacks it.
     - `aliases`: other name of an entry of the config -> its name.
@@ -187,7 +188,9 @@ def _structure_of(samples: Sequence[Sample], differing: LayerKinds) -> dict[str,
         "dtypes": sorted({each.answer["dtype"] for each in samples}),
         "flags": parts[0].flags,
         "layer_lists": _kinds_seen(parts),
+        "rope_types": sorted({rope_type for each in parts for rope_type in each.rope_types}),
         "optional": [],
+        "ignored": [],
         "aliases": {},
         "sizes": {path: _fixed_size(path, [each.sizes[path] for each in parts], linked) for path in parts[0].sizes},
         "absent": {},

@@ -55,14 +55,16 @@ def apply_structure(structure: Mapping[str, Any], config: Mapping[str, Any], req
 
 def _matching_sizes(structure: Mapping[str, Any], parts: ConfigParts, request: Mapping[str, Any]) -> Sizes:
     """Return the sizes of a config that differs from a structure's in nothing else."""
-    optional = {*structure["optional"]}
+    optional, ignored = {*structure["optional"]}, {*structure["ignored"]}
     lists, flags = structure["layer_lists"], structure["flags"]
+    stated = {path: value for path, value in parts.flags.items() if path not in ignored}
     is_alike = (
         request["output_format"] == structure["output_format"]
         and not (request["skip"] or request["only"])
-        and all(path in flags and _same(flags[path], value) for path, value in parts.flags.items())
+        and parts.rope_types <= {*structure["rope_types"]}
+        and all(path in flags and _same(flags[path], value) for path, value in stated.items())
         and all(path in lists and {*values} <= {*lists[path]} for path, values in parts.layer_lists.items())
-        and all(path in parts.flags or path in optional for path in flags)
+        and all(path in stated or path in optional for path in flags)
         and all(path in parts.layer_lists or path in optional for path in lists)
         and all(path in structure["sizes"] for path in parts.sizes)
     )
