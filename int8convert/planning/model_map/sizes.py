@@ -62,13 +62,14 @@ _HARMLESS: tuple[tuple[re.Pattern[str], tuple[type, ...]], ...] = (
     ),
     (
         re.compile(
-            r"(.*_)?(eps|epsilon)|initializer_(range|factor)|init_std|rope_theta|rope_local_base_freq|rotary_emb_base"
-            r"|_?sliding_window(_pattern)?|max_window_layers|query_pre_attn_scalar|(attn|final)_logit_softcapping"
-            r"|(embedding|residual|attention)_multiplier|logits?_scal(e|ing)|routed_scaling_factor"
+            r"initializer_(range|factor)|init_std|rope_theta|rope_local_base_freq|rotary_emb_base"
+            r"|_?sliding_window(_pattern)?|max_window_layers|query_pre_attn_scalar"
+            r"|(embedding|residual|attention)_multiplier|logits_scaling|routed_scaling_factor"
             r"|num_experts_per_tok|n_group|topk_group|qk_head_dim|router_(aux_loss|z_loss)_coef(ficient)?"
         ),
         (int, float),
     ),
+    (re.compile(r"(.*_)?(eps|epsilon)|(attn|final)_logit_softcapping|logit_scale"), (float,)),
     (re.compile(r"auto_map|task_specific_params"), (dict,)),
 )
 """Names of entries that change no module, and the types of their values; any may be null."""
