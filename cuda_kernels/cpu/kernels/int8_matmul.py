@@ -132,7 +132,6 @@ def _multiply(tokens, wide, side_x, found_columns, weight, bias, y, y_stride, me
         last = min(first + _N_ROUND, side_x.shape[0])
         for n in range(begin, end, N_ROWS):
             stop = min(n + N_ROWS, end)
-            load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, rows)
             _copy_tails(weight_codes[n:stop], tails)
             w = weight_codes.ctypes.data + n * weight_codes.shape[1]
             tile = _Rows(w, weight_codes.shape[1], stop - n, tails.ctypes.data)
@@ -144,6 +143,8 @@ def _multiply(tokens, wide, side_x, found_columns, weight, bias, y, y_stride, me
             else:
                 sums[: last - first + N_TILE_TOKENS] = 0
                 _sum_by_tiles(x, first, last, tile, packed, sums.ctypes.data)
+            # After the products, when the cache holds the codes of the found columns.
+            load_rows(n, found_columns, weight_codes, weight_absmax, outlier_weight, bias, rows)
             outputs = y[first * y_stride + n :]
             finish_tokens(sums, last - first, side_x[first:last], rows, spare, outputs, y_stride, stop - n)
 
