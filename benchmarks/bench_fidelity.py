@@ -165,6 +165,7 @@ def forms(calibration: Path) -> Iterator[Form]:
     smoothed = replace(rounded, smooth=calibration)
     yield Form("rotated: ", replace(plain, rotate=True), ("none", "dynamic", "blocks"), runs_theirs=True)
     yield Form("smoothed, calibrated: ", smoothed, ("weight-only", "dynamic"), runs_theirs=True)
+    yield Form("smoothed, calibrated, 8 % of the weights kept: ", smoothed, ("dynamic",), keeps=8, runs_theirs=True)
     inputs = replace(rounded, rotate_inputs=True, format="compressed-tensors")
     yield Form("all inputs rotated, calibrated: ", inputs, ("weight-only", "none", "blocks"))
     yield Form("all inputs rotated, calibrated, 3 % of the weights kept: ", inputs, ("blocks",), keeps=3)
