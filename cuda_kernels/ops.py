@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cuda_kernels.reference import QuantizedActivations, QuantizedRows, QuantizedWeight
@@ -97,21 +98,28 @@ def int8_linear(
         [..., N] in the dtype of x.
     """
     rule = (outlier_columns, threshold, capacity, block_size)
-    if is_plain(x, weight.bias):
+    if is_plain(x, *weight, outlier_columns):
         return run_int8_linear(x, *weight, *rule)  # type: ignore[no-any-return]
     return torch.ops.cuda_kernels.int8_linear(x, *weight, *rule)  # type: ignore[no-any-return]
 
 
-def is_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Return whether an operation on a CPU tensor and others may do without torch's dispatcher.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Return whether an operation on these tensors may do without torch's dispatcher, which costs 15 us a call.
 
-    It may if nothing records, traces, transforms or differentiates it. The dispatcher costs 15 us a call.
+    It may if all are on the CPU, in memory as they read, and nothing records, traces, transforms, watches or
+    differentiates it.
     """
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_in_torch_dispatch_mode():
         return False
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *others)):
+    if torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
         return False
-    if torch._C._get_tracing_state() is not None or is_in_torch_dispatch_mode():
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
-    is_transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    return not is_transformed
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, Parameter) or tensor.device.type != "cpu" or tensor.is_neg():
+            return False
+        if tensor._is_zerotensor() or (tensor.requires_grad and torch.is_grad_enabled()):
+            return False
+    return True

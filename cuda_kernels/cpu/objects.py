@@ -32,6 +32,9 @@ MAX_FILES = 500
 _KERNELS = Path(__file__).parent / "kernels"
 _SETTINGS = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT", "NUMBA_ENABLE_AVX")
 _LOCK = threading.Lock()
+# A child that is forked while another thread compiles would wait for that thread forever.
+os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+_ADDRESSES: dict[str, int] = {}
 _SCALARS: dict[str, Any] = {
     "q": ctypes.c_int64,
     "f": ctypes.c_float,
@@ -42,20 +45,33 @@ _SCALARS: dict[str, Any] = {
 
 
 def address_of(module: str, name: str, kinds: tuple[Kind, ...]) -> int:
-    """Return the address of a function of `cpu.kernels`, compiled for arguments of these types if it is not there."""
+    """Return the address of a function of `cpu.kernels`, compiled for arguments of these types if it is not there.
+
+    Raises:
+        RuntimeError: the package's source changed since this process began, and would have to be compiled.
+    """
     with _LOCK:
         key = json.dumps([_digest(), module, name, kinds])
-        folder = _folder()
-        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.o" if folder is not None else None
-        found = _read(path) if path is not None else None
-        if found is None:
-            from cuda_kernels.cpu.kernels.build import build
+        if key not in _ADDRESSES:
+            folder = _folder()
+            path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.o" if folder is not None else None
+            found = _read(path, key) if path is not None else None
+            address = _load(*found) if found is not None else 0
+            if not address:
+                address = _compile(key, path, module, name, kinds)
+            _ADDRESSES[key] = address
+        return _ADDRESSES[key]
 
-            found = build(module, name, kinds)
-            if path is not None:
-                _write(path, *found)
-        symbol, code = found
-        return _load(symbol, code)
+
+def _compile(key: str, path: Path | None, module: str, name: str, kinds: tuple[Kind, ...]) -> int:
+    from cuda_kernels.cpu.kernels.build import build
+
+    symbol, code = build(module, name, kinds)
+    if _digest.__wrapped__() != _digest():
+        raise RuntimeError("the source of cuda_kernels changed while this process ran: start it again")
+    if path is not None:
+        _write(path, key, symbol, code)
+    return _load(symbol, code)
 
 
 @functools.cache
@@ -78,7 +94,7 @@ def _folder() -> Path | None:
     return temporary_folder()
 
 
-def _read(path: Path) -> tuple[str, bytes] | None:
+def _read(path: Path, key: str) -> tuple[str, bytes] | None:
     """Return the symbol and the code in a file; None if it is missing, damaged, or open to other users."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -86,23 +102,27 @@ def _read(path: Path) -> tuple[str, bytes] | None:
             if not belongs_to_this_user(os.fstat(file)):
                 return None
             header, code = json.loads(opened.readline()), opened.read()
-        return (header["symbol"], code) if header["sha256"] == hashlib.sha256(code).hexdigest() else None
+        return (header["symbol"], code) if header["sha256"] == _sum(key, header["symbol"], code) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _write(path: Path, symbol: str, code: bytes) -> None:
-    header = {"symbol": symbol, "sha256": hashlib.sha256(code).hexdigest()}
+def _sum(key: str, symbol: str, code: bytes) -> str:
+    return hashlib.sha256(json.dumps([key, symbol]).encode() + code).hexdigest()
+
+
+def _write(path: Path, key: str, symbol: str, code: bytes) -> None:
+    header = {"symbol": symbol, "sha256": _sum(key, symbol, code)}
     with contextlib.suppress(OSError):
         for old in sorted(path.parent.glob("*.o"), key=lambda each: each.stat().st_mtime)[: 1 - MAX_FILES]:
             old.unlink(missing_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(json.dumps(header).encode() + b"\n" + code)
-                file.close()
-                os.replace(file.name, path)
-            except OSError:
-                os.unlink(file.name)
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".o", delete=False) as file:
+        try:
+            file.write(json.dumps(header).encode() + b"\n" + code)
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
 
 
 _ENGINES: list[Any] = []
@@ -121,7 +141,7 @@ def _load(symbol: str, code: bytes) -> int:
     _ENGINES.append(engine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    address: int = engine.get_function_address(symbol)
+    address: int = engine.get_function_address(symbol)  # 0 if there is no such symbol
     return address
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
 
 Team = tuple[int, int, int, int]
 """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads, and the number of threads; the calling thread
@@ -25,19 +24,24 @@ _is_forked_child = False
 
 def team(n_threads: int) -> Team:
     """Return the team of the library that `import torch` has loaded; that of the caller if there is no such library."""
-    found = ALONE[:3] if _is_forked_child or n_threads == 1 else _find()
-    return (*found, n_threads) if found[0] else ALONE
+    if _is_forked_child or n_threads == 1:
+        return ALONE
+    if not _FOUND:
+        _FOUND.extend(_find())
+    return (_FOUND[0], _FOUND[1], _FOUND[2], n_threads) if _FOUND else ALONE
 
 
-@cache
-def _find() -> tuple[int, int, int]:
+_FOUND: list[int] = []
+"""The addresses of the functions; empty until the library is there."""
+
+
+def _find() -> list[int]:
     process = ctypes.CDLL(None)
     try:
         functions = (process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads)
     except AttributeError:
-        return ALONE[:3]
-    start, thread_num, num_threads = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
-    return start, thread_num, num_threads
+        return []
+    return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
 
 
 def _note_fork() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 
@@ -36,11 +36,16 @@ def run_split(function: Callable[[int, int], None], n_rows: int, n_threads: int,
     part = -(-blocks // n_threads) * multiple
     ranges = [(begin, min(begin + part, n_rows)) for begin in range(0, n_rows, part or 1)]
     others = [(_pool().submit(function, *rows), rows) for rows in ranges[1:]]
-    if ranges:
-        function(*ranges[0])
-    for future, rows in others:
+    try:
+        if ranges:
+            function(*ranges[0])
         # If other work keeps the cores busy, a part that no thread has begun is done sooner here.
-        if future.cancel():
-            function(*rows)
-        else:
+        for future, rows in others:
+            if future.cancel():
+                function(*rows)
+    finally:
+        # Parts that run use memory of the caller's, whatever became of the others.
+        wait([future for future, _ in others if not future.cancel()])
+    for future, _ in others:
+        if not future.cancelled():
             future.result()

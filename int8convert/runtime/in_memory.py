@@ -23,6 +23,7 @@ from int8convert.formats.layers import is_conv1d_layer
 from int8convert.formats.modules import module_of
 from int8convert.patterns import matches
 from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_path
+from int8convert.runtime.float_linear import restore
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.stored_columns import StoredOutliers, save_with_outliers
@@ -71,6 +72,7 @@ def quantize_(
     """
     stored = {} if isinstance(outliers, str) else outliers
     mode = OutlierMode(outliers) if isinstance(outliers, str) else OutlierMode.STATIC_GUARD
+    restore(model)
     names = modules_to_replace(model, skip)
     for name in names:
         _check_finite(name, model.get_submodule(name))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +25,8 @@ ROTATE = ("rotate", "rotate_columns")
 
 
 def quarters() -> None:
-    """A new `Kernel` finds its code, or compiles it, and rotates a row of four."""
+    """A new `Kernel`, as of a new process, finds its code or compiles it, and rotates a row of four."""
+    objects._ADDRESSES.clear()
     values = np.array([[2, 0, 0, 0]], np.float32)
     Kernel(*ROTATE)(values, 4)
     np.testing.assert_array_equal(values, [[1, 1, 1, -1]])
@@ -72,13 +77,19 @@ print(values.tolist(), "numba" in sys.modules)
     assert done.stdout == "[[1.0, 1.0, 1.0, -1.0]] False\n"
 
 
-@pytest.mark.parametrize("damage", ["code", "header", "empty", "cut"])
+@pytest.mark.parametrize("damage", ["code", "header", "symbol", "empty", "cut"])
 def test_damaged_code_is_compiled_again(home: Path, built: list[str], damage: str) -> None:
     quarters()
     (path,) = home.iterdir()
     whole = path.read_bytes()
     changed = bytes([whole[-1] ^ 1])
-    path.write_bytes({"code": whole[:-1] + changed, "header": b"{}\n" + whole, "empty": b"", "cut": whole[:-9]}[damage])
+    symbol = whole.replace(b"rotate_columns", b"rotate_column5", 1)
+    assert symbol != whole
+    path.write_bytes(
+        {"symbol": symbol, "code": whole[:-1] + changed, "header": b"{}\n" + whole, "empty": b"", "cut": whole[:-9]}[
+            damage
+        ]
+    )
     for _ in range(2):
         quarters()
     assert built == [ROTATE[1]] * 2
@@ -165,6 +176,46 @@ def test_a_change_of_the_source_or_the_processor_is_other_code(
         quarters()
     objects._digest.cache_clear()
     assert len(list(home.iterdir())) == len(built) == 3
+
+
+def test_source_that_changes_while_a_process_runs_is_not_compiled(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    quarters()  # the digest is taken
+    folder = tmp_path / "package" / "cpu" / "kernels"
+    folder.mkdir(parents=True)
+    (tmp_path / "package" / "reference.py").write_text("N_STEPS = 126")
+    monkeypatch.setattr(objects, "_KERNELS", folder)
+    monkeypatch.setattr(objects, "_read", lambda *_: None)
+    with pytest.raises(RuntimeError, match="the source of cuda_kernels changed while this process ran"):
+        quarters()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_child_that_is_forked_while_a_thread_compiles_compiles_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda_kernels.cpu.kernels import build as builder
+
+    begun, build = threading.Event(), builder.build
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        time.sleep(0.5)
+        return build(*args)
+
+    monkeypatch.setattr(builder, "build", slow)
+    compiling = threading.Thread(target=quarters)
+    compiling.start()
+    begun.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            quarters()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    compiling.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_kernel_that_needs_numba_at_run_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,9 @@ def test_epilogue_of_torchs_products_is_the_product(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("watch", ["nothing", "mode", "gradient", "no gradient", "compile", "trace", "tangent"])
+@pytest.mark.parametrize(
+    "watch", ["nothing", "mode", "profiler", "negation", "gradient", "no gradient", "compile", "trace", "tangent"]
+)
 def test_operator_is_passed_by_only_where_nothing_watches(watch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, calls = random_layer(torch.float32), random_x(torch.float32, 2, 130), []
     expected = torch.ops.cuda_kernels.int8_linear(*flat_arguments(x, layer))
@@ -152,6 +154,12 @@ def test_operator_is_passed_by_only_where_nothing_watches(watch: str, monkeypatc
         graph = make_fx(lambda x: ops.int8_linear(x, **layer))(x)
         assert "cuda_kernels.int8_linear" in graph.code
         y = graph(x)
+    elif watch == "profiler":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            y = ops.int8_linear(x, **layer)
+        assert "cuda_kernels::int8_linear" in {event.key for event in profile.key_averages()}
+    elif watch == "negation":
+        y = ops.int8_linear(torch._neg_view(-x), **layer)
     elif watch == "tangent":
         with forward_ad.dual_level():
             y = forward_ad.unpack_dual(ops.int8_linear(forward_ad.make_dual(x, x), **layer)).primal

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 
 from cuda_kernels.cpu import tensors
-from int8convert.runtime.float_linear import hasten
+from int8convert.runtime.float_linear import FloatLinear, hasten, restore
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -112,5 +115,54 @@ def test_tied_weights_and_saved_names_stay() -> None:
     model.head.weight = model.embedding.weight
     names = list(model.state_dict())
     hasten(model)
-    assert type(model.head) is nn.Linear and model.head.weight is model.embedding.weight
+    assert type(model.head) is FloatLinear and model.head.weight is model.embedding.weight
     assert list(model.state_dict()) == names
+    restore(model)
+    assert type(model.head) is nn.Linear
+
+
+@pytest.mark.parametrize("how", ["pickle", "deep copy", "shallow copy"])
+def test_a_copy_computes_with_its_own_weights(how: str, n_calls: list[int]) -> None:
+    _, fast = made(64, 7, torch.bfloat16)
+    copied = {
+        "pickle": lambda: pickle.loads(pickle.dumps(fast)),
+        "deep copy": lambda: copy.deepcopy(fast),
+        "shallow copy": lambda: fast._replicate_for_data_parallel(),
+    }[how]()
+    copied.weight, copied.bias = nn.Parameter(torch.zeros_like(fast.weight), requires_grad=False), None
+    assert torch.equal(copied(torch.ones(1, 64).bfloat16()), torch.zeros(1, 7)) and n_calls == [1]
+
+
+def test_hooks_of_accelerate_stay(tmp_path: Path) -> None:
+    model = nn.Sequential(*(made(64, 64, torch.bfloat16)[0] for _ in range(2)))
+    x = torch.randn(1, 64).bfloat16()
+    expected = model(x)
+    places = {"0": "cpu", "1": "disk"}
+    offloaded = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    hasten(offloaded)
+    assert torch.equal(offloaded(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
+def test_no_columns_and_a_lost_bias_are_torchs(n_calls: list[int]) -> None:
+    _, empty = made(0, 3, torch.bfloat16)
+    assert torch.equal(empty(torch.ones(2, 0).bfloat16()), empty.bias.expand(2, 3))
+    _, fast = made(64, 7, torch.bfloat16)
+    fast.bias = nn.Parameter(fast.bias.to("meta"), requires_grad=False)
+    with pytest.raises(RuntimeError, match="meta"):
+        fast(torch.ones(1, 64).bfloat16())
+    assert not n_calls
+
+
+def test_autocast_decides_the_dtype() -> None:
+    layer, fast = made(64, 7, torch.bfloat16)
+    x = torch.randn(1, 64).bfloat16()
+    with torch.autocast("cpu", torch.float16):
+        assert fast(x).dtype == layer(x).dtype == torch.float16
+
+
+def test_layer_is_exported_for_any_number_of_tokens() -> None:
+    _, fast = made(64, 7, torch.bfloat16)
+    n_tokens = torch.export.Dim("n_tokens", min=1, max=512)
+    exported = torch.export.export(fast, (torch.ones(8, 64).bfloat16(),), dynamic_shapes=({0: n_tokens},))
+    assert exported.module()(torch.ones(1, 64).bfloat16()).shape == (1, 7)

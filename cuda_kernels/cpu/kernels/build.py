@@ -20,7 +20,7 @@ def build(module: str, name: str, kinds: tuple[Kind, ...]) -> tuple[str, bytes]:
     """Return the symbol and the object code of a function for arguments of these types.
 
     Raises:
-        RuntimeError: it calls a function that a process without Numba has not.
+        RuntimeError: it calls a function that a process without Numba has not, or the processor has no fp16.
     """
     dispatcher = getattr(import_module(f"cuda_kernels.cpu.kernels.{module}"), name)
     target, flags = dispatcher.targetdescr, Flags()
@@ -33,7 +33,12 @@ def build(module: str, name: str, kinds: tuple[Kind, ...]) -> tuple[str, bytes]:
     unknown = {each for each in called - _FROM_C if not each.startswith("llvm.")}
     if unknown:
         raise RuntimeError(f"the kernel {module}.{name} calls {', '.join(sorted(unknown))}")
-    return compiled.fndesc.llvm_func_name, code_library._codegen._tm.emit_object(code_library._final_module)
+    code = code_library._codegen._tm.emit_object(code_library._final_module)
+    if b"__extendhfsf2" in code or b"__truncsfhf2" in code:
+        raise RuntimeError(
+            "this processor converts no fp16 (F16C), and the kernels need it: convert bf16 or fp32 weights"
+        )
+    return compiled.fndesc.llvm_func_name, code
 
 
 def _type_of(kind: Kind) -> Any:

@@ -109,7 +109,7 @@ def finish_tokens(sums, n_tokens, side_x, rows, spare, y, y_stride, n):  # type:
 
 @compiled()
 def row_bytes(n_side):  # type: ignore[no-untyped-def]
-    """Return the size of the memory that `scratch_rows` takes for this many side columns."""
+    """Return the size of the memory that `rows` of `load_rows` take for this many side columns."""
     return aligned((2 + n_side) * 4 * N_ROWS)
 
 

@@ -4,8 +4,9 @@ For each 32 weight rows, the kernel widens the side weights once. Then it comput
 exact in int32 within a block of columns, adds up the blocks in float32, in ascending order, and finishes the outputs.
 Weights are read from memory once for every 128 tokens, whose codes stay in the core's cache. The products:
 
-1. By rows, for one scale a token or few tokens: one token or four by four weight rows, over all columns. So memory is
-   read in four streams, and 8 loads serve 16 vector products. The lanes of a sum are added up once a block.
+1. By rows, for one scale a token or few tokens, over all columns. The rows are read one after the other for one token
+   with one scale. Four tokens take four rows at once, where 8 loads serve 16 vector products. The lanes of a sum are
+   added up once a block.
 2. By tiles, for more tokens with blocks: the codes of a block are packed once for all tokens; see `int8_tiles`.
 3. By pairs, where the processor has no byte products; see `int8_pairs`.
 

@@ -25,7 +25,8 @@ def run_parts(typing_context: Any, kernel: Any, args: Any, n_parts: Any, team: A
     """run_parts(kernel, args, n_parts, team): call `kernel(*args, part, n_parts)` for each part, and wait.
 
     All threads of the team are called although at most `n_parts` of them get work: a team whose size changes is
-    rebuilt. There are fewer parts if the library gives the caller fewer threads, as it does within a team's own thread.
+    rebuilt. There are fewer parts if the library gives the caller fewer threads, as it does within a team's own thread:
+    `part` and its `n_parts` are then smaller than what memory was sized for.
     A team without functions is the calling thread. The kernel must not raise: no caller would receive the exception.
 
     Args:
