@@ -1,8 +1,8 @@
 """The int8 product with its epilogue fused, so that sums never leave the cache; see `reference.int8_matmul`.
 
-For each 32 weight rows, the kernel widens the side weights once. Then it computes the products of up to 128 tokens,
+For each 32 weight rows, the kernel widens the side weights once. Then it computes the products of 128 to 512 tokens,
 exact in int32 within a block of columns, adds up the blocks in float32, in ascending order, and finishes the outputs.
-Weights are read from memory once for every 128 tokens, whose codes stay in the core's cache. The products:
+Weights are read from memory once for these tokens, whose codes stay in the core's cache. The products:
 
 1. By rows, for one scale a token or few tokens, over all columns. The rows are read one after the other for one token
    with one scale. Four tokens take four rows at once, where 8 loads serve 16 vector products. The lanes of a sum are
@@ -44,8 +44,8 @@ from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view
 from cuda_kernels.cpu.kernels.team import part_of, run_parts
 from cuda_kernels.reference import N_STEPS
 
-_N_ROUND = 128
-"""Tokens per round: at 4,096 columns their codes take 512 KiB, and a block of weight rows 128 KiB."""
+_ROUND_BYTES, _MIN_ROUND, _MAX_ROUND = 1 << 19, 128, 512
+"""Codes of the tokens of a round, which stay in the core's cache, and the bounds of their number."""
 
 _N_BY_ROWS = 4
 """Tokens of a round with blocks, at most, that go by rows."""
@@ -111,9 +111,14 @@ def _locate(codes, tails, block_size, offsets, scales):  # type: ignore[no-untyp
     return _Tokens(codes.ctypes.data, n_columns, tails_at, block_size, n_blocks, offsets_at, scales_at, n_padded)
 
 
-_SUM_BYTES = (_N_ROUND + N_TILE_TOKENS) * N_ROWS * 4
 _TAIL_BYTES = N_ROWS * N_CODES
 _SPARE_BYTES = N_ROWS * 4
+
+
+@compiled()
+def _tokens_of_round(n_tokens, n_columns):  # type: ignore[no-untyped-def]
+    n = _ROUND_BYTES // max(n_columns, 1) // _MIN_ROUND * _MIN_ROUND
+    return min(max(min(n, _MAX_ROUND), _MIN_ROUND), n_tokens)
 
 
 @compiled()
@@ -121,16 +126,17 @@ def _multiply(tokens, wide, side_x, found_columns, weight, bias, y, y_stride, me
     x = _locate(*tokens)
     weight_codes, weight_absmax, outlier_weight = weight
     begin, end = part_of(weight_absmax.size, N_ROWS, part, n_parts)
-    at = memory + part * part_bytes
-    sums = view(at, (_N_ROUND + N_TILE_TOKENS, N_ROWS), np.float32(0))
-    tails = view(at + _SUM_BYTES, (N_ROWS, N_CODES), np.int8(0))
-    spare = view(at + _SUM_BYTES + _TAIL_BYTES, (N_ROWS,), y.dtype.type(0))
-    rows_at = at + _SUM_BYTES + _TAIL_BYTES + _SPARE_BYTES
+    at, n_round = memory + part * part_bytes, _tokens_of_round(side_x.shape[0], x.n_columns)
+    sums = view(at, (n_round + N_TILE_TOKENS, N_ROWS), np.float32(0))
+    at += sums.nbytes
+    tails = view(at, (N_ROWS, N_CODES), np.int8(0))
+    spare = view(at + _TAIL_BYTES, (N_ROWS,), y.dtype.type(0))
+    rows_at = at + _TAIL_BYTES + _SPARE_BYTES
     rows, packed = view(rows_at, (2 + side_x.shape[1], N_ROWS), np.float32(0)), rows_at + row_bytes(side_x.shape[1])
     rows[:] = 0
     tails[:] = 0
-    for first in range(0, side_x.shape[0], _N_ROUND):
-        last = min(first + _N_ROUND, side_x.shape[0])
+    for first in range(0, side_x.shape[0], n_round):
+        last = min(first + n_round, side_x.shape[0])
         for n in range(begin, end, N_ROWS):
             stop = min(n + N_ROWS, end)
             _copy_tails(weight_codes[n:stop], tails)
@@ -163,7 +169,8 @@ def multiply(tokens, side_x, found_columns, weight, bias, y, y_stride, team):  #
     n_tokens, n_side = side_x.shape
     n_parts = min(weight[0].size * (8 + n_tokens) // _MIN_WORK + 1, team[3])
     n_packed = tokens[2] * N_ROWS if tokens[3].shape[0] > 1 else 0
-    part_bytes = aligned(_SUM_BYTES + _TAIL_BYTES + _SPARE_BYTES + row_bytes(n_side) + n_packed)
+    sum_bytes = (_tokens_of_round(n_tokens, weight[0].shape[1]) + N_TILE_TOKENS) * N_ROWS * 4
+    part_bytes = aligned(sum_bytes + _TAIL_BYTES + _SPARE_BYTES + row_bytes(n_side) + n_packed)
     wide_stride = 0 if HAS_BYTE_PRODUCTS else 2 * -(-weight[0].shape[1] // N_CODES) * N_CODES
     memory = allocate(n_parts * part_bytes + n_tokens * wide_stride)
     if memory == 0:
