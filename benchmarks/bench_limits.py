@@ -15,13 +15,13 @@ from numba import njit
 
 from cuda_kernels.cpu.kernels.dequantize_epilogue import N_ROWS
 from cuda_kernels.cpu.kernels.int8_vectors import (
-    N_CODES,
     add_products,
     add_scaled_totals,
     store_row_sums,
     zero_floats,
     zero_sums,
 )
+from cuda_kernels.cpu.kernels.sizes import N_CODES
 from cuda_kernels.cpu.threads import run_split
 
 N_BYTES = 1 << 27

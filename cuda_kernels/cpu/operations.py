@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
+from cuda_kernels.cpu.kernels.sizes import N_CODES, N_FLOATS, N_TILE_TOKENS, NO_MEMORY, NOT_ASCENDING
 from cuda_kernels.cpu.objects import Kernel
 from cuda_kernels.cpu.team import team
 from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
@@ -24,15 +25,6 @@ _SQUARE_PRODUCTS = Kernel("feedback_round", "square_products")
 _ACTIVATION_QUANTIZE = Kernel("activation_quantize", "activation_quantize")
 _INT8_MATMUL = Kernel("int8_matmul", "int8_matmul")
 _DEQUANTIZE_EPILOGUE = Kernel("dequantize_epilogue", "dequantize_epilogue")
-
-_N_PANEL = 32
-"""Columns of a panel; `kernels.float_vectors.N_FLOATS`."""
-
-_N_CODES, _N_TILE_TOKENS = 64, 8
-"""`kernels.int8_vectors.N_CODES` and `kernels.int8_tiles.N_TILE_TOKENS`."""
-
-NO_MEMORY, NOT_ASCENDING = -1, -2
-"""What a kernel returns that could not finish; see `kernels.activation_quantize`."""
 
 
 def row_quantize(
@@ -91,9 +83,9 @@ def rotate(values: npt.NDArray[np.float32], size: int, axis: int = -1) -> None:
 def panels(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return a matrix [k, n] as panels of columns, float32 [ceil(n / 32), k, 32], the last one filled with zeros."""
     n_rows, n_columns = matrix.shape
-    laid_out = np.zeros((-(-n_columns // _N_PANEL), n_rows, _N_PANEL), np.float32)
-    for panel, begin in zip(laid_out, range(0, n_columns, _N_PANEL), strict=True):
-        columns = matrix[:, begin : begin + _N_PANEL]
+    laid_out = np.zeros((-(-n_columns // N_FLOATS), n_rows, N_FLOATS), np.float32)
+    for panel, begin in zip(laid_out, range(0, n_columns, N_FLOATS), strict=True):
+        columns = matrix[:, begin : begin + N_FLOATS]
         panel[:, : columns.shape[1]] = columns
     return laid_out
 
@@ -112,7 +104,7 @@ def feedback_round(
         in_steps, errors: float32 [rows, cols].
         feedback: float32 [cols, cols], in `panels`.
     """
-    sums = np.empty((in_steps.shape[0], _N_PANEL), np.float32)
+    sums = np.empty((in_steps.shape[0], N_FLOATS), np.float32)
     _FEEDBACK_ROUND(in_steps, feedback, np.float32(limit), errors, sums)
 
 
@@ -125,7 +117,7 @@ def square_products(
         rows: float32 [rows, cols].
         matrix: float32 [cols, n], in `panels`.
     """
-    _SQUARE_PRODUCTS(rows, matrix, squares, np.empty((rows.shape[0], _N_PANEL), np.float32))
+    _SQUARE_PRODUCTS(rows, matrix, squares, np.empty((rows.shape[0], N_FLOATS), np.float32))
 
 
 def activation_quantize(
@@ -186,9 +178,9 @@ def int8_matmul(
         y: bits [M, N] of the dtype of x, C-contiguous.
     """
     n_tokens, n_columns = x.codes.shape
-    shape = x.absmax.shape[1], n_tokens + _N_TILE_TOKENS
+    shape = x.absmax.shape[1], n_tokens + N_TILE_TOKENS
     offsets, scales = np.empty(shape, np.int32), np.empty(shape, np.float32)
-    tokens = (x.codes, np.zeros((n_tokens, _N_CODES), np.int8), x.block_size or n_columns, offsets, scales)
+    tokens = (x.codes, np.zeros((n_tokens, N_CODES), np.int8), x.block_size or n_columns, offsets, scales)
     rest = (_side(x), x.found_columns, weight[:3], _bias_or_empty(weight))
     check(_INT8_MATMUL(tokens, x.absmax, *rest, y.reshape(-1), y.shape[1], team(n_threads)), None, n_columns)
 

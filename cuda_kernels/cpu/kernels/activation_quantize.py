@@ -15,14 +15,12 @@ import numpy as np
 from cuda_kernels.cpu.kernels.bits import magnitude, widen
 from cuda_kernels.cpu.kernels.compiled import compiled
 from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view
+from cuda_kernels.cpu.kernels.sizes import NO_MEMORY, NOT_ASCENDING
 from cuda_kernels.cpu.kernels.team import part_of, run_parts
 from cuda_kernels.reference import N_STEPS
 
 _MIN_ELEMENTS = 1 << 15
 """Elements that pay for a thread: about 5 us of work."""
-
-NO_MEMORY, NOT_ASCENDING = -1, -2
-"""What a kernel returns instead of its result."""
 
 
 @compiled()

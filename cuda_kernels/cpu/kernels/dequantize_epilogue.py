@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cuda_kernels.cpu.kernels.activation_quantize import NO_MEMORY
 from cuda_kernels.cpu.kernels.bits import widen
 from cuda_kernels.cpu.kernels.compiled import compiled
 from cuda_kernels.cpu.kernels.float_vectors import (
-    N_FLOATS,
     N_TOGETHER,
     add,
     fill,
@@ -33,6 +31,7 @@ from cuda_kernels.cpu.kernels.float_vectors import (
     store_narrow,
 )
 from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view
+from cuda_kernels.cpu.kernels.sizes import N_FLOATS, NO_MEMORY
 from cuda_kernels.cpu.kernels.team import part_of, run_parts
 from cuda_kernels.reference import N_STEPS
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from cuda_kernels.cpu.kernels.compiled import compiled
-from cuda_kernels.cpu.kernels.float_vectors import N_FLOATS, add, fill, load_floats, multiply, store_floats
+from cuda_kernels.cpu.kernels.float_vectors import add, fill, load_floats, multiply, store_floats
+from cuda_kernels.cpu.kernels.sizes import N_FLOATS
 
 _DEPTH = 256
 """Columns of a panel that are multiplied at a time: 32 KB."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from cuda_kernels.cpu.kernels.activation_quantize import NO_MEMORY
 from cuda_kernels.cpu.kernels.bits import narrow, widen
 from cuda_kernels.cpu.kernels.compiled import compiled
-from cuda_kernels.cpu.kernels.float_vectors import N_FLOATS, add, fill, load_floats, load_widened, multiply, total
+from cuda_kernels.cpu.kernels.float_vectors import add, fill, load_floats, load_widened, multiply, total
 from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view
+from cuda_kernels.cpu.kernels.sizes import N_FLOATS, NO_MEMORY
 from cuda_kernels.cpu.kernels.team import part_of, run_parts
 
 _MIN_ELEMENTS = 1 << 17

@@ -12,10 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from cuda_kernels.cpu.kernels.sizes import N_FLOATS
 from cuda_kernels.cpu.kernels.vector_types import VectorType, load, pick, repeat, store
-
-N_FLOATS = 32
-"""Values of a vector: two registers of 512 bits."""
 
 _INT32 = ir.IntType(32)
 _BF16_QUIET = 0x40

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from cuda_kernels.cpu.kernels.activation_quantize import NO_MEMORY, find_columns, parts_worth, quantize_token
+from cuda_kernels.cpu.kernels.activation_quantize import find_columns, parts_worth, quantize_token
 from cuda_kernels.cpu.kernels.bits import widen
 from cuda_kernels.cpu.kernels.compiled import compiled
 from cuda_kernels.cpu.kernels.int8_matmul import multiply, prepare_token
-from cuda_kernels.cpu.kernels.int8_tiles import N_TILE_TOKENS
-from cuda_kernels.cpu.kernels.int8_vectors import N_CODES
 from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view
+from cuda_kernels.cpu.kernels.sizes import N_CODES, N_TILE_TOKENS, NO_MEMORY
 from cuda_kernels.cpu.kernels.team import part_of, run_parts
 
 

@@ -24,14 +24,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuda_kernels.cpu.kernels.activation_quantize import NO_MEMORY
 from cuda_kernels.cpu.kernels.compiled import compiled
 from cuda_kernels.cpu.kernels.dequantize_epilogue import N_ROWS, finish_tokens, load_rows, row_bytes, widen_side_x
 from cuda_kernels.cpu.kernels.int8_pairs import N_PAIR_ROWS, N_PAIR_TOKENS, add_tile, add_token_and_row
-from cuda_kernels.cpu.kernels.int8_tiles import N_TILE_TOKENS, add_scaled_tile, add_to_tile, pack_codes, start_tile
+from cuda_kernels.cpu.kernels.int8_tiles import add_scaled_tile, add_to_tile, pack_codes, start_tile
 from cuda_kernels.cpu.kernels.int8_vectors import (
     HAS_BYTE_PRODUCTS,
-    N_CODES,
     OFFSET,
     add_products,
     add_scaled_totals,
@@ -41,6 +39,7 @@ from cuda_kernels.cpu.kernels.int8_vectors import (
     zero_sums,
 )
 from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view
+from cuda_kernels.cpu.kernels.sizes import N_CODES, N_TILE_TOKENS, NO_MEMORY
 from cuda_kernels.cpu.kernels.team import part_of, run_parts
 from cuda_kernels.reference import N_STEPS
 

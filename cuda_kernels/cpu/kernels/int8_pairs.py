@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cuda_kernels.cpu.kernels.float_vectors import N_FLOATS
+from cuda_kernels.cpu.kernels.sizes import N_FLOATS
 from cuda_kernels.cpu.kernels.vector_types import addresses, load, pick, prefetch, store
 
 N_PAIR_TOKENS, N_PAIR_ROWS = 6, 2

@@ -14,11 +14,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cuda_kernels.cpu.kernels.int8_vectors import CODES, N_CODES, N_SUMS, SUMS, load_offset_codes, multiply_add
+from cuda_kernels.cpu.kernels.int8_vectors import CODES, N_SUMS, SUMS, load_offset_codes, multiply_add
+from cuda_kernels.cpu.kernels.sizes import N_CODES, N_TILE_TOKENS
 from cuda_kernels.cpu.kernels.vector_types import VectorType, addresses, load, pick, repeat, store
-
-N_TILE_TOKENS = 8
-"""Tokens of a tile: with 32 rows their sums take 16 registers of 512 bits."""
 
 _ROW_BYTES = 8 * N_SUMS
 

@@ -21,11 +21,8 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from cuda_kernels.cpu.kernels.float_vectors import N_FLOATS
+from cuda_kernels.cpu.kernels.sizes import N_CODES, N_FLOATS
 from cuda_kernels.cpu.kernels.vector_types import VectorType, load, pick, prefetch, repeat, store
-
-N_CODES = 64
-"""Codes of a vector."""
 
 HAS_BYTE_PRODUCTS = "+avx512vnni" in cpu_target.target_context.codegen().magic_tuple()[2]
 """Whether the processor that is compiled for has VPDPBUSD on 64 bytes."""
