@@ -82,22 +82,28 @@ def test_inspect_counts_parameters_alike_in_every_format(run: Run, int8: Path, t
             assert found[key] == expected[key]
 
 
-@pytest.mark.parametrize(
-    ("signal_number", "code", "word"), [(SIGINT, 130, "interrupted"), (SIGTERM, 143, "terminated")]
-)
-def test_signal_in_the_middle_and_the_same_command_resumes(
-    signal_number: int, code: int, word: str, tmp_path: Path
-) -> None:
-    """The real command, on 256 MB of codes, which take it long enough for the signal to fall in between."""
-    int8, new = tmp_path / "int8", tmp_path / "parent" / "new"
-    int8.mkdir()
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 checkpoint of 128 MB of codes in four shards, which take long enough for a signal to fall in between."""
+    int8 = tmp_path_factory.mktemp("large")
     for i in range(4):
-        codes = {f"layers.{i}.fc1.weight": torch.full((8192, 8192), i, dtype=torch.int8)}
-        save_file(codes | {f"layers.{i}.fc1.SCB": torch.ones(8192)}, int8 / f"model-0000{i + 1}-of-00004.safetensors")
+        codes = {f"layers.{i}.fc1.weight": torch.full((4096, 8192), i, dtype=torch.int8)}
+        save_file(codes | {f"layers.{i}.fc1.SCB": torch.ones(4096)}, int8 / f"model-0000{i + 1}-of-00004.safetensors")
     weight_map = {f"layers.{i}.fc1.{n}": f"model-0000{i + 1}-of-00004.safetensors" for i in range(4) for n in PARTS}
     (int8 / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     block = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (int8 / "config.json").write_text(json.dumps({"quantization_config": block}))
+    return int8
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "code", "word"), [(SIGINT, 130, "interrupted"), (SIGTERM, 143, "terminated")]
+)
+def test_signal_in_the_middle_and_the_same_command_resumes(
+    signal_number: int, code: int, word: str, large: Path, tmp_path: Path
+) -> None:
+    """The real command."""
+    int8, new = large, tmp_path / "parent" / "new"
     command = [sys.executable, "-m", "int8convert", "export", str(int8), str(new), "--dequantize", "bfloat16"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (new / "model-00001-of-00004.safetensors").exists():

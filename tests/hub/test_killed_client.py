@@ -19,7 +19,7 @@ from tests.tools.tiny_models import file_bytes
 
 N_SHARDS = 5
 BYTES_PER_S = 6e6
-SEEDS = [pytest.param(range(10), id="few"), pytest.param(range(10, 40), id="many", marks=pytest.mark.slow)]
+SEEDS = [pytest.param(range(5), id="few"), pytest.param(range(5, 40), id="many", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

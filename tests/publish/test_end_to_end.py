@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 SOURCE, REPO = "facebook/opt-66b", "me/opt-66b-int8"
+END = "that is all of it"
 
 
 @pytest.fixture
@@ -55,30 +56,26 @@ def published(hub: Hub, connect: Connect, tmp_path: Path) -> Path:
     return out
 
 
-def run_fresh(code: str, hub: Hub, tmp_path: Path) -> str:
-    """Python in a process of its own, with an empty cache and a token."""
+def run_fresh(codes: list[str], hub: Hub, tmp_path: Path) -> list[str]:
+    """What each prints, with no names of those before, in a process with an empty cache and a token."""
+    code = "\n".join(f"exec({each!r}, {{'__name__': '__main__'}}); print({END!r})" for each in codes)
     environment = os.environ | hub.client_environment(hub.token) | {"HF_HOME": str(tmp_path / "fresh")}
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, check=False
     )
     assert found.returncode == 0, found.stderr
     assert hub.token not in found.stdout + found.stderr
-    return found.stdout
+    return found.stdout.split(END)[:-1]
 
 
-def test_card_s_snippets_run_as_they_stand(published: Path, hub: Hub, tmp_path: Path) -> None:
+def test_card_s_snippets_run_as_they_stand_and_the_logits_are_those_of_the_output(
+    published: Path, hub: Hub, tmp_path: Path
+) -> None:
     """By transformers with bitsandbytes, and by int8convert; by vLLM in `test_vllm`."""
     card = hub.repo(REPO).files["README.md"].decode()
     assert "base_model: facebook/opt-66b" in card and "license: other" in card
     transformers, own, _ = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    prompt = "The answer is"
-
-    assert prompt in run_fresh(transformers.replace('device_map="auto"', 'device_map="cpu"'), hub, tmp_path)
-    assert prompt in run_fresh(own, hub, tmp_path)
-
-
-def test_download_has_the_logits_of_the_output(published: Path, hub: Hub, tmp_path: Path) -> None:
-    code = (
+    logits = (
         "import sys, torch\n"
         "from transformers import AutoModelForCausalLM\n"
         "ids = torch.arange(1, 17)[None]\n"
@@ -87,6 +84,11 @@ def test_download_has_the_logits_of_the_output(published: Path, hub: Hub, tmp_pa
         "assert torch.equal(*logits), (logits[0] - logits[1]).abs().max()\n"
         "print(type(models[0].model.decoder.layers[0].fc1).__name__)\n"
     )
-    code = code.replace("sys.argv[1:]", repr([REPO, str(published)]))
+    logits = logits.replace("sys.argv[1:]", repr([REPO, str(published)]))
+    by_transformers = transformers.replace('device_map="auto"', 'device_map="cpu"')
 
-    assert run_fresh(code, hub, tmp_path).strip() == "Linear8bitLt"
+    said = run_fresh([by_transformers, own, logits], hub, tmp_path)
+
+    assert len(said) == 3
+    assert "The answer is" in said[0] and "The answer is" in said[1]
+    assert said[2].strip() == "Linear8bitLt"

@@ -17,7 +17,7 @@ from tests.tools.hub_server.hub import Hub
 
 N_SHARDS = 5
 BYTES_PER_S = 6e6
-SEEDS = [pytest.param(range(6), id="few"), pytest.param(range(6, 36), id="many", marks=pytest.mark.slow)]
+SEEDS = [pytest.param(range(4), id="few"), pytest.param(range(4, 36), id="many", marks=pytest.mark.slow)]
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """A spoiled OUT ends `generate`, `outliers` and `verify` in text or in two lines, whatever is spoiled.
 
 Case number n is the same on every machine, so a failure names all that is needed to see it again.
-`INT8CONVERT_FUZZ_CASES` sets their number, `INT8CONVERT_FUZZ_FIRST` the first one; CI takes what fits in a minute. They
-run in this process, so a segmentation fault ends the whole run.
+CI takes the first 80 and `--slow` those up to 240; `INT8CONVERT_FUZZ_CASES` sets their number, `INT8CONVERT_FUZZ_FIRST`
+the first one. They run in this process, so a segmentation fault ends the whole run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ from tests.scenarios.strangers.makers import convert, make_model
 from tests.scenarios.strangers.mutations import mutate
 from tests.tools.attacks.open_measured import time_limit
 
-N_CASES = int(os.environ.get("INT8CONVERT_FUZZ_CASES", "240"))
 FIRST_CASE = int(os.environ.get("INT8CONVERT_FUZZ_FIRST", "0"))
+CASES = [
+    pytest.param(FIRST_CASE, int(os.environ.get("INT8CONVERT_FUZZ_CASES", "80")), id="few"),
+    pytest.param(80, 160, id="many", marks=pytest.mark.slow),
+]
+"""The first case, and the number of cases."""
+
 MAX_CASE_S = 60
 """Seconds for one case on a busy machine; the first of a model's class imports it."""
 
@@ -134,14 +139,15 @@ def test_commands_succeed_on_what_is_whole(
         judge(words, code, output, errors)
 
 
+@pytest.mark.parametrize(("first", "n_cases"), CASES)
 def test_mutants_end_in_a_result_or_in_two_lines(
-    whole: Whole, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    first: int, n_cases: int, whole: Whole, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tally: Counter[str] = Counter()
     failures: list[str] = []
     slowest = (0.0, "")
     with bounded_memory():
-        for n in range(FIRST_CASE, FIRST_CASE + N_CASES):
+        for n in range(first, first + n_cases):
             rng = random.Random(f"out {n}")
             out = Path(shutil.copytree(rng.choice(whole.outs), tmp_path / "out"))
             what = f"case {n}: {mutate(out, rng)}"
@@ -158,9 +164,9 @@ def test_mutants_end_in_a_result_or_in_two_lines(
                 capfd.readouterr()
             slowest = max(slowest, (time.perf_counter() - begin, what))
             shutil.rmtree(out)
-    if N_CASES > 1000:
+    if n_cases > 1000:
         with capfd.disabled():
-            print(f"\n{N_CASES:,} cases from {FIRST_CASE:,}: {dict(tally)}, slowest {slowest}", flush=True)
-    assert not failures, "\n".join([f"{len(failures)} of {N_CASES} cases", *failures[:20]])
+            print(f"\n{n_cases:,} cases from {first:,}: {dict(tally)}, slowest {slowest}", flush=True)
+    assert not failures, "\n".join([f"{len(failures)} of {n_cases} cases", *failures[:20]])
     # A test whose mutants all end alike finds nothing.
-    assert min(tally[each] for each in ("generate 0", "generate 1", "verify 0", "verify 1", "verify 3")) > N_CASES / 100
+    assert min(tally[each] for each in ("generate 0", "generate 1", "verify 0", "verify 1", "verify 3")) > n_cases / 100

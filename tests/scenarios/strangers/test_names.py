@@ -21,6 +21,14 @@ NAMES = {
 }
 
 
+TOGETHER = {
+    "markup": "model[v2] a[-b] [red]x[bold]\\",
+    "not ASCII": ":smile:[link=x] modèle  b'c\"d",
+    "not UTF-8": NAMES["not UTF-8"],
+}
+"""All of the above in fewer names, for what takes seconds for each."""
+
+
 def shown(text: str) -> str:
     """As it is printed: what UTF-8 cannot hold is escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
@@ -31,14 +39,22 @@ def name(request: pytest.FixtureRequest) -> str:
     return NAMES[request.param]
 
 
+@pytest.fixture(params=TOGETHER)
+def every_name(request: pytest.FixtureRequest) -> str:
+    return TOGETHER[request.param]
+
+
 @pytest.fixture
-def text(tmp_path: Path, name: str) -> Path:
-    path = tmp_path / f"{name}.txt"
+def text(tmp_path: Path, every_name: str) -> Path:
+    path = tmp_path / f"{every_name}.txt"
     path.write_text("w5 w6 w7 w9 w11\n" * 200)
     return path
 
 
-def test_every_command_names_the_path(source: Path, out: Path, text: Path, name: str, tmp_path: Path, run: Run) -> None:
+def test_every_command_names_the_path(
+    source: Path, out: Path, text: Path, every_name: str, tmp_path: Path, run: Run
+) -> None:
+    name = every_name
     src, int8 = source.rename(tmp_path / f"src-{name}"), out.rename(tmp_path / f"out-{name}")
     new = tmp_path / f"new-{name}"
     prompts = tmp_path / f"prompts-{name}"
