@@ -10,6 +10,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from cuda_kernels.cuda.launch import unavailable
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
 from int8convert.planning.model_map.process import parse_worker_answer, worker_request
+from int8convert.runtime.worker_process import decode_failure, encode_failure
 from int8convert.verification.checks import Check
 from int8convert.verification.exact.trial_run import TrialRun, not_tried, read_answer
 
@@ -81,6 +83,30 @@ class InProcessMap:
         before = torch.get_default_dtype()
         try:
             return answer(request)
+        finally:
+            torch.set_default_dtype(before)
+
+    def stop(self) -> None:
+        pass
+
+
+class InProcessWorker:
+    """`Worker` without the process: the same request, answer and failures."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._request: Any = None
+
+    def send(self, request: Any) -> None:
+        self._request = request
+
+    def result(self, request: Any = None, limit_s: float | None = None) -> Any:
+        request = self._request if request is None else request
+        before = torch.get_default_dtype()
+        try:
+            return json.loads(json.dumps(import_module(self._module).answer(json.loads(json.dumps(request)))))
+        except Exception as error:
+            raise decode_failure(encode_failure(error), status=1) from None
         finally:
             torch.set_default_dtype(before)
 
@@ -163,20 +189,7 @@ def map_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def rotation_in_process(map_in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions in this test make their model map in this process, and find their rotation and smoothing there."""
-
-    class Answering:
-        def __init__(self, _module: str) -> None:
-            pass
-
-        def result(self, request: Any) -> Any:
-            from int8convert.planning.folding.worker import answer
-
-            return json.loads(json.dumps(answer(json.loads(json.dumps(request)))))
-
-        def stop(self) -> None:
-            pass
-
-    monkeypatch.setattr("int8convert.planning.folding.folding.Worker", Answering)
+    monkeypatch.setattr("int8convert.planning.folding.folding.Worker", InProcessWorker)
 
 
 @pytest.fixture(autouse=True)

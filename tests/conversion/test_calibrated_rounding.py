@@ -157,6 +157,7 @@ def test_codes_differ_scales_do_not_and_verify_passes(
     assert note.startswith(f"the codes of {len(int8)} weights were chosen by a calibration")
 
 
+@pytest.mark.usefixtures("rotation_in_process")
 @pytest.mark.parametrize("rotates", [False, True])
 def test_predictions_are_nearer_on_tokens_that_the_calibration_never_saw(
     rotates: bool, calibrated: Calibrated, tmp_path: Path

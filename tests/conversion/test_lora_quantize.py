@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from int8convert.errors import AdapterError, OutputError
+from int8convert.planning.model_map.process import ModelMapProcess
+from tests.conftest import MAP_PROCESS, InProcessWorker
 from tests.planning.test_lora import save_adapter
 from tests.tools.options import quantize
 from tests.tools.tiny_models import build_model, edit_config, file_bytes, read_tensors, save_checkpoint
@@ -108,14 +110,12 @@ def test_adapter_for_another_model_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_adapter_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
+def test_adapter_of_an_unknown_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_checkpoint("llama", tmp_path / "source")
     adapter = save_adapter("llama", tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
     edit_config(source, architectures=["NovelForCausalLM"], model_type="novel")
-    with pytest.MonkeyPatch.context() as patch:
-        from int8convert.planning.model_map.process import ModelMapProcess
-
-        patch.setattr("int8convert.planning.pending_plan.ModelMapProcess", ModelMapProcess)
-        with pytest.raises(AdapterError, match="class is unknown"):
-            convert(source, tmp_path / "out", lora=adapter)
+    monkeypatch.setattr(MAP_PROCESS, ModelMapProcess)
+    monkeypatch.setattr("int8convert.planning.model_map.process.Worker", InProcessWorker)
+    with pytest.raises(AdapterError, match="class is unknown"):
+        convert(source, tmp_path / "out", lora=adapter)
     assert not (tmp_path / "out").exists()

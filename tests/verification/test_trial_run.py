@@ -17,7 +17,7 @@ from int8convert.sources import open_source
 from int8convert.verification.exact.level import verify_exact
 from int8convert.verification.exact.trial_run import TrialRun
 from int8convert.verification.exact.trial_run_worker import answer
-from tests.conftest import InProcessMap
+from tests.conftest import InProcessMap, InProcessWorker
 from tests.scenarios.strangers.makers import change
 from tests.tools.family_check import check_close, flattened_inputs, run_model, with_finite_weights
 from tests.tools.family_models import build_family, families
@@ -144,7 +144,8 @@ def test_model_that_takes_no_text_is_not_tried_and_says_so(tmp_path: Path) -> No
     assert note.startswith("whether its model runs was not tested: without weights, ")
 
 
-def test_what_the_model_does_with_floats_too_is_no_finding(tmp_path: Path) -> None:
+def test_what_the_model_does_with_floats_too_is_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("int8convert.verification.exact.trial_run.Worker", InProcessWorker)
     out = convert("causal/llama", tmp_path)
     change(out / "config.json", hidden_act="no such function")  # fails with any weights
     with TrialRun(open_source(out), trusts_code=False) as trial:

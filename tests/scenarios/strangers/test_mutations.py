@@ -141,7 +141,12 @@ def test_commands_succeed_on_what_is_whole(
 
 @pytest.mark.parametrize(("first", "n_cases"), CASES)
 def test_mutants_end_in_a_result_or_in_two_lines(
-    first: int, n_cases: int, whole: Whole, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    first: int,
+    n_cases: int,
+    whole: Whole,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tally: Counter[str] = Counter()
     failures: list[str] = []

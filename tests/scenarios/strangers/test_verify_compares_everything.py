@@ -19,6 +19,7 @@ from int8convert.errors import SourceError
 from int8convert.verification.exact.as_loaded_worker import read_as_loaded
 from int8convert.verification.exact.foreign_config import foreign_entries
 from int8convert.verification.exact.level import verify_exact
+from tests.conftest import InProcessWorker
 from tests.scenarios.strangers.makers import (
     INDEX_NAME,
     Spoil,
@@ -333,12 +334,14 @@ def test_source_in_the_form_of_an_older_version_is_the_same(name: str, foreign: 
     assert found_in(foreign, source) == {}
 
 
-def test_configs_are_read_by_their_class_in_a_process_of_its_own(foreign: Path, request: pytest.FixtureRequest) -> None:
+def test_configs_are_read_by_their_class_in_a_process_of_its_own(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = json.loads((foreign / "config.json").read_text())
     old = {key: value for key, value in config.items() if key != "rope_parameters"} | {"rope_theta": 10000.0}
     assert list(foreign_entries(config, old)) == []
+    monkeypatch.setattr("int8convert.verification.exact.foreign_config.Worker", InProcessWorker)
     assert [key for key, _, _ in foreign_entries(config, {**config, "model_type": "none such"})] == ["model_type"]
-    request.getfixturevalue("read_in_process")
     assert [key for key, _, _ in foreign_entries(config, {**old, "rope_theta": 5.0})] == ["rope_parameters"]
 
 
