@@ -12,7 +12,7 @@ from int8convert.patterns import matches
 from int8convert.planning.model_map.model_map import Action, ModelMap, ModuleFilter, check_config
 from int8convert.planning.model_map.process import ModelMapProcess
 from int8convert.sources import open_source
-from tests.conftest import InProcessMap
+from tests.conftest import InProcessMap, InProcessWorker
 from tests.tools.tiny_models import edit_config, save_as_pickles, save_checkpoint
 
 
@@ -102,7 +102,10 @@ def test_class_unknown_to_transformers_falls_back_to_its_model_type(tmp_path: Pa
     assert "T5WithLMHeadModel" in found.notes[0]
 
 
-def test_model_type_unknown_to_transformers_is_mapped_by_name_and_said_aloud(tmp_path: Path) -> None:
+def test_model_type_unknown_to_transformers_is_mapped_by_name_and_said_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8convert.planning.model_map.process.Worker", InProcessWorker)
     directory = save_checkpoint("llama", tmp_path / "llama")
     expected = quantized(model_map(directory))
     edit_config(directory, architectures=["NovelForCausalLM"], model_type="novel")

@@ -16,6 +16,7 @@ from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.planning.model_map.process import ModelMapProcess, parse_worker_answer, worker_request
 from int8convert.planning.model_map.worker import answer
 from int8convert.sources import open_source
+from tests.conftest import InProcessWorker
 from tests.tools.fp8_checkpoints import save_fp8
 from tests.tools.tiny_models import edit_config, save_checkpoint
 
@@ -46,6 +47,7 @@ def is_known(directory: Path, modules: ModuleFilter = ModuleFilter()) -> bool:  
 
 def test_second_process_answers_without_starting_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_config(llama, of_another_version=1)  # so that no map ships with the package
+    monkeypatch.setattr("int8convert.planning.model_map.process.Worker", InProcessWorker)
     first = ModelMapProcess(open_source(llama), ModuleFilter()).result()
 
     def refuse(module: str) -> None:
@@ -142,7 +144,8 @@ def test_folder_that_cannot_be_is_an_empty_cache(llama: Path, monkeypatch: pytes
     assert not is_known(llama)
 
 
-def test_name_rules_are_not_remembered(llama: Path, own_cache: Path) -> None:
+def test_name_rules_are_not_remembered(llama: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("int8convert.planning.model_map.process.Worker", InProcessWorker)
     edit_config(llama, architectures=["NovelForCausalLM"], model_type="novel")
     assert ModelMapProcess(open_source(llama), ModuleFilter()).result().model_class is None
     assert not list(own_cache.rglob("*.json"))

@@ -1,6 +1,6 @@
 """A class that is code in the checkpoint: never run unasked, and what decides once the user trusts it.
 
-The first two tests ask in a process of its own, as users do; the others ask the same code in this one.
+The second test asks in a process of its own, as users do; the others ask the same code in this one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from int8convert.planning.plan_checkpoint import PlanOptions
 from int8convert.runtime.text.windows import TokenWindows
 from int8convert.verification.fidelity.level import measure_fidelity
 from int8convert.verification.options import Execution
+from tests.conftest import InProcessWorker
 from tests.tools.tiny_models import save_checkpoint
 
 CONFIGURATION = """
@@ -89,7 +90,10 @@ def edit_config(directory: Path, **entries: Any) -> None:
     (directory / "config.json").write_text(json.dumps({**config, **entries}))
 
 
-def test_code_of_the_checkpoint_is_refused_unless_the_user_trusts_it(novel: Path, trace: Path, tmp_path: Path) -> None:
+def test_code_of_the_checkpoint_is_refused_unless_the_user_trusts_it(
+    novel: Path, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8convert.planning.model_map.process.Worker", InProcessWorker)
     for run in (lambda: int8convert.plan(novel), lambda: int8convert.quantize(novel, tmp_path / "out")):
         with pytest.raises(RemoteCodeError, match=r"NovelForCausalLM is code in the checkpoint \(auto_map") as caught:
             run()
