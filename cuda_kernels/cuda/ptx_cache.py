@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from cuda_kernels.cache_folder import cache_folder
@@ -55,9 +55,10 @@ def _described(value: Any) -> object:
     """
     value = getattr(value, "py_func", getattr(value, "_defn", value))  # device functions and intrinsics wrap it
     if isinstance(value, FunctionType):
-        code, cells = value.__code__, value.__closure__ or ()
-        made_with = [_described(cell.cell_contents) for cell in cells]
-        return value.__module__, value.__qualname__, code.co_code, _described(code.co_consts), made_with
+        made_with = [_described(cell.cell_contents) for cell in value.__closure__ or ()]
+        return value.__module__, value.__qualname__, _described(value.__code__), made_with
+    if isinstance(value, CodeType):  # whose `repr` holds its address
+        return value.co_name, value.co_code, value.co_names, _described(value.co_consts)
     if isinstance(value, tuple):
         return type(value).__name__, [_described(each) for each in value]
     if value is None or type(value).__module__.partition(".")[0] in ("builtins", "numpy", "numba"):

@@ -13,6 +13,8 @@ from tests.tools.ptx.toolchain import Cubin, assemble
 
 ADDRESS = 1 << 20
 CAPABILITIES = [(7, 5), (8, 0), (9, 0), (10, 0)]
+IN_CI = [(7, 5), (9, 0)]
+"""The oldest, and the one that the interpreter runs."""
 
 
 def product(engine: str, n_tokens: int, dtype: str = "F16", n_features: int = 9216, n_columns: int = 9216) -> Kernel:
@@ -35,7 +37,7 @@ def blocks(n_tokens: int, capability: tuple[int, int] = (9, 0)) -> Kernel:
     return int8_blocks.launches(placed, capability)[0].kernel
 
 
-# Kernels that other tests run, so they are compiled anyway.
+# Kernels that other tests run, so they are compiled anyway, for one of the capabilities.
 KERNELS = {
     "gemv, 1 token": (lambda: product("gemv", 1), "IDP.4A"),
     "gemv, 4 tokens": (lambda: product("gemv", 4, n_features=2304), "IDP.4A"),
@@ -63,7 +65,7 @@ def check(cubin: Cubin, instruction: str) -> None:
 @pytest.mark.parametrize(
     ("name", "cc"),
     [
-        (name, cc)
+        pytest.param(name, cc, marks=[pytest.mark.slow] * (cc not in IN_CI))
         for name in KERNELS
         for cc in CAPABILITIES
         if not name.startswith(("skinny", "blocks")) or cc >= int8_skinny.LEAST_CAPABILITY

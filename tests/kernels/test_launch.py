@@ -207,6 +207,18 @@ def test_whatever_decides_the_ptx_is_in_its_key() -> None:
 
 
 @pytest.mark.usefixtures("empty_cache")
+def test_functions_inside_are_known_by_their_code_and_not_by_their_address() -> None:
+    def compiled_anew(constant: int) -> Any:
+        names: dict[str, Any] = {}
+        exec(f"def outer(x):\n    def inner(y):\n        return y + {constant}\n    return inner(x)", names)
+        return names["outer"]
+
+    for constant, text in ((1, "first"), (2, "second")):
+        assert ptx_cache.remembered(compiled_anew(constant), "", lambda text=text: text) == text
+        assert ptx_cache.remembered(compiled_anew(constant), "", lambda: "again") == text
+
+
+@pytest.mark.usefixtures("empty_cache")
 def test_what_cannot_be_told_apart_is_not_remembered() -> None:
     unknown = SimpleNamespace()
     for text in ("first", "second"):
