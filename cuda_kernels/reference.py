@@ -139,25 +139,31 @@ def feedback_round(
     return errors
 
 
-def dequantize_fp8(
+def dequantize_packed(
     codes: npt.NDArray[np.uint8],
+    bits: int,
     values: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.float32],
     scale: npt.NDArray[np.float32],
     first_row: int,
-    block_rows: int,
-    block_columns: int,
+    block: tuple[int, int],
+    n_columns: int,
 ) -> npt.NDArray[np.float32]:
-    """FP8 codes to weights: `weight[i, k] = fl32(values[codes[i, k]] * scale of its block)`.
+    """Packed codes to weights: `weight[i, k] = fl32(fl32(values[code] - zero of its block) * scale of its block)`.
 
     Args:
-        codes: uint8 [rows, cols], rows of a matrix, the first of them its row `first_row`.
-        values: float32 [256], the value of each code.
-        scale: float32 [block rows, block columns] of the whole matrix.
-        block_rows, block_columns: how many rows and columns share a scale; the last block may be smaller.
+        codes: uint8 [rows, bytes]; code k of a row is its bits [k * bits, (k + 1) * bits), the lowest bit of a byte
+            first. The first row is row `first_row` of the matrix.
+        bits: 2 to 8.
+        values: float32 [2**bits], the value of each code.
+        zeros, scale: float32 [block rows, block columns] of the whole matrix.
+        block: how many rows and columns share a scale; the last block may be smaller.
+        n_columns: codes of a row; the bits after them are not read.
     """
-    rows = (first_row + np.arange(codes.shape[0])) // block_rows
-    columns = np.arange(codes.shape[1]) // block_columns
-    weight: npt.NDArray[np.float32] = values[codes] * scale[rows][:, columns]
+    flat = np.unpackbits(codes, axis=1, bitorder="little")[:, : n_columns * bits]
+    numbers = np.packbits(flat.reshape(len(codes), n_columns, bits), axis=2, bitorder="little")[..., 0]
+    rows, columns = (first_row + np.arange(len(codes))) // block[0], np.arange(n_columns) // block[1]
+    weight: npt.NDArray[np.float32] = (values[numbers] - zeros[rows][:, columns]) * scale[rows][:, columns]
     return weight
 
 

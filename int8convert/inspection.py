@@ -12,6 +12,7 @@ from typing import Any
 from int8convert.checkpoint.manifest import Manifest
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import StoredTensor
+from int8convert.decoding.source_weights import find_weights
 from int8convert.formats.format import Format
 from int8convert.formats.modules import endings_beside
 from int8convert.sources import open_source
@@ -61,6 +62,7 @@ class Inspection:
         skip_modules: the modules that config.json tells loaders to leave alone.
         n_parameters: elements of all tensors but scales.
         n_int8_parameters: those of them in int8.
+        n_parameters_by_format: name of a low-bit format -> elements of the weights that are stored in it.
         commit: the commit of a repository on the Hub; None for a directory.
     """
 
@@ -76,6 +78,7 @@ class Inspection:
     n_int8_parameters: int
     n_tensors_by_dtype: dict[str, int]
     groups: tuple[TensorGroup, ...]
+    n_parameters_by_format: dict[str, int]
     commit: str | None = None
 
     @property
@@ -83,8 +86,13 @@ class Inspection:
         """Share of the parameters in int8, 0 to 1."""
         return self.n_int8_parameters / max(1, self.n_parameters)
 
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits of the files, scales included, for each parameter."""
+        return 8 * self.n_bytes / max(1, self.n_parameters)
+
     def to_json(self) -> dict[str, Any]:
-        return {"schema": 1, **asdict(self), "coverage": self.coverage}
+        return {"schema": 1, **asdict(self), "coverage": self.coverage, "bits_per_parameter": self.bits_per_parameter}
 
 
 def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest: Manifest | None = None) -> Inspection:
@@ -103,7 +111,16 @@ def inspect(path: str | os.PathLike[str], revision: str | None = None, manifest:
 def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -> Inspection:
     """Inspect a checkpoint that is open already. See `inspect`."""
     tensors = list(source.tensors)
-    parameters = [tensor for tensor in tensors if not tensor.name.endswith(_SCALE_SUFFIXES)]
+    low_bit = find_weights(source)
+    parameters = [
+        tensor
+        for tensor in tensors
+        if tensor.name in low_bit.by_codes
+        or not (tensor.name.endswith(_SCALE_SUFFIXES) or low_bit.is_dropped(tensor.name))
+    ]
+    by_format: Counter[str] = Counter()
+    for name, format_name in low_bit.formats.items():
+        by_format[format_name] += prod(low_bit.by_codes[name].shape)
     block = source.config.get("quantization_config")
     block = block if isinstance(block, dict) else {}
     method = block.get("quant_method")
@@ -116,10 +133,13 @@ def inspect_source(source: CheckpointSource, manifest: Manifest | None = None) -
         n_shards=len(source.shards),
         n_tensors=len(tensors),
         n_bytes=source.n_bytes,
-        n_parameters=sum(tensor.n_elements for tensor in parameters),
-        n_int8_parameters=sum(tensor.n_elements for tensor in parameters if tensor.dtype == "I8"),
+        n_parameters=sum(low_bit.as_loaded(tensor).n_elements for tensor in parameters),
+        n_int8_parameters=sum(
+            tensor.n_elements for tensor in parameters if tensor.dtype == "I8" and tensor.name not in low_bit.by_codes
+        ),
         n_tensors_by_dtype=dict(Counter(tensor.dtype for tensor in tensors).most_common()),
         groups=_group(tensors, _reasons(manifest or Manifest(source.directory))),
+        n_parameters_by_format=dict(by_format.most_common()),
         commit=source.commit,
     )
 

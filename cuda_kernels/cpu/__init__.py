@@ -4,7 +4,7 @@ from cuda_kernels.cpu.dtypes import BITS_DTYPE
 from cuda_kernels.cpu.operations import (
     activation_quantize,
     dequantize_epilogue,
-    dequantize_fp8,
+    dequantize_packed,
     feedback_round,
     int8_matmul,
     panels,
@@ -17,7 +17,7 @@ __all__ = [
     "BITS_DTYPE",
     "activation_quantize",
     "dequantize_epilogue",
-    "dequantize_fp8",
+    "dequantize_packed",
     "feedback_round",
     "int8_matmul",
     "panels",

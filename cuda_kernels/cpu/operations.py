@@ -18,7 +18,7 @@ from cuda_kernels.cpu.team import team
 from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
 
 _ROW_QUANTIZE = Kernel("row_quantize", "row_quantize")
-_DEQUANTIZE_FP8 = Kernel("dequantize_fp8", "dequantize_fp8")
+_DEQUANTIZE_PACKED = Kernel("dequantize_packed", "dequantize_packed")
 _ROTATE_COLUMNS, _ROTATE_ROWS = Kernel("rotate", "rotate_columns"), Kernel("rotate", "rotate_rows")
 _FEEDBACK_ROUND = Kernel("feedback_round", "feedback_round")
 _SQUARE_PRODUCTS = Kernel("feedback_round", "square_products")
@@ -48,20 +48,21 @@ def row_quantize(
     _ROW_QUANTIZE(bits, codes, absmax, signal, noise)
 
 
-def dequantize_fp8(
+def dequantize_packed(
     codes: npt.NDArray[np.uint8],
+    bits: int,
     values: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.float32],
     scale: npt.NDArray[np.float32],
     first_row: int,
-    block_rows: int,
-    block_columns: int,
+    block: tuple[int, int],
     weight: npt.NDArray[np.float32],
 ) -> None:
-    """Write the values of FP8 codes to `weight`, float32 [rows, cols].
+    """Write the values of packed codes to `weight`, float32 [rows, cols].
 
-    Bit-equal to `reference.dequantize_fp8`.
+    Bit-equal to `reference.dequantize_packed`.
     """
-    _DEQUANTIZE_FP8(codes, values, scale, first_row, block_rows, block_columns, weight)
+    _DEQUANTIZE_PACKED(codes, bits, values, zeros, scale, first_row, block, weight)
 
 
 def rotate(values: npt.NDArray[np.float32], size: int, axis: int = -1) -> None:

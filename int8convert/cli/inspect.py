@@ -54,6 +54,9 @@ def inspect(
             + (f", threshold {found.threshold}" if found.threshold is not None else "")
             + (f", left 16-bit: {', '.join(found.skip_modules)}" if found.skip_modules else "")
         )
+        for name, n_parameters in found.n_parameters_by_format.items():
+            share = format_percent(n_parameters / max(1, found.n_parameters))
+            print_line(f"{name}: {share} of the parameters; {found.bits_per_parameter:.1f} bits a parameter in all")
         why = ("why not int8",) if any(group.reason for group in found.groups) else ()
         print_table(
             "",

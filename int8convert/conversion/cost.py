@@ -142,7 +142,7 @@ def _resident_bytes() -> int:
 
 def _is_in_rows(tensor: PlannedTensor) -> bool:
     """Return whether blocks of a tensor must be whole rows."""
-    return tensor.is_quantized or tensor.source.strides is not None
+    return tensor.is_quantized or tensor.coding is not None or tensor.source.strides is not None
 
 
 def _kernel_bytes_per_s(scratch: Scratch) -> float:

@@ -68,7 +68,7 @@ def quantized_event(
     return TensorQuantized(
         tensor.output_name,
         tensor.source.name,
-        tensor.source.shape[0],
+        tensor.shape[0],
         tensor.source.n_bytes,
         tensor.output_bytes,
         sqnr_db,
@@ -83,7 +83,7 @@ def kept_event(tensor: PlannedTensor, n_non_finite: int, n_zero_rows: int, is_re
     return TensorKept(
         tensor.output_name,
         tensor.source.name,
-        tensor.source.shape[0] if tensor.source.shape else 0,
+        tensor.shape[0] if tensor.shape else 0,
         tensor.source.n_bytes,
         tensor.output_bytes,
         tensor.output_dtype,

@@ -25,7 +25,7 @@ from cuda_kernels import cpu
 from cuda_kernels.reference import N_STEPS
 from int8convert.calibration.folder import CalibratedInput, Calibration, read_calibration, read_moments
 from int8convert.checkpoint.floats import kernel_bits, widen
-from int8convert.checkpoint.rows import Scratch, read_rows, row_ranges
+from int8convert.checkpoint.rows import Scratch
 from int8convert.conversion.source_rows import SourceRows
 from int8convert.errors import FormatError, SourceError
 from int8convert.events import EventSink, GroupsSmoothed, SmoothingStarted
@@ -216,8 +216,8 @@ def _rows(weights: tuple[PlannedTensor, ...], readers: SourceReaders) -> Iterato
     """Yield the rows of weights, float32 [n, in], block by block."""
     scratch = Scratch()
     for tensor in weights:
-        rows = SourceRows(tensor, tensor.source)
-        for begin, end in row_ranges(tensor.source, tensor.row_block):
+        rows = SourceRows(tensor)
+        for begin, end in rows.ranges():
             with readers.reading(tensor.shard) as reader:
-                block = read_rows(tensor.source, reader, begin, end, scratch)
+                block = rows.read(reader, begin, end, scratch)
             yield widen(rows.values(block, begin, end), rows.dtype)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cuda_kernels.reference import N_STEPS
 from int8convert.checkpoint.floats import convert_floats, count_non_finite, kernel_bits, widen
-from int8convert.checkpoint.rows import Block, Scratch, as_array, read_rows, row_ranges
+from int8convert.checkpoint.rows import Block, Scratch, as_array, read_rows
 from int8convert.checkpoint.shard_writer import ShardWriter
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
@@ -39,7 +39,7 @@ _GLANCE_BYTES = 4096
 
 
 class TensorCopy:
-    """A tensor that is written in a float dtype: as it is, or decoded from FP8 or int8 codes."""
+    """A tensor that is written in a float dtype: as it is, or decoded from codes."""
 
     def __init__(self, tensor: PlannedTensor, reader: ShardReader, writer: ShardWriter) -> None:
         self._tensor = tensor
@@ -51,12 +51,11 @@ class TensorCopy:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Return row ranges, in order. What was prefetched is one range, as it was fetched."""
-        stored = self._rows.stored
         is_one = self._tensor.is_beside_codes
-        return iter([(0, stored.shape[0])]) if is_one else row_ranges(stored, self._tensor.row_block)
+        return iter([(0, self._rows.shape[0])]) if is_one else self._rows.ranges()
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
-        return read_rows(self._rows.stored, self._reader, begin, end, scratch)
+        return self._rows.read(self._reader, begin, end, scratch)
 
     def convert(self, block: Block, begin: int, end: int, scratch: Scratch) -> None:
         """Write those rows in the dtype of the output."""
@@ -75,11 +74,11 @@ class TensorCopy:
         self._n_non_finite.append(n_non_finite)
         if not data[:_GLANCE_BYTES].any() and not data.any():
             self._n_zeros.append(data.size // DTYPE_BYTES[output_dtype])
-        row_bytes = math.prod(self._rows.stored.shape[1:]) * DTYPE_BYTES[output_dtype]
+        row_bytes = math.prod(self._rows.shape[1:]) * DTYPE_BYTES[output_dtype]
         self._writer.write(self._tensor.output_name, data.data, begin * row_bytes)
 
     def finish(self) -> TensorKept:
-        shape = self._tensor.source.shape
+        shape = self._tensor.shape
         n_zero_rows = sum(self._n_zeros) // math.prod(shape[1:]) if len(shape) == 2 and min(shape) else 0
         return kept_event(self._tensor, sum(self._n_non_finite), n_zero_rows)
 
@@ -87,7 +86,7 @@ class TensorCopy:
 def _without_dimensions(tensor: PlannedTensor) -> StoredTensor:
     """Return the tensor in one dimension where rows do not matter, so that no row is too long for a block."""
     stored = tensor.source
-    if stored.strides is not None or tensor.scale or tensor.lora or tensor.fold:
+    if stored.strides is not None or tensor.coding or tensor.lora or tensor.fold:
         return stored
     return replace(stored, shape=(stored.n_elements,))
 
@@ -101,18 +100,18 @@ class TensorQuantization:
         self._tensor = tensor
         self._reader = reader
         self._writer = writer
-        self._rows = SourceRows(tensor, tensor.source)
-        n_rows = tensor.source.shape[0]
+        self._rows = SourceRows(tensor)
+        n_rows = self._rows.shape[0]
         self._absmax = np.empty(n_rows, np.float32)
         self._signal = np.empty(n_rows, np.float64)
         self._noise = np.empty(n_rows, np.float64)
         self._rounding = RowRounding(tensor.rounding, n_rows, inputs) if tensor.rounding else None
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        return row_ranges(self._tensor.source, self._tensor.row_block)
+        return self._rows.ranges()
 
     def read(self, begin: int, end: int, scratch: Scratch) -> Block:
-        return read_rows(self._tensor.source, self._reader, begin, end, scratch)
+        return self._rows.read(self._reader, begin, end, scratch)
 
     def convert(self, block: Block, begin: int, end: int, scratch: Scratch) -> None:
         """Quantize those rows and write their codes."""

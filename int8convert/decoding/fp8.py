@@ -1,104 +1,187 @@
-"""FP8 weights: a matrix of F8_E4M3 or F8_E5M2 codes, and one float for each of its blocks.
+"""FP8 weights: a matrix of F8_E4M3 or F8_E5M2 codes, or one for each expert, and a scale for each block of it.
 
 Whatever the scale is called - `weight_scale_inv` where DeepSeek wrote it, `weight_scale` elsewhere - a weight is code
-times scale. The blocks are 128 x 128, single rows, or the whole matrix, which the scale's shape tells. `fp8_scales`
-finds the scales.
+times scale. The blocks are those that the config names, 128 x 128, 1 x 32 (MXFP8), single rows, or the whole matrix,
+which the scale's shape tells. A scale is a float, or a power of two: F8_E8M0, or the same bytes as U8.
 
-Source: the float8 quantization of transformers, and OCP 8-bit Floating Point Specification (OFP8), for the codes.
+With an FP8 block in config.json, codes of a Linear module without a scale are an error: loaders would make the scale
+up. So is a scale whose weight is no FP8: a loader multiplies by it, and whether that was done before is not known.
+Without such a block codes without a scale are a plain cast, and mean what they say, if no matrix of the checkpoint has
+one. Codes of embeddings and of other modules that are not Linear are always a plain cast.
+
+What it does not know: scales under names that no loader has. A neighbour that looks like one is named in the error.
+
+Source: the float8 quantization of transformers, and of compressed-tensors 0.20.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cuda_kernels import cpu
-from int8convert.checkpoint.floats import NUMPY_DTYPE, widen
-from int8convert.checkpoint.source import CheckpointSource, SourceShard
+from int8convert.checkpoint.floats import NUMPY_DTYPE
 from int8convert.checkpoint.stored_tensor import StoredTensor
-from int8convert.decoding.scale import read_scale
+from int8convert.decoding.blocks import BlockCoding, grid_of, is_one_per_matrix
+from int8convert.decoding.coding import CodedWeight, Places, misfit
+from int8convert.decoding.values import E8M0_DTYPES, Values, fp8_values
+from int8convert.errors import CorruptFileError
+from int8convert.formats.compressed_tensors import is_ignored
+from int8convert.text import quoted
 
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
-"""Values of `quant_method` in config.json whose weights may be plain FP8 codes."""
+"""Values of `quant_method` in config.json whose weights may be FP8 codes without a scale."""
+
+UNUSED_SUFFIXES = (
+    *(".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale", ".qscale_act"),
+    *(".input_global_scale", ".input_zero_point", ".input_scale_ub", ".k_zero_point", ".v_zero_point"),
+)
+"""Ends of the names of scales of activations and caches, which the int8 form does not need."""
+
+_SCALE_WORDS = ("scale", "amax")
+"""Words in the names of scales; an amax is a scale times the largest code."""
+
+_SCALE_DTYPES = E8M0_DTYPES | NUMPY_DTYPE.keys()
+_DEFAULT_BLOCK = (128, 128)
+_MX_BLOCK = (1, 32)
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Scale:
-    """The scale of one FP8 matrix.
+class Fp8Cast:
+    """Decodes FP8 codes that have no scale: they are the weights."""
 
-    Attributes:
-        stored: [], [1], [rows], [rows, 1] or [block rows, block columns].
-        shard: the file it is in, which may be another than the codes'.
-        block: rows and columns that share a value.
-    """
-
-    stored: StoredTensor
-    shard: SourceShard = field(repr=False)
-    block: tuple[int, int]
-
-    def read(self) -> npt.NDArray[np.float32]:
-        """Return the scale of each block, float32 [block rows, block columns]."""
-        values = read_scale(self)
-        wide = _e8m0_values(values) if self.stored.dtype == "F8_E8M0" else widen(values, self.stored.dtype)
-        n_columns = self.stored.shape[1] if len(self.stored.shape) == 2 else 1
-        return np.ascontiguousarray(wide).reshape(-1, n_columns)
-
-
-def _e8m0_values(exponents: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return powers of two from their biased exponents."""
-    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127).astype(np.float32)
-
-
-def fp8_values(dtype: str) -> npt.NDArray[np.float32]:
-    """Return the 256 values of an FP8 dtype, by code."""
-    n_mantissa, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
-    codes = np.arange(256)
-    exponent, mantissa = (codes & 0x7F) >> n_mantissa, codes & ((1 << n_mantissa) - 1)
-    steps = np.where(exponent > 0, (1 << n_mantissa) + mantissa, mantissa)
-    values = np.ldexp(steps.astype(np.float64), np.maximum(exponent, 1) - bias - n_mantissa)
-    if dtype == "F8_E4M3":  # no infinity; one magnitude is NaN
-        values[(codes & 0x7F) == 0x7F] = np.nan
-    else:
-        values[(exponent == 31) & (mantissa == 0)] = np.inf
-        values[(exponent == 31) & (mantissa > 0)] = np.nan
-    signed: npt.NDArray[np.float32] = np.where(codes & 0x80, -values, values).astype(np.float32)
-    return signed
-
-
-class Fp8Decoder:
-    """Turns codes of one tensor into float32 weights. Holds the scale in memory. Thread-safe."""
-
-    def __init__(self, dtype: str, scale: Fp8Scale | None) -> None:
+    def __init__(self, dtype: str) -> None:
         self._values = fp8_values(dtype)
-        self._scale = scale.read() if scale is not None else None
-        self._block = scale.block if scale is not None else (0, 0)
 
-    def decode(self, codes: npt.NDArray[np.uint8], first_row: int) -> npt.NDArray[np.float32]:
-        """Return the float32 weights of codes, in their shape.
-
-        Args:
-            codes: of any shape without a scale; with one, [rows, columns], of which the first is row `first_row`.
-        """
-        if self._scale is None:
-            return self._values[codes]
-        weight = np.empty(codes.shape, np.float32)
-        cpu.dequantize_fp8(codes, self._values, self._scale, first_row, *self._block, weight)
-        return weight
+    def decode(self, codes: npt.NDArray[np.uint8], first_row: int) -> Values:
+        return self._values[codes]
 
 
-def is_fp8(source: CheckpointSource) -> bool:
-    """Return whether the weights of a quantized source are FP8 codes, which are decoded here."""
-    block = source.config.get("quantization_config")
-    method = block.get("quant_method") if isinstance(block, dict) else None
-    if not isinstance(method, str) or method not in METHODS:
-        return False
-    weights = [t for t in source.tensors if t.name.endswith((".weight", ".weight_packed", ".qweight", "_blocks"))]
-    return any(t.dtype in FP8_DTYPES for t in weights) and _none_is_packed(weights)
+def find(places: Places, block: Mapping[str, Any]) -> Iterator[CodedWeight]:
+    """Yield the FP8 weights that have a scale.
+
+    Args:
+        block: the quantization block of config.json.
+
+    Raises:
+        CorruptFileError: a scale does not fit its weight, or its weight holds no FP8 codes.
+    """
+    blocks = (*(tuple(_configured_blocks(block)) or (_DEFAULT_BLOCK,)), _MX_BLOCK)
+    for name, weight in places.items():
+        dtype = weight.stored.dtype
+        if dtype not in FP8_DTYPES and dtype not in NUMPY_DTYPE:
+            continue
+        scale = next((places[scale] for scale in _scale_names(name, block) if scale in places), None)
+        if scale is None:
+            continue
+        if dtype in FP8_DTYPES:
+            yield CodedWeight(name, weight, BlockCoding(dtype, scale, _block_of(weight.stored, scale.stored, blocks)))
+        elif block and len(weight.stored.shape) == 2 and not _is_left_alone(name, block):
+            raise _already_scaled(weight.stored, scale.stored)
 
 
-def _none_is_packed(weights: Iterable[StoredTensor]) -> bool:
-    return all(t.dtype in FP8_DTYPES or t.dtype in NUMPY_DTYPE for t in weights)
+def check_unscaled(
+    places: Places, block: Mapping[str, Any], scaled: Container[str], is_any_scaled: bool, linears: Container[str]
+) -> None:
+    """Check that the FP8 matrices without a scale are plain casts.
+
+    Args:
+        scaled: names of the weights that have a scale.
+        is_any_scaled: whether there are any.
+        linears: the weights of Linear modules and of experts, which FP8 loaders replace.
+
+    Raises:
+        CorruptFileError: a matrix of a Linear module or of experts has lost its scale.
+    """
+    unscaled = [
+        name
+        for name, weight in places.items()
+        if weight.stored.dtype in FP8_DTYPES and len(weight.stored.shape) > 1 and name not in scaled and name in linears
+    ]
+    if unscaled:
+        _check_plain(unscaled, places, block, is_any_scaled)
+
+
+def _scale_names(name: str, block: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of a weight's scale. The last two are DeepSeek V4's and Mistral's, which transformers renames."""
+    yield f"{name}_scale_inv"
+    yield f"{name}_scale"
+    if block.get("quant_method") == "fp8" and name.endswith(".weight"):
+        yield f"{name.removesuffix('weight')}scale"
+        yield f"{name.removesuffix('weight')}qscale_weight"
+
+
+def _check_plain(unscaled: list[str], places: Places, block: Mapping[str, Any], is_scaled: bool) -> None:
+    """Refuse FP8 matrices without a scale that are no plain casts.
+
+    Args:
+        is_scaled: other matrices have one. Whoever cast to FP8 cast the whole checkpoint, or wrote a block that says
+            which modules were left out.
+    """
+    neighbours: dict[str, list[str]] = {}
+    for name in places:
+        module, _, leaf = name.rpartition(".")
+        if any(word in leaf for word in _SCALE_WORDS):
+            neighbours.setdefault(module, []).append(name)
+    for name in unscaled:
+        beside = neighbours.get(name.rpartition(".")[0], []) + neighbours.get(name, [])
+        is_plain = not is_scaled and all(other.endswith(UNUSED_SUFFIXES) for other in beside)
+        is_cast = _is_left_alone(name, block) if block else is_plain
+        if not is_cast:
+            there = f"found {', '.join(map(quoted, beside[:3]))}" if beside else "found none"
+            weight = places[name].stored
+            raise CorruptFileError(
+                f"the FP8 matrix {quoted(name)}, {weight.dtype} {list(weight.shape)}, has no scale: expected "
+                f"{quoted(f'{name}_scale_inv')} or {quoted(f'{name}_scale')}, {there}",
+                "fetch the checkpoint again, or convert its 16-bit version",
+            )
+
+
+def _already_scaled(weight: StoredTensor, scale: StoredTensor) -> CorruptFileError:
+    return CorruptFileError(
+        f"{quoted(weight.name)} is {weight.dtype}, expected the FP8 codes that {quoted(scale.name)} is the scale of: "
+        "whether it was multiplied already is not known",
+        "remove the scales if the weights are whole, and quantization_config with them",
+    )
+
+
+def _is_left_alone(name: str, block: Mapping[str, Any]) -> bool:
+    """Return whether config.json excludes a weight's module from FP8, so that loaders take it as stored."""
+    module = name.rpartition(".")[0]
+    names = block.get("modules_to_not_convert")
+    listed = [entry for entry in names if isinstance(entry, str)] if isinstance(names, list) else []
+    if any(f"{module}.".startswith(f"{entry}.") or module.endswith(f".{entry}") for entry in listed):
+        return True
+    return is_ignored(module, type("Linear", (), {}), block)  # its keys are those of no other method
+
+
+def _configured_blocks(block: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Yield the blocks that a config names, as `fp8` and as compressed-tensors do."""
+    groups = block.get("config_groups")
+    sizes = [block.get("weight_block_size")]
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            sizes += [weights.get("block_structure"), [1, weights.get("group_size")]]
+    for size in sizes:
+        if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+            yield size[0], size[1]
+
+
+def _block_of(weight: StoredTensor, scale: StoredTensor, blocks: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    shape, found = weight.shape, scale.shape
+    if len(shape) in (2, 3) and scale.dtype in _SCALE_DTYPES and weight.strides is None and scale.strides is None:
+        rows, columns = shape[-2:]
+        if is_one_per_matrix(found, shape) and (len(shape) == 2 or len(found) in (1, 3)):
+            return max(1, rows), max(1, columns)
+        if found == (*shape[:-1], 1) or (len(shape) == 2 and found == (rows,)):
+            return 1, max(1, columns)
+        for block in blocks:
+            if found == grid_of(shape, block):
+                return block
+    elif len(shape) == 2 and scale.dtype in _SCALE_DTYPES and scale.n_elements == 1:
+        return max(1, shape[0]), max(1, shape[1])
+    named = " or ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(blocks))
+    raise misfit(scale, weight, f"one value, one a row, or one for each {named} block")

@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from int8convert.checkpoint.floats import widen
-from int8convert.checkpoint.source import SourceShard
-from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.decoding.scale import read_scale
 from int8convert.formats.format import Format
+from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.formats.modules import module_of
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Scale:
-    """The scale of one int8 weight.
+class Int8Coding:
+    """The coding of one int8 weight.
 
     Attributes:
-        stored: one float for each row of codes.
-        shard: the file it is in, which may be another than the codes'.
+        scale: one float for each row of codes.
         format: the format that says what the floats mean.
+        is_transposed: the codes are read as [in, out], as Conv1D stores weights; their scale is by column then.
     """
 
-    stored: StoredTensor
-    shard: SourceShard = field(repr=False)
+    scale: PlacedTensor
     format: Format
+    is_transposed: bool = False
+    rows_together = 1
 
-    def read(self) -> npt.NDArray[np.float32]:
+    @property
+    def beside(self) -> tuple[PlacedTensor, ...]:
+        return (self.scale,)
+
+    def weight_shape(self, codes: tuple[int, ...]) -> tuple[int, ...]:
+        return codes
+
+    def code_rows(self, begin: int, end: int) -> tuple[int, int]:
+        return begin, end
+
+    def identity(self) -> list[Any]:
+        return [self.scale.shard.path.name, self.scale.name, self.format]
+
+    def read_scale(self) -> npt.NDArray[np.float32]:
         """Return the floats as stored, float32 [rows]. 16-bit ones are widened, which is exact."""
-        return widen(read_scale(self), self.stored.dtype).reshape(-1)
+        return widen(read_scale(self.scale), self.scale.stored.dtype).reshape(-1)
+
+    def open(self) -> Int8Decoder:
+        return Int8Decoder(self)
 
 
 class Int8Decoder:
-    """Turns codes of one weight into the float32 weights that its format's loader computes. For several threads.
+    """Turns codes of one weight into the float32 weights that its format's loader computes. For several threads."""
 
-    Args:
-        scale: read at once.
-        is_transposed: the codes are given as [in, out], as Conv1D stores weights; their scale is by column then.
-    """
-
-    def __init__(self, scale: Int8Scale, is_transposed: bool) -> None:
-        self._dequantize = module_of(scale.format).dequantize
-        self._stored = scale.read()
-        self._is_transposed = is_transposed
+    def __init__(self, coding: Int8Coding) -> None:
+        self._dequantize = module_of(coding.format).dequantize
+        self._stored = coding.read_scale()
+        self._is_transposed = coding.is_transposed
 
     def decode(self, codes: npt.NDArray[Any], first_row: int) -> npt.NDArray[np.float32]:
         """Return float32 weights, C-contiguous.

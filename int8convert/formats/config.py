@@ -16,6 +16,8 @@ from int8convert.formats.transforms import with_transforms
 from int8convert.text import quoted
 
 BLOCK = "quantization_config"
+_OTHER_ENTRIES = ("compression_config", "expert_dtype")
+"""Entries beside the block that tell how a source is quantized."""
 
 
 def int8_config(
@@ -36,7 +38,7 @@ def int8_config(
     """
     has_dtype = config.get("dtype") or config.get("torch_dtype")
     return {
-        **without_detours(config),
+        **_unquantized(config),
         **({} if has_dtype else {"torch_dtype": dtype}),
         BLOCK: with_transforms(module_of(format).block(skip_modules, threshold), rotated_inputs),
     }
@@ -45,8 +47,17 @@ def int8_config(
 def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return the source's config.json for weights that are not quantized, to be loaded in `dtype`."""
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-    kept = {key: value for key, value in without_detours(config).items() if key != BLOCK}
+    kept = {key: value for key, value in _unquantized(config).items() if key != BLOCK}
     return {**kept, **dict.fromkeys(names, dtype)}
+
+
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that the output takes over: how the source is quantized is told by its own block alone."""
+    kept = {key: value for key, value in without_detours(config).items() if key not in _OTHER_ENTRIES}
+    text = kept.get("text_config")
+    if isinstance(text, dict) and BLOCK in text:
+        kept["text_config"] = {key: value for key, value in text.items() if key != BLOCK}
+    return kept
 
 
 def read_format(config: Mapping[str, Any], label: str = "the source") -> Format:

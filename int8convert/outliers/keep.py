@@ -138,7 +138,7 @@ def measure(request: PlanRequest, text: Text, device: str, trust_remote_code: bo
         hint="run int8convert outliers SRC --text FILE --damage where it fits, and pass the --skip options it prints",
         planned=planned,
     )
-    n_weights = sum(tensor.source.n_elements for tensor in planned.tensors if tensor.is_quantized)
+    n_weights = sum(tensor.n_elements for tensor in planned.tensors if tensor.is_quantized)
     return Measured(damage, sizes, n_weights, LOADERS_INPUTS[request.modules.output_format])
 
 
@@ -170,7 +170,7 @@ def _int8_weights(planned: ConversionPlan) -> dict[str, int]:
 
     Experts that are one tensor in the model are left out.
     """
-    quantized = {tensor.source.name: tensor.source.n_elements for tensor in planned.tensors if tensor.is_quantized}
+    quantized = {tensor.source.name: tensor.n_elements for tensor in planned.tensors if tensor.is_quantized}
     n_bytes = torch.finfo(getattr(torch, planned.model_map.dtype)).bits // 8
     return {
         parameter.removesuffix(".weight"): n_bytes * quantized[source_name]

@@ -24,7 +24,7 @@ from int8convert.checkpoint.atomic import as_output_error, make_folder
 from int8convert.checkpoint.floats import convert_floats, widen
 from int8convert.checkpoint.lock import DirectoryLock
 from int8convert.checkpoint.names import MAX_STEPS_AWAY, OUTLIERS_FILE, SMOOTHING_FILE
-from int8convert.checkpoint.rows import Scratch, read_rows, row_ranges
+from int8convert.checkpoint.rows import Scratch
 from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import ShardWriter, order_for_alignment
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES
@@ -75,7 +75,7 @@ class _ChosenColumns:
         n = len(self.columns)
         return {
             f"{self.name}.outlier_columns": ("I32", (n,)),
-            f"{self.name}.outlier_weight": (self.dtype, (self.tensor.source.shape[0], n)),
+            f"{self.name}.outlier_weight": (self.dtype, (self.tensor.shape[0], n)),
         }
 
 
@@ -160,11 +160,11 @@ def _find(
         if found[0] < 0 or not (np.diff(found) > 0).all():
             raise ValueError(f"columns of {name!r} must be ascending and not negative, found {found.tolist()}")
         shape = weights[name].codes.stored.shape if name in weights else None
-        if shape is None or name not in sources or sources[name].source.shape != shape or found[-1] >= shape[1]:
+        if shape is None or name not in sources or sources[name].shape != shape or found[-1] >= shape[1]:
             raise SourceError(
                 f"'{os.fspath(src)}' and '{checkpoint.source.label}' do not belong together: "
                 f"{quoted(name)} is {_shown(shape)} in the latter, "
-                f"{_shown(sources[name].source.shape if name in sources else None)} in the former",
+                f"{_shown(sources[name].shape if name in sources else None)} in the former",
                 "give the checkpoint that was converted",
             )
     return [_ChosenColumns(n, chosen[n], tensor, weights[n]) for n, tensor in sources.items() if n in chosen]
@@ -178,10 +178,10 @@ def _write(place: _ChosenColumns, format: Format, writer: ShardWriter, readers: 
     """Write the two tensors of a weight, block by block."""
     writer.write(f"{place.name}.outlier_columns", place.columns.view(np.uint8).data)
     step = module_of(format).to_scale(readers.read_scale(place.weight.scale))
-    stored, rows, scratch = place.tensor.source, SourceRows(place.tensor, place.tensor.source), Scratch()
-    for begin, end in row_ranges(stored, place.tensor.row_block):
+    rows, scratch = SourceRows(place.tensor), Scratch()
+    for begin, end in rows.ranges():
         with readers.reading(place.tensor.shard) as reader:
-            block = read_rows(stored, reader, begin, end, scratch)
+            block = rows.read(reader, begin, end, scratch)
         values = np.ascontiguousarray(rows.values(block, begin, end)[:, place.columns])
         _check(place, widen(values, rows.dtype), _codes(place, readers, begin, end), step[begin:end], begin)
         data = values.reshape(-1).view(np.uint8)

@@ -131,10 +131,10 @@ def round_by(plan: ConversionPlan, calibration: RoundingCalibration) -> Conversi
     def rounded(tensor: PlannedTensor) -> PlannedTensor:
         layer = layers.get(tensor.source.name, tensor.output_name.removesuffix(".weight"))
         found = calibration.inputs.get(layer) if tensor.is_quantized else None
-        if found is not None and found.n_features != tensor.source.shape[1]:
+        if found is not None and found.n_features != tensor.shape[1]:
             raise SourceError(
                 f"the calibration is of another model: the input of {quoted(layer)} has {found.n_features:,} features "
-                f"there, and {tensor.source.shape[1]:,} in the source",
+                f"there, and {tensor.shape[1]:,} in the source",
                 "calibrate this source with int8convert calibrate",
             )
         return replace(tensor, rounding=found and replace(found, fold=tensor.fold and tensor.fold.of_inputs()))

@@ -17,7 +17,7 @@ from int8convert.checkpoint.names import shard_name
 from int8convert.checkpoint.safetensors_file import METADATA_NAME, FileMetadata
 from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.decoding.int8 import Int8Scale
+from int8convert.decoding.int8 import Int8Coding
 from int8convert.errors import CorruptFileError, FormatError
 from int8convert.formats.config import BLOCK, int8_config, plain_config, read_threshold
 from int8convert.formats.format import Format, TensorSpecs
@@ -196,10 +196,10 @@ def _dequantized(weight: Int8Weight, target: Target) -> PlannedTensor:
     if weight.is_transposed:
         rows, columns = stored.shape
         stored = replace(stored, shape=(columns, rows), strides=(1, columns))
-    scale = Int8Scale(weight.scale.stored, weight.scale.shard, source_format)
+    coding = Int8Coding(weight.scale, source_format, weight.is_transposed)
     name = f"{weight.module_name}.weight"
     return PlannedTensor(
-        stored, weight.codes.shard, name, target.dtype, _DEQUANTIZED, source_format, scale, source_format=source_format
+        stored, weight.codes.shard, name, target.dtype, _DEQUANTIZED, source_format, coding, source_format=source_format
     )
 
 
@@ -209,7 +209,7 @@ def _count_changed(checkpoint: Int8Checkpoint, target: Target) -> int:
     source, module = module_of(target.source_format), module_of(target.format)
     n_changed = 0
     for weight in checkpoint.weights:
-        scale = source.to_scale(Int8Scale(weight.scale.stored, weight.scale.shard, target.source_format).read())
+        scale = source.to_scale(Int8Coding(weight.scale, target.source_format).read_scale())
         n_changed += int(np.count_nonzero(module.to_scale(module.from_scale(scale)) != scale))
     return n_changed
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from int8convert.checkpoint.loaders.notes import note_adapter
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.decoding.fp8_scales import check_unscaled
+from int8convert.decoding.source_weights import check_unscaled
 from int8convert.planning.adapters.adapter import Adapter
 from int8convert.planning.calibrated_rounding import RoundingCalibration, round_by
 from int8convert.planning.coverage import check_coverage, coverage_note

@@ -11,14 +11,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import DTYPE_BYTES, StoredTensor
-from int8convert.decoding.fp8 import Fp8Scale
-from int8convert.decoding.int8 import Int8Scale
-from int8convert.decoding.scale import Scale
+from int8convert.decoding.coding import Coding
 from int8convert.formats import transforms
 from int8convert.formats.config import int8_config
 from int8convert.formats.format import Format, TensorSpecs
@@ -55,7 +53,7 @@ class PlannedTensor:
         output_dtype: I8 if it becomes int8 with a scale, else the dtype of the copy.
         reason: why it is copied; "" if quantized.
         format: where its scale will stand.
-        scale: the scale of its FP8 or int8 codes, by which they are decoded; None if it has none.
+        coding: how its codes are decoded; None if it holds floats, or FP8 codes without a scale.
         lora: what an adapter adds to it.
         fold: what is folded into it.
         source_format: the format of an int8 weight that it belongs to, if it is recoded or dequantized.
@@ -69,7 +67,7 @@ class PlannedTensor:
     output_dtype: str
     reason: str
     format: Format
-    scale: Fp8Scale | Int8Scale | None = field(default=None, repr=False)
+    coding: Coding | None = field(default=None, repr=False)
     lora: LoraDelta | None = field(default=None, repr=False)
     source_format: Format | None = None
     is_beside_codes: bool = False
@@ -77,9 +75,18 @@ class PlannedTensor:
     rounding: InputMoments | None = field(default=None, repr=False)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weights, of which `source` may hold the codes."""
+        return self.coding.weight_shape(self.source.shape) if self.coding else self.source.shape
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
     def row_block(self) -> int:
         """Rows that have to be in one block."""
-        return self.fold.row_block if self.fold else 1
+        return lcm(self.fold.row_block if self.fold else 1, self.coding.rows_together if self.coding else 1)
 
     @property
     def rotates_input(self) -> bool:
@@ -87,12 +94,12 @@ class PlannedTensor:
         return self.fold is not None and self.fold.input_block > 1
 
     @property
-    def read_ahead(self) -> tuple[Scale, ...]:
+    def read_ahead(self) -> tuple[PlacedTensor, ...]:
         """What is read before the shards: its scale, the gain that is folded into it; itself if it is beside codes."""
         if self.is_beside_codes:
             return (PlacedTensor(self.source, self.shard),)
         gain = self.fold and self.fold.gain
-        return (*([self.scale] if self.scale else []), *([gain.weight] if gain else []))
+        return (*(self.coding.beside if self.coding else ()), *([gain.weight] if gain else []))
 
     @property
     def shards(self) -> tuple[SourceShard, ...]:
@@ -103,7 +110,7 @@ class PlannedTensor:
     def action(self) -> TensorAction:
         if self.source_format is not None:
             return TensorAction.DEQUANTIZE if self.source.dtype == "I8" else TensorAction.RECODE
-        is_quantized = self.output_dtype == "I8" and self.source.dtype != "I8"
+        is_quantized = self.output_dtype == "I8" and (self.coding is not None or self.source.dtype != "I8")
         return TensorAction.QUANTIZE if is_quantized else TensorAction.COPY
 
     @property
@@ -116,13 +123,13 @@ class PlannedTensor:
             case TensorAction.QUANTIZE:
                 size = (transforms.BLOCK_SIZE, transforms.BLOCK_SIZE)
                 matrix: TensorSpecs = {transforms.matrix_name(self.output_name): ("F16", size)}
-                specs = module.weight_specs(self.output_name, self.source.shape)
+                specs = module.weight_specs(self.output_name, self.shape)
                 return {**specs, **matrix} if self.rotates_input else specs
             case TensorAction.RECODE:
                 _codes, *beside = module.weight_specs(self.weight_name, (self.source.shape[0], 0)).items()
                 return dict(beside)
             case TensorAction.COPY | TensorAction.DEQUANTIZE:
-                return {self.output_name: (self.output_dtype, self.source.shape)}
+                return {self.output_name: (self.output_dtype, self.shape)}
 
     @property
     def weight_name(self) -> str:
@@ -168,7 +175,7 @@ class PlannedShard:
                 t.source.strides,
                 t.output_name,
                 t.output_dtype,
-                _scale_digest(t.scale),
+                t.coding and t.coding.identity(),
                 t.lora and [t.lora.update.module_name, t.lora.update.scaling],
                 *([t.action, t.source_format, t.format] if t.source_format else []),
                 *([t.fold.identity()] if t.fold else []),
@@ -178,13 +185,6 @@ class PlannedShard:
         ]
         content = json.dumps([self.file_name, list(self.outputs.items()), tensors])
         return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _scale_digest(scale: Fp8Scale | Int8Scale | None) -> list[Any] | None:
-    if scale is None:
-        return None
-    block = scale.block if isinstance(scale, Fp8Scale) else scale.format
-    return [scale.shard.path.name, scale.stored.name, block]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +218,11 @@ class ConversionPlan:
     def n_parameters(self) -> int:
         """Parameters of the model; where its class is unknown, of the written tensors."""
         needs = self.model_map.needs
-        return needs.n_parameters if needs else sum(tensor.source.n_elements for tensor in self.tensors)
+        return needs.n_parameters if needs else sum(tensor.n_elements for tensor in self.tensors)
 
     @property
     def n_int8_parameters(self) -> int:
-        return sum(tensor.source.n_elements for tensor in self.tensors if tensor.is_quantized)
+        return sum(tensor.n_elements for tensor in self.tensors if tensor.is_quantized)
 
     @property
     def coverage(self) -> float:
@@ -285,5 +285,5 @@ class ConversionPlan:
         for tensor in self.tensors:
             if not tensor.is_quantized:
                 n_tensors, n_parameters = kept.get(tensor.reason, (0, 0))
-                kept[tensor.reason] = (n_tensors + 1, n_parameters + tensor.source.n_elements)
+                kept[tensor.reason] = (n_tensors + 1, n_parameters + tensor.n_elements)
         return dict(sorted(kept.items(), key=lambda item: -item[1][1]))

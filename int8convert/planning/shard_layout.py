@@ -9,8 +9,8 @@ from int8convert.checkpoint.names import shard_name
 from int8convert.checkpoint.shard_writer import order_for_alignment, planned_shard_bytes
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor, contiguous_strides
-from int8convert.decoding.fp8 import Fp8Scale
-from int8convert.decoding.fp8_scales import find_scales
+from int8convert.decoding.coding import CodedWeight, Coding, Rows
+from int8convert.decoding.source_weights import SourceWeights, find_weights
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.formats.format import Format, TensorSpecs
 from int8convert.formats.int8_checkpoint import PlacedTensor
@@ -18,7 +18,7 @@ from int8convert.formats.modules import module_of
 from int8convert.planning.adapters.adapter import Adapter
 from int8convert.planning.adapters.adapter_placement import AdapterPlacement, BaseTensor, place_adapter
 from int8convert.planning.adapters.lora import LoraDelta
-from int8convert.planning.expert_layouts import split
+from int8convert.planning.expert_layouts import ExpertLayout, split
 from int8convert.planning.fold import Fold
 from int8convert.planning.folding.folding import Folding
 from int8convert.planning.model_map.model_map import Action, MappedTensor, ModelMap
@@ -39,34 +39,35 @@ def make_plan(
     next would not fit. A single tensor larger than that gets a shard to itself.
 
     Raises:
-        CorruptFileError: two tensors would be written under one name, or FP8 codes have no fitting scale.
+        CorruptFileError: two tensors would be written under one name, or codes have no fitting scale.
         AdapterError: the adapter is for another model.
     """
     groups: list[list[PlannedTensor]] = []
     dropped: dict[str, str] = {}
-    scales = find_scales(source)
-    placement = _place(adapter, source, model_map) if adapter is not None else None
+    weights = find_weights(source)
+    placement = _place(adapter, source, weights, model_map) if adapter is not None else None
     seen: set[str] = set()
     group_bytes = 0
     for shard in source.shards:
         if max_shard_bytes is None or not groups:
             groups.append([])
         for stored in shard.tensors:
-            mapped = model_map.tensors.get(stored.name)
+            coded = weights.by_codes.get(stored.name)
+            source_name = coded.name if coded else stored.name
+            mapped = None if weights.is_dropped(stored.name) else model_map.tensors.get(source_name)
             if mapped is None or mapped.action is Action.DROP:
-                dropped[stored.name] = mapped.reason if mapped else "decoded with the FP8 weight it belongs to"
+                dropped[stored.name] = mapped.reason if mapped else "decoded with the quantized weight it belongs to"
                 continue
-            if folding and folding.is_overlooked(stored.name):
+            if folding and folding.is_overlooked(source_name):
                 dropped[stored.name] = "loaders take the embedding in its place"
                 continue
-            fp8 = scales.get(stored.name)
-            lora = placement.deltas.get(stored.name) if placement else None
-            place, source_name = shard, stored.name
-            if placement and stored.name in placement.replacements:
-                stored, place, fp8 = placement.replacements[stored.name], placement.adapter.shard, None
-            for view, piece, fold in _pieces(stored, mapped, folding, source_name):
+            lora = placement.deltas.get(source_name) if placement else None
+            place = shard
+            if placement and source_name in placement.replacements:
+                stored, place, coded = placement.replacements[source_name], placement.adapter.shard, None
+            for view, coding, piece, fold in _pieces(stored, coded, mapped, folding, source_name):
                 fold = _with_adapter_gain(fold, placement) if fold and placement else fold
-                tensor = _plan_tensor(view, place, piece, model_map.output_format, fp8, lora)
+                tensor = _plan_tensor(view, place, piece, model_map.output_format, coding, lora)
                 tensor = replace(tensor, fold=fold) if fold else tensor
                 _check_unique(tensor, seen)
                 if max_shard_bytes is not None and groups[-1] and group_bytes + tensor.output_bytes > max_shard_bytes:
@@ -99,22 +100,44 @@ def _check_unique(tensor: PlannedTensor, seen: set[str]) -> None:
 
 
 def _pieces(
-    stored: StoredTensor, mapped: MappedTensor, folding: Folding | None, source_name: str
-) -> Iterator[tuple[StoredTensor, MappedTensor, Fold | None]]:
+    stored: StoredTensor, coded: CodedWeight | None, mapped: MappedTensor, folding: Folding | None, source_name: str
+) -> Iterator[tuple[StoredTensor, Coding | None, MappedTensor, Fold | None]]:
     """Yield the tensor itself, and the head that shares it and must not; or the matrices or biases of its experts.
 
     Args:
+        coded: the weight whose codes `stored` holds; None for floats.
         source_name: its name in the source; an adapter's tensor that replaces it has another.
     """
     if mapped.experts is None:
-        yield stored, mapped, folding.fold_of(source_name, mapped.action) if folding else None
+        coding = coded.whole() if coded else None
+        stored = replace(coded.codes.stored, name=coded.name) if coded else stored
+        yield stored, coding, mapped, folding.fold_of(source_name, mapped.action) if folding else None
         if folding and folding.untied_head and (head := folding.head(source_name, mapped)):
-            yield stored, head, folding.untied_head.fold
+            yield stored, coding, head, folding.untied_head.fold
         return
     is_weight = mapped.experts.leaf == "weight"
     action, reason = (Action.QUANTIZE, "") if is_weight else (Action.KEEP, "not a matrix product")
-    for name, view in split(mapped.experts, stored):
-        yield view, MappedTensor(action, reason, name, mapped.output_dtype), None
+    for name, view, coding in _split_coded(mapped.experts, coded) if coded else _split(mapped.experts, stored):
+        yield view, coding, MappedTensor(action, reason, name, mapped.output_dtype), None
+
+
+def _split(layout: ExpertLayout, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor, None]]:
+    return ((name, view, None) for name, view in split(layout, stored))
+
+
+def _split_coded(layout: ExpertLayout, coded: CodedWeight) -> Iterator[tuple[str, StoredTensor, Coding]]:
+    """Yield output name, codes and coding of each matrix of a fused weight, whose codes are [experts, out, ..]."""
+    if layout.is_transposed is not coded.is_transposed or len(coded.shape) != 3:
+        raise CorruptFileError(
+            f"the quantized experts {quoted(coded.codes.name)} are stored the other way round than the model has them",
+            "convert the 16-bit version of the checkpoint",
+        )
+    n_experts, n_out, _ = coded.codes.stored.shape
+    # The rows of each matrix are those of a tensor of one byte a row.
+    numbers = StoredTensor(coded.name, "U8", (n_experts, n_out, 1), 0)
+    for name, view in split(replace(layout, is_transposed=False), numbers):
+        codes, coding = coded.piece(Rows(view.offset, view.strides[0] if view.strides else 1, view.shape[0]))
+        yield name, replace(codes, name=coded.name), coding
 
 
 def _with_adapter_gain(fold: Fold, placement: AdapterPlacement) -> Fold:
@@ -130,20 +153,26 @@ def _plan_tensor(
     shard: SourceShard,
     mapped: MappedTensor,
     output_format: Format,
-    fp8: Fp8Scale | None,
+    coding: Coding | None,
     lora: LoraDelta | None,
 ) -> PlannedTensor:
+    if mapped.action is Action.QUANTIZE_TRANSPOSED and coding is not None:
+        raise CorruptFileError(
+            f"{quoted(stored.name)} is quantized along the outputs of a Conv1D layer, whose rows would mix scales",
+            "convert the 16-bit version of the checkpoint",
+        )
     if mapped.action is Action.QUANTIZE_TRANSPOSED:
         rows, columns = stored.shape
         row_stride, column_stride = stored.strides or contiguous_strides(stored.shape)
         stored = replace(stored, shape=(columns, rows), strides=(column_stride, row_stride))
     return PlannedTensor(
-        stored, shard, mapped.output_name, mapped.output_dtype, mapped.reason, output_format, fp8, lora
+        stored, shard, mapped.output_name, mapped.output_dtype, mapped.reason, output_format, coding, lora
     )
 
 
-def _place(adapter: Adapter, source: CheckpointSource, model_map: ModelMap) -> AdapterPlacement:
-    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
+def _place(adapter: Adapter, source: CheckpointSource, weights: SourceWeights, model_map: ModelMap) -> AdapterPlacement:
+    loaded = (weights.as_loaded(tensor) for tensor in source.tensors if not weights.is_dropped(tensor.name))
+    shapes = {tensor.name: tensor.shape for tensor in loaded}
     if not model_map.parameters:
         raise AdapterError(
             "the model's class is unknown, so which tensors the adapter changes is unknown too",

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from int8convert.checkpoint.rows import Block
-from int8convert.decoding.fp8_scales import as_loaded
+from int8convert.decoding.source_weights import as_loaded
 from int8convert.errors import DiskFullError, HubConnectionError, HubError
 from int8convert.events import PlanMade, ShardFinished, ShardSkipped, ShardStarted, SourceFetched
 from int8convert.formats.format import Format

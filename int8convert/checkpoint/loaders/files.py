@@ -57,8 +57,14 @@ CODE_FOLDER = "custom_generate"
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _VARIANT = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(?P<variant>[^.]+)\.(safetensors|bin)")
 
-_NOT_AUXILIARY = frozenset({CONFIG_NAME, ADAPTER_CONFIG, "README.md", OWN_FOLDER})
-"""Names that are never copied. The source's model card describes the source. A file cannot have our folder's name."""
+_NOT_AUXILIARY = frozenset(
+    {
+        *(CONFIG_NAME, ADAPTER_CONFIG, "README.md", OWN_FOLDER),
+        *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
+    }
+)
+"""Names that are never copied. The source's model card describes the source, and so do the files that tell how it is
+quantized. A file cannot have our folder's name."""
 
 _TEXT_SUFFIXES = (".md", ".rst", ".html", ".pdf")
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".bmp", ".ico", ".tif", ".tiff")

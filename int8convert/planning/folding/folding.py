@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
+from int8convert.decoding.source_weights import find_weights
 from int8convert.errors import CorruptFileError, ModelMapError
 from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.formats.transforms import BLOCK_SIZE
@@ -156,7 +157,9 @@ class _Placing:
     hint: str
 
     def place(self, found: Mapping[str, Any], groups: Iterable[SmoothGroup]) -> Folding:
-        places = {tensor.name: PlacedTensor(tensor, shard) for shard in self.source.shards for tensor in shard.tensors}
+        weights = find_weights(self.source)
+        loaded = ((weights.as_loaded(tensor), shard) for shard in self.source.shards for tensor in shard.tensors)
+        places = {tensor.name: PlacedTensor(tensor, shard) for tensor, shard in loaded}
         by_parameter = {fields["parameter"]: self._fold(fields, places) for fields in found["folds"]}
         head = None
         if found["rotation"]["untied"] is not None:

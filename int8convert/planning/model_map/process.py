@@ -10,7 +10,7 @@ from textwrap import shorten
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.decoding.fp8_scales import as_loaded
+from int8convert.decoding.source_weights import as_loaded
 from int8convert.errors import ModelMapError
 from int8convert.planning.expert_layouts import ExpertLayout
 from int8convert.planning.model_map.cache import ModelMapCache

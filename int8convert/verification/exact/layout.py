@@ -132,7 +132,7 @@ class _Pairing:
             self._place_kept(replace(planned, output_dtype=there.stored.dtype, reason="named in config.json"))
             return
         self._modules.add(module)
-        shape = planned.source.shape
+        shape = planned.shape
         names = self._module.NAMES.under(module)
         specs = self._module.weight_specs(f"{module}.weight", shape)
         codes = self._take(names.codes, {"I8"}, [shape])
@@ -163,14 +163,14 @@ class _Pairing:
         dtypes: Set[str] = {planned.output_dtype}
         if not self._provenance.is_known and planned.output_dtype in FLOATS:
             dtypes = FLOATS
-        tensor = self._take(name, dtypes, [planned.source.shape])
+        tensor = self._take(name, dtypes, [planned.shape])
         if tensor is not None:
             must_be = name.removesuffix(".weight") in self._provenance.kept_for_values and name.endswith(".weight")
             self._pairs.append(KeptPair(planned, tensor, must_be))
 
     def _place_other_choice(self, planned: PlannedTensor) -> None:
         """Place int8 codes of a tensor that the plan keeps: a finding, or another tool's choice."""
-        if not self._provenance.is_known and planned.reason.startswith(_CHOICES) and len(planned.source.shape) == 2:
+        if not self._provenance.is_known and planned.reason.startswith(_CHOICES) and len(planned.shape) == 2:
             self._place_int8(replace(planned, output_dtype="I8", reason=""))
             return
         self._n_expected += 1

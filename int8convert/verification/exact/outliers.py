@@ -64,7 +64,7 @@ def pair_outliers(out: CheckpointSource, layout: Layout, is_known: bool) -> Pair
 
 def _misfits(pair: Int8Pair, columns: PlacedTensor, weight: PlacedTensor, is_known: bool) -> Iterator[Finding]:
     """Find why these are not columns of this weight, by dtype, shape and indices."""
-    n_rows, n_columns = pair.planned.source.shape
+    n_rows, n_columns = pair.planned.shape
     if columns.stored.dtype != "I32" or len(columns.stored.shape) != 1:
         yield Finding(columns.name, "I32 [n]", f"{columns.stored.dtype} {list(columns.stored.shape)}")
         return

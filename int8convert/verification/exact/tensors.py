@@ -21,7 +21,6 @@ from int8convert.verification.exact.values import (
     FP16_MAX,
     PlannedRows,
     TensorRows,
-    blocks_of,
     cast,
     flat,
     float_values,
@@ -74,7 +73,7 @@ def compare_int8(pair: Int8Pair, rules: RowRules, outliers: OutlierPair | None) 
     """Compare codes, scale and stored columns of an int8 weight."""
     result = TensorResult()
     planned = pair.planned
-    n_rows, n_columns = planned.source.shape
+    n_rows, n_columns = planned.shape
     scale = float_values(read_all(pair.scale), pair.scale.stored.dtype)
     _check_zeros(pair, result)
     _check_matrix(pair, result)
@@ -82,7 +81,7 @@ def compare_int8(pair: Int8Pair, rules: RowRules, outliers: OutlierPair | None) 
         source = stack.enter_context(PlannedRows(planned, planned.source))
         out = stack.enter_context(TensorRows(pair.codes.stored, pair.codes.shard))
         stored = outliers and stack.enter_context(TensorRows(outliers.weight.stored, outliers.weight.shard))
-        for begin, end in blocks_of(planned.source, planned.row_block):
+        for begin, end in source.ranges():
             values = source.read(begin, end)
             codes = out.read(begin, end).view(np.int8)
             weight = float_values(values, source.dtype)
@@ -171,11 +170,11 @@ def compare_kept(pair: KeptPair) -> TensorResult:
     source = planned.source
     # Row by row only if a value's place in its row matters.
     is_strided = source.strides is not None or there.strides is not None
-    is_plain = not (is_strided or planned.scale or planned.lora or planned.fold)
+    is_plain = not (is_strided or planned.coding or planned.lora or planned.fold)
     source, there = (flat(source), flat(there)) if is_plain or not source.shape else (source, there)
     has_int8_form = True
     with PlannedRows(planned, source) as expected_rows, TensorRows(there, pair.tensor.shard) as found_rows:
-        for begin, end in blocks_of(source, planned.row_block):
+        for begin, end in expected_rows.ranges():
             values = expected_rows.read(begin, end)
             if pair.must_be_non_finite:
                 has_int8_form &= bool((np.abs(float_values(values, expected_rows.dtype)) <= FP16_MAX).all())

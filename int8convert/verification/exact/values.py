@@ -1,19 +1,20 @@
 """Reads values of a checkpoint as NumPy arrays, and casts them to another dtype.
 
 The casts are written again on purpose, to judge the converter. Shared with the converter is where the bytes are: which
-rows of which source tensor make a tensor of the output, decoded from FP8 and merged with an adapter.
+rows of which source tensor make a tensor of the output, decoded from low-bit codes and merged with an adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from int8convert.checkpoint.rows import Scratch, as_array, read_rows, row_ranges
+from int8convert.checkpoint.rows import Scratch, as_array, read_rows
 from int8convert.checkpoint.source import SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor
 from int8convert.conversion.source_rows import SourceRows
@@ -64,14 +65,13 @@ class PlannedRows:
     def __exit__(self, *_: object) -> None:
         self._reader.close()
 
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Return the row ranges of the blocks, in order; none without elements."""
+        return self._rows.ranges() if prod(self._rows.shape) else iter(())
+
     def read(self, begin: int, end: int) -> npt.NDArray[Any]:
-        block = read_rows(self._rows.stored, self._reader, begin, end, self._scratch)
+        block = self._rows.read(self._reader, begin, end, self._scratch)
         return self._rows.values(block, begin, end)
-
-
-def blocks_of(stored: StoredTensor, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Return the row ranges of a tensor, `multiple` rows or several times as many each; none without elements."""
-    return row_ranges(stored, multiple) if stored.n_elements else iter(())
 
 
 def flat(stored: StoredTensor) -> StoredTensor:

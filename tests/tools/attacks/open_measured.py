@@ -24,7 +24,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.decoding.fp8 import is_fp8
+from int8convert.decoding.source_weights import is_decodable
 from int8convert.errors import Int8ConvertError
 from int8convert.planning.model_map.model_map import check_config
 from int8convert.sources import open_source
@@ -94,7 +94,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 def open_checkpoint(checkpoint: Path) -> CheckpointSource:
     """Everything a conversion learns of a source before it reads weights."""
     source = open_source(checkpoint)
-    check_config(source.config, is_fp8(source))
+    check_config(source.config, is_decodable(source))
     return source
 
 
