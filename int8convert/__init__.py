@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from int8convert.planning.plan_checkpoint import PlanOptions, plan
     from int8convert.publish.upload import UploadReport, upload
     from int8convert.publish.verify_command import Gates
-    from int8convert.runtime.generate import GenerationReport, generate
+    from int8convert.runtime.generate import GenerationReport, Sampling, generate
     from int8convert.runtime.in_memory import quantize_
     from int8convert.runtime.linear import Int8Linear
     from int8convert.runtime.load import load
@@ -54,6 +54,7 @@ __all__ = [
     "OutlierReport",
     "PlanOptions",
     "Reading",
+    "Sampling",
     "Tasks",
     "Text",
     "UploadReport",
@@ -89,6 +90,7 @@ _HOMES = {
     "OutlierReport": "int8convert.outliers.find",
     "PlanOptions": "int8convert.planning.plan_checkpoint",
     "Reading": "int8convert.conversion.readers",
+    "Sampling": "int8convert.runtime.generate",
     "Tasks": "int8convert.verification.options",
     "Text": "int8convert.runtime.text.texts",
     "UploadReport": "int8convert.publish.upload",

@@ -79,6 +79,9 @@ def generate(
             "static+blocks, dynamic+blocks or blocks.  [default: static+guard if OUT stores columns, else dynamic]",
         ),
     ] = None,
+    int8_head: Annotated[
+        bool, typer.Option("--int8-head", help="Run the output head in int8, too. Faster, and a little less exact.")
+    ] = False,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the text.")] = False,
@@ -92,20 +95,19 @@ def generate(
     with console.reporting_errors(as_json, _INTERRUPTED), output.ending_its_line():
         prompts = [prompt] if prompt is not None else _read_prompts(file or Path())
         with console.quieting_libraries(console.wants_live_display(quiet, as_json)):
+            from int8convert.runtime.generate import Sampling
             from int8convert.runtime.generate import generate as run
 
             report = run(
                 out,
                 prompts,
                 max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
+                sampling=Sampling(temperature, top_p, top_k, seed),
                 chat=chat,
                 system=system,
                 outliers=outliers,
                 device=device,
+                int8_head=int8_head,
                 on_text=output.write if streams else None,
             )
         if as_json:

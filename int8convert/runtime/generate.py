@@ -57,6 +57,28 @@ class GenerationReport:
         return {"schema": 1, **asdict(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token, always.
+        top_p, top_k: draw from the likeliest tokens that make up this probability, and from this many if not 0.
+        seed: seed of the draws; None takes another one each time.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return transformers' settings. They are None for a greedy choice, for which it would warn of values."""
+        is_drawn = self.temperature > 0
+        values = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"do_sample": is_drawn, **{name: value if is_drawn else None for name, value in values.items()}}
+
+
 class _Clock(BaseStreamer):  # type: ignore[misc]
     """Records the time of the first new tokens, and passes the text on as it grows."""
 
@@ -101,14 +123,12 @@ def generate(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
+    sampling: Sampling = Sampling(),
     chat: bool | None = None,
     system: str | None = None,
     outliers: str | None = None,
     device: str = "auto",
+    int8_head: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> GenerationReport:
     """Continue prompts with an int8 checkpoint, all in one batch.
@@ -120,12 +140,10 @@ def generate(
         path_or_repo: the checkpoint.
         prompts: at least one.
         max_new_tokens: for each prompt; fewer where the model has no positions left.
-        temperature: 0 takes the likeliest token, always.
-        top_p, top_k: sample from the likeliest tokens that make up this probability, and from this many if not 0.
-        seed: seed of the sampling; None takes another one each time.
+        sampling: how tokens are chosen.
         chat: put prompts into the model's chat template; None does so where it has one.
         system: the system message of the chat.
-        outliers: see `int8convert.load`.
+        outliers, int8_head: see `int8convert.load`.
         device: "auto", "cpu" or "cuda[:n]".
         on_text: called with each piece of new text; for a single prompt.
 
@@ -145,15 +163,15 @@ def generate(
     ending = read_ending(path, config)
     with TokenizerProcess(path) as tokenizer:
         inputs = encode(tokenizer, prompts, chat, system)
-        settings = generation_config(ending, tokenizer.pad_token_id, _sampling(temperature, top_p, top_k))
-        model = load(path, device_map={"": used}, outliers=outliers, generation_config=settings)
+        settings = generation_config(ending, tokenizer.pad_token_id, sampling.settings())
+        model = load(path, device_map={"": used}, outliers=outliers, int8_head=int8_head, generation_config=settings)
         n_prompt = inputs["input_ids"].shape[1]
         settings.max_new_tokens = _room(model, n_prompt, max_new_tokens, path)
         settings.cache_implementation = "static" if used.startswith("cuda") else None
         _check_known(model, inputs["input_ids"], path)
         load_s = time.perf_counter() - began
-        if seed is not None:
-            torch.manual_seed(seed)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
         clock = _Clock(tokenizer, on_text)
         first_new = 1 if model.config.is_encoder_decoder else n_prompt
         stop = StopAtStrings(tokenizer.decode, first_new, ending.stop_strings)
@@ -195,13 +213,6 @@ def _run(
         if clock.is_in_callback and error.__cause__ is not None:
             raise error.__cause__ from None  # the caller's own, and none of the model's
         raise
-
-
-def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
-    """Return sampling settings. They are None for a greedy choice, for which transformers would warn of values."""
-    is_drawn = temperature > 0
-    values = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    return {"do_sample": is_drawn, **{name: value if is_drawn else None for name, value in values.items()}}
 
 
 def _room(model: Any, n_prompt_tokens: int, max_new_tokens: int, path: str) -> int:

@@ -194,16 +194,17 @@ def describe_for_saving(
     covered = layout.covered(int8, [*left, *kept_in_fp32(model)])
     lost = [*lost, *(name for name in int8 if name in covered)]
     if lost:
-        model._int8convert_unloadable = lost[0]
-        model.save_pretrained = MethodType(_refuse_to_save, model)
+        refuse_saving(model, lost[0], "leave that module out with quantize_(skip=...)")
         return
     model.config.quantization_config = layout.block(left, threshold)
     if stored:
         model.save_pretrained = MethodType(save_with_outliers, model)
 
 
-def _refuse_to_save(model: Any, *_: Any, **__: Any) -> None:
-    raise FormatError(
-        f"no loader would look for '{model._int8convert_unloadable}' as int8, so this model cannot be saved",
-        "leave that module out with quantize_(skip=...)",
-    )
+def refuse_saving(model: Any, name: str, hint: str) -> None:
+    """Make `save_pretrained` raise a FormatError: no loader would take the module `name` for int8."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise FormatError(f"no loader would look for '{name}' as int8, so this model cannot be saved", hint)
+
+    model.save_pretrained = refuse

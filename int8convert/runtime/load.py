@@ -11,7 +11,9 @@ from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.format import QUANTIZE_FORMATS
 from int8convert.formats.modules import endings_beside
 from int8convert.patterns import is_allowed
+from int8convert.runtime.decoder_layer import hasten_layers
 from int8convert.runtime.float_linear import hasten
+from int8convert.runtime.int8_head import quantize_head
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.pretrained import hub_options, load_model, locate_file, read_config
 from int8convert.runtime.stored_columns import attach_outliers, read_outliers
@@ -35,6 +37,7 @@ def load(
     torch_dtype: Any = None,
     trust_remote_code: bool = False,
     allow_missing: Sequence[str] = (),
+    int8_head: bool = False,
     **options: Any,
 ) -> Any:
     """Load an int8 checkpoint of any tool, in the bitsandbytes or the compressed-tensors layout.
@@ -53,13 +56,15 @@ def load(
         trust_remote_code: run code of the checkpoint; else a checkpoint that needs it is refused.
         allow_missing: patterns, as for `quantize`, of tensors that the checkpoint may lack. transformers makes up their
             values.
+        int8_head: also run the output head in int8, which checkpoints keep in 16 bits; see `int8_head`.
         options: for `from_pretrained`.
 
     Returns:
         a transformers model of the class that config.json names, in eval mode.
 
     Raises:
-        SourceError: there is no checkpoint, it is not int8, or it lacks the static outliers that are asked for.
+        SourceError: there is no checkpoint, it is not int8, or it lacks the static outliers that are asked for; or the
+            model has no head that could be int8.
         CorruptFileError: tensors are missing, or int8 ones fit nothing in the model. Other unused tensors are ignored,
             as by transformers.
         RemoteCodeError: the checkpoint needs code of its own, and `trust_remote_code` is False.
@@ -89,7 +94,10 @@ def load(
     _check_complete(path, info, allow_missing)
     if stored is not None:
         attach_outliers(model, read_outliers(stored), mode or OutlierMode.STATIC_GUARD)
+    if int8_head:
+        quantize_head(model)
     hasten(model)
+    hasten_layers(model)
     return model
 
 

@@ -10,11 +10,13 @@ import sys
 import warnings
 from pathlib import Path
 from signal import SIGTERM
+from typing import Any
 
 import pytest
 import torch
 
 import int8convert
+from int8convert.runtime import load
 from tests.cli.conftest import Run
 from tests.tools.language_models import CHAT_TEMPLATE, build_tokenizer, save_int8, save_reciter
 
@@ -82,11 +84,24 @@ def test_prompts_of_a_file_are_continued_in_their_order(run: Run, reciter: Path,
 
 def test_options_reach_the_model(run: Run, endless: Path) -> None:
     options = {"max_new_tokens": 9, "temperature": 1.5, "top_p": 0.9, "top_k": 50, "seed": 3, "outliers": "none"}
-    expected = int8convert.generate(endless, ["The cat"], **options).texts[0]  # type: ignore[arg-type]
+
+    def text(**changes: Any) -> str:
+        rest = {**options, **changes}
+        sampling = int8convert.Sampling(*(rest.pop(name) for name in ("temperature", "top_p", "top_k", "seed")))
+        return int8convert.generate(endless, ["The cat"], sampling=sampling, **rest).texts[0]
+
     flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    assert run("generate", endless, "The cat", "-q", *flags) == (0, expected + "\n", "")
+    assert run("generate", endless, "The cat", "-q", *flags) == (0, text() + "\n", "")
     for key, value in {"max_new_tokens": 8, "temperature": 0.1, "top_p": 0.1, "top_k": 2, "seed": 4}.items():
-        assert int8convert.generate(endless, ["The cat"], **{**options, key: value}).texts[0] != expected, key  # type: ignore[arg-type]
+        assert text(**{key: value}) != text(), key
+
+
+def test_the_head_becomes_int8_on_request(run: Run, endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[str] = []
+    monkeypatch.setattr(load, "quantize_head", lambda model: heads.append(type(model).__name__))
+    for flags in ((), ("--int8-head",)):
+        assert run("generate", endless, "The cat", "-q", "--max-new-tokens", "2", *flags)[0] == 0
+    assert heads == ["BloomForCausalLM"]
 
 
 def test_chat_options_reach_the_model(run: Run, chat: Path) -> None:

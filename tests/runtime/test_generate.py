@@ -89,8 +89,8 @@ def test_character_that_is_cut_off_is_passed_on_as_the_text_has_it(reciter: Path
 def test_pieces_of_any_text_joined_are_the_text(prompt: str, llama: Path) -> None:
     """A random model writes bytes that are no characters, too."""
     pieces: list[str] = []
-    options: dict[str, Any] = {"temperature": 2.0, "seed": len(prompt), "max_new_tokens": 48}
-    report = int8convert.generate(llama, [prompt], on_text=pieces.append, **options)
+    sampling = int8convert.Sampling(temperature=2.0, seed=len(prompt))
+    report = int8convert.generate(llama, [prompt], on_text=pieces.append, sampling=sampling, max_new_tokens=48)
     assert "".join(pieces) == report.texts[0] and len(pieces) > 10
 
 
@@ -119,7 +119,8 @@ def test_batch_needs_no_padding_token(change: dict[str, None], reciter: Path, tm
 
 def test_seed_makes_drawn_text_reproducible(llama: Path) -> None:
     def text(**options: Any) -> str:
-        return int8convert.generate(llama, PROMPTS[:1], max_new_tokens=12, **options).texts[0]
+        sampling = int8convert.Sampling(**options)
+        return int8convert.generate(llama, PROMPTS[:1], max_new_tokens=12, sampling=sampling).texts[0]
 
     drawn = {seed: text(temperature=1.5, seed=seed) for seed in (1, 2)}
     assert drawn[1] == text(temperature=1.5, seed=1) != drawn[2]

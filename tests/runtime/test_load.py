@@ -292,3 +292,26 @@ def test_model_takes_little_more_memory_than_its_files(llama: Path) -> None:
     held = sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
     files = sum(path.stat().st_size for path in llama.glob("*.safetensors"))
     assert held <= files
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_head_becomes_int8_on_request(family: str, tmp_path: Path) -> None:
+    checkpoint = convert(save_checkpoint(family, tmp_path / "source"), tmp_path / "out")
+    plain, model = int8convert.load(checkpoint), int8convert.load(checkpoint, int8_head=True)
+    head, weight = model.get_output_embeddings(), plain.get_output_embeddings().weight
+    assert isinstance(head, Int8Linear) and head.mode is OutlierMode.BLOCKS
+    expected = Int8Linear.from_float(weight)
+    assert torch.equal(head.weight, expected.weight) and torch.equal(head.SCB, expected.SCB)
+    assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+    difference = logits(model) - logits(plain)
+    assert 0 < difference.abs().mean() < 0.01 * logits(plain).std()
+    with pytest.raises(FormatError, match=r"as int8, so this model cannot be saved"):
+        model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_model_without_a_head_has_none_in_int8(tmp_path: Path) -> None:
+    source = save_checkpoint("llama", tmp_path / "source")
+    build_model("llama").model.save_pretrained(source)
+    with pytest.raises(SourceError, match="LlamaModel has no output head"):
+        int8convert.load(convert(source, tmp_path / "out"), int8_head=True)

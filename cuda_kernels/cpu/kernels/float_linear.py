@@ -27,7 +27,7 @@ _STEP = 2 * N_FLOATS
 
 
 @compiled()
-def _dot(w, x, n, like):  # type: ignore[no-untyped-def]
+def dot(w, x, n, like):  # type: ignore[no-untyped-def]
     """Return the sum of products of a row of 16 bits with float32, both at addresses, over n columns."""
     first, second = fill(np.float32(0)), fill(np.float32(0))
     n_whole = n // _STEP * _STEP
@@ -49,7 +49,7 @@ def _multiply(sizes, x, weight, bias, y, part, n_parts):  # type: ignore[no-unty
     begin, end = part_of(n_rows, 1, part, n_parts)
     for n in range(begin, end):
         for t in range(n_tokens):
-            value = _dot(weight + 2 * n * n_columns, x + 4 * t * n_columns, n_columns, y[0])
+            value = dot(weight + 2 * n * n_columns, x + 4 * t * n_columns, n_columns, y[0])
             if bias.size:
                 value += widen(bias[n])
             y[t * n_rows + n] = narrow(value, y[0])

@@ -31,10 +31,13 @@ from cuda_kernels.cpu.kernels.int8_tiles import add_scaled_tile, add_to_tile, pa
 from cuda_kernels.cpu.kernels.int8_vectors import (
     HAS_BYTE_PRODUCTS,
     OFFSET,
+    SUM_BYTES,
     add_products,
     add_scaled_totals,
+    load_sums,
     row_products,
     store_row_sums,
+    store_sums,
     zero_floats,
     zero_sums,
 )
@@ -145,7 +148,7 @@ def _multiply(tokens, wide, side_x, found_columns, weight, bias, y, y_stride, me
                 sums[: last - first + N_TILE_TOKENS] = 0
                 _sum_by_pairs(x, wide, first, last, tile, sums.ctypes.data)
             elif x.n_blocks == 1 or last - first <= _N_BY_ROWS:
-                _sum_by_rows(x, first, last, tile, sums.ctypes.data)
+                _sum_by_rows(x, first, last, tile, packed, sums.ctypes.data)
             else:
                 sums[: last - first + N_TILE_TOKENS] = 0
                 _sum_by_tiles(x, first, last, tile, packed, sums.ctypes.data)
@@ -167,7 +170,8 @@ def multiply(tokens, side_x, found_columns, weight, bias, y, y_stride, team):  #
     """
     n_tokens, n_side = side_x.shape
     n_parts = min(weight[0].size * (8 + n_tokens) // _MIN_WORK + 1, team[3])
-    n_packed = tokens[2] * N_ROWS if tokens[3].shape[0] > 1 else 0
+    n_blocks = tokens[3].shape[0]
+    n_packed = max(tokens[2] * N_ROWS, n_blocks * 4 * SUM_BYTES) if n_blocks > 1 else 0
     sum_bytes = (_tokens_of_round(n_tokens, weight[0].shape[1]) + N_TILE_TOKENS) * N_ROWS * 4
     part_bytes = aligned(sum_bytes + _TAIL_BYTES + _SPARE_BYTES + row_bytes(n_side) + n_packed)
     wide_stride = 0 if HAS_BYTE_PRODUCTS else 2 * -(-weight[0].shape[1] // N_CODES) * N_CODES
@@ -232,7 +236,7 @@ def _copy_tails(codes, tails):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _sum_by_rows(x, first, last, w, sums):  # type: ignore[no-untyped-def]
+def _sum_by_rows(x, first, last, w, scratch, sums):  # type: ignore[no-untyped-def]
     """Write the scaled products of all blocks to float32 [last - first, 32] at `sums`; up to four tokens at once."""
     for t in range(first, last, 4):
         n, address = last - 1 - t, sums + (t - first) * 4 * N_ROWS
@@ -240,7 +244,7 @@ def _sum_by_rows(x, first, last, w, sums):  # type: ignore[no-untyped-def]
         if n == 0 and x.n_blocks == 1:
             _multiply_one_token(x, t, codes, tails, w, address)
         elif n == 0:
-            _multiply_rows(x, t, (codes,), (tails,), w, address)
+            _multiply_blocks_of_one_token(x, t, codes, tails, w, scratch, address)
         else:
             _multiply_rows(x, t, _four(codes, x.n_columns, n), _four(tails, N_CODES, n), w, address)
 
@@ -286,6 +290,25 @@ def _multiply_one_token(x, t, codes, tails, w, sums):  # type: ignore[no-untyped
         if n_whole < x.n_columns:
             products = add_products(products, (tails,), _four(w.tails + r * N_CODES, N_CODES, n), 0)
         row_sums = add_scaled_totals(zero_floats(xs), products, x.offsets + at, x.scales + at)
+        store_row_sums(row_sums, sums + r * 4)
+
+
+@compiled()
+def _multiply_blocks_of_one_token(x, t, codes, tails, w, scratch, sums):  # type: ignore[no-untyped-def]
+    """As above, for several blocks. A row's sums of all blocks wait in `scratch` for those of the next three rows."""
+    n_whole = x.n_columns // N_CODES * N_CODES
+    for r in range(0, w.n, 4):
+        n = w.n - 1 - r
+        for i, row in enumerate(_four(w.codes + r * w.stride, w.stride, n)):
+            for b in range(x.n_blocks):
+                begin, stop = b * x.block_size, min((b + 1) * x.block_size, n_whole)
+                store_sums(row_products(codes + begin, row + begin, stop - begin), scratch + (b * 4 + i) * SUM_BYTES)
+        row_sums = zero_floats((codes,))
+        for b in range(x.n_blocks):
+            products, at = load_sums(scratch + b * 4 * SUM_BYTES), 4 * (b * x.n_padded + t)
+            if b == x.n_blocks - 1 and n_whole < x.n_columns:
+                products = add_products(products, (tails,), _four(w.tails + r * N_CODES, N_CODES, n), 0)
+            row_sums = add_scaled_totals(row_sums, products, x.offsets + at, x.scales + at)
         store_row_sums(row_sums, sums + r * 4)
 
 

@@ -38,6 +38,8 @@ _AHEAD = 1024
 N_SUMS = N_CODES // 4
 """int32 sums of a vector of codes."""
 
+SUM_BYTES = 4 * N_SUMS
+
 _N_VECTOR_ROWS = 4
 
 CODES = VectorType("int8x64", ir.IntType(8), N_CODES)
@@ -100,6 +102,7 @@ def row_products(_context: Any, x: Any, w: Any, n: Any) -> Any:
                 prefetch(builder, builder.add(w_at, k), _AHEAD + i * N_CODES)
                 add(builder.add(k, size(i * N_CODES)), total)
         with cgutils.for_range_slice(builder, n_stepped, n_columns, size(N_CODES)) as (k, _):
+            prefetch(builder, builder.add(w_at, k), _AHEAD)
             add(k, totals[0])
         first, *others = (builder.load(total) for total in totals)
         for other in others:
@@ -107,6 +110,29 @@ def row_products(_context: Any, x: Any, w: Any, n: Any) -> Any:
         return first
 
     return SUMS(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_sums(_context: Any, sums: Any, address: Any) -> Any:
+    """Store 16 sums at `address`."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        store(builder, *args)
+        return context.get_dummy_value()
+
+    return types.void(SUMS, types.intp), codegen
+
+
+@intrinsic
+def load_sums(_context: Any, address: Any) -> Any:
+    """Load the 16 sums of each of four rows, one after the other from `address` on."""
+    kind = types.UniTuple(SUMS, _N_VECTOR_ROWS)
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        sums = [load(builder, SUMS.llvm, args[0], row * SUM_BYTES) for row in range(_N_VECTOR_ROWS)]
+        return context.make_tuple(builder, kind, sums)
+
+    return kind(types.intp), codegen
 
 
 @intrinsic

@@ -1,0 +1,335 @@
+"""Decoder layers of the common language models at the speed of memory, for one token of each sequence on a CPU.
+
+Python and torch's operations between the products take longer than the products of a token. So `hasten_layers` gives a
+layer two kernels that do all of its work. They know the classes of `_LAYERS`. Each layer computes its first token both
+ways. If the results differ by more than rounding, as after a change in transformers, its own code is used from then on.
+
+Its own code is also used for several tokens of a sequence, under a mask of floats, while something records or
+differentiates, and where hooks or adapters are inside the layer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from cuda_kernels import ops
+from cuda_kernels.cpu.decoder_layer import DTYPES, DecoderLayer, float_field
+from cuda_kernels.cpu.kernels import layer_table
+from cuda_kernels.cpu.team import ALONE, team
+from int8convert.runtime.float_linear import FloatLinear
+from int8convert.runtime.linear import Int8Linear, max_found_columns
+
+_MAX_TOKENS = 4
+"""Sequences, at most: with more, torch's operations cost little beside the products."""
+
+_MAX_DIFFERENCE = 0.05
+"""Mean difference from the layer's own code that is taken for rounding, in units of `_difference`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the parts of a class of layers are.
+
+    Attributes:
+        norms: of the input, queries, keys and MLP; None for none.
+        linears: products of queries, keys, values, attention's output, gate, up and down; None for none.
+        norm: kind of the norms.
+        activation: name of the config's entry, the value that is known, and its kind.
+        is_rotated: whether positions rotate queries and keys.
+        scales_queries: whether queries are scaled, and rounded, before the scores.
+    """
+
+    norms: tuple[str | None, ...]
+    linears: tuple[str | None, ...]
+    norm: int
+    activation: tuple[str, str, int]
+    is_rotated: bool
+    scales_queries: bool
+
+
+_GATED = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+_LLAMA = _Layout(
+    ("input_layernorm", None, None, "post_attention_layernorm"),
+    _GATED,
+    layer_table.RMS_NORM,
+    ("hidden_act", "silu", layer_table.SILU),
+    is_rotated=True,
+    scales_queries=False,
+)
+_QWEN3 = _Layout(
+    ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm"),
+    _GATED,
+    layer_table.RMS_NORM,
+    ("hidden_act", "silu", layer_table.SILU),
+    is_rotated=True,
+    scales_queries=False,
+)
+_OPT = _Layout(
+    ("self_attn_layer_norm", None, None, "final_layer_norm"),
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", None, "fc2"),
+    layer_table.LAYER_NORM,
+    ("activation_function", "relu", layer_table.RELU),
+    is_rotated=False,
+    scales_queries=True,
+)
+_LAYERS = {
+    "LlamaDecoderLayer": _LLAMA,
+    "MistralDecoderLayer": _LLAMA,
+    "Qwen2DecoderLayer": _LLAMA,
+    "Qwen3DecoderLayer": _QWEN3,
+    "OPTDecoderLayer": _OPT,
+}
+"""Classes of transformers' models whose code the kernels know."""
+
+
+def hasten_layers(model: nn.Module) -> None:
+    """Give the decoder layers of a model that are known their kernels, but not those with another `forward`."""
+    for module in model.modules():
+        if _layout(type(module)) is not None and "forward" not in vars(module) and not hasattr(module, "_hf_hook"):
+            module.__class__ = _fast_class(type(module))  # type: ignore[arg-type]
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Undo `hasten_layers`."""
+    for module in model.modules():
+        if isinstance(module, _FastLayer):
+            module.__class__ = module._plain  # type: ignore[assignment]
+
+
+def _layout(cls: type) -> _Layout | None:
+    known = cls.__module__.startswith("transformers.models.") and not issubclass(cls, _FastLayer)
+    return _LAYERS.get(cls.__name__) if known else None
+
+
+class _FastLayer(nn.Module):
+    """What `_fast_class` adds to a class of layers."""
+
+    _plain: type[nn.Module]
+    self_attn: Any
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+        name = "cache" if "cache" in options else "past_key_values"  # the name before transformers 5.24
+        cache = options.get(name)
+        if args or cache is None or not _is_step(self, hidden_states, options):
+            return super().forward(hidden_states, *args, **options)
+        kernels = _kernels(self, hidden_states.dtype)
+        layer = None if kernels is None else kernels.layer
+        if kernels is None or layer is None:
+            return super().forward(hidden_states, *args, **options)
+        angles = options.get("position_embeddings") if kernels.layout.is_rotated else None
+        if kernels.layout.is_rotated and not _are_angles(angles, hidden_states, layer.head_size):
+            return super().forward(hidden_states, *args, **options)
+        mask = options.get("attention_mask")
+        if not kernels.is_checked:
+            record = _Record(cache)
+            y = super().forward(hidden_states, **options | {name: record})
+            kernels.check(layer, hidden_states, angles, record, mask, y)
+            return y
+        q, k, v = layer.queries_keys_values(hidden_states, angles)
+        keys, values = cache.update(k, v, self.self_attn.layer_idx)
+        return layer.attention_and_mlp(hidden_states, q, keys, values, mask)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy is of the plain class, which another process can import.
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_empty, (self._plain,), *reduced[2:])
+
+
+def _empty(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
+
+
+@cache
+def _fast_class(plain: type[nn.Module]) -> type[nn.Module]:
+    names = {"_plain": plain, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    return type(plain.__name__, (_FastLayer, plain), names)
+
+
+def _is_step(layer: nn.Module, x: torch.Tensor, options: dict[str, Any]) -> bool:
+    """Whether the layer is to compute one token of each sequence, of which nothing but the output is wanted."""
+    return (
+        x.dtype in DTYPES
+        and x.dim() == 3
+        and x.shape[1] == 1
+        and 0 < x.shape[0] <= _MAX_TOKENS
+        and x.is_contiguous()
+        and _is_mask(options.get("attention_mask"))
+        and not options.get("output_attentions")
+        and not layer.training
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+        and ops.is_plain(x)
+        and (torch.get_num_threads() == 1 or team(torch.get_num_threads()) != ALONE)
+    )
+
+
+def _is_mask(mask: Any) -> bool:
+    """Whether a mask is none at all, or one of booleans for each sequence and position."""
+    return mask is None or (
+        mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1) and mask.stride(3) == 1
+    )
+
+
+class _Record:
+    """Passes a layer's keys and values on to a cache, and keeps the new ones and all of them."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.new: tuple[torch.Tensor, torch.Tensor] = ()  # type: ignore[assignment]
+        self.all: tuple[torch.Tensor, torch.Tensor] = ()  # type: ignore[assignment]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **options: Any) -> Any:
+        self.new, self.all = (keys, values), self._cache.update(keys, values, *args, **options)
+        return self.all
+
+
+class _Kernels:
+    """The kernels of a layer, as long as it holds what it holds now; `layer` is None where they do not fit it."""
+
+    def __init__(self, module: nn.Module, parts: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        layout = _layout(module._plain)  # type: ignore[arg-type]
+        assert layout is not None
+        self.layout = layout
+        self.dtype = dtype
+        self.is_checked = False
+        held = [(entries, name, value) for entries in _entries(parts) for name, value in entries.items()]
+        held += [(vars(part), name, vars(part).get(name)) for part in parts for name in _SETTINGS]
+        self._entries, self._names, self._values = zip(*held, strict=True)
+        self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self.layer = _describe(module, layout, parts, dtype)
+
+    def is_current(self) -> bool:
+        """Return whether the modules, their tensors, their modes and their hooks are still the same."""
+        is_same = all(map(operator.is_, map(dict.get, self._entries, self._names), self._values))
+        return is_same and not any(self._hooks) and (self.layer is None or self.layer.is_in_place())
+
+    def check(self, layer: DecoderLayer, x: torch.Tensor, angles: Any, record: _Record, mask: Any, y: Any) -> None:
+        """Compare the kernels with what the layer's own code returned and stored; give them up if they differ."""
+        q, k, v = layer.queries_keys_values(x, angles)
+        (own_k, own_v), (keys, values) = record.new, record.all
+        pairs = ((k, own_k, 0), (v, own_v, 0), (layer.attention_and_mlp(x, q, keys, values, mask), y, x))
+        self.is_checked = True
+        if not all(_difference(*pair) < _MAX_DIFFERENCE for pair in pairs):
+            self.layer = None
+
+
+def _are_angles(angles: Any, x: torch.Tensor, head_size: int) -> bool:
+    """Whether `angles` are cosine and sine, of one position for each sequence or for all."""
+    sizes = ((1, 1, head_size), (x.shape[0], 1, head_size))
+    return angles is not None and all(a.shape in sizes and a.dtype == x.dtype and a.is_contiguous() for a in angles)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor, x: Any) -> float:
+    """Return the mean error, each relative to what the layer adds to x and to the precision of the value."""
+    change = (expected - x).float().square().mean().sqrt()
+    unit = change + expected.abs().float() * torch.finfo(expected.dtype).eps
+    return float(((found - expected).float().abs() / unit).mean())
+
+
+_SETTINGS = ("forward", "mode", "threshold", "input_block")
+"""Attributes of modules that decide what they compute."""
+
+_KERNELS: WeakKeyDictionary[nn.Module, _Kernels] = WeakKeyDictionary()
+
+
+def _kernels(module: nn.Module, dtype: torch.dtype) -> _Kernels | None:
+    """Return the kernels of a layer, made anew where something in it changed; None if hooks sit inside it."""
+    found = _KERNELS.get(module)
+    if found is None or found.dtype != dtype or not found.is_current():
+        parts = list(module.modules())[1:]
+        if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts):
+            return None
+        found = _KERNELS[module] = _Kernels(module, parts, dtype)
+    return found
+
+
+def _entries(parts: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """Return the dictionaries that say what modules hold."""
+    return [entries for part in parts for entries in (part._modules, part._parameters, part._buffers)]
+
+
+def _describe(
+    module: nn.Module, layout: _Layout, parts: Sequence[nn.Module], dtype: torch.dtype
+) -> DecoderLayer | None:
+    """Return the kernels of a layer; None if it holds something that they do not know."""
+    attention: Any = module.self_attn
+    entry, value, activation = layout.activation
+    if getattr(attention.config, entry, None) != value or not getattr(module, "do_layer_norm_before", True):
+        return None
+    norms: list[Any] = [None if name is None else module.get_submodule(name) for name in layout.norms]
+    linears: list[Any] = [None if name is None else module.get_submodule(name) for name in layout.linears]
+    if any(part._parameters and part not in norms and part not in linears for part in parts):
+        return None
+    kept: list[torch.Tensor] = []
+    norm_fields = [_norm_fields(norm, dtype, kept) for norm in norms]
+    linear_fields = [_linear_fields(linear, dtype, kept) for linear in linears]
+    if any(value is None for fields in (*norm_fields, *linear_fields) for value in fields):
+        return None
+    head_size = attention.head_dim
+    query, key = linears[layer_table.QUERY], linears[layer_table.KEY]
+    sizes = [query.out_features // head_size, key.out_features // head_size, head_size]
+    scalars = [*sizes, query.in_features, linears[layer_table.GATE].out_features, layout.norm, activation]
+    scales = (attention.scaling, 1.0) if layout.scales_queries else (1.0, attention.scaling)
+    return DecoderLayer([*scalars, *map(float_field, scales)], norm_fields, linear_fields, kept)  # type: ignore[arg-type]
+
+
+def _address(tensor: torch.Tensor | None, dtype: torch.dtype, kept: list[torch.Tensor]) -> int | None:
+    """Return where a tensor is, and keep it; 0 for no tensor, None if it has another dtype or is not contiguous."""
+    if tensor is None:
+        return 0
+    if tensor.dtype != dtype or not tensor.is_contiguous() or not ops.is_plain(tensor):
+        return None
+    kept.append(tensor)
+    return tensor.data_ptr()
+
+
+def _norm_fields(norm: Any, dtype: torch.dtype, kept: list[torch.Tensor]) -> list[int | None]:
+    if norm is None:
+        return [0] * layer_table.N_NORM_FIELDS
+    weight, bias = (_address(getattr(norm, name, None), dtype, kept) for name in ("weight", "bias"))
+    eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
+    return [weight, bias, float_field(eps)]
+
+
+def _linear_fields(linear: Any, dtype: torch.dtype, kept: list[torch.Tensor]) -> list[int | None]:
+    """Return the fields of a product, one of them None if its layer is not known."""
+    if linear is None:
+        return [0] * layer_table.N_LINEAR_FIELDS
+    bias = _address(linear.bias, dtype, kept)
+    if type(linear) is FloatLinear:
+        weight = _address(linear.weight, dtype, kept)
+        return [layer_table.FLOAT, linear.out_features, linear.in_features, weight, 0, 0, bias, 0, 0, 0, 0, 0]
+    if type(linear) is Int8Linear and linear.input_block == 1:
+        return _int8_fields(linear, bias, dtype, kept)
+    return [None]
+
+
+def _int8_fields(
+    linear: Int8Linear, bias: int | None, dtype: torch.dtype, kept: list[torch.Tensor]
+) -> list[int | None]:
+    columns, side_weight = linear.outlier_columns, linear.outlier_weight
+    if not linear.mode.uses_stored:
+        columns, side_weight = columns[:0], side_weight[:, :0]
+    elif side_weight.dtype != dtype:
+        side_weight = side_weight.to(dtype)
+    finds = linear.mode.finds and linear.threshold > 0
+    operands = ((linear.weight, torch.int8), (linear.weight_absmax.contiguous(), torch.float32))
+    weight, absmax = (_address(tensor, kind, kept) for tensor, kind in operands)
+    side = _address(side_weight.contiguous(), dtype, kept)
+    stored = _address(columns.contiguous(), torch.int32, kept)
+    rule = (max_found_columns(linear.in_features) if finds else 0, linear.mode.block_size or linear.in_features)
+    place = (linear.out_features, linear.in_features, weight, absmax, side, bias, stored, columns.numel())
+    return [layer_table.INT8, *place, *rule, float_field(linear.threshold)]
