@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import itertools
 import json
@@ -27,6 +28,7 @@ import transformers
 import typer.main
 from hypothesis import settings
 
+from cuda_kernels.cpu import objects
 from cuda_kernels.cuda.launch import unavailable
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.planning.model_map.model_map import ModelMap, ModuleFilter
@@ -205,6 +207,25 @@ def shared_ptx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         return request.config.cache.mkdir("ptx")
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ptx"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_kernel_compiled_by_one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A worker waits for a CPU kernel that another compiles: it would take the cores' time, seconds, again."""
+    compile_kernel = objects._compile
+
+    def compile_or_wait(key: str, path: Path | None, *kernel: Any) -> int:
+        if path is None:
+            return compile_kernel(key, path, *kernel)
+        with (tmp_path_factory.getbasetemp().parent / f"{path.stem}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = objects._read(path, key)
+            return found and objects._load(*found) or compile_kernel(key, path, *kernel)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            patch.setattr(objects, "_compile", compile_or_wait)
+        yield
 
 
 @pytest.fixture(autouse=True)

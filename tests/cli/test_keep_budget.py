@@ -274,6 +274,7 @@ def test_rotated_weights_are_measured_rotated(run: Run, source: Path, text: Path
     assert verify_exact(tmp_path / "rotated").is_passed
 
 
+@pytest.mark.usefixtures("rotation_in_process")
 def test_repository_is_measured_from_the_clients_cache(
     run: Run, source: Path, text: Path, hub: Hub, connect: Connect, tmp_path: Path
 ) -> None:

@@ -28,8 +28,10 @@ class Peaks:
     anonymous_bytes: int = 0
 
 
-def save_large(folder: Path) -> Path:
-    """200 MB in shards of at most 40 MB."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 200 MB in shards of at most 40 MB. Nobody writes to it."""
+    folder = tmp_path_factory.mktemp("large")
     config = transformers.OPTConfig(
         vocab_size=512,
         hidden_size=1024,
@@ -84,8 +86,8 @@ def anonymous_bytes(pid: int) -> int:
     return 1024 * sum(map(int, own)) + sum(map(anonymous_bytes, children))
 
 
-def test_stream_takes_no_disk_and_download_that_of_two_shards(hub: Hub, tmp_path: Path) -> None:
-    weights = add(hub, save_large(tmp_path / "source"))
+def test_stream_takes_no_disk_and_download_that_of_two_shards(hub: Hub, large: Path, tmp_path: Path) -> None:
+    weights = add(hub, large)
     sizes = sorted(path.stat().st_size for path in weights.values())
     assert sum(sizes) > 180 * MIB and len(sizes) >= 5
     hub.bandwidth.bytes_per_s = 150e6
@@ -102,13 +104,15 @@ def test_stream_takes_no_disk_and_download_that_of_two_shards(hub: Hub, tmp_path
 
 
 @pytest.mark.parametrize(("has_xet", "reader"), [(False, "stream"), (True, "download")])
-def test_conversion_through_a_small_disk_takes_no_more_of_it(has_xet: bool, reader: str, tmp_path: Path) -> None:
+def test_conversion_through_a_small_disk_takes_no_more_of_it(
+    has_xet: bool, reader: str, large: Path, tmp_path: Path
+) -> None:
     """100 MB of output through 62: a shard that is converted, one on its way, and 20 MB kept for small files; of
     downloads, two of the source's besides. Counted is the cache of the client, too."""
     if has_xet:
         pytest.importorskip("hf_xet")
     with Hub(tmp_path / "hub", xet=has_xet) as hub:
-        weights = add(hub, save_large(tmp_path / "source"))
+        weights = add(hub, large)
         sizes = sorted(path.stat().st_size for path in weights.values())
         most = 62_000_000 + (sum(sizes[-2:]) if reader == "download" else 0)
         options = ("--upload", "me/int8", "--max-disk", f"{most}", "--reader", reader)

@@ -29,7 +29,10 @@ from tests.tools.tiny_models import as_downloaded, file_bytes, read_tensors, sav
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
 N_SHARDS = 7
-N_KILLS = int(os.environ.get("INT8CONVERT_KILLS", "100"))
+KILLS = [
+    pytest.param(int(os.environ.get("INT8CONVERT_KILLS", "20")), id="few"),
+    pytest.param(100, id="many", marks=pytest.mark.slow),
+]
 
 
 def convert(source: Path, out: Path, **options: Any) -> list[Event]:
@@ -437,7 +440,8 @@ def large_checkpoint(directory: Path) -> Path:
     return directory
 
 
-def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_kills", KILLS)
+def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(n_kills: int, tmp_path: Path) -> None:
     """SIGKILL at random moments, each followed by a rerun to completion."""
     source = large_checkpoint(tmp_path / "source")
     began = time.perf_counter()
@@ -447,7 +451,7 @@ def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(tmp_path: Path) -> 
     n_shards = len([name for name in expected if name.endswith(".safetensors")])
     chance = random.Random(0)
     n_resumed = 0
-    for _ in range(N_KILLS):
+    for _ in range(n_kills):
         out = tmp_path / "out"
         n_before = chance.randint(0, n_shards)
         n_reported = _kill_a_conversion(source, out, n_before, chance.uniform(0, duration / 4))
@@ -460,7 +464,7 @@ def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(tmp_path: Path) -> 
         n_resumed += count(events, ShardSkipped) > 0 and not is_finished
         assert file_bytes(out) == expected
         shutil.rmtree(out)
-    assert n_resumed > N_KILLS // 5, "too few kills fell between the first and the last shard to mean anything"
+    assert n_resumed > n_kills // 5, "too few kills fell between the first and the last shard to mean anything"
 
 
 def _kill_a_conversion(source: Path, out: Path, n_before: int, delay_s: float) -> int:
