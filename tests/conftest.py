@@ -220,7 +220,7 @@ def each_kernel_compiled_by_one_worker(tmp_path_factory: pytest.TempPathFactory)
         with (tmp_path_factory.getbasetemp().parent / f"{path.stem}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = objects._read(path, key)
-            return found and objects._load(*found) or compile_kernel(key, path, *kernel)
+            return (found and objects._load(*found)) or compile_kernel(key, path, *kernel)
 
     with pytest.MonkeyPatch.context() as patch:
         if "PYTEST_XDIST_WORKER" in os.environ:
