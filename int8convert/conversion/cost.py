@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from int8convert.conversion.readers import (
     is_remote,
     stream_costs,
 )
+from int8convert.conversion.source_rows import decoded_bytes
 from int8convert.hub.download import is_cached
 from int8convert.planning.plan import ConversionPlan, PlannedTensor
 from int8convert.planning.reading_order import ReadingOrder
@@ -65,9 +67,7 @@ def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) ->
     n_workers = workers or len(os.sched_getaffinity(0))
     bytes_per_s = _kernel_bytes_per_s(make_scratch(device))
     base_bytes = BASE_BYTES if device.is_cpu else max(BASE_BYTES, _resident_bytes())
-    largest_block = max(
-        (largest_block_bytes(tensor.source) for tensor in plan.tensors if _is_in_rows(tensor)), default=BLOCK_BYTES
-    )
+    largest_block = max((_block_bytes(tensor) for tensor in plan.tensors if _is_in_rows(tensor)), default=BLOCK_BYTES)
     block_bytes = n_workers * 3 * largest_block + rounding_bytes(plan)
     peak_bytes, work_bytes = base_bytes + max(MODEL_MAP_BYTES, block_bytes), base_bytes + block_bytes
     int8_bytes = sum(tensor.source.n_bytes for tensor in plan.tensors if tensor.is_quantized)
@@ -143,6 +143,14 @@ def _resident_bytes() -> int:
 def _is_in_rows(tensor: PlannedTensor) -> bool:
     """Return whether blocks of a tensor must be whole rows."""
     return tensor.is_quantized or tensor.coding is not None or tensor.source.strides is not None
+
+
+def _block_bytes(tensor: PlannedTensor) -> int:
+    """Return the bytes of the largest block of a tensor, as it is stored or as the floats that its codes stand for."""
+    stored_bytes = largest_block_bytes(tensor.source)
+    if tensor.coding is None:
+        return stored_bytes
+    return max(stored_bytes, decoded_bytes(tensor.source), 4 * prod(tensor.shape[1:]))
 
 
 def _kernel_bytes_per_s(scratch: Scratch) -> float:

@@ -11,14 +11,23 @@ from dataclasses import dataclass, field, replace
 from int8convert.checkpoint.floats import NUMPY_DTYPE
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.checkpoint.stored_tensor import StoredTensor
-from int8convert.decoding import fp8, mxfp4, nvfp4
+from int8convert.decoding import awq, bitsandbytes_4bit, fp8, gptq, int_quantized, mxfp4, nvfp4, pack_quantized
 from int8convert.decoding.coding import CodedWeight, Places, is_contiguous, quantization_block
 from int8convert.decoding.fp8 import FP8_DTYPES, METHODS, UNUSED_SUFFIXES
 from int8convert.errors import CorruptFileError
 from int8convert.formats.int8_checkpoint import PlacedTensor
 from int8convert.text import quoted
 
-FORMATS = {"FP8": fp8, "MXFP4": mxfp4, "NVFP4": nvfp4}
+FORMATS = {
+    "FP8": fp8,
+    "MXFP4": mxfp4,
+    "NVFP4": nvfp4,
+    "pack-quantized": pack_quantized,
+    "int-quantized": int_quantized,
+    "GPTQ": gptq,
+    "AWQ": awq,
+    "bitsandbytes 4-bit": bitsandbytes_4bit,
+}
 """Name of a format -> its module, with a function `find`."""
 
 _CODE_SUFFIXES = (".weight", ".weight_packed", ".qweight", "_blocks")
@@ -106,7 +115,7 @@ def _check_unique(weight: CodedWeight, places: Places, names: set[str], by_codes
             f"the weight {quoted(weight.name)} is there twice, quantized as {quoted(weight.codes.name)}",
             "remove one of them, or fetch the checkpoint again",
         )
-    if not all(is_contiguous(tensor) for tensor in (weight.codes, *weight.coding.beside)):
+    if not all(is_contiguous(places[name]) for name in weight.names):
         raise CorruptFileError(
             f"the quantized weight {quoted(weight.codes.name)} is not contiguous in its file",
             "save the checkpoint as safetensors",
