@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from int8convert.decoding.refused import check_readable
 from int8convert.decoding.source_weights import is_decodable
 from int8convert.errors import AdapterError
 from int8convert.formats.format import DEFAULT_FORMAT, Format, quantize_format
@@ -114,6 +115,7 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
     max_shard_bytes = parse_size(options.max_shard_size)
     cache = Path(options.cache_dir) if options.cache_dir is not None else None
     source = open_source(src, options.revision, cache, ignores_adapter=True)
+    check_readable(source)
     check_config(source.config, is_decodable(source))
     adapter = open_adapter(options.lora) if options.lora is not None else None
     if adapter is not None and (options.calibration is not None or options.smooth is not None):
