@@ -49,7 +49,7 @@ def test_all_weights_are_fetched_once(hub: Hub, weights: dict[str, bytes]) -> No
 
 
 def test_trouble_that_passes_is_waited_for(hub: Hub, weights: dict[str, bytes]) -> None:
-    hub.faults.add(FaultKind.UNAVAILABLE, origin=Origin.STORAGE, nth=7, times=8)
+    hub.faults.add(FaultKind.UNAVAILABLE, origin=Origin.STORAGE, nth=7, times=6)
     assert copied(fetch_checkpoint(open_repository(NAME))) == weights
     assert len(hub.faults.fired) > 5, "more often than the client tries by itself"
 
