@@ -205,7 +205,7 @@ class _Kernels:
         self.layout = layout
         self.dtype = dtype
         self.is_checked = False
-        held = [(entries, name, value) for entries in _entries(parts) for name, value in entries.items()]
+        held = [(entries, name, value) for entries in _entries([module, *parts]) for name, value in entries.items()]
         held += [(vars(part), name, vars(part).get(name)) for part in parts for name in _SETTINGS]
         self._entries, self._names, self._values = zip(*held, strict=True)
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]

@@ -182,6 +182,8 @@ def test_changed_weights_are_seen(n_steps: list[int]) -> None:
     layer = model.model.layers[1]
     layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.flip(0).contiguous()
     layer.input_layernorm.weight = nn.Parameter(layer.input_layernorm.weight.flip(0), requires_grad=False)
+    layer.self_attn, model.model.layers[0].self_attn = model.model.layers[0].self_attn, layer.self_attn
+    layer.self_attn.layer_idx, model.model.layers[0].self_attn.layer_idx = 1, 0
     fast = decode(model, ids)
     assert error(fast, before) > 0.1
     restore_layers(model)
