@@ -70,7 +70,11 @@ def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) ->
     largest_block = max((_block_bytes(tensor) for tensor in plan.tensors if _is_in_rows(tensor)), default=BLOCK_BYTES)
     block_bytes = n_workers * 3 * largest_block + rounding_bytes(plan)
     peak_bytes, work_bytes = base_bytes + max(MODEL_MAP_BYTES, block_bytes), base_bytes + block_bytes
-    int8_bytes = sum(tensor.source.n_bytes for tensor in plan.tensors if tensor.is_quantized)
+    int8_bytes = sum(
+        2 * tensor.n_elements if tensor.coding else tensor.source.n_bytes
+        for tensor in plan.tensors
+        if tensor.is_quantized
+    )
     return ConversionCosts(n_workers, peak_bytes, int8_bytes / bytes_per_s / n_workers, device.name, work_bytes)
 
 

@@ -63,11 +63,20 @@ class SourceWeights:
 
 
 def find_weights(source: CheckpointSource) -> SourceWeights:
-    """Find the low-bit weights of a checkpoint.
+    """Find the low-bit weights of a checkpoint. The last answer is kept: a plan asks several times.
 
     Raises:
         CorruptFileError: the tensors of one do not fit together.
     """
+    if not (_LAST and _LAST[0][0] is source):
+        _LAST[:] = [(source, _find(source))]
+    return _LAST[0][1]
+
+
+_LAST: list[tuple[CheckpointSource, SourceWeights]] = []
+
+
+def _find(source: CheckpointSource) -> SourceWeights:
     places = {t.name: PlacedTensor(t, shard) for shard in source.shards for t in shard.tensors}
     block = quantization_block(source.config)
     by_codes: dict[str, CodedWeight] = {}
@@ -76,11 +85,12 @@ def find_weights(source: CheckpointSource) -> SourceWeights:
     consumed: set[str] = set()
     for format_name, module in FORMATS.items():
         for weight in module.find(places, block):
-            _check_unique(weight, places, names, by_codes)
+            parts = weight.names
+            _check_unique(weight, parts, places, names, by_codes)
             names.add(weight.name)
-            by_codes[weight.codes.name] = weight
-            formats[weight.codes.name] = format_name
-            consumed.update(weight.names)
+            by_codes[parts[0]] = weight
+            formats[parts[0]] = format_name
+            consumed.update(parts)
     return SourceWeights(places, by_codes, formats, frozenset(consumed))
 
 
@@ -107,7 +117,13 @@ def is_decodable(source: CheckpointSource) -> bool:
     return bool(found.by_codes or is_cast) and all(t.dtype in known or t.name in found.by_codes for t in weights)
 
 
-def _check_unique(weight: CodedWeight, places: Places, names: set[str], by_codes: Mapping[str, CodedWeight]) -> None:
+def _check_unique(
+    weight: CodedWeight,
+    parts: tuple[str, ...],
+    places: Places,
+    names: set[str],
+    by_codes: Mapping[str, CodedWeight],
+) -> None:
     """Refuse a weight that is there twice, or that does not lie in one piece."""
     is_twice = weight.name in names or weight.codes.name in by_codes
     if is_twice or (weight.name != weight.codes.name and weight.name in places):
@@ -115,7 +131,7 @@ def _check_unique(weight: CodedWeight, places: Places, names: set[str], by_codes
             f"the weight {quoted(weight.name)} is there twice, quantized as {quoted(weight.codes.name)}",
             "remove one of them, or fetch the checkpoint again",
         )
-    if not all(is_contiguous(places[name]) for name in weight.names):
+    if not all(is_contiguous(places[name]) for name in parts):
         raise CorruptFileError(
             f"the quantized weight {quoted(weight.codes.name)} is not contiguous in its file",
             "save the checkpoint as safetensors",
