@@ -14,13 +14,18 @@ from pathlib import Path
 from int8convert.checkpoint.shard_access import LocalShards, ShardAccess
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.scale import fetch_scales
+from int8convert.errors import SourceError
 from int8convert.events import Event, EventSink, SourceFetched
 from int8convert.hub.download import MAX_ON_DISK, ShardDownload, is_cached, is_downloadable
 from int8convert.hub.stream import ShardStream
 from int8convert.planning.reading_order import MakeAccess, ReadingOrder
+from int8convert.text import format_bytes
 
 _RESERVED_BYTES = 1_000_000_000
 """Bytes of the disk that a download must leave free, unless the user asked for it."""
+
+_MAX_PREFETCHED_BYTES = 8 << 30
+"""Most bytes of scales that are held in memory. Those of 4-bit weights are 1/8 to 1/17 of a checkpoint."""
 
 _REPORTED_BYTES = 4 << 20
 """Bytes fetched between two events: pieces come by the ten thousand a second."""
@@ -76,12 +81,12 @@ class ReaderChoice:
 
 
 def stream_costs(order: ReadingOrder, n_workers: int) -> ReaderCosts:
-    return ReaderCosts(0, order.window_bytes(n_workers))
+    return ReaderCosts(0, order.window_bytes(n_workers) + order.prefetched_bytes)
 
 
 def download_costs(order: ReadingOrder, cache_dir: Path | None) -> ReaderCosts:
     sizes = sorted(shard.n_bytes for shard in order.shards if not is_cached(shard, cache_dir))
-    return ReaderCosts(sum(sizes if cache_dir is not None else sizes[-MAX_ON_DISK:]), 0)
+    return ReaderCosts(sum(sizes if cache_dir is not None else sizes[-MAX_ON_DISK:]), order.prefetched_bytes)
 
 
 def choose_reader(
@@ -117,6 +122,12 @@ def access_maker(
     def make(order: ReadingOrder, distrusted: Collection[str]) -> ShardAccess:
         if choice is None:
             return LocalShards()
+        if order.prefetched_bytes > _MAX_PREFETCHED_BYTES:
+            raise SourceError(
+                f"the scales of this repository take {format_bytes(order.prefetched_bytes)} of memory while its "
+                f"weights come from the Hub, more than {format_bytes(_MAX_PREFETCHED_BYTES)}",
+                "download the repository with `hf download`, and convert the folder",
+            )
         fetch_scales(order.scales)
         on_event = _every_few_megabytes(order, emit)
         if choice.reader is Reader.DOWNLOAD:

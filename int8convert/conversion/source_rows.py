@@ -56,7 +56,10 @@ class SourceRows:
         if self._coding is None:
             return row_ranges(self._stored, self._row_block)
         n_rows, multiple = self.shape[0], self._row_block
-        step = decoded_bytes(self._stored) // max(1, 4 * prod(self.shape[1:]))
+        _, n_code_rows = next(row_ranges(self._stored))
+        # A stream holds no more than a block of codes for each thread.
+        step = n_code_rows * n_rows // max(1, self._code_rows(0, n_rows)[1])
+        step = min(step, decoded_bytes(self._stored) // max(1, 4 * prod(self.shape[1:])))
         step = max(1, step // multiple) * multiple
         return ((begin, min(begin + step, n_rows)) for begin in range(0, max(1, n_rows), step))
 

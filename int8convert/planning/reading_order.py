@@ -73,6 +73,11 @@ class ReadingOrder:
             return min(block.offset + len(block.data), later)
         return min(tensor.source.offset, later)
 
+    @property
+    def prefetched_bytes(self) -> int:
+        """Bytes that are read before the shards, and are in memory until the end if they come from the Hub."""
+        return sum(scale.stored.span_bytes for scale in self.scales)
+
     def window_bytes(self, n_workers: int) -> int:
         """Return the bytes of memory that a stream needs for the blocks in work and for its prefetch."""
         return max(self._spans) + n_workers * self._largest_block + _AHEAD_BYTES
