@@ -12,6 +12,9 @@ from typing import Any
 from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.coding import quantization_block
 from int8convert.errors import AlreadyQuantizedError
+from int8convert.formats.config import BLOCK
+from int8convert.formats.format import Format
+from int8convert.formats.modules import module_of
 from int8convert.text import quoted
 
 _NAMES = {
@@ -47,6 +50,25 @@ def check_readable(source: CheckpointSource) -> None:
             f"the source is quantized with {what}, which is not decoded: {why}",
             "convert the 16-bit checkpoint it was made from",
         )
+    found = _int8_format(source)
+    if found is not None:
+        raise AlreadyQuantizedError(
+            f"the source is quantized already: its weights are the int8 of {found}, which to quantize again would lose",
+            "run `int8convert export SRC OUT --format FORMAT`, which keeps the codes",
+        )
+
+
+def _int8_format(source: CheckpointSource) -> Format | None:
+    """Return the format of an int8 checkpoint that `export` reads; None of any other."""
+    block: Any = source.config.get(BLOCK)
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    if method not in tuple(Format) or module_of(Format(method)).block_problem(block):
+        return None
+    names = module_of(Format(method)).NAMES
+    dtypes = {tensor.name: tensor.dtype for tensor in source.tensors}
+    modules = {name.removesuffix(f".{names.codes}") for name, dtype in dtypes.items() if dtype == "I8"}
+    is_int8 = bool(modules) and all(f"{module}.{names.scale}" in dtypes for module in modules)
+    return Format(method) if is_int8 else None
 
 
 def _by_config(block: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

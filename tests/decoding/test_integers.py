@@ -16,10 +16,13 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
+from peft import LoraConfig
+from safetensors.torch import save_file
 
 import int8convert
 from cuda_kernels import reference
 from int8convert.errors import AlreadyQuantizedError, CorruptFileError
+from tests.planning.test_lora import save_adapter
 from tests.tools.low_bit_checkpoints import Tensors, assert_same, decode, is_verified, save_coded, save_tensors
 from tests.tools.tiny_models import read_tensors, save_checkpoint
 
@@ -279,6 +282,29 @@ def test_int8_is_that_of_the_decoded_weights(kind: str, output_format: str, plai
     assert is_verified(tmp_path / "out", source)
 
 
+@pytest.mark.usefixtures("rotation_in_process")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(("kind", "option"), [("pack-quantized", "lora"), ("AWQ", "lora"), ("GPTQ", "rotate")])
+def test_options_work_on_decoded_rows_as_on_floats(kind: str, option: str, plain: Path, tmp_path: Path) -> None:
+    save_coded(plain, tmp_path / "source", *KINDS[kind])
+    decoded = {
+        name: torch.from_numpy(decode(tmp_path / "source", name)) if "_proj.weight" in name else tensor
+        for name, tensor in read_tensors(plain).items()
+    }
+    (tmp_path / "floats").mkdir()
+    save_file(decoded, tmp_path / "floats" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "floats" / "config.json").write_bytes((plain / "config.json").read_bytes())
+    options = int8convert.PlanOptions(rotate=True)
+    if option == "lora":
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+        options = int8convert.PlanOptions(lora=save_adapter("llama", tmp_path / "adapter", config))
+    for name in ("source", "floats"):
+        int8convert.quantize(tmp_path / name, tmp_path / f"{name}-out", options, on_event=lambda event: None)
+    assert (tmp_path / "source-out/model.safetensors").read_bytes() == (
+        tmp_path / "floats-out/model.safetensors"
+    ).read_bytes()
+
+
 def test_four_bits_that_transformers_saved_are_the_weights_it_runs(plain: Path, tmp_path: Path) -> None:
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
@@ -293,15 +319,23 @@ def test_four_bits_that_transformers_saved_are_the_weights_it_runs(plain: Path, 
     assert_same(decode(tmp_path / "source", name), expected)
 
 
-def test_codes_with_a_row_scale_alone_are_not_quantized_again(plain: Path, tmp_path: Path) -> None:
-    save_coded(
-        plain,
-        tmp_path / "source",
-        lambda weight: compress("int-quantized", weight, num_bits=8, strategy="channel")[0],
-        {"quant_method": "compressed-tensors"},
-    )
-    with pytest.raises(AlreadyQuantizedError, match="compressed-tensors"):
-        int8convert.quantize(tmp_path / "source", tmp_path / "out", on_event=lambda event: None)
+def test_codes_with_a_row_scale_alone_keep_their_bytes(plain: Path, tmp_path: Path) -> None:
+    """The library's scale is absmax / 127.5, and its codes reach -128: quantized again, they would be others."""
+    encode = lambda weight: compress("int-quantized", weight, num_bits=8, strategy="channel")  # noqa: E731
+    block = encode(torch.ones(8, 32))[2]
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    block["config_groups"]["group_0"]["input_activations"] = inputs
+    block |= {"quantization_status": "compressed", "ignore": ["lm_head"]}
+    source = tmp_path / "source"
+    save_coded(plain, source, lambda weight: encode(weight)[0], block)
+    with pytest.raises(AlreadyQuantizedError, match="the int8 of compressed-tensors"):
+        int8convert.quantize(source, tmp_path / "out", on_event=lambda event: None)
+    int8convert.export(source, tmp_path / "out", format="bitsandbytes", on_event=lambda event: None)
+    stored, written = read_tensors(source), read_tensors(tmp_path / "out")
+    codes = {name: tensor for name, tensor in stored.items() if tensor.dtype == torch.int8}
+    assert min(int(tensor.min()) for tensor in codes.values()) == -128
+    for name, tensor in codes.items():
+        assert torch.equal(written[name], tensor)
 
 
 def damaged(kind: str, **changes: torch.Tensor | None) -> tuple[Tensors, Any]:
