@@ -57,6 +57,12 @@ def _check_policy(policy: str) -> str:
     return policy
 
 
+def _check_rounded(dtype: str | None) -> str | None:
+    if dtype is not None:
+        options.check_choice(dtype, ("float16", "bfloat16"))
+    return dtype
+
+
 def quantize(
     context: typer.Context,
     src: options.Source,
@@ -121,6 +127,15 @@ def quantize(
     ] = "error",
     lora: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Merge the PEFT adapter in this directory into the weights.")
+    ] = None,
+    round_source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            callback=_check_rounded,
+            help="Round decoded low-bit weights to bfloat16 or float16 first, as transformers' dequantization does. By "
+            "default, the exact float32 weights become int8.",
+        ),
     ] = None,
     quality: quality_options.Quality = None,
     rotate: quality_options.Rotate = False,
@@ -211,6 +226,7 @@ def quantize(
             cache_dir=cache_dir,
             round=round,
             calibration=calibration,
+            round_source=round_source,
         )
         if not as_json:
             _note_unused(context)

@@ -210,6 +210,8 @@ def _recorded_request(
         recorded["smooth"] = request.smoothing.sha256
     if request.rounding is not None:
         recorded |= {"round": CALIBRATED, "calibration": request.rounding.identity()}
+    if options.round_source is not None:
+        recorded["round_source"] = options.round_source
     if options.allow_missing:
         recorded["allow_missing"] = list(options.allow_missing)
     return {

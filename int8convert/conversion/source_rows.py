@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from int8convert.checkpoint.floats import widen
+from int8convert.checkpoint.floats import NUMPY_DTYPE, convert_floats, widen
 from int8convert.checkpoint.rows import GATHERED_BYTES, Block, Scratch, as_array, read_rows, row_ranges
 from int8convert.checkpoint.source import ShardReader
 from int8convert.checkpoint.stored_tensor import StoredTensor
@@ -42,6 +43,7 @@ class SourceRows:
         self._coding = tensor.coding
         self.shape = self._coding.weight_shape(self._stored.shape) if self._coding else self._stored.shape
         self._row_block = tensor.row_block
+        self._rounds_to = tensor.rounds_to
         self._decoder: Decoder | None = tensor.coding.open() if tensor.coding else None
         if self._decoder is None and self._stored.dtype in FP8_DTYPES:
             self._decoder = Fp8Cast(self._stored.dtype)
@@ -71,11 +73,18 @@ class SourceRows:
         """Return the rows of a block that was read, C-contiguous, of `dtype`."""
         rows = as_array(self._stored, block, *self._code_rows(begin, end))
         if self._decoder:
-            rows = self._decoder.decode(rows, begin)[: end - begin]
+            rows = self._rounded(self._decoder.decode(rows, begin)[: end - begin])
         elif self._lora or self._fold:
             rows = widen(rows, self._stored.dtype)
         rows = self._lora.merge(rows, begin) if self._lora else rows
         return self._fold.apply(rows, begin) if self._fold else rows
+
+    def _rounded(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return decoded values rounded to the dtype that the user asked for, in float32 again."""
+        if self._rounds_to is None:
+            return values
+        narrow = convert_floats(np.ascontiguousarray(values).reshape(-1).view(np.uint8), "F32", self._rounds_to)
+        return widen(narrow.view(NUMPY_DTYPE[self._rounds_to]), self._rounds_to).reshape(values.shape)
 
     def _code_rows(self, begin: int, end: int) -> tuple[int, int]:
         return self._coding.code_rows(begin, end) if self._coding else (begin, end)

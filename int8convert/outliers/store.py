@@ -148,6 +148,7 @@ def _find(
         lora=lora,
         rotate=request is not None and request.rotate,
         rotate_inputs=request is not None and request.rotate_inputs,
+        round_source=request.round_source if request is not None else None,
         smooth=checkpoint.source.directory / SMOOTHING_FILE if request is not None and request.smooth else None,
         trust_remote_code=trust_remote_code,
         revision=revision,

@@ -32,6 +32,7 @@ class PlanRequest:
         rotates: fold a rotation into the weights.
         rotates_inputs: also let the loader rotate further inputs while the model runs.
         rounding: the calibration by which codes are chosen; None rounds to nearest.
+        rounds_to: the dtype, as safetensors names it, that decoded weights are rounded to first; None rounds none.
         smoothing: fold factors into the weights; None folds none. Without factors, the plan names the groups alone.
     """
 
@@ -44,6 +45,7 @@ class PlanRequest:
     rotates_inputs: bool = False
     rounding: RoundingCalibration | None = None
     smoothing: Smoothing | None = None
+    rounds_to: str | None = None
 
 
 def plan_conversion(request: PlanRequest) -> ConversionPlan:
@@ -65,7 +67,7 @@ def plan_conversion(request: PlanRequest) -> ConversionPlan:
         folding = find_folds(source, found, modules.trusts_code, wanted)
     refused = folding.notes if folding else ()
     notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source), *refused)
-    made = make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, folding)
+    made = make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, folding, request.rounds_to)
     return _with_note(round_by(made, request.rounding) if request.rounding else made)
 
 

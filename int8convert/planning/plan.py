@@ -28,6 +28,9 @@ from int8convert.planning.fold import Fold
 from int8convert.planning.folding.folding import Folding
 from int8convert.planning.model_map.model_map import ModelMap
 
+ROUNDED_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+"""Dtypes that low-bit weights may be rounded to before they become int8: name in config.json -> in safetensors."""
+
 
 class TensorAction(StrEnum):
     """What is done with a tensor.
@@ -58,6 +61,7 @@ class PlannedTensor:
         fold: what is folded into it.
         source_format: the format of an int8 weight that it belongs to, if it is recoded or dequantized.
         rounding: the measured input by which its codes are chosen; None if each weight is rounded to nearest.
+        rounds_to: the 16-bit dtype that decoded weights are rounded to first; None if they stay float32.
         is_beside_codes: it is the scale or zero point of int8 codes that are written as they are.
     """
 
@@ -73,6 +77,7 @@ class PlannedTensor:
     is_beside_codes: bool = False
     fold: Fold | None = field(default=None, repr=False)
     rounding: InputMoments | None = field(default=None, repr=False)
+    rounds_to: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -180,6 +185,7 @@ class PlannedShard:
                 *([t.action, t.source_format, t.format] if t.source_format else []),
                 *([t.fold.identity()] if t.fold else []),
                 *([t.rounding.identity] if t.rounding else []),
+                *([t.rounds_to] if t.rounds_to else []),
             ]
             for t in self.tensors
         ]

@@ -18,7 +18,7 @@ from int8convert.planning.kept_modules import KeepBudget
 from int8convert.planning.model_map.model_map import ModuleFilter, check_config
 from int8convert.planning.needs import check_needs
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
-from int8convert.planning.plan import ConversionPlan
+from int8convert.planning.plan import ROUNDED_DTYPES, ConversionPlan
 from int8convert.planning.smoothing import open_smoothing
 from int8convert.sources import open_source
 from int8convert.text import parse_size
@@ -55,6 +55,8 @@ class PlanOptions:
             not know the choice, and ignores this.
         round: "nearest", or "calibrated" to choose codes by the layers' outputs, where that is better on held-out
             inputs; see `conversion.calibrated_rows`.
+        round_source: "bfloat16" or "float16" rounds decoded low-bit weights to that dtype before they become int8, as
+            transformers' dequantization followed by bitsandbytes does; None quantizes the exact float32 weights.
         calibration: the folder that `calibrate` wrote, with second moments; for "calibrated" alone.
     """
 
@@ -74,6 +76,7 @@ class PlanOptions:
     keep: KeepBudget | None = None
     round: str = NEAREST
     calibration: str | os.PathLike[str] | None = None
+    round_source: str | None = None
 
 
 def plan(src: str | os.PathLike[str], options: PlanOptions | None = None) -> ConversionPlan:
@@ -109,6 +112,8 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
         raise ValueError(f"rotate_inputs needs the format {Format.COMPRESSED_TENSORS}, not {options.format}")
     if options.round not in ROUNDINGS or (options.round == CALIBRATED) is not (options.calibration is not None):
         raise ValueError("round must be nearest or calibrated, and calibrated needs a calibration")
+    if options.round_source not in (None, *ROUNDED_DTYPES):
+        raise ValueError(f"round_source must be {' or '.join(ROUNDED_DTYPES)}, not {options.round_source!r}")
     modules = ModuleFilter(
         tuple(options.skip), tuple(options.only), quantize_format(options.format), options.trust_remote_code
     )
@@ -132,5 +137,6 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
         rotates=options.rotate,
         rotates_inputs=options.rotate_inputs,
         rounding=rounding,
+        rounds_to=ROUNDED_DTYPES[options.round_source] if options.round_source is not None else None,
         smoothing=open_smoothing(options.smooth, source) if options.smooth is not None else None,
     )

@@ -19,6 +19,7 @@ from int8convert.checkpoint.stored_tensor import is_size
 from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.format import QUANTIZE_FORMATS, Format
 from int8convert.planning.calibrated_rounding import NEAREST, ROUNDINGS
+from int8convert.planning.plan import ROUNDED_DTYPES
 from int8convert.text import quoted
 
 _SCHEMA = 1
@@ -27,6 +28,7 @@ _OPTIONS = frozenset(
     {
         *("skip", "only", "threshold", "max_shard_bytes", "on_nonfinite", "lora", "allow_missing"),
         *("keep_budget", "keep_text", "rotate", "rotate_inputs", "smooth", "round", "calibration"),
+        "round_source",
     }
 )
 _PLAIN_DTYPES = ("float16", "bfloat16", "float32")
@@ -44,6 +46,7 @@ class RecordedRequest:
         lora: the identity of the adapter that was merged; None if none was.
         rotate, rotate_inputs: see `PlanOptions`.
         smooth: sha256 of the file of the factors that were folded into the weights; None if none were.
+        round_source: the dtype that decoded weights were rounded to first; None if they were not.
         round: how weights became codes, see `PlanOptions`.
     """
 
@@ -61,6 +64,7 @@ class RecordedRequest:
     rotate_inputs: bool = False
     round: str = NEAREST
     smooth: str | None = None
+    round_source: str | None = None
 
     @property
     def commit(self) -> str | None:
@@ -115,6 +119,7 @@ def read_recorded_request(out: Path) -> RecordedRequest | None:
         rotate="rotate" in options and entries.flag("rotate"),
         rotate_inputs="rotate_inputs" in options and entries.flag("rotate_inputs"),
         round=entries.one_of("round", ROUNDINGS) if "round" in options else NEAREST,
+        round_source=entries.one_of("round_source", tuple(ROUNDED_DTYPES)) if "round_source" in options else None,
         smooth=_Entries(whole).text("smoothing_sha256") if "smooth" in options else None,
     )
 

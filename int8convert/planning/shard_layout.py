@@ -10,6 +10,7 @@ from int8convert.checkpoint.shard_writer import order_for_alignment, planned_sha
 from int8convert.checkpoint.source import CheckpointSource, SourceShard
 from int8convert.checkpoint.stored_tensor import StoredTensor, contiguous_strides
 from int8convert.decoding.coding import CodedWeight, Coding, Rows
+from int8convert.decoding.fp8 import FP8_DTYPES
 from int8convert.decoding.source_weights import SourceWeights, find_weights
 from int8convert.errors import AdapterError, CorruptFileError
 from int8convert.formats.format import Format, TensorSpecs
@@ -32,11 +33,15 @@ def make_plan(
     max_shard_bytes: int | None = None,
     adapter: Adapter | None = None,
     folding: Folding | None = None,
+    rounds_to: str | None = None,
 ) -> ConversionPlan:
     """Lay the checkpoint's tensors out into output shards.
 
     One output shard for each input shard; with `max_shard_bytes`, tensors in the source's order, a new shard where the
     next would not fit. A single tensor larger than that gets a shard to itself.
+
+    Args:
+        rounds_to: the dtype that decoded weights are rounded to first; None rounds none.
 
     Raises:
         CorruptFileError: two tensors would be written under one name, or codes have no fitting scale.
@@ -69,6 +74,8 @@ def make_plan(
                 fold = _with_adapter_gain(fold, placement) if fold and placement else fold
                 tensor = _plan_tensor(view, place, piece, model_map.output_format, coding, lora)
                 tensor = replace(tensor, fold=fold) if fold else tensor
+                is_decoded = coding is not None or view.dtype in FP8_DTYPES
+                tensor = replace(tensor, rounds_to=rounds_to) if rounds_to and is_decoded else tensor
                 _check_unique(tensor, seen)
                 if max_shard_bytes is not None and groups[-1] and group_bytes + tensor.output_bytes > max_shard_bytes:
                     groups.append([])

@@ -51,6 +51,7 @@ def convert_command(output: FinishedOutput) -> str:
         words += ["--max-shard-size", f"{options['max_shard_bytes']}"]
     words += ["--smooth", "CAL"] if options.get("smooth") else []
     words += [f"--{key.replace('_', '-')}" for key in ("rotate", "rotate_inputs") if options.get(key)]
+    words += ["--round-source", str(options["round_source"])] if options.get("round_source") else []
     words += ["--round", "calibrated", "--calibration", "CAL"] if options.get("round") == "calibrated" else []
     return join(words + (["--lora", "ADAPTER"] if options.get("lora") else []))
 

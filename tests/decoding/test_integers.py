@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import int8convert
 from cuda_kernels import reference
-from int8convert.errors import AlreadyQuantizedError, CorruptFileError
+from int8convert.errors import AlreadyQuantizedError, CorruptFileError, OutputError
 from tests.planning.test_lora import save_adapter
 from tests.tools.low_bit_checkpoints import Tensors, assert_same, decode, is_verified, save_coded, save_tensors
 from tests.tools.tiny_models import read_tensors, save_checkpoint
@@ -280,6 +280,30 @@ def test_int8_is_that_of_the_decoded_weights(kind: str, output_format: str, plai
     beside = (".SCB", ".weight_format", ".weight_scale", ".weight_zero_point")
     assert {name for name in written if not name.endswith(beside)} == weights.keys()
     assert is_verified(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_round_source_quantizes_what_a_16_bit_load_holds(dtype: torch.dtype, plain: Path, tmp_path: Path) -> None:
+    """Transformers dequantizes to 16 bits, and bitsandbytes quantizes that."""
+    source, out, name = tmp_path / "source", tmp_path / "out", "model.layers.0.mlp.down_proj.weight"
+    save_coded(plain, source, *KINDS["bitsandbytes 4-bit"])
+    rounded = str(dtype).removeprefix("torch.")
+    options = int8convert.PlanOptions(round_source=rounded)
+    int8convert.quantize(source, out, options, on_event=lambda event: None)
+    exact = torch.from_numpy(decode(source, name))
+    expected = reference.row_quantize(exact.to(dtype).float().numpy())
+    np.testing.assert_array_equal(read_tensors(out)[name].numpy(), expected.codes)
+    assert (reference.row_quantize(exact.numpy()).codes != expected.codes).any()
+    recorded = json.loads((out / "int8convert" / "manifest.json").read_text())["conversion"]["options"]
+    assert recorded["round_source"] == rounded
+    assert is_verified(out, source)
+    with pytest.raises(OutputError, match="--round-source"):
+        int8convert.quantize(source, out, on_event=lambda event: None)
+
+
+def test_round_source_takes_16_bit_dtypes_alone(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="round_source must be float16 or bfloat16"):
+        int8convert.quantize(plain, tmp_path / "out", int8convert.PlanOptions(round_source="float32"))
 
 
 @pytest.mark.usefixtures("rotation_in_process")

@@ -124,6 +124,7 @@ def verify_exact(
                 lora=provenance.lora,
                 rotate=provenance.rotate,
                 rotate_inputs=provenance.rotate_inputs,
+                round_source=provenance.round_source,
                 smooth=provenance.factors,
                 trust_remote_code=trust_remote_code,
                 revision=provenance.revision,

@@ -55,7 +55,7 @@ class Provenance:
     Attributes:
         reference: the source: a directory, or a repository on the Hub.
         format: the format that `quantize` wrote, which decides what becomes int8.
-        skip, only, allow_missing, rotate, rotate_inputs: options of the conversion.
+        skip, only, allow_missing, rotate, rotate_inputs, round_source: options of the conversion.
         threshold: the outlier threshold of the conversion; None if unknown.
         lora: the adapter that was merged, as the user names it now.
         kept_for_values: modules that were kept because their values have no int8 form.
@@ -83,6 +83,7 @@ class Provenance:
     allow_missing: tuple[str, ...] = ()
     rotate: bool = False
     rotate_inputs: bool = False
+    round_source: str | None = None
     calibrated: frozenset[str] = frozenset()
     factors: Path | None = None
     factors_sha256: str = ""
@@ -136,6 +137,7 @@ def find_provenance(
         allow_missing=request.allow_missing,
         rotate=request.rotate,
         rotate_inputs=request.rotate_inputs,
+        round_source=request.round_source,
         calibrated=_calibrated(found.manifest) if request.round == CALIBRATED else frozenset(),
         factors=_find_factors(found.manifest) if request.smooth else None,
         factors_sha256=request.smooth or "",
