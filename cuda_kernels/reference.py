@@ -167,6 +167,26 @@ def dequantize_packed(
     return weight
 
 
+def dequantize_reordered(
+    codes: npt.NDArray[np.uint8],
+    bits: int,
+    values: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    first_row: int,
+    groups: npt.NDArray[np.int32],
+) -> npt.NDArray[np.float32]:
+    """`dequantize_packed` of codes whose groups are not contiguous.
+
+    Args:
+        zeros, scale: float32 [rows, groups] of the whole matrix.
+        groups: int32 [columns], the group of each column.
+    """
+    rows = slice(first_row, first_row + len(codes))
+    one_a_column = (0, (1, 1), len(groups))
+    return dequantize_packed(codes, bits, values, zeros[rows][:, groups], scale[rows][:, groups], *one_a_column)
+
+
 class QuantizedActivations(NamedTuple, Generic[T]):
     """Tokens as codes, and the columns that stay as they are; K input features, M tokens.
 

@@ -19,6 +19,7 @@ from cuda_kernels.reference import QuantizedActivations, QuantizedWeight
 
 _ROW_QUANTIZE = Kernel("row_quantize", "row_quantize")
 _DEQUANTIZE_PACKED = Kernel("dequantize_packed", "dequantize_packed")
+_DEQUANTIZE_REORDERED = Kernel("dequantize_packed", "dequantize_reordered")
 _ROTATE_COLUMNS, _ROTATE_ROWS = Kernel("rotate", "rotate_columns"), Kernel("rotate", "rotate_rows")
 _FEEDBACK_ROUND = Kernel("feedback_round", "feedback_round")
 _SQUARE_PRODUCTS = Kernel("feedback_round", "square_products")
@@ -63,6 +64,23 @@ def dequantize_packed(
     Bit-equal to `reference.dequantize_packed`.
     """
     _DEQUANTIZE_PACKED(codes, bits, values, zeros, scale, first_row, block, weight)
+
+
+def dequantize_reordered(
+    codes: npt.NDArray[np.uint8],
+    bits: int,
+    values: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    first_row: int,
+    groups: npt.NDArray[np.int32],
+    weight: npt.NDArray[np.float32],
+) -> None:
+    """Write the values of packed codes whose groups are not contiguous to `weight`, float32 [rows, cols].
+
+    Bit-equal to `reference.dequantize_reordered`.
+    """
+    _DEQUANTIZE_REORDERED(codes, bits, values, zeros, scale, first_row, groups, weight)
 
 
 def rotate(values: npt.NDArray[np.float32], size: int, axis: int = -1) -> None:

@@ -97,7 +97,7 @@ class PackedCoding:
             raise CorruptFileError(
                 f"{quoted(self.group_of.name)} names groups beyond the {n_groups} of the scale", REFETCH
             )
-        groups = groups % n_groups
+        groups = np.ascontiguousarray(groups % n_groups, np.int32)
         contiguous = np.arange(self.n_columns) // -(-self.n_columns // n_groups)
         # Zeros alone are a known broken export of contiguous groups.
         return None if not groups.any() or np.array_equal(groups, contiguous) else groups
@@ -116,12 +116,11 @@ class PackedDecoder:
     def decode(self, codes: npt.NDArray[Any], first_row: int) -> Values:
         packed = codes.view(np.uint8)
         weight = np.empty((len(codes), self._n_columns), np.float32)
-        scale, zeros, width = self._scale, self._zeros, -(-self._n_columns // self._scale.shape[1])
-        if self._groups is not None:
-            rows = slice(first_row, first_row + len(codes))
-            scale, zeros, width = scale[rows][:, self._groups], zeros[rows][:, self._groups], 1
-            first_row = 0
-        cpu.dequantize_packed(packed, self._bits, self._values, zeros, scale, first_row, (1, width), weight)
+        common = (packed, self._bits, self._values, self._zeros, self._scale, first_row)
+        if self._groups is None:
+            cpu.dequantize_packed(*common, (1, -(-self._n_columns // self._scale.shape[1])), weight)
+        else:
+            cpu.dequantize_reordered(*common, self._groups, weight)
         return weight
 
 

@@ -71,6 +71,11 @@ def test_kernel_equals_reference(bits: int, block: tuple[int, int], size: tuple[
     cpu.dequantize_packed(codes, bits, values, zeros, scale, first_row, block, weight)
     expected = reference.dequantize_packed(codes, bits, values, zeros, scale, first_row, block, n_columns)
     np.testing.assert_array_equal(weight, expected)
+    groups = rng.integers(0, grid[1], n_columns).astype(np.int32)
+    rows = rng.random((first_row + n_rows, grid[1]), np.float32)
+    cpu.dequantize_reordered(codes, bits, values, rows, rows, first_row, groups, weight)
+    expected = reference.dequantize_reordered(codes, bits, values, rows, rows, first_row, groups)
+    np.testing.assert_array_equal(weight, expected)
 
 
 @pytest.mark.parametrize("group", FORMS)

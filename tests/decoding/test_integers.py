@@ -24,7 +24,7 @@ from cuda_kernels import reference
 from int8convert.errors import AlreadyQuantizedError, CorruptFileError, OutputError
 from tests.planning.test_lora import save_adapter
 from tests.tools.low_bit_checkpoints import Tensors, assert_same, decode, is_verified, save_coded, save_tensors
-from tests.tools.tiny_models import read_tensors, save_checkpoint
+from tests.tools.tiny_models import edit_config, read_tensors, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("map_in_process")
 
@@ -299,6 +299,30 @@ def test_round_source_quantizes_what_a_16_bit_load_holds(dtype: torch.dtype, pla
     assert is_verified(out, source)
     with pytest.raises(OutputError, match="--round-source"):
         int8convert.quantize(source, out, on_event=lambda event: None)
+
+
+def test_codes_and_logits_are_those_of_bitsandbytes_on_the_dequantized_model(plain: Path, tmp_path: Path) -> None:
+    """Transformers loads the 4-bit model and dequantizes it; bitsandbytes quantizes what that saves."""
+    auto = transformers.AutoModelForCausalLM
+    four = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    eight = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = auto.from_pretrained(plain, dtype=torch.float16, quantization_config=four, device_map="cpu")
+    model.save_pretrained(tmp_path / "source")
+    model.dequantize(torch.float16).save_pretrained(tmp_path / "dequantized")
+    edit_config(tmp_path / "source", dtype="float16")
+    options = int8convert.PlanOptions(round_source="float16")
+    int8convert.quantize(tmp_path / "source", tmp_path / "out", options, on_event=lambda event: None)
+    theirs = auto.from_pretrained(
+        tmp_path / "dequantized", dtype=torch.float16, quantization_config=eight, device_map="cpu"
+    )
+    ours = auto.from_pretrained(tmp_path / "out", device_map="cpu")
+    expected, found = theirs.state_dict(), ours.state_dict()
+    assert sum(tensor.dtype == torch.int8 for tensor in found.values()) == 14
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
 
 
 def test_round_source_takes_16_bit_dtypes_alone(plain: Path, tmp_path: Path) -> None:

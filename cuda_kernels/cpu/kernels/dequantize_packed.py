@@ -35,3 +35,19 @@ def dequantize_packed(codes, bits, values, zeros, scale, first_row, block, weigh
                     if byte + 1 < n_bytes:
                         code |= int(codes[r, byte + 1]) << 8
                     weight[r, k] = (values[(code >> (bit & 7)) & mask] - z) * s
+
+
+@compiled()
+def dequantize_reordered(codes, bits, values, zeros, scale, first_row, groups, weight):  # type: ignore[no-untyped-def]
+    mask = (1 << bits) - 1
+    n_bytes = codes.shape[1]
+    for r in range(weight.shape[0]):
+        at = first_row + r
+        for k in range(weight.shape[1]):
+            bit = k * bits
+            byte = bit >> 3
+            code = int(codes[r, byte])
+            if (bit & 7) + bits > 8 and byte + 1 < n_bytes:
+                code |= int(codes[r, byte + 1]) << 8
+            g = groups[k]
+            weight[r, k] = (values[(code >> (bit & 7)) & mask] - zeros[at, g]) * scale[at, g]
