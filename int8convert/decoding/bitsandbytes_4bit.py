@@ -79,7 +79,7 @@ class BlockwiseCoding:
 
     @property
     def rows_together(self) -> int:
-        """Two where a row ends in the middle of a byte."""
+        """Two where a row ends in the middle of a byte, which a stream gives only once."""
         return 1 + self.shape[1] % 2
 
     def weight_shape(self, codes: tuple[int, ...]) -> tuple[int, ...]:
@@ -123,8 +123,9 @@ class BlockwiseDecoder:
         packed: npt.NDArray[np.uint8] = codes.reshape(-1)
         # The kernel reads the low half first.
         swapped = np.asarray((packed << 4) | (packed >> 4), np.uint8)
-        first = first_row * self._n_columns
-        n_elements = 2 * len(packed) // self._n_columns * self._n_columns
+        skipped = first_row * self._n_columns % 2  # the half of a byte that belongs to the row before
+        first = first_row * self._n_columns - skipped
+        n_elements = (2 * len(packed) - skipped) // self._n_columns * self._n_columns
         flat = np.empty(2 * len(packed), np.float32)
         at = 0
         while at < len(flat):
@@ -140,7 +141,7 @@ class BlockwiseDecoder:
             part = swapped[at // 2 : -(-end // 2)].reshape(rows, -1)
             cpu.dequantize_packed(part, 4, self._table, np.zeros_like(scale), scale, 0, (1, columns), weight)
             at = end
-        return flat[:n_elements].reshape(-1, self._n_columns)
+        return flat[skipped : skipped + n_elements].reshape(-1, self._n_columns)
 
 
 def find(places: Places, _block: Mapping[str, Any]) -> Iterator[CodedWeight]:

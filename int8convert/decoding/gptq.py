@@ -33,10 +33,10 @@ def find(places: Places, block: Mapping[str, Any]) -> Iterator[CodedWeight]:
     Raises:
         CorruptFileError: the tensors of one do not fit together.
     """
-    version = block.get("checkpoint_format") or block.get("format") or "gptq"
+    version = str(block.get("checkpoint_format") or block.get("format") or "gptq")
     packing = block.get("packing_format") or "auto_round:auto_gptq"
     is_read = packing in ("auto_round:auto_gptq", "gptq") and not block.get("is_marlin_format")
-    if block.get("quant_method") not in METHODS or version not in _VERSIONS or not is_read:
+    if str(block.get("quant_method")) not in METHODS or version not in _VERSIONS or not is_read:
         return
     for name, codes in places.items():
         if not name.endswith(".qweight") or codes.stored.dtype != "I32":

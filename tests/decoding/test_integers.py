@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from safetensors.torch import save_file
 
 import int8convert
 from cuda_kernels import reference
+from int8convert.decoding.source_weights import find_weights
 from int8convert.errors import AlreadyQuantizedError, CorruptFileError, OutputError
+from int8convert.sources import open_source
 from tests.planning.test_lora import save_adapter
 from tests.tools.low_bit_checkpoints import Tensors, assert_same, decode, is_verified, save_coded, save_tensors
 from tests.tools.tiny_models import edit_config, read_tensors, save_checkpoint
@@ -216,10 +219,20 @@ def test_four_bits_equal_bitsandbytes(
         weight[2] = 0
         tensors, expected = four_bit(weight, kind, nested, size)
         save_tensors(tmp_path, {f"a.{name}": tensor for name, tensor in tensors.items()})
-        for begin, end in ((0, shape[0]), (2, 6), (4, 5)):
+        for begin, end in ((0, shape[0]), (2, 6), (3, 5), (5, 6)):
             # A zero has no sign in the table, and one in the kernel.
             decoded = decode(tmp_path, "a.weight", begin, end)
             assert_same(decoded + np.float32(0), expected[begin:end] + 0.0)
+
+
+@pytest.mark.parametrize(("n_columns", "together"), [(128, 1), (129, 2)])
+def test_blocks_of_a_stream_share_no_byte(n_columns: int, together: int, tmp_path: Path) -> None:
+    tensors, _ = four_bit(torch.randn(8, n_columns), "nf4", False, 64)
+    save_tensors(tmp_path, {f"a.{name}": tensor for name, tensor in tensors.items()})
+    (weight,) = find_weights(open_source(tmp_path)).by_codes.values()
+    starts = [weight.whole().code_rows(row, row + together) for row in range(0, 8, weight.whole().rows_together)]
+    assert weight.whole().rows_together == together
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(starts))
 
 
 def test_bytes_of_another_dtype_are_read_as_bytes(tmp_path: Path) -> None:

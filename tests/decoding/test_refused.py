@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import int8convert
-from int8convert.errors import AlreadyQuantizedError
+from int8convert.errors import AlreadyQuantizedError, Int8ConvertError
 from tests.tools.low_bit_checkpoints import save_tensors
 
 CODES = {"a.weight": torch.zeros(8, 32, dtype=torch.uint8)}
@@ -46,3 +46,36 @@ def test_empty_entries_are_no_such_form(empty: dict[str, Any], tmp_path: Path) -
     save_tensors(tmp_path / "source", CODES, {**CT, **empty})
     with pytest.raises(AlreadyQuantizedError, match="names quant_method"):
         int8convert.quantize(tmp_path / "source", tmp_path / "out", on_event=lambda event: None)
+
+
+KEYS = (
+    "quant_method",
+    "format",
+    "checkpoint_format",
+    "packing_format",
+    "version",
+    "bits",
+    "group_size",
+    "config_groups",
+)
+VALUES: list[Any] = [[], {}, [[]], 0, -1, 10**30, 1.5, "", "x" * 2000, {"a": []}, {"a": {"weights": {"num_bits": [4]}}}]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes"])
+def test_entries_of_any_type_are_errors_of_ours(method: str, tmp_path: Path) -> None:
+    """Words, scales and codes under the names of every format, which a config of nonsense is to explain."""
+    words = torch.zeros(8, 32, dtype=torch.int32)
+    tensors = {
+        **{"a.qweight": words, "a.qzeros": words.clone(), "a.scales": torch.zeros(8, 32)},
+        **{
+            "b.weight_packed": words.clone(),
+            "b.weight_scale": torch.zeros(8, 2),
+            "b.weight_shape": torch.tensor([8, 64]),
+        },
+        "c.weight": torch.zeros(8, 32).to(torch.float8_e4m3fn),
+    }
+    for key in KEYS:
+        for value in VALUES:
+            save_tensors(tmp_path / "source", tensors, {"quant_method": method, key: value})
+            with pytest.raises(Int8ConvertError):
+                int8convert.quantize(tmp_path / "source", tmp_path / "out", on_event=lambda event: None)
