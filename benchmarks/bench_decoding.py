@@ -1,113 +1,221 @@
-"""Prints how fast one core decodes low-bit weights, beside the library that writes the format, in the same process.
+"""Time the decoders of low-bit sources on one thread, beside the dequantizers of the libraries that define the formats.
 
-    python -m benchmarks.bench_decoding [ROWS COLUMNS]
+How it goes: a weight of 4,096 x 4,096 is written once in each format, by the library where it is installed, else with
+random codes. Then, in turns, ours reads and decodes it to float32 in the blocks of a conversion, and the library
+decodes all of it to bfloat16, in memory. A round's time is that of one pass, the result the median over rounds.
 
-CPU seconds, the best of five; GB/s of the bf16 weights that the codes stand for. Ours reads codes and scales from a
-file in the page cache and gives float32; the libraries have them in memory and give bf16. GPTQ and AWQ have none here.
+The rate is that of the bfloat16 weight that comes out, 2 bytes a weight, so that formats compare.
+
+Left out on purpose: quantizing what was decoded, which `bench_kernels` times, and a comparison of values, which the
+tests make.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from rich.console import Console
+from rich.table import Table
 
-from int8convert.checkpoint.rows import Scratch
-from int8convert.conversion.source_rows import SourceRows
+from benchmarks.bench_convert import describe_machine, format_range, parse_count
+from int8convert.checkpoint.rows import Scratch, as_array, read_rows
+from int8convert.decoding.coding import Rows
 from int8convert.decoding.source_weights import find_weights
-from int8convert.formats.format import Format
-from int8convert.planning.plan import PlannedTensor
 from int8convert.sources import open_source
-from tests.decoding import test_fp4, test_integers
-from tests.tools.low_bit_checkpoints import Tensors, save_tensors
 
-Case = tuple[str, Tensors, Any, Callable[[], Any] | None]
-"""Name, tensors, quantization block, and the library's decoder."""
+SIZE = 4096
+_BLOCK_ROWS = 256
+"""Rows of a block: 4 MiB of float32, as in a conversion."""
 
-
-def cases(weight: torch.Tensor) -> Iterator[Case]:
-    size = (weight.shape[0], weight.shape[1])
-    codes, scale = (weight.float() * 600).to(torch.float8_e4m3fn), torch.rand(size[0] // 128, size[1] // 128)
-    fp8 = Fp8Dequantize(None)
-    yield (
-        *("FP8 128 x 128", {"weight": codes, "weight_scale_inv": scale}, None),
-        lambda: fp8._dequantize_one(codes, scale, torch.bfloat16),
-    )
-    for group, name in ((32, "MXFP4"), (16, "NVFP4")):
-        stored, _ = test_fp4.compress(weight, group)
-        scheme = preset_name_to_scheme(test_fp4.PRESETS[group], ["Linear"])
-        yield name, stored, None, _decompress(test_fp4.FORMS[group], stored, scheme)
-    for bits in (4, 8, 3):
-        args: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": 32}
-        stored, _, block = test_integers.compress("pack-quantized", weight, **args)
-        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(type="int", **args))
-        yield f"pack-quantized, {bits} bits", stored, block, _decompress("pack-quantized", stored, scheme)
-    for nested in (False, True):
-        stored, _ = test_integers.four_bit(weight, "nf4", nested, 64)
-        packed, state = bitsandbytes.functional.quantize_4bit(
-            weight, blocksize=64, compress_statistics=nested, quant_type="nf4"
-        )
-        yield f"nf4{', nested' if nested else ''}", stored, None, _dequantize_4bit(packed, state)
-    for reorders in (False, True):
-        stored, _ = test_integers.gptq(4, size[1] // 128, reorders, 1, size)
-        block = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-        yield f"GPTQ{', reordered' if reorders else ''}", stored, block, None
-    yield "AWQ", test_integers.awq(size, 128), {"quant_method": "awq", "bits": 4, "version": "gemm"}, None
+Tensors = dict[str, torch.Tensor]
+Case = tuple[Tensors, Mapping[str, Any], Callable[[], Any] | None]
+"""What is stored of a weight `a.weight`, the quantization block of config.json, and the library's own way to decode."""
 
 
-def _decompress(form: str, stored: Tensors, scheme: Any) -> Callable[[], Any]:
+def _codes(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def _words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+
+
+def _compressed_tensors(form: str, **arguments: Any) -> Case:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = torch.randn(SIZE, SIZE, dtype=torch.bfloat16)
+    args = QuantizationArgs(**arguments)
+    blocks = weight.reshape(SIZE, -1, args.group_size or SIZE)
+    scale, zeros = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=form)
     compressor: Any = BaseCompressor.get_value_from_registry(form)
-    return lambda: compressor.decompress(dict(stored), scheme)
+    state = {"weight": weight, "weight_scale": scale.to(weight.dtype), "weight_zero_point": zeros}
+    stored = compressor.compress(state, scheme)
+    groups = {"group_0": {"targets": ["Linear"], "weights": json.loads(args.model_dump_json())}}
+    block = {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+    tensors = {f"a.{name}": tensor for name, tensor in stored.items()}
+    return tensors, block, lambda: compressor.decompress(dict(stored), scheme)
 
 
-def _dequantize_4bit(packed: torch.Tensor, state: Any) -> Callable[[], Any]:
-    return lambda: bitsandbytes.functional.dequantize_4bit(packed, state)
+def _fp8_blocks() -> Case:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = torch.randn(SIZE, SIZE).to(torch.float8_e4m3fn)
+    scale = torch.rand(SIZE // 128, SIZE // 128)
+    block = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    dequantize = Fp8Dequantize(None)._dequantize_one
+    return {"a.weight": weight, "a.weight_scale_inv": scale}, block, lambda: dequantize(weight, scale, torch.bfloat16)
 
 
-def decode_file(folder: Path) -> None:
-    """Decode the one weight of a checkpoint, block by block as a conversion does."""
+def _mxfp4_of_gpt_oss() -> Case:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks, scales = _codes(1, SIZE, SIZE // 32, 16), torch.randint(110, 130, (1, SIZE, SIZE // 32), dtype=torch.uint8)
+    tensors = {"a.weight_blocks": blocks, "a.weight_scales": scales}
+    return tensors, {"quant_method": "mxfp4"}, lambda: convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+
+
+def _nvfp4_of_modelopt() -> Case:
+    scale = (torch.rand(SIZE, SIZE // 16) * 400).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": _codes(SIZE, SIZE // 2), "a.weight_scale": scale, "a.weight_scale_2": torch.tensor(0.01)}
+    return tensors, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, None
+
+
+def _gptq(bits: int) -> Case:
+    group = 128
+    tensors = {
+        "a.qweight": _words(SIZE * bits // 32, SIZE),
+        "a.qzeros": _words(SIZE // group, SIZE * bits // 32),
+        "a.scales": torch.rand(SIZE // group, SIZE, dtype=torch.float16),
+        "a.g_idx": torch.arange(SIZE, dtype=torch.int32) // group,
+    }
+    return tensors, {"quant_method": "gptq", "bits": bits, "group_size": group}, None
+
+
+def _awq() -> Case:
+    group = 128
+    tensors = {
+        "a.qweight": _words(SIZE, SIZE // 8),
+        "a.qzeros": _words(SIZE // group, SIZE // 8),
+        "a.scales": torch.rand(SIZE // group, SIZE, dtype=torch.float16),
+    }
+    return tensors, {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": group}, None
+
+
+def _bitsandbytes(kind: str, is_nested: bool) -> Case:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(torch.randn(SIZE, SIZE).bfloat16(), quant_type=kind, compress_statistics=is_nested)
+    beside = {f"a.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    block = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    return {"a.weight": packed, **beside}, block, lambda: dequantize_4bit(packed, state)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "FP8, 128 x 128": _fp8_blocks,
+    "MXFP4, gpt-oss": _mxfp4_of_gpt_oss,
+    "NVFP4, ModelOpt": _nvfp4_of_modelopt,
+    "W4A16, groups of 32": lambda: _compressed_tensors(
+        "pack-quantized", num_bits=4, type="int", strategy="group", group_size=32
+    ),
+    "W4A16, zero points": lambda: _compressed_tensors(
+        "pack-quantized", num_bits=4, type="int", strategy="group", group_size=128, symmetric=False
+    ),
+    "W3A16": lambda: _compressed_tensors("pack-quantized", num_bits=3, type="int", strategy="group", group_size=128),
+    "W8, groups of 128": lambda: _compressed_tensors(
+        "int-quantized", num_bits=8, type="int", strategy="group", group_size=128
+    ),
+    "GPTQ, 4 bits": lambda: _gptq(4),
+    "GPTQ, 3 bits": lambda: _gptq(3),
+    "AWQ": _awq,
+    "nf4": lambda: _bitsandbytes("nf4", False),
+    "nf4, nested": lambda: _bitsandbytes("nf4", True),
+}
+
+
+def _write(folder: Path, tensors: Tensors, block: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": block}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _decoder(folder: Path) -> Callable[[], None]:
+    """Return what reads and decodes the only weight of a checkpoint, block by block; of experts, those of the first."""
     (weight,) = find_weights(open_source(folder)).by_codes.values()
-    stored, shard = replace(weight.codes.stored, name=weight.name), weight.codes.shard
-    rows = SourceRows(PlannedTensor(stored, shard, weight.name, "I8", "", Format.BITSANDBYTES, weight.whole()))
-    scratch = Scratch()
-    with closing(shard.open()) as reader:
-        for begin, end in rows.ranges():
-            rows.values(rows.read(reader, begin, end, scratch), begin, end)
+    stored, coding = weight.codes.stored, weight.coding
+    if len(stored.shape) == 3:
+        stored, coding = weight.piece(Rows(0, 1, SIZE))
+
+    def run() -> None:
+        scratch = Scratch()
+        with closing(weight.codes.shard.open()) as reader:
+            decoder = coding.open()
+            for begin in range(0, SIZE, _BLOCK_ROWS):
+                first, last = coding.code_rows(begin, begin + _BLOCK_ROWS)
+                block = read_rows(stored, reader, first, last, scratch)
+                decoder.decode(as_array(stored, block, first, last), begin)
+
+    return run
 
 
-def best_of_five(work: Callable[[], Any]) -> float:
-    seconds = []
-    for _ in range(5):
-        began = time.process_time()
-        work()
-        seconds.append(time.process_time() - began)
-    return min(seconds)
+def _time(function: Callable[[], Any]) -> float:
+    began = time.thread_time()
+    function()
+    return time.thread_time() - began
+
+
+def _measure(make: Callable[[], Case], n_rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each round, of ours and of the library if it is there."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        tensors, block, library = make()
+        _write(Path(folder), tensors, block)
+        contestants = {"int8convert": _decoder(Path(folder)), **({"library": library} if library else {})}
+        seconds: dict[str, list[float]] = {each: [] for each in contestants}
+        for function in contestants.values():
+            function()  # compiles, and fills caches
+        for _ in range(n_rounds):
+            for name, function in contestants.items():
+                seconds[name].append(_time(function))
+    return seconds
 
 
 def main() -> None:
-    n_rows, n_columns = map(int, sys.argv[1:3]) if len(sys.argv) > 2 else (2048, 4096)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=parse_count, default=5)
+    parser.add_argument("--only", metavar="TEXT", default="", help="only formats whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    weight = (torch.randn(n_rows, n_columns) * 0.05).bfloat16()
-    gigabytes = 2 * weight.numel() / 1e9
-    print(f"{'':26}ours, GB/s  library, GB/s")
-    for name, tensors, block, library in cases(weight):
-        with tempfile.TemporaryDirectory() as folder:
-            source = save_tensors(Path(folder), {f"a.{leaf}": tensor for leaf, tensor in tensors.items()}, block)
-            ours = gigabytes / best_of_five(lambda source=source: decode_file(source))  # type: ignore[misc]
-        theirs = f"{gigabytes / best_of_five(library):14.2f}" if library is not None else f"{'-':>14}"
-        print(f"{name:26}{ours:10.2f}{theirs}")
+    n_bytes, rows = 2 * SIZE * SIZE, []
+    table = Table("format", "GB/s of bfloat16 a core", "the library", "ratio")
+    for name, make in CASES.items():
+        if options.only in name:
+            seconds = _measure(make, options.rounds)
+            rates = {each: [n_bytes / s / 1e9 for s in values] for each, values in seconds.items()}
+            ours, theirs = rates["int8convert"], rates.get("library", [])
+            ratio = f"{statistics.median(ours) / statistics.median(theirs):.1f}x" if theirs else "-"
+            table.add_row(name, format_range(ours, 2), format_range(theirs, 2) if theirs else "not installed", ratio)
+            rows.append({"format": name, "gb_per_s": rates})
+    console = Console()
+    machine = describe_machine(Path(tempfile.gettempdir()))
+    console.print(machine)
+    console.print(table)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "size": SIZE, "formats": rows}, indent=1))
 
 
 if __name__ == "__main__":
