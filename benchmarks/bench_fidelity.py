@@ -162,7 +162,7 @@ def forms(calibration: Path) -> Iterator[Form]:
     """Yield the forms beside the plain one."""
     plain = int8convert.PlanOptions()
     rounded = replace(plain, round="calibrated", calibration=calibration)
-    smoothed = replace(rounded, smooth=calibration)
+    smoothed = replace(rounded, smooth="calibrated")
     yield Form("rotated: ", replace(plain, rotate=True), ("none", "dynamic", "blocks"), runs_theirs=True)
     yield Form("smoothed, calibrated: ", smoothed, ("weight-only", "dynamic"), runs_theirs=True)
     yield Form("smoothed, calibrated, 8 % of the weights kept: ", smoothed, ("dynamic",), keeps=8, runs_theirs=True)
@@ -192,7 +192,7 @@ def measure(source: Path, text: Path, calibrating: Path, args: argparse.Namespac
         calibration = args.calibration
     else:
         many = Text(calibrating, n_sequences=args.calibrated, length=length)
-        int8convert.calibrate_checkpoint(source, calibration, many, with_moments=True, device="cpu")
+        int8convert.calibrate(source, calibration, many, with_moments=True, device="cpu")
     for i, form in enumerate(forms(calibration)):
         rows += form_rows(source, folder / f"form-{i}", windows, form, Text(calibrating, n_sequences=8, length=length))
     return rows + q8_0_rows(source, windows)

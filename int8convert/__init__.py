@@ -13,15 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from int8convert.calibration.calibrate import calibrate_checkpoint
+    from int8convert.calibration.calibrate import calibrate
     from int8convert.calibration.folder import Calibration, read_calibration
     from int8convert.conversion.export import ExportReport, export
     from int8convert.conversion.quantize import quantize
     from int8convert.conversion.readers import Reading
     from int8convert.conversion.report import ConversionReport
     from int8convert.errors import Int8ConvertError
-    from int8convert.outliers.calibration import calibrate
     from int8convert.outliers.find import OutlierReport, find_outliers
+    from int8convert.outliers.in_memory import choose_outliers
     from int8convert.outliers.keep import keep_budget
     from int8convert.outliers.store import store_outliers
     from int8convert.planning.plan import ConversionPlan
@@ -61,7 +61,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "calibrate",
-    "calibrate_checkpoint",
+    "choose_outliers",
     "export",
     "find_outliers",
     "generate",
@@ -95,8 +95,8 @@ _HOMES = {
     "Text": "int8convert.runtime.text.texts",
     "UploadReport": "int8convert.publish.upload",
     "VerifyReport": "int8convert.verification.verify_report",
-    "calibrate": "int8convert.outliers.calibration",
-    "calibrate_checkpoint": "int8convert.calibration.calibrate",
+    "calibrate": "int8convert.calibration.calibrate",
+    "choose_outliers": "int8convert.outliers.in_memory",
     "export": "int8convert.conversion.export",
     "find_outliers": "int8convert.outliers.find",
     "generate": "int8convert.runtime.generate",

@@ -82,7 +82,7 @@ def main() -> None:
         for n in N_CALIBRATION:
             texts = others[torch.arange(n) * len(others) // n]
             for rule, options in RULES.items():
-                found = int8convert.calibrate(source, list(texts), **options)
+                found = int8convert.choose_outliers(source, list(texts), **options)
                 found = {name: stored for name, stored in found.items() if "layers" in name}
                 share = sum(2 * stored.weight.numel() for stored in found.values()) / n_int8
                 cells = measure(source, found, judged, reference).cells(dynamic.mean)

@@ -66,6 +66,7 @@ class InProcessMap:
     """
 
     answers: ClassVar[dict[str, str]] = {}
+    starts_child = False
 
     def __init__(self, source: CheckpointSource, modules: ModuleFilter) -> None:
         self._source, self._modules = source, modules

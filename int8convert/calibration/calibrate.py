@@ -29,7 +29,7 @@ from int8convert.sources import open_source
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def calibrate_checkpoint(
+def calibrate(
     src: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     text: Text = Text(n_sequences=128),  # noqa: B008, frozen

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 HELP = f"""Run a text through a model, and write statistics of what its layers read to the folder CAL.
 
 SRC is a directory or a repository on the Hub. One layer is in memory at a time, so models larger than memory run, too.
-`quantize --calibrate CAL` chooses outlier columns by the statistics. `quantize --smooth CAL` and `quantize --round
-calibrated --calibration CAL` also need --moments. Second moments take 4 * N^2 bytes for each input of N features.
+`quantize --calibration CAL` reads them: --columns calibrated chooses outlier columns, --smooth calibrated factors, and
+--round calibrated codes. The last two need --moments, which take 4 * N^2 bytes for each input of N features.
 Layers that read the same tensor share them, and inputs of more than 16,384 features get none.
 
 \b
 Examples:
   int8convert calibrate ./opt-66b --text sample.txt -o opt-66b-cal
   int8convert calibrate ./opt-66b --text sample.txt -o opt-66b-cal --moments
-  int8convert quantize ./opt-66b ./opt-66b-int8 --calibrate opt-66b-cal
-  int8convert quantize ./opt-66b ./opt-66b-int8 --round calibrated --calibration opt-66b-cal
+  int8convert quantize ./opt-66b ./opt-66b-int8 --calibration opt-66b-cal --columns calibrated
+  int8convert quantize ./opt-66b ./opt-66b-int8 --calibration opt-66b-cal --round calibrated
 
 {options.EXIT_CODES}
 """
@@ -56,13 +56,13 @@ def calibrate(
         console.quieting_libraries(False),
         reusable_file(text) as reusable,
     ):
-        from int8convert.calibration.calibrate import calibrate_checkpoint
+        from int8convert.calibration.calibrate import calibrate as run
         from int8convert.cli.progress import showing_progress
         from int8convert.runtime.text.texts import Text
 
         began = time.perf_counter()
         with showing_progress(quiet, as_json) as on_event:
-            calibration = calibrate_checkpoint(
+            calibration = run(
                 src,
                 output,
                 Text(reusable, n_sequences=sequences, length=length),

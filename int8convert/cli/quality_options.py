@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from int8convert.cli import console, options
+from int8convert.errors import Int8ConvertError
 
 if TYPE_CHECKING:
     from int8convert.events import EventSink
     from int8convert.planning.kept_modules import KeepBudget
     from int8convert.planning.plan_checkpoint import PlanOptions
+
+CALIBRATED = "calibrated"
+"""Value of --smooth, --round and --columns: choose by the folder that --calibration names."""
+
+_PARTS = re.compile(
+    r"--keep-budget \d+(\.\d+)?|--(calibration|damage|keep-budget|moments|rotate|round calibrated)(?![\w-])"
+)
+"""Options that --quality best stands for, as errors name them."""
 
 
 def _check_quality(quality: str | None) -> str | None:
@@ -22,8 +34,14 @@ def _check_quality(quality: str | None) -> str | None:
 
 
 def _check_rounding(name: str) -> str:
-    options.check_choice(name, ("nearest", "calibrated"))
+    options.check_choice(name, ("nearest", CALIBRATED))
     return name
+
+
+def _check_file_or_calibrated(value: str | None) -> str | None:
+    if value is not None and Path(value).is_dir():
+        raise typer.BadParameter(f"it is {CALIBRATED} or a file, and '{value}' is a folder, as --calibration takes")
+    return value
 
 
 Quality = Annotated[
@@ -54,21 +72,31 @@ RotateInputs = Annotated[
     ),
 ]
 
-Smooth = Annotated[
+Calibration = Annotated[
     Path | None,
     typer.Option(
         metavar="CAL",
-        help="Fold factors into the weights, which move outliers between inputs and weights where layers' outputs get "
-        "more exact. CAL: a folder of int8convert calibrate --moments, or an earlier smoothing.safetensors.",
+        help="The folder that int8convert calibrate wrote for SRC, for --smooth, --round and --columns calibrated.",
     ),
 ]
 
-Calibrate = Annotated[
-    Path | None,
+Smooth = Annotated[
+    str | None,
     typer.Option(
-        metavar="FILE|CAL",
-        help="After the conversion, store outlier columns in 16 bits, for int8convert.load. FILE: a text to run "
-        "through OUT. CAL: a folder of int8convert calibrate.",
+        metavar="calibrated|FILE",
+        callback=_check_file_or_calibrated,
+        help="Fold factors into the weights, which move outliers between inputs and weights where layers' outputs get "
+        "more exact. calibrated: choose factors by CAL, which needs --moments. FILE: an earlier smoothing.safetensors.",
+    ),
+]
+
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="calibrated|FILE",
+        callback=_check_file_or_calibrated,
+        help="After the conversion, store outlier columns in 16 bits, for int8convert.load. calibrated: choose columns "
+        "by CAL. FILE: choose them by running this text through OUT.",
     ),
 ]
 
@@ -95,14 +123,8 @@ Round = Annotated[
     typer.Option(
         metavar="ROUNDING",
         callback=_check_rounding,
-        help="nearest; or calibrated: choose codes by the error of the layers' outputs (GPTQ). Needs --calibration.",
-    ),
-]
-
-Calibration = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="CAL", help="With --round calibrated: the folder that int8convert calibrate --moments wrote for SRC."
+        help="nearest; or calibrated: choose codes by the error of the layers' outputs on CAL (GPTQ), which needs "
+        "--moments.",
     ),
 ]
 
@@ -142,12 +164,28 @@ def best(
     return found.options
 
 
+@contextmanager
+def naming_best(quality: str | None) -> Iterator[None]:
+    """Make errors of what --quality best does name it, in place of options that it stands for."""
+    try:
+        yield
+    except Int8ConvertError as error:
+        if quality is not None:
+            error.message = _PARTS.sub(_as_typed, error.message)
+            error.hint = "leave out --quality best" if _PARTS.search(error.hint) else error.hint
+        raise
+
+
+def _as_typed(part: re.Match[str]) -> str:
+    return f"--quality best {part[0]}" if part[0][-1].isdigit() else "--quality best"
+
+
 def check(context: typer.Context) -> None:
     """Refuse contradictory options, and options that lack what they need."""
     given = set(options.given_options(context))
     if "text" in given and not given & {"keep_budget", "quality"}:
         raise options.UsageError("--text needs --keep-budget PERCENT or --quality best")
-    beside = sorted(given & {"rotate", "rotate_inputs", "smooth", "round", "calibration", "calibrate", "lora"})
+    beside = sorted(given & {"rotate", "rotate_inputs", "smooth", "round", "calibration", "columns", "lora"})
     if "quality" in given and beside:
         raise options.UsageError(f"--quality best chooses by itself: leave out {options.option_name(beside[0])}")
     if "rotate_inputs" in given and not _rotates_inputs(context.params["format"]):
@@ -159,13 +197,16 @@ def check(context: typer.Context) -> None:
     if {"smooth", "lora"} <= given:
         raise options.UsageError("--smooth measures SRC without the adapter: give one of --smooth and --lora")
     changed = next((name for name in ("rotate", "rotate_inputs", "smooth", "lora") if name in given), None)
-    if changed and context.params["calibrate"] is not None and context.params["calibrate"].is_dir():
+    if changed and context.params["columns"] == CALIBRATED:
         raise options.UsageError(
-            f"--calibrate CAL describes SRC without {options.option_name(changed)}: pass a text to --calibrate, or "
+            f"--columns calibrated describes SRC without {options.option_name(changed)}: pass a text to --columns, or "
             "leave one of the two out"
         )
-    if (context.params["round"] == "calibrated") is not ("calibration" in given):
-        raise options.UsageError("--round calibrated and --calibration CAL belong together: pass both, or neither")
+    uses = [name for name in ("smooth", "round", "columns") if context.params[name] == CALIBRATED]
+    if uses and "calibration" not in given:
+        raise options.UsageError(f"{options.option_name(uses[0])} calibrated needs --calibration CAL")
+    if "calibration" in given and not uses:
+        raise options.UsageError("--calibration needs --smooth calibrated, --round calibrated or --columns calibrated")
 
 
 def _rotates_inputs(name: str) -> bool:

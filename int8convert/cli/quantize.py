@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +13,7 @@ from int8convert.cli import console, options, quality_options
 from int8convert.cli.conversion_report import print_report
 from int8convert.cli.dry_run import DryRun, print_plan
 from int8convert.cli.publishing import make_destination, print_published
-from int8convert.cli.static_set import calibrate_output, check_calibration, print_stored
+from int8convert.cli.static_set import check_columns, print_stored, store_columns
 from int8convert.errors import NOTHING_WRITTEN, stating
 from int8convert.events import ignore
 from int8convert.runtime.text.texts import reusable_file
@@ -41,7 +42,7 @@ Examples:
 {options.EXIT_CODES}
 """
 
-_OF_THE_RUN = ("threshold", "on_nonfinite", "calibrate", "keep_budget", "text", "quality", "overwrite", "check")
+_OF_THE_RUN = ("threshold", "on_nonfinite", "columns", "keep_budget", "text", "quality", "overwrite", "check")
 """Options that a dry run does not need."""
 
 
@@ -140,12 +141,12 @@ def quantize(
     quality: quality_options.Quality = None,
     rotate: quality_options.Rotate = False,
     rotate_inputs: quality_options.RotateInputs = False,
+    calibration: quality_options.Calibration = None,
     smooth: quality_options.Smooth = None,
-    calibrate: quality_options.Calibrate = None,
+    round: quality_options.Round = "nearest",
+    columns: quality_options.Columns = None,
     keep_budget: quality_options.KeepPercent = None,
     text: quality_options.Text = None,
-    round: quality_options.Round = "nearest",
-    calibration: quality_options.Calibration = None,
     allow_missing: Annotated[
         list[str] | None,
         typer.Option(
@@ -202,7 +203,8 @@ def quantize(
         console.reporting_errors(as_json, NOTHING_WRITTEN if dry_run else resumable),
         console.quieting_hub(),
         recording(trace),
-        reusable_file(calibrate) as columns_from,
+        quality_options.naming_best(quality),
+        reusable_file(_columns_from(columns, calibration)) as columns_from,
         reusable_file(text) as kept_text,
     ):
         from int8convert.planning.plan_checkpoint import PlanOptions
@@ -240,7 +242,7 @@ def quantize(
 
         if columns_from is not None:
             with console.quieting_libraries(False):
-                check_calibration(src, columns_from, revision, cache_dir)
+                check_columns(src, columns_from, revision, cache_dir)
         skipped = f"{SKIPPED}{', sha256 checked' if check else ''}"
         with (
             console.quieting_libraries(False) if keep_budget or quality else nullcontext(),
@@ -268,8 +270,15 @@ def quantize(
         stored = None
         if columns_from is not None:
             with console.quieting_libraries(False), showing_progress(quiet, as_json) as on_event:
-                stored = calibrate_output(src, out or "", columns_from, lora, trust_remote_code, device, on_event)
+                stored = store_columns(src, out or "", columns_from, lora, trust_remote_code, device, on_event)
         _print_outcome(report, stored, upload, destination.outcome(), as_json)
+
+
+def _columns_from(columns: str | None, calibration: Path | None) -> Path | None:
+    """Return the folder or the text that chooses outlier columns; None if none are stored."""
+    if columns == quality_options.CALIBRATED:
+        return calibration
+    return Path(columns) if columns is not None else None
 
 
 def _print_outcome(
@@ -312,9 +321,9 @@ def _check_combination(context: typer.Context, src: str) -> None:
     options.check_needs(context, {"bandwidth": "--dry-run"})
     quality_options.check(context)
     options.check_upload_options(context)
-    if {"upload", "calibrate"} <= given:
+    if {"upload", "columns"} <= given:
         raise options.UsageError(
-            "--calibrate stores columns after the last shard: convert with it, then int8convert upload"
+            "--columns stores columns after the last shard: convert with it, then int8convert upload"
         )
     for name in ("revision", "reader", "cache_dir", "bandwidth", *(() if "upload" in given else ("no_xet",))):
         if name in given:

@@ -1,4 +1,4 @@
-"""Chooses and stores outlier columns, for `outliers --write` and `quantize --calibrate`."""
+"""Chooses and stores outlier columns, for `outliers --write` and `quantize --columns`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from int8convert.outliers.store import StaticSet
 
 
-def check_calibration(src: str, path: Path, revision: str | None, cache_dir: Path | None) -> None:
+def check_columns(src: str, path: Path, revision: str | None, cache_dir: Path | None) -> None:
     """Refuse a calibration of another source; a text, or a source without a tokenizer, before hours of conversion."""
     from int8convert.calibration.folder import read_calibration
     from int8convert.runtime.models import open_tokenizer
@@ -31,7 +31,7 @@ def check_calibration(src: str, path: Path, revision: str | None, cache_dir: Pat
     open_tokenizer(source.directory, label=src).close()
 
 
-def calibrate_output(
+def store_columns(
     src: str, out: str, path: Path, lora: str | None, trust_remote_code: bool, device: str, on_event: EventSink
 ) -> StaticSet:
     """Store a new checkpoint's most important outlier columns.

@@ -47,7 +47,8 @@ class ConversionCosts:
 
     Attributes:
         peak_memory_bytes: resident set of all processes together, without the page cache.
-        work_memory_bytes: the same after transformers has mapped the model, which takes the first seconds.
+        work_memory_bytes: the same after transformers has mapped the model, which takes the first seconds. Equal where
+            the map was known.
         kernel_s: seconds of arithmetic on `n_workers` threads, and of copies to and from a CUDA device. A lower bound:
             reading and writing come on top.
     """
@@ -69,7 +70,8 @@ def estimate(plan: ConversionPlan, workers: int | None, device: Device = CPU) ->
     base_bytes = BASE_BYTES if device.is_cpu else max(BASE_BYTES, _resident_bytes())
     largest_block = max((_block_bytes(tensor) for tensor in plan.tensors if _is_in_rows(tensor)), default=BLOCK_BYTES)
     block_bytes = n_workers * 3 * largest_block + rounding_bytes(plan)
-    peak_bytes, work_bytes = base_bytes + max(MODEL_MAP_BYTES, block_bytes), base_bytes + block_bytes
+    work_bytes = base_bytes + block_bytes
+    peak_bytes = max(work_bytes, base_bytes + MODEL_MAP_BYTES) if plan.took_child else work_bytes
     int8_bytes = sum(
         2 * tensor.n_elements if tensor.coding else tensor.source.n_bytes
         for tensor in plan.tensors

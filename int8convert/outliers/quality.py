@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from int8convert.calibration.calibrate import calibrate_checkpoint
+from int8convert.calibration.calibrate import calibrate
 from int8convert.calibration.folder import RECORD, read_calibration
 from int8convert.checkpoint.hashing import file_sha256
 from int8convert.checkpoint.manifest import Manifest
@@ -89,7 +89,7 @@ def best_options(
     if not _is_calibrated(folder, source, text):
         directory = source.directory if source.commit is None else fetch_checkpoint(source, on_event)
         many = replace(text, n_sequences=max(text.n_sequences, _N_CALIBRATED))
-        calibrate_checkpoint(
+        calibrate(
             directory,
             folder,
             many,

@@ -68,6 +68,7 @@ def plan_conversion(request: PlanRequest) -> ConversionPlan:
     refused = folding.notes if folding else ()
     notes = (*found.notes, *source.notes, *_adapter_notes(source, adapter), *needs_notes(found, source), *refused)
     made = make_plan(source, replace(found, notes=notes), request.max_shard_bytes, adapter, folding, request.rounds_to)
+    made = replace(made, took_child=process.starts_child or folding is not None)
     return _with_note(round_by(made, request.rounding) if request.rounding else made)
 
 

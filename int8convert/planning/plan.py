@@ -200,6 +200,7 @@ class ConversionPlan:
     Attributes:
         dropped: source name -> why it is not written: the same bytes are written under another name.
         folding: what is folded into the weights; None if nothing is.
+        took_child: transformers was started in a child process for this plan.
     """
 
     source: CheckpointSource
@@ -207,6 +208,7 @@ class ConversionPlan:
     shards: tuple[PlannedShard, ...]
     dropped: dict[str, str]
     folding: Folding | None = None
+    took_child: bool = False
 
     @property
     def model_class(self) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from int8convert.checkpoint.source import CheckpointSource
 from int8convert.decoding.refused import check_readable
 from int8convert.decoding.source_weights import is_decodable
 from int8convert.errors import AdapterError
@@ -19,7 +20,7 @@ from int8convert.planning.model_map.model_map import ModuleFilter, check_config
 from int8convert.planning.needs import check_needs
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
 from int8convert.planning.plan import ROUNDED_DTYPES, ConversionPlan
-from int8convert.planning.smoothing import open_smoothing
+from int8convert.planning.smoothing import Smoothing, open_calibrated, open_factors
 from int8convert.sources import open_source
 from int8convert.text import parse_size
 
@@ -40,9 +41,10 @@ class PlanOptions:
         rotate_inputs: like `rotate`, and the loader rotates inputs that no fold reaches, such as those of `down_proj`,
             while the model runs. Needs the format compressed-tensors. int8convert runs the result, and vLLM on one GPU;
             transformers computes something else.
-        smooth: the folder that `calibrate` wrote with second moments, by which `quantize` moves outliers from inputs
-            into weights where that makes the error of the layers' outputs smaller, see `smoothing_search`; or the file
-            of factors of an earlier conversion of the same source. Every loader runs the result.
+        calibration: the folder that `calibrate` wrote, with second moments, for what is "calibrated".
+        smooth: "calibrated" moves outliers from inputs into weights where that makes the error of the layers' outputs
+            smaller, see `smoothing_search`; the path of a file takes the factors of an earlier conversion of the same
+            source. Every loader runs the result.
         trust_remote_code: run the checkpoint's own code where transformers has no class of the model's name.
         allow_missing: patterns, as for `skip`, of tensors or modules that the source may lack although the model needs
             them. Loaders of the output make up their values, so it is for heads that are yet to be trained.
@@ -57,7 +59,6 @@ class PlanOptions:
             inputs; see `conversion.calibrated_rows`.
         round_source: "bfloat16" or "float16" rounds decoded low-bit weights to that dtype before they become int8, as
             transformers' dequantization followed by bitsandbytes does; None quantizes the exact float32 weights.
-        calibration: the folder that `calibrate` wrote, with second moments; for "calibrated" alone.
     """
 
     skip: Sequence[str] = ()
@@ -110,8 +111,10 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
     """
     if options.rotate_inputs and not module_of(quantize_format(options.format)).ROTATES_INPUTS:
         raise ValueError(f"rotate_inputs needs the format {Format.COMPRESSED_TENSORS}, not {options.format}")
-    if options.round not in ROUNDINGS or (options.round == CALIBRATED) is not (options.calibration is not None):
-        raise ValueError("round must be nearest or calibrated, and calibrated needs a calibration")
+    if options.round not in ROUNDINGS:
+        raise ValueError(f"round must be {' or '.join(ROUNDINGS)}, not {options.round!r}")
+    if CALIBRATED in (options.smooth, options.round) and options.calibration is None:
+        raise ValueError("smooth and round calibrated need a calibration")
     if options.round_source not in (None, *ROUNDED_DTYPES):
         raise ValueError(f"round_source must be {' or '.join(ROUNDED_DTYPES)}, not {options.round_source!r}")
     modules = ModuleFilter(
@@ -123,12 +126,12 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
     check_readable(source)
     check_config(source.config, is_decodable(source))
     adapter = open_adapter(options.lora) if options.lora is not None else None
-    if adapter is not None and (options.calibration is not None or options.smooth is not None):
+    if adapter is not None and (options.round == CALIBRATED or options.smooth is not None):
         raise AdapterError(
             f"an adapter changes the inputs by which {'--smooth' if options.smooth else '--round calibrated'} chooses",
             "merge the adapter with PEFT, then calibrate and convert the merged checkpoint",
         )
-    rounding = open_rounding(options.calibration, source) if options.calibration is not None else None
+    folder = options.calibration if options.round == CALIBRATED else None
     return PlanRequest(
         source,
         modules,
@@ -136,7 +139,13 @@ def open_request(src: str | os.PathLike[str], options: PlanOptions) -> PlanReque
         adapter,
         rotates=options.rotate,
         rotates_inputs=options.rotate_inputs,
-        rounding=rounding,
+        rounding=open_rounding(folder, source) if folder is not None else None,
         rounds_to=ROUNDED_DTYPES[options.round_source] if options.round_source is not None else None,
-        smoothing=open_smoothing(options.smooth, source) if options.smooth is not None else None,
+        smoothing=_open_smoothing(options, source),
     )
+
+
+def _open_smoothing(options: PlanOptions, source: CheckpointSource) -> Smoothing | None:
+    if options.smooth == CALIBRATED and options.calibration is not None:
+        return open_calibrated(options.calibration, source)
+    return open_factors(options.smooth) if options.smooth is not None else None

@@ -18,9 +18,10 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from int8convert.checkpoint.hashing import file_sha256
+from int8convert.checkpoint.names import SMOOTHING_FILE
 from int8convert.checkpoint.safetensors_file import read_safetensors_header
 from int8convert.checkpoint.source import CheckpointSource
-from int8convert.errors import CorruptFileError
+from int8convert.errors import CorruptFileError, SourceError
 from int8convert.planning.fold import Factors, Values
 from int8convert.text import quoted
 
@@ -96,20 +97,30 @@ class Smoothing:
     factors: SmoothingFactors | None = None
 
 
-def open_smoothing(path: str | os.PathLike[str], source: CheckpointSource) -> Smoothing:
-    """Open the calibration of a source, or a file of factors.
+def open_calibrated(folder: str | os.PathLike[str], source: CheckpointSource) -> Smoothing:
+    """Open the calibration of a source, by which factors will be chosen.
 
     Raises:
         SourceError: the folder holds no calibration, or that of another source.
         CorruptFileError: a file is damaged.
     """
-    path = Path(path)
-    if path.is_file():
-        return Smoothing(path, file_sha256(path), read_factors(path))
     from int8convert.calibration.folder import RECORD, read_calibration
 
-    read_calibration(path, source)
-    return Smoothing(path, file_sha256(path / RECORD))
+    read_calibration(Path(folder), source)
+    return Smoothing(Path(folder), file_sha256(Path(folder) / RECORD))
+
+
+def open_factors(path: str | os.PathLike[str]) -> Smoothing:
+    """Open a file of factors.
+
+    Raises:
+        SourceError: there is no such file.
+        CorruptFileError: it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SourceError(f"'{path}' is no file of factors", f"pass the {SMOOTHING_FILE} of an earlier conversion")
+    return Smoothing(path, file_sha256(path), read_factors(path))
 
 
 def read_factors(path: Path) -> SmoothingFactors:

@@ -49,10 +49,11 @@ def convert_command(output: FinishedOutput) -> str:
             words += [flag, f"{options[key]}"]
     if options.get("max_shard_bytes"):
         words += ["--max-shard-size", f"{options['max_shard_bytes']}"]
-    words += ["--smooth", "CAL"] if options.get("smooth") else []
+    uses = [key for key in ("smooth", "round") if options.get(key)]
+    words += ["--calibration", "CAL"] if uses else []
+    words += [word for key in uses for word in (f"--{key}", "calibrated")]
     words += [f"--{key.replace('_', '-')}" for key in ("rotate", "rotate_inputs") if options.get(key)]
     words += ["--round-source", str(options["round_source"])] if options.get("round_source") else []
-    words += ["--round", "calibrated", "--calibration", "CAL"] if options.get("round") == "calibrated" else []
     return join(words + (["--lora", "ADAPTER"] if options.get("lora") else []))
 
 

@@ -36,7 +36,7 @@ from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.planning.pending_plan import PlanRequest, plan_conversion
 from int8convert.planning.plan import ConversionPlan
 from int8convert.planning.recorded_request import read_recorded_request
-from int8convert.planning.smoothing import open_smoothing
+from int8convert.planning.smoothing import open_factors
 from int8convert.publish.verify_command import Gates
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.text.windows import TokenWindows
@@ -183,7 +183,7 @@ def _folded_plan(source: CheckpointSource, out: CheckpointSource, trusts_code: b
     if request is None or not (request.rotate or request.rotate_inputs or request.smooth):
         return None
     modules = ModuleFilter(output_format=Format(request.format), trusts_code=trusts_code)
-    smoothing = open_smoothing(out.directory / SMOOTHING_FILE, source) if request.smooth else None
+    smoothing = open_factors(out.directory / SMOOTHING_FILE) if request.smooth else None
     wanted = PlanRequest(
         source, modules, rotates=request.rotate, rotates_inputs=request.rotate_inputs, smoothing=smoothing
     )
@@ -273,7 +273,7 @@ def with_command(remedy: Remedy, found: Provenance, out: str, trust_remote_code:
     ]
     words += ["--smooth", str(found.factors)] if found.factors is not None else []
     words += ["--threshold", f"{found.threshold:g}"] if found.threshold not in (None, OUTLIER_THRESHOLD) else []
-    words += ["--round", "calibrated", "--calibration", "CAL"] if found.calibrated else []
+    words += ["--calibration", "CAL", "--round", "calibrated"] if found.calibrated else []
     words += ["--on-nonfinite", "keep"] if found.kept_for_values else []
     words += ["--trust-remote-code"] if trust_remote_code else []
     return replace(remedy, command=shlex.join(words))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from int8convert.calibration import moments
-from int8convert.calibration.calibrate import calibrate_checkpoint
+from int8convert.calibration.calibrate import calibrate
 from int8convert.calibration.folder import is_calibration, read_calibration
 from int8convert.errors import DiskFullError, OutputError
 from int8convert.runtime.text.texts import Text
@@ -45,7 +45,7 @@ def test_run_that_ends_early_leaves_no_calibration(
     error: BaseException, source: Path, cut: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "cal"
-    calibrate_checkpoint(source, folder, cut, with_moments=True)  # an earlier one
+    calibrate(source, folder, cut, with_moments=True)  # an earlier one
     assert is_calibration(folder)
     write = moments.write_moments
 
@@ -56,12 +56,12 @@ def test_run_that_ends_early_leaves_no_calibration(
 
     with monkeypatch.context() as patch, pytest.raises((DiskFullError, Killed)) as raised:
         patch.setattr(moments, "write_moments", failing)
-        calibrate_checkpoint(source, folder, cut, with_moments=True)
+        calibrate(source, folder, cut, with_moments=True)
     assert not is_calibration(folder)
     if isinstance(raised.value, DiskFullError):
         assert "no room left while writing to" in raised.value.message
         assert raised.value.state == f"'{folder}' holds no new calibration"
-    calibrate_checkpoint(source, folder, cut, with_moments=True)  # the same again
+    calibrate(source, folder, cut, with_moments=True)  # the same again
     assert len(read_calibration(folder).inputs) == len(list((folder / "moments").iterdir())) == 12
 
 
@@ -69,17 +69,17 @@ def test_moments_that_do_not_fit_on_the_disk_are_refused_before_the_run(
     source: Path, cut: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[Any] = []
-    calibrate_checkpoint(source, tmp_path / "cal", cut)
+    calibrate(source, tmp_path / "cal", cut)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000})())
     with pytest.raises(DiskFullError, match=r"second moments take up to 7\.29 MB, and the disk of .* has 1 kB left"):
-        calibrate_checkpoint(source, tmp_path / "cal", cut, with_moments=True, on_event=events.append)
+        calibrate(source, tmp_path / "cal", cut, with_moments=True, on_event=events.append)
     assert events == [] and is_calibration(tmp_path / "cal")
 
 
 def test_folder_of_something_else_is_left_alone(source: Path, cut: Text) -> None:
     before = sorted(source.iterdir())
     with pytest.raises(OutputError, match="holds other files"):
-        calibrate_checkpoint(source, source, cut)
+        calibrate(source, source, cut)
     assert sorted(source.iterdir()) == before
 
 

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from int8convert.calibration import run
-from int8convert.calibration.calibrate import calibrate_checkpoint
+from int8convert.calibration.calibrate import calibrate
 from int8convert.calibration.folder import Calibration, read_calibration, read_moments
 from int8convert.calibration.weight_squares import weight_squares
 from int8convert.errors import LayerwiseError, SourceError
@@ -120,7 +120,7 @@ def test_statistics_and_moments_are_those_of_a_whole_model(
 ) -> None:
     source = save(FAMILIES[name], tmp_path / "source", tokenizer)
     events: list[Event] = []
-    made = calibrate_checkpoint(
+    made = calibrate(
         source,
         tmp_path / "cal",
         Text(text, n_sequences=N_WINDOWS, length=LENGTH),
@@ -153,7 +153,7 @@ def test_statistics_and_moments_are_those_of_a_whole_model(
 
 def test_layers_that_read_the_same_tensor_share_its_moments(tmp_path: Path, text: Path, tokenizer: Any) -> None:
     source = save(FAMILIES["llama"], tmp_path / "source", tokenizer)
-    made = calibrate_checkpoint(source, tmp_path / "cal", Text(text, length=LENGTH), with_moments=True)
+    made = calibrate(source, tmp_path / "cal", Text(text, length=LENGTH), with_moments=True)
     groups = [tuple(name.rpartition(".")[2] for name in entry.modules) for entry in made.inputs]
     assert groups == 3 * [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
     assert [entry.moments for entry in made.inputs] == [f"{i:04}.safetensors" for i in range(12)]
@@ -164,7 +164,7 @@ def test_moments_of_wide_inputs_are_left_out(
 ) -> None:
     monkeypatch.setattr("int8convert.calibration.moments.MAX_WIDTH", 100)
     source = save(FAMILIES["llama"], tmp_path / "source", tokenizer)
-    made = calibrate_checkpoint(source, tmp_path / "cal", Text(text, length=LENGTH), with_moments=True)
+    made = calibrate(source, tmp_path / "cal", Text(text, length=LENGTH), with_moments=True)
     assert {entry.in_features for entry in made.inputs if entry.moments is None} == {160}
     assert len(list((tmp_path / "cal" / "moments").iterdir())) == 9
 
@@ -174,10 +174,10 @@ def test_windows_run_together_as_they_run_alone(
 ) -> None:
     source = save(FAMILIES["llama"], tmp_path / "source", tokenizer)
     cut = Text(text, n_sequences=N_WINDOWS, length=LENGTH)
-    together = calibrate_checkpoint(source, tmp_path / "a", cut)
+    together = calibrate(source, tmp_path / "a", cut)
     monkeypatch.setattr(run, "_TOKENS_AT_A_TIME", 1)
     monkeypatch.setattr(layered_memory, "available_bytes", lambda device: 10_000)  # hidden states in files
-    alone = calibrate_checkpoint(source, tmp_path / "b", cut)
+    alone = calibrate(source, tmp_path / "b", cut)
     for name, seen in together.statistics.items():
         for leaf, value in seen.sums.items():
             if leaf != "step_squares":  # outlier columns are those of windows that run together
@@ -188,7 +188,7 @@ def test_int8_checkpoint_shows_what_it_reads_itself(tmp_path: Path, text: Path, 
     source = save(FAMILIES["llama"], tmp_path / "source", tokenizer)
     out = convert(source, tmp_path / "out")
     cut = Text(text, n_sequences=N_WINDOWS, length=LENGTH)
-    made, of_source = calibrate_checkpoint(out, tmp_path / "a", cut), calibrate_checkpoint(source, tmp_path / "b", cut)
+    made, of_source = calibrate(out, tmp_path / "a", cut), calibrate(source, tmp_path / "b", cut)
     assert made.statistics.keys() == of_source.statistics.keys()
     for name, seen in made.statistics.items():
         assert float(seen.sum_squares.sum()) == pytest.approx(
@@ -204,13 +204,13 @@ def test_model_that_has_no_decoder_layers_runs_in_memory(tmp_path: Path, text: P
     model.save_pretrained(source)
     events: list[Event] = []
     cut = Text(text, n_sequences=N_WINDOWS, length=LENGTH)
-    made = calibrate_checkpoint(source, tmp_path / "cal", cut, on_event=events.append)
+    made = calibrate(source, tmp_path / "cal", cut, on_event=events.append)
     assert isinstance(events[0], MeasurementStarted) and not events[0].streamed
     assert {"encoder.block.0", "decoder.block.1"} <= {".".join(name.split(".")[:3]) for name in made.statistics}
     with pytest.raises(
         SourceError, match="second moments need a run layer by layer: T5ForConditionalGeneration does not predict"
     ):
-        calibrate_checkpoint(source, tmp_path / "cal", cut, with_moments=True)
+        calibrate(source, tmp_path / "cal", cut, with_moments=True)
 
 
 def test_layers_that_hand_on_more_than_a_hidden_state_run_in_memory(
@@ -219,7 +219,7 @@ def test_layers_that_hand_on_more_than_a_hidden_state_run_in_memory(
     """The run that was begun layer by layer leaves nothing in the sums."""
     source = save(FAMILIES["llama"], tmp_path / "source", tokenizer)
     cut = Text(text, n_sequences=N_WINDOWS, length=LENGTH)
-    expected = calibrate_checkpoint(source, tmp_path / "a", cut)
+    expected = calibrate(source, tmp_path / "a", cut)
     runner = run.LayerRunner
 
     class Refusing(runner):  # type: ignore[misc, valid-type]
@@ -227,7 +227,7 @@ def test_layers_that_hand_on_more_than_a_hidden_state_run_in_memory(
             return super().run(layer, *inputs) if layer == 0 else self._refuse("hands on more")
 
     monkeypatch.setattr(run, "LayerRunner", Refusing)
-    found = calibrate_checkpoint(source, tmp_path / "b", cut)
+    found = calibrate(source, tmp_path / "b", cut)
     assert found.statistics.keys() == expected.statistics.keys()
     for name, seen in expected.statistics.items():
         assert found.statistics[name].n_tokens == seen.n_tokens

@@ -79,7 +79,7 @@ def test_dry_run_tells_disk_memory_and_time_of_each_reader_and_fetches_next_to_n
         (["quantize", NAME, "out", "--reader", "fast"], "auto, stream or download"),
         (["quantize", NAME, "out", "--keep"], "--keep needs --upload"),
         (["quantize", NAME, "out", "--max-disk", "3GB"], "--max-disk needs --upload"),
-        (["quantize", NAME, "--upload", REPO, "--calibrate", "text.txt"], "then int8convert upload"),
+        (["quantize", NAME, "--upload", REPO, "--columns", "text.txt"], "then int8convert upload"),
         (["quantize", NAME], "OUT is missing"),
         (["upload", "out"], "REPO"),
         (["quantize", NAME, "--dry-run", "--bandwidth", "fast"], "50MB"),

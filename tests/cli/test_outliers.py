@@ -1,4 +1,4 @@
-"""`int8convert outliers` and `quantize --calibrate` as their users meet them."""
+"""`int8convert outliers` and `quantize --columns` as their users meet them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 WINDOWS = ("--sequences", "4", "--length", "40", "--device", "cpu")
+COLUMNS = ("--columns", "calibrated")
 FC1 = "model.decoder.layers.1.fc1"
 
 
@@ -233,11 +234,11 @@ def test_figures_are_drawn_where_they_are_asked_for(run: Run, text: Path, source
 
 
 def test_quantize_calibrates_in_one_go(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
-    code, printed, _ = run("quantize", source, tmp_path / "new", "--calibrate", text, "--json")
+    code, printed, _ = run("quantize", source, tmp_path / "new", "--columns", text, "--json")
     report = json.loads(printed)
     assert code == 0 and report["outliers"]["n_columns"] > 6
     assert {*SHIFTED, *SCALED} <= set(int8convert.load(tmp_path / "new").get_submodule(FC1).outlier_columns.tolist())
-    code, printed, _ = run("quantize", source, tmp_path / "new", "--calibrate", text)
+    code, printed, _ = run("quantize", source, tmp_path / "new", "--columns", text)
     assert code == 0 and "outlier columns of" in printed and "Weight error" in printed
 
 
@@ -254,7 +255,7 @@ def test_calibration_of_the_source_stores_what_a_run_of_the_source_would(
     )
     out, folder = tmp_path / "new", tmp_path / "cal"
     assert run("calibrate", source, "--text", text, *WINDOWS, "-o", folder)[0] == 0
-    code, printed, _ = run("quantize", source, out, "--calibrate", folder, "--json")
+    code, printed, _ = run("quantize", source, out, *COLUMNS, "--calibration", folder, "--json")
     expected = int8convert.find_outliers(source, int8convert.Text(text, n_sequences=4, length=40)).static_set
     assert code == 0 and json.loads(printed)["outliers"]["n_modules"] == len(expected) > 3
     stored = load_file(out / OUTLIERS_FILE)
@@ -265,8 +266,8 @@ def test_calibration_of_the_source_stores_what_a_run_of_the_source_would(
     }
     assert found == expected
     for extra in (("--rotate",), ("--lora", tmp_path)):
-        code, _, err = run("quantize", source, out, "--calibrate", folder, *extra)
-        assert code == 2 and f"--calibrate CAL describes SRC without {extra[0]}" in err
+        code, _, err = run("quantize", source, out, *COLUMNS, "--calibration", folder, *extra)
+        assert code == 2 and f"--columns calibrated describes SRC without {extra[0]}" in err
 
 
 def test_calibration_of_another_source_stops_the_conversion_before_it_begins(
@@ -274,7 +275,7 @@ def test_calibration_of_another_source_stops_the_conversion_before_it_begins(
 ) -> None:
     assert run("calibrate", source, "--text", text, *WINDOWS, "-o", tmp_path / "cal")[0] == 0
     other = save_checkpoint("opt", tmp_path / "other")
-    code, _, err = run("quantize", other, tmp_path / "new", "--calibrate", tmp_path / "cal")
+    code, _, err = run("quantize", other, tmp_path / "new", *COLUMNS, "--calibration", tmp_path / "cal")
     assert code == 1 and "whose config is not that of" in err and not (tmp_path / "new").exists()
 
 
@@ -283,7 +284,7 @@ def test_calibration_that_fails_leaves_the_converted_checkpoint_and_says_so(
 ) -> None:
     bare, new = save_checkpoint("opt", tmp_path / "bare"), tmp_path / "new"
     build_tokenizer().save_pretrained(bare)
-    code, _, err = run("quantize", bare, new, "--calibrate", text)
+    code, _, err = run("quantize", bare, new, "--columns", text)
     hint = err.splitlines()[-1]
     assert code == 1 and "the model knows only" in err
     assert f"'{new}' is complete but for stored columns" in hint and "nothing was written" not in hint
@@ -298,10 +299,10 @@ def test_quantize_without_calibration_has_no_outliers(run: Run, source: Path, tm
 def test_text_or_tokenizer_that_is_missing_stops_the_conversion_before_it_begins(
     run: Run, source: Path, text: Path, tmp_path: Path
 ) -> None:
-    code, _, err = run("quantize", source, tmp_path / "new", "--calibrate", tmp_path / "none.txt")
+    code, _, err = run("quantize", source, tmp_path / "new", "--columns", tmp_path / "none.txt")
     assert code == 1 and "none.txt" in err and not (tmp_path / "new").exists()
     bare = save_checkpoint("opt", tmp_path / "bare")
-    code, _, err = run("quantize", bare, tmp_path / "new", "--calibrate", text)
+    code, _, err = run("quantize", bare, tmp_path / "new", "--columns", text)
     assert code == 1 and "has no tokenizer" in err and not (tmp_path / "new").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import int8convert
+from int8convert.cli.quality_options import naming_best
+from int8convert.errors import SourceError
 from int8convert.runtime.models import load_model, open_tokenizer
 from int8convert.runtime.text.windows import read_windows
 from int8convert.verification.exact.level import verify_exact
@@ -94,6 +97,43 @@ def test_choice_is_said(run: Run, source: Path, text: Path, tmp_path: Path) -> N
     said = " ".join(err.split())
     assert "--quality best converts with" in said and "expected KL divergence" in said
     assert f"the calibration is in '{tmp_path / 'out'}-calibration'" in said
+
+
+def test_errors_of_the_parts_name_what_was_typed(
+    run: Run, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    best = ("quantize", source, out, "--quality", "best", "--text", text)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000})())
+        code, _, err = run(*best)  # second moments
+        assert code == 1 and "and the disk of" in err and "hint: leave out --quality best" in err
+    with monkeypatch.context() as patch:
+        patch.setattr("int8convert.outliers.keep.available_bytes", lambda device: 1000)
+        code, _, err = run(*best)  # the damage of rounding
+        assert code == 1 and "takes the source's model in memory" in err and "hint: leave out --quality best" in err
+    (tmp_path / "short.txt").write_text("a few words")
+    shutil.rmtree(f"{out}-calibration")
+    code, _, err = run(*best[:-1], tmp_path / "short.txt")
+    assert code == 1 and not {"--round", "--moments", "--keep-budget"} & set(err.split())
+    assert run("quantize", source, out, "-q")[0] == 0
+    code, _, err = run(*best)
+    assert code == 1 and "no --quality best then, --quality best --keep-budget 2.0 now" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("message", "hint", "expected"),
+    [
+        ("6 tokens, --round calibrated needs 64", "run calibrate --moments", "6 tokens, --quality best needs 64"),
+        ("--rotate-inputs", "convert without --rotate", "--rotate-inputs"),
+        ("--keep-budget measures", "leave out --keep-budget", "--quality best measures"),
+    ],
+)
+def test_options_that_best_stands_for_are_not_named(message: str, hint: str, expected: str) -> None:
+    for quality, found in (("best", (expected, "leave out --quality best")), (None, (message, hint))):
+        with pytest.raises(SourceError) as raised, naming_best(quality):
+            raise SourceError(message, hint)
+        assert (raised.value.message, raised.value.hint) == found
 
 
 @pytest.mark.parametrize(

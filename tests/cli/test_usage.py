@@ -50,8 +50,8 @@ def said(err: str) -> str:
             "--max-disk limits the local disk; --keep keeps all of the output: give one of them",
         ),
         (
-            ["quantize", "X", "--upload", "a/b", "--calibrate", "text.txt"],
-            "--calibrate stores columns after the last shard: convert with it, then int8convert upload",
+            ["quantize", "X", "--upload", "a/b", "--columns", "text.txt"],
+            "--columns stores columns after the last shard: convert with it, then int8convert upload",
         ),
         (["quantize", ".", "Y", "--revision", "main"], "--revision applies to Hub sources only; '.' is a local path"),
         (["quantize", ".", "Y", "--reader", "stream"], "--reader applies to Hub sources only; '.' is a local path"),
@@ -60,7 +60,7 @@ def said(err: str) -> str:
             ["quantize", ".", "--dry-run", "--bandwidth", "5MB"],
             "--bandwidth applies to Hub sources only; '.' is a local path",
         ),
-        (["quantize", "a/b", "--bogus"], "No such option: --bogus"),
+        (["quantize", "a/b", "--xyz"], "No such option: --xyz"),
         (["inspect"], "Missing argument 'PATH'."),
         (["verify", "X", "--level", "foo"], "Invalid value for --level: it is exact, fidelity or tasks, not 'foo'"),
         (

@@ -334,9 +334,9 @@ def test_calibration_of_other_widths_is_refused(calibrated: Calibrated, tmp_path
     assert isinstance(error, SourceError)
 
 
-@pytest.mark.parametrize("options", [{"round": "calibrated"}, {"calibration": "cal"}, {"round": "other"}])
+@pytest.mark.parametrize("options", [{"round": "calibrated"}, {"smooth": "calibrated"}, {"round": "other"}])
 def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], calibrated: Calibrated) -> None:
-    with pytest.raises(ValueError, match="round must be nearest or calibrated"):
+    with pytest.raises(ValueError, match=r"round must be nearest or calibrated|round calibrated need a calibration"):
         plan(calibrated[0], PlanOptions(**options))
 
 

@@ -120,7 +120,7 @@ def test_calibrate_finds_the_same_set(source: Path, text: Path, tokenizer: Any) 
     report = find_outliers(source, Text(text, **SMALL), device="cpu")
     model = outlier_model(tokenizer)
     ids = read_windows(text, tokenizer, 4, 40).ids
-    found = int8convert.calibrate(model, [ids])
+    found = int8convert.choose_outliers(model, [ids])
     del found["lm_head"]  # which calibrate looks at, and which is never int8
     assert {n: s.columns.tolist() for n, s in found.items() if s.columns.numel()} == {
         name: list(columns) for name, columns in report.static_set.items()

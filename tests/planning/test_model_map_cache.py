@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from int8convert.conversion.cost import BASE_BYTES, MODEL_MAP_BYTES, estimate
 from int8convert.planning.model_map import cache
 from int8convert.planning.model_map.model_map import ModuleFilter
 from int8convert.planning.model_map.process import ModelMapProcess, parse_worker_answer, worker_request
 from int8convert.planning.model_map.worker import answer
+from int8convert.planning.plan_checkpoint import plan
 from int8convert.sources import open_source
 from tests.conftest import InProcessWorker
 from tests.tools.fp8_checkpoints import save_fp8
@@ -49,6 +51,13 @@ def test_second_process_answers_without_starting_one(llama: Path, monkeypatch: p
     edit_config(llama, of_another_version=1)  # so that no map ships with the package
     monkeypatch.setattr("int8convert.planning.model_map.process.Worker", InProcessWorker)
     first = ModelMapProcess(open_source(llama), ModuleFilter()).result()
+    edit_config(llama, of_another_version=2)
+    unknown, known = plan(llama), plan(llama)
+    assert unknown.took_child and not known.took_child
+    costs, without = estimate(unknown, 1), estimate(known, 1)
+    assert costs.peak_memory_bytes == BASE_BYTES + MODEL_MAP_BYTES > costs.work_memory_bytes
+    assert without.peak_memory_bytes == without.work_memory_bytes == costs.work_memory_bytes
+    edit_config(llama, of_another_version=1)
 
     def refuse(module: str) -> None:
         raise AssertionError("a process was started")

@@ -187,12 +187,13 @@ def test_rotated_and_smoothed_models_come_nearer_as_our_runtime_predicts(name: s
     text = tmp_path / "text.txt"
     text.write_text(" ".join(SENTENCES * 60), encoding="utf-8")
     calibration = tmp_path / "calibration"
-    int8convert.calibrate_checkpoint(source, calibration, Text(text), with_moments=True, on_event=print_nothing)
+    int8convert.calibrate(source, calibration, Text(text), with_moments=True, on_event=print_nothing)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     expected = log_probabilities(model)
 
     errors: dict[str, float] = {}
-    for kind, changes in {"plain": {}, "rotated": {"rotate": True}, "smoothed": {"smooth": calibration}}.items():
+    smoothed = {"calibration": calibration, "smooth": "calibrated"}
+    for kind, changes in {"plain": {}, "rotated": {"rotate": True}, "smoothed": smoothed}.items():
         options = replace(int8convert.PlanOptions(format="compressed-tensors"), **changes)
         int8convert.quantize(source, tmp_path / kind, options, on_event=print_nothing)
         said = run(LOG_PROBABILITIES, tmp_path, {}, str(tmp_path / kind))

@@ -308,7 +308,7 @@ def test_checkpoint_it_saves_loads_with_bitsandbytes(tmp_path: Path) -> None:
 
 def test_stored_columns_are_saved_and_loaded(tmp_path: Path) -> None:
     model = loaded_model("llama", tmp_path / "source")
-    outliers = int8convert.calibrate(model, [TOKENS], threshold=2.0)
+    outliers = int8convert.choose_outliers(model, [TOKENS], threshold=2.0)
     assert sum(len(found.columns) for found in outliers.values()) > 10
     int8convert.quantize_(model, outliers=outliers)
     model.save_pretrained(tmp_path / "int8")

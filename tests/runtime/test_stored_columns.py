@@ -77,7 +77,7 @@ def mean_kl(model: Any, reference: Any, texts: list[torch.Tensor]) -> float:
 
 
 def test_calibration_finds_the_outlier_features_and_no_others(source: Any, texts: list[torch.Tensor]) -> None:
-    found = int8convert.calibrate(source, texts[:2], budget=0)
+    found = int8convert.choose_outliers(source, texts[:2], budget=0)
     for i in range(2):
         path = f"model.decoder.layers.{i}"
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "fc1"):
@@ -97,13 +97,13 @@ def test_stored_columns_come_fifty_times_nearer_than_bitsandbytes(
     model = int8convert.load(out)
     kl_by_codes = mean_kl(theirs, source, texts[2:])
     assert mean_kl(model, source, texts[2:]) == pytest.approx(kl_by_codes, rel=0.2)
-    attach_outliers(model, int8convert.calibrate(source, texts[:2]), mode)
+    attach_outliers(model, int8convert.choose_outliers(source, texts[:2]), mode)
     assert 0 < mean_kl(model, source, texts[2:]) <= kl_by_codes / 50
 
 
 def test_what_is_written_is_what_is_loaded(source: Any, texts: list[torch.Tensor], out: Path) -> None:
     model = int8convert.load(out)
-    attach_outliers(model, int8convert.calibrate(source, texts[:2]), OutlierMode.STATIC)
+    attach_outliers(model, int8convert.choose_outliers(source, texts[:2]), OutlierMode.STATIC)
     write_outliers(model, out)
     again = int8convert.load(out, outliers="static")
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_static_sequences_do_not_depend_on_their_neighbours_and_dynamic_ones_do(
     source: Any, texts: list[torch.Tensor], out: Path
 ) -> None:
     model = int8convert.load(out)
-    found = int8convert.calibrate(source, texts[:2])
+    found = int8convert.choose_outliers(source, texts[:2])
     # A neighbour that sends another feature past the threshold.
     neighbours = torch.stack(texts[2:])
     differs = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from int8convert.calibration.calibrate import calibrate_checkpoint
+from int8convert.calibration.calibrate import calibrate
 from int8convert.events import ignore
 from int8convert.runtime.text.texts import Text
 from tests.tools.language_models import build_tokenizer, language_model
@@ -38,7 +38,7 @@ def save_calibration(source: Path, folder: Path, n_windows: int = 24, unmeasured
     text = folder.with_name(f"{folder.name}.txt")
     text.write_text(letters(4 * n_windows * LENGTH, seed=0))
     options = Text(text, n_sequences=n_windows, length=LENGTH)
-    calibrate_checkpoint(source, folder, options, with_moments=True, device="cpu", on_event=ignore)
+    calibrate(source, folder, options, with_moments=True, device="cpu", on_event=ignore)
     record = json.loads((folder / "calibration.json").read_text())
     for entry in record["inputs"]:
         if any(unmeasured in name for name in entry["modules"]):

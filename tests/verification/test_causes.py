@@ -274,7 +274,7 @@ def test_advice_that_is_not_enough_says_so() -> None:
             ),
             "me/out",
             "org/src out-kept --format compressed-tensors --revision abc --only 'layers.*' --skip '*.fc2' --skip a "
-            "--skip b --allow-missing score --threshold 5 --round calibrated --calibration CAL --on-nonfinite keep "
+            "--skip b --allow-missing score --threshold 5 --calibration CAL --round calibrated --on-nonfinite keep "
             "--trust-remote-code",
         ),
     ],

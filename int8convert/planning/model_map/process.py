@@ -38,6 +38,10 @@ class ModelMapProcess:
         self._known = known
         self._worker = None if self._known else Worker("int8convert.planning.model_map.worker")
 
+    @property
+    def starts_child(self) -> bool:
+        return self._worker is not None
+
     def result(self) -> ModelMap:
         """Return the map, or the name rules' where transformers cannot make one.
 

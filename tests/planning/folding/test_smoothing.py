@@ -12,7 +12,7 @@ import transformers
 
 from cuda_kernels import reference
 from int8convert import quantize
-from int8convert.calibration.calibrate import calibrate_checkpoint
+from int8convert.calibration.calibrate import calibrate
 from int8convert.checkpoint import rows
 from int8convert.checkpoint.names import SMOOTHING_FILE
 from int8convert.conversion import smoothing_search
@@ -21,6 +21,7 @@ from int8convert.errors import FormatError, Int8ConvertError
 from int8convert.events import GroupsSmoothed, ignore
 from int8convert.formats.int8_checkpoint import SourceReaders
 from int8convert.outliers.keep import keep_budget
+from int8convert.planning.calibrated_rounding import CALIBRATED
 from int8convert.planning.fold import Factors, Fold
 from int8convert.planning.folding import groups
 from int8convert.planning.folding.parameter_folds import ParameterFold
@@ -39,6 +40,8 @@ from tests.tools.rotation_check import check_smoothing, randomized
 from tests.tools.tiny_models import MODELS, build_model, save_checkpoint
 
 __all__ = ["run"]
+
+SMOOTH = ("--smooth", "calibrated")
 
 PREFIX = "model.decoder.layers.1."
 
@@ -159,11 +162,11 @@ def save(model: Any, directory: Path) -> Path:
     return directory
 
 
-def calibrate(source: Path, folder: Path) -> Path:
+def write_calibration(source: Path, folder: Path) -> Path:
     text = folder.with_suffix(".txt")
     text.write_text(" ".join(f"{i * i} and {chr(97 + i % 26)} {i % 7}" for i in range(400)))
     options = Text(text, n_sequences=8, length=32)
-    calibrate_checkpoint(source, folder, options, with_moments=True, device="cpu", on_event=ignore)
+    calibrate(source, folder, options, with_moments=True, device="cpu", on_event=ignore)
     return folder
 
 
@@ -177,7 +180,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def calibration(checkpoint: Path, tmp_path: Path) -> Path:
-    return calibrate(checkpoint, tmp_path / "cal")
+    return write_calibration(checkpoint, tmp_path / "cal")
 
 
 @pytest.fixture
@@ -199,7 +202,7 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> dict[str, Choice]:
 def test_factors_are_chosen_where_a_gain_has_outliers(
     checkpoint: Path, calibration: Path, format: str, choices: dict[str, Choice]
 ) -> None:
-    planned = plan(checkpoint, PlanOptions(smooth=calibration, format=format))
+    planned = plan(checkpoint, PlanOptions(calibration=calibration, smooth=CALIBRATED, format=format))
     assert not any(tensor.fold for tensor in planned.tensors)  # the factors are not chosen yet
     factors, event = search_factors(planned, calibration, 6.0, ignore)
     norm = factors.by_group[f"{PREFIX}final_layer_norm"]
@@ -220,8 +223,8 @@ def test_without_outliers_hardly_anything_changes(tmp_path: Path, choices: dict[
         if "layer_norm" in name:
             parameter.data.fill_(float(name.endswith("weight")))
     source = save(model, tmp_path / "source")
-    folder = calibrate(source, tmp_path / "cal")
-    search_factors(plan(source, PlanOptions(smooth=folder)), folder, 6.0, ignore)
+    folder = write_calibration(source, tmp_path / "cal")
+    search_factors(plan(source, PlanOptions(calibration=folder, smooth=CALIBRATED)), folder, 6.0, ignore)
     norms = [choice for name, choice in choices.items() if name.endswith("layer_norm")]
     assert len(norms) == 4
     assert all(choice.error_after > 0.8 * choice.error_before for choice in norms)
@@ -229,7 +232,7 @@ def test_without_outliers_hardly_anything_changes(tmp_path: Path, choices: dict[
 
 @pytest.mark.usefixtures("rotation_in_process")
 def test_conversion_quantizes_the_smoothed_weights(checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
-    report = quantize(checkpoint, tmp_path / "out", PlanOptions(smooth=calibration))
+    report = quantize(checkpoint, tmp_path / "out", PlanOptions(calibration=calibration, smooth=CALIBRATED))
     assert report.smoothed is not None and report.smoothed.n_groups == 8
     source, out = read_tensors(checkpoint), read_tensors(tmp_path / "out")
     factors = read_factors(tmp_path / "out" / SMOOTHING_FILE).by_group[f"{PREFIX}final_layer_norm"]
@@ -247,7 +250,7 @@ def test_conversion_quantizes_the_smoothed_weights(checkpoint: Path, calibration
 def test_bytes_do_not_depend_on_threads_and_blocks(
     checkpoint: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize(checkpoint, tmp_path / "one", PlanOptions(smooth=calibration), workers=1)
+    quantize(checkpoint, tmp_path / "one", PlanOptions(calibration=calibration, smooth=CALIBRATED), workers=1)
     monkeypatch.setattr(rows, "BLOCK_BYTES", 3000)
     options = PlanOptions(smooth=tmp_path / "one" / SMOOTHING_FILE)
     quantize(checkpoint, tmp_path / "other", options, workers=3)
@@ -261,7 +264,7 @@ def test_bytes_do_not_depend_on_threads_and_blocks(
 @pytest.mark.usefixtures("rotation_in_process")
 def test_verify_recomputes_and_finds_a_changed_factor(checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantize(checkpoint, out, PlanOptions(smooth=calibration))
+    quantize(checkpoint, out, PlanOptions(calibration=calibration, smooth=CALIBRATED))
     assert verify_exact(out).is_passed
     path = out / SMOOTHING_FILE
     content = bytearray(path.read_bytes())
@@ -285,13 +288,13 @@ def test_resumed_conversion_uses_the_same_factors(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(checkpoint, out, PlanOptions(smooth=calibration), on_event=stop)
+        quantize(checkpoint, out, PlanOptions(calibration=calibration, smooth=CALIBRATED), on_event=stop)
     factors = (out / SMOOTHING_FILE).read_bytes()
     with pytest.raises(Int8ConvertError, match=r"--smooth .* then, no --smooth now"):
         quantize(checkpoint, out)
     with monkeypatch.context() as patch:
         patch.setattr("int8convert.conversion.smoothing_search.search_factors", None)
-        report = quantize(checkpoint, out, PlanOptions(smooth=calibration))
+        report = quantize(checkpoint, out, PlanOptions(calibration=calibration, smooth=CALIBRATED))
     assert report.n_done_shards >= 1 and (out / SMOOTHING_FILE).read_bytes() == factors
     assert report.smoothed == GroupsSmoothed(len(read_factors(out / SMOOTHING_FILE).by_group))
     assert verify_exact(out).is_passed
@@ -349,7 +352,7 @@ def test_inputs_are_divided_by_what_multiplies_the_columns() -> None:
 def test_smoothed_weights_can_be_rounded_by_the_calibration(
     checkpoint: Path, calibration: Path, tmp_path: Path
 ) -> None:
-    options = PlanOptions(smooth=calibration, round="calibrated", calibration=calibration)
+    options = PlanOptions(calibration=calibration, smooth=CALIBRATED, round=CALIBRATED)
     report = quantize(checkpoint, tmp_path / "out", options)
     assert report.rounding is not None and report.rounding.error < report.rounding.nearest_error
     assert verify_exact(tmp_path / "out").is_passed
@@ -359,7 +362,7 @@ def test_smoothed_weights_can_be_rounded_by_the_calibration(
 @pytest.mark.filterwarnings("ignore")
 def test_modules_are_kept_by_what_the_smoothed_model_loses(checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
     text = Text(calibration.with_suffix(".txt"), n_sequences=2, length=32)
-    options = PlanOptions(smooth=calibration, keep=keep_budget(20, text, device="cpu"))
+    options = PlanOptions(calibration=calibration, smooth=CALIBRATED, keep=keep_budget(20, text, device="cpu"))
     first = quantize(checkpoint, tmp_path / "out", options, on_event=ignore)
     assert first.kept_by_budget is not None and first.kept_by_budget.names
     again = quantize(checkpoint, tmp_path / "out", options, on_event=ignore)
@@ -372,15 +375,21 @@ def test_modules_are_kept_by_what_the_smoothed_model_loses(checkpoint: Path, cal
 @pytest.mark.filterwarnings("ignore")
 def test_command_line_reports_and_refuses(run: Run, checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, printed, notes = run("quantize", checkpoint, out, "--smooth", calibration)
+    code, printed, notes = run("quantize", checkpoint, out, *SMOOTH, "--calibration", calibration)
     assert code == 0 and "smoothing: 7 of 8 groups of layers; their outputs' squared error" in printed, notes
     assert SMOOTHING_FILE in read_finished(out).files()  # an upload sends it
     assert run("verify", out, "--level", "exact")[0] == 0
     assert SMOOTHING_FILE in read_finished(out).files()
-    code, _, error = run("quantize", checkpoint, tmp_path / "new", "--smooth", calibration, "--lora", checkpoint)
+    code, _, error = run(
+        "quantize", checkpoint, tmp_path / "new", *SMOOTH, "--calibration", calibration, "--lora", checkpoint
+    )
     assert code == 2 and "--smooth measures SRC without the adapter" in error
-    for path, message in ((tmp_path / "nowhere", "holds no complete calibration"), (checkpoint / "config.json", "")):
-        code, _, error = run("quantize", checkpoint, tmp_path / "new", "--smooth", path)
+    for given, message in (
+        ((*SMOOTH, "--calibration", tmp_path / "nowhere"), "holds no complete calibration"),
+        (("--smooth", tmp_path / "nowhere"), "is no file of factors"),
+        (("--smooth", checkpoint / "config.json"), ""),
+    ):
+        code, _, error = run("quantize", checkpoint, tmp_path / "new", *given)
         assert code == 1 and message in error and not (tmp_path / "new").exists()
 
 
@@ -388,11 +397,9 @@ def test_command_line_reports_and_refuses(run: Run, checkpoint: Path, calibratio
 def test_calibration_without_held_out_inputs_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a few words and more of them " * 40)
-    calibrate_checkpoint(
-        checkpoint, tmp_path / "cal", Text(text, n_sequences=2, length=32), device="cpu", on_event=ignore
-    )
+    calibrate(checkpoint, tmp_path / "cal", Text(text, n_sequences=2, length=32), device="cpu", on_event=ignore)
     with pytest.raises(Int8ConvertError, match=r"holds no held-out inputs of layers that can be smoothed") as refused:
-        quantize(checkpoint, tmp_path / "out", PlanOptions(smooth=tmp_path / "cal"))
+        quantize(checkpoint, tmp_path / "out", PlanOptions(calibration=tmp_path / "cal", smooth=CALIBRATED))
     assert refused.value.hint == "calibrate again with int8convert calibrate --moments"
     assert not (tmp_path / "out").exists()
 
@@ -403,9 +410,13 @@ def test_format_that_makes_no_smoothed_layer_int8_is_named(tmp_path: Path) -> No
     text.write_text("%$#!&" * 60)  # no word of the tokenizer: the model knows 128 tokens
     build_tokenizer().save_pretrained(source)
     options = {"with_moments": True, "device": "cpu", "on_event": ignore}
-    calibrate_checkpoint(source, tmp_path / "cal", Text(text, n_sequences=2, length=32), **options)
+    calibrate(source, tmp_path / "cal", Text(text, n_sequences=2, length=32), **options)
     with pytest.raises(FormatError, match=r"none of its layers becomes int8 in compressed-tensors") as refused:
-        quantize(source, tmp_path / "out", PlanOptions(smooth=tmp_path / "cal", format="compressed-tensors"))
+        quantize(
+            source,
+            tmp_path / "out",
+            PlanOptions(calibration=tmp_path / "cal", smooth=CALIBRATED, format="compressed-tensors"),
+        )
     assert refused.value.hint == "leave out --smooth, or choose another --format"
 
 

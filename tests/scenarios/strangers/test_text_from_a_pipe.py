@@ -75,7 +75,7 @@ def test_commands_read_once(source: Path, out: Path, tmp_path: Path, pipe: MakeP
 
 def test_calibration_reads_once(source: Path, tmp_path: Path, pipe: MakePipe, run: Run) -> None:
     """The text is looked at before the conversion and run after it."""
-    code, _, errors = run("quantize", source, tmp_path / "new", "--calibrate", pipe(), "-q")
+    code, _, errors = run("quantize", source, tmp_path / "new", "--columns", pipe(), "-q")
     assert code == 0, errors
     header = (tmp_path / "new/int8convert/outliers.safetensors").read_bytes()[:3000]
     assert SHA256.encode() in header

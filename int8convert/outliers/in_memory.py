@@ -1,4 +1,4 @@
-"""Calibration: runs text through a model in memory to find which input columns to store in 16 bits."""
+"""Runs text through a model in memory to choose which input columns to store in 16 bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_TOKENS = 512
 """Tokens of each text that are run."""
 
 
-def calibrate(
+def choose_outliers(
     model: Any,
     texts: Iterable[str | torch.Tensor],
     *,
