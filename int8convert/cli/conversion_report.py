@@ -50,7 +50,7 @@ def print_report(report: ConversionReport, place: str | None) -> None:
         print_line(_smoothed_line(report.smoothed))
     print_kept([(kept.reason, kept.n_tensors, kept.n_parameters) for kept in report.kept], report.n_parameters)
     if report.kept_by_budget is not None and report.kept_by_budget.names:
-        print_line(f": {', '.join(report.kept_by_budget.names)}", head="Kept in 16 bits by --keep-budget")
+        print_line(f": {', '.join(report.kept_by_budget.names)}", head="Kept in 16 bits by the budget")
     for name, n in report.non_finite.items():
         note(f"'{name}' was kept and holds {counted(n, 'NaN or infinite value')}")
     if report.zero_rows:

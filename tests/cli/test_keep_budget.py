@@ -90,7 +90,7 @@ def test_kept_modules_are_copied_and_named_with_bytes_and_expected_divergence(
     expected = f"falls from {kept['kl_before']:.2g} to {kept['kl_after']:.2g} nats a token"
     assert "note: measuring the source's model in memory, about " in notes and "measured: 1 of 7 steps" in notes
     assert f"modules stay 16-bit and take {kept['n_bytes'] / 1000:.3g} kB more; the expected KL" in notes
-    assert expected in notes and f"Kept in 16 bits by --keep-budget: {', '.join(kept['names'])}" in printed
+    assert expected in notes and f"Kept in 16 bits by the budget: {', '.join(kept['names'])}" in printed
 
 
 def divergence(source: Path, out: Path, text: Path) -> float:
