@@ -154,6 +154,27 @@ def _compressed(form: str, weights: dict[str, Any], ignore: list[str]) -> dict[s
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ignore}
 
 
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "dtype": "bfloat16",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 201088,
+    "tie_word_embeddings": False,
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    },
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek-v3": {
         **_DEEPSEEK,
@@ -175,29 +196,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
             ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
         ),
     },
-    "gpt-oss-120b": {
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": "gpt_oss",
-        "dtype": "bfloat16",
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 36,
-        "num_local_experts": 128,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 201088,
-        "tie_word_embeddings": False,
-        "quantization_config": {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-        },
-    },
+    "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},
+    "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
     "qwen3-32b-nvfp4": {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -222,7 +222,7 @@ def list_tensors(name: str) -> Iterator[Tensor]:
         return _deepseek(config, fp8_blocks, fp8_blocks)
     if name == "kimi-k2":
         return _deepseek(config, plain, packed_4_bits)
-    return _gpt_oss(config) if name == "gpt-oss-120b" else _qwen3(config)
+    return _gpt_oss(config) if name.startswith("gpt-oss") else _qwen3(config)
 
 
 def write_checkpoint(name: str, out: Path) -> int:
