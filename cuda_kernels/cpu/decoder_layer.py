@@ -43,7 +43,7 @@ class DecoderLayer:
 
     Args:
         scalars, norms, linears: as in `kernels.layer_table`.
-        tensors: what the addresses in them belong to, to be kept.
+        tensors: those that own these addresses; they are kept alive.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class DecoderLayer:
         self._address = ctypes.addressof(self._table)
         self._tensors = tensors
         self._addresses = list(map(Tensor.data_ptr, tensors))
-        self._n_heads, self._n_groups, self.head_size = scalars[:3]
+        self._n_heads, self._n_groups, self.head_size, self.hidden_size = scalars[:4]
 
     def is_in_place(self) -> bool:
         """Return whether the tensors are still where they were."""
@@ -71,7 +71,11 @@ class DecoderLayer:
             x: float16 or bfloat16 [B, 1, hidden size], contiguous.
             angles: cosine and sine of the positions, [B, 1, D] or [1, 1, D] in the dtype of x, contiguous; None if
                 positions do not rotate.
+
+        Raises:
+            ValueError: x has another size.
         """
+        self._check_size(x)
         n_tokens = x.shape[0]
         q = x.new_empty((n_tokens, self._n_heads, 1, self.head_size))
         k = x.new_empty((n_tokens, self._n_groups, 1, self.head_size))
@@ -91,18 +95,20 @@ class DecoderLayer:
         """Return the layer's outputs, [B, 1, hidden size].
 
         Args:
-            x, q: as above.
-            keys, values: [B, groups, S, D] in the dtype of x, the last stride 1.
+            x, q: the layer's inputs, and the queries that `queries_keys_values` returned for them.
+            keys, values: [B, groups, S, D] in the dtype of x; copied first if their last stride is not 1.
             mask: bool [B, 1, 1, S] or [1, 1, 1, S], the last stride 1: which positions are attended to; None for all.
 
         Raises:
-            ValueError: keys, values or mask have other shapes, dtypes or strides.
+            ValueError: x, keys, values or mask have other shapes or dtypes.
         """
         n_sequences, n_positions = x.shape[0], keys.shape[2]
         size = (n_sequences, self._n_groups, n_positions, self.head_size)
-        if any(each.shape != size or each.dtype != x.dtype or each.stride(3) != 1 for each in (keys, values)):
+        self._check_size(x)
+        if any(each.shape != size or each.dtype != x.dtype for each in (keys, values)):
             found = " and ".join(f"{each.dtype} {list(each.shape)}" for each in (keys, values))
             raise ValueError(f"expected keys and values of {x.dtype} {list(size)}, found {found}")
+        keys, values = (each if each.stride(3) == 1 else each.contiguous() for each in (keys, values))
         if mask is not None and (mask.shape[0] not in (1, n_sequences) or mask.shape[3] != n_positions):
             raise ValueError(f"expected a mask [{n_sequences}, 1, 1, {n_positions}], found {list(mask.shape)}")
         allowed = (0, 0) if mask is None else (mask.data_ptr(), 0 if mask.shape[0] == 1 else mask.stride(0))
@@ -115,6 +121,10 @@ class DecoderLayer:
         )
         check(result[0], None, x.shape[-1])
         return y
+
+    def _check_size(self, x: Tensor) -> None:
+        if x.shape[1:] != (1, self.hidden_size) or not x.is_contiguous():
+            raise ValueError(f"expected contiguous x [B, 1, {self.hidden_size}], found {list(x.shape)}")
 
 
 def _byte_strides(tensor: Tensor) -> list[int]:

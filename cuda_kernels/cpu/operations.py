@@ -176,8 +176,8 @@ def check(status: int, outlier_columns: Any, n_columns: int) -> None:
         ValueError: `outlier_columns` are not ascending column indices.
     """
     if status == NOT_ASCENDING:
-        found = f"found {outlier_columns.tolist()}"
-        raise ValueError(f"expected ascending outlier columns below {n_columns}, {found}")
+        found = "" if outlier_columns is None else f", found {outlier_columns.tolist()}"
+        raise ValueError(f"expected ascending outlier columns below {n_columns}{found}")
     if status == NO_MEMORY:
         raise MemoryError("no memory for a Linear layer's codes")
 

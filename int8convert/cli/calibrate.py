@@ -53,7 +53,7 @@ def calibrate(
     with (
         console.reporting_errors(as_json, _INTERRUPTED),
         console.quieting_hub(),
-        console.quieting_libraries(False),
+        console.quieting_libraries(False, not quiet and not as_json),
         reusable_file(text) as reusable,
     ):
         from int8convert.calibration.calibrate import calibrate as run
@@ -61,7 +61,7 @@ def calibrate(
         from int8convert.runtime.text.texts import Text
 
         began = time.perf_counter()
-        with showing_progress(quiet, as_json) as on_event:
+        with showing_progress(quiet, as_json, "reading the model") as on_event:
             calibration = run(
                 src,
                 output,

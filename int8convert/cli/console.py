@@ -43,8 +43,14 @@ def wants_live_display(quiet: bool, as_json: bool) -> bool:
 
 
 @contextmanager
-def quieting_libraries(is_live: bool) -> Iterator[None]:
-    """Silence the warnings of libraries, and their progress bars unless a person watches."""
+def quieting_libraries(is_live: bool, is_told: bool = False) -> Iterator[None]:
+    """Silence the warnings of libraries, and their progress bars unless a person watches.
+
+    Args:
+        is_told: import torch and transformers first, and say so meanwhile, because it takes seconds.
+    """
+    if is_told and "torch" not in sys.modules:
+        _import_libraries()
     if os.environ.get("INT8CONVERT_DEBUG"):
         yield
         return
@@ -60,6 +66,18 @@ def quieting_libraries(is_live: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def _import_libraries() -> None:
+    text = "importing torch and transformers"
+    if stderr.is_terminal and not stderr.is_dumb_terminal:
+        telling: Any = stderr.status(text)
+    else:
+        stderr.print(text)
+        telling = nullcontext()
+    with telling:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def generate(
     output = _Output()
     with console.reporting_errors(as_json, _INTERRUPTED), output.ending_its_line():
         prompts = [prompt] if prompt is not None else _read_prompts(file or Path())
-        with console.quieting_libraries(console.wants_live_display(quiet, as_json)):
+        with console.quieting_libraries(console.wants_live_display(quiet, as_json), not quiet and not as_json):
             from int8convert.runtime.generate import Sampling
             from int8convert.runtime.generate import generate as run
 

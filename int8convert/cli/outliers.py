@@ -96,7 +96,7 @@ def outliers(
     if threshold == 0:
         raise typer.BadParameter("it must be above 0", param_hint="--threshold")
     options.check_needs(context, {"source": "--write OUT", "lora": "--write OUT", "keep_budget": "--damage"})
-    with console.reporting_errors(as_json, _INTERRUPTED), console.quieting_libraries(False):
+    with console.reporting_errors(as_json, _INTERRUPTED), console.quieting_libraries(False, not quiet and not as_json):
         taken_from = _find_source(checkpoint, write, source) if write is not None else ""
         if figures is not None:
             from int8convert.outliers.figures import prepare_folder
@@ -107,7 +107,7 @@ def outliers(
         from int8convert.outliers.store import int8_modules
         from int8convert.runtime.text.texts import Text
 
-        with showing_progress(quiet, as_json or quiet) as on_event:
+        with showing_progress(quiet, as_json or quiet, "reading the model") as on_event:
             report = find_outliers(
                 checkpoint,
                 Text(text, n_sequences=sequences, length=length),

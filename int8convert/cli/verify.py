@@ -40,6 +40,7 @@ say; 130 interrupted, 143 terminated.
 FAILED, UNDECIDED = 3, 4
 
 _INTERRUPTED = "nothing was written; an earlier verify.json is still there"
+_WAITING = "reading headers and the model class"
 _OF_TASKS = ("tasks", "tasks_path", "task_limit", "min_task_p")
 """Options of the level tasks."""
 
@@ -165,7 +166,7 @@ def verify(
 
         pages = _Pages(report_file, figures, Text(reusable, dataset, convention="spread"), device)
         is_silent = quiet or as_json
-        with _running_models(level, is_silent, pages.is_wanted), showing_progress(quiet, as_json) as on_event:
+        with _running_models(level, is_silent, pages.is_wanted), showing_progress(quiet, as_json, _WAITING) as on_event:
             pages.prepare()
             report = run(
                 out,
@@ -218,7 +219,8 @@ def _running_models(level: str, is_silent: bool, is_drawn: bool) -> Iterator[Non
     """Silence the libraries that a level loads."""
     # The harness of the tasks has bars that nothing else turns off; errors are printed further out.
     bars = redirect_stderr(io.StringIO()) if level == "tasks" and is_silent else nullcontext()
-    with console.quieting_libraries(False) if is_drawn or level != "exact" else nullcontext(), bars:
+    runs = is_drawn or level != "exact"
+    with console.quieting_libraries(False, not is_silent) if runs else nullcontext(), bars:
         yield
 
 

@@ -29,10 +29,10 @@ from int8convert.runtime.float_linear import FloatLinear
 from int8convert.runtime.linear import Int8Linear, max_found_columns
 
 _MAX_TOKENS = 4
-"""Sequences, at most: with more, torch's operations cost little beside the products."""
+"""Largest number of sequences, each with one token. Beside the products of more, torch's operations cost little."""
 
 _MAX_DIFFERENCE = 0.05
-"""Mean difference from the layer's own code that is taken for rounding, in units of `_difference`."""
+"""A larger `_difference` between the kernels and a layer's own code is more than rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,7 @@ def restore_layers(model: nn.Module) -> None:
     """Undo `hasten_layers`."""
     for module in model.modules():
         if isinstance(module, _FastLayer):
+            _KERNELS.pop(module, None)
             module.__class__ = module._plain  # type: ignore[assignment]
 
 
@@ -126,7 +127,7 @@ class _FastLayer(nn.Module):
             return super().forward(hidden_states, *args, **options)
         kernels = _kernels(self, hidden_states.dtype)
         layer = None if kernels is None else kernels.layer
-        if kernels is None or layer is None:
+        if kernels is None or layer is None or hidden_states.shape[2] != layer.hidden_size:
             return super().forward(hidden_states, *args, **options)
         angles = options.get("position_embeddings") if kernels.layout.is_rotated else None
         if kernels.layout.is_rotated and not _are_angles(angles, hidden_states, layer.head_size):
@@ -157,8 +158,8 @@ def _fast_class(plain: type[nn.Module]) -> type[nn.Module]:
     return type(plain.__name__, (_FastLayer, plain), names)
 
 
-def _is_step(layer: nn.Module, x: torch.Tensor, options: dict[str, Any]) -> bool:
-    """Whether the layer is to compute one token of each sequence, of which nothing but the output is wanted."""
+def _is_step(layer: _FastLayer, x: torch.Tensor, options: dict[str, Any]) -> bool:
+    """Return whether the layer gets one token of each sequence, and has to return nothing but its output."""
     return (
         x.dtype in DTYPES
         and x.dim() == 3
@@ -167,6 +168,7 @@ def _is_step(layer: nn.Module, x: torch.Tensor, options: dict[str, Any]) -> bool
         and x.is_contiguous()
         and _is_mask(options.get("attention_mask"))
         and not options.get("output_attentions")
+        and layer.self_attn.config._attn_implementation == "sdpa"
         and not layer.training
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -177,9 +179,13 @@ def _is_step(layer: nn.Module, x: torch.Tensor, options: dict[str, Any]) -> bool
 
 
 def _is_mask(mask: Any) -> bool:
-    """Whether a mask is none at all, or one of booleans for each sequence and position."""
+    """Return whether a mask is None, or bool [B or 1, 1, 1, S]."""
     return mask is None or (
-        mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1) and mask.stride(3) == 1
+        isinstance(mask, torch.Tensor)
+        and mask.dtype == torch.bool
+        and mask.dim() == 4
+        and mask.shape[1:3] == (1, 1)
+        and mask.stride(3) == 1
     )
 
 
@@ -196,8 +202,21 @@ class _Record:
         return self.all
 
 
+class _Kept:
+    """The tensors whose addresses a table holds, and those that some of them are copies of."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.sources: list[torch.Tensor] = []
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return how often each tensor was changed in place. A tensor of inference mode does not know it: 0."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 class _Kernels:
-    """The kernels of a layer, as long as it holds what it holds now; `layer` is None where they do not fit it."""
+    """The kernels of a layer with its present modules and tensors; `layer` is None if they do not know such a layer."""
 
     def __init__(self, module: nn.Module, parts: Sequence[nn.Module], dtype: torch.dtype) -> None:
         layout = _layout(module._plain)  # type: ignore[arg-type]
@@ -206,51 +225,80 @@ class _Kernels:
         self.dtype = dtype
         self.is_checked = False
         held = [(entries, name, value) for entries in _entries([module, *parts]) for name, value in entries.items()]
-        held += [(vars(part), name, vars(part).get(name)) for part in parts for name in _SETTINGS]
+        settings = [(vars(part), name) for part in parts for name in _SETTINGS]
+        held += [(place, name, place.get(name)) for place, name in settings if name in place or name == "forward"]
         self._entries, self._names, self._values = zip(*held, strict=True)
+        self._parts, self._types = parts, list(map(type, parts))
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self.layer = _describe(module, layout, parts, dtype)
+        self._kept = _Kept()
+        self.layer = _describe(module, layout, parts, dtype, self._kept)
+        self._versions = _versions(self._kept.sources)
 
     def is_current(self) -> bool:
-        """Return whether the modules, their tensors, their modes and their hooks are still the same."""
-        is_same = all(map(operator.is_, map(dict.get, self._entries, self._names), self._values))
-        return is_same and not any(self._hooks) and (self.layer is None or self.layer.is_in_place())
+        """Return whether the modules, their tensors and their modes are still the same, and no hook was added."""
+        if not all(map(operator.is_, map(dict.get, self._entries, self._names), self._values)):
+            return False
+        if list(map(type, self._parts)) != self._types or _versions(self._kept.sources) != self._versions:
+            return False
+        if any(self._hooks) and any(map(_is_hooked, self._parts)):
+            return False
+        return self.layer is None or self.layer.is_in_place()
 
     def check(self, layer: DecoderLayer, x: torch.Tensor, angles: Any, record: _Record, mask: Any, y: Any) -> None:
-        """Compare the kernels with what the layer's own code returned and stored; give them up if they differ."""
-        q, k, v = layer.queries_keys_values(x, angles)
+        """Compare the kernels with what the layer's own code returned and stored; give them up if they differ.
+
+        A first position, or the only one, shows neither rotations nor scores, so the next token is compared then.
+        """
         (own_k, own_v), (keys, values) = record.new, record.all
-        pairs = ((k, own_k, 0), (v, own_v, 0), (layer.attention_and_mlp(x, q, keys, values, mask), y, x))
+        is_telling = keys.shape[2] > 1 and (angles is None or bool(angles[1].any()))
+        if not is_telling or not bool(torch.isfinite(y).all()):
+            return
+        q, k, v = layer.queries_keys_values(x, angles)
         self.is_checked = True
-        if not all(_difference(*pair) < _MAX_DIFFERENCE for pair in pairs):
+        is_known = all(each.shape[:2] == k.shape[:2] and each.dtype == x.dtype for each in (keys, values))
+        if is_known:
+            pairs = ((k, own_k, 0), (v, own_v, 0), (layer.attention_and_mlp(x, q, keys, values, mask), y, x))
+            is_known = all(_difference(*pair) < _MAX_DIFFERENCE for pair in pairs)
+        if not is_known:
             self.layer = None
 
 
 def _are_angles(angles: Any, x: torch.Tensor, head_size: int) -> bool:
-    """Whether `angles` are cosine and sine, of one position for each sequence or for all."""
+    """Return whether `angles` are cosine and sine, of one position for each sequence or for all."""
     sizes = ((1, 1, head_size), (x.shape[0], 1, head_size))
     return angles is not None and all(a.shape in sizes and a.dtype == x.dtype and a.is_contiguous() for a in angles)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor, x: Any) -> float:
-    """Return the mean error, each relative to what the layer adds to x and to the precision of the value."""
-    change = (expected - x).float().square().mean().sqrt()
-    unit = change + expected.abs().float() * torch.finfo(expected.dtype).eps
+    """Return the mean error, each relative to the mean of what the layer adds to x, and to the value's precision."""
+    precision = torch.finfo(expected.dtype)
+    change = (expected - x).float().abs().mean()
+    unit = change + expected.abs().float() * precision.eps + precision.tiny
     return float(((found - expected).float().abs() / unit).mean())
 
 
-_SETTINGS = ("forward", "mode", "threshold", "input_block")
+_SETTINGS = ("forward", "mode", "threshold", "input_block", "scaling", "head_dim", "variance_epsilon", "eps")
 """Attributes of modules that decide what they compute."""
+
+_CAPTURING = "transformers.utils.output_capturing"
+"""Module of the hooks that record attentions. They stay after the first request. sdpa returns no attentions to them."""
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Return whether a module has hooks, other than those that record attentions."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(hook.__module__ != _CAPTURING for hook in hooks)
+
 
 _KERNELS: WeakKeyDictionary[nn.Module, _Kernels] = WeakKeyDictionary()
 
 
 def _kernels(module: nn.Module, dtype: torch.dtype) -> _Kernels | None:
-    """Return the kernels of a layer, made anew where something in it changed; None if hooks sit inside it."""
+    """Return the kernels of a layer, for what it holds now; None if something inside it has hooks."""
     found = _KERNELS.get(module)
     if found is None or found.dtype != dtype or not found.is_current():
         parts = list(module.modules())[1:]
-        if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts):
+        if any(_is_hooked(part) or "forward" in vars(part) for part in parts):
             return None
         found = _KERNELS[module] = _Kernels(module, parts, dtype)
     return found
@@ -262,7 +310,7 @@ def _entries(parts: Sequence[nn.Module]) -> list[dict[str, Any]]:
 
 
 def _describe(
-    module: nn.Module, layout: _Layout, parts: Sequence[nn.Module], dtype: torch.dtype
+    module: nn.Module, layout: _Layout, parts: Sequence[nn.Module], dtype: torch.dtype, kept: _Kept
 ) -> DecoderLayer | None:
     """Return the kernels of a layer; None if it holds something that they do not know."""
     attention: Any = module.self_attn
@@ -273,7 +321,6 @@ def _describe(
     linears: list[Any] = [None if name is None else module.get_submodule(name) for name in layout.linears]
     if any(part._parameters and part not in norms and part not in linears for part in parts):
         return None
-    kept: list[torch.Tensor] = []
     norm_fields = [_norm_fields(norm, dtype, kept) for norm in norms]
     linear_fields = [_linear_fields(linear, dtype, kept) for linear in linears]
     if any(value is None for fields in (*norm_fields, *linear_fields) for value in fields):
@@ -283,20 +330,20 @@ def _describe(
     sizes = [query.out_features // head_size, key.out_features // head_size, head_size]
     scalars = [*sizes, query.in_features, linears[layer_table.GATE].out_features, layout.norm, activation]
     scales = (attention.scaling, 1.0) if layout.scales_queries else (1.0, attention.scaling)
-    return DecoderLayer([*scalars, *map(float_field, scales)], norm_fields, linear_fields, kept)  # type: ignore[arg-type]
+    return DecoderLayer([*scalars, *map(float_field, scales)], norm_fields, linear_fields, kept.tensors)  # type: ignore[arg-type]
 
 
-def _address(tensor: torch.Tensor | None, dtype: torch.dtype, kept: list[torch.Tensor]) -> int | None:
+def _address(tensor: torch.Tensor | None, dtype: torch.dtype, kept: _Kept) -> int | None:
     """Return where a tensor is, and keep it; 0 for no tensor, None if it has another dtype or is not contiguous."""
     if tensor is None:
         return 0
     if tensor.dtype != dtype or not tensor.is_contiguous() or not ops.is_plain(tensor):
         return None
-    kept.append(tensor)
+    kept.tensors.append(tensor)
     return tensor.data_ptr()
 
 
-def _norm_fields(norm: Any, dtype: torch.dtype, kept: list[torch.Tensor]) -> list[int | None]:
+def _norm_fields(norm: Any, dtype: torch.dtype, kept: _Kept) -> list[int | None]:
     if norm is None:
         return [0] * layer_table.N_NORM_FIELDS
     weight, bias = (_address(getattr(norm, name, None), dtype, kept) for name in ("weight", "bias"))
@@ -304,7 +351,7 @@ def _norm_fields(norm: Any, dtype: torch.dtype, kept: list[torch.Tensor]) -> lis
     return [weight, bias, float_field(eps)]
 
 
-def _linear_fields(linear: Any, dtype: torch.dtype, kept: list[torch.Tensor]) -> list[int | None]:
+def _linear_fields(linear: Any, dtype: torch.dtype, kept: _Kept) -> list[int | None]:
     """Return the fields of a product, one of them None if its layer is not known."""
     if linear is None:
         return [0] * layer_table.N_LINEAR_FIELDS
@@ -317,9 +364,8 @@ def _linear_fields(linear: Any, dtype: torch.dtype, kept: list[torch.Tensor]) ->
     return [None]
 
 
-def _int8_fields(
-    linear: Int8Linear, bias: int | None, dtype: torch.dtype, kept: list[torch.Tensor]
-) -> list[int | None]:
+def _int8_fields(linear: Int8Linear, bias: int | None, dtype: torch.dtype, kept: _Kept) -> list[int | None]:
+    kept.sources += [getattr(linear, linear.scale_name), linear.outlier_weight, linear.outlier_columns]
     columns, side_weight = linear.outlier_columns, linear.outlier_weight
     if not linear.mode.uses_stored:
         columns, side_weight = columns[:0], side_weight[:, :0]

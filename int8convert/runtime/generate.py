@@ -62,9 +62,10 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest token, always.
-        top_p, top_k: draw from the likeliest tokens that make up this probability, and from this many if not 0.
-        seed: seed of the draws; None takes another one each time.
+        temperature: 0 always takes the likeliest token.
+        top_p: tokens are drawn from the likeliest ones that make up this probability.
+        top_k: tokens are drawn from at most so many of the likeliest; 0 sets no limit.
+        seed: seed of the draws; None chooses a new one each time.
     """
 
     temperature: float = 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -203,8 +204,8 @@ def describe_for_saving(
 
 def refuse_saving(model: Any, name: str, hint: str) -> None:
     """Make `save_pretrained` raise a FormatError: no loader would take the module `name` for int8."""
+    model.save_pretrained = partial(_refuse_to_save, name, hint)
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise FormatError(f"no loader would look for '{name}' as int8, so this model cannot be saved", hint)
 
-    model.save_pretrained = refuse
+def _refuse_to_save(name: str, hint: str, *_: Any, **__: Any) -> None:
+    raise FormatError(f"no loader would look for '{name}' as int8, so this model cannot be saved", hint)

@@ -40,10 +40,12 @@ CACHE = "cache" if "cache" in signature(transformers.LlamaForCausalLM.forward).p
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def made(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+def made(name: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     """A model whose norms, biases and outliers are not those of a fresh one."""
     torch.manual_seed(len(name))
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval().requires_grad_(False)
+    config = CONFIGS[name]()
+    config.update(changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name and parameter_name.endswith("weight"):
             parameter.uniform_(0.5, 1.5)
@@ -135,16 +137,18 @@ def test_each_sequence_of_a_batch_is_as_alone(name: str, n_steps: list[int]) -> 
 
 
 @pytest.mark.parametrize("n_threads", [2, 3])
-def test_bits_do_not_depend_on_the_threads(n_threads: int) -> None:
-    model, ids, before = made("llama"), prompt(2), torch.get_num_threads()
+def test_bits_do_not_depend_on_the_threads(n_threads: int, n_steps: list[int]) -> None:
+    """Attention over 300 positions of four sequences is work for four threads."""
+    model, ids, before = made("llama", max_position_embeddings=512), prompt(4, 301), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        cache = step(model, ids[:, :12])[CACHE]
+        cache = step(model, ids[:, :300])[CACHE]
         caches = [copy.deepcopy(cache) for _ in range(4)]
-        step(model, ids[:, 12:13], caches[0])
-        alone = step(model, ids[:, 12:13], caches[1]).logits
+        step(model, ids[:, 300:], caches[0])
+        alone = step(model, ids[:, 300:], caches[1]).logits
         torch.set_num_threads(n_threads)
-        assert torch.equal(step(model, ids[:, 12:13], caches[2]).logits, alone)
+        assert torch.equal(step(model, ids[:, 300:], caches[2]).logits, alone)
+        assert n_steps == [4] * 6
     finally:
         torch.set_num_threads(before)
 
@@ -174,6 +178,41 @@ def test_layers_follow_their_mode_and_kept_layers_stay_16_bit(mode: str, n_steps
         if isinstance(layer, Int8Linear):
             layer.mode = OutlierMode.DYNAMIC
     assert not torch.equal(decode(model, ids), own)  # the mode matters
+
+
+@pytest.mark.parametrize("case", ["scale", "stored columns", "scaling", "class"])
+def test_what_a_table_is_made_of_is_seen_to_change(case: str, n_steps: list[int]) -> None:
+    """Scales of compressed-tensors and columns of another dtype are copied for the kernels."""
+    model, ids = made("llama"), prompt()
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear):
+            if case == "scale":
+                layer.register_parameter("weight_scale", nn.Parameter(layer.SCB.data[:, None] / 127, False))
+                layer.scale_name, layer.stores_absmax = "weight_scale", False
+            layer.mode = OutlierMode.STATIC
+            layer.set_outliers(torch.tensor([3]), layer.dequantize()[:, [3]])
+    if case == "class":
+        kept = nn.Linear(200, 96, bias=False).to(torch.bfloat16).requires_grad_(False)
+        model.model.layers[0].mlp.down_proj = kept
+    before = decode(model, ids)
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear) and case == "scale":
+            layer.weight_scale.mul_(1.5)
+        elif isinstance(layer, Int8Linear) and case == "stored columns":
+            layer.outlier_weight.add_(3)
+    if case == "scaling":
+        for layer in model.model.layers:
+            layer.self_attn.scaling *= 3
+    n_steps.clear()
+    if case == "class":
+        hasten(model)
+        decode(model, ids)
+        assert len(n_steps) == 22
+        return
+    fast = decode(model, ids)
+    assert len(n_steps) == 22 and error(fast, before) > 0.1
+    restore_layers(model)
+    assert error(fast, decode(model, ids)) < 0.06
 
 
 def test_changed_weights_are_seen(n_steps: list[int]) -> None:
@@ -217,13 +256,18 @@ def test_what_is_inside_a_layer_runs(case: str, n_steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["mask of floats", "no cache", "gradients", "training", "watched", "autocast", "two tokens"]
+    "case",
+    ["another attention", "another size", "no cache", "gradients", "training", "watched", "autocast", "two tokens"],
 )
 def test_other_calls_take_the_layers_own_code(case: str, n_steps: list[int]) -> None:
     model, ids = made("qwen2"), prompt(2)
-    if case == "mask of floats":
+    if case == "another attention":
         model.set_attn_implementation("eager")
-        model.generate(ids, max_new_tokens=4, do_sample=False)
+        decode(model, ids)
+    elif case == "another size":
+        cache = step(model, ids[:, :5])[CACHE]
+        with pytest.raises(RuntimeError, match="must match"):
+            model.model(inputs_embeds=torch.randn(2, 1, 16).bfloat16(), use_cache=True, **{CACHE: cache})
     elif case == "no cache":
         model(ids[:, :1], use_cache=False)
     elif case == "gradients":
@@ -277,7 +321,7 @@ def test_recorded_states_are_those_of_the_layers(n_steps: list[int]) -> None:
     cache = step(model, ids[:, :5])[CACHE]
     for i in (5, 6):
         out = step(model, ids[:, i : i + 1], cache, output_hidden_states=True)
-    assert len(out.hidden_states) == 3
+    assert len(out.hidden_states) == 3 and n_steps == [1] * 4
     restore_layers(model)
     cache = step(model, ids[:, :5])[CACHE]
     for i in (5, 6):
@@ -285,13 +329,17 @@ def test_recorded_states_are_those_of_the_layers(n_steps: list[int]) -> None:
     assert all(error(a.float(), b.float()) < 0.05 for a, b in zip(out.hidden_states, own.hidden_states, strict=True))
 
 
-def test_a_layer_whose_code_computes_something_else_keeps_it(n_steps: list[int]) -> None:
+@pytest.mark.parametrize("case", ["scale", "rotation"])
+def test_a_layer_whose_code_computes_something_else_keeps_it(case: str, n_steps: list[int]) -> None:
     model, ids = made("llama"), prompt()
     for layer in model.model.layers:
         plain = layer._plain
 
         class Changed(plain):  # type: ignore[misc, valid-type]
             def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+                if case == "rotation":
+                    cos, sin = options["position_embeddings"]
+                    return super().forward(hidden_states, *args, **options | {"position_embeddings": (cos, -sin)})
                 y = super().forward(hidden_states, *args, **options)
                 return hidden_states + (y - hidden_states) * 1.2
 
@@ -302,6 +350,8 @@ def test_a_layer_whose_code_computes_something_else_keeps_it(n_steps: list[int])
         cls = type(layer)
         cls.__name__, cls.__module__ = "LlamaDecoderLayer", "transformers.models.llama.modeling_llama"
     hasten_layers(model)
+    # One token alone shows neither the rotation nor the scores: it decides nothing.
+    step(model, ids[:, :1])
     assert torch.equal(decode(model, ids), own)
     assert n_steps == [1, 1]  # each layer's first step, and no other
 
@@ -328,11 +378,8 @@ def test_copies_are_plain_and_compute_the_same(n_steps: list[int]) -> None:
     assert not n_steps
 
 
-def test_long_contexts_and_odd_heads() -> None:
+def test_long_contexts_and_odd_heads(n_steps: list[int]) -> None:
     """Attention over more positions than a vector holds, and heads that are no multiple of one."""
-    from cuda_kernels.cpu.decoder_layer import DecoderLayer
-
-    assert DecoderLayer is decoder_layer.DecoderLayer
     config = transformers.LlamaConfig(**{**GATED, "head_dim": 44, "max_position_embeddings": 512})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
@@ -341,6 +388,36 @@ def test_long_contexts_and_odd_heads() -> None:
     hasten(hastened)
     ids = prompt(1, 300)
     assert error(decode(hastened, ids, 290), decode(model, ids, 290)) < 0.05
+    assert len(n_steps) == 20
+
+
+def test_sequences_that_attend_to_nothing_are_as_in_torch(n_steps: list[int]) -> None:
+    model, ids = made("llama"), prompt(2)
+    cache = step(model, ids[:, :5])[CACHE]
+    step(model, ids[:, 5:6], cache)
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    mask[1] = False
+    other = copy.deepcopy(cache)
+    fast = step(model, ids[:, 6:7], cache, attention_mask=mask).logits
+    assert len(n_steps) == 4 and torch.isfinite(fast).all()
+    restore_layers(model)
+    assert error(fast.float(), step(model, ids[:, 6:7], other, attention_mask=mask).logits.float()) < 0.05
+
+
+def test_keys_may_lie_otherwise_in_the_cache(n_steps: list[int]) -> None:
+    model, ids = made("llama"), prompt()
+    expected = decode(model, ids)
+
+    class Transposed(transformers.DynamicCache):  # type: ignore[misc]
+        def update(self, *args: Any, **options: Any) -> Any:
+            return tuple(each.mT.contiguous().mT for each in super().update(*args, **options))
+
+    out = step(model, ids[:, :5], Transposed(config=model.config))
+    n_steps.clear()
+    for i in range(5, 16):
+        out = step(model, ids[:, i : i + 1], out[CACHE])
+        assert error(out.logits[0, -1].float(), expected[0, i - 5]) < 0.05
+    assert len(n_steps) == 22
 
 
 def test_exponentials() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,9 @@ def test_the_head_becomes_int8_on_request(family: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"as int8, so this model cannot be saved"):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+    before = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), before)
 
 
 def test_a_model_without_a_head_has_none_in_int8(tmp_path: Path) -> None:

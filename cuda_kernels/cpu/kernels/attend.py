@@ -86,6 +86,10 @@ def _attend_heads(heads, q, keys, values, allowed, scale, y, memory, part_bytes,
                 p[s] = -np.float32(np.inf)
         for s in range(n_positions):
             largest = max(largest, p[s])
+        if largest == -np.float32(np.inf):  # nothing to attend to, which is 0 in torch
+            for d in range(size):
+                y[head * size + d] = 0
+            continue
         for s in range(n_positions):
             p[s] = exponential(p[s] - largest)
         total = np.float32(0)

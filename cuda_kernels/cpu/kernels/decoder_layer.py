@@ -51,10 +51,10 @@ def _float(value):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _multiply(linear, x, y, team):  # type: ignore[no-untyped-def]
-    """Write y, [M, N] bits, for x, [M, K] bits."""
+def _multiply(linear, x, y_at, team):  # type: ignore[no-untyped-def]
+    """Write y, bits [M, N] at an address, for x, bits [M, K]."""
     n_rows, n_columns = linear[fields.ROWS], linear[fields.COLUMNS]
-    sizes, x_at, y_at, like = (x.shape[0], n_rows, n_columns), x.ctypes.data, y.ctypes.data, x.dtype.type(0)
+    sizes, x_at, like = (x.shape[0], n_rows, n_columns), x.ctypes.data, x.dtype.type(0)
     if linear[fields.KIND] == fields.FLOAT:
         return float_linear(sizes, x_at, linear[fields.WEIGHT], linear[fields.BIAS], y_at, team, like)
     stored = (linear[fields.STORED], linear[fields.N_STORED])
@@ -145,7 +145,7 @@ def _rotate(x, cos, sin, rotated):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _finish_heads(x, norm, angles, scale, scratch):  # type: ignore[no-untyped-def]
-    """Normalize, rotate and scale heads of queries or keys, [M, heads, D], in place, as far as the layer does."""
+    """Normalize, rotate and scale heads of queries or keys in place, [M, heads, D], if the layer does."""
     wide, rotated = scratch
     cos, sin, angle_stride = angles
     for t in range(x.shape[0]):
@@ -174,7 +174,6 @@ def queries_keys_values(table, n_tokens, x, cos, sin, angle_stride, q, k, v, tea
     layer = _read(table)
     scalars = layer.scalars
     hidden, size = scalars[fields.HIDDEN_SIZE], scalars[fields.HEAD_SIZE]
-    n_query, n_key = scalars[fields.N_HEADS] * size, scalars[fields.N_GROUPS] * size
     memory = allocate(2 * n_tokens * hidden + 4 * (hidden + size + _N_LANES) + 2 * size + 3 * 64)
     if memory == 0:
         return NO_MEMORY
@@ -185,11 +184,11 @@ def queries_keys_values(table, n_tokens, x, cos, sin, angle_stride, q, k, v, tea
     rotated = view(aligned(at + wide.nbytes), (size,), like)
     tokens = view(x, (n_tokens, hidden), like)
     _normalize(scalars[fields.NORM], tokens, layer.norms[fields.INPUT_NORM], wide, normed)
-    status = _multiply(layer.linears[fields.QUERY], normed, view(q, (n_tokens, n_query), like), team)
-    if status >= 0:
-        status = _multiply(layer.linears[fields.KEY], normed, view(k, (n_tokens, n_key), like), team)
-    if status >= 0:
-        status = _multiply(layer.linears[fields.VALUE], normed, view(v, (n_tokens, n_key), like), team)
+    status = 0
+    # One call in a loop: the compiler would put the whole product wherever it is called.
+    for i in range(3):
+        if status >= 0:
+            status = _multiply(layer.linears[fields.QUERY + i], normed, (q, k, v)[i], team)
     n_angles = (n_tokens - 1) * angle_stride + size if cos else 0
     angles = (view(cos, (n_angles,), like), view(sin, (n_angles,), like), angle_stride)
     queries, keys = (
@@ -267,18 +266,18 @@ def attention_and_mlp(table, n_tokens, n_positions, x, q, keys, values, allowed,
     scale = _float(scalars[fields.SCORE_SCALE])
     status = attend(heads, queries, Stored(*keys), Stored(*values), Allowed(*allowed), scale, flat, team)
     if status >= 0:
-        status = _multiply(linears[fields.OUTPUT], attended, change, team)
+        status = _multiply(linears[fields.OUTPUT], attended, change.ctypes.data, team)
     _add(tokens, change, middle_x)
     _normalize(scalars[fields.NORM], middle_x, layer.norms[fields.MLP_NORM], wide, change)
-    if status >= 0:
-        status = _multiply(linears[fields.GATE], change, gate, team)
-    if status >= 0 and linears[fields.UP, fields.KIND] != fields.NO_LINEAR:
-        status = _multiply(linears[fields.UP], change, up, team)
+    is_gated = linears[fields.UP, fields.KIND] != fields.NO_LINEAR
+    for i in range(2 if is_gated else 1):
+        if status >= 0:
+            status = _multiply(linears[fields.GATE + i], change, (gate.ctypes.data, up.ctypes.data)[i], team)
     _activate(scalars[fields.ACTIVATION], gate)
-    if linears[fields.UP, fields.KIND] != fields.NO_LINEAR:
+    if is_gated:
         _multiply_into(gate, up)
     if status >= 0:
-        status = _multiply(linears[fields.DOWN], gate, change, team)
+        status = _multiply(linears[fields.DOWN], gate, change.ctypes.data, team)
     _add(middle_x, change, outputs)
     release(memory)
     return status

@@ -29,7 +29,7 @@ def _power_of_two(_context: Any, n: Any) -> Any:
 
 @compiled()
 def exponential(x):  # type: ignore[no-untyped-def]
-    """Return exp(x), to about two units in the last place; at most that of 88.3, and 0 below -87.3. NaN stays NaN."""
+    """Return exp(x), to about two units in the last place. It saturates at exp(88.3); below -87.3 it is 0."""
     bounded = min(max(x, _LEAST), _MOST)
     n = np.rint(bounded * _LOG2_E)
     rest = (bounded - n * _LN2_HIGH) - n * _LN2_LOW

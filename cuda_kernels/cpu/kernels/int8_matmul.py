@@ -295,7 +295,7 @@ def _multiply_one_token(x, t, codes, tails, w, sums):  # type: ignore[no-untyped
 
 @compiled()
 def _multiply_blocks_of_one_token(x, t, codes, tails, w, scratch, sums):  # type: ignore[no-untyped-def]
-    """As above, for several blocks. A row's sums of all blocks wait in `scratch` for those of the next three rows."""
+    """Write the scaled products of one token, block by block. `scratch` holds the sums of four rows for each block."""
     n_whole = x.n_columns // N_CODES * N_CODES
     for r in range(0, w.n, 4):
         n = w.n - 1 - r

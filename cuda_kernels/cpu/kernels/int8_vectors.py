@@ -32,7 +32,7 @@ OFFSET = 128
 _N_CHAINS = 4
 """Sums of one row that do not wait for each other."""
 
-_AHEAD = 1024
+_AHEAD = 256
 """Bytes by which a row's codes are fetched into the cache before they are read."""
 
 N_SUMS = N_CODES // 4

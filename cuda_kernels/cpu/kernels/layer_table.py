@@ -4,8 +4,8 @@ Floats stand there as the bits of float32, tensors as their addresses, and 0 for
 """
 
 N_HEADS, N_GROUPS, HEAD_SIZE, HIDDEN_SIZE, MIDDLE_SIZE, NORM, ACTIVATION, QUERY_SCALE, SCORE_SCALE = range(9)
-"""Places of the sizes: query heads, heads of keys and values, columns of a head, of the layer and between the MLP's
-products; of the kinds; and of the factors of queries, before they are rounded, and of scores."""
+"""Places of the scalars. Groups are the heads of keys and values. The middle is the width between the MLP's products.
+Queries are multiplied by their scale before they are rounded, scores by theirs afterwards."""
 
 N_SCALARS = 9
 
@@ -17,7 +17,7 @@ SILU, RELU = 0, 1
 INPUT_NORM, QUERY_NORM, KEY_NORM, MLP_NORM = range(4)
 N_NORMS = 4
 NORM_WEIGHT, NORM_BIAS, NORM_EPS = range(3)
-"""Fields of a norm, whose tensors are of 16 bits. Those of queries and keys are for each head, and may lack."""
+"""Fields of a norm, whose tensors are of 16 bits. Those of queries and keys work on each head, and may be absent."""
 
 N_NORM_FIELDS = 3
 
