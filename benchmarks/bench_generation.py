@@ -39,7 +39,10 @@ N_PROMPT, N_NEW = 512, 32
 N_WARM_UP = 16
 FLOATS = ("float32", "bfloat16", "float16")
 PEERS: dict[str, Callable[[Path, Path], None]] = {"ctranslate2": write_ctranslate2, "llama.cpp": write_llama_cpp}
-FORMS = ("float32", "bfloat16", "bitsandbytes", *PEERS, "int8convert")
+INT8_HEAD = "int8convert, int8 head"
+"""As llama.cpp and CTranslate2 have it; the others keep the head in 16 bits."""
+
+FORMS = ("float32", "bfloat16", "bitsandbytes", *PEERS, "int8convert", INT8_HEAD)
 FORMS_GPU = ("float16", "bitsandbytes", "int8convert")
 
 
@@ -71,8 +74,8 @@ def open_with_transformers(form: str, folder: Path, device: str) -> Generate:
 
     from int8convert.runtime.load import load
 
-    if form == "int8convert":
-        model = load(folder, device_map={"": device})
+    if form in ("int8convert", INT8_HEAD):
+        model = load(folder, device_map={"": device}, int8_head=form == INT8_HEAD)
     else:
         options = {"dtype": getattr(torch, form)} if form in FLOATS else {}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, **options)
