@@ -28,14 +28,12 @@ from rich.table import Table
 
 from benchmarks.bench_convert import describe_machine, format_range, parse_count
 from int8convert.checkpoint.rows import Scratch, as_array, read_rows
+from int8convert.conversion.source_rows import decoded_bytes
 from int8convert.decoding.coding import Rows
 from int8convert.decoding.source_weights import find_weights
 from int8convert.sources import open_source
 
 SIZE = 4096
-_BLOCK_ROWS = 256
-"""Rows of a block: 4 MiB of float32, as in a conversion."""
-
 Tensors = dict[str, torch.Tensor]
 Case = tuple[Tensors, Mapping[str, Any], Callable[[], Any] | None]
 """What is stored of a weight `a.weight`, the quantization block of config.json, and the library's own way to decode."""
@@ -159,12 +157,14 @@ def _decoder(folder: Path) -> Callable[[], None]:
     if len(stored.shape) == 3:
         stored, coding = weight.piece(Rows(0, 1, SIZE))
 
+    n_rows = decoded_bytes(stored) // (4 * SIZE)  # as in a conversion
+
     def run() -> None:
         scratch = Scratch()
         with closing(weight.codes.shard.open()) as reader:
             decoder = coding.open()
-            for begin in range(0, SIZE, _BLOCK_ROWS):
-                first, last = coding.code_rows(begin, begin + _BLOCK_ROWS)
+            for begin in range(0, SIZE, n_rows):
+                first, last = coding.code_rows(begin, begin + n_rows)
                 block = read_rows(stored, reader, first, last, scratch)
                 decoder.decode(as_array(stored, block, first, last), begin)
 
