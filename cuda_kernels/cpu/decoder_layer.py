@@ -1,4 +1,4 @@
-"""A decoder layer for one token of each sequence, on torch tensors; see `kernels.decoder_layer`."""
+"""A decoder layer for one token of each sequence, on torch tensors; see `kernels.decoder.layer`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.cpu.dtypes import BITS_DTYPE, Kind
-from cuda_kernels.cpu.kernels import layer_table
+from cuda_kernels.cpu.kernels.decoder import table
 from cuda_kernels.cpu.objects import Kernel
 from cuda_kernels.cpu.operations import check
 from cuda_kernels.cpu.team import team
 
-_BEFORE, _AFTER = Kernel("decoder_layer", "queries_keys_values"), Kernel("decoder_layer", "attention_and_mlp")
+_BEFORE, _AFTER = Kernel("decoder.layer", "queries_keys_values"), Kernel("decoder.layer", "attention_and_mlp")
 _LIKE = {torch.float16: str(BITS_DTYPE["F16"].str), torch.bfloat16: str(BITS_DTYPE["BF16"].str)}
 _BEFORE_KINDS: tuple[Kind, ...] = (*"qqqqqqqqq", ("q",) * 4)
 _AFTER_KINDS: tuple[Kind, ...] = (*"qqqqq", ("q",) * 4, ("q",) * 4, ("q",) * 2, "q", ("q",) * 4)
@@ -42,7 +42,7 @@ class DecoderLayer:
     """The layer that a table describes.
 
     Args:
-        scalars, norms, linears: as in `kernels.layer_table`.
+        scalars, norms, linears: as in `kernels.decoder.table`.
         tensors: those that own these addresses; they are kept alive.
     """
 
@@ -54,7 +54,7 @@ class DecoderLayer:
         tensors: Sequence[Tensor],
     ) -> None:
         values = [*scalars, *(value for part in (*norms, *linears) for value in part)]
-        self._table = (ctypes.c_int64 * layer_table.TABLE_SIZE)(*values)
+        self._table = (ctypes.c_int64 * table.TABLE_SIZE)(*values)
         self._address = ctypes.addressof(self._table)
         self._tensors = tensors
         self._addresses = list(map(Tensor.data_ptr, tensors))

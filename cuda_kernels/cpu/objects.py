@@ -76,7 +76,7 @@ def _compile(key: str, path: Path | None, module: str, name: str, kinds: tuple[K
 
 @functools.cache
 def _digest() -> str:
-    sources = [path.read_bytes() for path in (_KERNELS.parents[1] / "reference.py", *sorted(_KERNELS.glob("*.py")))]
+    sources = [path.read_bytes() for path in (_KERNELS.parents[1] / "reference.py", *sorted(_KERNELS.rglob("*.py")))]
     processor = [llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
     decides = [*processor, *(os.environ.get(name) for name in _SETTINGS), version("numba"), version("llvmlite")]
     return hashlib.sha256(b"".join([*sources, json.dumps(decides).encode()])).hexdigest()

@@ -24,7 +24,7 @@ from int8convert.formats.layers import is_conv1d_layer
 from int8convert.formats.modules import module_of
 from int8convert.patterns import matches
 from int8convert.runtime.attention import Int8MultiheadAttention, leave_fast_path
-from int8convert.runtime.float_linear import restore
+from int8convert.runtime.hastened.float_linear import restore
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.stored_columns import StoredOutliers, save_with_outliers

@@ -11,8 +11,8 @@ from int8convert.errors import CorruptFileError, SourceError
 from int8convert.formats.format import QUANTIZE_FORMATS
 from int8convert.formats.modules import endings_beside
 from int8convert.patterns import is_allowed
-from int8convert.runtime.decoder_layer import hasten_layers
-from int8convert.runtime.float_linear import hasten
+from int8convert.runtime.hastened.decoder_layer import hasten_layers
+from int8convert.runtime.hastened.float_linear import hasten
 from int8convert.runtime.int8_head import quantize_head
 from int8convert.runtime.modes import OutlierMode
 from int8convert.runtime.pretrained import hub_options, load_model, locate_file, read_config

@@ -15,9 +15,9 @@ import torch
 import transformers
 from torch import nn
 
-from int8convert.runtime import decoder_layer
-from int8convert.runtime.decoder_layer import hasten_layers, restore_layers
-from int8convert.runtime.float_linear import hasten
+from int8convert.runtime.hastened import decoder_layer
+from int8convert.runtime.hastened.decoder_layer import hasten_layers, restore_layers
+from int8convert.runtime.hastened.float_linear import hasten
 from int8convert.runtime.in_memory import quantize_
 from int8convert.runtime.linear import Int8Linear
 from int8convert.runtime.modes import OutlierMode
@@ -425,7 +425,7 @@ def test_exponentials() -> None:
 
     x = np.concatenate([np.linspace(-100, 100, 4001), [0.0, -0.0, np.nan, -np.inf, np.inf, 1e-30]]).astype(np.float32)
     y = np.empty_like(x)
-    Kernel("elementary", "exponentials")(x, y)
+    Kernel("decoder.elementary", "exponentials")(x, y)
     exact = np.exp(np.clip(x, None, 88.3).astype(np.float64))
     inside = (x >= -87.3) & ~np.isnan(x)
     np.testing.assert_allclose(y[inside], exact[inside], rtol=2.5 * 2.0**-23)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cuda_kernels.cpu import tensors
-from int8convert.runtime.float_linear import FloatLinear, hasten, restore
+from int8convert.runtime.hastened.float_linear import FloatLinear, hasten, restore
 
 DTYPES = (torch.bfloat16, torch.float16)
 

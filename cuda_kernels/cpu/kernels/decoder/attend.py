@@ -17,7 +17,7 @@ import numpy as np
 
 from cuda_kernels.cpu.kernels.bits import narrow, widen
 from cuda_kernels.cpu.kernels.compiled import compiled
-from cuda_kernels.cpu.kernels.elementary import exponential
+from cuda_kernels.cpu.kernels.decoder.elementary import exponential
 from cuda_kernels.cpu.kernels.float_linear import dot
 from cuda_kernels.cpu.kernels.float_vectors import add, fill, load_widened, multiply, store_floats
 from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view

@@ -1,4 +1,4 @@
-"""How a caller describes a decoder layer to `decoder_layer`: a table of int64. Imports nothing.
+"""How a caller describes a decoder layer to `layer`: a table of int64. Imports nothing.
 
 Floats stand there as the bits of float32, tensors as their addresses, and 0 for one that is not there.
 """

@@ -6,7 +6,7 @@ take a few microseconds here; in torch each of the thirty takes as much.
 Every intermediate result is rounded to 16 bits where the models' own code rounds. So outputs differ from it only in
 the order of sums within norms and attention.
 
-Both functions get the address of a table, see `layer_table`, and return 0 or what went wrong.
+Both functions get the address of a table, see `table`, and return 0 or what went wrong.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuda_kernels.cpu.kernels import layer_table as fields
-from cuda_kernels.cpu.kernels.attend import Allowed, Heads, Stored, attend
 from cuda_kernels.cpu.kernels.bits import narrow, widen
 from cuda_kernels.cpu.kernels.compiled import compiled
-from cuda_kernels.cpu.kernels.elementary import exponential, square_root
+from cuda_kernels.cpu.kernels.decoder import table as fields
+from cuda_kernels.cpu.kernels.decoder.attend import Allowed, Heads, Stored, attend
+from cuda_kernels.cpu.kernels.decoder.elementary import exponential, square_root
 from cuda_kernels.cpu.kernels.float_linear import float_linear
 from cuda_kernels.cpu.kernels.int8_linear import int8_linear
 from cuda_kernels.cpu.kernels.memory import aligned, allocate, release, view

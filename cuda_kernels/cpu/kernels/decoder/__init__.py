@@ -1,0 +1,1 @@
+"""The kernels of a decoder layer for one token of each sequence."""
