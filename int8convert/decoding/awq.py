@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cuda_kernels import cpu
 from int8convert.checkpoint.floats import NUMPY_DTYPE, widen
-from int8convert.decoding.coding import CodedWeight, Places, misfit
+from int8convert.decoding.coding import CodedWeight, Places, misfit, weights_by_column
 from int8convert.decoding.scale import read_scale
 from int8convert.decoding.values import Values
 from int8convert.formats.int8_checkpoint import PlacedTensor
@@ -94,13 +94,9 @@ def find(places: Places, block: Mapping[str, Any]) -> Iterator[CodedWeight]:
     is_gemm = isinstance(version, str) and version.lower() == "gemm" and block.get("bits", 4) == 4
     if block.get("quant_method") != "awq" or not is_gemm:
         return
-    for name, codes in places.items():
-        if not name.endswith(".qweight") or codes.stored.dtype != "I32":
-            continue
-        module = name.removesuffix(".qweight")
-        scale, zeros = places.get(f"{module}.scales"), places.get(f"{module}.qzeros")
-        if scale is None or zeros is None or not _fits(codes.stored.shape, scale.stored.shape, zeros.stored.shape):
-            raise misfit((scale or codes).stored, codes.stored, "scales [groups, out] and qzeros [groups, out / 8]")
+    for module, codes, scale, zeros in weights_by_column(places):
+        if not _fits(codes.stored.shape, scale.stored.shape, zeros.stored.shape):
+            raise misfit(scale.stored, codes.stored, "scales [groups, out] and qzeros [groups, out / 8]")
         if scale.stored.dtype not in NUMPY_DTYPE or zeros.stored.dtype != "I32":
             raise misfit(scale.stored, codes.stored, "float scales, and qzeros as I32")
         n_in, n_words = codes.stored.shape

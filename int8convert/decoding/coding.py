@@ -7,7 +7,7 @@ their files; the config decides where those cannot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
@@ -161,6 +161,21 @@ class _StackDecoder:
             values = coding.piece(rows, n_out).open().decode(matrix, 0)
             decoded[i] = values.T if self._weight.is_transposed else values
         return decoded
+
+
+def weights_by_column(places: Places) -> Iterator[tuple[str, PlacedTensor, PlacedTensor, PlacedTensor]]:
+    """Yield the module, `qweight`, `scales` and `qzeros` of each weight that GPTQ and AWQ store by columns.
+
+    Raises:
+        CorruptFileError: scales or zero points are missing.
+    """
+    for name, codes in places.items():
+        if name.endswith(".qweight") and codes.stored.dtype == "I32":
+            module = name.removesuffix(".qweight")
+            scale, zeros = places.get(f"{module}.scales"), places.get(f"{module}.qzeros")
+            if scale is None or zeros is None:
+                raise misfit(codes.stored, codes.stored, f"{module}.scales and {module}.qzeros beside it")
+            yield module, codes, scale, zeros
 
 
 def matrix_at(tensor: PlacedTensor, index: int) -> PlacedTensor:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from int8convert.checkpoint.floats import NUMPY_DTYPE
-from int8convert.decoding.coding import CodedWeight, Places, misfit
+from int8convert.decoding.coding import CodedWeight, Places, misfit, weights_by_column
 from int8convert.decoding.packed import PackedCoding
 from int8convert.formats.int8_checkpoint import PlacedTensor
 
@@ -38,13 +38,7 @@ def find(places: Places, block: Mapping[str, Any]) -> Iterator[CodedWeight]:
     is_read = packing in ("auto_round:auto_gptq", "gptq") and not block.get("is_marlin_format")
     if str(block.get("quant_method")) not in METHODS or version not in _VERSIONS or not is_read:
         return
-    for name, codes in places.items():
-        if not name.endswith(".qweight") or codes.stored.dtype != "I32":
-            continue
-        module = name.removesuffix(".qweight")
-        scale, zeros = places.get(f"{module}.scales"), places.get(f"{module}.qzeros")
-        if scale is None or zeros is None:
-            raise misfit(codes.stored, codes.stored, f"{module}.scales and {module}.qzeros beside it")
+    for module, codes, scale, zeros in weights_by_column(places):
         yield _weight(module, codes, scale, zeros, places.get(f"{module}.g_idx"), block, _VERSIONS[version])
 
 

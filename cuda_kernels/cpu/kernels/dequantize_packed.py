@@ -9,10 +9,18 @@ from cuda_kernels.cpu.kernels.compiled import compiled
 
 
 @compiled()
+def _code(row, k, bits):  # type: ignore[no-untyped-def]
+    """Return code k of a row of bytes."""
+    byte, shift = (k * bits) >> 3, (k * bits) & 7
+    code = int(row[byte])
+    if shift + bits > 8:
+        code |= int(row[byte + 1]) << 8
+    return (code >> shift) & ((1 << bits) - 1)
+
+
+@compiled()
 def dequantize_packed(codes, bits, values, zeros, scale, first_row, block, weight):  # type: ignore[no-untyped-def]
     block_rows, block_columns = block
-    mask = (1 << bits) - 1
-    n_bytes = codes.shape[1]
     for r in range(weight.shape[0]):
         at = (first_row + r) // block_rows
         for b in range(scale.shape[1]):
@@ -29,25 +37,13 @@ def dequantize_packed(codes, bits, values, zeros, scale, first_row, block, weigh
                     weight[r, k] = (values[codes[r, k]] - z) * s
             else:
                 for k in range(begin, end):
-                    bit = k * bits
-                    byte = bit >> 3
-                    code = int(codes[r, byte])
-                    if byte + 1 < n_bytes:
-                        code |= int(codes[r, byte + 1]) << 8
-                    weight[r, k] = (values[(code >> (bit & 7)) & mask] - z) * s
+                    weight[r, k] = (values[_code(codes[r], k, bits)] - z) * s
 
 
 @compiled()
 def dequantize_reordered(codes, bits, values, zeros, scale, first_row, groups, weight):  # type: ignore[no-untyped-def]
-    mask = (1 << bits) - 1
-    n_bytes = codes.shape[1]
     for r in range(weight.shape[0]):
         at = first_row + r
         for k in range(weight.shape[1]):
-            bit = k * bits
-            byte = bit >> 3
-            code = int(codes[r, byte])
-            if (bit & 7) + bits > 8 and byte + 1 < n_bytes:
-                code |= int(codes[r, byte + 1]) << 8
             g = groups[k]
-            weight[r, k] = (values[(code >> (bit & 7)) & mask] - zeros[at, g]) * scale[at, g]
+            weight[r, k] = (values[_code(codes[r], k, bits)] - zeros[at, g]) * scale[at, g]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,14 +49,7 @@ _LLAMA = Layout(
     is_rotated=True,
     scales_queries=False,
 )
-_QWEN3 = Layout(
-    ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm"),
-    _GATED,
-    table.RMS_NORM,
-    ("hidden_act", "silu", table.SILU),
-    is_rotated=True,
-    scales_queries=False,
-)
+_QWEN3 = replace(_LLAMA, norms=("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm"))
 _OPT = Layout(
     ("self_attn_layer_norm", None, None, "final_layer_norm"),
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", None, "fc2"),
